@@ -1,0 +1,28 @@
+# Each target makes .venv with what it needs and works on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint figures clean
+
+.venv/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/base
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/base   ## sweep N on the bundled digits and print the comparison
+	$(BIN)/python -m gaccum_exp -m accum.steps=1,2,4,8
+
+test: .venv/test   ## the whole suite on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/test   ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs multirun mlruns mlflow.db

@@ -1,0 +1,22 @@
+"""Is my gradient accumulation really my large batch, what does it save, and is it worth it?
+
+`python -m gaccum_exp -m accum.steps=1,2,4,8` runs the experiment; `accumulate_gradients` is the
+accumulation itself, for anyone's own training loop.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaccum_exp.core.accumulate import accumulate_gradients
+
+__version__ = "0.1.0"
+__all__ = ["accumulate_gradients"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, because `--help` and config errors must answer without waiting for torch.
+    if name == "accumulate_gradients":
+        from gaccum_exp.core.accumulate import accumulate_gradients
+
+        return accumulate_gradients
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

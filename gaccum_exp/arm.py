@@ -1,0 +1,166 @@
+"""One arm of a sweep: build, train, record, and never take the other arms down.
+
+Whatever happens is written to the arm's folder as well (`arm.json`), so that the end of the sweep knows
+of arms that could not be recorded anywhere else.
+"""
+
+import gc
+import json
+import logging
+import os
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from gaccum_exp import metrics
+from gaccum_exp.build import build, dataset_records
+from gaccum_exp.config import Settings
+from gaccum_exp.core.window import split_sizes
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.progress import Progress
+from gaccum_exp.provenance import device_tags, environment_tags
+from gaccum_exp.tracking import MlflowSink, Store
+from gaccum_exp.train import train
+
+log = logging.getLogger(__name__)
+OUTCOME = "arm.json"
+SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
+"""Environment variable: the keys that a sweep varies, comma-separated, for the names of its runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an arm ended."""
+
+    sweep_id: str
+    name: str
+    status: str
+    """FINISHED, FAILED or KILLED"""
+    reason: str | None = None
+    bad_input: bool = False
+    """Whether the reason is the user's to mend."""
+    objective: float | None = None
+    """The last evaluation loss, or training loss without evaluation: what a sweeper may minimise."""
+
+    def write(self, folder: Path) -> None:
+        """Keep it in the arm's folder."""
+        (folder / OUTCOME).write_text(json.dumps(asdict(self)))
+
+
+def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
+    """Run one arm and return how it ended; only an interruption is raised again."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    name = run_name(settings)
+    sink: MlflowSink | None = None
+    try:
+        sink = Store(settings.tracking.uri, settings.tracking.experiment_name).start_run(
+            name,
+            params=settings.flat(),
+            tags=_tags(settings),
+            texts={"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)},
+        )
+        objective = _train(settings, name, sink, folder)
+        sink.close("FINISHED")
+        outcome = Outcome(settings.sweep_id, name, "FINISHED", objective=objective)
+    except Exception as error:  # whatever ends an arm is that arm's result, and no more
+        reason = _reason(error)
+        _report_failure(name, reason, error, folder)
+        _abandon(sink, "FAILED", reason)
+        bad_input = isinstance(error, BadInputError)
+        outcome = Outcome(settings.sweep_id, name, "FAILED", reason, bad_input)
+    except BaseException:
+        _abandon(sink, "KILLED", "interrupted")
+        Outcome(settings.sweep_id, name, "KILLED", "interrupted").write(folder)
+        raise
+    outcome.write(folder)
+    return outcome
+
+
+def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
+    """Record an arm of a sweep whose configuration cannot be used, as FAILED with the reason."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    name = " · ".join(HydraConfig.get().overrides.task)
+    log.error("%s failed: %s", name, error)
+    outcome = Outcome(str(cfg.sweep_id), name, "FAILED", str(error), bad_input=True)
+    outcome.write(folder)
+    tags = {"sweep_id": str(cfg.sweep_id), "kind": "arm", "role": "candidate"}
+    try:
+        sink = Store(cfg.tracking.uri, cfg.tracking.experiment_name).start_run(
+            name, params={}, tags=tags, texts={"config.yaml": OmegaConf.to_yaml(cfg)}
+        )
+        sink.close("FAILED", str(error))
+    except Exception as recording:  # the reason is in arm.json; what cannot be recorded is said
+        log.warning("%s could not be recorded (%s)", name, recording)
+    return outcome
+
+
+def run_name(settings: Settings) -> str:
+    """Say what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
+    size = f"micro {settings.data.micro_batch_size}"
+    parts = [f"N={settings.steps}", size, settings.accum.reduction]
+    named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
+    values = settings.flat() | dict(HydraConfig.get().runtime.choices)
+    swept = os.environ.get(SWEPT_KEYS, "").split(",")
+    return " · ".join(parts + [f"{k}={values[k]}" for k in swept if k in values and k not in named])
+
+
+def _train(settings: Settings, name: str, sink: MlflowSink, folder: Path) -> float | None:
+    """Build and train; return the objective."""
+    _clear_device()  # of what an earlier arm of this process left
+    experiment = build(settings)
+    sink.describe(device_tags(experiment.device))
+    sink.log_datasets(dataset_records(experiment))
+    alone = "Basic" in HydraConfig.get().launcher._target_
+    with Progress(name, experiment.total_steps, alone=alone) as progress:
+        train(experiment, sink, progress)
+    if settings.tracking.log_weights:
+        sink.keep_weights(dict(experiment.modules.named_parameters()), folder)
+    return sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
+
+
+def _tags(settings: Settings) -> dict[str, str]:
+    sizes = split_sizes(settings.data.global_batch_size, settings.steps)
+    spelled = ", ".join(map(str, sizes)) if len(sizes) <= 64 else f"{sizes[0]} … {sizes[-1]}"
+    return {
+        "sweep_id": settings.sweep_id,
+        "kind": "arm",
+        "role": "reference" if settings.steps == 1 else "candidate",
+        "micro_batch_sizes": spelled,
+        "overrides": " ".join(HydraConfig.get().overrides.task),
+        **{f"choice.{k}": str(v) for k, v in HydraConfig.get().runtime.choices.items() if "/" not in k},
+        **environment_tags(),
+    }
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    told = isinstance(error, (BadInputError, metrics.NonFiniteLossError))
+    return lines[0] if told else f"{type(error).__name__}: {lines[0]}"
+
+
+def _report_failure(name: str, reason: str, error: Exception, folder: Path) -> None:
+    log.error("%s failed: %s", name, reason)
+    if not isinstance(error, (BadInputError, metrics.NonFiniteLossError)):
+        path = folder / "traceback.txt"
+        path.write_text("".join(traceback.format_exception(error)))
+        log.error("its traceback is in %s", path)
+
+
+def _abandon(sink: MlflowSink | None, status: str, reason: str) -> None:
+    """End the run of a failed arm; that it cannot be ended must not hide why it failed."""
+    if sink is None:
+        return
+    try:
+        sink.close(status, reason)
+    except Exception as error:
+        log.warning("the run could not be closed (%s)", error)
+
+
+def _clear_device() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

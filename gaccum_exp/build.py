@@ -1,0 +1,279 @@
+"""Settings in, objects out: the only place that turns a `_target_` into something alive.
+
+Configs are code: whoever writes a `_target_` runs that function.
+"""
+
+import copy
+import hashlib
+import inspect
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from gaccum_exp.config import Settings
+from gaccum_exp.core.feed import windows
+from gaccum_exp.core.loss import CriterionLoss, LossFn, OnDevice, count
+from gaccum_exp.core.seeding import derive_seed, seed_host
+from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.records import DatasetRecord
+
+log = logging.getLogger(__name__)
+DEFAULT_THREADS = torch.get_num_threads()
+
+
+def build(settings: Settings) -> Experiment:
+    """Build an experiment.
+
+    Raises:
+        BadInputError: anything in the configuration that does not lead to a runnable experiment.
+    """
+    device = prepare_runtime(settings)
+    train_data = _dataset("data.train", settings.data.train)
+    eval_data = None if settings.data.eval is None else _dataset("data.eval", settings.data.eval)
+    plan = WindowPlan(
+        len(train_data),  # type: ignore[arg-type]  # checked to be map-style
+        settings.data.global_batch_size,
+        settings.seed,
+        settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
+    )
+    total_steps = _total_steps(settings, plan)
+    seed_host(derive_seed(settings.seed, "weights"))
+    model = _model(settings, train_data).to(device)
+    criterion_loss, loss_fn = _loss(settings, device)
+    modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
+    parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+    if not parameters:
+        raise BadInputError("model: it has no parameter that requires a gradient")
+    optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
+    on_device = OnDevice(loss_fn, device)
+    scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
+    return Experiment(
+        model=model,
+        loss_fn=on_device,
+        criterion_loss=criterion_loss,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=_scheduler(settings, optimizer, total_steps),
+        train_data=train_data,
+        eval_data=eval_data,
+        plan=plan,
+        total_steps=total_steps,
+        sum_divisor=nominal_denominator(model, on_device, train_data, plan) if scaled else 1.0,
+        device=device,
+        settings=settings,
+    )
+
+
+def prepare_runtime(settings: Settings) -> torch.device:
+    """Set what is global to the process, or set it back after another arm; return the device."""
+    runtime = settings.runtime
+    torch.set_num_threads(runtime.threads or DEFAULT_THREADS)
+    if runtime.deterministic:
+        # cuBLAS needs this before its first call, or it refuses to be deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(runtime.deterministic)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if runtime.device == "auto":
+        return accelerator or torch.device("cpu")
+    here = ["cpu"] + ([accelerator.type] if accelerator else [])
+    try:
+        device = torch.device(runtime.device)
+    except RuntimeError:
+        hint = nearest(runtime.device, ["auto", "cpu", "cuda", "mps", "xpu"])
+        raise BadInputError(f"runtime.device={runtime.device}: no such device{hint}") from None
+    if device.type not in here or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+        raise BadInputError(
+            f"runtime.device={runtime.device}: not on this machine, which has {', '.join(here)}"
+        )
+    return device
+
+
+def dataset_records(experiment: Experiment) -> list[DatasetRecord]:
+    """Describe the data of a run."""
+    data = experiment.settings.data
+    sets = [("training", experiment.train_data, data.train)]
+    if experiment.eval_data is not None and data.eval is not None:
+        sets.append(("evaluation", experiment.eval_data, data.eval))
+    return [
+        DatasetRecord(
+            name=str(node["_target_"]),
+            digest=_fingerprint(dataset, node),
+            samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
+            context=context,
+        )
+        for context, dataset, node in sets
+    ]
+
+
+def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
+    """Return eight hex digits that change with the data.
+
+    All of it where it lies in memory; else the configuration, the size, the first and the last sample.
+    """
+    digest = hashlib.blake2b(digest_size=4)
+    if type(dataset) is TensorDataset:
+        for tensor in dataset.tensors:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+    size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
+    seed_host(0)  # so that random augmentation does not change it
+    digest.update(repr((sorted(node.items()), size, dataset[0], dataset[size - 1])).encode())
+    return digest.hexdigest()
+
+
+def nominal_denominator(
+    model: nn.Module, loss_fn: LossFn, train_data: Dataset[Any], plan: WindowPlan
+) -> float:
+    """Return the denominator of a full window: that of the run's first window, scaled to full size.
+
+    The same for every N. A loss function that cannot count beforehand is run once, on a copy of the
+    model, so that nothing of the run moves.
+    """
+    samples = len(plan.indices(0))
+    # One sample at a time where the model must run, so that this never needs more memory than training.
+    window = next(windows(train_data, plan, steps=samples, global_steps=range(1)))
+    counts = [count(loss_fn, micro_batch) for micro_batch in window]
+    if any(n is None for n in counts):
+        model = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
+    return float(sum(counts)) * plan.global_batch_size / samples  # type: ignore[arg-type]
+
+
+def _total_steps(settings: Settings, plan: WindowPlan) -> int:
+    length, n, size = settings.train, plan.samples, plan.global_batch_size
+    if n < size:
+        log.warning(
+            "data.train holds %d samples, fewer than data.global_batch_size=%d: "
+            "accum.partial_window=%s makes each window of what there is",
+            n, size, plan.partial_window,
+        )  # fmt: skip
+    if length.steps is not None:
+        return length.steps
+    total = plan.steps_in(epochs=length.epochs, samples=length.samples)
+    if total == 0:
+        asked = f"{length.epochs} epochs" if length.epochs else f"{length.samples} samples"
+        raise BadInputError(
+            f"{asked} of data.train ({n} samples) hold no whole window of data.global_batch_size={size}"
+        )
+    left = (length.epochs or 0) * n - total * size
+    if plan.partial_window == "carry" and left > 0:
+        log.warning("accum.partial_window=carry: %d samples are left at the end of training", left)
+    return total
+
+
+def _dataset(key: str, node: Mapping[str, Any]) -> Dataset[Any]:
+    dataset = _instantiate(key, node)
+    if isinstance(dataset, IterableDataset) or not all(
+        hasattr(dataset, method) for method in ("__len__", "__getitem__")
+    ):
+        raise BadInputError(
+            f"{key}._target_={node['_target_']}: gives {type(dataset).__name__}, not a map-style "
+            "dataset (with __len__ and __getitem__)"
+        )
+    if len(dataset) == 0:
+        raise BadInputError(f"{key} is empty: it holds 0 samples")
+    return dataset  # type: ignore[no-any-return]
+
+
+def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
+    node = dict(settings.model)
+    if "input_shape" in node and node["input_shape"] is None:
+        node["input_shape"] = list(train_data[0][0].shape)
+    if "num_classes" in node and node["num_classes"] is None:
+        node["num_classes"] = _number_of_classes(train_data)
+    return _checked("model", node, nn.Module)  # type: ignore[no-any-return]
+
+
+def _number_of_classes(dataset: Dataset[Any]) -> int:
+    if hasattr(dataset, "classes"):
+        return len(dataset.classes)
+    if type(dataset) is TensorDataset and not dataset.tensors[-1].is_floating_point():
+        return int(dataset.tensors[-1].max()) + 1
+    raise BadInputError(
+        "model.num_classes: the dataset does not say how many there are (no attribute `classes`), "
+        "so set model.num_classes"
+    )
+
+
+def _loss(settings: Settings, device: torch.device) -> tuple[CriterionLoss | None, LossFn]:
+    node = settings.criterion
+    tensors = {
+        key: torch.tensor(value, dtype=torch.float32)
+        for key, value in node.items()
+        if isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value)
+    }
+    criterion = _instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
+    if isinstance(criterion, nn.Module):
+        loss = CriterionLoss(criterion.to(device), settings.accum.reduction)
+        return loss, loss
+    if not callable(criterion):
+        raise BadInputError(
+            f"criterion._target_={node['_target_']}: gives {type(criterion).__name__}, neither a "
+            "torch.nn module nor a callable loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+        )
+    return None, criterion
+
+
+def _scheduler(
+    settings: Settings, optimizer: torch.optim.Optimizer, total_steps: int
+) -> LRScheduler | None:
+    node = settings.scheduler
+    if node is None:
+        return None
+    extra = {}
+    if "total_steps" in _parameter_names(node) and node.get("total_steps") is None:
+        extra["total_steps"] = total_steps
+    return _checked("scheduler", node, LRScheduler, optimizer, **extra)  # type: ignore[no-any-return]
+
+
+def _checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs: Any) -> Any:
+    result = _instantiate(key, node, *args, **kwargs)
+    if not isinstance(result, kind):
+        raise BadInputError(
+            f"{key}._target_={node['_target_']}: gives {type(result).__name__}, not a "
+            f"{kind.__module__}.{kind.__name__}"
+        )
+    return result
+
+
+def _instantiate(key: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not node.get("_target_"):
+        raise BadInputError(f"{key}._target_ must be set")
+    try:
+        return hydra.utils.instantiate(dict(node), *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, BadInputError):
+            raise cause from None
+        raise BadInputError(f"{key}: {_why(node, error, cause)}") from error
+
+
+def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None) -> str:
+    target = node["_target_"]
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+    if unexpected:
+        name = unexpected[1]
+        known = _parameter_names(node)
+        return f"{target} takes no {name!r} (it takes {', '.join(known)}){nearest(name, known)}"
+    reason = str(cause) if cause is not None else str(error)
+    lines = [line.strip() for line in reason.splitlines() if line.strip()] or [type(cause).__name__]
+    return f"_target_={target}: {' '.join(lines[:2])}"
+
+
+def _parameter_names(node: Mapping[str, Any]) -> list[str]:
+    try:
+        return list(inspect.signature(hydra.utils.get_object(node["_target_"])).parameters)
+    except (ImportError, ValueError, TypeError):
+        return []

@@ -1,0 +1,1 @@
+"""The arithmetic of accumulation: torch only, no configuration, no tracking."""

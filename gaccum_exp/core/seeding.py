@@ -1,0 +1,39 @@
+"""Random streams that do not depend on how a window is split.
+
+Every draw of a run is keyed by what it is for and when (the epoch's order, the step's dropout, the
+augmentation of the j-th sample of window k), never by how many draws came before it. That is what
+lets arms with different N, reduction or number of workers see the same samples, the same initial
+weights and the same augmentation.
+"""
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, purpose: str, *position: int) -> int:
+    """Return a 63-bit seed for one purpose at one position of a run's seed.
+
+    A hash and not a sum, so that (seed 0, step 1) and (seed 1, step 0) share nothing.
+    """
+    key = f"{seed}/{purpose}/" + "/".join(map(str, position))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_host(seed: int) -> None:
+    """Seed what code on the host draws from: torch's CPU generator, `random` and NumPy."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def seed_model(seed: int, device: torch.device) -> None:
+    """Seed what a model draws from in its forward pass: the CPU's generator and its device's.
+
+    Cheaper than `torch.manual_seed`, which visits every backend; this runs once per window.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

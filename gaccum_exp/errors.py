@@ -1,0 +1,14 @@
+"""The errors that are the user's to mend, told apart from the program's own."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInputError(ValueError):
+    """The configuration or the input cannot be used; the message is one line for the user."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,81 @@
+"""Loss and accuracy on held-out data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp import metrics
+from gaccum_exp.core.feed import windows
+from gaccum_exp.core.loss import to_device
+from gaccum_exp.core.seeding import derive_seed
+from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.experiment import Experiment
+
+
+def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
+    """Return loss and, for class labels, accuracy over the whole evaluation set.
+
+    Batches of `data.eval_batch_size`, the same for every N; the model's modes are left as they were.
+    """
+    loss_sum: Any = 0.0
+    denominator: Any = 0.0
+    right: Any = 0
+    labels: Any = 0
+    with torch.no_grad(), _evaluation_mode(experiment.model):
+        for batch in _batches(experiment):
+            if experiment.criterion_loss is None:
+                loss, n = experiment.loss_fn(experiment.model, batch)
+            else:
+                outputs = experiment.model(batch[0])
+                loss, n = experiment.criterion_loss.of_outputs(outputs, batch)
+                hits, counted = _hits(outputs, batch, experiment.criterion_loss.criterion)
+                right, labels = right + hits, labels + counted
+            loss_sum, denominator = loss_sum + loss, denominator + n
+    values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss_sum / denominator}
+    if isinstance(labels, Tensor):
+        values[metrics.EVAL_ACCURACY] = right / labels
+    return values
+
+
+def _batches(experiment: Experiment) -> Iterator[Any]:
+    data, settings = experiment.eval_data, experiment.settings
+    assert data is not None
+    plan = WindowPlan(
+        len(data),  # type: ignore[arg-type]  # checked to be map-style
+        settings.data.eval_batch_size,
+        derive_seed(settings.seed, "evaluation"),
+        shuffle=False,
+    )
+    every = range(plan.steps_per_epoch)
+    for (batch,) in windows(data, plan, steps=1, global_steps=every, workers=settings.data.workers):
+        yield to_device(batch, experiment.device)
+
+
+def _hits(outputs: Any, batch: Any, criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:
+    """Return right answers and labels asked for, (0, 0) where the task has no class labels.
+
+    outputs: scores, (batch, classes, ...); batch[1]: labels, (batch, ...), integers.
+    """
+    target = batch[1] if len(batch) > 1 else None
+    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+        return 0, 0
+    if target.is_floating_point() or outputs.ndim != target.ndim + 1 or outputs.shape[1] < 2:
+        return 0, 0
+    ignored = getattr(criterion, "ignore_index", None)
+    asked = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
+    return ((outputs.argmax(1) == target) & asked).sum(), asked.sum()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation and back, module by module: some may have been in it all along."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

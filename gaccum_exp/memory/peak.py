@@ -1,0 +1,175 @@
+"""The peak of one window, measured while it trains.
+
+Two sources, never mixed in a ratio. `tracker` follows every tensor's storage (torch's MemTracker) and
+says what the bytes are; it works on a CPU, where no allocator keeps count, and leaves the window's
+result unchanged, but slows it down many times. `allocator` is an accelerator's own peak counter, which
+also sees workspace inside operators.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_map_only
+
+from gaccum_exp.core.denominator import Denominator
+from gaccum_exp.core.loss import LossFn, count
+
+FORWARD_BACKWARD = "forward/backward"
+OPTIMIZER_STEP = "optimizer step"
+CATEGORIES = ("parameters", "gradients", "optimizer_state", "activations", "temporaries")
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that one window held at once."""
+
+    bytes: int
+    phase: str
+    """When: `forward/backward` or `optimizer step`."""
+    parts: dict[str, int]
+    """Bytes by category at that moment; empty where the source does not tell."""
+
+
+class _PhaseWatch:
+    """Remembers in which phase of the step the peak rose last."""
+
+    def __init__(self, read_peak: Callable[[], int]) -> None:
+        self._read_peak = read_peak
+        self._highest = 0
+        self.highest_in = FORWARD_BACKWARD
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        yield
+        peak = self._read_peak()
+        if peak > self._highest:
+            self._highest, self.highest_in = peak, phase
+
+
+class TrackedWindow:
+    """Follows one window's tensors.
+
+        tracked = TrackedWindow(model, optimizer, device)
+        with tracked:
+            with tracked.phase("forward/backward"):
+                accumulate_gradients(model, tracked.loss_fn(loss_fn), window)
+            with tracked.phase("optimizer step"):
+                optimizer.step()
+        tracked.peak()
+
+    Parameters, gradients and optimizer state count if they are on `device`, wherever they were made;
+    everything else counts if it is made inside. Micro-batches are copied to the device one at a time, on
+    a CPU as well, where they stand for the copies that an accelerator would hold; they are counted as
+    activations. Buffers are counted as parameters.
+    """
+
+    def __init__(
+        self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._device = device
+        self._tracker = MemTracker()
+        self._tracker.track_external(modules, optimizer)
+        self._state_bytes = _state_bytes(optimizer, device)
+        self.phase = _PhaseWatch(lambda: self._snapshot().get("Total", 0))
+
+    def __enter__(self) -> "TrackedWindow":
+        self._tracker.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._tracker.__exit__(*args)
+
+    def loss_fn(self, loss_fn: LossFn) -> LossFn:
+        """Return the loss function with its micro-batch's own copy tracked, pass by pass."""
+        return _TrackedLoss(loss_fn, self._tracker)
+
+    def peak(self) -> Peak:
+        """Return the peak since entering."""
+        snapshot = self._snapshot()
+        kind = {key: snapshot.get(key, 0) for key in ("Parameter", "Buffer", "Gradient", "Activation")}
+        # What the optimizer allocates in its step is filed under its state; only what it keeps is state.
+        in_optimizer = snapshot.get("Optstate", 0)
+        state = min(in_optimizer, self._state_bytes)
+        parts = {
+            "parameters": kind["Parameter"] + kind["Buffer"],
+            "gradients": kind["Gradient"],
+            "optimizer_state": state,
+            "activations": kind["Activation"],
+        }
+        parts["temporaries"] = snapshot.get("Total", 0) - sum(parts.values())
+        return Peak(snapshot.get("Total", 0), self.phase.highest_in, parts)
+
+    def _snapshot(self) -> dict[str, int]:
+        snapshots = self._tracker.get_tracker_snapshot("peak")
+        on_device = next((s for d, s in snapshots.items() if d.type == self._device.type), {})
+        return {getattr(key, "value", key): size for key, size in on_device.items()}
+
+
+class _TrackedLoss:
+    def __init__(self, loss_fn: LossFn, tracker: MemTracker) -> None:
+        self._loss_fn = loss_fn
+        self._tracker = tracker
+
+    def count(self, micro_batch: Any) -> Denominator | None:
+        return count(self._loss_fn, micro_batch)
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        self._tracker.reset_mod_stats()  # it refuses a second forward pass of a module otherwise
+        return self._loss_fn(model, tree_map_only(Tensor, torch.clone, micro_batch))
+
+
+class AllocatedWindow:
+    """Reads the accelerator's own counters around one window; used as TrackedWindow is."""
+
+    def __init__(
+        self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._device = device
+        self.phase = _PhaseWatch(self._read)
+
+    def __enter__(self) -> "AllocatedWindow":
+        torch.accelerator.synchronize(self._device)
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        torch.accelerator.synchronize(self._device)
+
+    def loss_fn(self, loss_fn: LossFn) -> LossFn:
+        """Return it as it is: the counters see everything."""
+        return loss_fn
+
+    def peak(self) -> Peak:
+        """Return the peak since entering."""
+        return Peak(self._read(), self.phase.highest_in, {})
+
+    def _read(self) -> int:
+        return torch.accelerator.max_memory_allocated(self._device)
+
+
+Meter = TrackedWindow | AllocatedWindow
+
+
+def has_counters(device: torch.device) -> bool:
+    """Whether the device counts its own peak."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.accelerator.max_memory_allocated(device)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    tensors = (t for state in optimizer.state.values() for t in state.values())
+    return sum(
+        t.untyped_storage().nbytes()
+        for t in tensors
+        if isinstance(t, Tensor) and t.device.type == device.type
+    )

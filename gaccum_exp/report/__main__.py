@@ -1,0 +1,79 @@
+"""`python -m gaccum_exp.report <sweep_id>`: read a sweep's runs back, compare, tabulate, draw.
+
+What `python -m gaccum_exp -m …` does at its end, for a sweep that has ended long ago.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from gaccum_exp.config import TrackingConfig
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.report.compare import Comparison, compare, write_csv
+from gaccum_exp.report.figures import draw
+from gaccum_exp.report.table import render, summary
+from gaccum_exp.tracking import Store
+from gaccum_exp.tracking_ui import experiment_tags, ui_lines
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Run the command line and return its exit status."""
+    default = TrackingConfig()
+    parser = argparse.ArgumentParser(prog="python -m gaccum_exp.report", description=__doc__)
+    parser.add_argument("sweep_id", help="as printed at the end of the sweep; the runs' tag")
+    parser.add_argument("--uri", default=default.uri, help="MLflow tracking URI (%(default)s)")
+    parser.add_argument("--experiment", default=default.experiment_name, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
+    arguments = parser.parse_args()
+    out = arguments.out or Path("reports") / arguments.sweep_id
+    try:
+        report_sweep(arguments.uri, arguments.experiment, arguments.sweep_id, out)
+    except BadInputError as error:
+        print(f"gaccum_exp.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report_sweep(uri: str, experiment_name: str, sweep_id: str, folder: Path) -> Comparison:
+    """Compare a stored sweep; print the table, write its files to `folder` and to MLflow.
+
+    Raises:
+        BadInputError: the store cannot be reached, or holds no such sweep.
+    """
+    store = Store(uri, experiment_name)
+    runs = store.sweep(sweep_id)
+    if not runs:
+        raise BadInputError(f"{sweep_id}: no such sweep in {experiment_name} at {uri}")
+    comparison = compare(runs, store.references(), store.weights)
+    if comparison.stored_runs:  # references from other sweeps: now their curves are needed as well
+        stored = [store.with_curves(run) for run in comparison.stored_runs]
+        comparison = compare(runs, stored, store.weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, runs, folder)]
+    store.write_report(sweep_id, files)
+    for key, value in experiment_tags(sweep_id).items():
+        store.set_experiment_tag(key, value)
+    _print(comparison, files, ui_lines(uri, store.experiment_id, sweep_id))
+    return comparison
+
+
+def _print(comparison: Comparison, files: list[Path], ui: list[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(render(comparison))
+    console.print(summary(comparison), highlight=False)
+    console.print()
+    for path in files:
+        if path.suffix != ".svg":  # each figure lies beside its PNG as SVG
+            console.print(f"  {path}", soft_wrap=True, highlight=False)
+    console.print("\nCompare in MLflow:", highlight=False)
+    for line in ui:
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

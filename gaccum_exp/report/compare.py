@@ -1,0 +1,265 @@
+"""Runs of a sweep -> one row per arm, measured against the arm's reference.
+
+    gap(k)   = |train loss of the arm − train loss of its reference| after optimizer step k
+    distance = ‖w − w_ref‖₂ / ‖w_ref‖₂ over all parameters at the end of training, in float64
+
+Ratios are taken only between like and like: peaks from the same memory source, step times on the
+same device with the same number of threads. What was not measured stays None, and is blank in the
+CSV file. No number here is a verdict: how large a gap rounding alone would make is not known here.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gaccum_exp.records import RunRecord
+from gaccum_exp.report.notes import other_notes, reference_notes
+from gaccum_exp.report.pairing import (
+    Group,
+    Source,
+    global_batch_of,
+    group_runs,
+    micro_batches_of,
+    steps_of,
+)
+from gaccum_exp.report.rows import ComparisonRow
+from gaccum_exp.report.swept import Swept, sort_key, swept_keys, swept_values
+
+Parameters = Mapping[str, torch.Tensor]
+WeightsOf = Callable[[str], Parameters | None]
+
+CSV_COLUMNS = (
+    # A contract: scripts rely on these names and on their order. New ones go below.
+    *("run_id", "role", "steps", "micro_batch_size", "global_batch_size", "reduction"),
+    *("train_loss", "eval_loss", "eval_accuracy", "max_loss_gap", "weight_distance"),
+    *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
+    *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
+    *("common_steps", "peak_phase", "memory_source", "device", "threads"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a sweep says: its arms' rows, the references borrowed from the store, and notes."""
+
+    rows: tuple[ComparisonRow, ...]
+    """A row per arm: group by group, the reference first, then by N."""
+    stored: tuple[ComparisonRow, ...] = ()
+    """Rows of the references that are no arm of the sweep; their `setting` is the group's."""
+    stored_runs: tuple[RunRecord, ...] = ()
+    """The runs behind `stored`, for drawing."""
+    reference_notes: tuple[str, ...] = ()
+    """What a reader of any table or figure must know: references that are not the sweep's own."""
+    other_notes: tuple[str, ...] = ()
+    """Uneven splits, numbers that were not compared, arms that did not finish."""
+
+    @property
+    def shown(self) -> tuple[ComparisonRow, ...]:
+        """What figures show: the borrowed references and the arms."""
+        return self.stored + self.rows
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All notes, a sentence each."""
+        return self.reference_notes + self.other_notes
+
+
+def compare(
+    runs: Sequence[RunRecord],
+    stored: Iterable[RunRecord] = (),
+    weights: WeightsOf = lambda run_id: None,
+) -> Comparison:
+    """Pair every arm with its reference and measure it.
+
+    Args:
+        runs: the arms of a sweep, finished or not, in any order.
+        stored: other runs of the store, among which a missing reference is looked for.
+        weights: gives a run's final parameters by name, on the CPU, or None where none are kept.
+            Called for finished arms that have a reference, and for the references.
+
+    Returns:
+        A row per arm in an order that does not depend on that of `runs`.
+    """
+    keys = swept_keys(runs)
+    groups = group_runs(runs, stored)
+    settings = {id(group): _setting(group, keys, groups) for group in groups}
+    groups.sort(key=lambda group: _group_order(group, settings[id(group)]))
+    rows: list[ComparisonRow] = []
+    stored_rows: list[ComparisonRow] = []
+    stored_runs: dict[str, RunRecord] = {}
+    for group in groups:
+        setting = settings[id(group)]
+        measured = [_row(arm, group, setting) for arm in group.arms]
+        measured = _with_distances(measured, group, weights)
+        rows += sorted(measured, key=lambda row: row.role not in ("reference", "stand-in"))
+        if group.source is Source.STORED and group.reference is not None:
+            stored_rows.append(_row(group.reference, group, setting))
+            stored_runs[group.reference.run_id] = group.reference
+    labelled = [(group, settings[id(group)]) for group in groups]
+    return Comparison(
+        tuple(rows),
+        tuple(stored_rows),
+        tuple(stored_runs.values()),
+        reference_notes(labelled),
+        other_notes(labelled),
+    )
+
+
+def largest_loss_gap(run: RunRecord, reference: RunRecord) -> tuple[float | None, int]:
+    """Return the largest |train loss − reference's| over the steps that both have, and their number.
+
+    NaN when a difference is NaN (a loss of NaN, or both infinite); None when no step is shared.
+    """
+    steps, gaps = loss_gaps(run, reference)
+    return (float(np.max(gaps)) if steps.size else None), int(steps.size)
+
+
+def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Return the optimizer steps that both runs have, ascending, and |train loss difference|.
+
+    Returns:
+        steps: (shared steps,) int64; gaps: (shared steps,) float64.
+    """
+    ours, theirs = _losses(run), _losses(reference)
+    steps = np.array(sorted(ours.keys() & theirs.keys()), dtype=np.int64)
+    with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
+        gaps = np.array([np.float64(ours[int(k)]) - theirs[int(k)] for k in steps], dtype=float)
+    return steps, np.abs(gaps)
+
+
+def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
+    """Return ‖w − w_ref‖₂ / ‖w_ref‖₂ over all parameters, accumulated in float64.
+
+    None when names or shapes differ: the two are not the same model. From a reference of zero
+    norm the distance is 0 or infinite.
+    """
+    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
+        return None
+    difference = _norm(ours[name].double() - theirs[name].double() for name in theirs)
+    norm = _norm(tensor.double() for tensor in theirs.values())
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / norm
+
+
+def write_csv(comparison: Comparison, path: Path) -> Path:
+    """Write a row per arm under `CSV_COLUMNS`, floats in full precision, unknown values blank."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        for row in comparison.rows:
+            writer.writerow([getattr(row, column) for column in CSV_COLUMNS])
+    return path
+
+
+def _setting(group: Group, keys: Mapping[str, str], groups: Sequence[Group]) -> Swept:
+    """What sets the group apart; its global batch too, where that was swept on its own."""
+    swept = swept_values(group.arms[0], keys)
+    batches = {global_batch_of(other.arms[0]) for other in groups}
+    if len(batches) > 1 and not any(other.n_multiplies for other in groups):
+        swept += (("global batch", str(global_batch_of(group.arms[0]))),)
+    return Swept(group.arms[0].params.get("accum.reduction"), swept)
+
+
+def _group_order(group: Group, setting: Swept) -> tuple[object, ...]:
+    # The id of the first arm settles ties, so that the order of the input never shows.
+    first = group.arms[0]
+    return (sort_key(setting), global_batch_of(first) or 0, first.run_id)
+
+
+def _row(run: RunRecord, group: Group, setting: Swept) -> ComparisonRow:
+    reference = group.reference
+    micro = micro_batches_of(run)
+    gap, common = largest_loss_gap(run, reference) if reference else (None, 0)
+    peak_bytes, step_s = _measured(run, "memory/peak_bytes"), _measured(run, "time/step_s")
+    return ComparisonRow(
+        run_id=run.run_id,
+        role=_role(run, group),
+        steps=steps_of(run),
+        micro_batch_size=micro[0] if micro else None,
+        global_batch_size=global_batch_of(run),
+        reduction=run.params.get("accum.reduction"),
+        train_loss=_last(run, "train/loss"),
+        eval_loss=_last(run, "eval/loss"),
+        eval_accuracy=_last(run, "eval/accuracy"),
+        max_loss_gap=gap,
+        weight_distance=0.0 if reference is not None and run is reference else None,
+        peak_bytes=None if peak_bytes is None else int(peak_bytes),
+        peak_ratio=_ratio(run, reference, "memory/peak_bytes", like=("memory.source",)),
+        step_s=step_s,
+        step_ratio=_ratio(run, reference, "time/step_s", like=("device", "threads")),
+        name=run.name,
+        status=run.status,
+        failure=run.tags.get("failure"),
+        setting=setting,
+        reference_run_id=reference.run_id if reference else None,
+        reference_source=group.source.value,
+        common_steps=common,
+        micro_batch_sizes=micro,
+        peak_phase=run.tags.get("memory.peak_phase"),
+        memory_source=run.tags.get("memory.source"),
+        device=run.tags.get("device"),
+        threads=run.tags.get("threads"),
+    )
+
+
+def _role(run: RunRecord, group: Group) -> str:
+    """`reference` for the run the group is compared with, and for no other, whatever its N."""
+    if group.reference is None or run.run_id != group.reference.run_id:
+        return "candidate"
+    names = {Source.STAND_IN: "stand-in", Source.STORED: "stored reference"}
+    return names.get(group.source, "reference")
+
+
+def _with_distances(
+    rows: Sequence[ComparisonRow], group: Group, weights: WeightsOf
+) -> list[ComparisonRow]:
+    """Fill in the weight distance of arms that trained to the end, one arm in memory at a time."""
+    compared = [row for row in rows if row.status == "FINISHED" and row.role == "candidate"]
+    theirs = weights(group.reference.run_id) if group.reference and compared else None
+    if theirs is None:
+        return list(rows)
+    filled = []
+    for row in rows:
+        ours = weights(row.run_id) if row in compared else None
+        filled.append(row if ours is None else row.at_distance(weight_distance(ours, theirs)))
+    return filled
+
+
+def _ratio(
+    run: RunRecord, reference: RunRecord | None, metric: str, like: tuple[str, ...]
+) -> float | None:
+    if reference is None:
+        return None
+    alike = all(run.tags.get(tag) and run.tags[tag] == reference.tags.get(tag) for tag in like)
+    if not alike and run is not reference:
+        return None
+    ours, theirs = _measured(run, metric), _measured(reference, metric)
+    return ours / theirs if ours is not None and theirs else None
+
+
+def _measured(run: RunRecord, metric: str) -> float | None:
+    """Return a cost; one that is not finite was not measured."""
+    value = run.metrics.get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _last(run: RunRecord, metric: str) -> float | None:
+    if metric in run.metrics:
+        return run.metrics[metric]
+    curve = run.curves.get(metric)
+    return curve.values[-1] if curve and curve.values else None
+
+
+def _losses(run: RunRecord) -> dict[int, float]:
+    curve = run.curves.get("train/loss")
+    return dict(zip(curve.steps, curve.values, strict=True)) if curve else {}
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))

@@ -1,0 +1,181 @@
+"""Loss curves overlaid, and their differences to the reference on a log axis."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from gaccum_exp.records import RunRecord
+from gaccum_exp.report.compare import Comparison, loss_gaps
+from gaccum_exp.report.panels import Panel, Sheet, label_steps, panels_of, subject
+from gaccum_exp.report.rows import ComparisonRow
+
+# Distinct without colour: the pair repeats only after 4 × 7 values of N.
+_DASHES = ((0, ()), (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS_PER_CURVE = 9
+_MOST_DECADE_TICKS = 7
+_MOST_UNCROWDED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    color: tuple[float, float, float, float]
+    dashes: tuple[float, tuple[float, ...]]
+    marker: str
+    crowded: bool
+    phase: float
+    """Where along the curve its first marker sits: coinciding curves must not hide each other."""
+
+    def line(self, row: ComparisonRow | None, points: int) -> dict[str, Any]:
+        """Return the properties of a line; the reference's is broad, to be seen under the others."""
+        broad = row is not None and row.is_reference
+        stride = max(1, points // _MARKERS_PER_CURVE)
+        return {
+            "color": self.color,
+            "linestyle": self.dashes,
+            "marker": self.marker,
+            "markersize": 3 if self.crowded else 4,
+            "markerfacecolor": "white",
+            "markevery": (int(self.phase * stride), stride) if points > stride else 1,
+            "linewidth": 3.5 if broad else 0.9 if self.crowded else 1.3,
+            "alpha": 0.55 if broad else 1.0,
+            "zorder": 2 if broad else 3,
+            "gid": row.run_id if row is not None else None,
+        }
+
+
+def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
+    """Draw every arm's train loss, and below it |difference to the reference|, both per step.
+
+    The lines carry the run's id as `gid`. `runs` must hold the stored references too.
+    """
+    panels = panels_of(comparison)
+    styles = _styles(panels)
+    handles = [
+        Line2D([], [], label=label_steps(steps, panels), **_legend_line(style, steps, panels))
+        for steps, style in styles.items()
+    ]
+    sheet = Sheet(
+        f"Train loss: {subject(list(runs.values()), comparison.shown)}",
+        panels,
+        level_heights=(2.6, 1.7 if len(styles) <= _MOST_UNCROWDED else 3.4),
+        panel_width=7.0 if len(panels) == 1 else 4.2,
+        legend=handles,
+        notes=comparison.reference_notes,
+    )
+    gaps: list[np.ndarray] = []
+    for panel, top, bottom in zip(panels, *sheet.axes, strict=True):
+        for row in sorted(panel.rows, key=lambda row: not row.is_reference):
+            style = styles[row.steps or 0]
+            _draw_loss(top, row, runs[row.run_id], style)
+            gaps.append(_draw_gap(bottom, row, runs, style))
+        bottom.set_xlabel("optimizer step", fontsize=9)
+        bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _scale_losses(sheet.axes[0], comparison, runs)
+    _scale_gaps(sheet.axes[1], np.concatenate([*gaps, np.empty(0)]))
+    return sheet.figure
+
+
+def _styles(panels: Sequence[Panel]) -> dict[int, _Style]:
+    """Return a style per N: dark to light with growing N, so that print keeps the order."""
+    every = sorted({steps for panel in panels for steps in panel.steps})
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(every), 2)))
+    return {
+        steps: _Style(
+            tuple(colors[index]),
+            _DASHES[index % len(_DASHES)],
+            _MARKERS[index % len(_MARKERS)],
+            len(every) > _MOST_UNCROWDED,
+            (index * 0.381966) % 1.0,  # the golden section spreads any number of phases
+        )
+        for index, steps in enumerate(every)
+    }
+
+
+def _legend_line(style: _Style, steps: int, panels: Sequence[Panel]) -> dict[str, Any]:
+    rows = [row for panel in panels for row in panel.at(steps)]
+    broad = next((row for row in rows if row.is_reference), None)
+    return {**style.line(broad, 0), "gid": None}
+
+
+def _draw_loss(axes: Axes, row: ComparisonRow, run: RunRecord, style: _Style) -> None:
+    curve = run.curves.get("train/loss")
+    steps = curve.steps if curve else ()
+    # Matplotlib breaks a line where a value is not finite.
+    axes.plot(steps, curve.values if curve else (), **style.line(row, len(steps)))
+
+
+def _draw_gap(
+    axes: Axes, row: ComparisonRow, runs: Mapping[str, RunRecord], style: _Style
+) -> np.ndarray:
+    """Draw one arm's difference to its reference; the reference's own is zero and left out."""
+    if row.is_reference or row.reference_run_id is None:
+        return np.empty(0)
+    steps, gaps = loss_gaps(runs[row.run_id], runs[row.reference_run_id])
+    axes.plot(steps, gaps, **style.line(row, len(steps)))
+    return gaps
+
+
+def _scale_losses(
+    all_axes: Sequence[Axes], comparison: Comparison, runs: Mapping[str, RunRecord]
+) -> None:
+    """Label the loss axes; a log scale where one arm's loss would flatten the others'."""
+    values = [
+        value
+        for row in comparison.shown
+        if (curve := runs[row.run_id].curves.get("train/loss"))
+        for value in curve.values
+        if math.isfinite(value)
+    ]
+    if values and min(values) > 0 and max(values) > 100 * min(values):
+        all_axes[0].set_yscale("log")
+    all_axes[0].set_ylabel("train loss", fontsize=9)
+    if not values:
+        _say_empty(all_axes, "no arm recorded a train loss")
+
+
+def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
+    """Put the differences on a log axis that has a place for zero.
+
+    Below the smallest decade that occurs the axis is linear and ends in 0.
+    """
+    first = all_axes[0]
+    first.set_ylabel("|difference to\nthe reference|", fontsize=9)
+    finite = gaps[np.isfinite(gaps)]
+    positive = finite[finite > 0]
+    if not positive.size:
+        first.set_ylim(-0.1, 1.0)
+        first.yaxis.set_major_locator(FixedLocator([0.0] if finite.size else []))
+        words = "no difference at any step" if finite.size else "nothing to compare"
+        _say_empty(all_axes, words)
+        return
+    low, high = math.floor(np.log10(positive.min())), math.ceil(np.log10(positive.max()))
+    high = max(high, low + 1)
+    decades = range(low, high + 1, -(-(high - low) // _MOST_DECADE_TICKS))
+    ticks, names = [10.0**k for k in decades], [f"$10^{{{k}}}$" for k in decades]
+    if positive.size < finite.size:
+        # The linear part takes an eighth of the axis, so that the labels 0 and 10^low stay apart.
+        first.set_yscale("symlog", linthresh=10.0**low, linscale=max(0.5, (high - low) / 8))
+        first.set_ylim(-0.3 * 10.0**low, 10.0**high)
+        ticks, names = [0.0, *ticks], ["0", *names]
+    else:
+        first.set_yscale("log")
+        first.set_ylim(10.0**low, 10.0**high)
+    for axes in all_axes:
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_major_formatter(FixedFormatter(names))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+
+
+def _say_empty(all_axes: Sequence[Axes], words: str) -> None:
+    for axes in all_axes:
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", fontsize=9, alpha=0.7)

@@ -1,0 +1,115 @@
+"""The comparison as a terminal table, and in one or two sentences."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.rows import ComparisonRow
+from gaccum_exp.report.summary import summary
+from gaccum_exp.report.wording import (
+    MISSING,
+    say_bytes,
+    say_gap,
+    say_loss,
+    say_micro_batches,
+    say_ratio,
+    say_seconds,
+)
+
+__all__ = ["render", "summary"]
+
+_MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
+_LEGEND = {
+    "*": "the reference: one pass over the same global batch",
+    "†": "a stand-in for the missing one-pass reference",
+    "‡": "the reference, a stored run of another sweep",
+    "!": "not finished",
+}
+
+_REDUCTION, _VARIED = "\nreduction", "also\nvaried"
+
+Column = tuple[str, Callable[[ComparisonRow], str]]
+
+_MEASURED: tuple[Column, ...] = (
+    ("train\nloss", lambda row: say_loss(row.train_loss)),
+    ("eval\nloss", lambda row: say_loss(row.eval_loss)),
+    ("eval\nacc.", lambda row: say_loss(row.eval_accuracy)),
+    ("largest\nloss gap", lambda row: say_gap(row.max_loss_gap)),
+    ("weight\ndistance", lambda row: say_gap(row.weight_distance)),
+    ("peak\nmemory", lambda row: say_bytes(row.peak_bytes)),
+    ("\nratio", lambda row: say_ratio(row.peak_ratio)),
+    ("step\ntime", lambda row: say_seconds(row.step_s)),
+    ("\nratio", lambda row: say_ratio(row.step_ratio)),
+)
+
+
+def render(comparison: Comparison) -> Table:
+    """Return the comparison as a table of up to 100 columns' width, its notes underneath.
+
+    Gap, distance and ratios are against the reference that is marked in the N column; a rule
+    separates groups that have different ones.
+    """
+    rows = _shown(comparison)
+    columns = _columns(rows)
+    table = Table(
+        title="Every arm against its reference",
+        caption=_caption(rows, comparison.notes),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        header_style="bold",
+    )
+    for header, _ in columns:
+        # Numbers are never cut; what else was swept may take several lines.
+        table.add_column(
+            Text(header),
+            justify="left" if header in (_VARIED, _REDUCTION) else "right",
+            no_wrap=header != _VARIED,
+            overflow="fold",
+        )
+    for row, after in [*pairwise(rows), *((row, None) for row in rows[-1:])]:
+        ends = after is not None and after.setting != row.setting
+        style = "bold" if row.is_reference else "dim" if not row.finished else None
+        table.add_row(*(Text(say(row)) for _, say in columns), end_section=ends, style=style)
+    return table
+
+
+def _shown(comparison: Comparison) -> list[ComparisonRow]:
+    """Return the arms' rows, each group's stored reference in front of it."""
+    stored = {row.setting: row for row in comparison.stored}
+    shown: list[ComparisonRow] = []
+    for row in comparison.rows:
+        borrowed = stored.pop(row.setting, None)
+        shown += [row] if borrowed is None else [borrowed, row]
+    return shown
+
+
+def _columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+    """Return the columns that say something: what is the same for all arms takes no room."""
+    columns: list[Column] = [("N", _say_n), ("micro-\nbatch", say_micro_batches)]
+    said_elsewhere = any("global batch" in dict(row.setting.values) for row in rows)
+    if len({row.global_batch_size for row in rows}) > 1 and not said_elsewhere:
+        columns.append(("global\nbatch", lambda row: str(row.global_batch_size or MISSING)))
+    columns.append((_REDUCTION, lambda row: row.reduction or MISSING))
+    if any(row.differs for row in rows):
+        columns.append((_VARIED, lambda row: row.differs or MISSING))
+    return [*columns, *_MEASURED]
+
+
+def _mark(row: ComparisonRow) -> str:
+    return _MARKS.get(row.role, "") or ("" if row.finished else "!")
+
+
+def _say_n(row: ComparisonRow) -> str:
+    return f"{MISSING if row.steps is None else row.steps}{_mark(row) or ' '}"
+
+
+def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
+    marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
+    legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
+    return Text("\n".join([*([legend] if legend else []), *(f"- {note}" for note in notes)]))

@@ -1,0 +1,181 @@
+"""The training loop: one window, one optimizer step, measured."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gaccum_exp import metrics
+from gaccum_exp.clock import WindowClock
+from gaccum_exp.core.accumulate import WindowLoss, accumulate_gradients
+from gaccum_exp.core.feed import Window, windows
+from gaccum_exp.core.gradients import gradient_norm
+from gaccum_exp.core.seeding import derive_seed, seed_model
+from gaccum_exp.evaluate import evaluate
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.memory.peak import (
+    FORWARD_BACKWARD,
+    OPTIMIZER_STEP,
+    AllocatedWindow,
+    Meter,
+    Peak,
+    TrackedWindow,
+    has_counters,
+)
+from gaccum_exp.metrics import Sink
+from gaccum_exp.progress import Progress
+
+Phase = Callable[[str], AbstractContextManager[None]]
+MEASURED_WINDOW = 2
+"""Windows before the one whose memory is measured: the optimizer's state is made in the first."""
+
+
+def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
+    """Train to the end; everything measured goes to the sink.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite; the curve up to there is delivered.
+    """
+    settings, total = experiment.settings, experiment.total_steps
+    evaluate_every = settings.train.eval_every_steps or experiment.plan.steps_per_epoch
+    clock = WindowClock(experiment.device)
+    meters = _memory_meters(experiment)
+    peaks: list[Peak] = []
+    feed = training_windows(experiment)
+    empty_windows = 0
+    for step in range(1, total + 1):
+        if step - 1 in meters:
+            values, peak = measured_step(experiment, next(feed), step - 1, meters[step - 1])
+            peaks.append(peak)
+        else:
+            with clock.window():
+                values = train_step(experiment, next(feed), step - 1)
+        empty_windows += not values
+        sink.record(step, values)
+        if experiment.eval_data is not None and (step % evaluate_every == 0 or step == total):
+            sink.record(step, evaluate(experiment))
+        if sink.due or step == total:
+            progress.note(sink.deliver())
+        progress.advance(step)
+    if empty_windows:
+        sink.record(total, {metrics.EMPTY_WINDOWS: empty_windows})
+    _record_time(sink, experiment, clock)
+    _record_memory(sink, total, peaks)
+    sink.deliver()
+
+
+def train_step(
+    experiment: Experiment, window: Window, global_step: int, phase: Phase = lambda _: nullcontext()
+) -> dict[str, float | Tensor]:
+    """Take one optimizer step on one window.
+
+    Args:
+        experiment: its model, optimizer and schedule move on by one step.
+        window: the micro-batches, on the host.
+        global_step: windows before this one; seeds what the model draws.
+        phase: entered around the passes and around the step, for whoever measures them.
+
+    Returns:
+        The metrics of this step, as tensors where reading them would wait for the device; empty where
+        nothing in the window counted, and then no step was taken.
+    """
+    optimizer = experiment.optimizer
+    norms: list[Tensor] = []
+    losses: list[WindowLoss] = []
+
+    def window_gradient() -> Tensor:
+        seed_model(derive_seed(experiment.settings.seed, "model", global_step), experiment.device)
+        optimizer.zero_grad()
+        loss = accumulate_gradients(
+            experiment.model,
+            experiment.loss_fn,
+            window,
+            reduction=experiment.settings.accum.reduction,  # type: ignore[arg-type]  # validated
+            sum_divisor=experiment.sum_divisor,
+        )
+        losses.append(loss)
+        norms.append(gradient_norm(experiment.parameters))
+        return loss.loss_sum / loss.denominator if _counts(loss) else loss.loss_sum
+
+    rate = optimizer.param_groups[0]["lr"]
+    if _needs_closure(optimizer):
+        # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as a tensor too.
+        optimizer.step(window_gradient)  # type: ignore[arg-type]
+    else:
+        with phase(FORWARD_BACKWARD):
+            window_gradient()
+        if not _counts(losses[0]):
+            return {}
+        with phase(OPTIMIZER_STEP):
+            optimizer.step()
+    if experiment.scheduler is not None:
+        experiment.scheduler.step()
+    return {
+        metrics.TRAIN_LOSS: losses[0].loss_sum / losses[0].denominator,
+        metrics.LEARNING_RATE: rate,
+        metrics.GRADIENT_NORM: norms[0],
+    }
+
+
+def measured_step(
+    experiment: Experiment, window: Window, global_step: int, kind: type[Meter]
+) -> tuple[dict[str, float | Tensor], Peak]:
+    """Take the same step while a meter follows its memory."""
+    with kind(experiment.modules, experiment.optimizer, experiment.device) as meter:
+        watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
+        values = train_step(watched, window, global_step, meter.phase)
+    return values, meter.peak()
+
+
+def training_windows(experiment: Experiment) -> Iterator[Window]:
+    """Yield the windows of the whole training, in order."""
+    return windows(
+        experiment.train_data,
+        experiment.plan,
+        steps=experiment.settings.steps,
+        global_steps=range(experiment.total_steps),
+        workers=experiment.settings.data.workers,
+        pin=experiment.device.type != "cpu",
+    )
+
+
+def _memory_meters(experiment: Experiment) -> dict[int, type[Meter]]:
+    """Which windows to measure, and with what: the device's own counters first where it has them."""
+    kinds: list[type[Meter]] = [TrackedWindow]
+    if has_counters(experiment.device):
+        kinds.insert(0, AllocatedWindow)
+    first = max(0, min(MEASURED_WINDOW, experiment.total_steps - len(kinds)))
+    return dict(zip(range(first, experiment.total_steps), kinds, strict=False))
+
+
+def _record_time(sink: Sink, experiment: Experiment, clock: WindowClock) -> None:
+    step_s = clock.step_time_s()
+    if step_s is not None:
+        samples = experiment.plan.mean_window_size
+        values = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: samples / step_s}
+        sink.record(experiment.total_steps, values)
+
+
+def _record_memory(sink: Sink, step: int, peaks: list[Peak]) -> None:
+    """The first peak is the one to compare; the split is the tracker's, recorded beside it."""
+    tracked = next((peak for peak in peaks if peak.parts), None)
+    values: dict[str, float] = {metrics.PEAK_BYTES: peaks[0].bytes}
+    if tracked is not None:
+        values[metrics.TRACKED_PEAK_BYTES] = tracked.bytes
+        values |= {f"memory/{part}_bytes": size for part, size in tracked.parts.items()}
+    sink.record(step, values)
+    source = "tracker" if peaks[0].parts else "allocator"
+    sink.describe({"memory.peak_phase": peaks[0].phase, "memory.source": source})
+
+
+def _counts(loss: WindowLoss) -> bool:
+    """Whether anything in the window counted. A count on a device is not waited for."""
+    return isinstance(loss.denominator, Tensor) or loss.denominator != 0
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,0 +1,60 @@
+"""Every model block composes from its YAML file and builds for the data it is given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+CONF = Path(__file__).parents[2] / "conf"
+BUILT_IN = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
+
+
+def composed(block: str, *overrides: str) -> DictConfig:
+    """Compose one file of the group `model` with overrides from a command line."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        node = compose(f"model/{block}", overrides=list(overrides)).model
+    assert isinstance(node, DictConfig)
+    return node
+
+
+class Net(nn.Linear):
+    """A stranger's model."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, 2)
+
+
+@pytest.mark.parametrize("block", BUILT_IN)
+def test_every_block_composes_and_builds(block: str) -> None:
+    """Filled in with the shape and the classes of the data, each file gives logits."""
+    node = composed(block)
+    assert node.input_shape is None
+    assert node.num_classes is None
+    model = instantiate(node, input_shape=[1, 8, 8], num_classes=5)
+    assert isinstance(model, nn.Module)
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("block", BUILT_IN)
+def test_every_argument_is_a_key_with_the_same_default(block: str) -> None:
+    """The YAML file shows every argument that there is, so that none is hidden in the code."""
+    node = composed(block)
+    model_class = type(instantiate(node, input_shape=[1, 8, 8], num_classes=5))
+    code = model_class.__init__
+    names = code.__code__.co_varnames[1 : code.__code__.co_argcount]
+    assert set(names) == set(node) - {"_target_"}
+    given = OmegaConf.to_container(node)
+    assert isinstance(given, dict)
+    defaults = dict(zip(reversed(names), reversed(code.__defaults__ or ()), strict=False))
+    for name, default in defaults.items():
+        assert given[name] == (list(default) if isinstance(default, tuple) else default), name
+
+
+def test_strangers_model_is_used_by_its_target() -> None:
+    """model=custom takes a target and the arguments added to it."""
+    node = composed("custom", f"model._target_={__name__}.Net", "+model.hidden=3")
+    assert instantiate(node)(torch.randn(4, 3)).shape == (4, 2)

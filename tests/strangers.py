@@ -1,0 +1,62 @@
+"""A stranger's package: a model and data sets that know nothing of gaccum_exp."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Net(nn.Module):
+    """A float64 classifier of points in the plane."""
+
+    def __init__(self, hidden: int = 6, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, hidden), nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden, 3)
+        ).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return self.layers(x)
+
+
+class Points(Dataset[tuple[Tensor, int]]):
+    """Points in the plane with a label; `noise` is drawn anew at every fetch, as augmentation is."""
+
+    def __init__(self, samples: int = 24, seed: int = 0, noise: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(3, (samples,), generator=generator).tolist()
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index] + self.noise * torch.randn(2, dtype=torch.float64), self.y[index]
+
+
+class Ignored(Points):
+    """Labels of which every second one is -100: they do not count."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, y = super().__getitem__(index)
+        return x, -100 if index % 2 else y
+
+
+class Diverging(Net):
+    """Its output becomes NaN at the fourth training pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(x) * (float("nan") if self.passes >= 4 else 1.0)
+
+
+def count_labels(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A stranger's loss function, whose denominator is known only after the forward pass."""
+    x, y = micro_batch
+    loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+    return loss, (y != -100).sum()

@@ -1,0 +1,59 @@
+"""What several tests need: compose a configuration, train without a store."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from gaccum_exp import config
+from gaccum_exp.build import build
+from gaccum_exp.config import Settings
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.metrics import Point, Sink
+from gaccum_exp.progress import Progress
+from gaccum_exp.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu")
+STRANGER = (
+    "model=custom",
+    "model._target_=tests.strangers.Net",
+    "data=custom",
+    "data.train._target_=tests.strangers.Points",
+    "runtime.device=cpu",
+)
+
+
+def settings(*overrides: str) -> Settings:
+    """Compose and validate as the command line does."""
+    config.register()
+    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+        return config.validate(compose("config", list(overrides)))
+
+
+class Collected(Sink):
+    """Keeps what it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[Point] = []
+        self.tags: dict[str, str] = {}
+
+    def send(self, points: list[Point]) -> None:
+        """Keep them."""
+        self.points += points
+
+    def describe(self, tags: dict[str, str]) -> None:  # type: ignore[override]
+        """Keep them."""
+        self.tags |= tags
+
+    def curve(self, metric: str) -> list[float]:
+        """Return a metric's values in order."""
+        return [p.values[metric] for p in self.points if metric in p.values]
+
+
+def trained(*overrides: str) -> tuple[Experiment, Collected]:
+    """Train to the end; return what was built and what was recorded."""
+    experiment, sink = build(settings(*overrides)), Collected()
+    with Progress("test", experiment.total_steps) as progress:
+        train(experiment, sink, progress)
+    return experiment, sink
