@@ -23,13 +23,12 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import device_tags, environment_tags
+from gaccum_exp.sweep import SWEPT_KEYS
 from gaccum_exp.tracking import MlflowSink, Store
 from gaccum_exp.train import train
 
 log = logging.getLogger(__name__)
 OUTCOME = "arm.json"
-SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
-"""Environment variable: the keys that a sweep varies, comma-separated, for the names of its runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,9 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
 def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
     """Record an arm of a sweep whose configuration cannot be used, as FAILED with the reason."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    name = " · ".join(HydraConfig.get().overrides.task)
+    swept = os.environ.get(SWEPT_KEYS, "").split(",")
+    task = HydraConfig.get().overrides.task
+    name = " · ".join(o for o in task if o.partition("=")[0].lstrip("+") in swept) or " · ".join(task)
     log.error("%s failed: %s", name, error)
     outcome = Outcome(str(cfg.sweep_id), name, "FAILED", str(error), bad_input=True)
     outcome.write(folder)
@@ -101,7 +102,7 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
 def run_name(settings: Settings) -> str:
     """Say what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
     size = f"micro {settings.data.micro_batch_size}"
-    parts = [f"N={settings.steps}", size, settings.accum.reduction]
+    parts = [f"N={settings.accum_steps}", size, settings.accum.reduction]
     named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
     values = settings.flat() | dict(HydraConfig.get().runtime.choices)
     swept = os.environ.get(SWEPT_KEYS, "").split(",")
@@ -123,12 +124,12 @@ def _train(settings: Settings, name: str, sink: MlflowSink, folder: Path) -> flo
 
 
 def _tags(settings: Settings) -> dict[str, str]:
-    sizes = split_sizes(settings.data.global_batch_size, settings.steps)
+    sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
     spelled = ", ".join(map(str, sizes)) if len(sizes) <= 64 else f"{sizes[0]} … {sizes[-1]}"
     return {
         "sweep_id": settings.sweep_id,
         "kind": "arm",
-        "role": "reference" if settings.steps == 1 else "candidate",
+        "role": "reference" if settings.accum_steps == 1 else "candidate",
         "micro_batch_sizes": spelled,
         "overrides": " ".join(HydraConfig.get().overrides.task),
         **{f"choice.{k}": str(v) for k, v in HydraConfig.get().runtime.choices.items() if "/" not in k},

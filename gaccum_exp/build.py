@@ -10,21 +10,24 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import hydra
 import torch
 from hydra.errors import InstantiationException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from gaccum_exp.config import Settings
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.loss import CriterionLoss, LossFn, OnDevice, count
+from gaccum_exp.core.loss import CriterionLoss, LossFn, OnDevice, count, split_pair, to_device
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.evaluate import evaluation_mode
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.records import DatasetRecord
 
@@ -39,8 +42,11 @@ def build(settings: Settings) -> Experiment:
         BadInputError: anything in the configuration that does not lead to a runnable experiment.
     """
     device = prepare_runtime(settings)
-    train_data = _dataset("data.train", settings.data.train)
-    eval_data = None if settings.data.eval is None else _dataset("data.eval", settings.data.eval)
+    seed = settings.seed
+    train_data = _dataset("data.train", settings.data.train, seed)
+    eval_data = None
+    if settings.data.eval is not None:
+        eval_data = _dataset("data.eval", settings.data.eval, seed)
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style
         settings.data.global_batch_size,
@@ -48,15 +54,16 @@ def build(settings: Settings) -> Experiment:
         settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
     )
     total_steps = _total_steps(settings, plan)
-    seed_host(derive_seed(settings.seed, "weights"))
     model = _model(settings, train_data).to(device)
-    criterion_loss, loss_fn = _loss(settings, device)
+    criterion_loss, loss_fn = _loss(settings, model, device)
+    if criterion_loss is not None:
+        _try_first_samples(model, criterion_loss, train_data, plan, device)
     modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
     parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
     if not parameters:
         raise BadInputError("model: it has no parameter that requires a gradient")
     optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
-    on_device = OnDevice(loss_fn, device)
+    on_device = loss_fn if device.type == "cpu" else OnDevice(loss_fn, device)
     scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
     return Experiment(
         model=model,
@@ -142,38 +149,77 @@ def nominal_denominator(
     """
     samples = len(plan.indices(0))
     # One sample at a time where the model must run, so that this never needs more memory than training.
-    window = next(windows(train_data, plan, steps=samples, global_steps=range(1)))
+    window = next(windows(train_data, plan, accum_steps=samples, global_steps=range(1)))
     counts = [count(loss_fn, micro_batch) for micro_batch in window]
     if any(n is None for n in counts):
         model = copy.deepcopy(model).eval()
         with torch.no_grad():
             counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
-    return float(sum(counts)) * plan.global_batch_size / samples  # type: ignore[arg-type]
+    nominal = float(sum(counts)) * plan.global_batch_size / samples  # type: ignore[arg-type]
+    if nominal == 0:
+        raise BadInputError(
+            "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
+            "use accum.sum_scale=none or accum.reduction=global_mean"
+        )
+    return nominal
 
 
 def _total_steps(settings: Settings, plan: WindowPlan) -> int:
     length, n, size = settings.train, plan.samples, plan.global_batch_size
     if n < size:
         log.warning(
-            "data.train holds %d samples, fewer than data.global_batch_size=%d: "
-            "accum.partial_window=%s makes each window of what there is",
-            n, size, plan.partial_window,
+            "data.train holds %d samples, fewer than data.global_batch_size=%d: a window holds %s",
+            n, size, "several epochs" if plan.partial_window == "carry" else "one epoch",
         )  # fmt: skip
-    if length.steps is not None:
-        return length.steps
-    total = plan.steps_in(epochs=length.epochs, samples=length.samples)
+    total = length.steps or plan.steps_in(epochs=length.epochs, samples=length.samples)
     if total == 0:
         asked = f"{length.epochs} epochs" if length.epochs else f"{length.samples} samples"
         raise BadInputError(
             f"{asked} of data.train ({n} samples) hold no whole window of data.global_batch_size={size}"
         )
-    left = (length.epochs or 0) * n - total * size
+    left = -total * size % n
     if plan.partial_window == "carry" and left > 0:
-        log.warning("accum.partial_window=carry: %d samples are left at the end of training", left)
+        log.warning("accum.partial_window=carry: %d samples are left of the last epoch", left)
     return total
 
 
-def _dataset(key: str, node: Mapping[str, Any]) -> Dataset[Any]:
+def _try_first_samples(
+    model: nn.Module,
+    loss: CriterionLoss,
+    train_data: Dataset[Any],
+    plan: WindowPlan,
+    device: torch.device,
+) -> None:
+    """Let model and criterion meet two samples: what does not fit is said now, and with its shapes.
+
+    It also makes a model's lazy parameters, and inspects a criterion of which nothing is known.
+    """
+    two = replace(plan, global_batch_size=min(2, plan.samples), partial_window="exact")
+    ((micro_batch,),) = windows(train_data, two, accum_steps=1, global_steps=range(1))
+    outputs: Any = None
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            inputs, targets = split_pair(to_device(micro_batch, device))
+            outputs = model(inputs)
+            loss.of_outputs(outputs, targets)
+    except BadInputError:
+        raise
+    except Exception as error:  # a stranger's model or criterion fails in its own way
+        shapes = tree_map(
+            lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, (micro_batch, outputs)
+        )
+        first = (str(error).splitlines() or [""])[0]
+        given = f"the first samples {shapes[0]}" + (
+            "" if outputs is None else f", the output {shapes[1]}"
+        )
+        raise BadInputError(
+            f"{'model' if outputs is None else 'criterion'}: fails on {given}: "
+            f"{type(error).__name__}: {first}"
+        ) from error
+
+
+def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
+    seed_host(derive_seed(seed, key))  # data may be drawn when the set is made: the same for every arm
     dataset = _instantiate(key, node)
     if isinstance(dataset, IterableDataset) or not all(
         hasattr(dataset, method) for method in ("__len__", "__getitem__")
@@ -190,10 +236,21 @@ def _dataset(key: str, node: Mapping[str, Any]) -> Dataset[Any]:
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     node = dict(settings.model)
     if "input_shape" in node and node["input_shape"] is None:
-        node["input_shape"] = list(train_data[0][0].shape)
+        node["input_shape"] = _input_shape(train_data)
     if "num_classes" in node and node["num_classes"] is None:
         node["num_classes"] = _number_of_classes(train_data)
+    seed_host(derive_seed(settings.seed, "weights"))
     return _checked("model", node, nn.Module)  # type: ignore[no-any-return]
+
+
+def _input_shape(dataset: Dataset[Any]) -> list[int]:
+    try:
+        return list(dataset[0][0].shape)
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise BadInputError(
+            f"model.input_shape: the first sample of data.train, a {type(dataset[0]).__name__}, is no "
+            "(input, target) pair with a tensor as input, so set model.input_shape"
+        ) from None
 
 
 def _number_of_classes(dataset: Dataset[Any]) -> int:
@@ -207,7 +264,9 @@ def _number_of_classes(dataset: Dataset[Any]) -> int:
     )
 
 
-def _loss(settings: Settings, device: torch.device) -> tuple[CriterionLoss | None, LossFn]:
+def _loss(
+    settings: Settings, model: nn.Module, device: torch.device
+) -> tuple[CriterionLoss | None, LossFn]:
     node = settings.criterion
     tensors = {
         key: torch.tensor(value, dtype=torch.float32)
@@ -216,7 +275,10 @@ def _loss(settings: Settings, device: torch.device) -> tuple[CriterionLoss | Non
     }
     criterion = _instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
     if isinstance(criterion, nn.Module):
-        loss = CriterionLoss(criterion.to(device), settings.accum.reduction)
+        # Class weights have to be as precise as the outputs that they weigh.
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+        criterion = criterion.to(device, torch.float64 if double else torch.float32)
+        loss = CriterionLoss(criterion, settings.accum.reduction)
         return loss, loss
     if not callable(criterion):
         raise BadInputError(
@@ -235,7 +297,13 @@ def _scheduler(
     extra = {}
     if "total_steps" in _parameter_names(node) and node.get("total_steps") is None:
         extra["total_steps"] = total_steps
-    return _checked("scheduler", node, LRScheduler, optimizer, **extra)  # type: ignore[no-any-return]
+    scheduler: LRScheduler = _checked("scheduler", node, LRScheduler, optimizer, **extra)
+    if "metrics" in inspect.signature(scheduler.step).parameters:
+        raise BadInputError(
+            f"scheduler._target_={node['_target_']}: steps on a metric, and a schedule here is a "
+            "function of the optimizer step"
+        )
+    return scheduler
 
 
 def _checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs: Any) -> Any:

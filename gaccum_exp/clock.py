@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 WARMUP_WINDOWS = 5
 """Not counted: kernels are chosen, caches filled and optimizer state made in the first windows."""
+KEPT_WINDOWS = 1000
+"""The latest ones stand for a longer run, so that the clock does not grow with it."""
 
 
 class WindowClock:
@@ -17,22 +20,26 @@ class WindowClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._windows: list[tuple[Any, Any]] = []
+        self._warmup_left = WARMUP_WINDOWS
+        self._windows: deque[tuple[Any, Any]] = deque(maxlen=KEPT_WINDOWS)
 
     @contextmanager
     def window(self) -> Iterator[None]:
         """Time the block, one window."""
         start = self._now()
         yield
-        self._windows.append((start, self._now()))
+        end = self._now()
+        if self._warmup_left >= 0:
+            # Of a run no longer than the warm-up, its last window is kept.
+            self._warmup_left -= 1
+            self._windows.clear()
+        self._windows.append((start, end))
 
     def step_time_s(self) -> float | None:
-        """Return the median seconds per window after warm-up; None if nothing was timed.
-
-        Of a run no longer than the warm-up, the last window stands for it.
-        """
-        counted = self._windows[WARMUP_WINDOWS:] or self._windows[-1:]
-        return statistics.median(self._seconds(*times) for times in counted) if counted else None
+        """Return the median seconds per window after warm-up; None if nothing was timed."""
+        if not self._windows:
+            return None
+        return statistics.median(self._seconds(*times) for times in self._windows)
 
     def _now(self) -> Any:
         if self._device.type == "cpu":

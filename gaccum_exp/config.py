@@ -132,7 +132,7 @@ class Settings:
     """Every value above under its key, as recorded with the run."""
 
     @property
-    def steps(self) -> int:
+    def accum_steps(self) -> int:
         """N, micro-batches per window."""
         assert self.accum.steps is not None
         return self.accum.steps
@@ -192,7 +192,7 @@ def validate(cfg: DictConfig) -> Settings:
         data=data,
         criterion=config.criterion,
         optimizer=config.optimizer,
-        scheduler=config.scheduler if config.scheduler.get("_target_") else None,
+        scheduler=_target("scheduler", config.scheduler) or None,
         accum=config.accum,
         runtime=config.runtime,
         tracking=config.tracking,
@@ -254,23 +254,31 @@ def _data_config(config: Config) -> DataConfig:
     data = dict(config.data)
     for key in ("global_batch_size", "micro_batch_size", "eval_batch_size", "workers"):
         value = data.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        derived = key in ("global_batch_size", "micro_batch_size")
+        if not (isinstance(value, int) and not isinstance(value, bool)) and not (
+            derived and value is None
+        ):
             raise BadInputError(f"data.{key}={value}: not an integer")
     sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), config.accum.steps)
     config.accum.steps = sizes[2]
-    evaluation = data.get("eval") or {}
-    result = DataConfig(
+    _check_positive("data.eval_batch_size", data["eval_batch_size"])
+    if data["workers"] < 0:
+        raise BadInputError(f"data.workers={data['workers']}: cannot be negative")
+    return DataConfig(
         global_batch_size=sizes[0],
         micro_batch_size=sizes[1],
         eval_batch_size=data["eval_batch_size"],
         workers=data["workers"],
-        train=data["train"],
-        eval=evaluation if evaluation.get("_target_") else None,
+        train=_target("data.train", data.get("train")),
+        eval=_target("data.eval", data.get("eval")) or None,
     )
-    _check_positive("data.eval_batch_size", result.eval_batch_size)
-    if result.workers < 0:
-        raise BadInputError(f"data.workers={result.workers}: cannot be negative")
-    return result
+
+
+def _target(key: str, node: Any) -> Mapping[str, Any]:
+    """Return a block's mapping; one whose `_target_` is null is empty."""
+    if node is not None and not isinstance(node, Mapping):
+        raise BadInputError(f"{key}={node}: not a mapping with a _target_")
+    return node if node and node.get("_target_") else {}
 
 
 def _check_length(train: TrainConfig) -> None:

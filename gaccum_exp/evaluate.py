@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gaccum_exp import metrics
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.loss import to_device
-from gaccum_exp.core.seeding import derive_seed
+from gaccum_exp.core.loss import split_pair, to_device
+from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.experiment import Experiment
 
@@ -24,14 +24,16 @@ def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
     denominator: Any = 0.0
     right: Any = 0
     labels: Any = 0
-    with torch.no_grad(), _evaluation_mode(experiment.model):
+    seed_model(derive_seed(experiment.settings.seed, "evaluation"), experiment.device)
+    with torch.no_grad(), evaluation_mode(experiment.model):
         for batch in _batches(experiment):
             if experiment.criterion_loss is None:
                 loss, n = experiment.loss_fn(experiment.model, batch)
             else:
-                outputs = experiment.model(batch[0])
-                loss, n = experiment.criterion_loss.of_outputs(outputs, batch)
-                hits, counted = _hits(outputs, batch, experiment.criterion_loss.criterion)
+                inputs, targets = split_pair(batch)
+                outputs = experiment.model(inputs)
+                loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
+                hits, counted = _hits(outputs, targets, experiment.criterion_loss.criterion)
                 right, labels = right + hits, labels + counted
             loss_sum, denominator = loss_sum + loss, denominator + n
     values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss_sum / denominator}
@@ -50,16 +52,18 @@ def _batches(experiment: Experiment) -> Iterator[Any]:
         shuffle=False,
     )
     every = range(plan.steps_per_epoch)
-    for (batch,) in windows(data, plan, steps=1, global_steps=every, workers=settings.data.workers):
+    for (batch,) in windows(
+        data, plan, accum_steps=1, global_steps=every, workers=settings.data.workers
+    ):
         yield to_device(batch, experiment.device)
 
 
-def _hits(outputs: Any, batch: Any, criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:
+def _hits(outputs: Any, targets: list[Any], criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:
     """Return right answers and labels asked for, (0, 0) where the task has no class labels.
 
-    outputs: scores, (batch, classes, ...); batch[1]: labels, (batch, ...), integers.
+    outputs: scores, (batch, classes, ...); targets[0]: labels, (batch, ...), integers.
     """
-    target = batch[1] if len(batch) > 1 else None
+    target = targets[0] if targets else None
     if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
         return 0, 0
     if target.is_floating_point() or outputs.ndim != target.ndim + 1 or outputs.shape[1] < 2:
@@ -70,7 +74,7 @@ def _hits(outputs: Any, batch: Any, criterion: nn.Module) -> tuple[Tensor | int,
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation and back, module by module: some may have been in it all along."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -6,6 +6,7 @@ the device, and a delivery reads all of them at once.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -92,15 +93,19 @@ class Sink:
 
 
 def _read(buffer: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[Point]:
-    """Bring all tensors to the host with one copy a device, not one a value."""
-    tensors = [v.detach() for _, _, values in buffer for v in values.values() if isinstance(v, Tensor)]
-    host = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
+    """Bring all tensors to the host with one copy for each device and type, not one a value."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for _, _, values in buffer:
+        for value in values.values():
+            if isinstance(value, Tensor):
+                alike[value.device, value.dtype].append(value.detach())
+    host = {kind: iter(torch.stack(tensors).tolist()) for kind, tensors in alike.items()}
+
+    def number(value: float | Tensor) -> float:
+        return float(next(host[value.device, value.dtype]) if isinstance(value, Tensor) else value)
+
     return [
-        Point(
-            step,
-            time_ms,
-            {k: next(host) if isinstance(v, Tensor) else float(v) for k, v in values.items()},
-        )
+        Point(step, time_ms, {key: number(value) for key, value in values.items()})
         for step, time_ms, values in buffer
     ]
 

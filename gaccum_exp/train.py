@@ -1,11 +1,13 @@
 """The training loop: one window, one optimizer step, measured."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from gaccum_exp import metrics
@@ -14,6 +16,7 @@ from gaccum_exp.core.accumulate import WindowLoss, accumulate_gradients
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradients import gradient_norm
 from gaccum_exp.core.seeding import derive_seed, seed_model
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.evaluate import evaluate
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.peak import (
@@ -28,6 +31,7 @@ from gaccum_exp.memory.peak import (
 from gaccum_exp.metrics import Sink
 from gaccum_exp.progress import Progress
 
+log = logging.getLogger(__name__)
 Phase = Callable[[str], AbstractContextManager[None]]
 MEASURED_WINDOW = 2
 """Windows before the one whose memory is measured: the optimizer's state is made in the first."""
@@ -49,9 +53,9 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
     for step in range(1, total + 1):
         if step - 1 in meters:
             values, peak = measured_step(experiment, next(feed), step - 1, meters[step - 1])
-            peaks.append(peak)
+            peaks += [peak] if peak is not None else []
         else:
-            with clock.window():
+            with clock.window() if experiment.plan.is_full(step - 1) else nullcontext():
                 values = train_step(experiment, next(feed), step - 1)
         empty_windows += not values
         sink.record(step, values)
@@ -62,6 +66,8 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
         progress.advance(step)
     if empty_windows:
         sink.record(total, {metrics.EMPTY_WINDOWS: empty_windows})
+    if empty_windows == total:
+        raise BadInputError("nothing in data.train counts: the denominator of every window is 0")
     _record_time(sink, experiment, clock)
     _record_memory(sink, total, peaks)
     sink.deliver()
@@ -96,21 +102,25 @@ def train_step(
             reduction=experiment.settings.accum.reduction,  # type: ignore[arg-type]  # validated
             sum_divisor=experiment.sum_divisor,
         )
+        if loss.denominator == 0:
+            raise _NothingCountsError
         losses.append(loss)
         norms.append(gradient_norm(experiment.parameters))
-        return loss.loss_sum / loss.denominator if _counts(loss) else loss.loss_sum
+        return loss.loss_sum / loss.denominator
 
     rate = optimizer.param_groups[0]["lr"]
-    if _needs_closure(optimizer):
-        # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as a tensor too.
-        optimizer.step(window_gradient)  # type: ignore[arg-type]
-    else:
-        with phase(FORWARD_BACKWARD):
-            window_gradient()
-        if not _counts(losses[0]):
-            return {}
-        with phase(OPTIMIZER_STEP):
-            optimizer.step()
+    try:
+        if _needs_closure(type(optimizer).step):
+            # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as a tensor too
+            with phase(OPTIMIZER_STEP):
+                optimizer.step(window_gradient)  # type: ignore[arg-type]
+        else:
+            with phase(FORWARD_BACKWARD):
+                window_gradient()
+            with phase(OPTIMIZER_STEP):
+                optimizer.step()
+    except _NothingCountsError:
+        return {}
     if experiment.scheduler is not None:
         experiment.scheduler.step()
     return {
@@ -122,12 +132,26 @@ def train_step(
 
 def measured_step(
     experiment: Experiment, window: Window, global_step: int, kind: type[Meter]
-) -> tuple[dict[str, float | Tensor], Peak]:
-    """Take the same step while a meter follows its memory."""
-    with kind(experiment.modules, experiment.optimizer, experiment.device) as meter:
-        watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
-        values = train_step(watched, window, global_step, meter.phase)
-    return values, meter.peak()
+) -> tuple[dict[str, float | Tensor], Peak | None]:
+    """Take the same step while a meter follows its memory; no peak where the meter cannot."""
+    buffers = [(buffer, buffer.clone()) for buffer in experiment.modules.buffers()]
+    meter: Meter | None = None
+    try:
+        meter = kind(experiment.modules, experiment.optimizer, experiment.device)
+        with meter:
+            watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
+            values = train_step(watched, window, global_step, meter.phase)
+        return values, meter.peak()
+    except Exception as error:
+        if meter is not None and OPTIMIZER_STEP in meter.phase.begun:
+            raise  # weights may have moved already
+        # Either the tracker cannot follow this model, or the step itself fails and will do so again.
+        failure = f"{type(error).__name__}: {error}"
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    values = train_step(experiment, window, global_step)
+    log.warning("memory was not measured: %s", failure)
+    return values, None
 
 
 def training_windows(experiment: Experiment) -> Iterator[Window]:
@@ -135,7 +159,7 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
     return windows(
         experiment.train_data,
         experiment.plan,
-        steps=experiment.settings.steps,
+        accum_steps=experiment.settings.accum_steps,
         global_steps=range(experiment.total_steps),
         workers=experiment.settings.data.workers,
         pin=experiment.device.type != "cpu",
@@ -143,24 +167,30 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
 
 
 def _memory_meters(experiment: Experiment) -> dict[int, type[Meter]]:
-    """Which windows to measure, and with what: the device's own counters first where it has them."""
+    """Which windows to measure, and with what: the device's own counters first where it has them.
+
+    Full windows in the steady state, where there are such.
+    """
     kinds: list[type[Meter]] = [TrackedWindow]
     if has_counters(experiment.device):
         kinds.insert(0, AllocatedWindow)
-    first = max(0, min(MEASURED_WINDOW, experiment.total_steps - len(kinds)))
-    return dict(zip(range(first, experiment.total_steps), kinds, strict=False))
+    early = range(min(experiment.total_steps, 2 * (MEASURED_WINDOW + len(kinds))))
+    best = sorted(early, key=lambda k: (not experiment.plan.is_full(k), k < MEASURED_WINDOW, k))
+    return dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))
 
 
 def _record_time(sink: Sink, experiment: Experiment, clock: WindowClock) -> None:
     step_s = clock.step_time_s()
     if step_s is not None:
-        samples = experiment.plan.mean_window_size
-        values = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: samples / step_s}
+        samples_per_s = experiment.plan.full_window / step_s
+        values = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: samples_per_s}
         sink.record(experiment.total_steps, values)
 
 
 def _record_memory(sink: Sink, step: int, peaks: list[Peak]) -> None:
     """The first peak is the one to compare; the split is the tracker's, recorded beside it."""
+    if not peaks:
+        return
     tracked = next((peak for peak in peaks if peak.parts), None)
     values: dict[str, float] = {metrics.PEAK_BYTES: peaks[0].bytes}
     if tracked is not None:
@@ -171,11 +201,11 @@ def _record_memory(sink: Sink, step: int, peaks: list[Peak]) -> None:
     sink.describe({"memory.peak_phase": peaks[0].phase, "memory.source": source})
 
 
-def _counts(loss: WindowLoss) -> bool:
-    """Whether anything in the window counted. A count on a device is not waited for."""
-    return isinstance(loss.denominator, Tensor) or loss.denominator != 0
+class _NothingCountsError(Exception):
+    """The window's denominator is zero: there is no step to take."""
 
 
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+@cache
+def _needs_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty

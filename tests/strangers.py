@@ -1,5 +1,8 @@
 """A stranger's package: a model and data sets that know nothing of gaccum_exp."""
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -60,3 +63,87 @@ def count_labels(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> tuple[
     x, y = micro_batch
     loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
     return loss, (y != -100).sum()
+
+
+class Frozen(Net):
+    """A pretrained part that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].requires_grad_(False)
+
+
+class Lazy(nn.Module):
+    """Parameters that are made at the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return self.layers(x.float())
+
+
+class Embedded(nn.Module):
+    """A sparse embedding, which torch's memory tracker cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 3, sparse=True)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return self.norm(self.table((x.abs() * 5).long().clamp(max=15)).sum(1))
+
+
+class NumpyNoise(Net):
+    """Noise from NumPy and Python, which no torch seed reaches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return super().forward(x) + float(np.random.rand()) * random.random()
+
+
+class DrawnAtOnce(Points):
+    """Data drawn from the global generator when the set is made."""
+
+    def __init__(self, samples: int = 24) -> None:
+        super().__init__(samples)
+        self.x = torch.randn(samples, 2, dtype=torch.float64)
+
+
+class Collating(Points):
+    """A data set that brings its own way of making a batch."""
+
+    @staticmethod
+    def collate_fn(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Samples -> (inputs, labels), the labels all 1."""
+        return torch.stack([x for x, _ in samples]), torch.ones(len(samples), dtype=torch.long)
+
+
+class Dicts(Points):
+    """Samples as dictionaries."""
+
+    def __getitem__(self, index: int) -> dict[str, object]:  # type: ignore[override]
+        x, y = super().__getitem__(index)
+        return {"x": x, "y": y}
+
+
+def two_views(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """A loss that calls the model twice for one backward pass."""
+    x, _ = micro_batch
+    return (model(x) - model(x + 1)).square().sum(), len(x)
+
+
+class OwnCrossEntropy(nn.Module):
+    """A stranger's criterion, of which nothing is known but its `reduction`."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """A scalar, reduced as asked."""
+        return nn.functional.cross_entropy(logits, target, reduction=self.reduction)

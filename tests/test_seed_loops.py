@@ -58,7 +58,7 @@ def sum_loop(
 def by_hand(overrides: tuple[str, ...], reduction: str) -> Experiment:
     """Train with the loop that the overrides correspond to, on the same samples in the same order."""
     experiment = build(settings(*overrides))
-    n = experiment.settings.steps
+    n = experiment.settings.accum_steps
     windows = list(training_windows(experiment))
     per_epoch = len(windows) // EPOCHS
     criterion = nn.CrossEntropyLoss(reduction=reduction)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gaccum_exp.build import build
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.metrics import NonFiniteLossError
 from gaccum_exp.train import train_step, training_windows
 from tests.strangers import Points
@@ -68,7 +69,8 @@ def test_the_number_of_workers_changes_no_sample_and_no_draw() -> None:
     plan = WindowPlan(10, 4, seed=1)
     noisy = Points(10, noise=0.5)
     in_process, in_workers = (
-        list(windows(noisy, plan, steps=3, global_steps=range(5), workers=workers)) for workers in (0, 2)
+        list(windows(noisy, plan, accum_steps=3, global_steps=range(5), workers=workers))
+        for workers in (0, 2)
     )
     for a, b in zip(in_process, in_workers, strict=True):
         assert [len(x) for x, _ in a] == [len(x) for x, _ in b]
@@ -80,8 +82,8 @@ def test_the_number_of_workers_changes_no_sample_and_no_draw() -> None:
 def test_a_later_window_can_be_fetched_without_those_before_it() -> None:
     """With the same augmentation, which is what resuming needs."""
     plan, noisy = WindowPlan(10, 4, seed=1), Points(10, noise=0.5)
-    everything = list(windows(noisy, plan, steps=2, global_steps=range(6)))
-    (alone,) = windows(noisy, plan, steps=2, global_steps=range(4, 5))
+    everything = list(windows(noisy, plan, accum_steps=2, global_steps=range(6)))
+    (alone,) = windows(noisy, plan, accum_steps=2, global_steps=range(4, 5))
     assert torch.equal(alone[0][0], everything[4][0][0])
 
 
@@ -90,8 +92,8 @@ def test_tensors_in_memory_are_fetched_as_the_loader_would() -> None:
     points = Points(11)
     tensors = torch.utils.data.TensorDataset(points.x, torch.tensor(points.y))
     plan = WindowPlan(11, 4, seed=2)
-    slow = windows(points, plan, steps=3, global_steps=range(6))
-    fast = windows(tensors, plan, steps=3, global_steps=range(6))
+    slow = windows(points, plan, accum_steps=3, global_steps=range(6))
+    fast = windows(tensors, plan, accum_steps=3, global_steps=range(6))
     for a, b in zip(slow, fast, strict=True):
         for (x, y), (other_x, other_y) in zip(a, b, strict=True):
             assert torch.equal(x, other_x)
@@ -312,3 +314,140 @@ def test_evaluation_comes_at_its_interval_and_at_the_end() -> None:
     assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6, 8]
     _, sink = trained(*common, "train.epochs=2")
     assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6]
+
+
+def stranger(name: str) -> str:
+    return f"tests.strangers.{name}"
+
+
+SHORT = (*STRANGER, "data.global_batch_size=8", "train.steps=6", "accum.steps=2")
+OWN_CRITERION = ("criterion=custom", f"criterion._target_={stranger('OwnCrossEntropy')}")
+TWO_VIEWS = (
+    "criterion=custom",
+    f"criterion._target_={stranger('two_views')}",
+    "+criterion._partial_=true",
+)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (f"model._target_={stranger('Frozen')}",),
+        (f"model._target_={stranger('Lazy')}",),
+        OWN_CRITERION,
+        TWO_VIEWS,
+    ],
+    ids=["frozen", "lazy", "own criterion", "two views"],
+)
+def test_a_strangers_model_or_loss_is_trained_and_measured(overrides: tuple[str, ...]) -> None:
+    """With parameters that are frozen or lazy, an unknown criterion, several calls of the model."""
+    _, sink = trained(*SHORT, *overrides)
+    assert len(sink.curve("train/loss")) == 6
+    assert sink.last["memory/peak_bytes"] > 0
+
+
+def test_a_model_that_cannot_be_tracked_is_trained_all_the_same() -> None:
+    """As it would have been without the attempt, running statistics included; and it is said."""
+    overrides = (*SHORT, f"model._target_={stranger('Embedded')}")
+    experiment, sink = trained(*overrides)
+    assert "memory/peak_bytes" not in sink.last
+    bare = build(settings(*overrides))
+    for step, window in enumerate(training_windows(bare)):
+        train_step(bare, window, step)
+    assert torch.equal(weights(experiment), weights(bare))
+    means = [e.model.norm.running_mean for e in (experiment, bare)]  # type: ignore[union-attr]
+    assert torch.equal(*means)  # type: ignore[arg-type]
+
+
+def test_memory_and_time_are_those_of_full_windows() -> None:
+    """Three windows an epoch, the third one short: it is not the one that is measured."""
+    peaks = []
+    for samples in (24, 17):
+        _, sink = trained(*STRANGER, f"+data.train.samples={samples}", "data.global_batch_size=8",
+                          "+model.hidden=64", "train.steps=7")  # fmt: skip
+        peaks.append(sink.last["memory/peak_bytes"])
+    assert peaks[0] == peaks[1]
+
+
+def test_data_drawn_when_the_set_is_made_is_the_same_for_every_arm() -> None:
+    """And another one for another seed."""
+    common = (f"data.train._target_={stranger('DrawnAtOnce')}", "train.steps=1")
+    torch.manual_seed(1)
+    first = fetched(*common)[0][0]
+    torch.manual_seed(2)
+    assert torch.equal(first, fetched(*common, "accum.steps=2")[0][0])
+    assert not torch.equal(first, fetched(*common, "seed=5")[0][0])
+
+
+def test_a_data_set_may_bring_its_own_collate_fn() -> None:
+    """As many do; labels are all 1 here."""
+    (window,) = fetched(f"data.train._target_={stranger('Collating')}", "train.steps=1")
+    assert window[1].tolist() == [1] * 24
+
+
+def test_noise_from_numpy_and_python_does_not_depend_on_the_workers() -> None:
+    """Fetching in this process must not move the generators that the model draws from."""
+    curves = []
+    for workers in (0, 2):
+        _, sink = trained(*SHORT, f"model._target_={stranger('NumpyNoise')}", f"data.workers={workers}")
+        curves.append(sink.curve("train/loss"))
+    assert curves[0] == curves[1]
+
+
+def test_a_window_in_which_nothing_counts_is_skipped_by_a_closure_too() -> None:
+    """L-BFGS evaluates the window itself."""
+    lbfgs = ("optimizer=custom", "optimizer._target_=torch.optim.LBFGS", "optimizer.lr=0.1")
+    ignored = f"data.train._target_={stranger('Ignored')}"
+    _, sink = trained(*STRANGER, *lbfgs, ignored, "data.global_batch_size=1", "train.epochs=1")
+    assert sink.curve("train/empty_windows") == [12.0]
+    assert all(math.isfinite(loss) for loss in sink.curve("train/loss"))
+
+
+def test_class_weights_are_as_precise_as_the_model() -> None:
+    """A list on the command line, a float64 model."""
+    experiment, _ = trained(*SHORT, "+criterion.weight=[1.0,2.0,0.5]")
+    assert experiment.criterion_loss is not None
+    assert experiment.criterion_loss.criterion.weight.dtype == torch.float64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("criterion=mse",), r"would broadcast .*output \(2, 3\) against the target \(2,\)"),
+        (("+criterion.weight=[1.0]",), r"criterion: fails on the first samples .*\(2, 2\).*\(2, 3\)"),
+        (("model._target_=torch.nn.LSTM", "+model.input_size=7", "+model.hidden_size=3"),
+         r"model: fails on the first samples .*\(2, 2\)"),
+        ((f"data.train._target_={stranger('Dicts')}",), r"\(input, target\).*dict.*loss_fn"),
+        (("+model.input_shape=null", f"data.train._target_={stranger('Dicts')}"), r"shape: .*dict"),
+        (("scheduler=cosine", "scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau",
+          "~scheduler.final_ratio"), r"ReduceLROnPlateau: steps on a metric"),
+        (("criterion=custom", "criterion._target_=torch.nn.CTCLoss"), r"refused for criterion CTCLoss"),
+        (("data.train=null",), r"data.train._target_ must be set"),
+        (("criterion=custom", "criterion._target_=torch.nn.Identity"), r"no attribute `reduction`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_training(overrides: tuple[str, ...], said: str) -> None:
+    """With the shapes, and in the words of the configuration."""
+    with pytest.raises(BadInputError, match=said):
+        build(settings(*STRANGER, *overrides))
+
+
+def test_where_nothing_counts_there_is_no_training_that_could_be_called_finished() -> None:
+    """Every label is the one to ignore."""
+    nothing = (f"data.train._target_={stranger('Collating')}", "+criterion.ignore_index=1")
+    with pytest.raises(BadInputError, match=r"nothing in data\.train counts"):
+        trained(*STRANGER, *nothing, "train.steps=3")
+    with pytest.raises(BadInputError, match=r"accum\.sum_scale=none"):
+        trained(*STRANGER, *nothing, "train.steps=3", "accum.reduction=sum")
+
+
+def test_the_clock_keeps_its_size_and_forgets_the_warm_up() -> None:
+    """A long run is timed by its latest windows, a very short one by its last."""
+    from gaccum_exp.clock import KEPT_WINDOWS, WARMUP_WINDOWS, WindowClock
+
+    clock = WindowClock(torch.device("cpu"))
+    assert clock.step_time_s() is None
+    for done in range(1, WARMUP_WINDOWS + KEPT_WINDOWS + 10):
+        with clock.window():
+            pass
+        assert len(clock._windows) == min(max(1, done - WARMUP_WINDOWS), KEPT_WINDOWS)

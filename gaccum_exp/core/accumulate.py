@@ -7,7 +7,7 @@ For micro-batches i = 1..N with loss sums Sᵢ and denominators nᵢ, n = Σnᵢ
     sum           g = Σ ∇Sᵢ                   the large batch's sum gradient, always: n × the mean one
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.denominator import Denominator
-from gaccum_exp.core.loss import LossFn, as_loss_fn, count
+from gaccum_exp.core.loss import LossFn, as_loss_fn, count, loss_sum
 
 Reduction = Literal["global_mean", "mean", "sum"]
 
@@ -26,7 +26,8 @@ class WindowLoss(NamedTuple):
     loss_sum: Tensor
     """Σ Sᵢ, a 0-dim tensor on the model's device, detached."""
     denominator: Denominator
-    """Σ nᵢ; 0 where nothing in the window counts, and then no gradient was added."""
+    """Σ nᵢ; 0 where nothing in the window counts, and then no gradient was added. A number, or a 0-dim
+    tensor where the window's targets lie on a device."""
 
 
 def accumulate_gradients(
@@ -57,68 +58,81 @@ def accumulate_gradients(
     Returns:
         The window's loss sum and denominator, whatever the reduction.
 
+    Nothing waits for the device, unless the loss function cannot count a micro-batch beforehand: then
+    the host reads the window's denominator once.
+
     Raises:
         BadInputError: the criterion has no such reduction.
-        ValueError: an unknown reduction, or an empty window.
+        ValueError: an unknown reduction, or something else than a list of micro-batches.
     """
     micro_batches = window if isinstance(window, Sequence) else list(window)
     if not micro_batches:
         raise ValueError("the window holds no micro-batch")
+    if isinstance(micro_batches[0], Tensor):
+        raise ValueError("a window is a list of micro-batches, and this is a list of tensors")
     if reduction not in ("global_mean", "mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: not one of global_mean, mean, sum")
+    if sum_divisor != 1.0 and reduction != "sum":
+        raise ValueError(f"sum_divisor={sum_divisor} has no meaning under reduction={reduction!r}")
     loss_fn = as_loss_fn(loss_fn, reduction)
-    if reduction == "mean":
-        return _mean_of_means(model, loss_fn, micro_batches)
-    if reduction == "sum":
-        return _scaled_sum(model, loss_fn, micro_batches, sum_divisor)
     counts = [count(loss_fn, micro_batch) for micro_batch in micro_batches]
-    if any(n is None for n in counts):
-        return _global_mean_counted_late(model, loss_fn, micro_batches)
-    return _scaled_sum(model, loss_fn, micro_batches, sum(counts))  # type: ignore[arg-type]
-
-
-def _scaled_sum(
-    model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any], divisor: Denominator
-) -> WindowLoss:
-    """(1/divisor) Σ ∇Sᵢ. Dividing each loss, not the gradients afterwards, neither overflows float16
-    nor rescales gradients that were there before."""
-    if isinstance(divisor, (int, float)) and divisor == 0:
+    known = [n for n in counts if n is not None]
+    total = sum(known)
+    if len(known) == len(counts) and isinstance(total, (int, float)) and total == 0:
         return _nothing_counts(model)
-    return _total(_backward(model, loss_fn, m, divisor) for m in micro_batches)
+    if reduction == "sum":
+        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: sum_divisor)
+    if reduction == "mean":
+        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: len(counts) * n)
+    if len(known) == len(counts):
+        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: total)
+    return _global_mean_counted_late(model, loss_fn, micro_batches)
 
 
-def _mean_of_means(model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any]) -> WindowLoss:
-    """(1/N) Σ ∇(Sᵢ/nᵢ); a micro-batch in which nothing counts adds nothing."""
-    parts = len(micro_batches)
-    return _total(_backward(model, loss_fn, m, parts, own_mean=True) for m in micro_batches)
+def _accumulate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    micro_batches: Sequence[Any],
+    counts: Sequence[Denominator | None],
+    divisor: Callable[[Denominator], Denominator],
+) -> WindowLoss:
+    """Σ ∇Sᵢ / divisor(nᵢ).
+
+    Each loss is divided, not the gradients afterwards: that neither overflows float16 nor rescales
+    gradients that were there before.
+    """
+    window_loss: Tensor | None = None
+    window_denominator: Denominator = 0
+    for micro_batch, counted in zip(micro_batches, counts, strict=True):
+        loss, n = _backward(model, loss_fn, micro_batch, counted, divisor)
+        window_loss = loss if window_loss is None else window_loss + loss
+        window_denominator = window_denominator + n
+    assert window_loss is not None
+    if None in counts:  # counted late: whether anything counted at all has to be known on the host
+        window_denominator = float(window_denominator)
+    return WindowLoss(window_loss, window_denominator)
 
 
 def _backward(
     model: nn.Module,
     loss_fn: LossFn,
     micro_batch: Any,
-    divisor: Denominator,
-    *,
-    own_mean: bool = False,
-) -> WindowLoss:
-    """Back-propagate one micro-batch's share. A function, so that nothing of it outlives the call."""
-    loss_sum, n = loss_fn(model, micro_batch)
-    if own_mean:
-        divisor = divisor * n
-    if isinstance(divisor, Tensor):
-        # On a device the count stays there: x / inf is the zero that a window of zero elements gives.
-        torch.autograd.backward(loss_sum / torch.where(divisor == 0, torch.inf, divisor))
-    elif divisor:
-        torch.autograd.backward(loss_sum / divisor)
-    return WindowLoss(loss_sum.detach(), n)
-
-
-def _total(parts: Iterator[WindowLoss]) -> WindowLoss:
-    loss_sum, n = next(parts)
-    for part in parts:
-        loss_sum = loss_sum + part.loss_sum
-        n = n + part.denominator
-    return WindowLoss(loss_sum, n)
+    counted: Denominator | None,
+    divisor: Callable[[Denominator], Denominator],
+) -> tuple[Tensor, Denominator]:
+    """Back-propagate one micro-batch's share; a function, so that nothing of it outlives the call."""
+    if counted is None:
+        loss, n = loss_fn(model, micro_batch)
+    else:
+        loss, n = loss_sum(loss_fn, model, micro_batch), counted
+    by = divisor(n)
+    if isinstance(by, Tensor):
+        # On a device the count stays there: x / inf is the zero that zero elements give.
+        torch.autograd.backward(loss / torch.where(by == 0, torch.inf, by))
+    elif by:
+        torch.autograd.backward(loss / by)
+    # In half precision a window's sum would lose its last micro-batches.
+    return _at_least_float32(loss.detach()), n
 
 
 def _global_mean_counted_late(
@@ -127,27 +141,27 @@ def _global_mean_counted_late(
     """The global mean where a denominator is known only after the forward pass.
 
     The first micro-batch's count stands in for the window's, which keeps the gradients near their final
-    size, and the window's gradient alone is rescaled once at the end.
+    size; then the window's gradient, and no earlier one, is rescaled once. So hooks on gradients see
+    them before that, and parameters that neither the model nor its criterion holds are not rescaled.
     """
-    stand_in: Denominator = 1.0
+    stand_in: Denominator | None = None
 
-    def backward(index: int, micro_batch: Any) -> WindowLoss:
+    def provisional(n: Denominator) -> Denominator:
         nonlocal stand_in
-        loss_sum, n = loss_fn(model, micro_batch)
-        if index == 0:
+        if stand_in is None:
             stand_in = len(micro_batches) * float(n) or 1.0
-        torch.autograd.backward(loss_sum / stand_in)
-        return WindowLoss(loss_sum.detach(), n)
+        return stand_in
 
     with _apart_from_earlier_gradients(model, loss_fn) as parameters:
-        total = _total(backward(i, m) for i, m in enumerate(micro_batches))
-        n = float(total.denominator)
+        unknown = [None] * len(micro_batches)
+        loss = _accumulate(model, loss_fn, micro_batches, unknown, provisional)
+        assert stand_in is not None
         for parameter in parameters:
-            if n == 0:
+            if loss.denominator == 0:
                 parameter.grad = None
             elif parameter.grad is not None:
-                parameter.grad *= stand_in / n
-    return total
+                parameter.grad *= stand_in / loss.denominator
+    return loss
 
 
 @contextmanager
@@ -159,10 +173,16 @@ def _apart_from_earlier_gradients(model: nn.Module, loss_fn: LossFn) -> Iterator
     earlier = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    yield parameters
-    for parameter, grad in zip(parameters, earlier, strict=True):
-        if grad is not None:
-            parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+    try:
+        yield parameters
+    finally:
+        for parameter, grad in zip(parameters, earlier, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _nothing_counts(model: nn.Module) -> WindowLoss:

@@ -12,9 +12,8 @@ expose that number. It comes, in this order, from
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,41 +63,64 @@ def closed_form(criterion: nn.Module) -> Callable[[Tensor], Denominator] | None:
     return None
 
 
-@contextmanager
-def reduction_set(criterion: nn.Module, reduction: str) -> Iterator[None]:
-    """Let the criterion, and any criterion inside it, reduce in another way for a moment."""
-    modules = [m for m in criterion.modules() if hasattr(m, "reduction")]
-    before = [m.reduction for m in modules]
-    for module in modules:
-        module.reduction = reduction  # type: ignore[assignment]  # nn.Module types attributes as tensors
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.reduction = value
+class ReducedAs:
+    """Lets a criterion reduce in another way for the length of a `with` block.
+
+    A criterion inside it follows if it reduces as the outer one does (a wrapper hands its `reduction`
+    on); one that gives single losses for the outer one to weigh and reduce (`none`) stays as it is.
+    """
+
+    def __init__(self, criterion: nn.Module, reduction: str) -> None:
+        outer: Any = criterion.reduction
+        inner = [m for m in criterion.modules() if getattr(m, "reduction", None) == outer]
+        # By way of __dict__, because nn.Module's own assignment is slow and this runs at every pass.
+        self._attributes = [vars(m) for m in (inner if outer != "none" else [criterion])]
+        self._before, self._reduction = outer, reduction
+
+    def __enter__(self) -> None:
+        for attributes in self._attributes:
+            attributes["reduction"] = self._reduction
+
+    def __exit__(self, *error: object) -> None:
+        for attributes in self._attributes:
+            attributes["reduction"] = self._before
 
 
 class _LabelCount:
     """Labels that are not ignored, or the sum of their class weights; soft targets: all of them."""
 
     def __init__(self, criterion: nn.Module) -> None:
-        ignored = getattr(criterion, "ignore_index", None)
-        self._ignore_index: int = -100 if ignored is None else ignored
-        weight = getattr(criterion, "weight", None)
-        # A copy for each device asked about: windows are counted on the host, criteria live elsewhere.
-        self._weights: dict[torch.device, Tensor] = {} if weight is None else {weight.device: weight}
+        self._criterion: Any = criterion
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
         if target.is_floating_point():  # class probabilities, (batch, classes, ...): never weighted
-            return target.numel() // target.shape[1]
-        valid = target != self._ignore_index
-        counted = self._weight_on(target.device)[target[valid]] if self._weights else valid
-        return counted.sum().item() if target.device.type == "cpu" else counted.sum()
+            classes = int(target.shape[1]) if target.ndim > 1 else 1
+            return target.numel() // classes
+        ignored = self._criterion.ignore_index
+        valid = target != (-100 if ignored is None else ignored)
+        counted = valid
+        if self._criterion.weight is not None:
+            counted = self._weight_on(target.device)[torch.where(valid, target, 0)] * valid
+        total: Tensor = counted.sum()
+        return float(total.item()) if target.device.type == "cpu" else total
 
     def _weight_on(self, device: torch.device) -> Tensor:
-        if device not in self._weights:
-            self._weights[device] = next(iter(self._weights.values())).to(device)
-        return self._weights[device]
+        """Windows are counted on the host while the criterion lives elsewhere: keep a copy."""
+        weight = self._criterion.weight
+        source, copied = self._copies.get(device, (None, weight))
+        if source is not weight:
+            copied = weight.to(device)
+            self._copies[device] = (weight, copied)
+        return copied
+
+
+class Refusal(NamedTuple):
+    """Why a criterion has no denominator, in words that follow its name."""
+
+    why: str
+    has_sum: bool = True
+    """Whether at least its sum is one."""
 
 
 class Probe:
@@ -111,6 +133,10 @@ class Probe:
 
     def __init__(self, criterion: nn.Module) -> None:
         self._criterion = copy.deepcopy(criterion).double().cpu()
+        for module in self._criterion.modules():  # tensors that are no buffers, e.g. self.alpha
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    vars(module)[name] = as_probed(value)
         self._own = getattr(self._criterion, "denominator", None)
         self._inspected = False
 
@@ -118,26 +144,36 @@ class Probe:
         """Return what the mean divides by, for outputs of these shapes; their values are not used."""
         return self._denominator(_random_like(outputs, seed=0), place, slice(None))
 
-    def refusal(self, outputs: Sequence[Tensor], place: Place) -> str | None:
-        """Return why there is no denominator, in words that follow the criterion's name."""
-        batch = outputs[0].shape[0]
-        if self._inspected or batch < 2:
+    def refusal(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+        """Return why there is no denominator, or None."""
+        if self._inspected or outputs[0].shape[0] < 2:
             return None
         self._inspected = True
+        try:
+            return self._inspect(outputs, place)
+        except Exception as error:  # a stranger's code, on values it has not seen before
+            first = (str(error).splitlines() or [""])[0]
+            return Refusal(
+                f"it could not be asked for its denominator ({type(error).__name__}: {first})"
+            )
+
+    def _inspect(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+        batch = outputs[0].shape[0]
         xs, every = _random_like(outputs, seed=0), slice(None)
         n = self._denominator(xs, place, every)
+        total = self._reduced("sum", xs, place, every)
+        if _close(total, self._reduced("mean", xs, place, every)):
+            return Refusal("its `reduction` changes nothing", has_sum=False)
         if self._own is None:
             other = self._denominator(_random_like(outputs, seed=1), place, every)
             if not _close(n, other) or not self._gradients_parallel(xs, place, n):
-                return "its mean is not its sum divided by a count"
+                return Refusal("its mean is not its sum divided by a count")
         halves = [slice(0, batch // 2), slice(batch // 2, batch)]
         parts = [([x[rows] for x in xs], place, rows) for rows in halves]
-        if not _close(
-            sum(self._reduced("sum", *p) for p in parts), self._reduced("sum", xs, place, every)
-        ):
-            return "its sum over a batch is not the sum over the batch's parts"
-        if not _close(sum(self._denominator(*p) for p in parts), n):
-            return "its denominator over a batch is not the sum over the batch's parts"
+        if not _close(sum(self._reduced("sum", *part) for part in parts), total):
+            return Refusal("its sum over a batch is not the sum over the batch's parts")
+        if not _close(sum(self._denominator(*part) for part in parts), n):
+            return Refusal("its denominator over a batch is not the sum over the batch's parts")
         return None
 
     def _denominator(self, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
@@ -147,20 +183,26 @@ class Probe:
         return self._reduced("sum", outputs, place, rows) / mean if mean else 0.0
 
     def _reduced(self, reduction: str, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
-        with torch.no_grad(), reduction_set(self._criterion, reduction):
+        with torch.no_grad(), ReducedAs(self._criterion, reduction):
             return float(self._criterion(*place(outputs, rows)))
 
     def _gradients_parallel(self, outputs: Sequence[Tensor], place: Place, n: float) -> bool:
         leaves = [t.clone().requires_grad_() for t in outputs]
         gradients = []
         for reduction in ("sum", "mean"):
-            with reduction_set(self._criterion, reduction):
+            with torch.enable_grad(), ReducedAs(self._criterion, reduction):
                 value = self._criterion(*place(leaves, slice(None)))
-            gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
+                gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
         return all(
             torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
             for of_sum, of_mean in zip(*gradients, strict=True)
         )
+
+
+def as_probed(tensor: Tensor) -> Tensor:
+    """Return the tensor as the probe computes: on the CPU, floating point in float64."""
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _random_like(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:

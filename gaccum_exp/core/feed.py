@@ -6,9 +6,12 @@ through a DataLoader, one micro-batch a batch, and every sample is drawn under a
 random augmentation depends neither on N nor on the number of workers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -16,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import WindowPlan, split_sizes
 
-Collate = Callable[[list[Any]], Any]
 Window = list[Any]
 """The micro-batches of one optimizer step, on the host, pinned where a device will fetch them."""
 
@@ -25,46 +27,60 @@ def windows(
     dataset: Dataset[Any],
     plan: WindowPlan,
     *,
-    steps: int,
+    accum_steps: int,
     global_steps: range,
     workers: int = 0,
     pin: bool = False,
-    collate: Collate | None = None,
 ) -> Iterator[Window]:
     """Yield the window of every global step in `global_steps`.
 
     Args:
-        dataset: map-style; a TensorDataset is fetched by index.
+        dataset: map-style; a TensorDataset is fetched by index. A `collate_fn` of its own makes a
+            micro-batch of a list of samples.
         plan: says which samples.
-        steps: micro-batches per window, N.
+        accum_steps: micro-batches per window, N.
         global_steps: e.g. range(0, 140); later windows do not depend on earlier ones.
         workers: DataLoader worker processes; they change speed only.
         pin: put micro-batches into page-locked memory, for copies that do not wait.
-        collate: list of samples -> micro-batch; torch's default if None.
     """
-    if type(dataset) is TensorDataset and collate is None:
+    if type(dataset) is TensorDataset:
         for global_step in global_steps:
-            yield gather(dataset.tensors, plan.indices(global_step), steps, pin)
+            yield gather(dataset.tensors, plan.indices(global_step), accum_steps, pin)
         return
     loader: DataLoader[Any] = DataLoader(
         SeededSamples(dataset, plan.seed),
-        batch_sampler=_micro_batch_keys(plan, steps, global_steps),
-        collate_fn=collate or default_collate,
+        batch_sampler=_micro_batch_keys(plan, accum_steps, global_steps),
+        collate_fn=getattr(dataset, "collate_fn", default_collate),
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),  # the loader's own draws must not touch the global generator
     )
     micro_batches = iter(loader)
     for global_step in global_steps:
-        count = len(split_sizes(len(plan.indices(global_step)), steps))
-        yield [next(micro_batches) for _ in range(count)]
+        count = len(split_sizes(len(plan.indices(global_step)), accum_steps))
+        with _host_generators_kept():
+            window = [next(micro_batches) for _ in range(count)]
+        yield window
+        del window
 
 
-def gather(tensors: Sequence[Tensor], indices: Tensor, steps: int, pin: bool) -> Window:
+@contextmanager
+def _host_generators_kept() -> Iterator[None]:
+    """Fetching in this process seeds Python and NumPy; a model that draws from them must not notice.
+
+    Else its draws would depend on the number of workers. torch's generator is seeded before every pass.
+    """
+    states = random.getstate(), np.random.get_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def gather(tensors: Sequence[Tensor], indices: Tensor, accum_steps: int, pin: bool) -> Window:
     """Return the micro-batches of the samples at `indices`, fetched from tensors in memory."""
     return [
         tuple(_rows(tensor, part, pin) for tensor in tensors)
-        for part in torch.split(indices, split_sizes(len(indices), steps))
+        for part in torch.split(indices, split_sizes(len(indices), accum_steps))
     ]
 
 
@@ -90,13 +106,13 @@ class SeededSamples(Dataset[Any]):
 
 
 def _micro_batch_keys(
-    plan: WindowPlan, steps: int, global_steps: range
+    plan: WindowPlan, accum_steps: int, global_steps: range
 ) -> Iterator[list[tuple[int, int, int]]]:
     """The DataLoader's batch sampler: for each micro-batch, where in the run its samples are drawn."""
     for global_step in global_steps:
         indices = plan.indices(global_step).tolist()
         keys = [(global_step, position, index) for position, index in enumerate(indices)]
         start = 0
-        for size in split_sizes(len(keys), steps):
+        for size in split_sizes(len(keys), accum_steps):
             yield keys[start : start + size]
             start += size

@@ -1,9 +1,10 @@
 """The one contract of the core: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`.
 
 A micro-batch is any pytree. A loss function that can tell a micro-batch's denominator without running
-the model also has `count(micro_batch)`, and then a window is counted before its first backward pass. A
-`torch.nn` criterion becomes a loss function through `CriterionLoss`, for micro-batches
-`(input, target)`, or `(input, *targets)` where the criterion takes several.
+the model also has `count(micro_batch)`, and then a window is counted before its first backward pass;
+with `loss_sum(model, micro_batch)` it need not count again in its forward pass. A `torch.nn` criterion
+becomes a loss function through `CriterionLoss`, for micro-batches `(input, target)`, or
+`(input, *targets)` where the criterion takes several.
 """
 
 import inspect
@@ -20,9 +21,11 @@ from gaccum_exp.core.denominator import (
     Denominator,
     Place,
     Probe,
+    ReducedAs,
+    Refusal,
+    as_probed,
     closed_form,
     is_kind,
-    reduction_set,
 )
 from gaccum_exp.errors import BadInputError
 
@@ -30,17 +33,20 @@ LossFn = Callable[[nn.Module, Any], tuple[Tensor, Denominator]]
 
 
 class CriterionLoss:
-    """A `torch.nn` criterion as a loss function.
+    """A `torch.nn` criterion as a loss function. Make it once and keep it.
 
     Args:
-        criterion: a module with an attribute `reduction`, on the device of the model's outputs. What is
-            set there does not matter, `batchmean` apart: how to reduce is the window's affair.
+        criterion: a module with an attribute `reduction`, on the device of the model's outputs. What
+            is set there does not matter, `batchmean` apart: how to reduce is the window's affair.
         reduction: the window's. It matters only where the criterion's mean is not its sum divided by
             a count: then `mean` takes the criterion's own mean and `global_mean` is refused.
 
+    Outputs and targets in float16 or bfloat16 are given to the criterion in float32, as autocast does:
+    a sum over a batch needs more digits than they have.
+
     Raises:
         BadInputError: no `reduction`, or `global_mean` of a criterion that has none (at the first
-            micro-batch where only a look at the criterion's values can tell).
+            micro-batch of two samples where only a look at the criterion's values can tell).
     """
 
     def __init__(self, criterion: nn.Module, reduction: str = "global_mean") -> None:
@@ -52,56 +58,74 @@ class CriterionLoss:
             )
         self.criterion = criterion
         self._reduction = reduction
-        self._reduced_as = "sum"
-        self._of_target = None if hasattr(criterion, "denominator") else closed_form(criterion)
+        self._own = getattr(criterion, "denominator", None)
+        self._of_target = None if self._own else closed_form(criterion)
         self._elementwise = self._of_target is not None and is_kind(criterion, PER_ELEMENT)
+        self._own_mean = False
+        self._reduced = ReducedAs(criterion, "sum")
         self._probe: Probe | None = None
-        if type(criterion) in NOT_A_RATIO:
-            self._refuse_ratio(NOT_A_RATIO[type(criterion)])
+        why = next((why for kind, why in NOT_A_RATIO.items() if is_kind(criterion, [kind])), None)
+        if why is not None:
+            self._refuse(Refusal(why))
         elif self._of_target is None:
             self._probe = Probe(criterion)
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Return the micro-batch's denominator from its target, or None: known after forward only."""
-        targets = _targets(micro_batch)
+        _, targets = split_pair(micro_batch)
         return self._of_target(targets[0]) if self._of_target and targets else None
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Run the model on one micro-batch; return its loss sum, 0-dim."""
+        inputs, targets = split_pair(micro_batch)
+        return self._loss(*_widened(model(inputs), targets))
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch; return its loss sum (0-dim) and denominator."""
-        return self.of_outputs(model(micro_batch[0]), micro_batch)
+        inputs, targets = split_pair(micro_batch)
+        return self.of_outputs(model(inputs), targets)
 
-    def of_outputs(self, outputs: Any, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        """Return loss sum and denominator of what the model has put out for this micro-batch."""
-        outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-        targets = _targets(micro_batch)
+    def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
+        """Return loss sum and denominator of what the model has put out for these targets."""
+        outputs, targets = _widened(outputs, targets)
         denominator = self._denominator(outputs, targets)
-        with reduction_set(self.criterion, self._reduced_as):
-            loss = self.criterion(*self._arguments(outputs, targets))
-        return (loss if self._reduced_as == "sum" else loss * denominator), denominator
+        loss = self._loss(outputs, targets)
+        return (loss * denominator if self._own_mean else loss), denominator
 
-    def _denominator(self, outputs: tuple[Any, ...], targets: list[Any]) -> Denominator:
+    def _loss(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        if self._elementwise:
+            self._refuse_broadcast(outputs[0], targets[0])
+        with self._reduced:
+            loss: Tensor = self.criterion(*self._arguments(outputs, targets))
+        return loss
+
+    def _denominator(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Denominator:
         counted = targets[0] if targets else outputs[0]
         if self._of_target is not None:
-            if self._elementwise:
-                self._refuse_broadcast(outputs[0], counted)
             return self._of_target(counted)
         if self._probe is not None:
             self._require_tensors(outputs)
             place = self._placing(targets)
             refusal = self._probe.refusal(outputs, place)
-            if refusal is None:
+            if refusal is not None:
+                self._refuse(refusal)
+            elif self._own is not None:
+                own: Denominator = self._own(*self._arguments(outputs, targets))
+                return own
+            else:
                 return self._probe.denominator(outputs, place)
-            self._refuse_ratio(refusal)
         return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
 
-    def _refuse_ratio(self, why: str) -> None:
-        if self._reduction == "global_mean":
+    def _refuse(self, refusal: Refusal) -> None:
+        if self._reduction == "global_mean" or (self._reduction == "sum" and not refusal.has_sum):
+            others = "accum.reduction=sum, or " if refusal.has_sum else ""
             raise BadInputError(
-                f"accum.reduction=global_mean is refused for criterion {self._name}: {why}; use "
-                "accum.reduction=sum, or accum.reduction=mean for the criterion's own mean"
+                f"accum.reduction={self._reduction} is refused for criterion {self._name}: "
+                f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean"
             )
         self._probe = None
-        self._reduced_as = self._reduction
+        self._own_mean = self._reduction == "mean"
+        self._reduced = ReducedAs(self.criterion, self._reduction)
 
     def _refuse_broadcast(self, output: Tensor, target: Tensor) -> None:
         """(64, 1) against (64,) is (64, 64) elements: it mixes samples and nobody means it."""
@@ -111,7 +135,7 @@ class CriterionLoss:
                 f"against the target {tuple(target.shape)}: give them the same shape"
             )
 
-    def _require_tensors(self, outputs: tuple[Any, ...]) -> None:
+    def _require_tensors(self, outputs: Sequence[Any]) -> None:
         if not all(isinstance(t, Tensor) for t in outputs):
             raise BadInputError(
                 f"criterion {self._name}: the model puts out {type(outputs[0]).__name__} and no "
@@ -126,9 +150,11 @@ class CriterionLoss:
             at = next((i for i, name in enumerate(names) if name.startswith("target")), at)
         return [*outputs[:at], *targets, *outputs[at:]]
 
-    def _placing(self, targets: list[Any]) -> Place:
+    def _placing(self, targets: Sequence[Any]) -> Place:
+        tensors = [as_probed(t) if isinstance(t, Tensor) else t for t in targets]
+
         def place(outputs: Sequence[Tensor], rows: slice) -> list[Any]:
-            here = [_probe_target(t, rows) for t in targets]
+            here = [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in tensors]
             return self._arguments(outputs, here)
 
         return place
@@ -149,8 +175,12 @@ class OnDevice:
         """Count on the host, where the micro-batch still is."""
         return count(self._loss_fn, micro_batch)
 
-    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Move the micro-batch and compute its loss there; nothing waits for the copy."""
+        return loss_sum(self._loss_fn, model, to_device(micro_batch, self._device))
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        """Move the micro-batch and compute loss and denominator there."""
         return self._loss_fn(model, to_device(micro_batch, self._device))
 
 
@@ -162,7 +192,15 @@ def to_device(micro_batch: Any, device: torch.device) -> Any:
 def count(loss_fn: LossFn, micro_batch: Any) -> Denominator | None:
     """Return a micro-batch's denominator if the loss function can tell it without a forward pass."""
     counter = getattr(loss_fn, "count", None)
-    return None if counter is None else counter(micro_batch)
+    n: Denominator | None = None if counter is None else counter(micro_batch)
+    return n.item() if isinstance(n, Tensor) and n.device.type == "cpu" else n
+
+
+def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:
+    """Return the loss sum alone, of a loss function whose micro-batch has been counted already."""
+    method = getattr(loss_fn, "loss_sum", None)
+    result: Tensor = loss_fn(model, micro_batch)[0] if method is None else method(model, micro_batch)
+    return result
 
 
 def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
@@ -170,17 +208,29 @@ def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
     return CriterionLoss(loss_fn, reduction) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
-def _targets(micro_batch: Any) -> list[Any]:
-    """`(input, target)` and `(input, (target, lengths))` alike give a flat list of targets."""
+def _widened(outputs: Any, targets: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return outputs and targets as lists, half-precision tensors in float32."""
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    return [_wide(t) for t in outputs], [_wide(t) for t in targets]
+
+
+def _wide(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def split_pair(micro_batch: Any) -> tuple[Any, list[Any]]:
+    """Return input and targets of `(input, target)`, `(input, *targets)` or `(input, (target, ...))`.
+
+    Raises:
+        BadInputError: it is no such pair, so a criterion cannot be applied to it.
+    """
+    if not isinstance(micro_batch, (tuple, list)):
+        raise BadInputError(
+            f"a criterion takes micro-batches (input, target), and this one is "
+            f"{type(micro_batch).__name__}; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+        )
     targets: list[Any] = []
     for part in micro_batch[1:]:
         targets.extend(part) if isinstance(part, (tuple, list)) else targets.append(part)
-    return targets
-
-
-def _probe_target(target: Any, rows: slice) -> Any:
-    if not isinstance(target, Tensor):
-        return target
-    target = target.detach().cpu()
-    target = target.double() if target.is_floating_point() else target
-    return target[rows] if target.ndim else target
+    return micro_batch[0], targets

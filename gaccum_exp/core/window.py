@@ -17,15 +17,15 @@ from gaccum_exp.errors import BadInputError
 PartialWindow = Literal["exact", "drop", "carry", "error"]
 
 
-def split_sizes(samples: int, steps: int) -> list[int]:
-    """Split a window of `samples` into min(steps, samples) micro-batches, as evenly as possible.
+def split_sizes(samples: int, accum_steps: int) -> list[int]:
+    """Split a window of `samples` into min(accum_steps, samples) micro-batches, as evenly as possible.
 
     >>> split_sizes(250, 4), split_sizes(3, 8)
     ([63, 63, 62, 62], [1, 1, 1])
     """
-    if steps < 1 or samples < 0:
-        raise ValueError(f"cannot split {samples} samples into {steps} micro-batches")
-    parts = min(steps, samples)
+    if accum_steps < 1 or samples < 0:
+        raise ValueError(f"cannot split {samples} samples into {accum_steps} micro-batches")
+    parts = min(accum_steps, samples)
     return [samples // parts + (i < samples % parts) for i in range(parts)]
 
 
@@ -68,11 +68,17 @@ class WindowPlan:
         return math.ceil(self.samples / self.global_batch_size)
 
     @property
-    def mean_window_size(self) -> float:
-        """Samples per window, averaged over an epoch."""
-        if self.partial_window == "exact":
-            return self.samples / self.steps_per_epoch
-        return float(self.global_batch_size)
+    def full_window(self) -> int:
+        """Samples of the largest window: the global batch, unless the epoch is smaller."""
+        carried = self.partial_window == "carry"
+        return self.global_batch_size if carried else min(self.global_batch_size, self.samples)
+
+    def is_full(self, global_step: int) -> bool:
+        """Whether this window is as large as they get; a partial one is no measure of time or memory."""
+        if self.partial_window != "exact" or self.samples % self.global_batch_size == 0:
+            return True
+        last = self.steps_per_epoch - 1
+        return last == 0 or global_step % self.steps_per_epoch != last
 
     def steps_in(self, *, epochs: int | None = None, samples: int | None = None) -> int:
         """Return how many windows fit into a number of epochs or samples, never exceeding it."""

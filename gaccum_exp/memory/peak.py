@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.denominator import Denominator
 from gaccum_exp.core.loss import LossFn, count
@@ -36,19 +36,49 @@ class Peak:
 
 
 class _PhaseWatch:
-    """Remembers in which phase of the step the peak rose last."""
+    """Remembers in which phase of the step the peak rose last, and which phases were begun."""
 
     def __init__(self, read_peak: Callable[[], int]) -> None:
         self._read_peak = read_peak
         self._highest = 0
         self.highest_in = FORWARD_BACKWARD
+        self.begun: set[str] = set()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.begun.add(phase)
         yield
         peak = self._read_peak()
         if peak > self._highest:
             self._highest, self.highest_in = peak, phase
+
+
+class _NoHook:
+    """Stands in for the hook that a parameter without gradient cannot have."""
+
+    def remove(self) -> None:
+        """Nothing to remove."""
+
+
+class _Tracker(MemTracker):  # type: ignore[no-untyped-call]  # torch's metaclass
+    """torch's tracker, for models that it refuses: with frozen parameters, or called several times.
+
+    It hooks every parameter's gradient, and takes a second forward pass of a module before its backward
+    pass for an error; here a module's statistics begin anew with every pass.
+    """
+
+    def _track_module_params_and_buffers(
+        self, module: nn.Module, install_grad_hooks: bool = True
+    ) -> tuple[int, int]:
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                self._param_to_grad_hook_handles[parameter] = (_NoHook(), _NoHook())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        if not self._mod_tracker.is_bw:
+            self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]
+        super()._pre_fw_hook(module, inputs)
 
 
 class TrackedWindow:
@@ -72,9 +102,9 @@ class TrackedWindow:
         self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
         self._device = device
-        self._tracker = MemTracker()
+        self._optimizer = optimizer
+        self._tracker = _Tracker()
         self._tracker.track_external(modules, optimizer)
-        self._state_bytes = _state_bytes(optimizer, device)
         self.phase = _PhaseWatch(lambda: self._snapshot().get("Total", 0))
 
     def __enter__(self) -> "TrackedWindow":
@@ -86,7 +116,7 @@ class TrackedWindow:
 
     def loss_fn(self, loss_fn: LossFn) -> LossFn:
         """Return the loss function with its micro-batch's own copy tracked, pass by pass."""
-        return _TrackedLoss(loss_fn, self._tracker)
+        return _CopyingLoss(loss_fn)
 
     def peak(self) -> Peak:
         """Return the peak since entering."""
@@ -94,7 +124,7 @@ class TrackedWindow:
         kind = {key: snapshot.get(key, 0) for key in ("Parameter", "Buffer", "Gradient", "Activation")}
         # What the optimizer allocates in its step is filed under its state; only what it keeps is state.
         in_optimizer = snapshot.get("Optstate", 0)
-        state = min(in_optimizer, self._state_bytes)
+        state = min(in_optimizer, _state_bytes(self._optimizer, self._device))
         parts = {
             "parameters": kind["Parameter"] + kind["Buffer"],
             "gradients": kind["Gradient"],
@@ -110,16 +140,14 @@ class TrackedWindow:
         return {getattr(key, "value", key): size for key, size in on_device.items()}
 
 
-class _TrackedLoss:
-    def __init__(self, loss_fn: LossFn, tracker: MemTracker) -> None:
+class _CopyingLoss:
+    def __init__(self, loss_fn: LossFn) -> None:
         self._loss_fn = loss_fn
-        self._tracker = tracker
 
     def count(self, micro_batch: Any) -> Denominator | None:
         return count(self._loss_fn, micro_batch)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        self._tracker.reset_mod_stats()  # it refuses a second forward pass of a module otherwise
         return self._loss_fn(model, tree_map_only(Tensor, torch.clone, micro_batch))
 
 
@@ -167,9 +195,5 @@ def has_counters(device: torch.device) -> bool:
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    tensors = (t for state in optimizer.state.values() for t in state.values())
-    return sum(
-        t.untyped_storage().nbytes()
-        for t in tensors
-        if isinstance(t, Tensor) and t.device.type == device.type
-    )
+    tensors = (t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
+    return sum(t.untyped_storage().nbytes() for t in tensors if t.device.type == device.type)

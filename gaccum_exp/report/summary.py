@@ -112,7 +112,7 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
         slowest = max(times, key=lambda steps: times[steps])
         return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest})."
     least = min(peaks, key=lambda steps: peaks[steps])
-    verb = "falls to" if peaks[least] < 1 else "does not fall: it is"
+    verb = "falls to" if round(peaks[least], 2) < 1 else "does not fall: it is"
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
         return f"{memory}."

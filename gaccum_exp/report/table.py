@@ -12,12 +12,13 @@ from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.summary import summary
 from gaccum_exp.report.wording import (
     MISSING,
-    say_bytes,
+    byte_unit,
     say_gap,
     say_loss,
     say_micro_batches,
     say_ratio,
-    say_seconds,
+    say_scaled,
+    time_unit,
 )
 
 __all__ = ["render", "summary"]
@@ -29,26 +30,15 @@ _LEGEND = {
     "‡": "the reference, a stored run of another sweep",
     "!": "not finished",
 }
+_HEADERS = "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights"
 
 _REDUCTION, _VARIED = "\nreduction", "also\nvaried"
 
 Column = tuple[str, Callable[[ComparisonRow], str]]
 
-_MEASURED: tuple[Column, ...] = (
-    ("train\nloss", lambda row: say_loss(row.train_loss)),
-    ("eval\nloss", lambda row: say_loss(row.eval_loss)),
-    ("eval\nacc.", lambda row: say_loss(row.eval_accuracy)),
-    ("largest\nloss gap", lambda row: say_gap(row.max_loss_gap)),
-    ("weight\ndistance", lambda row: say_gap(row.weight_distance)),
-    ("peak\nmemory", lambda row: say_bytes(row.peak_bytes)),
-    ("\nratio", lambda row: say_ratio(row.peak_ratio)),
-    ("step\ntime", lambda row: say_seconds(row.step_s)),
-    ("\nratio", lambda row: say_ratio(row.step_ratio)),
-)
-
 
 def render(comparison: Comparison) -> Table:
-    """Return the comparison as a table of up to 100 columns' width, its notes underneath.
+    """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
 
     Gap, distance and ratios are against the reference that is marked in the N column; a rule
     separates groups that have different ones.
@@ -91,14 +81,31 @@ def _shown(comparison: Comparison) -> list[ComparisonRow]:
 
 def _columns(rows: Sequence[ComparisonRow]) -> list[Column]:
     """Return the columns that say something: what is the same for all arms takes no room."""
-    columns: list[Column] = [("N", _say_n), ("micro-\nbatch", say_micro_batches)]
+    columns: list[Column] = [("N", _say_n), ("micro\nbatch", say_micro_batches)]
     said_elsewhere = any("global batch" in dict(row.setting.values) for row in rows)
     if len({row.global_batch_size for row in rows}) > 1 and not said_elsewhere:
         columns.append(("global\nbatch", lambda row: str(row.global_batch_size or MISSING)))
     columns.append((_REDUCTION, lambda row: row.reduction or MISSING))
     if any(row.differs for row in rows):
         columns.append((_VARIED, lambda row: row.differs or MISSING))
-    return [*columns, *_MEASURED]
+    return [*columns, *_measured(rows)]
+
+
+def _measured(rows: Sequence[ComparisonRow]) -> list[Column]:
+    """Return the numbers' columns, with one unit for all arms in the header."""
+    bytes_each, in_bytes = byte_unit(max((row.peak_bytes or 0 for row in rows), default=0))
+    seconds_each, in_seconds = time_unit(max((row.step_s or 0 for row in rows), default=0))
+    return [
+        ("train\nloss", lambda row: say_loss(row.train_loss)),
+        ("eval\nloss", lambda row: say_loss(row.eval_loss)),
+        ("eval\nacc.", lambda row: say_loss(row.eval_accuracy)),
+        ("loss\ngap", lambda row: say_gap(row.max_loss_gap)),
+        ("weight\ndist.", lambda row: say_gap(row.weight_distance)),
+        (f"peak\n{in_bytes}", lambda row: say_scaled(row.peak_bytes, bytes_each)),
+        ("\nratio", lambda row: say_ratio(row.peak_ratio)),
+        (f"step\n{in_seconds}", lambda row: say_scaled(row.step_s, seconds_each)),
+        ("\nratio", lambda row: say_ratio(row.step_ratio)),
+    ]
 
 
 def _mark(row: ComparisonRow) -> str:
@@ -112,4 +119,5 @@ def _say_n(row: ComparisonRow) -> str:
 def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
-    return Text("\n".join([*([legend] if legend else []), *(f"- {note}" for note in notes)]))
+    lines = [legend, _HEADERS] if legend else []
+    return Text("\n".join([*lines, *(f"- {note}" for note in notes)]))

@@ -21,23 +21,18 @@ def time_unit(largest_s: float) -> tuple[float, str]:
     return next((unit for unit in _TIME_UNITS if largest_s >= unit[0]), _TIME_UNITS[-1])
 
 
-def say_bytes(value: float | None) -> str:
-    """`1.23 GiB`: three digits and a binary unit."""
-    return MISSING if value is None else _in_unit(value, byte_unit(value))
-
-
-def say_seconds(value: float | None) -> str:
-    """`12.3 ms`: three digits and a unit."""
-    return MISSING if value is None else _in_unit(value, time_unit(value))
-
-
 def say_loss(value: float | None) -> str:
     """`0.1234`, or with an exponent where four decimals would not do."""
     if value is None:
         return MISSING
     if value == 0 or 1e-3 <= abs(value) < 1e3 or not math.isfinite(value):
         return f"{value:.4f}"
-    return f"{value:.2e}"
+    return f"{value:.1e}"
+
+
+def say_scaled(value: float | None, unit_size: float) -> str:
+    """`6.84`: three digits of a quantity whose unit stands in the header."""
+    return MISSING if value is None else _three_digits(value / unit_size)
 
 
 def say_gap(value: float | None) -> str:
@@ -68,8 +63,6 @@ def say_list(items: Iterable[object]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _in_unit(value: float, unit: tuple[float, str]) -> str:
-    size, name = unit
-    scaled = value / size
-    digits = 0 if scaled >= 99.95 or (size == 1 and name == "B") else 1 if scaled >= 9.995 else 2
-    return f"{scaled:.{digits}f} {name}"
+def _three_digits(value: float) -> str:
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}"

@@ -223,3 +223,46 @@ def test_a_window_may_be_any_iterable_and_not_an_empty_one() -> None:
         accumulated(nn.CrossEntropyLoss(), [])
     with pytest.raises(ValueError, match="men"):
         accumulated(nn.CrossEntropyLoss(), window, reduction="men")
+
+
+def test_earlier_gradients_survive_an_error_in_mid_window() -> None:
+    """Also where they were set aside, because the window is divided late."""
+    calls = 0
+
+    def failing(model: nn.Module, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("out of memory, say")
+        return late_counting(model, micro_batch)
+
+    model = net()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    with pytest.raises(RuntimeError, match="say"):
+        accumulate_gradients(model, failing, split(batch(6), [3, 3]), reduction="global_mean")
+    assert all(p.grad is not None and p.grad.abs().max() > 1 for p in model.parameters())
+
+
+def test_the_reported_loss_of_a_bfloat16_model_does_not_depend_on_n() -> None:
+    """2,048 samples: a bfloat16 running sum would stop growing."""
+    model = nn.Linear(5, 4).bfloat16()
+    x, y = batch(2048)
+    data = (x.bfloat16(), y)
+    losses = []
+    for steps in (1, 512):
+        window = split(data, split_sizes(2048, steps))
+        loss = accumulate_gradients(model, nn.CrossEntropyLoss(), window, reduction="global_mean")
+        losses.append(float(loss.loss_sum / loss.denominator))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    """A micro-batch in place of a window, and a divisor of a sum that is none."""
+    x, y = batch(4)
+    with pytest.raises(ValueError, match="list of micro-batches"):
+        accumulate_gradients(net(), nn.CrossEntropyLoss(), (x, y))
+    with pytest.raises(ValueError, match="sum_divisor"):
+        accumulated(nn.CrossEntropyLoss(), [(x, y)], reduction="mean", sum_divisor=2.0)
+    with pytest.raises(ValueError, match=r"dict.*loss_fn"):
+        accumulated(nn.CrossEntropyLoss(), [{"x": x, "y": y}])

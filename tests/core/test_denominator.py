@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.denominator import reduction_set
+from gaccum_exp.core.denominator import ReducedAs
 from gaccum_exp.core.loss import CriterionLoss
 from gaccum_exp.errors import BadInputError
 
@@ -145,8 +145,8 @@ def in_order(criterion: nn.Module, outputs: Any, targets: Any) -> list[Any]:
     return [*outputs, *targets]
 
 
-def as_micro_batch(targets: Any) -> tuple[Any, ...]:
-    return (None, *targets) if isinstance(targets, tuple) else (None, targets)
+def listed(targets: Any) -> list[Any]:
+    return list(targets) if isinstance(targets, tuple) else [targets]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -156,9 +156,9 @@ def test_the_denominator_is_the_criterions_own(name: str) -> None:
     make, make_outputs, make_targets = CASES[name]
     criterion, outputs, targets = make(), make_outputs(), make_targets()
     own_mean = criterion(*in_order(criterion, outputs, targets))
-    loss_sum, denominator = CriterionLoss(criterion).of_outputs(outputs, as_micro_batch(targets))
+    loss_sum, denominator = CriterionLoss(criterion).of_outputs(outputs, listed(targets))
     assert abs(loss_sum / denominator - own_mean) <= 1e-12 * abs(own_mean)
-    counted = CriterionLoss(criterion).count(as_micro_batch(targets))
+    counted = CriterionLoss(criterion).count((None, *listed(targets)))
     assert counted == (None if name.startswith("Triplet") else denominator)
 
 
@@ -190,8 +190,8 @@ def test_the_probe_finds_what_the_closed_form_says(name: str) -> None:
         unknown.__class__.forward = lambda self, input, target, var: kind.forward(
             self, input, target, var
         )
-    expected = CriterionLoss(known).of_outputs(outputs, as_micro_batch(targets))[1]
-    got = CriterionLoss(unknown).of_outputs(outputs, as_micro_batch(targets))[1]
+    expected = CriterionLoss(known).of_outputs(outputs, listed(targets))[1]
+    got = CriterionLoss(unknown).of_outputs(outputs, listed(targets))[1]
     assert abs(got - expected) <= 1e-9 * expected
 
 
@@ -211,7 +211,7 @@ class Own(nn.Module):
 def test_a_criterions_own_method_comes_first() -> None:
     """Neither a closed form nor a probe is asked."""
     output, target = draw(B), torch.tensor([1.0, -1, 2, -2, 3, -3], dtype=F64)
-    loss_sum, n = CriterionLoss(Own()).of_outputs(output, (None, target))
+    loss_sum, n = CriterionLoss(Own()).of_outputs(output, [target])
     assert n == 3
     assert torch.isclose(loss_sum / n, Own()(output, target))
 
@@ -250,23 +250,93 @@ class Contrastive(nn.Module):
 def test_a_wrapped_criterion_is_reduced_inside_as_well() -> None:
     """The reduction is set for the call on every module that has one, and put back."""
     criterion, logits, target = Wrapper(), draw(B, C), labels(B)
-    loss_sum, n = CriterionLoss(criterion).of_outputs(logits, (None, target))
+    loss_sum, n = CriterionLoss(criterion).of_outputs(logits, [target])
     assert n == pytest.approx(B)
     assert torch.isclose(loss_sum / n, criterion(logits, target))
     assert criterion.reduction == criterion.inner.reduction == "mean"
 
 
-@pytest.mark.parametrize(
-    ("criterion", "why"),
-    [(Ignoring(), "sum over a batch"), (Contrastive(), "sum over a batch")],
-)
-def test_a_loss_that_is_no_sum_over_samples_is_refused_by_name(criterion: nn.Module, why: str) -> None:
+class Focal(nn.Module):
+    """The usual focal loss: single cross entropies, weighed and then reduced; its alpha is no buffer."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.alpha = torch.tensor([0.2, 1.0, 0.5, 2.0])
+        self.single = nn.CrossEntropyLoss(reduction="none")
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        ce = self.single(logits, target)
+        loss = self.alpha.to(ce)[target] * (1 - (-ce).exp()) ** 2 * ce
+        return loss.sum() if self.reduction == "sum" else loss.mean()
+
+
+@pytest.mark.parametrize("reduction", ["global_mean", "mean", "sum"])
+def test_a_focal_loss_keeps_its_single_losses_single(reduction: str) -> None:
+    """Its inner criterion is not reduced, and the mean is over the batch."""
+    logits, target = draw(B, C), labels(B)
+    loss_sum, n = CriterionLoss(Focal(), reduction).of_outputs(logits, [target])
+    assert n == pytest.approx(B)
+    assert torch.isclose(loss_sum, Focal("sum")(logits, target))
+    assert torch.isclose(loss_sum / n, Focal("mean")(logits, target))
+
+
+def refused(criterion: nn.Module) -> dict[str, str]:
+    """Reduction -> the reason for which it is refused on a batch of labels."""
+    reasons = {}
+    for reduction in ("global_mean", "mean", "sum"):
+        try:
+            CriterionLoss(criterion, reduction).of_outputs(draw(B, C), [labels(B)])
+        except BadInputError as error:
+            reasons[reduction] = str(error)
+    named = f"is refused for criterion {type(criterion).__name__}"
+    assert all(f"{reduction} {named}" in reason for reduction, reason in reasons.items())
+    return reasons
+
+
+def test_a_loss_that_is_no_sum_over_samples_is_refused_by_name() -> None:
     """global_mean has no meaning there; the other two are left to the user."""
-    micro_batch = (None, labels(B))
-    with pytest.raises(BadInputError, match=f"refused for criterion {type(criterion).__name__}.*{why}"):
-        CriterionLoss(criterion, "global_mean").of_outputs(draw(B, C), micro_batch)
-    for reduction in ("mean", "sum"):
-        CriterionLoss(criterion, reduction).of_outputs(draw(B, C), micro_batch)
+    reasons = refused(Contrastive())
+    assert list(reasons) == ["global_mean"]
+    assert "its sum over a batch is not the sum over the batch's parts" in reasons["global_mean"]
+
+
+def test_a_criterion_that_ignores_its_reduction_has_no_sum_either() -> None:
+    """What looked like a sum would be a sum of means, and nobody would be told."""
+    reasons = refused(Ignoring())
+    assert list(reasons) == ["global_mean", "sum"]
+    assert "its `reduction` changes nothing" in reasons["sum"]
+
+
+class Needy(Contrastive):
+    """It takes labels of one kind only, as the probe cannot know."""
+
+    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        raise TypeError("not like this")
+
+
+def test_a_criterion_that_cannot_be_probed_says_why() -> None:
+    """Instead of failing with the stranger's own error from a place that the user does not know."""
+    with pytest.raises(BadInputError, match=r"Needy.*could not be asked.*TypeError: not like this"):
+        CriterionLoss(Needy()).of_outputs(draw(B, C), [labels(B)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_do_not_cost_the_loss_its_digits(dtype: torch.dtype) -> None:
+    """60,000 losses of about 1.4 add up to more than float16 holds and bfloat16 resolves."""
+    logits, target = torch.randn(60_000, C), labels(60_000)
+    loss_sum, _ = CriterionLoss(nn.CrossEntropyLoss()).of_outputs(logits.to(dtype), [target])
+    expected = nn.functional.cross_entropy(logits.to(dtype).double(), target, reduction="sum")
+    assert abs(loss_sum - expected) < 1e-5 * expected
+
+
+def test_a_criterion_reweighted_later_is_counted_with_its_new_weights() -> None:
+    """A loss function is kept for the whole training, and class weights may be scheduled."""
+    criterion = nn.CrossEntropyLoss(weight=torch.ones(C, dtype=F64))
+    loss, target = CriterionLoss(criterion), torch.tensor([0, 1, 1])
+    assert loss.count((None, target)) == 3
+    criterion.weight = WEIGHT
+    assert loss.count((None, target)) == 4.5
 
 
 def ctc_window() -> list[tuple[Any, ...]]:
@@ -314,7 +384,7 @@ def test_the_probe_is_not_fooled_by_a_loss_of_zero_or_by_bfloat16() -> None:
             return super().forward(input, target)
 
     perfect = torch.randn(B, 3).bfloat16()
-    loss_sum, n = CriterionLoss(Unknown()).of_outputs(perfect, (None, perfect))
+    loss_sum, n = CriterionLoss(Unknown()).of_outputs(perfect, [perfect])
     assert loss_sum == 0
     assert n == B * 3
 
@@ -322,7 +392,7 @@ def test_the_probe_is_not_fooled_by_a_loss_of_zero_or_by_bfloat16() -> None:
 def test_a_broadcast_is_refused_with_both_shapes() -> None:
     """(6, 1) against (6,) would be 36 elements."""
     with pytest.raises(BadInputError, match=r"\(6, 1\).*\(6,\)"):
-        CriterionLoss(nn.MSELoss()).of_outputs(draw(B, 1), (None, draw(B)))
+        CriterionLoss(nn.MSELoss()).of_outputs(draw(B, 1), [draw(B)])
 
 
 def test_a_criterion_without_reduction_is_refused() -> None:
@@ -334,6 +404,9 @@ def test_a_criterion_without_reduction_is_refused() -> None:
 def test_a_reduction_set_for_a_moment_is_put_back_after_an_error() -> None:
     """The user's criterion is left as it was."""
     criterion = nn.CrossEntropyLoss()
-    with pytest.raises(RuntimeError), reduction_set(criterion, "sum"):
-        raise RuntimeError
+    logits, wrong = draw(B, C), draw(B, C + 1)
+    with pytest.raises(RuntimeError), ReducedAs(criterion, "sum"):
+        criterion(logits, wrong)
     assert criterion.reduction == "mean"
+    with ReducedAs(criterion, "sum"):
+        assert criterion.reduction == "sum"

@@ -32,10 +32,18 @@ def test_table_shows_the_columns_and_units(arm: Arm) -> None:
     """All that the user is promised stands in a line per arm."""
     shown = show(compare([arm(1), arm(4)]))
     header = words("".join(shown.splitlines(keepends=True)[:4]))
-    for name in ("N", "reduction", "train", "eval", "acc.", "gap", "distance", "memory", "ratio"):
+    for name in ("N", "reduction", "train", "eval", "acc.", "gap", "weight", "MiB", "ms", "ratio"):
         assert name in header
     (line,) = (line for line in shown.splitlines() if line.split()[:1] == ["4"])
-    assert words(line) == "4 64 mean 0.1944 0.2100 0.9472 3.0e-07 – 25.7 MiB 0.47 13.4 ms 1.09"
+    assert words(line) == "4 64 mean 0.1944 0.2100 0.9472 3.0e-07 – 25.7 0.47 13.4 1.09"
+
+
+def test_a_plain_sweep_fits_a_terminal_of_eighty_columns(arm: Arm) -> None:
+    """Nothing is cut and no line wraps."""
+    shown = show(compare([arm(n, reduction="global_mean") for n in (1, 2, 16)]), width=80)
+    rows = [line for line in shown.splitlines() if "global_mean" in line]
+    assert [len(row.split()) for row in rows] == [12, 12, 12]
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize("reductions", [("global_mean",), ("mean", "sum", "global_mean")])
@@ -52,7 +60,7 @@ def test_numbers_are_never_cut_at_a_hundred_columns(arm: Arm, reductions: tuple[
     assert max(map(len, shown.splitlines())) <= 100
     assert "…" not in shown
     assert shown.count("global_mean") == 6
-    assert shown.count("54.4 MiB") == 2 * len(reductions)
+    assert shown.count(" 54.4 ") == 2 * len(reductions)
 
 
 def test_unfinished_arms_are_marked_and_missing_numbers_dashed(arm: Arm) -> None:
