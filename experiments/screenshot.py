@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep_id")
     parser.add_argument("--uri", default="sqlite:///mlflow.db")
-    parser.add_argument("--out", type=Path, default=Path("docs/mlflow_chart.png"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/demo/mlflow_chart.png"))
     arguments = parser.parse_args()
     if CHROMIUM is None:
         raise SystemExit("chromium is not installed (Debian: apt-get install chromium)")

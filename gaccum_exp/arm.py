@@ -17,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gaccum_exp import metrics
-from gaccum_exp.build import build, dataset_records
+from gaccum_exp.build import build
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.progress import Progress
-from gaccum_exp.provenance import device_tags, environment_tags
+from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.sweep import SWEPT_KEYS
 from gaccum_exp.tracking import MlflowSink, Store
 from gaccum_exp.train import train
@@ -62,7 +62,7 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
             tags=_tags(settings),
             texts={"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)},
         )
-        objective = _train(settings, name, sink, folder)
+        objective = _train(settings, name, sink)
         sink.close("FINISHED")
         outcome = Outcome(settings.sweep_id, name, "FINISHED", objective=objective)
     except Exception as error:  # whatever ends an arm is that arm's result, and no more
@@ -109,17 +109,20 @@ def run_name(settings: Settings) -> str:
     return " · ".join(parts + [f"{k}={values[k]}" for k in swept if k in values and k not in named])
 
 
-def _train(settings: Settings, name: str, sink: MlflowSink, folder: Path) -> float | None:
+def _train(settings: Settings, name: str, sink: MlflowSink) -> float | None:
     """Build and train; return the objective."""
     _clear_device()  # of what an earlier arm of this process left
     experiment = build(settings)
     sink.describe(device_tags(experiment.device))
-    sink.log_datasets(dataset_records(experiment))
+    data = dataset_records(experiment)
+    sink.log_datasets(data)
+    sink.describe({"data_digest": " ".join(record.digest for record in data)})
     alone = "Basic" in HydraConfig.get().launcher._target_
     with Progress(name, experiment.total_steps, alone=alone) as progress:
         train(experiment, sink, progress)
     if settings.tracking.log_weights:
-        sink.keep_weights(dict(experiment.modules.named_parameters()), folder)
+        named = experiment.modules.named_parameters()
+        sink.keep_weights({name: p for name, p in named if p.requires_grad})
     return sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
 
 

@@ -4,7 +4,6 @@ Configs are code: whoever writes a `_target_` runs that function.
 """
 
 import copy
-import hashlib
 import inspect
 import logging
 import os
@@ -24,12 +23,11 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from gaccum_exp.config import Settings
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.loss import CriterionLoss, LossFn, OnDevice, count, split_pair, to_device
+from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
-from gaccum_exp.evaluate import evaluation_mode
 from gaccum_exp.experiment import Experiment
-from gaccum_exp.records import DatasetRecord
 
 log = logging.getLogger(__name__)
 DEFAULT_THREADS = torch.get_num_threads()
@@ -104,39 +102,6 @@ def prepare_runtime(settings: Settings) -> torch.device:
             f"runtime.device={runtime.device}: not on this machine, which has {', '.join(here)}"
         )
     return device
-
-
-def dataset_records(experiment: Experiment) -> list[DatasetRecord]:
-    """Describe the data of a run."""
-    data = experiment.settings.data
-    sets = [("training", experiment.train_data, data.train)]
-    if experiment.eval_data is not None and data.eval is not None:
-        sets.append(("evaluation", experiment.eval_data, data.eval))
-    return [
-        DatasetRecord(
-            name=str(node["_target_"]),
-            digest=_fingerprint(dataset, node),
-            samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
-            context=context,
-        )
-        for context, dataset, node in sets
-    ]
-
-
-def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
-    """Return eight hex digits that change with the data.
-
-    All of it where it lies in memory; else the configuration, the size, the first and the last sample.
-    """
-    digest = hashlib.blake2b(digest_size=4)
-    if type(dataset) is TensorDataset:
-        for tensor in dataset.tensors:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-    size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
-    seed_host(0)  # so that random augmentation does not change it
-    digest.update(repr((sorted(node.items()), size, dataset[0], dataset[size - 1])).encode())
-    return digest.hexdigest()
 
 
 def nominal_denominator(
@@ -268,10 +233,11 @@ def _loss(
     settings: Settings, model: nn.Module, device: torch.device
 ) -> tuple[CriterionLoss | None, LossFn]:
     node = settings.criterion
+    # On the command line a tensor can only be a list; torch's criteria call such arguments so.
     tensors = {
         key: torch.tensor(value, dtype=torch.float32)
         for key, value in node.items()
-        if isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value)
+        if key in ("weight", "pos_weight") and isinstance(value, list)
     }
     criterion = _instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
     if isinstance(criterion, nn.Module):

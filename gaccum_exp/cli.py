@@ -30,17 +30,28 @@ def main() -> int:
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     config.register()
+    # Hydra reads `accum.steps=1,2 -m seed=0` as two lists of overrides and refuses the second.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    try:
+        return _end(_run(raw))
+    except KeyboardInterrupt:  # while comparing
+        return INTERRUPTED
+
+
+def _run(raw: bool) -> int:
+    """Run what Hydra makes of the command line; what an arm fails of is not seen here."""
     try:
         task()
     except KeyboardInterrupt:
-        return _end(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         line = explain.one_line(error, sys.argv[1:])
         if raw or line is None:
+            _end(RUN_FAILED)  # a sweeper or launcher gave up; its arms are there to be compared
             raise
         print(f"gaccum_exp: {line}", file=sys.stderr)
-        return _end(BAD_INPUT)
-    return _end(OK)
+        return BAD_INPUT
+    return OK
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
@@ -56,11 +67,11 @@ def task(cfg: DictConfig) -> float | None:
         from gaccum_exp.arm import refuse_arm
 
         refuse_arm(cfg, error)
-        return float("nan")
+        return None
     from gaccum_exp.arm import run_arm
 
-    outcome = run_arm(settings, cfg)
-    return float("nan") if outcome.objective is None else outcome.objective
+    # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
+    return run_arm(settings, cfg).objective
 
 
 def _end(status: int) -> int:
@@ -70,8 +81,15 @@ def _end(status: int) -> int:
     current = sweep.begun[-1]
     if not sweep.outcomes(current):
         return status
-    if current.multirun:
-        from gaccum_exp.report.__main__ import report_sweep
+    from gaccum_exp.report.__main__ import report_sweep, show_run
 
-        report_sweep(current.tracking_uri, current.experiment_name, current.sweep_id, current.folder)
+    where = current.tracking_uri, current.experiment_name, current.sweep_id
+    try:
+        if current.multirun:
+            report_sweep(*where, current.folder)
+        elif status == OK and sweep.exit_status(current) == OK:
+            show_run(*where)
+    except BadInputError as error:
+        print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
+        status = status or RUN_FAILED
     return status or sweep.exit_status(current)

@@ -1,7 +1,6 @@
 """Loss and accuracy on held-out data."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from gaccum_exp import metrics
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.loss import split_pair, to_device
+from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.experiment import Experiment
@@ -71,15 +71,3 @@ def _hits(outputs: Any, targets: list[Any], criterion: nn.Module) -> tuple[Tenso
     ignored = getattr(criterion, "ignore_index", None)
     asked = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
     return ((outputs.argmax(1) == target) & asked).sum(), asked.sum()
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation and back, module by module: some may have been in it all along."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,11 +1,19 @@
-"""Where a result comes from: commit, command, versions, machine."""
+"""Where a result comes from: commit, versions, machine, data."""
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from gaccum_exp.core.seeding import seed_host
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.records import DatasetRecord
 
 PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
 
@@ -27,6 +35,39 @@ def device_tags(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {"device": name, "threads": str(torch.get_num_threads())}
+
+
+def dataset_records(experiment: Experiment) -> list[DatasetRecord]:
+    """Describe the data of a run."""
+    data = experiment.settings.data
+    sets = [("training", experiment.train_data, data.train)]
+    if experiment.eval_data is not None and data.eval is not None:
+        sets.append(("evaluation", experiment.eval_data, data.eval))
+    return [
+        DatasetRecord(
+            name=str(node["_target_"]),
+            digest=_fingerprint(dataset, node),
+            samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
+            context=context,
+        )
+        for context, dataset, node in sets
+    ]
+
+
+def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
+    """Return eight hex digits that change with the data.
+
+    All of it where it lies in memory; else the configuration, the size, the first and the last sample.
+    """
+    digest = hashlib.blake2b(digest_size=4)
+    if type(dataset) is TensorDataset:
+        for tensor in dataset.tensors:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+    size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
+    seed_host(0)  # so that random augmentation does not change it
+    digest.update(repr((sorted(node.items()), size, dataset[0], dataset[size - 1])).encode())
+    return digest.hexdigest()
 
 
 @cache

@@ -6,18 +6,25 @@ our own command line, and reads what the arms have left: their `arm.json` and th
 """
 
 import json
-import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-log = logging.getLogger(__name__)
+from gaccum_exp.errors import BadInputError
+
+SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
+"""Environment variable: the keys that a sweep varies, comma-separated, for the names of its runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +50,11 @@ class SweepBegin(Callback):
         _note(config, Path(config.hydra.run.dir), multirun=False)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note a sweep, and say to its arms what it varies."""
-        from gaccum_exp.arm import SWEPT_KEYS
-
+        """Note a sweep, say to its arms what it varies, and refuse it where nothing can be recorded."""
         _note(config, Path(config.hydra.sweep.dir), multirun=True)
         os.environ[SWEPT_KEYS] = ",".join(_swept_keys(config))
-        _prepare_store(config)
+        if _first_arm_composes(config, kwargs["config_name"]):
+            _prepare_store(config)
 
 
 def outcomes(sweep: Begun) -> list[dict[str, Any]]:
@@ -83,22 +89,41 @@ def _note(config: DictConfig, folder: Path, *, multirun: bool) -> None:
 
 
 def _swept_keys(config: DictConfig) -> Iterator[str]:
-    lines = [*config.hydra.overrides.task, *(f"{k}={v}" for k, v in _sweeper_params(config).items())]
-    for override in OverridesParser.create().parse_overrides([str(line) for line in lines]):
+    sweepers = dict(config.hydra.sweeper.get("params") or {})
+    for override in _parsed([*config.hydra.overrides.task, *(f"{k}={v}" for k, v in sweepers.items())]):
         if override.is_sweep_override():
             yield override.get_key_element().lstrip("+")
 
 
-def _sweeper_params(config: DictConfig) -> dict[str, Any]:
-    return dict(config.hydra.sweeper.get("params") or {})
+def _first_arm_composes(config: DictConfig, config_name: str | None) -> bool:
+    """Where it does not, Hydra is about to say why, and that need not wait for torch and MLflow."""
+    overrides = []
+    for override in _parsed(config.hydra.overrides.task):
+        if not override.is_sweep_override():
+            overrides.append(str(override.input_line))
+        elif override.is_choice_sweep():
+            first = next(iter(override.sweep_string_iterator()))
+            overrides.append(f"{override.get_key_element()}={first}")
+    try:
+        compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException):
+        return False
+    return True
+
+
+def _parsed(lines: Iterable[object]) -> list[Override]:
+    return OverridesParser.create().parse_overrides([str(line) for line in lines])
 
 
 def _prepare_store(config: DictConfig) -> None:
-    """Create the store before the arms do: side by side they would all migrate a new database."""
-    from gaccum_exp.errors import BadInputError
+    """Create the store before the arms do: side by side they would all migrate a new database.
+
+    An exit is the one exception that Hydra does not turn into a warning here.
+    """
     from gaccum_exp.tracking import Store
 
     try:
         Store(config.tracking.uri, config.tracking.experiment_name)
     except BadInputError as error:
-        log.debug("each arm will say so: %s", error)
+        print(f"gaccum_exp: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

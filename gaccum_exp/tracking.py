@@ -36,6 +36,7 @@ BATCH = 1000
 """Metrics in one request; MLflow takes no more."""
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
 WEIGHTS = "weights.pt"
+ATTEMPTS = 4
 
 
 class Store:
@@ -82,13 +83,18 @@ class Store:
     ) -> "MlflowSink":
         """Begin a run; `texts` become files of the run, by name."""
         run = self._client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
-        run_id = run.info.run_id
+        sink = MlflowSink(self._client, run.info.run_id)
         values = [Param(key, str(value)[:6000]) for key, value in params.items()]  # MLflow's limit
-        for start in range(0, len(values), 100):  # and another
-            self._client.log_batch(run_id, params=values[start : start + 100])
-        for file, text in texts.items():
-            self._client.log_text(run_id, text, file)
-        return MlflowSink(self._client, run_id)
+        try:
+            for start in range(0, len(values), 100):  # and another
+                self._client.log_batch(sink.run_id, params=values[start : start + 100])
+            for file, text in texts.items():
+                self._client.log_text(sink.run_id, text, file)
+        except BaseException as error:  # whoever asked gets no run that could be ended
+            with suppress(Exception):
+                sink.close("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        return sink
 
     def sweep(self, sweep_id: str) -> list[RunRecord]:
         """Return the arms of a sweep with their curves, oldest first."""
@@ -185,14 +191,27 @@ class MlflowSink(Sink):
         self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
-        """Say what the run is fed."""
-        self._client.log_inputs(self.run_id, [_dataset_input(dataset) for dataset in datasets])
+        """Say what the run is fed.
 
-    def keep_weights(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-        """Store parameters by name; they are written to `folder` first."""
-        path = folder / WEIGHTS
-        torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
-        self._client.log_artifact(self.run_id, str(path))
+        Two arms side by side may create the same entry at once, and the store refuses the second; it
+        stands there at the next attempt.
+        """
+        inputs = [_dataset_input(dataset) for dataset in datasets]
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._client.log_inputs(self.run_id, inputs)
+                return
+            except MlflowException:
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(0.1 * attempt)
+
+    def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Store parameters by name."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / WEIGHTS
+            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
+            self._client.log_artifact(self.run_id, str(path))
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Deliver what is left and end the run with its status."""

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gaccum_exp.config import TrackingConfig
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison, compare, write_csv
 from gaccum_exp.report.figures import draw
 from gaccum_exp.report.table import render, summary
@@ -46,13 +47,7 @@ def report_sweep(uri: str, experiment_name: str, sweep_id: str, folder: Path) ->
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
     store = Store(uri, experiment_name)
-    runs = store.sweep(sweep_id)
-    if not runs:
-        raise BadInputError(f"{sweep_id}: no such sweep in {experiment_name} at {uri}")
-    comparison = compare(runs, store.references(), store.weights)
-    if comparison.stored_runs:  # references from other sweeps: now their curves are needed as well
-        stored = [store.with_curves(run) for run in comparison.stored_runs]
-        comparison = compare(runs, stored, store.weights)
+    runs, comparison = _read(store, sweep_id)
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, runs, folder)]
     store.write_report(sweep_id, files)
@@ -62,8 +57,36 @@ def report_sweep(uri: str, experiment_name: str, sweep_id: str, folder: Path) ->
     return comparison
 
 
+def show_run(uri: str, experiment_name: str, sweep_id: str) -> None:
+    """Print what there is to compare a single run with; nothing is written.
+
+    Raises:
+        BadInputError: as `report_sweep`.
+    """
+    _, comparison = _read(Store(uri, experiment_name), sweep_id)
+    console = _console()
+    console.print(render(comparison))
+    console.print(summary(comparison), highlight=False)
+    console.print(f"\nFigures: python -m gaccum_exp.report {sweep_id}", soft_wrap=True, highlight=False)
+
+
+def _read(store: Store, sweep_id: str) -> tuple[list[RunRecord], Comparison]:
+    runs = store.sweep(sweep_id)
+    if not runs:
+        raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
+    comparison = compare(runs, store.references(), store.weights)
+    if comparison.stored_runs:  # references from other sweeps: now their curves are needed as well
+        stored = [store.with_curves(run) for run in comparison.stored_runs]
+        comparison = compare(runs, stored, store.weights)
+    return runs, comparison
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
 def _print(comparison: Comparison, files: list[Path], ui: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = _console()
     console.print(render(comparison))
     console.print(summary(comparison), highlight=False)
     console.print()

@@ -160,7 +160,7 @@ def write_csv(comparison: Comparison, path: Path) -> Path:
 def _setting(group: Group, keys: Mapping[str, str], groups: Sequence[Group]) -> Swept:
     """What sets the group apart; its global batch too, where that was swept on its own."""
     swept = swept_values(group.arms[0], keys)
-    batches = {global_batch_of(other.arms[0]) for other in groups}
+    batches = {global_batch_of(other.arms[0]) for other in groups} - {None}  # an arm refused has none
     if len(batches) > 1 and not any(other.n_multiplies for other in groups):
         swept += (("global batch", str(global_batch_of(group.arms[0]))),)
     return Swept(group.arms[0].params.get("accum.reduction"), swept)

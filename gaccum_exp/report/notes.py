@@ -33,7 +33,7 @@ def other_notes(groups: Labelled) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
     arms = [(group, arm, setting) for group, setting in groups for arm in group.arms]
     said = _uneven_splits([arm for _, arm, _ in arms])
-    for sentence in (_about_memory_source, _about_step_time, _about_status):
+    for sentence in (_about_data, _about_memory_source, _about_step_time, _about_status):
         said += _merge(((sentence(group, arm), setting) for group, arm, setting in arms), len(groups))
     return tuple(said)
 
@@ -118,6 +118,13 @@ def _about_memory_source(group: Group, arm: RunRecord) -> str | None:
         f"the peak memory of N = {steps_of(arm)} is from the {ours}, its reference's from the "
         f"{theirs}: they have no ratio."
     )
+
+
+def _about_data(group: Group, arm: RunRecord) -> str | None:
+    ours, theirs = _tags(group, arm, "data_digest")
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    return f"N = {steps_of(arm)} was fed other data than its reference: their curves are no pair."
 
 
 def _about_step_time(group: Group, arm: RunRecord) -> str | None:

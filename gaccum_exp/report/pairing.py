@@ -4,7 +4,7 @@ Arms whose configs differ only in how the global batch is split form a group, an
 reference: its finished arm with N = 1. Where the sweep holds none, these are tried in turn:
 
 1. N = 1 of the other mean: in one pass `mean` and `global_mean` are the same gradient (`sum` is not);
-2. a finished N = 1 run from the store, on the same device, the most recent one;
+2. a finished N = 1 run from the store, on the same device and data, the most recent one;
 3. a stand-in: the group's finished arm with the largest micro-batch, if there are two to compare.
 """
 
@@ -120,20 +120,25 @@ def _find_reference(
     sweep: Mapping[Config, list[RunRecord]],
     stored: Mapping[Config, list[RunRecord]],
 ) -> tuple[RunRecord | None, Source]:
-    devices = {arm.tags.get("device") for arm in arms}
+    made_on = {_circumstances(arm) for arm in arms}
     other = _other_mean(key)
     if key in sweep:
         return sweep[key][-1], Source.OWN
     if other in sweep:
         return sweep[other][-1], Source.OTHER_REDUCTION
     for candidate_key in (key, other):
-        on_device = [r for r in stored.get(candidate_key, []) if r.tags.get("device") in devices]
-        if on_device:
-            return on_device[-1], Source.STORED
+        alike = [run for run in stored.get(candidate_key, []) if _circumstances(run) in made_on]
+        if alike:
+            return alike[-1], Source.STORED
     finished = _in_order(arm for arm in arms if arm.status == "FINISHED" and steps_of(arm))
     if len(finished) >= 2:
         return finished[0], Source.STAND_IN
     return None, Source.NONE
+
+
+def _circumstances(run: RunRecord) -> tuple[str | None, str | None]:
+    """Device and data: what is no part of the config, and has to agree all the same."""
+    return run.tags.get("device"), run.tags.get("data_digest")
 
 
 def _key(run: RunRecord) -> Config:

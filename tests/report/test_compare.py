@@ -1,6 +1,7 @@
 """What a row says is what a naive computation over the runs says."""
 
 import csv
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -238,3 +239,10 @@ def test_keys_that_happen_to_vary_together_are_both_named(arm: Arm) -> None:
     """Two seeds with two learning rates are no repetition of one experiment."""
     runs = [arm(1, seed=s, params={"optimizer.lr": f"0.{s + 1}"}) for s in (0, 1)]
     assert [row.differs for row in compare(runs).rows] == ["lr=0.1, seed=0", "lr=0.2, seed=1"]
+
+
+def test_a_refused_arm_is_no_other_global_batch(arm: Arm) -> None:
+    """It ended before its batch was known, and must not add a setting to those of the others."""
+    refused = dataclasses.replace(arm(2, status="FAILED"), params={}, metrics={}, curves={})
+    settings = {row.setting.text for row in compare([arm(1), arm(4), refused]).rows}
+    assert not any("global batch" in text for text in settings)

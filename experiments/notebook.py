@@ -1,0 +1,62 @@
+"""What the pages of the notebook share: run a study, say where its numbers come from, rewrite a page.
+
+A page's part between the two marks is written by the study's `build.py`; everything else by hand.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from gaccum_exp.provenance import environment_tags
+
+BEGIN, END = "<!-- results: written by build.py -->", "<!-- end of results -->"
+
+
+def run_study(slug: str, extra: Sequence[str] = ()) -> tuple[list[dict[str, str]], float]:
+    """Run `python -m gaccum_exp -m experiment=<slug>` in a scratch folder.
+
+    Returns the rows of its comparison.csv, as text, and the seconds that it took.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "gaccum_exp", "-m", f"experiment={slug}", *extra]
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        start = time.monotonic()
+        subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PYTHONPATH": path})
+        seconds = time.monotonic() - start
+        (table,) = Path(folder).glob("multirun/*/comparison.csv")
+        with table.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file)), seconds
+
+
+def spread(values: Iterable[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (0 for a single value)."""
+    values = list(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def provenance(seconds: float) -> str:
+    """Return commit, versions, machine and runtime as Markdown."""
+    tags = environment_tags()
+    versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in tags.items() if "version." in k)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return (
+        f"Commit {tags['git_commit']}; {versions}; Python {tags['python']}; device {device}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; {seconds / 60:.1f} minutes."
+    )
+
+
+def write_results(page: Path, markdown: str) -> None:
+    """Replace what stands between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    page.write_text(f"{head}{BEGIN}\n\n{markdown.strip()}\n\n{END}{tail}", encoding="utf-8")

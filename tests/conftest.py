@@ -1,0 +1,30 @@
+"""Fixtures that several test modules share."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.program import Program, new_store
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a store without runs, to be copied."""
+    return new_store(tmp_path_factory.mktemp("empty_store"))
+
+
+@pytest.fixture
+def program(
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Program:
+    """Return the program in a new working directory that holds an empty store."""
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gaccum_exp.sweep.begun", [])
+    for variable in ("GACCUM_EXP_SWEEP_ID", "GACCUM_EXP_SWEPT_KEYS", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(variable, "")  # so that what the program sets there is undone
+    return Program(tmp_path, monkeypatch, capfd)

@@ -1,0 +1,182 @@
+"""The program as its user runs it, without paying for a new Python and a new store each time.
+
+`Program` calls the command line's `main` in this process; `in_a_process` starts a real one, for what
+only that can show (signals, what is imported, another working directory).
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from torch import Tensor
+
+from gaccum_exp import cli, sweep
+from gaccum_exp.records import RunRecord
+from gaccum_exp.report.__main__ import main as report_main
+from gaccum_exp.tracking import Store
+from tests.strangers import Net
+from tests.support import ROOT
+
+TINY = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu", "train.steps=4")
+PATIENCE_S = 240
+"""After so long a process that hangs is given up on; no claim about time."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the user sees of a run of the program."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands on stderr."""
+        return self.err.splitlines()
+
+    @property
+    def plain(self) -> str:
+        """Both streams with every run of blanks and line ends made one blank."""
+        return " ".join((self.out + self.err).split())
+
+
+class Program:
+    """Runs the program in this process and in a folder of its own, and looks into what it has left."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder = folder
+        # Absolute: MLflow keeps a connection for every address that this process has ever opened.
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        self._monkeypatch = monkeypatch
+        self._capfd = capfd
+
+    def __call__(self, *arguments: str) -> Ended:
+        """Run `python -m gaccum_exp` with these arguments, recording in this folder."""
+        located = any(a.startswith("tracking.uri=") for a in arguments)
+        uri = () if located else (f"tracking.uri={self.uri}",)
+        return self._call("gaccum_exp", cli.main, (*arguments, *uri))
+
+    def tiny(self, *arguments: str) -> Ended:
+        """Run it on a model of a few hundred parameters for four steps."""
+        return self(*TINY, *arguments)
+
+    def report(self, *arguments: str) -> Ended:
+        """Run `python -m gaccum_exp.report` with these arguments."""
+        return self._call("gaccum_exp.report", report_main, (*arguments, "--uri", self.uri))
+
+    def store(self) -> Store:
+        """Open the store of the runs."""
+        return Store(self.uri, "gaccum_exp")
+
+    @property
+    def sweep_id(self) -> str:
+        """The id of the run or sweep begun last."""
+        return sweep.begun[-1].sweep_id
+
+    @property
+    def sweep_folder(self) -> Path:
+        """Where it wrote."""
+        return sweep.begun[-1].folder
+
+    def arms(self) -> list[RunRecord]:
+        """Return its runs, by N."""
+        runs = self.store().sweep(self.sweep_id)
+        return sorted(runs, key=lambda run: int(run.params.get("accum.steps", 0)))
+
+    def _call(self, name: str, main: Any, arguments: tuple[str, ...]) -> Ended:
+        self._capfd.readouterr()
+        self._monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with _logging_restored(), _threads_restored():
+            try:
+                status = main()
+            except SystemExit as end:
+                status = end.code
+        return Ended(int(status or 0), *self._capfd.readouterr())
+
+
+def in_a_process(folder: Path, *arguments: str, module: str = "gaccum_exp") -> Ended:
+    """Run `python -m <module>` with these arguments in that folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment with this checkout importable, on one thread."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GACCUM_EXP")}
+    inherited.pop("HYDRA_FULL_ERROR", None)
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def new_store(folder: Path) -> Path:
+    """Create an empty store in a folder; making one takes longer than copying it."""
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
+
+
+class Ending(Net):
+    """Something happens in its fourth training pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        if self.passes == 4:
+            self.happen()
+        return super().forward(x)
+
+    def happen(self) -> None:
+        raise NotImplementedError
+
+
+class Interrupted(Ending):
+    """The user presses Ctrl-C."""
+
+    def happen(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Broken(Ending):
+    """It has a fault of its own."""
+
+    def happen(self) -> None:
+        raise RuntimeError("a fault of its own\nwith details")
+
+
+@contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Take Hydra's handlers off again: they hold this test's stderr and files."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers, root.level = handlers, level
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

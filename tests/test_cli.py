@@ -1,0 +1,299 @@
+"""The command line: what bad input is answered with, and how a run or a sweep ends."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.program import PATIENCE_S, TINY, Program, environment
+
+POINTS = ("data=custom", "data.train._target_=tests.strangers.Points", "data.global_batch_size=8",
+          "runtime.device=cpu")  # fmt: skip
+LAZY = """
+import os, sys
+from gaccum_exp.cli import main
+for arguments in {calls}:
+    sys.argv = ["gaccum_exp", *arguments]
+    os.environ.pop("HYDRA_FULL_ERROR", None)  # as main leaves it, for a process of its own
+    try:
+        status = main()
+    except SystemExit as end:
+        status = end.code or 0
+    print("ENDED", status, *sorted({{"torch", "mlflow", "numpy"}} & set(sys.modules)))
+"""
+
+
+def one_line(program: Program, *arguments: str) -> str:
+    """Run what must fail as bad input and return the one line that it leaves on stderr."""
+    ended = program(*arguments)
+    assert ended.status == 2
+    assert "Traceback" not in ended.plain
+    (line,) = ended.lines
+    return line
+
+
+def test_help_and_configuration_errors_do_not_wait_for_torch_or_mlflow(tmp_path: Path) -> None:
+    """Help, unknown keys, values and files, in a single run and in a sweep: answered at once."""
+    calls = [
+        (0, ["--help"]),
+        (0, ["--cfg", "job"]),
+        (2, ["accum.stepz=2"]),
+        (2, ["+accum.stepz=2"]),
+        (2, ["accum.steps=0"]),
+        (2, ["accum.steps=many"]),
+        (2, ["modle=cnn"]),
+        (2, ["model=cnnn"]),
+        (2, ["data.global_batch_size=8", "accum.steps=9"]),
+        (2, ["-m", "accum.stepz=1,2"]),
+        (2, ["seed=0", "-m", "model=cnnn,mlp"]),
+    ]
+    program = LAZY.format(calls=[arguments for _, arguments in calls])
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    ended = [line.split() for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert ended == [["ENDED", str(status)] for status, _ in calls], done.stderr
+    assert len(done.stderr.splitlines()) == sum(status == 2 for status, _ in calls)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_help_names_the_blocks_and_the_seven_keys(program: Program) -> None:
+    """What a newcomer needs stands on the first page."""
+    ended = program("--help")
+    assert ended.status == 0
+    for word in ("model: cnn, custom, mlp, torchvision", "accum.reduction", "data.global_batch_size"):
+        assert word in ended.plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["accum.stepz=3"], "accum.stepz: no such key, did you mean 'accum.steps'?"),
+        (["+accum.stepz=3"], "accum.stepz: no such key, did you mean 'steps'?"),
+        (["~accum.stepz"], "accum.stepz: no such key, did you mean 'accum.steps'?"),
+        (["model=mlp", "model.hiden=[8]"], "model.hiden: no such key, did you mean 'model.hidden'?"),
+        (["model=mlp", "+model.hiden=[8]"], "takes no 'hiden' (it takes hidden, "),
+        (["+optimizer.momentun=0.9"], "did you mean 'momentum'?"),
+        (["+criterion.label_smothing=0.1"], "did you mean 'label_smoothing'?"),
+        (["modle=cnn"], "modle: no such key, did you mean 'model'?"),
+        (["model=cnnn"], "model=cnnn: not one of cnn, custom, mlp, torchvision, did you mean 'cnn'?"),
+        (["optimizer=adm"], "optimizer=adm: not one of adam, adamw, custom, muon, sgd, did you"),
+        (["experiment=equivalense"], "did you mean 'equivalence'?"),
+        (["accum.reduction=men"], "accum.reduction=men: not one of global_mean, mean, sum, did you"),
+        (["accum.steps=0"], "accum.steps=0: must be at least 1"),
+        (["accum.steps=-3"], "accum.steps=-3: must be at least 1"),
+        (["accum.steps=2.5"], "accum.steps: Value '2.5' of type 'float' could not be converted"),
+        (["accum.steps=two"], "accum.steps: Value 'two' of type 'str' could not be converted"),
+        (
+            ["data.global_batch_size=33", "accum.steps=64"],
+            "data.global_batch_size=33 cannot be split into accum.steps=64 micro-batches",
+        ),
+        (
+            ["data.global_batch_size=256", "data.micro_batch_size=32", "accum.steps=4"],
+            "data.global_batch_size=256, data.micro_batch_size=32 and accum.steps=4 do not fit",
+        ),
+        (["runtime.device=gpu"], "runtime.device=gpu: no such device"),
+        (["runtime.device=cuda:99"], "runtime.device=cuda:99: not on this machine"),
+        (["model.width"], "model.width: cannot be read as key=value"),
+        (["data=custom", "data.train._target_=tests.strangers.Points", "+data.train.samples=0"],
+         "data.train is empty: it holds 0 samples"),
+        (["data.global_batch_size=2000", "accum.partial_window=drop"],
+         "data.train holds 1442 samples, fewer than data.global_batch_size=2000"),
+        (["data.global_batch_size=2000", "accum.partial_window=error"],
+         "accum.partial_window=error: data.train holds 1442 samples, which data.global_batch_size=2000"),
+        (["data=imagefolder", "data.root=photos"], "image folder photos/train does not exist"),
+        (["data=cifar10", "data.download=false"], "data set CIFAR10 is missing or damaged in "),
+        (["criterion=custom", "criterion._target_=torch.nn.Softmax"],
+         "criterion Softmax has no attribute `reduction`"),
+        (["criterion=custom", "criterion._target_=torch.nn.CTCLoss"],
+         "accum.reduction=global_mean is refused for criterion CTCLoss"),
+        (["model=custom", "model._target_=collections.Counter"],
+         "model._target_=collections.Counter: gives Counter, not a torch.nn.modules.module.Module"),
+        (["optimizer=custom", "optimizer._target_=collections.Counter", "~optimizer.lr"],
+         "optimizer._target_=collections.Counter: gives Counter, not a torch.optim.optimizer.Optimizer"),
+        (["data=custom", "data.train._target_=tests.strangers.Net"],
+         "data.train._target_=tests.strangers.Net: gives Net, not a map-style dataset"),
+        (["criterion=custom", "criterion._target_=collections.Counter"],
+         "criterion._target_=collections.Counter: gives Counter, neither a torch.nn module nor"),
+        (["scheduler._target_=builtins.id"],
+         "scheduler._target_=builtins.id: gives int, not a torch.optim.lr_scheduler.LRScheduler"),
+        (["model=custom", "model._target_=no_such_package.Net"], "no_such_package"),
+        (["tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9: no tracking server"),
+        (["tracking.uri=ftp://127.0.0.1"], "tracking.uri=ftp://127.0.0.1: cannot be used"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_answered_in_one_line(program: Program, arguments: list[str], said: str) -> None:
+    """The line names the key, with the nearest valid one or the numbers; the exit status is 2."""
+    tiny = [] if any(a.startswith("model") for a in arguments) else list(TINY[:2])
+    assert said in one_line(program, *tiny, "train.steps=2", *arguments)
+
+
+def test_an_unreachable_server_refuses_a_whole_sweep_once(program: Program) -> None:
+    """Not once for every arm, and nothing is trained that could not be recorded."""
+    line = one_line(program, "-m", *TINY, "accum.steps=1,2,4", "tracking.uri=http://127.0.0.1:9")
+    assert line.startswith("gaccum_exp: tracking.uri=http://127.0.0.1:9: no tracking server answers")
+    assert not list(program.folder.rglob("arm.json"))
+
+
+def test_a_sweep_goes_on_after_an_arm_that_cannot_run(program: Program) -> None:
+    """Refused before it starts or while it is built: named with its reason, FAILED, and status 1."""
+    ended = program.tiny("-m", "accum.steps=1,0,2", "data.global_batch_size=100")
+    assert ended.status == 1
+    assert "accum.steps=0 failed: accum.steps=0: must be at least 1" in ended.lines
+    refused, *others = sorted(program.arms(), key=lambda run: run.status)
+    assert (refused.status, refused.tags["failure"]) == ("FAILED", "accum.steps=0: must be at least 1")
+    assert [(run.status, run.params["accum.steps"]) for run in others] == [
+        ("FINISHED", "1"),
+        ("FINISHED", "2"),
+    ]
+    assert "accum.steps=0: must be at least 1" in ended.out
+
+    ended = program.tiny("-m", "model.activation=relu,rellu,tanh")
+    assert ended.status == 1
+    (line,) = [line for line in ended.lines if "failed" in line]
+    assert "model.activation=rellu failed: model.activation=rellu is none of " in line
+    assert sorted(run.status for run in program.arms()) == ["FAILED", "FINISHED", "FINISHED"]
+
+
+def test_a_loss_that_is_no_number_fails_its_run_with_the_step_and_keeps_the_curve(
+    program: Program,
+) -> None:
+    """The other arm of the sweep finishes, and the sweep ends with status 1."""
+    models = "model._target_=tests.strangers.Diverging,tests.strangers.Net"
+    ended = program("-m", "model=custom", models, *POINTS, "train.steps=6")
+    assert ended.status == 1
+    failed, finished = sorted(program.arms(), key=lambda run: run.status)
+    assert (failed.status, finished.status) == ("FAILED", "FINISHED")
+    assert failed.tags["failure"] == "train/loss is nan at step 4"
+    steps, values = failed.curves["train/loss"].steps, failed.curves["train/loss"].values
+    assert steps == (1, 2, 3, 4)
+    assert values[:3] == finished.curves["train/loss"].values[:3]
+    assert values[3] != values[3]
+
+
+def test_a_program_error_is_a_failed_run_whose_traceback_is_kept(program: Program) -> None:
+    """The terminal has a line with the reason, the run's folder the whole story; status 1."""
+    ended = program("model=custom", "model._target_=tests.program.Broken", *POINTS)
+    assert ended.status == 1
+    assert ended.lines[0].endswith("failed: RuntimeError: a fault of its own")
+    assert len(ended.lines) == 2
+    assert "with details" in (program.sweep_folder / "traceback.txt").read_text()
+    (run,) = program.arms()
+    assert (run.status, run.tags["failure"]) == ("FAILED", "RuntimeError: a fault of its own")
+    assert run.curves["train/loss"].steps == (1, 2, 3)
+
+
+def test_an_interrupted_run_is_killed(program: Program) -> None:
+    """Exit status 130, and the losses up to there are kept."""
+    ended = program("model=custom", "model._target_=tests.program.Interrupted", *POINTS)
+    assert ended.status == 130
+    assert "Traceback" not in ended.plain
+    (run,) = program.arms()
+    assert run.status == "KILLED"
+    assert run.curves["train/loss"].steps == (1, 2, 3)
+
+
+@pytest.mark.slow
+def test_ctrl_c_kills_the_running_arm_and_compares_what_there_is(tmp_path: Path) -> None:
+    """SIGINT during the second arm of a real process: the first is compared, the third never starts."""
+    command = [sys.executable, "-m", "gaccum_exp", "-m", "accum.steps=1,2,4", "model=mlp"]
+    command += ["model.hidden=[8]", "runtime.device=cpu", "train.steps=1000"]
+    with (tmp_path / "err").open("wb") as err, (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=out, stderr=err)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while b"N=2" not in (tmp_path / "err").read_bytes():
+                assert process.poll() is None, (tmp_path / "err").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_S) == 130
+        finally:
+            process.kill()
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    (table,) = (tmp_path / "multirun").rglob("comparison.csv")
+    with table.open() as file:
+        rows = {row["steps"]: row for row in csv.DictReader(file)}
+    assert {steps: row["status"] for steps, row in rows.items()} == {"1": "FINISHED", "2": "KILLED"}
+    assert int(rows["2"]["common_steps"]) >= 200
+    assert "N = 2 was interrupted" in " ".join((tmp_path / "out").read_text().split())
+
+
+def test_a_single_run_is_recorded_and_not_compared(program: Program) -> None:
+    """There is nothing to compare it with; status 0."""
+    ended = program.tiny("accum.steps=2")
+    assert ended.status == 0
+    assert not list(program.folder.rglob("comparison.csv"))
+    assert [run.status for run in program.arms()] == ["FINISHED"]
+
+
+def test_output_folders_are_hydras(program: Program) -> None:
+    """`hydra.run.dir` for a run, `hydra.sweep.dir` for a sweep and its comparison."""
+    assert program.tiny("hydra.run.dir=here/one").status == 0
+    assert (program.folder / "here/one/arm.json").exists()
+    assert program.tiny("-m", "accum.steps=1,2", "hydra.sweep.dir=here/many").status == 0
+    assert (program.folder / "here/many/1/arm.json").exists()
+    assert (program.folder / "here/many/comparison.csv").exists()
+    assert not (program.folder / "outputs").exists()
+    assert not (program.folder / "multirun").exists()
+
+
+def test_a_sweep_is_not_judged_by_what_another_left_in_its_folder(program: Program) -> None:
+    """The same `hydra.sweep.dir` again, after a sweep of more arms of which one failed."""
+    assert program.tiny("-m", "accum.steps=1,0", "hydra.sweep.dir=here").status == 1
+    assert program.tiny("-m", "accum.steps=1", "hydra.sweep.dir=here").status == 0
+
+
+def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> None:
+    """From the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise."""
+    program.tiny("-m", "accum.steps=1,2,4")
+    made = (program.sweep_folder / "comparison.csv").read_bytes()
+    ended = program.report(program.sweep_id)
+    assert ended.status == 0
+    assert "Every arm against its reference" in ended.out
+    folder = program.folder / "reports" / program.sweep_id
+    assert (folder / "comparison.csv").read_bytes() == made
+    assert (folder / "loss_curves.svg").exists()
+    assert program.report(program.sweep_id, "--out", "elsewhere").status == 0
+    assert (program.folder / "elsewhere/comparison.csv").read_bytes() == made
+
+
+def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
+    """With the name and the store that was searched; nothing is written."""
+    program.tiny()
+    ended = program.report("20990101-000000-abcdef")
+    assert ended.status == 2
+    assert ended.lines == [f"gaccum_exp.report: 20990101-000000-abcdef: no such sweep at {program.uri}"]
+    assert not (program.folder / "reports").exists()
+
+
+def test_a_server_that_goes_away_during_a_sweep_leaves_a_line_for_each_arm(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No arm takes another down, the missing comparison is explained, and the status is 1."""
+    monkeypatch.setattr("gaccum_exp.sweep._prepare_store", lambda config: None)
+    ended = program.tiny("-m", "accum.steps=1,2", "tracking.uri=http://127.0.0.1:9")
+    assert ended.status == 1
+    assert [line.partition(":")[0] for line in ended.lines] == [
+        "N=1 · micro 256 · global_mean failed",
+        "N=2 · micro 128 · global_mean failed",
+        "gaccum_exp",
+    ]
+
+
+def test_a_sweeper_that_gives_up_does_not_take_the_comparison_with_it(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arms are compared before its error is shown."""
+
+    def give_up(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the sweeper is tired")
+
+    monkeypatch.setattr("hydra._internal.callbacks.Callbacks.on_multirun_end", give_up)
+    with pytest.raises(RuntimeError, match="the sweeper is tired"):
+        program.tiny("-m", "accum.steps=1,2")
+    assert (program.sweep_folder / "comparison.csv").exists()

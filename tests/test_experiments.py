@@ -1,0 +1,59 @@
+"""Every committed study still runs, shortened, and has its page."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def test_there_are_studies() -> None:
+    """Otherwise the tests below would pass on nothing."""
+    assert "equivalence" in STUDIES
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_a_study_says_question_command_runtime_and_result(slug: str) -> None:
+    """At the head of its file, with the command that really selects it."""
+    text = (ROOT / "conf" / "experiment" / f"{slug}.yaml").read_text(encoding="utf-8")
+    for word in ("Question", "Command", "Runtime", "Result"):
+        assert re.search(rf"^# {word}: +\S", text, re.M), word
+    assert f"experiment={slug}" in text
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_a_study_has_its_page_with_results_figure_and_provenance(slug: str) -> None:
+    """And what it shows is written, and what it does not."""
+    folder = ROOT / "experiments" / slug
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for heading in ("Question", "Command", "Runtime", "What it shows", "What it does not show"):
+        assert heading in page
+    assert "TO WRITE" not in page
+    assert re.search(r"^\| .*±", page, re.M), "a table with its spread over seeds"
+    assert re.search(r"Commit [0-9a-f]{40}", page), "the commit that measured it"
+    figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+    assert figures
+    assert all((folder / name).stat().st_size > 10_000 for name in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", STUDIES)
+def test_a_study_runs_shortened(slug: str, tmp_path: Path) -> None:
+    """Two optimizer steps, two arms: it composes, trains and is compared."""
+    command = [sys.executable, "-m", "gaccum_exp", "-m", f"experiment={slug}"]
+    short = ["train.steps=2", "train.epochs=null", "train.samples=null", "runtime.device=cpu"]
+    arms = ["hydra.sweeper.params=null", "accum.steps=1,2"]
+    subprocess.run(
+        [*command, *short, *arms], cwd=tmp_path, check=True, env={"PYTHONPATH": str(ROOT), "CI": "1"}
+    )
+    (table,) = tmp_path.glob("multirun/*/comparison.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["steps"] for row in rows] == ["1", "2"]
+    assert all(row["status"] == "FINISHED" for row in rows)
