@@ -40,7 +40,7 @@ def main() -> None:
             cwd=folder, env=environment, check=True,
         )  # fmt: skip
     # Up to the first blank line after the summary: the paths below are of a folder that is gone.
-    table = done.stdout.split("\n\n  ")[0].rstrip()
+    table = "\n".join(line.rstrip() for line in done.stdout.split("\n\n  ")[0].splitlines())
     write_results(ROOT / "README.md", f"```text\n{table}\n```\n\n{provenance(seconds)}")
 
 
