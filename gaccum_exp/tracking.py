@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,11 @@ class Store:
         texts: Mapping[str, str],
     ) -> "MlflowSink":
         """Begin a run; `texts` become files of the run, by name."""
-        run = self._client.create_run(self.experiment_id, tags=dict(tags), run_name=name)
+        # What the UI's own columns show; its client would fill them in, this one does not.
+        shown = {"mlflow.source.name": "gaccum_exp"}
+        if "git_commit" in tags:
+            shown["mlflow.source.git.commit"] = tags["git_commit"]
+        run = self._client.create_run(self.experiment_id, tags={**tags, **shown}, run_name=name)
         sink = MlflowSink(self._client, run.info.run_id)
         values = [Param(key, str(value)[:6000]) for key, value in params.items()]  # MLflow's limit
         try:
@@ -188,30 +192,18 @@ class MlflowSink(Sink):
 
     def describe(self, tags: Mapping[str, str]) -> None:
         """Tag the run."""
-        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        _insist(self._client.log_batch, self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
-        """Say what the run is fed.
-
-        Two arms side by side may create the same entry at once, and the store refuses the second; it
-        stands there at the next attempt.
-        """
-        inputs = [_dataset_input(dataset) for dataset in datasets]
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._client.log_inputs(self.run_id, inputs)
-                return
-            except MlflowException:
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(0.1 * attempt)
+        """Say what the run is fed."""
+        _insist(self._client.log_inputs, self.run_id, [_dataset_input(d) for d in datasets])
 
     def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Store parameters by name."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / WEIGHTS
             torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
-            self._client.log_artifact(self.run_id, str(path))
+            _insist(self._client.log_artifact, self.run_id, str(path))
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Deliver what is left and end the run with its status."""
@@ -226,6 +218,21 @@ class MlflowSink(Sink):
         while self._pending:
             self._client.log_batch(self.run_id, metrics=self._pending[:BATCH])
             del self._pending[:BATCH]
+
+
+def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Try again what the store may refuse for a moment.
+
+    E.g. two arms side by side create the same entry for their data, and it refuses the second.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            call(*args, **kwargs)
+            return
+        except MlflowException:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(0.2 * attempt)
 
 
 def _dataset_input(record: DatasetRecord) -> DatasetInput:

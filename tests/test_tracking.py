@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from experiments.mlflow_browser import mlflow_server
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.metrics import Point
-from gaccum_exp.records import RunRecord
+from gaccum_exp.records import DatasetRecord, RunRecord
 from gaccum_exp.tracking import BATCH, MlflowSink, Store
 from tests.program import Program
 
@@ -164,6 +164,33 @@ def test_a_failed_delivery_is_repeated_with_no_value_lost_or_doubled(
     assert client.taken == 2700 or (after and client.taken > 2700)
     history = MlflowClient(store.uri).get_metric_history(sink.run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(k, k / 7) for k in range(1, 2701)]
+
+
+def test_what_the_store_refuses_for_a_moment_is_tried_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when two arms create the entry of the same data at once; and not for ever."""
+    store = program.store()
+    sink, attempts = begun(store), 0
+    accept = sink._client.log_inputs
+
+    def refuse(times: int) -> None:
+        def log_inputs(*args: Any) -> None:
+            nonlocal attempts
+            attempts += 1
+            if attempts <= times:
+                raise MlflowException("UNIQUE constraint failed")
+            accept(*args)
+
+        monkeypatch.setattr(sink._client, "log_inputs", log_inputs)
+
+    refuse(2)
+    sink.log_datasets([DatasetRecord("digits", "abcd", 3, "training")])
+    assert attempts == 3
+    assert len(MlflowClient(store.uri).get_run(sink.run_id).inputs.dataset_inputs) == 1
+    refuse(100)
+    with pytest.raises(MlflowException, match="UNIQUE"):
+        sink.log_datasets([])
 
 
 def test_what_can_never_be_delivered_is_no_finished_run(program: Program) -> None:
