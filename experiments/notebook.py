@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gaccum_exp.provenance import environment_tags
+from gaccum_exp.provenance import environment_tags, git_commit
 
 BEGIN, END = "<!-- results: written by build.py -->", "<!-- end of results -->"
 
@@ -25,6 +25,7 @@ def run_study(slug: str, extra: Sequence[str] = ()) -> tuple[list[dict[str, str]
 
     Returns the rows of its comparison.csv, as text, and the seconds that it took.
     """
+    git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gaccum_exp", "-m", f"experiment={slug}", *extra]
         root = str(Path(__file__).resolve().parent.parent)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.notebook import provenance, write_results
+from gaccum_exp.provenance import git_commit
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("loss_curves.png", "memory.png", "step_time.png")
@@ -23,6 +24,7 @@ FIGURES = ("loss_curves.png", "memory.png", "step_time.png")
 
 def main() -> None:
     """Run the sweep, keep its figures, take the screenshot, write the table."""
+    git_commit()  # remembered: the commit that is measured
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
