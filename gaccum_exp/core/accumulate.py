@@ -63,13 +63,11 @@ def accumulate_gradients(
 
     Raises:
         BadInputError: the criterion has no such reduction.
-        ValueError: an unknown reduction, or something else than a list of micro-batches.
+        ValueError: an unknown reduction, or an empty window.
     """
     micro_batches = window if isinstance(window, Sequence) else list(window)
     if not micro_batches:
         raise ValueError("the window holds no micro-batch")
-    if isinstance(micro_batches[0], Tensor):
-        raise ValueError("a window is a list of micro-batches, and this is a list of tensors")
     if reduction not in ("global_mean", "mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: not one of global_mean, mean, sum")
     if sum_divisor != 1.0 and reduction != "sum":
@@ -108,7 +106,9 @@ def _accumulate(
         window_loss = loss if window_loss is None else window_loss + loss
         window_denominator = window_denominator + n
     assert window_loss is not None
-    if None in counts:  # counted late: whether anything counted at all has to be known on the host
+    if any(
+        n is None for n in counts
+    ):  # counted late: whether anything counted at all has to be known on the host
         window_denominator = float(window_denominator)
     return WindowLoss(window_loss, window_denominator)
 

@@ -260,9 +260,24 @@ def test_the_reported_loss_of_a_bfloat16_model_does_not_depend_on_n() -> None:
 def test_what_cannot_be_meant_is_refused() -> None:
     """A micro-batch in place of a window, and a divisor of a sum that is none."""
     x, y = batch(4)
-    with pytest.raises(ValueError, match="list of micro-batches"):
+    with pytest.raises(ValueError, match=r"\(input, target\), and this one is Tensor"):
         accumulate_gradients(net(), nn.CrossEntropyLoss(), (x, y))
     with pytest.raises(ValueError, match="sum_divisor"):
         accumulated(nn.CrossEntropyLoss(), [(x, y)], reduction="mean", sum_divisor=2.0)
     with pytest.raises(ValueError, match=r"dict.*loss_fn"):
         accumulated(nn.CrossEntropyLoss(), [{"x": x, "y": y}])
+
+
+def test_a_micro_batch_is_whatever_the_loss_function_takes() -> None:
+    """A bare tensor, a dictionary, a nested structure."""
+    x, _ = batch(6)
+
+    def energy(read: Any) -> Any:
+        return lambda model, m: (model(read(m)).square().sum(), len(read(m)))
+
+    expected = accumulated(energy(lambda m: m), [x])
+    shapes = [lambda t: t, lambda t: {"x": t}, lambda t: (({"x": [t]},),)]
+    readers = [lambda m: m, lambda m: m["x"], lambda m: m[0][0]["x"][0]]
+    for shape, read in zip(shapes, readers, strict=True):
+        window = [shape(part) for part in x.split([4, 2])]  # type: ignore[no-untyped-call]
+        assert relative(accumulated(energy(read), window), expected) < TIGHT
