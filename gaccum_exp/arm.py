@@ -23,12 +23,11 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
-from gaccum_exp.sweep import SWEPT_KEYS
+from gaccum_exp.sweep import OUTCOME, SWEPT_KEYS
 from gaccum_exp.tracking import MlflowSink, Store
 from gaccum_exp.train import train
 
 log = logging.getLogger(__name__)
-OUTCOME = "arm.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +112,10 @@ def _train(settings: Settings, name: str, sink: MlflowSink) -> float | None:
     """Build and train; return the objective."""
     _clear_device()  # of what an earlier arm of this process left
     experiment = build(settings)
-    sink.describe(device_tags(experiment.device))
     data = dataset_records(experiment)
+    digests = {"data_digest": " ".join(record.digest for record in data)}
+    sink.describe(device_tags(experiment.device) | digests)
     sink.log_datasets(data)
-    sink.describe({"data_digest": " ".join(record.digest for record in data)})
     alone = "Basic" in HydraConfig.get().launcher._target_
     with Progress(name, experiment.total_steps, alone=alone) as progress:
         train(experiment, sink, progress)

@@ -120,7 +120,8 @@ def nominal_denominator(
         model = copy.deepcopy(model).eval()
         with torch.no_grad():
             counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
-    nominal = float(sum(counts)) * plan.global_batch_size / samples  # type: ignore[arg-type]
+    total = sum(n for n in counts if n is not None)  # none is None by now
+    nominal = float(total) * plan.global_batch_size / samples
     if nominal == 0:
         raise BadInputError(
             "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
@@ -185,7 +186,7 @@ def _try_first_samples(
 
 def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
     seed_host(derive_seed(seed, key))  # data may be drawn when the set is made: the same for every arm
-    dataset = _instantiate(key, node)
+    dataset: Dataset[Any] = _instantiate(key, node)
     if isinstance(dataset, IterableDataset) or not all(
         hasattr(dataset, method) for method in ("__len__", "__getitem__")
     ):
@@ -193,9 +194,9 @@ def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
             f"{key}._target_={node['_target_']}: gives {type(dataset).__name__}, not a map-style "
             "dataset (with __len__ and __getitem__)"
         )
-    if len(dataset) == 0:
+    if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
         raise BadInputError(f"{key} is empty: it holds 0 samples")
-    return dataset  # type: ignore[no-any-return]
+    return dataset
 
 
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
@@ -205,7 +206,8 @@ def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     if "num_classes" in node and node["num_classes"] is None:
         node["num_classes"] = _number_of_classes(train_data)
     seed_host(derive_seed(settings.seed, "weights"))
-    return _checked("model", node, nn.Module)  # type: ignore[no-any-return]
+    model: nn.Module = _checked("model", node, nn.Module)
+    return model
 
 
 def _input_shape(dataset: Dataset[Any]) -> list[int]:

@@ -4,7 +4,6 @@ Exit status: 0; 1 a run failed; 2 bad input; 130 interrupted. Under `-m` it is d
 what the arms have left.
 """
 
-import logging
 import os
 import sys
 import uuid
@@ -18,7 +17,6 @@ from omegaconf import DictConfig
 from gaccum_exp import config, explain, sweep
 from gaccum_exp.errors import BadInputError
 
-log = logging.getLogger(__name__)
 SWEEP_ID = "GACCUM_EXP_SWEEP_ID"
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

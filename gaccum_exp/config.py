@@ -182,7 +182,7 @@ def validate(cfg: DictConfig) -> Settings:
     if config.runtime.threads is not None:
         _check_positive("runtime.threads", config.runtime.threads)
     data = _data_config(config)
-    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
     sizes = {k: getattr(data, k) for k in ("global_batch_size", "micro_batch_size")}
     tree["data"] |= sizes
     tree["accum"]["steps"] = config.accum.steps

@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.errors import BadInputError
 
+OUTCOME = "arm.json"
+"""How an arm ended, in the arm's folder."""
 SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
 """Environment variable: the keys that a sweep varies, comma-separated, for the names of its runs."""
 
@@ -60,7 +62,7 @@ class SweepBegin(Callback):
 def outcomes(sweep: Begun) -> list[dict[str, Any]]:
     """Return how the arms of this sweep ended, as they have left it in their folders."""
     found = []
-    for path in sorted(sweep.folder.rglob("arm.json")):
+    for path in sorted(sweep.folder.rglob(OUTCOME)):
         outcome = json.loads(path.read_text())
         if outcome["sweep_id"] == sweep.sweep_id:
             found.append(outcome)

@@ -46,7 +46,7 @@ def fake(
     images = FakeData(size, shape, num_classes, transform, random_offset=random_offset)
     if size * side[0] * side[1] * side[2] * torch.float32.itemsize > MOST_BYTES_IN_MEMORY:
         images.classes = classes
-        return images  # type: ignore[no-any-return]
+        return images  # type: ignore[no-any-return]  # torchvision has no annotations
     inputs = torch.empty(size, *shape)
     targets = torch.empty(size, dtype=torch.int64)
     for index in range(size):

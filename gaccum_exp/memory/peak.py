@@ -77,7 +77,7 @@ class _Tracker(MemTracker):  # type: ignore[no-untyped-call]  # torch's metaclas
 
     def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
         if not self._mod_tracker.is_bw:
-            self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]
+            self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]  # torch's own
         super()._pre_fw_hook(module, inputs)
 
 

@@ -4,7 +4,6 @@ What `python -m gaccum_exp -m …` does at its end, for a sweep that has ended l
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from gaccum_exp.report.figures import draw
 from gaccum_exp.report.table import render, summary
 from gaccum_exp.tracking import Store
 from gaccum_exp.tracking_ui import experiment_tags, ui_lines
-
-log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -74,11 +71,12 @@ def _read(store: Store, sweep_id: str) -> tuple[list[RunRecord], Comparison]:
     runs = store.sweep(sweep_id)
     if not runs:
         raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
-    comparison = compare(runs, store.references(), store.weights)
-    if comparison.stored_runs:  # references from other sweeps: now their curves are needed as well
-        stored = [store.with_curves(run) for run in comparison.stored_runs]
-        comparison = compare(runs, stored, store.weights)
-    return runs, comparison
+    stored: list[RunRecord] = []
+    if any(row.reference_source in ("stand-in", "none") for row in compare(runs).rows):
+        # Only then is the rest of the store looked through, and the curves read of what is taken.
+        taken = compare(runs, store.references()).stored_runs
+        stored = [store.with_curves(run) for run in taken]
+    return runs, compare(runs, stored, store.weights)
 
 
 def _console() -> Console:

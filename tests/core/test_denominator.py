@@ -173,14 +173,15 @@ def test_every_loss_of_torch_nn_has_a_case() -> None:
     assert losses - known == {nn.CTCLoss, nn.AdaptiveLogSoftmaxWithLoss} - known
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "batchmean" not in name])
 def test_the_probe_finds_what_the_closed_form_says(name: str) -> None:
-    """A subclass with its own forward is unknown, so its denominator comes from sum over mean."""
+    """A subclass with its own forward is unknown, so its denominator comes from sum over mean.
+
+    `batchmean` is left out: it is recognised by that word, whatever the class.
+    """
     torch.manual_seed(4)
     make, make_outputs, make_targets = CASES[name]
     known, outputs, targets = make(), make_outputs(), make_targets()
-    if "batchmean" in name:
-        pytest.skip("reduction='batchmean' is recognised by its name, whatever the class")
     kind = type(known)
     unknown = make()
     unknown.__class__ = type(
