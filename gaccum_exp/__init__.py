@@ -1,16 +1,17 @@
 """Is my gradient accumulation really my large batch, what does it save, and is it worth it?
 
-`python -m gaccum_exp -m accum.steps=1,2,4,8` runs the experiment; `accumulate_gradients` is the
-accumulation itself, for anyone's own training loop.
+`python -m gaccum_exp -m accum.steps=1,2,4,8` runs the experiment. For anyone's own training loop,
+`accumulate_gradients` is the accumulation itself and `watch` the audit of what the loop does.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gaccum_exp.audit.watch import watch
     from gaccum_exp.core.accumulate import accumulate_gradients
 
 __version__ = "0.1.0"
-__all__ = ["accumulate_gradients"]
+__all__ = ["accumulate_gradients", "watch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from gaccum_exp.core.accumulate import accumulate_gradients
 
         return accumulate_gradients
+    if name == "watch":
+        from gaccum_exp.audit.watch import watch
+
+        return watch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -170,6 +170,7 @@ class OnDevice:
     def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
         self._loss_fn = loss_fn
         self._device = device
+        self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Count on the host, where the micro-batch still is."""

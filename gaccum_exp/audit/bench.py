@@ -1,0 +1,206 @@
+"""Modules put on a bench: run on copies of their tensors, and put back as if nothing had happened.
+
+The modules themselves are used and not copied, since a loss function, a wrapper or a framework may hold
+them; what is exchanged for the length of a `with` block is every tensor in them. So nothing that a pass
+does (gradients, running statistics, counters, caches in plain attributes) is left behind.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+
+
+class Parts:
+    """The model, and other modules beside it, under the names that the user knows.
+
+    Args:
+        model: its modules and parameters keep their dotted names.
+        others: e.g. `criterion`; theirs are preceded by that word.
+    """
+
+    def __init__(self, model: nn.Module, **others: nn.Module | None) -> None:
+        roots = {"": model, **{k: m for k, m in others.items() if m is not None}}
+        names: dict[nn.Module, str] = {}
+        for prefix, root in roots.items():
+            for name, module in root.named_modules(prefix=prefix):
+                names.setdefault(module, name)
+        self.names = names
+        """Every module's dotted name; the model's own is empty."""
+        self.judged: set[str] | None = None
+        """Names of the parameters whose gradients are compared; None: all."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters by name, each once."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for module, prefix in self.names.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
+        return dict(found.values())
+
+
+@contextmanager
+def on_bench(
+    parts: Parts, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Exchange all tensors of the modules for copies.
+
+    Args:
+        parts: what the pass will use.
+        dtype: of floating-point copies; None: as they are.
+        device: of the copies; None: where they are.
+
+    Yields:
+        The copies of the parameters by name, without gradients.
+    """
+    copies = _Copies(dtype, device)
+    # Parameters that some code holds without registering them must keep their gradients as well.
+    gradients = [(p, p.grad) for p in parts.parameters().values()]
+    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in parts.names]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        for module, parameters, buffers, _ in before:
+            module._parameters.update({k: copies.of_parameter(p) for k, p in parameters.items()})
+            module._buffers.update({k: copies.of_tensor(b) for k, b in buffers.items()})
+        for module, _, _, attributes in before:
+            vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
+            vars(module).update(_silenced(module))
+        with _no_recomputation():
+            yield parts.parameters()
+    finally:
+        for module, parameters, buffers, attributes in before:
+            _put_back(module._parameters, parameters)
+            _put_back(module._buffers, buffers)
+            for added in _attributes(module).keys() - attributes.keys():
+                del vars(module)[added]
+            vars(module).update(attributes)
+        for parameter, grad in gradients:
+            parameter.grad = grad
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give torch, Python and NumPy their random state back at the end."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def random_states() -> list[Any]:
+    """Return the state of every generator that a model may draw from."""
+    devices = [torch.get_device_module(a).get_rng_state_all() for a in _accelerators()]
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state(), devices]
+
+
+def set_random_states(states: list[Any]) -> None:
+    """Set every generator back."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+    for accelerator, saved in zip(_accelerators(), states[3], strict=True):
+        torch.get_device_module(accelerator).set_rng_state_all(saved)
+
+
+def same_host_state(one: list[Any], other: list[Any]) -> bool:
+    """Whether Python's and NumPy's generators stand where they stood."""
+    numpy_alike = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+    return bool(one[1] == other[1] and numpy_alike)
+
+
+def _accelerators() -> list[torch.device]:
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [here] if here is not None and here.type == "cuda" else []
+
+
+class _Copies:
+    """One copy of each tensor, however many modules share it."""
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        self._dtype, self._device = dtype, device
+        self._made: dict[int, Any] = {}
+
+    def of_parameter(self, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or id(parameter) in self._made:
+            return None if parameter is None else self._made[id(parameter)]
+        made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
+        for hook in (parameter._backward_hooks or {}).values():  # part of what the gradient is
+            made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
+        self._made[id(parameter)] = made
+        return made
+
+    def of_tensor(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or (tensor.requires_grad and not tensor.is_leaf):
+            return tensor
+        if id(tensor) not in self._made:
+            self._made[id(tensor)] = self._copied(tensor).requires_grad_(tensor.requires_grad)
+        return self._made[id(tensor)]
+
+    def of_attribute(self, value: Any) -> Any:
+        """Tensors, and the usual containers, which code may change in place."""
+        if isinstance(value, Tensor):
+            return self.of_tensor(value)
+        if type(value) in (list, tuple, set):
+            return type(value)(self.of_attribute(v) for v in value)
+        if type(value) is dict:
+            return {k: self.of_attribute(v) for k, v in value.items()}
+        return value
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        dtype = self._dtype if tensor.is_floating_point() else None
+        return tensor.detach().to(
+            device=self._device or tensor.device, dtype=dtype or tensor.dtype, copy=True
+        )
+
+
+def _silenced(module: nn.Module) -> dict[str, Any]:
+    """Lightning's modules log from within their steps, which a pass on the bench must not."""
+    if not any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
+        return {}
+    return {"log": _nothing, "log_dict": _nothing}
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in _REGISTRIES or k == "training"}
+
+
+def _put_back(registry: dict[str, Any], before: dict[str, Any]) -> None:
+    registry.clear()
+    registry.update(before)
+
+
+@contextmanager
+def _no_recomputation() -> Iterator[None]:
+    """Checkpointing off: it would draw the random numbers of a pass a second time, in its backward."""
+
+    class Direct:
+        @staticmethod
+        def apply(function: Any, preserve: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def once(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    with ExitStack() as stack:
+        for name, stand_in in (
+            ("CheckpointFunction", Direct),
+            ("_checkpoint_without_reentrant_generator", once),
+        ):
+            if hasattr(torch.utils.checkpoint, name):
+                stack.enter_context(patch.object(torch.utils.checkpoint, name, stand_in))
+        yield

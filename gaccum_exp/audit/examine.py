@@ -1,0 +1,225 @@
+"""The experiments on one window, in the order in which they rule things out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gaccum_exp.audit import result
+from gaccum_exp.audit.gradient import (
+    Gradient,
+    distance,
+    finite,
+    identical,
+    norm,
+    parameter_errors,
+)
+from gaccum_exp.audit.result import Audit, Culprit
+from gaccum_exp.audit.trial import Trial, Window
+from gaccum_exp.audit.verdict import (
+    Measured,
+    hidden_difference,
+    judged,
+    multiple,
+    remedy,
+)
+
+ORDERS = 3
+"""Summation orders of the one pass that the rounding floor is taken from."""
+SAME64 = 1e-9
+"""Two float64 numbers that should be one."""
+
+
+@dataclass(slots=True)
+class Examined:
+    """What the runs of a window gave."""
+
+    audit: Audit
+    """Verdict and cause as far as the window itself, run again, shows them."""
+    measured: Measured | None
+    one_pass: Gradient
+    """In the window's own precision."""
+    one_pass64: Gradient | None = None
+    accumulated64: Gradient | None = None
+
+
+@dataclass(slots=True)
+class _Float64:
+    one_pass: Gradient
+    accumulated: Gradient
+    permuted: Gradient
+    parts: list[tuple[float, float]]
+    whole: tuple[float, float]
+    mixing: list[str]
+
+
+def examine(
+    trial: Trial, observed: Gradient | None, blank: Audit, replayed: Gradient | None = None
+) -> Examined:
+    """Judge a window of two micro-batches or more.
+
+    Args:
+        trial: the window.
+        observed: the accumulated gradient where it is known already; None: it is run for.
+        blank: what is known of the audit before.
+        replayed: what `trial.record()` gave, where it has been called.
+    """
+    window = trial.window
+    if replayed is None:
+        replayed = trial.record()
+    one_pass = trial.one_pass(float64=False)
+    if trial.draws.shared:
+        replayed = trial.accumulated(float64=False)
+    accumulated = replayed if observed is None else observed
+    stop = _unanswerable(accumulated, one_pass)
+    if stop is not None:
+        return Examined(replace(blank, verdict="inconclusive", detail=stop), None, one_pass)
+    orders = summation_orders(sum(window.sizes))
+    floor = max(distance(trial.one_pass(float64=False, order=o), one_pass) for o in orders)
+    e = distance(accumulated, one_pass)
+    table = parameter_errors(accumulated, one_pass)
+    blank = replace(blank, e=e, floor=floor, parameters=table)
+    try:
+        exact = _in_float64(trial, orders[0])
+    except Exception as error:  # a stranger's model in a precision that it never met
+        why = f"it does not run in float64: {first_line(error)}"
+        return Examined(replace(blank, verdict="inconclusive", detail=why), None, one_pass)
+    measured = Measured(
+        identical(accumulated, one_pass),
+        e=e,
+        floor=floor,
+        rounding=distance(one_pass, exact.one_pass),
+        e64=distance(exact.accumulated, exact.one_pass),
+        floor64=distance(exact.permuted, exact.one_pass),
+        hidden64=hidden_difference(exact.accumulated, exact.one_pass, exact.permuted),
+    )
+    audit = replace(
+        blank,
+        e64=measured.e64,
+        denominator=exact.whole[1] if math.isfinite(exact.whole[1]) else None,
+        parameters=parameter_errors(exact.accumulated, exact.one_pass)
+        if not measured.same_function
+        else table,
+    )
+    audit = _explained(trial, measured, exact, audit)
+    return Examined(audit, measured, one_pass, exact.one_pass, exact.accumulated)
+
+
+def summation_orders(samples: int) -> list[Tensor]:
+    """Return a few orders of a window's samples."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(samples, generator=generator) for _ in range(ORDERS)]
+
+
+def first_line(error: Exception) -> str:
+    """Return what happened, in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _unanswerable(accumulated: Gradient, one_pass: Gradient) -> str | None:
+    if not finite(accumulated) or not finite(one_pass):
+        return "the gradient is not finite"
+    if norm(one_pass) == 0:
+        return "the large batch's gradient is zero: audit at other weights or on another window"
+    return None
+
+
+def _in_float64(trial: Trial, order: Tensor) -> _Float64:
+    one_pass = trial.one_pass(float64=True)
+    accumulated = trial.accumulated(float64=True)
+    permuted = trial.one_pass(float64=True, order=order)
+    return _Float64(one_pass, accumulated, permuted, *trial.losses())
+
+
+def _explained(trial: Trial, measured: Measured, exact: _Float64, audit: Audit) -> Audit:
+    """Say why, from the experiments; the verdict follows from the numbers and from what was drawn."""
+    draws = trial.draws
+    drew = [_culprit(trial.window, name, result.RANDOMNESS) for name in draws.modules]
+    mixing = [
+        _culprit(trial.window, name, result.BATCH_STATISTICS)
+        for name in exact.mixing
+        if not (draws.not_held and name in draws.modules)
+    ]
+    verdict = judged(measured, draws.any)
+    if verdict in ("identical", "equivalent"):
+        return replace(audit, verdict=verdict)
+    if verdict == "stochastic":
+        audit = replace(audit, verdict=verdict, cause=result.RANDOMNESS, detail=_not_held(trial))
+        return _blaming(audit, drew)
+    if measured.same_function:
+        return _rounded(trial, measured, audit)
+    if draws.not_held and not _mixed_before_noise(exact, draws.modules, draws.first_not_held):
+        audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=_not_held(trial))
+        return _blaming(audit, drew)
+    audit = replace(audit, verdict="biased")
+    if mixing:
+        audit = replace(audit, cause=result.BATCH_STATISTICS)
+        return _blaming(audit, [*mixing, *drew])
+    return _blaming(_of_the_loss(trial, exact, audit), drew, first=False)
+
+
+def _rounded(trial: Trial, measured: Measured, audit: Audit) -> Audit:
+    """The same function, and yet further apart than the one pass rounds: where were the digits lost?"""
+    apart = trial.accumulated(float64=False, apart=True)
+    reference = trial.one_pass(float64=False)
+    within = distance(apart, reference) <= measured.limit
+    if within and not measured.in_range:
+        audit = replace(audit, verdict="biased", cause=result.LOW_PRECISION)
+        return replace(audit, remedy=remedy(result.LOW_PRECISION))
+    why = "equal in float64, and in its own precision further apart than other summation orders are"
+    return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
+
+
+def _of_the_loss(trial: Trial, exact: _Float64, audit: Audit) -> Audit:
+    """Every module agrees: the loss or how its parts are weighed is to blame."""
+    window = trial.window
+    counts = [n for _, n in exact.parts if math.isfinite(n)]
+    factor = multiple(exact.accumulated, exact.one_pass, SAME64)
+    other = window.recounted(counts) if factor is None else None
+    if other is not None:
+        recounted = trial.of(other)
+        if distance(recounted, exact.one_pass) <= SAME64:
+            said = remedy(result.UNEQUAL_DENOMINATORS, sizes=window.sizes, counts=counts)
+            return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
+        factor = multiple(recounted, exact.one_pass, SAME64)
+    if factor is not None:
+        said = remedy(result.LOSS_SCALE, sizes=window.sizes, factor=factor)
+        return replace(audit, cause=result.LOSS_SCALE, remedy=said)
+    if not window.additive(exact.parts, exact.whole):
+        said = remedy(result.NOT_ADDITIVE)
+        why = "every module agrees, and the large batch's loss is not made of the micro-batches' losses"
+        return replace(audit, cause=result.NOT_ADDITIVE, remedy=said, detail=why)
+    why = (
+        "ruled out: modules that mix samples, unequal denominators, a factor, and a loss that is no sum "
+        "(all seen in the forward pass)"
+    )
+    return replace(audit, cause=result.UNKNOWN, detail=why)
+
+
+def _mixed_before_noise(exact: _Float64, drew: Sequence[str], first_not_held: str | None) -> bool:
+    """Whether a module mixes samples ahead of any noise that could not be held."""
+    first = exact.mixing[0] if exact.mixing else None
+    return first is not None and first_not_held is not None and first not in drew
+
+
+def _blaming(audit: Audit, culprits: Sequence[Culprit], *, first: bool = True) -> Audit:
+    audit = replace(audit, culprits=tuple(culprits))
+    if not first or not culprits:
+        return audit
+    return replace(
+        audit,
+        culprit=culprits[0].name,
+        culprit_type=culprits[0].type,
+        remedy=remedy(audit.cause, culprits),
+    )
+
+
+def _culprit(window: Window, name: str, cause: str) -> Culprit:
+    kinds = {n: type(module).__name__ for module, n in window.parts.names.items()}
+    return Culprit(name, kinds[name], cause)
+
+
+def _not_held(trial: Trial) -> str | None:
+    return "; ".join(trial.draws.not_held) or None

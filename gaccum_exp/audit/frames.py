@@ -1,0 +1,78 @@
+"""Python functions seen as they are called, whoever calls them and under whatever name.
+
+A loss, a clipping function or a scheduler's step may have been imported anywhere before; so the
+interpreter is asked (`sys.setprofile`), which changes nothing in what it runs.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+Seen = Callable[[str, FrameType, Any], None]
+"""Called with `call` or `return`, the frame, and what is returned."""
+
+
+@contextmanager
+def frames_seen(by_code: dict[CodeType, Seen], by_name: dict[str, Seen]) -> Iterator[None]:
+    """Report every call of these code objects, and of functions of these names."""
+    before = sys.getprofile()
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if before is not None:
+            before(frame, event, arg)  # type: ignore[arg-type]  # passed on as it came
+        if event in ("call", "return"):
+            seen = by_code.get(frame.f_code) or by_name.get(frame.f_code.co_name)
+            if seen is not None:
+                seen(event, frame, arg)
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def code_of(function: Any) -> CodeType | None:
+    """Return the code that runs when this is called; None where it is no Python code."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.ismethod(function):
+        function = function.__func__
+    elif not inspect.isfunction(function) and callable(function):
+        function = type(function).__call__
+    return getattr(function, "__code__", None)
+
+
+def bound_to(function: Any) -> Any:
+    """Return the object that the function's first argument is bound to, or None."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.ismethod(function):
+        return function.__self__
+    return None if inspect.isfunction(function) or inspect.isbuiltin(function) else function
+
+
+def arguments_of(frame: FrameType, *, bound: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Return positional and keyword arguments of a call that has just begun.
+
+    By name where the function allows it, since a name may tell what a number is (`batch_idx`).
+
+    Args:
+        frame: of the call.
+        bound: whether the first argument is the object that the function is bound to; it is left out.
+    """
+    code, values = frame.f_code, frame.f_locals
+    info = inspect.getargvalues(frame)
+    named = code.co_varnames[int(bound) : code.co_argcount]
+    keyword_only = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
+    keywords = {name: values[name] for name in keyword_only}
+    if info.keywords:
+        keywords |= values[info.keywords]
+    if info.varargs or code.co_posonlyargcount:
+        extra = values[info.varargs] if info.varargs else ()
+        return [*(values[name] for name in named), *extra], keywords
+    return [], {name: values[name] for name in named} | keywords

@@ -1,0 +1,98 @@
+"""Gradients by parameter name, and how far apart two of them are."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.audit.result import ParameterError
+
+Gradient = dict[str, Tensor]
+"""By parameter name; parameters that got none are not in it."""
+
+
+def gradient_of(parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """Take the gradients away from the parameters, sparse ones as dense."""
+    taken = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            grad = parameter.grad.detach()
+            taken[name] = grad.to_dense() if grad.layout != torch.strided else grad
+        parameter.grad = None
+    return taken
+
+
+def norm(gradient: Gradient) -> float:
+    """Return the Euclidean norm over all parameters, accumulated in float64."""
+    return math.sqrt(sum(_square(g) for g in gradient.values()))
+
+
+def dot(one: Gradient, other: Gradient) -> float:
+    """Return the inner product over all parameters, accumulated in float64."""
+    shared = one.keys() & other.keys()
+    return sum(float((_wide(one[k]) * _wide(other[k])).sum()) for k in shared)
+
+
+def difference(one: Gradient, other: Gradient) -> Gradient:
+    """Return `one − other` in float64; a missing gradient is zero."""
+    result = {}
+    for name in one.keys() | other.keys():
+        if name in one and name in other:
+            result[name] = _wide(one[name]) - _wide(other[name])
+        else:
+            result[name] = _wide(one[name]) if name in one else -_wide(other[name])
+    return result
+
+
+def total(gradients: Iterable[Gradient]) -> Gradient:
+    """Return the sum in float64."""
+    result: Gradient = {}
+    for gradient in gradients:
+        for name, g in gradient.items():
+            result[name] = result[name] + _wide(g) if name in result else _wide(g)
+    return result
+
+
+def distance(one: Gradient, reference: Gradient) -> float:
+    """Return ‖one − reference‖ / ‖reference‖; from a reference of zero it is 0 or infinite."""
+    return _relative(norm(difference(one, reference)), norm(reference))
+
+
+def scaled(gradient: Gradient, factor: float) -> Gradient:
+    """Return the gradient times a number, in float64."""
+    return {name: _wide(g) * factor for name, g in gradient.items()}
+
+
+def identical(one: Gradient, other: Gradient) -> bool:
+    """Whether they agree bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def finite(gradient: Gradient) -> bool:
+    """Whether it holds no NaN and no infinity."""
+    return all(bool(torch.isfinite(g).all()) for g in gradient.values())
+
+
+def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
+    """Return each parameter's part in the difference, the largest first."""
+    total = norm(reference)
+    rows = []
+    for name, gap in difference(one, reference).items():
+        of_gap, of_own = math.sqrt(_square(gap)), math.sqrt(_square(reference.get(name)))
+        rows.append(ParameterError(name, _relative(of_gap, of_own), _relative(of_gap, total), of_own))
+    return tuple(sorted(rows, key=lambda row: (-row.share, row.name)))
+
+
+def _relative(gap: float, size: float) -> float:
+    if size == 0:
+        return 0.0 if gap == 0 else math.inf
+    return gap / size
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()
+
+
+def _square(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(_wide(tensor).square().sum())

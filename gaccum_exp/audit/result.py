@@ -1,0 +1,125 @@
+"""What an audit says."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["identical", "equivalent", "stochastic", "biased", "inconclusive"]
+SEVERITY: tuple[Verdict, ...] = ("identical", "equivalent", "stochastic", "inconclusive", "biased")
+"""From best to worst: of several windows, the worst verdict is the loop's."""
+
+BATCH_STATISTICS = "batch statistics"
+RANDOMNESS = "randomness"
+UNEQUAL_DENOMINATORS = "unequal denominators"
+LOSS_SCALE = "loss scale"
+NOT_ADDITIVE = "loss not additive over samples"
+STALE_OR_MISSING = "stale or missing gradients"
+LOW_PRECISION = "low-precision accumulation"
+UNKNOWN = "unknown"
+CAUSES = (
+    *(BATCH_STATISTICS, RANDOMNESS, UNEQUAL_DENOMINATORS, LOSS_SCALE, NOT_ADDITIVE),
+    *(STALE_OR_MISSING, LOW_PRECISION, UNKNOWN),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterError:
+    """One parameter's part in the difference between the accumulated and the one-pass gradient."""
+
+    name: str
+    error: float
+    """‖g_N − g_1‖ / ‖g_1‖ of this parameter alone."""
+    share: float
+    """‖g_N − g_1‖ of this parameter over ‖g_1‖ of all."""
+    norm: float
+    """‖g_1‖ of this parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """A module that makes a sample's output depend on how the window is split."""
+
+    name: str
+    """Dotted, as in `model.named_modules()`; the model itself is the empty string."""
+    type: str
+    """Class name."""
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A fault beside the gradient: in the schedule, the memory or the reported loss."""
+
+    name: str
+    """schedule | memory | reported loss"""
+    finding: str
+    """A sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The verdict on one window (on several: the worst window's).
+
+    Norms are Euclidean, over all parameters taken together unless said otherwise.
+    """
+
+    verdict: Verdict
+    steps: int
+    """N, micro-batches of the window."""
+    reduction: str
+    """global_mean | mean | sum: what the gradients were accumulated under."""
+    e64: float | None = None
+    """‖g_N − g_1‖ / ‖g_1‖ in float64; None where that could not be had."""
+    e: float | None = None
+    """The same in the run's own precision."""
+    floor: float | None = None
+    """The rounding floor: how far g_1 moves in that precision when only the summation order changes."""
+    scale: float | None = None
+    """The accumulated gradient along the large batch's *mean* gradient: 1 for a mean, n for a sum."""
+    denominator: float | None = None
+    """What the window's loss sum is divided by for its mean."""
+    cause: str | None = None
+    """One of CAUSES; None where there is nothing to explain."""
+    culprit: str | None = None
+    """The first culprit's dotted name."""
+    culprit_type: str | None = None
+    remedy: str | None = None
+    """What to do about it, in a sentence."""
+    detail: str | None = None
+    """What was seen, what was ruled out, or what would settle an open question."""
+    culprits: tuple[Culprit, ...] = ()
+    checks: tuple[Check, ...] = ()
+    parameters: tuple[ParameterError, ...] = ()
+    """Worst first."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is the large batch's gradient, up to rounding, and no check found a fault."""
+        return self.verdict in ("identical", "equivalent") and not self.checks
+
+    def report(self) -> str:
+        """Return the verdict in a few lines."""
+        numbers = {"e64": self.e64, "e": self.e, "floor": self.floor, "scale": self.scale}
+        said = [f"{k} {v:.2g}" for k, v in numbers.items() if v is not None]
+        lines = [f"{self.verdict} (N = {self.steps}, {self.reduction}): {', '.join(said)}"]
+        if self.cause is not None:
+            at = (
+                f" at {self.culprit or 'the model itself'} ({self.culprit_type})"
+                if self.culprit_type
+                else ""
+            )
+            lines.append(f"cause: {self.cause}{at}")
+        others = [f"{c.name} ({c.type}): {c.cause}" for c in self.culprits if c.name != self.culprit]
+        lines += [f"also: {', '.join(others[:3])}"] if others else []
+        lines += [f"remedy: {self.remedy}"] if self.remedy else []
+        lines += [f"seen: {self.detail}"] if self.detail else []
+        return "\n".join([*lines, *(f"{check.name}: {check.finding}" for check in self.checks)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as written to `audit.json`."""
+        return asdict(self)
+
+
+def worst(audits: Iterable[Audit]) -> Audit:
+    """Return the audit with the worst verdict, the first of equal ones."""
+    return max(audits, key=lambda audit: SEVERITY.index(audit.verdict))

@@ -1,0 +1,165 @@
+"""Micro-batches joined into the large batch that they were cut from, and samples picked out of it.
+
+A micro-batch is any nesting of mappings, lists, tuples and data classes around tensors whose dimension
+`dim` counts samples. What does not count samples (a mask that all share, a number) has to be the same in
+every micro-batch.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotJoinableError(ValueError):
+    """These micro-batches do not make one batch, in words."""
+
+
+def size_of(value: Any, dim: int = 0) -> int:
+    """Return the number of samples in a micro-batch: the length of its first tensor's `dim`."""
+    for tensor in tensors_in(value):
+        if tensor.ndim > dim:
+            return int(tensor.shape[dim])
+    raise NotJoinableError("a micro-batch holds no tensor with a dimension of samples")
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors of a nesting, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for child in _children(value) for tensor in tensors_in(child)]
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return the nesting with `function` applied to every leaf."""
+    children = _children(value)
+    if not children:
+        return value if _is_container(value) else function(value)
+    return _rebuilt(value, [mapped(function, child) for child in children])
+
+
+def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
+    """Return one batch of all micro-batches' samples, in order.
+
+    Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are padded
+    at the end: with 1s where a mask says what is padding, -100 where labels say so, 0 else.
+
+    Raises:
+        NotJoinableError: they do not make one batch.
+    """
+    return _joined(parts, sizes, dim, "")
+
+
+def picked(value: Any, rows: Tensor, size: int, dim: int = 0) -> Any:
+    """Return the samples at `rows` of a batch of `size`."""
+    if isinstance(value, Tensor):
+        counts = value.ndim > dim and value.shape[dim] == size
+        return value.index_select(dim, rows.to(value.device)) if counts else value
+    if _is_sample_list(value, size):
+        return _rebuilt(value, [_children(value)[row] for row in rows.tolist()])
+    children = _children(value)
+    return _rebuilt(value, [picked(child, rows, size, dim) for child in children]) if children else value
+
+
+def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
+    """Return the one dimension that grows from a micro-batch to the whole as the samples do."""
+    if len(whole) != len(part):
+        return None
+    grown = [d for d in range(len(whole)) if whole[d] != part[d]]
+    if len(grown) != 1 or whole[grown[0]] * size != part[grown[0]] * total:
+        return None
+    return grown[0]
+
+
+def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
+    first = parts[0]
+    if all(isinstance(part, Tensor) for part in parts):
+        return _joined_tensors(parts, sizes, dim, name)
+    if all(_is_sample_list(part, size) for part, size in zip(parts, sizes, strict=True)):
+        return _rebuilt(first, [child for part in parts for child in _children(part)])
+    if _is_container(first):
+        every = [_children(part) for part in parts]
+        if any(type(part) is not type(first) for part in parts) or len({len(c) for c in every}) != 1:
+            raise NotJoinableError(f"micro-batches differ in structure{_at(name)}")
+        names = list(first) if isinstance(first, Mapping) else [name] * len(every[0])
+        columns = zip(*every, strict=True)
+        return _rebuilt(
+            first, [_joined(c, sizes, dim, str(n)) for c, n in zip(columns, names, strict=True)]
+        )
+    if isinstance(first, int) and not isinstance(first, bool) and list(parts) == list(sizes):
+        return sum(sizes)  # the micro-batch's own number of samples
+    if any(part is not first and part != first for part in parts):
+        raise NotJoinableError(f"micro-batches were called with different values{_at(name)}: {parts}")
+    return first
+
+
+def _joined_tensors(parts: Sequence[Tensor], sizes: Sequence[int], dim: int, name: str) -> Tensor:
+    first = parts[0]
+    count = all(t.ndim > dim and t.shape[dim] == n for t, n in zip(parts, sizes, strict=True))
+    if len(parts) > 1 and all(part is first for part in parts):
+        return first  # one tensor for all, e.g. an attention mask
+    if count and len({t.ndim for t in parts}) == 1:
+        return torch.cat(_padded(parts, dim, name), dim)
+    if all(t.shape == first.shape and torch.equal(t, first) for t in parts):
+        return first
+    shapes = ", ".join(str(tuple(t.shape)) for t in parts[:4])
+    raise NotJoinableError(f"tensors of shapes {shapes} do not make one batch{_at(name)}")
+
+
+def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
+    longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
+    if all(t.shape[d] == longest[d] for t in parts for d in range(t.ndim) if d != dim):
+        return list(parts)
+    fill = -100 if "label" in name or "target" in name else 0
+    padded = []
+    for tensor in parts:
+        shape = [tensor.shape[d] if d == dim else longest[d] for d in range(tensor.ndim)]
+        room = tensor.new_full(shape, fill)
+        room[tuple(slice(length) for length in tensor.shape)] = tensor
+        padded.append(room)
+    return padded
+
+
+def _is_sample_list(value: Any, size: int) -> bool:
+    """A list with an entry per sample, e.g. of names, or of images of different sizes."""
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
+        return False
+    return not all(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
+
+
+def _is_container(value: Any) -> bool:
+    plain_dataclass = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, (Mapping, list, tuple)) or plain_dataclass
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name) for f in dataclasses.fields(value) if f.init]
+    return []
+
+
+def _rebuilt(like: Any, children: Sequence[Any]) -> Any:
+    if isinstance(like, Mapping):
+        if type(like) is dict:
+            return dict(zip(like, children, strict=True))
+        clone = copy.copy(like)
+        for key, child in zip(list(like), children, strict=True):
+            clone[key] = child  # type: ignore[index]  # what a batch is kept in can be written to
+        return clone
+    if isinstance(like, tuple) and hasattr(like, "_fields"):
+        return type(like)(*children)
+    if isinstance(like, (list, tuple)):
+        return list(children) if isinstance(like, list) else tuple(children)
+    names = [f.name for f in dataclasses.fields(like) if f.init]
+    return dataclasses.replace(like, **dict(zip(names, children, strict=True)))
+
+
+def _at(name: str) -> str:
+    return f" ({name})" if name else ""

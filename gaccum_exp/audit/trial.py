@@ -1,0 +1,196 @@
+"""One window, run again and again: accumulated and in one pass, in its own precision and in float64."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.audit.bench import (
+    Parts,
+    on_bench,
+    random_state_kept,
+    random_states,
+    same_host_state,
+    set_random_states,
+)
+from gaccum_exp.audit.gradient import Gradient, gradient_of, total
+from gaccum_exp.audit.mixing import Call, Follower, Mixing
+from gaccum_exp.audit.replay import Draws, Replay
+from gaccum_exp.audit.samples import mapped
+
+Around = Callable[[int], AbstractContextManager[None]]
+"""Entered around the forward pass of one micro-batch."""
+
+
+class Window(Protocol):
+    """A window that can be run again. What it runs finds its tensors on the bench."""
+
+    sizes: list[int]
+    """Samples of each micro-batch."""
+    parts: Parts
+    """Everything with parameters or buffers that it uses."""
+
+    def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
+        """Run all micro-batches forward and backward; `lift` brings a batch into the precision asked."""
+
+    def one_pass(
+        self, around: AbstractContextManager[None], lift: Callable[[Any], Any], order: Tensor | None
+    ) -> None:
+        """Run all samples at once forward and backward, in this order."""
+
+    def forward(self, index: int | None, lift: Callable[[Any], Any]) -> tuple[Tensor, Any]:
+        """Run one micro-batch, or all samples (None), forward: loss sum and denominator."""
+
+    def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
+        """Whether the micro-batches' losses and gradients make those of all samples."""
+
+    def recounted(self, counts: Sequence[float]) -> "Window | None":
+        """Return the window with each micro-batch weighed by what it counts; None: it is so already."""
+
+
+class Trial:
+    """The runs of one window, from one random state.
+
+    Args:
+        window: what is run.
+        starts: the random state in which each micro-batch began; None: each where the one before ended,
+            the first where the generators stand now.
+    """
+
+    def __init__(self, window: Window, starts: Sequence[list[Any]] | None = None) -> None:
+        self.window = window
+        self._starts = starts
+        self._begin = starts[0] if starts else random_states()
+        self.draws = Draws(window.sizes)
+
+    def record(self) -> Gradient:
+        """Accumulate in the window's own precision, recording what is drawn."""
+        return self._accumulated(record=True, float64=False)
+
+    def accumulated(self, *, float64: bool, apart: bool = False) -> Gradient:
+        """Accumulate with the recorded draws.
+
+        Args:
+            float64: in float64 throughout.
+            apart: take each micro gradient off and add them up in float64, whatever the passes run in.
+        """
+        return self._accumulated(record=False, float64=float64, apart=apart)
+
+    def one_pass(self, *, float64: bool, order: Tensor | None = None) -> Gradient:
+        """Take all samples at once, with each one's recorded draws."""
+        with self._running(record=False, float64=float64) as (replay, follower, parameters):
+            follower.begin()
+            self.window.one_pass(replay.whole(order), _lift(float64), order)
+            return self._gradient(parameters)
+
+    def micro_gradients(self) -> list[Gradient]:
+        """Return each micro-batch's gradient by itself, in float64."""
+        return self._taken(record=False, float64=True, apart=True)
+
+    def of(self, window: Window) -> Gradient:
+        """Accumulate another window of the same samples in float64, with the same draws."""
+        mine, self.window = self.window, window
+        try:
+            return self.accumulated(float64=True)
+        finally:
+            self.window = mine
+
+    def loss_of_all(self) -> tuple[float, float]:
+        """Return loss sum and denominator of all samples, in float64."""
+        return self._forward(None, None)
+
+    def losses(self) -> tuple[list[tuple[float, float]], tuple[float, float], list[str]]:
+        """Run forward in float64, comparing every module's output.
+
+        Returns:
+            Loss sum and denominator of each micro-batch; those of all samples at once; the names of the
+            modules that mix samples.
+        """
+        mixing = Mixing(self.window.sizes)
+        self._forward(0, mixing.see_shapes)
+        whole = self._forward(None, mixing.see_whole)
+        parts = []
+        for index in range(len(self.window.sizes)):
+            mixing.begin_part(index)
+            parts.append(self._forward(index, mixing.see_part))
+        return parts, whole, mixing.culprits()
+
+    def _forward(self, index: int | None, see: Callable[[Call], None] | None) -> tuple[float, float]:
+        running = self._running(record=False, float64=True, see=see)
+        with running as (replay, follower, _), torch.no_grad():
+            follower.begin()
+            with replay.whole(None) if index is None else replay.micro_batch(index):
+                loss, denominator = self.window.forward(index, _lift(True))
+        return float(loss), float(denominator)
+
+    def _accumulated(self, *, record: bool, float64: bool, apart: bool = False) -> Gradient:
+        taken = self._taken(record=record, float64=float64, apart=apart)
+        return total(taken) if apart else taken[0]
+
+    def _taken(self, *, record: bool, float64: bool, apart: bool) -> list[Gradient]:
+        running = self._running(record=record, float64=float64)
+        taken: list[Gradient] = []
+        with running as (replay, follower, parameters):
+
+            @contextmanager
+            def around(index: int) -> Iterator[None]:
+                if apart and index > 0:
+                    taken.append(self._gradient(parameters))
+                follower.begin()
+                # Held numbers do not come from a generator; Python's and NumPy's begin anew each pass.
+                if self._starts is not None and record:
+                    set_random_states(self._starts[index])
+                elif not record:
+                    set_random_states(self._begin)
+                before = random_states() if record else None
+                with replay.micro_batch(index):
+                    yield
+                if before is not None and not same_host_state(before, random_states()):
+                    self.draws.refuse("numbers come from Python's or NumPy's generator", None)
+
+            self.window.accumulate(around, _lift(float64))
+            taken.append(self._gradient(parameters))
+        return taken
+
+    def _gradient(self, parameters: dict[str, nn.Parameter]) -> Gradient:
+        judged = self.window.parts.judged
+        return {k: g for k, g in gradient_of(parameters).items() if judged is None or k in judged}
+
+    @contextmanager
+    def _running(
+        self, *, record: bool, float64: bool, see: Callable[[Call], None] | None = None
+    ) -> Iterator[tuple[Replay, Follower, dict[str, nn.Parameter]]]:
+        replay = Replay(self.draws, record=record, float64=float64)
+
+        def enter(name: str | None) -> None:
+            replay.module = name
+
+        follower = Follower(self.window.parts, see, enter)
+        dtype = torch.float64 if float64 else None
+        default = torch.get_default_dtype()
+        with random_state_kept(), on_bench(self.window.parts, dtype=dtype) as parameters:
+            set_random_states(self._begin)
+            torch.set_default_dtype(torch.float64 if float64 else default)
+            try:
+                with torch.enable_grad(), follower(), replay, _math_attention():
+                    yield replay, follower, parameters
+            finally:
+                torch.set_default_dtype(default)
+                torch.clear_autocast_cache()
+
+
+def _lift(float64: bool) -> Callable[[Any], Any]:
+    def leaf(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating else value
+
+    return (lambda batch: mapped(leaf, batch)) if float64 else (lambda batch: batch)
+
+
+def _math_attention() -> AbstractContextManager[Any]:
+    """Fused attention draws inside itself; written out, its dropout is an operator like any other."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if torch.accelerator.is_available() else nullcontext()

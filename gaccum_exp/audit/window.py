@@ -1,0 +1,162 @@
+"""The audit of one window of a configured experiment."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.audit.bench import Parts, random_state_kept
+from gaccum_exp.audit.examine import examine, first_line
+from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.samples import NotJoinableError, joined, picked, size_of
+from gaccum_exp.audit.trial import Around, Trial
+from gaccum_exp.audit.verdict import scale_of
+from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
+from gaccum_exp.core.loss import LossFn, as_loss_fn, count
+from gaccum_exp.core.seeding import seed_model
+from gaccum_exp.errors import BadInputError
+
+
+def audit_window(
+    model: nn.Module,
+    loss_fn: LossFn | nn.Module,
+    window: Sequence[Any],
+    *,
+    reduction: Reduction = "global_mean",
+    sum_divisor: float = 1.0,
+    seed: int = 0,
+) -> Audit:
+    """Compare the window's accumulated gradient with that of the same samples in one pass.
+
+    Weights, gradients, buffers and random state are left as they were. It costs about a dozen passes
+    over the window, half of them in float64.
+
+    Args:
+        model: at the weights and in the mode to be audited.
+        loss_fn: as for `accumulate_gradients`.
+        window: the micro-batches, each any nesting of tensors whose first dimension counts samples.
+        reduction: as for `accumulate_gradients`; so is `sum_divisor`.
+        seed: of what the model draws.
+
+    Returns:
+        The verdict, never an error of the model's: what cannot be run is inconclusive, with the reason.
+
+    Raises:
+        BadInputError: the criterion has no such reduction.
+    """
+    loss_fn = as_loss_fn(loss_fn, reduction)
+    blank = Audit("inconclusive", len(window), reduction)
+    try:
+        configured = ConfiguredWindow(model, loss_fn, window, reduction, sum_divisor)
+        with random_state_kept():
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            seed_model(seed, device)
+            return _audited(configured, blank)
+    except BadInputError:
+        raise
+    except NotJoinableError as error:
+        return replace(blank, detail=str(error))
+    except Exception as error:  # a stranger's model, on inputs and in a precision that it never met
+        return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
+
+
+class ConfiguredWindow:
+    """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        micro_batches: Sequence[Any],
+        reduction: Reduction,
+        sum_divisor: float,
+    ) -> None:
+        self.parts = Parts(model, criterion=_criterion_of(loss_fn))
+        self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
+        self.reduction, self.sum_divisor = reduction, sum_divisor
+        self._model, self._loss_fn = model, loss_fn
+        self._micro_batches = list(micro_batches)
+        self._whole = joined(self._micro_batches, self.sizes)
+
+    def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
+        """Run as training does."""
+        self._run([lift(m) for m in self._micro_batches], around)
+
+    def one_pass(
+        self, around: AbstractContextManager[None], lift: Callable[[Any], Any], order: Tensor | None
+    ) -> None:
+        """Run the same with N = 1."""
+        whole = self._whole if order is None else picked(self._whole, order, sum(self.sizes))
+        self._run([lift(whole)], lambda index: around)
+
+    def forward(self, index: int | None, lift: Callable[[Any], Any]) -> tuple[Tensor, Any]:
+        """Return loss sum and denominator of one micro-batch, or of all samples."""
+        micro_batch = self._whole if index is None else self._micro_batches[index]
+        return self._loss_fn(self._model, lift(micro_batch))
+
+    def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
+        """Whether the micro-batches' loss sums add up."""
+        total = sum(loss for loss, _ in parts)
+        return math.isclose(total, whole[0], rel_tol=1e-9, abs_tol=1e-12)
+
+    def recounted(self, counts: Sequence[float]) -> "ConfiguredWindow | None":
+        """Return the same window under the reduction that weighs by what each micro-batch counts."""
+        if self.reduction != "mean":
+            return None
+        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, "global_mean", 1.0)
+
+    def _run(self, micro_batches: list[Any], around: Around) -> None:
+        accumulate_gradients(
+            self._model,
+            _Following(self._loss_fn, around),
+            micro_batches,
+            reduction=self.reduction,
+            sum_divisor=self.sum_divisor,
+        )
+
+
+class _Following:
+    """The loss function, saying when a micro-batch's forward pass begins and ends."""
+
+    def __init__(self, loss_fn: LossFn, around: Around) -> None:
+        self._loss_fn, self._around, self._next = loss_fn, around, 0
+        self.criterion = _criterion_of(loss_fn)
+
+    def count(self, micro_batch: Any) -> Any:
+        return count(self._loss_fn, micro_batch)
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> Any:
+        index, self._next = self._next, self._next + 1
+        with self._around(index):
+            return self._loss_fn(model, micro_batch)
+
+
+def _audited(window: ConfiguredWindow, blank: Audit) -> Audit:
+    trial = Trial(window)
+    if len(window.sizes) == 1:  # the reference itself
+        trial.record()
+        _, denominator = trial.loss_of_all()
+        scale = denominator / window.sum_divisor if window.reduction == "sum" else 1.0
+        return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
+    examined = examine(trial, None, blank)
+    audit = examined.audit
+    if examined.accumulated64 is None or examined.one_pass64 is None or audit.denominator is None:
+        return audit
+    # One pass under `sum` is the mean gradient times denominator / divisor.
+    per_mean = audit.denominator / window.sum_divisor if window.reduction == "sum" else 1.0
+    along = scale_of(examined.accumulated64, examined.one_pass64)
+    return replace(audit, scale=None if along is None else along * per_mean)
+
+
+def _criterion_of(loss_fn: Any) -> nn.Module | None:
+    """The module that a loss function holds, if any."""
+    held = getattr(loss_fn, "criterion", None)
+    if held is None and isinstance(loss_fn, functools.partial):
+        given = (*loss_fn.args, *loss_fn.keywords.values())
+        held = next((v for v in given if isinstance(v, nn.Module)), None)
+    return held if isinstance(held, nn.Module) else None
