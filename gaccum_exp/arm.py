@@ -1,31 +1,35 @@
-"""One arm of a sweep: build, train, record, and never take the other arms down.
+"""One arm of a sweep: build, train or audit, record, and never take the other arms down.
 
 Whatever happens is written to the arm's folder as well (`arm.json`), so that the end of the sweep knows
 of arms that could not be recorded anywhere else.
 """
 
+import copy
 import gc
 import json
 import logging
 import os
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gaccum_exp import metrics
+from gaccum_exp import certify, metrics
+from gaccum_exp.audit.result import Audit
 from gaccum_exp.build import build
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.experiment import Experiment
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.sweep import OUTCOME, SWEPT_KEYS
 from gaccum_exp.tracking import MlflowSink, Store
-from gaccum_exp.train import train
+from gaccum_exp.train import train, training_windows
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,11 @@ class Outcome:
     status: str
     """FINISHED, FAILED or KILLED"""
     reason: str | None = None
+    task: str = "train"
+    verdict: str | None = None
+    """Of the worst window audited."""
+    audit_asked: bool = False
+    """Whether the exit status answers for the verdict."""
     bad_input: bool = False
     """Whether the reason is the user's to mend."""
     objective: float | None = None
@@ -54,27 +63,27 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
     folder = Path(HydraConfig.get().runtime.output_dir)
     name = run_name(settings)
     sink: MlflowSink | None = None
+    outcome = Outcome(
+        settings.sweep_id, name, "FINISHED", task=settings.task, audit_asked=settings.audit_asked
+    )
     try:
-        sink = Store(settings.tracking.uri, settings.tracking.experiment_name).start_run(
-            name,
-            params=settings.flat(),
-            tags=_tags(settings),
-            texts={"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)},
-        )
-        objective = _train(settings, name, sink)
+        sink = _start(settings, cfg, name, _role(settings))
+        outcome = _run(settings, name, sink, folder, outcome)
         sink.close("FINISHED")
-        outcome = Outcome(settings.sweep_id, name, "FINISHED", objective=objective)
     except Exception as error:  # whatever ends an arm is that arm's result, and no more
         reason = _reason(error)
         _report_failure(name, reason, error, folder)
         _abandon(sink, "FAILED", reason)
         bad_input = isinstance(error, BadInputError)
-        outcome = Outcome(settings.sweep_id, name, "FAILED", reason, bad_input)
+        outcome = replace(outcome, status="FAILED", reason=reason, bad_input=bad_input)
     except BaseException:
         _abandon(sink, "KILLED", "interrupted")
-        Outcome(settings.sweep_id, name, "KILLED", "interrupted").write(folder)
+        replace(outcome, status="KILLED", reason="interrupted").write(folder)
         raise
     outcome.write(folder)
+    if outcome.status == "FINISHED" and settings.task == "train" and settings.accum_steps == 1:
+        for number in range(1, settings.audit.controls + 1):
+            _train_control(settings.as_control(number), cfg, name)
     return outcome
 
 
@@ -85,7 +94,7 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
     task = HydraConfig.get().overrides.task
     name = " · ".join(o for o in task if o.partition("=")[0].lstrip("+") in swept) or " · ".join(task)
     log.error("%s failed: %s", name, error)
-    outcome = Outcome(str(cfg.sweep_id), name, "FAILED", str(error), bad_input=True)
+    outcome = Outcome(str(cfg.sweep_id), name, "FAILED", str(error), task=str(cfg.task), bad_input=True)
     outcome.write(folder)
     tags = {"sweep_id": str(cfg.sweep_id), "kind": "arm", "role": "candidate"}
     try:
@@ -108,21 +117,78 @@ def run_name(settings: Settings) -> str:
     return " · ".join(parts + [f"{k}={values[k]}" for k in swept if k in values and k not in named])
 
 
-def _train(settings: Settings, name: str, sink: MlflowSink) -> float | None:
-    """Build and train; return the objective."""
+def _start(settings: Settings, cfg: DictConfig, name: str, role: Mapping[str, str]) -> MlflowSink:
+    return Store(settings.tracking.uri, settings.tracking.experiment_name).start_run(
+        name,
+        params=settings.flat(),
+        tags={**_tags(settings), **role},
+        texts={"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)},
+    )
+
+
+def _run(settings: Settings, name: str, sink: MlflowSink, folder: Path, outcome: Outcome) -> Outcome:
+    """Do what the task says; a function, so that nothing that was built outlives it."""
+    experiment = _build(settings, sink)
+    if settings.task == "audit":
+        return replace(outcome, verdict=_audit(experiment, name, sink, folder).verdict)
+    worst = _train(experiment, name, sink)
+    objective = sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
+    return replace(outcome, verdict=None if worst is None else worst.verdict, objective=objective)
+
+
+def _build(settings: Settings, sink: MlflowSink) -> Experiment:
+    """Build, and say what was built."""
     _clear_device()  # of what an earlier arm of this process left
     experiment = build(settings)
     data = dataset_records(experiment)
     digests = {"data_digest": " ".join(record.digest for record in data)}
     sink.describe(device_tags(experiment.device) | digests)
     sink.log_datasets(data)
+    return experiment
+
+
+def _train(experiment: Experiment, name: str, sink: MlflowSink) -> Audit | None:
+    """Train, keep the weights, and return the worst audit."""
     alone = "Basic" in HydraConfig.get().launcher._target_
     with Progress(name, experiment.total_steps, alone=alone) as progress:
-        train(experiment, sink, progress)
-    if settings.tracking.log_weights:
+        worst = train(experiment, sink, progress)
+    if experiment.settings.tracking.log_weights:
         named = experiment.modules.named_parameters()
         sink.keep_weights({name: p for name, p in named if p.requires_grad})
-    return sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
+    return worst
+
+
+def _audit(experiment: Experiment, name: str, sink: MlflowSink, folder: Path) -> Audit:
+    """Judge the first window at the initial weights; record it and print it."""
+    audits = certify.RunAudits(experiment, sink)
+    found = audits.judge(next(training_windows(experiment)), 0)
+    sink.keep_file(certify.write(found, folder))
+    certify.show(name, found)
+    return found
+
+
+def _train_control(settings: Settings, cfg: DictConfig, control_of: str) -> None:
+    """Train the reference again in another order; what becomes of it is no matter of the arm's."""
+    name = f"{control_of} · control {settings.audit.control_seed}"
+    cfg = copy.deepcopy(cfg)
+    cfg.audit.control_seed = settings.audit.control_seed
+    sink: MlflowSink | None = None
+    try:
+        sink = _start(settings, cfg, name, _role(settings) | {"control_of": control_of})
+        _train(_build(settings, sink), name, sink)
+        sink.close("FINISHED")
+    except Exception as error:
+        log.warning("%s failed: %s", name, _reason(error))
+        _abandon(sink, "FAILED", _reason(error))
+    except BaseException:
+        _abandon(sink, "KILLED", "interrupted")
+        raise
+
+
+def _role(settings: Settings) -> dict[str, str]:
+    if settings.audit.control_seed is not None:
+        return {"role": "control"}
+    return {"role": "reference" if settings.accum_steps == 1 else "candidate"}
 
 
 def _tags(settings: Settings) -> dict[str, str]:
@@ -130,8 +196,7 @@ def _tags(settings: Settings) -> dict[str, str]:
     spelled = ", ".join(map(str, sizes)) if len(sizes) <= 64 else f"{sizes[0]} … {sizes[-1]}"
     return {
         "sweep_id": settings.sweep_id,
-        "kind": "arm",
-        "role": "reference" if settings.accum_steps == 1 else "candidate",
+        "kind": "audit" if settings.task == "audit" else "arm",
         "micro_batch_sizes": spelled,
         "overrides": " ".join(HydraConfig.get().overrides.task),
         **{f"choice.{k}": str(v) for k, v in HydraConfig.get().runtime.choices.items() if "/" not in k},

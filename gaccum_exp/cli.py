@@ -1,7 +1,8 @@
 """The command line: the only hydra.main.
 
-Exit status: 0; 1 a run failed; 2 bad input; 130 interrupted. Under `-m` it is decided at the end, from
-what the arms have left.
+Exit status: 0; 1 a run failed; 2 bad input; 3 biased; 4 stochastic; 5 inconclusive; 130 interrupted.
+3 to 5 only where an audit was asked for: `task=audit`, or `audit.every_steps` is set. Under `-m` it is
+decided at the end, from what the arms have left: the first of 1, 3, 5, 4 that any arm earned.
 """
 
 import os
@@ -77,17 +78,30 @@ def _end(status: int) -> int:
     if not sweep.begun:
         return status
     current = sweep.begun[-1]
-    if not sweep.outcomes(current):
+    ended = sweep.outcomes(current)
+    if not ended:
         return status
+    audited = [outcome for outcome in ended if outcome["task"] == "audit"]
+    if audited and current.multirun:
+        from gaccum_exp.certify import show_sweep
+
+        show_sweep(audited)
+    if len(audited) < len(ended) and not _compared(current, status):
+        status = status or RUN_FAILED
+    return status or sweep.exit_status(current)
+
+
+def _compared(current: sweep.Begun, status: int) -> bool:
+    """Compare the arms that trained, or one run with what the store holds; False where it cannot be."""
     from gaccum_exp.report.__main__ import report_sweep, show_run
 
     where = current.tracking_uri, current.experiment_name, current.sweep_id
     try:
         if current.multirun:
             report_sweep(*where, current.folder)
-        elif status == OK and sweep.exit_status(current) == OK:
+        elif status == OK and sweep.exit_status(current) not in (RUN_FAILED, BAD_INPUT):
             show_run(*where)
     except BadInputError as error:
         print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
-        status = status or RUN_FAILED
-    return status or sweep.exit_status(current)
+        return False
+    return True

@@ -9,7 +9,7 @@ Neither torch nor MLflow is imported here: a mistake in the configuration is ans
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from gaccum_exp.batch import BATCH_KEYS, DataConfig, check_positive, data_config, target_of
 from gaccum_exp.errors import BadInputError, nearest
 
 DEFAULT_EPOCHS = 20
@@ -80,6 +81,20 @@ class TrainConfig:
 
 
 @dataclass(slots=True)
+class AuditConfig:
+    """When a run's gradient is compared with the large batch's, on the run's own windows."""
+
+    at_start: bool = True
+    """Audit the first window of a training, at the initial weights."""
+    every_steps: int | None = None
+    """Audit every so many optimizer steps, the first included, before the step is taken."""
+    controls: int = 0
+    """How often the reference (N = 1) is trained again with only the order inside windows permuted."""
+    control_seed: int | None = None
+    """Of such a control: its number, which seeds the permutations; null: none."""
+
+
+@dataclass(slots=True)
 class Config:
     """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
 
@@ -91,25 +106,11 @@ class Config:
     accum: AccumConfig = MISSING
     runtime: RuntimeConfig = MISSING
     tracking: TrackingConfig = MISSING
+    audit: AuditConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     task: str = "train"
     seed: int = 0
     sweep_id: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class DataConfig:
-    """The part of the data block that is about batches; the rest are arguments of its two targets."""
-
-    global_batch_size: int
-    """Samples of one optimizer step."""
-    micro_batch_size: int
-    """Samples of the largest micro-batch of a full window."""
-    eval_batch_size: int
-    workers: int
-    """DataLoader processes; they change speed only."""
-    train: Mapping[str, Any]
-    eval: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class Settings:
     accum: AccumConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig
+    audit: AuditConfig
     train: TrainConfig
     task: str
     seed: int
@@ -137,6 +139,17 @@ class Settings:
         assert self.accum.steps is not None
         return self.accum.steps
 
+    @property
+    def audit_asked(self) -> bool:
+        """Whether the exit status answers for the verdict: the audit at the start comes unasked."""
+        return self.task == "audit" or self.audit.every_steps is not None
+
+    def as_control(self, number: int) -> "Settings":
+        """Return the same arm with only the order inside its windows permuted."""
+        audit = replace(self.audit, control_seed=number)
+        tree = {**self.tree, "audit": {**self.tree["audit"], "control_seed": number}}
+        return replace(self, audit=audit, tree=tree)
+
     def flat(self) -> dict[str, Any]:
         """Return every value by its dotted key."""
         return dict(_flatten(self.tree))
@@ -147,15 +160,15 @@ SECTIONS: dict[str, type] = {
     "accum": AccumConfig,
     "runtime": RuntimeConfig,
     "tracking": TrackingConfig,
+    "audit": AuditConfig,
     "train": TrainConfig,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("train",),
+    "task": ("train", "audit"),
     "accum.reduction": ("global_mean", "mean", "sum"),
     "accum.sum_scale": ("constant", "none"),
     "accum.partial_window": ("exact", "drop", "carry", "error"),
 }
-BATCH_KEYS = tuple(f.name for f in fields(DataConfig))
 
 
 def register() -> None:
@@ -180,8 +193,12 @@ def validate(cfg: DictConfig) -> Settings:
         _check_choice(key, OmegaConf.select(cfg, key), choices)
     _check_length(config.train)
     if config.runtime.threads is not None:
-        _check_positive("runtime.threads", config.runtime.threads)
-    data = _data_config(config)
+        check_positive("runtime.threads", config.runtime.threads)
+    if config.audit.every_steps is not None:
+        check_positive("audit.every_steps", config.audit.every_steps)
+    if config.audit.controls < 0:
+        raise BadInputError(f"audit.controls={config.audit.controls}: cannot be negative")
+    data, config.accum.steps = data_config(config.data, config.accum.steps)
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
     sizes = {k: getattr(data, k) for k in ("global_batch_size", "micro_batch_size")}
     tree["data"] |= sizes
@@ -192,93 +209,17 @@ def validate(cfg: DictConfig) -> Settings:
         data=data,
         criterion=config.criterion,
         optimizer=config.optimizer,
-        scheduler=_target("scheduler", config.scheduler) or None,
+        scheduler=target_of("scheduler", config.scheduler) or None,
         accum=config.accum,
         runtime=config.runtime,
         tracking=config.tracking,
+        audit=config.audit,
         train=config.train,
         task=config.task,
         seed=config.seed,
         sweep_id=config.sweep_id,
         tree=tree,
     )
-
-
-def batch_sizes(
-    global_batch_size: int | None, micro_batch_size: int | None, steps: int | None
-) -> tuple[int, int, int]:
-    """Derive the third of global batch, micro-batch and N from the two that are set.
-
-    A global batch that N does not divide is split as evenly as possible, and the micro-batch is then the
-    largest of its parts.
-
-    Raises:
-        BadInputError: fewer than two set, three that do not fit together, or N larger than the batch.
-    """
-    named = {
-        "data.global_batch_size": global_batch_size,
-        "data.micro_batch_size": micro_batch_size,
-        "accum.steps": steps,
-    }
-    for key, value in named.items():
-        if value is not None:
-            _check_positive(key, value)
-    given = [key for key, value in named.items() if value is not None]
-    if len(given) < 2:
-        raise BadInputError(
-            f"set two of {', '.join(named)}: the third follows from them (set: {given or 'none'})"
-        )
-    if global_batch_size is None:
-        assert micro_batch_size is not None
-        assert steps is not None
-        return micro_batch_size * steps, micro_batch_size, steps
-    if steps is None:
-        assert micro_batch_size is not None
-        steps = -(-global_batch_size // micro_batch_size)
-    if steps > global_batch_size:
-        raise BadInputError(
-            f"data.global_batch_size={global_batch_size} cannot be split into accum.steps={steps} "
-            "micro-batches: each needs at least one sample"
-        )
-    largest = -(-global_batch_size // steps)
-    if len(given) == 3 and micro_batch_size != largest:
-        raise BadInputError(
-            f"data.global_batch_size={global_batch_size}, data.micro_batch_size={micro_batch_size} "
-            f"and accum.steps={steps} do not fit together ({global_batch_size} / {steps} is "
-            f"{largest} samples a micro-batch): set one of them to null"
-        )
-    return global_batch_size, largest, steps
-
-
-def _data_config(config: Config) -> DataConfig:
-    data = dict(config.data)
-    for key in ("global_batch_size", "micro_batch_size", "eval_batch_size", "workers"):
-        value = data.get(key)
-        derived = key in ("global_batch_size", "micro_batch_size")
-        if not (isinstance(value, int) and not isinstance(value, bool)) and not (
-            derived and value is None
-        ):
-            raise BadInputError(f"data.{key}={value}: not an integer")
-    sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), config.accum.steps)
-    config.accum.steps = sizes[2]
-    _check_positive("data.eval_batch_size", data["eval_batch_size"])
-    if data["workers"] < 0:
-        raise BadInputError(f"data.workers={data['workers']}: cannot be negative")
-    return DataConfig(
-        global_batch_size=sizes[0],
-        micro_batch_size=sizes[1],
-        eval_batch_size=data["eval_batch_size"],
-        workers=data["workers"],
-        train=_target("data.train", data.get("train")),
-        eval=_target("data.eval", data.get("eval")) or None,
-    )
-
-
-def _target(key: str, node: Any) -> Mapping[str, Any]:
-    """Return a block's mapping; one whose `_target_` is null is empty."""
-    if node is not None and not isinstance(node, Mapping):
-        raise BadInputError(f"{key}={node}: not a mapping with a _target_")
-    return node if node and node.get("_target_") else {}
 
 
 def _check_length(train: TrainConfig) -> None:
@@ -288,16 +229,11 @@ def _check_length(train: TrainConfig) -> None:
         named = " and ".join(f"train.{k}={v}" for k, v in given.items())
         raise BadInputError(f"{named} are both training lengths: set one of them to null")
     for key, value in given.items():
-        _check_positive(f"train.{key}", value)
+        check_positive(f"train.{key}", value)
     if train.eval_every_steps is not None:
-        _check_positive("train.eval_every_steps", train.eval_every_steps)
+        check_positive("train.eval_every_steps", train.eval_every_steps)
     if not given:
         train.epochs = DEFAULT_EPOCHS
-
-
-def _check_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise BadInputError(f"{key}={value}: must be at least 1")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -26,7 +26,8 @@ class RunRecord:
     params: Mapping[str, str]
     """Every resolved config value by its dotted key, e.g. `accum.steps`."""
     tags: Mapping[str, str]
-    """`sweep_id`, `role`, `memory.source`, `memory.peak_phase`, `failure`, versions, device."""
+    """`sweep_id`, `role` (reference, candidate or control), `verdict`, `cause`, `culprit` and `remedy`
+    where audited, `memory.source`, `memory.peak_phase`, `failure`, versions, device."""
     metrics: Mapping[str, float]
     """The last value of each metric, e.g. `train/loss`, `memory/peak_bytes`, `time/step_s`."""
     curves: Mapping[str, Curve] = field(default_factory=dict)

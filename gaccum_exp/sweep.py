@@ -28,6 +28,9 @@ OUTCOME = "arm.json"
 SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
 """Environment variable: the keys that a sweep varies, comma-separated, for the names of its runs."""
 
+VERDICT_STATUS = {"biased": 3, "inconclusive": 5, "stochastic": 4}
+"""Exit statuses of the verdicts that are not 0, the one first that outranks the others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Begun:
@@ -65,16 +68,21 @@ def outcomes(sweep: Begun) -> list[dict[str, Any]]:
     for path in sorted(sweep.folder.rglob(OUTCOME)):
         outcome = json.loads(path.read_text())
         if outcome["sweep_id"] == sweep.sweep_id:
-            found.append(outcome)
+            found.append(outcome | {"folder": str(path.parent)})
     return found
 
 
 def exit_status(sweep: Begun) -> int:
-    """Return 0, or 1 if a run failed, or 2 if a single run's input was at fault."""
-    failed = [o for o in outcomes(sweep) if o["status"] != "FINISHED"]
-    if not failed:
-        return 0
-    return 2 if not sweep.multirun and failed[0]["bad_input"] else 1
+    """Return 1 if a run failed (2 if it is a single one and its input was at fault), else the verdicts'.
+
+    Of several arms' verdicts that were asked for, the first of 3, 5, 4 that any has earned; else 0.
+    """
+    ended = outcomes(sweep)
+    failed = [o for o in ended if o["status"] != "FINISHED"]
+    if failed:
+        return 2 if not sweep.multirun and failed[0]["bad_input"] else 1
+    earned = {o["verdict"] for o in ended if o["audit_asked"]}
+    return next((status for verdict, status in VERDICT_STATUS.items() if verdict in earned), 0)
 
 
 def _note(config: DictConfig, folder: Path, *, multirun: bool) -> None:

@@ -203,7 +203,11 @@ class MlflowSink(Sink):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / WEIGHTS
             torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
-            _insist(self._client.log_artifact, self.run_id, str(path))
+            self.keep_file(path)
+
+    def keep_file(self, path: Path) -> None:
+        """Store a file with the run, under its name."""
+        _insist(self._client.log_artifact, self.run_id, str(path))
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Deliver what is left and end the run with its status."""

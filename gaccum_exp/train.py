@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from gaccum_exp import metrics
+from gaccum_exp.audit.result import Audit
+from gaccum_exp.certify import RunAudits
 from gaccum_exp.clock import WindowClock
 from gaccum_exp.core.accumulate import WindowLoss, accumulate_gradients
 from gaccum_exp.core.feed import Window, windows
@@ -37,8 +39,11 @@ MEASURED_WINDOW = 2
 """Windows before the one whose memory is measured: the optimizer's state is made in the first."""
 
 
-def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
+def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | None:
     """Train to the end; everything measured goes to the sink.
+
+    Returns:
+        The worst audit of the run's windows; None where none was audited.
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite; the curve up to there is delivered.
@@ -48,11 +53,12 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
     clock = WindowClock(experiment.device)
     meters = _memory_meters(experiment)
     peaks: list[Peak] = []
+    audits = RunAudits(experiment, sink)
     feed = training_windows(experiment)
     empty_windows = 0
     for step in range(1, total + 1):
-        if step - 1 in meters:
-            values, peak = measured_step(experiment, next(feed), step - 1, meters[step - 1])
+        if step - 1 in meters or audits.due(step - 1):  # neither is a measure of time
+            values, peak = _observed_step(experiment, next(feed), step - 1, audits, meters)
             peaks += [peak] if peak is not None else []
         else:
             with clock.window() if experiment.plan.is_full(step - 1) else nullcontext():
@@ -71,6 +77,7 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> None:
     _record_time(sink, experiment, clock)
     _record_memory(sink, total, peaks)
     sink.deliver()
+    return audits.worst
 
 
 def train_step(
@@ -130,6 +137,21 @@ def train_step(
     }
 
 
+def _observed_step(
+    experiment: Experiment,
+    window: Window,
+    global_step: int,
+    audits: RunAudits,
+    meters: Mapping[int, type[Meter]],
+) -> tuple[dict[str, float | Tensor], Peak | None]:
+    """Take a step whose window is audited first, or whose memory is measured, or both."""
+    if audits.due(global_step):
+        audits.judge(window, global_step)
+    if global_step in meters:
+        return measured_step(experiment, window, global_step, meters[global_step])
+    return train_step(experiment, window, global_step), None
+
+
 def measured_step(
     experiment: Experiment, window: Window, global_step: int, kind: type[Meter]
 ) -> tuple[dict[str, float | Tensor], Peak | None]:
@@ -158,7 +180,7 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
     """Yield the windows of the whole training, in order."""
     return windows(
         experiment.train_data,
-        experiment.plan,
+        replace(experiment.plan, control_seed=experiment.settings.audit.control_seed),
         accum_steps=experiment.settings.accum_steps,
         global_steps=range(experiment.total_steps),
         workers=experiment.settings.data.workers,
@@ -169,8 +191,10 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
 def _memory_meters(experiment: Experiment) -> dict[int, type[Meter]]:
     """Which windows to measure, and with what: the device's own counters first where it has them.
 
-    Full windows in the steady state, where there are such.
+    Full windows in the steady state, where there are such. A control is there for its loss curve alone.
     """
+    if experiment.settings.audit.control_seed is not None:
+        return {}
     kinds: list[type[Meter]] = [TrackedWindow]
     if has_counters(experiment.device):
         kinds.insert(0, AllocatedWindow)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaccum_exp.config import DEFAULT_EPOCHS, batch_sizes
+from gaccum_exp.batch import batch_sizes
+from gaccum_exp.config import DEFAULT_EPOCHS
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from tests.support import settings
@@ -70,6 +71,10 @@ def test_seed_zero_is_a_seed() -> None:
         ("accum.sum_scale=no", "accum.sum_scale=no: not one of constant, none"),
         ("accum.partial_window=dorp", "did you mean 'drop'"),
         ("task=tran", "did you mean 'train'"),
+        ("task=audits", "task=audits: not one of train, audit, did you mean 'audit'"),
+        ("audit.every_steps=0", "audit.every_steps=0: must be at least 1"),
+        ("audit.controls=-1", "audit.controls=-1: cannot be negative"),
+        ("+audit.every_step=3", "audit.every_step: no such key, did you mean 'every_steps'"),
         ("accum.steps=0", "accum.steps=0: must be at least 1"),
         ("accum.steps=-2", "accum.steps=-2: must be at least 1"),
         ("data.global_batch_size=1.5", "data.global_batch_size=1.5: not an integer"),

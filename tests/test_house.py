@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config",
         "memory audit experiment tracking progress explain",
         "evaluate provenance sweep report",
-        "build certify",
+        "build certify integrations",
         "train",
         "arm",
         "cli",
@@ -34,6 +34,7 @@ NARROWER: dict[str, frozenset[str]] = {
     "batch": frozenset({"errors"}),
     "config": frozenset({"batch", "errors"}),
     "audit": frozenset({"core", "errors"}),
+    "integrations": frozenset({"audit"}),
     "models": frozenset({"errors"}),
     "data": frozenset({"errors"}),
     "memory": frozenset({"core"}),
@@ -46,6 +47,7 @@ NARROWER: dict[str, frozenset[str]] = {
 OUTSIDE: dict[str, frozenset[str]] = {
     "core": frozenset({"torch", "numpy"}),
     "audit": frozenset({"torch", "numpy"}),
+    "integrations": frozenset({"torch", "lightning", "transformers", "pytest"}),
     "batch": frozenset(),
     "certify": frozenset(),
     "config": frozenset({"hydra", "omegaconf"}),
@@ -67,6 +69,9 @@ ONLY_IN: dict[str, frozenset[str]] = {
     "mlflow": frozenset({"tracking"}),
     "matplotlib": frozenset({"report"}),
     "rich": frozenset({"report", "progress"}),
+    "lightning": frozenset({"integrations"}),
+    "transformers": frozenset({"integrations"}),
+    "pytest": frozenset({"integrations"}),
 }
 """Packages with one place to be."""
 
@@ -167,6 +172,9 @@ def test_no_import_runs_against_the_houses_direction() -> None:
         ("core/window.py", "from gaccum_exp.audit.result import Audit", "imports gaccum_exp.audit"),
         ("certify.py", "from gaccum_exp.train import train", "imports gaccum_exp.train"),
         ("certify.py", "import rich", "imports rich"),
+        ("integrations/due.py", "import hydra", "imports hydra"),
+        ("integrations/due.py", "from gaccum_exp.train import train", "imports gaccum_exp.train"),
+        ("train.py", "def f():\n    import lightning", "imports lightning"),
         ("models/mlp.py", "from gaccum_exp.core.loss import LossFn", "imports gaccum_exp.core"),
         ("data/fake.py", "import hydra", "imports hydra"),
         ("report/compare.py", "from gaccum_exp.tracking import Store", "imports tracking"),

@@ -87,6 +87,21 @@ def test_a_later_window_can_be_fetched_without_those_before_it() -> None:
     assert torch.equal(alone[0][0], everything[4][0][0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_control_the_augmentation_follows_the_sample(workers: int) -> None:
+    """The rows of every window are those of the plain order, permuted; not one draw is another."""
+    noisy = Points(10, noise=0.5)
+    plain, control = (
+        list(windows(noisy, plan, accum_steps=1, global_steps=range(5), workers=workers))
+        for plan in (WindowPlan(10, 4, seed=1), WindowPlan(10, 4, seed=1, control_seed=3))
+    )
+    for step, (((x, y),), ((permuted_x, permuted_y),)) in enumerate(zip(plain, control, strict=True)):
+        order = WindowPlan(10, 4, seed=1, control_seed=3).positions(step)
+        assert torch.equal(x[order], permuted_x)
+        assert torch.equal(y[order], permuted_y)
+    assert any(not torch.equal(a[0][0], b[0][0]) for a, b in zip(plain, control, strict=True))
+
+
 def test_tensors_in_memory_are_fetched_as_the_loader_would() -> None:
     """The fast path and the DataLoader give the same micro-batches."""
     points = Points(11)

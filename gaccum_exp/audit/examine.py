@@ -17,8 +17,10 @@ from gaccum_exp.audit.gradient import (
     parameter_errors,
 )
 from gaccum_exp.audit.result import Audit, Culprit
+from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.trial import Trial, Window
 from gaccum_exp.audit.verdict import (
+    RANGE,
     Measured,
     hidden_difference,
     judged,
@@ -84,13 +86,14 @@ def examine(
     try:
         exact = _in_float64(trial, orders[0])
     except Exception as error:  # a stranger's model in a precision that it never met
+        if out_of_memory(error):
+            raise
         why = f"it does not run in float64: {first_line(error)}"
         return Examined(replace(blank, verdict="inconclusive", detail=why), None, one_pass)
     measured = Measured(
         identical(accumulated, one_pass),
         e=e,
-        floor=floor,
-        rounding=distance(one_pass, exact.one_pass),
+        floor=max(floor, distance(one_pass, exact.one_pass)),
         e64=distance(exact.accumulated, exact.one_pass),
         floor64=distance(exact.permuted, exact.one_pass),
         hidden64=hidden_difference(exact.accumulated, exact.one_pass, exact.permuted),
@@ -98,6 +101,7 @@ def examine(
     audit = replace(
         blank,
         e64=measured.e64,
+        floor=measured.floor,
         denominator=exact.whole[1] if math.isfinite(exact.whole[1]) else None,
         parameters=parameter_errors(exact.accumulated, exact.one_pass)
         if not measured.same_function
@@ -145,11 +149,13 @@ def _explained(trial: Trial, measured: Measured, exact: _Float64, audit: Audit) 
     verdict = judged(measured, draws.any)
     if verdict in ("identical", "equivalent"):
         return replace(audit, verdict=verdict)
+    if measured.same_function and not measured.in_range and not draws.not_held:
+        audit = _rounded(trial, measured, audit)
+        if audit.verdict != "stochastic":
+            return audit
     if verdict == "stochastic":
         audit = replace(audit, verdict=verdict, cause=result.RANDOMNESS, detail=_not_held(trial))
         return _blaming(audit, drew)
-    if measured.same_function:
-        return _rounded(trial, measured, audit)
     if draws.not_held and not _mixed_before_noise(exact, draws.modules, draws.first_not_held):
         audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=_not_held(trial))
         return _blaming(audit, drew)
@@ -163,12 +169,15 @@ def _explained(trial: Trial, measured: Measured, exact: _Float64, audit: Audit) 
 def _rounded(trial: Trial, measured: Measured, audit: Audit) -> Audit:
     """The same function, and yet further apart than the one pass rounds: where were the digits lost?"""
     apart = trial.accumulated(float64=False, apart=True)
-    reference = trial.one_pass(float64=False)
-    within = distance(apart, reference) <= measured.limit
-    if within and not measured.in_range:
+    of_passes = distance(apart, trial.one_pass(float64=False))
+    if of_passes <= measured.limit:
         audit = replace(audit, verdict="biased", cause=result.LOW_PRECISION)
         return replace(audit, remedy=remedy(result.LOW_PRECISION))
-    why = "equal in float64, and in its own precision further apart than other summation orders are"
+    # Added up in float64 the passes are no closer: their own rounding is part of the floor then.
+    audit = replace(audit, floor=max(measured.floor, of_passes))
+    if measured.e <= RANGE * of_passes:
+        return replace(audit, verdict="stochastic" if trial.draws.any else "equivalent")
+    why = "equal in float64, and in its own precision further apart than rounding explains"
     return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
 
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from gaccum_exp.audit import result
 from gaccum_exp.audit.bench import Parts
 from gaccum_exp.audit.beside import beside_the_gradient
@@ -18,6 +20,7 @@ from gaccum_exp.audit.observer import Sight
 from gaccum_exp.audit.record import MicroBatch
 from gaccum_exp.audit.recorded import CouplingError, RecordedWindow
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.samples import NotJoinableError
 from gaccum_exp.audit.shares import fitted_shares, sampled
 from gaccum_exp.audit.trial import Trial
@@ -36,8 +39,9 @@ def judge(sight: Sight, reached: Gradient, parts: Parts, dim: int) -> Audit:
     if not units:
         why = "no backward pass through a loss of this model was seen before the optimizer's step"
         return replace(blank, detail=f"{why}: is the criterion the one that the loop calls?")
+    first = next(iter(reached.values()), torch.empty(0)).device
     try:
-        return _Loop(sight, reached, parts, dim, blank).audit()
+        return _on_device_or_host(sight, reached, parts, dim, blank, first)
     except CouplingError as error:
         why = f"{error}: give watch the function that computes the whole loss"
         return replace(blank, cause=result.NOT_ADDITIVE, detail=why, remedy=remedy(result.NOT_ADDITIVE))
@@ -47,19 +51,46 @@ def judge(sight: Sight, reached: Gradient, parts: Parts, dim: int) -> Audit:
         return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
 
 
+def _on_device_or_host(
+    sight: Sight, reached: Gradient, parts: Parts, dim: int, blank: Audit, first: torch.device
+) -> Audit:
+    """Judge it where it ran; on the CPU where there is no room or no float64."""
+    host = torch.device("cpu")
+    try:
+        if first.type != "mps":
+            return _Loop(sight, reached, parts, dim, blank, first).audit()
+    except Exception as error:
+        if not out_of_memory(error) or first == host:
+            raise
+    audit = _Loop(sight, reached, parts, dim, blank, host).audit()
+    where = "run again on the CPU"
+    return replace(audit, detail=f"{audit.detail}; {where}" if audit.detail else where)
+
+
 class _Loop:
     """One window, being judged."""
 
-    def __init__(self, sight: Sight, reached: Gradient, parts: Parts, dim: int, blank: Audit) -> None:
+    def __init__(
+        self,
+        sight: Sight,
+        reached: Gradient,
+        parts: Parts,
+        dim: int,
+        blank: Audit,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        reached = {name: g.to(device) for name, g in reached.items()}
         self._sight, self._reached, self._parts, self._dim = sight, reached, parts, dim
         self._units = self._since_dropped(sight.tape.micro_batches())
         self._blank = replace(blank, steps=len(self._units))
         self._window = RecordedWindow(parts, self._units, dim)
-        self._trial = Trial(self._window, [_start(u) for u in self._units])
+        self._trial = self._run_again(self._window, self._units)
         self._loss_scale = sight.loss_scale
         clip = sight.clips[-1] if sight.clips else None
         self._clip = clip if clip is not None and clip.after_backward == sight.tape.backwards else None
-        self._accumulated = reached if self._clip is None else self._clip.before
+        before = {} if self._clip is None else self._clip.before
+        self._accumulated = {name: g.to(device) for name, g in before.items()} or reached
 
     def audit(self) -> Audit:
         """Run the experiments."""
@@ -93,6 +124,9 @@ class _Loop:
             return fault
         return self._reworded(audit, weights, factor, summed)
 
+    def _run_again(self, window: RecordedWindow, units: Sequence[MicroBatch]) -> Trial:
+        return Trial(window, [_start(unit) for unit in units], self._device)
+
     def _since_dropped(self, units: list[MicroBatch]) -> list[MicroBatch]:
         """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
         zeroed = [k for k, what in self._sight.between if what == "zeroed"]
@@ -106,7 +140,7 @@ class _Loop:
         window, units = self._window, self._units
         if len(units) == 1:  # one micro-batch and its double: a sum doubles, a mean does not
             window = RecordedWindow(self._parts, [units[0], units[0]], self._dim)
-        trial = Trial(window, [_start(u) for u in units * (2 // len(units) or 1)][: len(window.sizes)])
+        trial = self._run_again(window, [*units, *units][: len(window.sizes)])
         trial.draws = self._trial.draws if window is self._window else trial.draws
         if window is not self._window:
             trial.record()
@@ -166,12 +200,13 @@ class _Loop:
         audit = replace(audit, verdict="biased", culprit=None, culprit_type=None, culprits=())
         if sight.at_start:
             extra = difference(observed, replayed)
-            left = multiple(extra, scaled(sight.at_start, self._loss_scale), 1e-2)
+            start = {name: g.to(self._device) for name, g in sight.at_start.items()}
+            left = multiple(extra, scaled(start, self._loss_scale), 1e-2)
             if left is not None:
                 size = norm(sight.at_start) * self._loss_scale / max(norm(replayed), 1e-300)
                 return _stale(
                     audit, "call zero_grad before the window's first backward pass",
-                    f"gradients of earlier passes, {size:.2g} × its own, were there at the window's start",
+                    f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
                 )  # fmt: skip
         inside = [c for c in sight.clips if c.after_backward < sight.tape.backwards]
         if inside:
@@ -211,13 +246,14 @@ class _Loop:
         if not kept:
             return False
         window = RecordedWindow(self._parts, kept, self._dim)
-        again = Trial(window, [_start(u) for u in kept]).record()
+        again = self._run_again(window, kept).record()
         return multiple(observed, again, AS_REPLAYED) is not None
 
     def _after_clipping(self, audit: Audit) -> Audit | None:
         """Clipping is the last thing that may happen to a gradient."""
         assert self._clip is not None
-        factor = multiple(self._reached, self._clip.after, AS_REPLAYED)
+        after = {name: g.to(self._device) for name, g in self._clip.after.items()}
+        factor = multiple(self._reached, after, AS_REPLAYED)
         if factor is None or abs(factor - 1) < AS_REPLAYED or audit.verdict == "biased":
             return None
         said = (
@@ -243,7 +279,7 @@ class _Loop:
         if gone != 1 and not _round(gone) and abs(total / gone - 1) < AS_REPLAYED:
             why = (
                 f"gradients were multiplied by {gone:.4g} after the last backward pass by code "
-                "that is not known here; if it clips, use torch.nn.utils.clip_grad_norm_ and this will be settled"
+                "not known here; clipping by torch.nn.utils.clip_grad_norm_ would be known"
             )
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         if gone == 1 and whole is not None and steps > whole > 1:

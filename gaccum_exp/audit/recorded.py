@@ -66,9 +66,7 @@ class RecordedWindow:
             with around(index):
                 losses = self._losses(unit, lift)
             weight = self.weights[index]
-            cotangents = [
-                b.to(x.dtype) * weight for b, x in zip(self._bases[index][1], losses, strict=True)
-            ]
+            cotangents = [b.to(x) * weight for b, x in zip(self._bases[index][1], losses, strict=True)]
             torch.autograd.backward(losses, cotangents)
 
     def one_pass(self, around: AbstractContextManager[None], lift: Lift, order: Tensor | None) -> None:
@@ -138,9 +136,9 @@ class RecordedWindow:
     def _whole_bases(self, losses: list[Tensor], order: Tensor | None) -> list[Tensor]:
         first = self._bases[0][1]
         if first[0].ndim == 0:
-            return [base.to(x.dtype) for base, x in zip(first, losses, strict=True)]
+            return [base.to(x) for base, x in zip(first, losses, strict=True)]
         counted = torch.cat([(bases[0] != 0) for _, bases in self._bases])
-        return [(counted / counted.sum()).to(losses[0].dtype).reshape(losses[0].shape)]
+        return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
 
     def _constants(self, calls: list[Call]) -> Any:
         given = [[call.args, call.kwargs] for call in calls]

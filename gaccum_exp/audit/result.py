@@ -73,7 +73,8 @@ class Audit:
     e: float | None = None
     """The same in the run's own precision."""
     floor: float | None = None
-    """The rounding floor: how far g_1 moves in that precision when only the summation order changes."""
+    """The rounding floor: how far g_1 lies from other summation orders in that precision, and from
+    itself in float64; the largest."""
     scale: float | None = None
     """The accumulated gradient along the large batch's *mean* gradient: 1 for a mean, n for a sum."""
     denominator: float | None = None

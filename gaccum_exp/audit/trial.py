@@ -18,6 +18,7 @@ from gaccum_exp.audit.bench import (
 from gaccum_exp.audit.gradient import Gradient, gradient_of, total
 from gaccum_exp.audit.mixing import Call, Follower, Mixing
 from gaccum_exp.audit.replay import Draws, Replay
+from gaccum_exp.audit.room import Saved, needed_bytes, require
 from gaccum_exp.audit.samples import mapped
 
 Around = Callable[[int], AbstractContextManager[None]]
@@ -57,10 +58,20 @@ class Trial:
         window: what is run.
         starts: the random state in which each micro-batch began; None: each where the one before ended,
             the first where the generators stand now.
+        device: where to run it; None: where its tensors are.
+
+    Every method may raise TooLargeError, before it begins.
     """
 
-    def __init__(self, window: Window, starts: Sequence[list[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        window: Window,
+        starts: Sequence[list[Any]] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.window = window
+        self._device = device
+        self._saved = Saved()
         self._starts = starts
         self._begin = starts[0] if starts else random_states()
         self.draws = Draws(window.sizes)
@@ -80,9 +91,10 @@ class Trial:
 
     def one_pass(self, *, float64: bool, order: Tensor | None = None) -> Gradient:
         """Take all samples at once, with each one's recorded draws."""
+        self._require_room(float64)
         with self._running(record=False, float64=float64) as (replay, follower, parameters):
             follower.begin()
-            self.window.one_pass(replay.whole(order), _lift(float64), order)
+            self.window.one_pass(replay.whole(order), self._lift(float64), order)
             return self._gradient(parameters)
 
     def micro_gradients(self) -> list[Gradient]:
@@ -122,7 +134,7 @@ class Trial:
         with running as (replay, follower, _), torch.no_grad():
             follower.begin()
             with replay.whole(None) if index is None else replay.micro_batch(index):
-                loss, denominator = self.window.forward(index, _lift(True))
+                loss, denominator = self.window.forward(index, self._lift(True))
         return float(loss), float(denominator)
 
     def _accumulated(self, *, record: bool, float64: bool, apart: bool = False) -> Gradient:
@@ -145,14 +157,30 @@ class Trial:
                 elif not record:
                     set_random_states(self._begin)
                 before = random_states() if record else None
-                with replay.micro_batch(index):
+                with replay.micro_batch(index), self._saved.counted() if record else nullcontext():
                     yield
                 if before is not None and not same_host_state(before, random_states()):
                     self.draws.refuse("numbers come from Python's or NumPy's generator", None)
 
-            self.window.accumulate(around, _lift(float64))
+            self.window.accumulate(around, self._lift(float64))
             taken.append(self._gradient(parameters))
         return taken
+
+    def _require_room(self, float64: bool) -> None:
+        parameters: list[Tensor] = list(self.window.parts.parameters().values())
+        device = self._device or next((p.device for p in parameters), torch.device("cpu"))
+        what = f"one pass over {sum(self.window.sizes)} samples{' in float64' if float64 else ''}"
+        require(needed_bytes(parameters, self._saved.bytes, float64=float64), device, what)
+
+    def _lift(self, float64: bool) -> Callable[[Any], Any]:
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            dtype = torch.float64 if float64 and value.is_floating_point() else value.dtype
+            return value.to(self._device or value.device, dtype)
+
+        moves = float64 or self._device is not None
+        return (lambda batch: mapped(leaf, batch)) if moves else (lambda batch: batch)
 
     def _gradient(self, parameters: dict[str, nn.Parameter]) -> Gradient:
         judged = self.window.parts.judged
@@ -170,7 +198,8 @@ class Trial:
         follower = Follower(self.window.parts, see, enter)
         dtype = torch.float64 if float64 else None
         default = torch.get_default_dtype()
-        with random_state_kept(), on_bench(self.window.parts, dtype=dtype) as parameters:
+        bench = on_bench(self.window.parts, dtype=dtype, device=self._device)
+        with random_state_kept(), bench as parameters:
             set_random_states(self._begin)
             torch.set_default_dtype(torch.float64 if float64 else default)
             try:
@@ -179,14 +208,6 @@ class Trial:
             finally:
                 torch.set_default_dtype(default)
                 torch.clear_autocast_cache()
-
-
-def _lift(float64: bool) -> Callable[[Any], Any]:
-    def leaf(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if floating else value
-
-    return (lambda batch: mapped(leaf, batch)) if float64 else (lambda batch: batch)
 
 
 def _math_attention() -> AbstractContextManager[Any]:

@@ -24,9 +24,7 @@ class Measured:
     e: float
     """In the run's precision, draws held where they can be."""
     floor: float
-    """The same for other summation orders of one pass."""
-    rounding: float
-    """‖g_1 − g_1 in float64‖ / ‖g_1‖: how much of the one-pass gradient is rounding."""
+    """How much of g_1 is rounding: its distance to other summation orders and to float64."""
     e64: float | None
     floor64: float
     hidden64: bool = False
@@ -47,7 +45,7 @@ class Measured:
     @property
     def limit(self) -> float:
         """The largest e that rounding explains."""
-        return RANGE * max(self.floor, self.rounding, 1e-15)
+        return RANGE * max(self.floor, 1e-15)
 
 
 def hidden_difference(accumulated: Gradient, one_pass: Gradient, permuted: Gradient) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gaccum_exp.audit.bench import Parts, random_state_kept
 from gaccum_exp.audit.examine import examine, first_line
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.audit.trial import Around, Trial
 from gaccum_exp.audit.verdict import scale_of
@@ -54,15 +55,40 @@ def audit_window(
     try:
         configured = ConfiguredWindow(model, loss_fn, window, reduction, sum_divisor)
         with random_state_kept():
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            seed_model(seed, device)
-            return _audited(configured, blank)
+            return _where_it_fits(configured, blank, seed)
     except BadInputError:
         raise
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
     except Exception as error:  # a stranger's model, on inputs and in a precision that it never met
         return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
+
+
+def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit:
+    """Audit on the window's own device, else on the CPU, else on fewer and fewer of its samples."""
+    first = next(iter(window.parts.parameters().values()), torch.empty(0)).device
+    host = torch.device("cpu")
+    told = ""
+    while True:
+        # float64 is not to be had on every kind of device.
+        for device in (host,) if first.type in ("cpu", "mps") else (first, host):
+            try:
+                seed_model(seed, first)
+                audit = _audited(window, blank, device)
+                where = f" on the {device.type}" if device != first else ""
+                return replace(audit, detail=_said(audit.detail, f"audited{told}{where}", told + where))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                refusal = str(error)
+        if max(window.sizes) < 2:
+            return replace(blank, detail=f"too large to be audited here: {refusal}")
+        window = window.halved()
+        told = f" on a slice of {sum(window.sizes)} samples ({refusal})"
+
+
+def _said(detail: str | None, where: str, elsewhere: str) -> str | None:
+    return "; ".join(part for part in (detail, where if elsewhere else None) if part) or None
 
 
 class ConfiguredWindow:
@@ -79,9 +105,17 @@ class ConfiguredWindow:
         self.parts = Parts(model, criterion=_criterion_of(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
         self.reduction, self.sum_divisor = reduction, sum_divisor
-        self._model, self._loss_fn = model, loss_fn
+        self._model, self._loss_fn = model, getattr(loss_fn, "on_host", loss_fn)
         self._micro_batches = list(micro_batches)
         self._whole = joined(self._micro_batches, self.sizes)
+
+    def halved(self) -> "ConfiguredWindow":
+        """Return the window with the first half of each micro-batch's samples, rounded up."""
+        halves = [
+            picked(m, torch.arange(-(-size // 2)), size)
+            for m, size in zip(self._micro_batches, self.sizes, strict=True)
+        ]
+        return ConfiguredWindow(self._model, self._loss_fn, halves, self.reduction, self.sum_divisor)
 
     def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
         """Run as training does."""
@@ -136,8 +170,8 @@ class _Following:
             return self._loss_fn(model, micro_batch)
 
 
-def _audited(window: ConfiguredWindow, blank: Audit) -> Audit:
-    trial = Trial(window)
+def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:
+    trial = Trial(window, device=device)
     if len(window.sizes) == 1:  # the reference itself
         trial.record()
         _, denominator = trial.loss_of_all()

@@ -99,7 +99,7 @@ class SeededSamples(Dataset[Any]):
         self._seed = seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        """Return sample `index` as drawn for one position of one window: (step, position, index)."""
+        """Return sample `index` as drawn at one position of one window: (step, position, index)."""
         global_step, position, index = key
         seed_host(derive_seed(self._seed, "sample", global_step, position))
         return self._dataset[index]
@@ -110,8 +110,8 @@ def _micro_batch_keys(
 ) -> Iterator[list[tuple[int, int, int]]]:
     """The DataLoader's batch sampler: for each micro-batch, where in the run its samples are drawn."""
     for global_step in global_steps:
-        indices = plan.indices(global_step).tolist()
-        keys = [(global_step, position, index) for position, index in enumerate(indices)]
+        places = plan.positions(global_step).tolist(), plan.indices(global_step).tolist()
+        keys = [(global_step, position, index) for position, index in zip(*places, strict=True)]
         start = 0
         for size in split_sizes(len(keys), accum_steps):
             yield keys[start : start + size]

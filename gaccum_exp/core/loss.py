@@ -170,6 +170,8 @@ class OnDevice:
     def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
         self._loss_fn = loss_fn
         self._device = device
+        self.on_host = loss_fn
+        """The loss function as it was, for micro-batches that are where the model is."""
         self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Denominator | None:

@@ -36,6 +36,9 @@ class WindowPlan:
     partial_window says what becomes of the samples left when the global batch does not divide the
     epoch: `exact` steps on what there is, `drop` leaves them out (other ones every epoch), `carry`
     completes them with the next epoch's first samples, `error` refuses.
+
+    control_seed: permutes the samples inside each window, under this number; None leaves them. The
+    windows hold the same samples either way, so the gradients differ by rounding alone.
     """
 
     samples: int
@@ -43,6 +46,7 @@ class WindowPlan:
     seed: int
     partial_window: PartialWindow = "exact"
     shuffle: bool = True
+    control_seed: int | None = None
     _order: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,27 @@ class WindowPlan:
         Returns:
             int64 indices, (window's samples,): the global batch size, or fewer in a partial window.
         """
+        drawn = self._drawn(global_step)
+        return drawn if self.control_seed is None else drawn[self._permutation(global_step, len(drawn))]
+
+    def positions(self, global_step: int) -> torch.Tensor:
+        """Return where in its window each of `indices` was drawn, which no control_seed changes.
+
+        What else is drawn for a sample, e.g. its augmentation, is drawn under this position.
+
+        Returns:
+            int64 positions, (window's samples,): 0, 1, 2, … without a control_seed.
+        """
+        size = len(self._drawn(global_step))
+        return torch.arange(size) if self.control_seed is None else self._permutation(global_step, size)
+
+    def _permutation(self, global_step: int, size: int) -> torch.Tensor:
+        assert self.control_seed is not None
+        seed = derive_seed(self.seed, "control", self.control_seed, global_step)
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+    def _drawn(self, global_step: int) -> torch.Tensor:
+        """Return the window's indices in the order of the epoch."""
         n, size = self.samples, self.global_batch_size
         if self.partial_window == "carry":
             return self._stream(global_step * size, size)

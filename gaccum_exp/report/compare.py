@@ -5,7 +5,8 @@
 
 Ratios are taken only between like and like: peaks from the same memory source, step times on the
 same device with the same number of threads. What was not measured stays None, and is blank in the
-CSV file. No number here is a verdict: how large a gap rounding alone would make is not known here.
+CSV file. The verdict on an arm's gradient is its own audit's, read from the run. On its loss curve
+there is one where the sweep has controls: `envelope`.
 """
 
 import csv
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from gaccum_exp.records import RunRecord
+from gaccum_exp.report.envelope import Envelope, Standing, envelope_of, stand
+from gaccum_exp.report.findings import control_notes, verdict_notes
+from gaccum_exp.report.gaps import largest_loss_gap
 from gaccum_exp.report.notes import other_notes, reference_notes
 from gaccum_exp.report.pairing import (
     Group,
@@ -40,6 +43,7 @@ CSV_COLUMNS = (
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
+    *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
 )
 
 
@@ -55,6 +59,10 @@ class Comparison:
     """The runs behind `stored`, for drawing."""
     reference_notes: tuple[str, ...] = ()
     """What a reader of any table or figure must know: references that are not the sweep's own."""
+    verdict_notes: tuple[str, ...] = ()
+    """What makes an arm's gradient another than the large batch's, and curves that left the envelope."""
+    envelopes: tuple[Envelope, ...] = ()
+    """What rounding alone makes of the loss curves, one for each reference that has controls."""
     other_notes: tuple[str, ...] = ()
     """Uneven splits, numbers that were not compared, arms that did not finish."""
 
@@ -66,7 +74,7 @@ class Comparison:
     @property
     def notes(self) -> tuple[str, ...]:
         """All notes, a sentence each."""
-        return self.reference_notes + self.other_notes
+        return self.verdict_notes + self.reference_notes + self.other_notes
 
 
 def compare(
@@ -77,7 +85,7 @@ def compare(
     """Pair every arm with its reference and measure it.
 
     Args:
-        runs: the arms of a sweep, finished or not, in any order.
+        runs: the arms of a sweep and their controls, finished or not, in any order.
         stored: other runs of the store, among which a missing reference is looked for.
         weights: gives a run's final parameters by name, on the CPU, or None where none are kept.
             Called for finished arms that have a reference, and for the references.
@@ -92,44 +100,28 @@ def compare(
     rows: list[ComparisonRow] = []
     stored_rows: list[ComparisonRow] = []
     stored_runs: dict[str, RunRecord] = {}
+    envelopes: dict[str, Envelope] = {}
     for group in groups:
         setting = settings[id(group)]
-        measured = [_row(arm, group, setting) for arm in group.arms]
+        envelope = envelope_of(group.reference, group.usable_controls) if group.reference else None
+        if envelope is not None:
+            envelopes[envelope.reference_run_id] = envelope
+        measured = [_row(arm, group, setting, envelope) for arm in group.arms]
         measured = _with_distances(measured, group, weights)
         rows += sorted(measured, key=lambda row: row.role not in ("reference", "stand-in"))
         if group.source is Source.STORED and group.reference is not None:
-            stored_rows.append(_row(group.reference, group, setting))
+            stored_rows.append(_row(group.reference, group, setting, None))
             stored_runs[group.reference.run_id] = group.reference
     labelled = [(group, settings[id(group)]) for group in groups]
     return Comparison(
-        tuple(rows),
-        tuple(stored_rows),
-        tuple(stored_runs.values()),
-        reference_notes(labelled),
-        other_notes(labelled),
+        rows=tuple(rows),
+        stored=tuple(stored_rows),
+        stored_runs=tuple(stored_runs.values()),
+        reference_notes=reference_notes(labelled),
+        verdict_notes=verdict_notes(labelled) + control_notes(labelled, rows),
+        envelopes=tuple(envelopes.values()),
+        other_notes=other_notes(labelled),
     )
-
-
-def largest_loss_gap(run: RunRecord, reference: RunRecord) -> tuple[float | None, int]:
-    """Return the largest |train loss − reference's| over the steps that both have, and their number.
-
-    NaN when a difference is NaN (a loss of NaN, or both infinite); None when no step is shared.
-    """
-    steps, gaps = loss_gaps(run, reference)
-    return (float(np.max(gaps)) if steps.size else None), int(steps.size)
-
-
-def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optimizer steps that both runs have, ascending, and |train loss difference|.
-
-    Returns:
-        steps: (shared steps,) int64; gaps: (shared steps,) float64.
-    """
-    ours, theirs = _losses(run), _losses(reference)
-    steps = np.array(sorted(ours.keys() & theirs.keys()), dtype=np.int64)
-    with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
-        gaps = np.array([np.float64(ours[int(k)]) - theirs[int(k)] for k in steps], dtype=float)
-    return steps, np.abs(gaps)
 
 
 def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
@@ -172,8 +164,12 @@ def _group_order(group: Group, setting: Swept) -> tuple[object, ...]:
     return (sort_key(setting), global_batch_of(first) or 0, first.run_id)
 
 
-def _row(run: RunRecord, group: Group, setting: Swept) -> ComparisonRow:
+def _row(run: RunRecord, group: Group, setting: Swept, envelope: Envelope | None) -> ComparisonRow:
     reference = group.reference
+    if envelope is None or reference is None or run.run_id == reference.run_id:
+        envelope, standing = None, Standing()
+    else:
+        standing = stand(run, reference, envelope)
     micro = micro_batches_of(run)
     gap, common = largest_loss_gap(run, reference) if reference else (None, 0)
     peak_bytes, step_s = _measured(run, "memory/peak_bytes"), _measured(run, "time/step_s")
@@ -205,6 +201,16 @@ def _row(run: RunRecord, group: Group, setting: Swept) -> ComparisonRow:
         memory_source=run.tags.get("memory.source"),
         device=run.tags.get("device"),
         threads=run.tags.get("threads"),
+        verdict=run.tags.get("verdict") or None,
+        cause=run.tags.get("cause") or None,
+        culprit=run.tags.get("culprit") or None,
+        e64=_last(run, "audit/e64"),
+        e=_last(run, "audit/e"),
+        floor=_last(run, "audit/floor"),
+        control=standing.word,
+        left_at=standing.left_at,
+        envelope=envelope.largest if envelope else None,
+        controls=envelope.controls if envelope else 0,
     )
 
 
@@ -254,11 +260,6 @@ def _last(run: RunRecord, metric: str) -> float | None:
         return run.metrics[metric]
     curve = run.curves.get(metric)
     return curve.values[-1] if curve and curve.values else None
-
-
-def _losses(run: RunRecord) -> dict[int, float]:
-    curve = run.curves.get("train/loss")
-    return dict(zip(curve.steps, curve.values, strict=True)) if curve else {}
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

@@ -7,15 +7,20 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from gaccum_exp.records import RunRecord
-from gaccum_exp.report.compare import Comparison, loss_gaps
+from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.envelope import MARGIN
+from gaccum_exp.report.gaps import loss_gaps
 from gaccum_exp.report.panels import Panel, Sheet, label_steps, panels_of, subject
 from gaccum_exp.report.rows import ComparisonRow
+from gaccum_exp.report.wording import say_controls
 
 # Distinct without colour: the pair repeats only after 4 × 7 values of N.
 _DASHES = ((0, ()), (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
@@ -23,6 +28,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MARKERS_PER_CURVE = 9
 _MOST_DECADE_TICKS = 7
 _MOST_UNCROWDED = 8
+_BAND: dict[str, Any] = {"color": "#8a8f98", "linewidth": 0}
+_BAND_ALPHA = 0.32
+_LIMIT: dict[str, Any] = {"color": "#5b6068", "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +63,16 @@ class _Style:
 def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
     """Draw every arm's train loss, and below it |difference to the reference|, both per step.
 
+    What controls show of rounding is shaded behind the differences; they are not drawn themselves.
     The lines carry the run's id as `gid`. `runs` must hold the stored references too.
     """
     panels = panels_of(comparison)
     styles = _styles(panels)
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], label=label_steps(steps, panels), **_legend_line(style, steps, panels))
         for steps, style in styles.items()
     ]
+    handles += _envelope_legend(comparison)
     sheet = Sheet(
         f"Train loss: {subject(list(runs.values()), comparison.shown)}",
         panels,
@@ -77,6 +87,7 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
             style = styles[row.steps or 0]
             _draw_loss(top, row, runs[row.run_id], style)
             gaps.append(_draw_gap(bottom, row, runs, style))
+        gaps += _draw_envelopes(bottom, panel, comparison)
         bottom.set_xlabel("optimizer step", fontsize=9)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _scale_losses(sheet.axes[0], comparison, runs)
@@ -122,6 +133,34 @@ def _draw_gap(
     steps, gaps = loss_gaps(runs[row.run_id], runs[row.reference_run_id])
     axes.plot(steps, gaps, **style.line(row, len(steps)))
     return gaps
+
+
+def _draw_envelopes(axes: Axes, panel: Panel, comparison: Comparison) -> list[np.ndarray]:
+    """Shade what rounding alone makes of the panel's references, and mark how far is still inside.
+
+    Return what has to be within the axis; where a control has no difference, there is nothing to see.
+    """
+    compared_with = {row.reference_run_id for row in panel.rows}
+    envelopes = [e for e in comparison.envelopes if e.reference_run_id in compared_with]
+    shown: list[np.ndarray] = []
+    for envelope in envelopes:
+        steps, values, limits = map(np.array, (envelope.steps, envelope.values, envelope.limits))
+        # Those of repeated runs lie on each other: together they are as dark as one alone.
+        alpha = _BAND_ALPHA / math.sqrt(len(envelopes))
+        axes.fill_between(steps, 0.0, values, alpha=alpha, zorder=1, **_BAND)
+        axes.plot(steps, limits, zorder=1.5, gid=f"limit-{envelope.reference_run_id}", **_LIMIT)
+        shown += [values[values > 0], limits]
+    return shown
+
+
+def _envelope_legend(comparison: Comparison) -> list[Artist]:
+    controlled = [row for row in comparison.rows if row.controls]
+    if not controlled:
+        return []
+    return [
+        Patch(label=f"rounding alone ({say_controls(controlled)})", alpha=_BAND_ALPHA, **_BAND),
+        Line2D([], [], label=f"still inside: {MARGIN:.0f} × that", **_LIMIT),
+    ]
 
 
 def _scale_losses(

@@ -3,7 +3,7 @@
 The same sentence about several settings is said once, with the settings in front.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from gaccum_exp.records import RunRecord
@@ -163,10 +163,11 @@ def _merge(said: Iterable[tuple[str | None, Swept]], n_groups: int) -> list[str]
     for sentence, setting in said:
         if sentence is not None:
             settings.setdefault(sentence, []).append(setting.label)
-    return list(_with_settings(settings, n_groups))
+    return list(with_settings(settings, n_groups))
 
 
-def _with_settings(settings: dict[str, list[str]], n_groups: int) -> Iterator[str]:
+def with_settings(settings: Mapping[str, Sequence[str]], n_groups: int) -> Iterator[str]:
+    """Yield each sentence with the settings that it is about in front, three of them at most."""
     for sentence, repeated in settings.items():
         labels = list(dict.fromkeys(repeated))
         named = "; ".join(labels[:_MOST_SETTINGS_NAMED])

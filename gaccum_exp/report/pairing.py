@@ -6,6 +6,9 @@ reference: its finished arm with N = 1. Where the sweep holds none, these are tr
 1. N = 1 of the other mean: in one pass `mean` and `global_mean` are the same gradient (`sum` is not);
 2. a finished N = 1 run from the store, on the same device and data, the most recent one;
 3. a stand-in: the group's finished arm with the largest micro-batch, if there are two to compare.
+
+Controls, one-pass runs in which the order inside each window was permuted, are neither arms nor
+references, whatever became of the reference. They go with every group whose reference has their config.
 """
 
 from collections import defaultdict
@@ -21,7 +24,8 @@ _GLOBAL_BATCH = "data.global_batch_size"
 _REDUCTION = "accum.reduction"
 # How the batch is split, where results go, and what Hydra made of it: none changes what is trained.
 _SPLITTING = frozenset({"accum.steps", "data.micro_batch_size", _GLOBAL_BATCH, "sweep_id"})
-_BOOKKEEPING = ("tracking.", "hydra.")
+# Nor does how it is audited: a control's seed is such a key, and its config is its reference's.
+_BOOKKEEPING = ("tracking.", "hydra.", "audit.")
 _SAME_AT_ONE_PASS = {"mean": "global_mean", "global_mean": "mean"}
 
 
@@ -44,6 +48,23 @@ class Group:
     source: Source
     n_multiplies: bool = False
     """The micro-batch is fixed, so N multiplies the global batch and each arm is alone."""
+    controls: tuple[RunRecord, ...] = ()
+    """The reference trained again with other orders inside the windows, one run per order; finished
+    or not. Without a one-pass reference they bound nothing, and stay here to be spoken of."""
+
+    @property
+    def usable_controls(self) -> tuple[RunRecord, ...]:
+        """The controls whose curves show what rounding does to this group's reference."""
+        reference = self.reference
+        if reference is None or self.source is Source.STAND_IN:
+            return ()
+        return tuple(
+            run
+            for run in self.controls
+            if run.status == "FINISHED"
+            and steps_of(run) == 1
+            and _circumstances(run) == _circumstances(reference)
+        )
 
 
 def whole(text: str | None) -> int | None:
@@ -82,6 +103,11 @@ def micro_batches_of(run: RunRecord) -> tuple[int, ...]:
     return tuple(sorted(sizes, reverse=True))
 
 
+def is_control(run: RunRecord) -> bool:
+    """Whether the run shows what rounding alone does, and is no arm to be compared or compared with."""
+    return run.tags.get("role") == "control" or _control_seed(run) is not None
+
+
 def config_of(run: RunRecord) -> dict[str, str]:
     """The parameters that decide what is trained, without how its batch is split and bookkeeping."""
     return {
@@ -97,8 +123,9 @@ def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> l
     The result does not depend on the order of `runs`; the order of the groups is not specified.
     """
     members: dict[Config, list[RunRecord]] = defaultdict(list)
+    controls: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in runs:
-        members[_key(run)].append(run)
+        (controls if is_control(run) else members)[_key(run)].append(run)
     known = {run.run_id for run in runs}
     sweep_ones = _one_pass_runs(runs)
     stored_ones = _one_pass_runs(run for run in stored if run.run_id not in known)
@@ -110,7 +137,9 @@ def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> l
         if multiplies and steps_of(arms[0]) == 1:
             # N = 1 of such a sweep is a small batch, and nobody's reference, not even its own.
             reference, source = None, Source.NONE
-        groups.append(Group(_in_order(arms), reference, source, multiplies))
+        own = key if reference is None else _key(reference)
+        found = controls.get(own) or controls.get(_other_mean(own), [])
+        groups.append(Group(_in_order(arms), reference, source, multiplies, _one_per_order(found)))
     return groups
 
 
@@ -161,9 +190,26 @@ def _one_pass_runs(runs: Iterable[RunRecord]) -> dict[Config, list[RunRecord]]:
     """Finished N = 1 runs by config, the most recent last."""
     found: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.start_time_ms, run.run_id)):
-        if run.status == "FINISHED" and steps_of(run) == 1:
+        if run.status == "FINISHED" and steps_of(run) == 1 and not is_control(run):
             found[_key(run)].append(run)
     return dict(found)
+
+
+def _control_seed(run: RunRecord) -> int | None:
+    return whole(run.params.get("audit.control_seed"))
+
+
+def _one_per_order(controls: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
+    """Return one run for each permutation, a finished one if there is: the same order is no new draw."""
+    chosen: dict[int | str, RunRecord] = {}
+    for run in sorted(controls, key=lambda run: (run.status != "FINISHED", *_recency(run))):
+        seed = _control_seed(run)
+        chosen.setdefault(run.run_id if seed is None else seed, run)
+    return tuple(sorted(chosen.values(), key=lambda run: (run.name, run.run_id)))
+
+
+def _recency(run: RunRecord) -> tuple[int, str]:
+    return -run.start_time_ms, run.run_id
 
 
 def _lonely_families(
@@ -179,6 +225,4 @@ def _lonely_families(
 
 def _in_order(arms: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
     """By N, the most recent of equal ones first; arms without an N come last."""
-    return tuple(
-        sorted(arms, key=lambda arm: (steps_of(arm) or float("inf"), -arm.start_time_ms, arm.run_id))
-    )
+    return tuple(sorted(arms, key=lambda arm: (steps_of(arm) or float("inf"), *_recency(arm))))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.findings import SOUND
 from gaccum_exp.report.pairing import micro_batches_of
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import say_list
@@ -75,6 +76,9 @@ def label_steps(steps: int, panels: Sequence[Panel]) -> str:
     for role in dict.fromkeys(row.role for row in rows if row.is_reference):
         everywhere = all(row.role == role for row in rows)
         said.append(_ROLE_WORDS[role] + ("" if everywhere else " of some"))
+    for verdict in dict.fromkeys(row.verdict for row in rows if row.verdict not in (None, *SOUND)):
+        concerned = sum(row.verdict == verdict for row in rows)
+        said.append(f"{verdict}{'' if concerned == len(rows) else f' in {concerned} of {len(rows)}'}")
     unfinished = [row for row in rows if not row.finished]
     if len(unfinished) == len(rows) == 1:
         said.append(unfinished[0].status)

@@ -49,6 +49,25 @@ class ComparisonRow:
     memory_source: str | None
     device: str | None
     threads: str | None
+    verdict: str | None
+    """The worst audit's: `identical`, `equivalent`, `stochastic`, `biased` or `inconclusive`; None
+    where the arm was not audited."""
+    cause: str | None
+    culprit: str | None
+    """A module's dotted name."""
+    e64: float | None
+    """‖g_N − g_1‖ / ‖g_1‖ in float64, as last audited; `e` in the run's own precision."""
+    e: float | None
+    floor: float | None
+    """What summation order alone makes of `e`."""
+    control: str | None
+    """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
+    left_at: int | None
+    """The first optimizer step at which it is outside."""
+    envelope: float | None
+    """The largest gap that the controls' envelope reaches."""
+    controls: int
+    """How many controls the envelope is of."""
 
     @property
     def differs(self) -> str:

@@ -1,15 +1,17 @@
-"""The comparison in words: numbers and which arm is the furthest, never a verdict.
+"""The comparison in words: the verdicts, then numbers and which arm is the furthest.
 
-Repetitions that differ in the seed alone are summed up together by their largest values. Whether a
-gap is rounding or a fault cannot be told from two loss curves, so nothing here says it.
+Repetitions that differ in the seed alone are summed up together by their worst verdict and their largest
+values. The verdict is the audit's, on the gradient. Whether a gap between two loss curves is rounding or
+a fault is said where controls show what rounding alone makes of it, and nowhere else.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.findings import say_verdicts
 from gaccum_exp.report.rows import ComparisonRow
-from gaccum_exp.report.wording import say_gap, say_list, say_ratio
+from gaccum_exp.report.wording import say_controls, say_gap, say_list, say_ratio
 
 _MOST_LINES = 6
 
@@ -23,8 +25,8 @@ _REFERENCE_NAMES = {
 def summary(comparison: Comparison) -> str:
     """Say what the comparison means in one or two sentences per reduction, a line each.
 
-    The furthest arm is named for the loss curve and for the weights; memory is what the arm that
-    saves most needs, and time what a step of that arm takes.
+    The verdicts lead. The furthest arm is named for the loss curve and for the weights; memory is what
+    the arm that saves most needs, and time what a step of that arm takes.
     """
     if not comparison.rows:
         return "There are no runs to compare."
@@ -50,14 +52,22 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
     compared = [row for row in rows if row.finished and not row.is_reference]
     measured = [row for row in compared if row.reference_run_id is not None]
     unfinished = sum(not row.finished for row in rows)
-    parts = [_say_distance(measured), _say_cost(measured)]
+    verdicts, distance = say_verdicts(rows), _say_distance(measured)
     if all(row.is_reference for row in rows):
-        parts = ["There is only the reference, and no other arm to compare with it."]
+        distance = "There is only the reference, and no other arm to compare with it."
     elif not measured:
-        parts = ["No finished arm could be compared with a reference."]
+        distance = "No finished arm could be compared with a reference."
+    parts = [_lead(verdicts, distance), _say_cost(measured)]
     if unfinished:
         parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
     return " ".join(part for part in parts if part)
+
+
+def _lead(verdicts: str, distance: str) -> str:
+    """Put the verdicts in front of the sentence about the distances."""
+    if not verdicts or not distance:
+        return distance or (verdicts and f"{verdicts}.")
+    return f"{verdicts}: {distance[0].lower()}{distance[1:]}"
 
 
 def _say_distance(rows: Sequence[ComparisonRow]) -> str:
@@ -75,7 +85,22 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
         curve = f"The train loss of N = {furthest.steps} or of its reference is not finite"
     elif len(steps) > 1 and furthest.max_loss_gap:
         curve += f", N = {furthest.steps} being the furthest"
-    return f"{curve}{_say_weights(rows, len(steps) > 1)}."
+    return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(steps) > 1)}."
+
+
+def _say_control(rows: Sequence[ComparisonRow]) -> str:
+    """Say which N are inside the envelope of the controls; of repetitions all have to be."""
+    judged = [row for row in rows if row.control is not None]
+    if not judged:
+        return ""
+    every = sorted({row.steps or 0 for row in judged})
+    outside = sorted({row.steps or 0 for row in judged if row.control == "outside"})
+    said = [
+        f"N = {say_list(steps)} {word}" if len(every) > 1 and outside else word
+        for word, steps in (("inside", [n for n in every if n not in outside]), ("outside", outside))
+        if steps
+    ]
+    return f", {say_list(said)} the envelope of {say_controls(judged)}"
 
 
 def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:

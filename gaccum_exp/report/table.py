@@ -8,11 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.findings import say_verdict
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.summary import summary
 from gaccum_exp.report.wording import (
     MISSING,
     byte_unit,
+    say_controls,
     say_gap,
     say_loss,
     say_micro_batches,
@@ -30,9 +32,13 @@ _LEGEND = {
     "‡": "the reference, a stored run of another sweep",
     "!": "not finished",
 }
-_HEADERS = "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights"
+_HEADERS = (
+    "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights; "
+    "×: ratio to its value"
+)
+_STANDINGS = {"inside": "✓", "outside": "✗"}
 
-_REDUCTION, _VARIED = "\nreduction", "also\nvaried"
+_VERDICT, _REDUCTION, _VARIED = "\nverdict", "\nreduction", "also\nvaried"
 
 Column = tuple[str, Callable[[ComparisonRow], str]]
 
@@ -45,8 +51,10 @@ def render(comparison: Comparison) -> Table:
     """
     rows = _shown(comparison)
     columns = _columns(rows)
+    reductions = _reductions(rows)
     table = Table(
-        title="Every arm against its reference",
+        title="Every arm against its reference"
+        + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
         caption=_caption(rows, comparison.notes),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -55,11 +63,11 @@ def render(comparison: Comparison) -> Table:
         header_style="bold",
     )
     for header, _ in columns:
-        # Numbers are never cut; what else was swept may take several lines.
+        # Numbers are never cut; what else was swept, and at worst the verdict, may take several lines.
         table.add_column(
             Text(header),
-            justify="left" if header in (_VARIED, _REDUCTION) else "right",
-            no_wrap=header != _VARIED,
+            justify="left" if header in (_VERDICT, _VARIED, _REDUCTION) else "right",
+            no_wrap=header not in (_VERDICT, _VARIED),
             overflow="fold",
         )
     for row, after in [*pairwise(rows), *((row, None) for row in rows[-1:])]:
@@ -81,11 +89,17 @@ def _shown(comparison: Comparison) -> list[ComparisonRow]:
 
 def _columns(rows: Sequence[ComparisonRow]) -> list[Column]:
     """Return the columns that say something: what is the same for all arms takes no room."""
-    columns: list[Column] = [("N", _say_n), ("micro\nbatch", say_micro_batches)]
+    columns: list[Column] = [("N", _say_n)]
+    if any(row.verdict for row in rows):
+        columns.append((_VERDICT, say_verdict))
+    crowded = len(columns) > 1 and len(_reductions(rows)) > 1 and any(row.differs for row in rows)
+    if not crowded:  # else it makes room: it is the global batch over N, and uneven splits have a note
+        columns.append(("micro\nbatch", say_micro_batches))
     said_elsewhere = any("global batch" in dict(row.setting.values) for row in rows)
     if len({row.global_batch_size for row in rows}) > 1 and not said_elsewhere:
         columns.append(("global\nbatch", lambda row: str(row.global_batch_size or MISSING)))
-    columns.append((_REDUCTION, lambda row: row.reduction or MISSING))
+    if len(_reductions(rows)) > 1:
+        columns.append((_REDUCTION, lambda row: row.reduction or MISSING))
     if any(row.differs for row in rows):
         columns.append((_VARIED, lambda row: row.differs or MISSING))
     return [*columns, *_measured(rows)]
@@ -93,18 +107,19 @@ def _columns(rows: Sequence[ComparisonRow]) -> list[Column]:
 
 def _measured(rows: Sequence[ComparisonRow]) -> list[Column]:
     """Return the numbers' columns, with one unit for all arms in the header."""
+    any_controls = any(row.controls for row in rows)
     bytes_each, in_bytes = byte_unit(max((row.peak_bytes or 0 for row in rows), default=0))
     seconds_each, in_seconds = time_unit(max((row.step_s or 0 for row in rows), default=0))
     return [
         ("train\nloss", lambda row: say_loss(row.train_loss)),
         ("eval\nloss", lambda row: say_loss(row.eval_loss)),
         ("eval\nacc.", lambda row: say_loss(row.eval_accuracy)),
-        ("loss\ngap", lambda row: say_gap(row.max_loss_gap)),
+        ("loss\ngap", lambda row: say_gap(row.max_loss_gap) + _standing(row, any_controls)),
         ("weight\ndist.", lambda row: say_gap(row.weight_distance)),
         (f"peak\n{in_bytes}", lambda row: say_scaled(row.peak_bytes, bytes_each)),
-        ("\nratio", lambda row: say_ratio(row.peak_ratio)),
+        ("\n×", lambda row: say_ratio(row.peak_ratio)),
         (f"step\n{in_seconds}", lambda row: say_scaled(row.step_s, seconds_each)),
-        ("\nratio", lambda row: say_ratio(row.step_ratio)),
+        ("\n×", lambda row: say_ratio(row.step_ratio)),
     ]
 
 
@@ -116,8 +131,22 @@ def _say_n(row: ComparisonRow) -> str:
     return f"{MISSING if row.steps is None else row.steps}{_mark(row) or ' '}"
 
 
+def _standing(row: ComparisonRow, any_controls: bool) -> str:
+    return _STANDINGS.get(row.control or "", " ") if any_controls else ""
+
+
+def _reductions(rows: Sequence[ComparisonRow]) -> set[str]:
+    return {row.reduction for row in rows} - {None}  # type: ignore[return-value]  # None is taken out
+
+
 def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
     lines = [legend, _HEADERS] if legend else []
+    controlled = [row for row in rows if row.controls]
+    if controlled:
+        lines.append(
+            f"✓ inside, ✗ outside the envelope of {say_controls(controlled)}: what rounding alone makes "
+            "of the curve"
+        )
     return Text("\n".join([*lines, *(f"- {note}" for note in notes)]))

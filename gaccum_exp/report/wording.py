@@ -63,6 +63,13 @@ def say_list(items: Iterable[object]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def say_controls(counts: int | Iterable[ComparisonRow]) -> str:
+    """`3 controls`, or `2 to 3 controls` where the rows' envelopes are of different numbers."""
+    numbers = {counts} if isinstance(counts, int) else {row.controls for row in counts}
+    least, most = min(numbers), max(numbers)
+    return f"{least if least == most else f'{least} to {most}'} control{'s' if most > 1 else ''}"
+
+
 def _three_digits(value: float) -> str:
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f}"

@@ -64,6 +64,20 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_control_permutes_the_order_inside_a_window_and_nothing_else(rule: str) -> None:
+    """The same samples in every window, each with the position it was drawn at; every number its own."""
+    plans = [WindowPlan(23, 8, 0, rule, control_seed=c) for c in (None, 0, 1)]  # type: ignore[arg-type]
+    for step in range(8):
+        plain, *controls = [plan.indices(step) for plan in plans]
+        assert torch.equal(plans[0].positions(step), torch.arange(len(plain)))
+        for plan, control in zip(plans[1:], controls, strict=True):
+            assert torch.equal(plain[plan.positions(step)], control)
+            assert sorted(control.tolist()) == sorted(plain.tolist())
+    orders = [tuple(plan.positions(step).tolist()) for plan in plans[1:] for step in range(2)]
+    assert len(set(orders)) == 4
+
+
+@pytest.mark.parametrize("rule", RULES)
 @given(samples=st.integers(1, 60), size=st.integers(1, 60), budget=st.integers(1, 400))
 def test_a_budget_of_samples_is_used_and_not_exceeded(
     rule: str, samples: int, size: int, budget: int

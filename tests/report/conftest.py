@@ -3,6 +3,8 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -96,7 +98,41 @@ def make_arm(
     )
 
 
+def make_audited(run: RunRecord, verdict: str, **words: str) -> RunRecord:
+    """Return the run as an audit leaves it: `words` are the tags cause, culprit and remedy."""
+    numbers = {"audit/e64": 3e-15, "audit/e": 1.5e-7, "audit/floor": 2.5e-7}
+    return replace(
+        run, tags={**run.tags, "verdict": verdict, **words}, metrics={**run.metrics, **numbers}
+    )
+
+
+def make_control(reference: RunRecord, seed: int, gap: float, **changes: Any) -> RunRecord:
+    """Return the reference trained again in another order: its curve is `gap` away at every step."""
+    curve = reference.curves["train/loss"]
+    values = tuple(value + gap for value in curve.values)
+    told: dict[str, Any] = {
+        "run_id": f"{reference.run_id}-control-{seed}",
+        "name": f"{reference.name} · control {seed}",
+        "params": {**reference.params, "audit.control_seed": str(seed)},
+        "tags": {**reference.tags, "role": "control", "control_of": reference.name},
+        "curves": {"train/loss": Curve(curve.steps, values)},
+    }
+    return replace(reference, **(told | changes))
+
+
 @pytest.fixture
 def arm() -> Callable[..., RunRecord]:
     """Return the maker of synthetic arms."""
     return make_arm
+
+
+@pytest.fixture
+def audited() -> Callable[..., RunRecord]:
+    """Return what tags a run with an audit."""
+    return make_audited
+
+
+@pytest.fixture
+def control() -> Callable[..., RunRecord]:
+    """Return the maker of a reference's controls."""
+    return make_control

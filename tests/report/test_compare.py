@@ -18,6 +18,9 @@ CONTRACT = [
     *("run_id", "role", "steps", "micro_batch_size", "global_batch_size", "reduction"),
     *("train_loss", "eval_loss", "eval_accuracy", "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
+    *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
+    *("common_steps", "peak_phase", "memory_source", "device", "threads"),
+    *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
 ]
 
 
@@ -163,13 +166,12 @@ def test_infinite_losses_and_times_do_not_crash(arm: Arm) -> None:
     assert (row.step_s, row.step_ratio, row.peak_bytes, row.peak_ratio) == (None,) * 4
 
 
-def test_csv_begins_with_the_contracts_columns(arm: Arm, tmp_path: Path) -> None:
+def test_csv_has_the_contracts_columns_in_their_order(arm: Arm, tmp_path: Path) -> None:
     """Scripts rely on these names in this order; a row per arm follows."""
     comparison = compare([arm(1), arm(2)], [])
     path = write_csv(comparison, tmp_path / "comparison.csv")
     header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
-    assert header[: len(CONTRACT)] == CONTRACT
-    assert header == list(CSV_COLUMNS)
+    assert header == CONTRACT == list(CSV_COLUMNS)
     assert [line["run_id"] for line in read_csv(path)] == ["mean-256-s0-n1", "mean-256-s0-n2"]
 
 
@@ -185,6 +187,22 @@ def test_csv_keeps_full_precision_and_blanks(arm: Arm, tmp_path: Path) -> None:
     assert line["eval_loss"] == ""
     assert line["weight_distance"] == ""
     assert line["failure"] == 'a, "b"\nc'
+
+
+def test_csv_has_what_the_audit_found(arm: Arm, audited: Arm, control: Arm, tmp_path: Path) -> None:
+    """Verdict, cause, culprit, the three numbers, and the standing; blank where there is none."""
+    reference = arm(1)
+    two = audited(arm(2), "biased", cause="batch statistics", culprit="net.bn1", remedy="r")
+    comparison = compare([reference, two, arm(4), control(reference, 1, 0.25)])
+    lines = read_csv(write_csv(comparison, tmp_path / "c.csv"))
+    names = ("verdict", "cause", "culprit", "e64", "e", "floor", "control")
+    assert [[line[name] for name in names] for line in lines] == [
+        [""] * 7,
+        ["biased", "batch statistics", "net.bn1", "3e-15", "1.5e-07", "2.5e-07", "inside"],
+        [""] * 6 + ["inside"],
+    ]
+    assert lines[0]["envelope"] == ""
+    assert float(lines[1]["envelope"]) == pytest.approx(0.25)
 
 
 def test_empty_comparison_is_a_header(tmp_path: Path) -> None:

@@ -133,6 +133,50 @@ def test_identical_curves_are_said_to_be(arm: Arm) -> None:
     assert "no difference at any step" in texts(draw_loss_curves(compare(runs), by_id(runs)))
 
 
+def test_the_envelope_of_controls_is_shaded_behind_the_differences(arm: Arm, control: Arm) -> None:
+    """As measured, once per reference, with its entry in the legend; the controls have no curve."""
+    runs = [arm(n, seed=s) for n in (1, 2, 4) for s in (0, 1)]
+    controls = [control(run, i, gap) for run in runs[:2] for i, gap in ((1, 1e-6), (2, 3e-6))]
+    comparison = compare([*runs, *controls])
+    figure = draw_loss_curves(comparison, by_id([*runs, *controls]))
+    top, bottom = figure.get_axes()
+    assert {line.get_gid() for line in top.get_lines()} == {run.run_id for run in runs}
+    drawn = {line.get_gid(): line for line in bottom.get_lines()}
+    candidates = {run.run_id for run in runs[2:]}
+    assert drawn.keys() == candidates | {f"limit-{run.run_id}" for run in runs[:2]}
+    shades = bottom.collections
+    assert len(shades) == len(comparison.envelopes) == 2
+    for shade, envelope in zip(shades, comparison.envelopes, strict=True):
+        outline = shade.get_paths()[0].vertices
+        assert outline[:, 1].max() == pytest.approx(envelope.largest) == pytest.approx(3e-6)
+        assert shade.get_zorder() < min(drawn[name].get_zorder() for name in candidates)
+        limit = drawn[f"limit-{envelope.reference_run_id}"].get_ydata()
+        assert tuple(limit) == envelope.limits
+        assert bottom.get_ylim()[1] >= max(envelope.limits)
+    assert "rounding alone (2 controls)" in texts(figure)
+    assert not any("rounding" in text for text in texts(draw_loss_curves(compare(runs), by_id(runs))))
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 10.0])
+def test_any_envelope_can_be_drawn(arm: Arm, control: Arm, gap: float, tmp_path: Path) -> None:
+    """One of width zero, one far below and one far above the differences, on either kind of axis."""
+    for others in ([arm(1, noise=0), arm(2, noise=0)], [arm(1), arm(2, noise=1e-3)]):
+        runs = [*others, control(others[0], 1, gap)]
+        comparison = compare(runs)
+        assert len(draw(comparison, runs, tmp_path)) == 6
+        low, high = draw_loss_curves(comparison, by_id(runs)).get_axes()[1].get_ylim()
+        assert low < high
+        assert high >= gap
+        assert low <= gap or gap == 0
+
+
+def test_the_legend_names_what_is_not_sound(arm: Arm, audited: Arm) -> None:
+    """A biased arm is called so where its curve is; an equivalent one needs no word."""
+    runs = [arm(1), audited(arm(2), "equivalent"), audited(arm(4), "biased")]
+    written = texts(draw_loss_curves(compare(runs), by_id(runs)))
+    assert {"N = 2", "N = 4 (biased)"} <= set(written)
+
+
 def test_memory_is_stacked_to_the_recorded_split(arm: Arm) -> None:
     """Bars of a panel add up to each arm's categories; the marker stands at the total."""
     runs = [arm(n) for n in (1, 2, 8)]

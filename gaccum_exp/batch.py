@@ -1,0 +1,112 @@
+"""The data block: batch sizes, two of which determine the third, and the two data sets' targets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gaccum_exp.errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """The part of the data block that is about batches; the rest are arguments of its two targets."""
+
+    global_batch_size: int
+    """Samples of one optimizer step."""
+    micro_batch_size: int
+    """Samples of the largest micro-batch of a full window."""
+    eval_batch_size: int
+    workers: int
+    """DataLoader processes; they change speed only."""
+    train: Mapping[str, Any]
+    eval: Mapping[str, Any] | None
+
+
+BATCH_KEYS = tuple(f.name for f in fields(DataConfig))
+
+
+def data_config(data: Mapping[str, Any], steps: int | None) -> tuple[DataConfig, int]:
+    """Return the data block with its sizes derived, and N.
+
+    Raises:
+        BadInputError: a size that is none, or sizes that do not fit together.
+    """
+    for key in ("global_batch_size", "micro_batch_size", "eval_batch_size", "workers"):
+        value = data.get(key)
+        derived = key in ("global_batch_size", "micro_batch_size")
+        if not (isinstance(value, int) and not isinstance(value, bool)) and not (
+            derived and value is None
+        ):
+            raise BadInputError(f"data.{key}={value}: not an integer")
+    sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), steps)
+    check_positive("data.eval_batch_size", data["eval_batch_size"])
+    if data["workers"] < 0:
+        raise BadInputError(f"data.workers={data['workers']}: cannot be negative")
+    config = DataConfig(
+        global_batch_size=sizes[0],
+        micro_batch_size=sizes[1],
+        eval_batch_size=data["eval_batch_size"],
+        workers=data["workers"],
+        train=target_of("data.train", data.get("train")),
+        eval=target_of("data.eval", data.get("eval")) or None,
+    )
+    return config, sizes[2]
+
+
+def batch_sizes(
+    global_batch_size: int | None, micro_batch_size: int | None, steps: int | None
+) -> tuple[int, int, int]:
+    """Derive the third of global batch, micro-batch and N from the two that are set.
+
+    A global batch that N does not divide is split as evenly as possible, and the micro-batch is then the
+    largest of its parts.
+
+    Raises:
+        BadInputError: fewer than two set, three that do not fit together, or N larger than the batch.
+    """
+    named = {
+        "data.global_batch_size": global_batch_size,
+        "data.micro_batch_size": micro_batch_size,
+        "accum.steps": steps,
+    }
+    for key, value in named.items():
+        if value is not None:
+            check_positive(key, value)
+    given = [key for key, value in named.items() if value is not None]
+    if len(given) < 2:
+        raise BadInputError(
+            f"set two of {', '.join(named)}: the third follows from them (set: {given or 'none'})"
+        )
+    if global_batch_size is None:
+        assert micro_batch_size is not None
+        assert steps is not None
+        return micro_batch_size * steps, micro_batch_size, steps
+    if steps is None:
+        assert micro_batch_size is not None
+        steps = -(-global_batch_size // micro_batch_size)
+    if steps > global_batch_size:
+        raise BadInputError(
+            f"data.global_batch_size={global_batch_size} cannot be split into accum.steps={steps} "
+            "micro-batches: each needs at least one sample"
+        )
+    largest = -(-global_batch_size // steps)
+    if len(given) == 3 and micro_batch_size != largest:
+        raise BadInputError(
+            f"data.global_batch_size={global_batch_size}, data.micro_batch_size={micro_batch_size} "
+            f"and accum.steps={steps} do not fit together ({global_batch_size} / {steps} is "
+            f"{largest} samples a micro-batch): set one of them to null"
+        )
+    return global_batch_size, largest, steps
+
+
+def target_of(key: str, node: Any) -> Mapping[str, Any]:
+    """Return a block's mapping; one whose `_target_` is null is empty."""
+    if node is not None and not isinstance(node, Mapping):
+        raise BadInputError(f"{key}={node}: not a mapping with a _target_")
+    return node if node and node.get("_target_") else {}
+
+
+def check_positive(key: str, value: int) -> None:
+    """Refuse what is below 1."""
+    if value < 1:
+        raise BadInputError(f"{key}={value}: must be at least 1")

@@ -1,0 +1,130 @@
+"""What an audit becomes in a run: metrics, tags, `audit.json` and what is printed.
+
+The audit itself knows nothing of runs; here it is put to a run's own model, loss and windows.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gaccum_exp import metrics
+from gaccum_exp.audit.result import Audit, worst
+from gaccum_exp.audit.window import audit_window
+from gaccum_exp.core.feed import Window
+from gaccum_exp.core.seeding import derive_seed
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.metrics import Sink
+from gaccum_exp.report import verdicts
+
+log = logging.getLogger(__name__)
+AUDIT = "audit.json"
+"""The audit of an arm, in the arm's folder."""
+TAGS = ("verdict", "culprit", "culprit_type", "cause", "remedy", "detail")
+
+
+def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
+    """Judge one window of a run at the run's present weights, and leave the run as it was.
+
+    Whatever goes wrong in it is no more than an inconclusive verdict.
+    """
+    settings = experiment.settings
+    try:
+        return audit_window(
+            experiment.model,
+            experiment.loss_fn,
+            window,
+            reduction=settings.accum.reduction,  # type: ignore[arg-type]  # validated
+            sum_divisor=experiment.sum_divisor,
+            seed=derive_seed(settings.seed, "model", global_step),  # as the step's own passes
+        )
+    except Exception as error:  # the run goes on without it
+        reason = f"the audit failed: {type(error).__name__}: {error}"
+        log.warning("%s", reason)
+        return Audit("inconclusive", len(window), settings.accum.reduction, detail=reason)
+
+
+class RunAudits:
+    """The audits of one training run: which of its windows, and what they say of the run."""
+
+    def __init__(self, experiment: Experiment, sink: Sink) -> None:
+        self._experiment, self._sink = experiment, sink
+        self.worst: Audit | None = None
+        """Of the windows judged so far."""
+
+    def due(self, global_step: int) -> bool:
+        """Whether the window of this global step is to be judged."""
+        when = self._experiment.settings.audit
+        if when.control_seed is not None:
+            return False
+        if when.every_steps is not None and global_step % when.every_steps == 0:
+            return True
+        return when.at_start and global_step == 0  # no window is larger than the first
+
+    def judge(self, window: Window, global_step: int) -> Audit:
+        """Judge a window that is about to be used; its numbers stand beside its own train/loss."""
+        found = audit(self._experiment, window, global_step)
+        self._sink.record(global_step + 1, numbers(found))
+        before = self.worst
+        self.worst = found if before is None else worst([before, found])
+        if self.worst is not before:  # said at once: a run that fails later keeps it
+            told = set() if before is None else set(tags(before))
+            self._sink.describe(dict.fromkeys(told, "") | tags(self.worst))
+        return found
+
+
+def numbers(audit: Audit) -> dict[str, float]:
+    """Return an audit's metrics, those that could be had."""
+    values = {
+        metrics.AUDIT_E64: audit.e64,
+        metrics.AUDIT_E: audit.e,
+        metrics.AUDIT_FLOOR: audit.floor,
+    }
+    return {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def tags(audit: Audit) -> dict[str, str]:
+    """Return what an audit says in words, as far as it says it."""
+    words = {key: getattr(audit, key) for key in TAGS}
+    return {key: value for key, value in words.items() if value is not None}
+
+
+def write(audit: Audit, folder: Path) -> Path:
+    """Write `audit.json`: every field of the audit; a number that is not finite is null."""
+    path = folder / AUDIT
+    path.write_text(json.dumps(_strict(audit.as_dict()), indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def show(name: str, audit: Audit) -> None:
+    """Print an audit for people."""
+    verdicts.print_audit(name, audit)
+
+
+def show_sweep(outcomes: Sequence[Mapping[str, Any]]) -> None:
+    """Print the verdicts of a sweep's arms, from how they ended and what they have written."""
+    verdicts.print_table([(str(o["name"]), _told(o)) for o in outcomes])
+
+
+def _told(outcome: Mapping[str, Any]) -> Audit | str:
+    """Return an arm's audit, without its parameters, or why there is none."""
+    path = Path(outcome["folder"]) / AUDIT
+    if outcome["status"] != "FINISHED" or not path.exists():
+        return f"{outcome['status']}: {outcome['reason']}"
+    nested = ("culprits", "checks", "parameters")
+    told = json.loads(path.read_text())
+    return Audit(**{f.name: told[f.name] for f in fields(Audit) if f.name not in nested})
+
+
+def _strict(value: Any) -> Any:
+    """Return the same with None for every number that JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return value
