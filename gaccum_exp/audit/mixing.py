@@ -7,7 +7,6 @@ sample: its inner products with fixed random vectors, which differ wherever the 
 that does not grow with the batch though an input does (a loss, a statistic) is not compared.
 """
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,7 +150,7 @@ class Mixing:
         if shapes is None or [len(s) for s in shapes] != [len(call.inputs), len(call.outputs)]:
             return
         inputs, outputs = (
-            [self._of_whole(call, t, shape) for t, shape in zip(tensors, part, strict=True)]
+            [self._of_whole(t, shape) for t, shape in zip(tensors, part, strict=True)]
             for tensors, part in ((call.inputs, shapes[0]), (call.outputs, shapes[1]))
         )
         if any(p is not None and p.dim is not None for p in inputs):
@@ -168,8 +167,8 @@ class Mixing:
         found = [len(call.inputs), len(call.outputs)]
         if seen is None or found != [len(seen.inputs), len(seen.outputs)]:
             return
-        seen.inputs_agree &= self._agree(call, call.inputs, seen.inputs)
-        seen.outputs_agree &= self._agree(call, call.outputs, seen.outputs)
+        seen.inputs_agree &= self._agree(call.inputs, seen.inputs)
+        seen.outputs_agree &= self._agree(call.outputs, seen.outputs)
 
     def culprits(self) -> list[str]:
         """Return the names of the modules that mix samples, in order of execution."""
@@ -183,20 +182,20 @@ class Mixing:
         innermost = sorted((s for k, s in guilty.items() if k not in inside), key=lambda s: s.start)
         return list(dict.fromkeys(seen.key[0] for seen in innermost))
 
-    def _of_whole(self, call: Call, tensor: Tensor, part: torch.Size) -> _Prints | None:
+    def _of_whole(self, tensor: Tensor, part: torch.Size) -> _Prints | None:
         dim = sample_dim(tuple(tensor.shape), tuple(part), self._total, self._sizes[0])
         if dim is None and (tensor.shape != part or self._total == self._sizes[0]):
             return None
-        values, size = _fingerprints(tensor, dim, self._total, call.key)
+        values, size = _fingerprints(tensor, dim, self._total)
         return _Prints(dim, values, size)
 
-    def _agree(self, call: Call, tensors: list[Tensor], whole: list["_Prints | None"]) -> bool:
+    def _agree(self, tensors: list[Tensor], whole: list["_Prints | None"]) -> bool:
         for tensor, prints in zip(tensors, whole, strict=True):
             if prints is None or (prints.dim is not None and tensor.ndim <= prints.dim):
                 continue
             if prints.dim is not None and tensor.shape[prints.dim] % self._size:
                 return False
-            values, _ = _fingerprints(tensor, prints.dim, self._size, call.key)
+            values, _ = _fingerprints(tensor, prints.dim, self._size)
             rows = prints.values
             if prints.dim is not None:
                 rows = rows[self._first_row : self._first_row + self._size]
@@ -207,15 +206,24 @@ class Mixing:
         return True
 
 
-def _fingerprints(tensor: Tensor, dim: int | None, samples: int, key: Key) -> tuple[Tensor, float]:
+def _fingerprints(tensor: Tensor, dim: int | None, samples: int) -> tuple[Tensor, float]:
     """Return (samples, 2) inner products, and the root mean square of the samples' norms."""
     values = tensor.to_dense() if tensor.layout != torch.strided else tensor
     values = values.double() if not values.is_complex() else torch.view_as_real(values).double()
     rows = values.reshape(1, -1) if dim is None else values.movedim(dim, 0).reshape(samples, -1)
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows), 2), 0.0
-    seed = zlib.crc32(key[0].encode())
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.rand(rows.shape[1], 2, generator=generator, dtype=torch.float64) - 0.5
-    size = rows.square().sum(1).mean().sqrt()
-    return rows @ vectors.to(rows.device), float(size)
+    size = torch.linalg.vector_norm(rows) / len(rows) ** 0.5
+    return rows @ _directions(rows.shape[1]).to(rows.device), float(size)
+
+
+def _directions(length: int) -> Tensor:
+    """Return two fixed random vectors, (length, 2)."""
+    global _drawn
+    if len(_drawn) < length:
+        generator = torch.Generator().manual_seed(0)
+        _drawn = torch.rand(2 * length, 2, generator=generator, dtype=torch.float64) - 0.5
+    return _drawn[:length]
+
+
+_drawn = torch.empty(0, 2, dtype=torch.float64)

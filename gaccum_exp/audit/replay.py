@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.samples import sample_dim
 
@@ -211,29 +211,38 @@ def _with_draw(func: Any, args: Sequence[Any], result: Any, held: Tensor) -> Any
 def _lifted(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     asked = kwargs.get("dtype")
-    if asked is not None and asked.is_floating_point and _takes_dtype(func, tensors):
-        kwargs["dtype"] = torch.float64
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not any(t.dtype == torch.float64 for t in floating):
-        return args, kwargs
-    if all(t.dtype == torch.float64 for t in floating):
+    if asked is not None and asked.is_floating_point:
+        tensors = _tensors(args, kwargs)
+        # A cast of float64, or a new tensor; a cast of anything else (labels, images) may stay.
+        if not tensors or any(t.dtype == torch.float64 for t in tensors):
+            kwargs["dtype"] = torch.float64
+    kinds = {t.dtype for t in _tensors(args, kwargs) if t.is_floating_point()}
+    if len(kinds) < 2 or torch.float64 not in kinds:
         return args, kwargs
     # An operator writes to its first argument where it changes one in place; that one must stay itself.
     keep = args[0] if args and func._schema.is_mutable else None
-    lift = lambda t: t.double() if t.is_floating_point() and t is not keep else t  # noqa: E731  # local
+
+    def lift(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() and tensor is not keep else tensor
+
     return tree_map_only(Tensor, lift, tuple(args)), tree_map_only(Tensor, lift, kwargs)
 
 
-def _takes_dtype(func: Any, tensors: list[Tensor]) -> bool:
-    """A cast of float64, or a new tensor; a cast of anything else (labels, images) may stay."""
-    return not tensors or any(t.dtype == torch.float64 for t in tensors)
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Operators take tensors, and flat lists of them."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(v for v in value if isinstance(v, Tensor))
+    return found
 
 
 def _generator_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    devices = {t.device for t in _tensors(args, kwargs)}
     if isinstance(kwargs.get("device"), torch.device):
         devices.add(kwargs["device"])
     for device in devices - {torch.device("cpu")}:

@@ -87,7 +87,7 @@ def remedy(
     if cause == result.BATCH_STATISTICS and first is not None:
         where = first.name or "the model's own forward pass"
         if "BatchNorm" in first.type:
-            return f"replace {first.type} by GroupNorm, or freeze its statistics (first: {where})"
+            return f"replace {first.type} by GroupNorm, or freeze its statistics"
         return (
             f"{where} ({first.type}) makes a sample's output depend on the other samples of its micro-"
             "batch: compute it sample by sample, or fix the statistics that it takes from the batch"

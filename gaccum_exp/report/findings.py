@@ -35,12 +35,14 @@ class _Finding:
     verdict: str
     cause: str | None
     culprit: str | None
+    culprit_type: str | None
     remedy: str | None
 
     @property
     def text(self) -> str:
         """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
-        where = f" at {self.culprit}" if self.culprit else ""
+        kind = f" ({self.culprit_type})" if self.culprit_type else ""
+        where = f" at {self.culprit}{kind}" if self.culprit else ""
         remedy = f": {self.remedy.rstrip('.')}" if self.remedy else ""
         return f"{_blame(self.verdict, self.cause)}{where}{remedy}."
 
@@ -79,7 +81,10 @@ def verdict_notes(groups: Labelled) -> tuple[str, ...]:
     found: dict[_Finding, dict[str, set[int]]] = {}
     for group, setting in groups:
         for arm in group.arms:
-            tags = {key: arm.tags.get(key) or None for key in ("cause", "culprit", "remedy")}
+            tags = {
+                key: arm.tags.get(key) or None for key in ("cause", "culprit", "culprit_type", "remedy")
+            }
+            tags["remedy"] = tags["remedy"] or arm.tags.get("detail")
             verdict, steps = arm.tags.get("verdict"), steps_of(arm)
             if verdict and verdict not in SOUND and steps is not None:
                 arms = found.setdefault(_Finding(verdict, **tags), {})
