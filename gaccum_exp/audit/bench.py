@@ -5,9 +5,12 @@ them; what is exchanged for the length of a `with` block is every tensor in them
 does (gradients, running statistics, counters, caches in plain attributes) is left behind.
 """
 
+import copy
+import functools
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -24,33 +27,58 @@ class Parts:
 
     Args:
         model: its modules and parameters keep their dotted names.
-        others: e.g. `criterion`; theirs are preceded by that word.
+        others: what its loss holds; their names are preceded by `criterion`.
     """
 
-    def __init__(self, model: nn.Module, **others: nn.Module | None) -> None:
-        roots = {"": model, **{k: m for k, m in others.items() if m is not None}}
-        names: dict[nn.Module, str] = {}
-        for prefix, root in roots.items():
-            for name, module in root.named_modules(prefix=prefix):
-                names.setdefault(module, name)
-        self.names = names
-        """Every module's dotted name; the model's own is empty."""
+    def __init__(self, model: nn.Module, *others: nn.Module) -> None:
+        inside = {id(module) for module in model.modules()}
+        apart = [module for module in others if id(module) not in inside]
+        numbered = {f"criterion.{i}": module for i, module in enumerate(apart)}
+        roots = {"": model, **({"criterion": apart[0]} if len(apart) == 1 else numbered)}
+        every = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
+        # By identity, for a module may hash by a state that moves (torchmetrics' do).
+        self.modules = list({id(module): module for _, module in every}.values())
+        """Each once."""
+        self._names = {id(module): name for name, module in reversed(every)}
         self.judged: set[str] | None = None
         """Names of the parameters whose gradients are compared; None: all."""
+
+    def name(self, module: nn.Module) -> str:
+        """Return a module's dotted name; the model's own is empty."""
+        name: str = self._names[id(module)]
+        return name
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters by name, each once."""
         found: dict[int, tuple[str, nn.Parameter]] = {}
-        for module, prefix in self.names.items():
+        for module in self.modules:
+            prefix = self.name(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     found.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
         return dict(found.values())
 
 
+def modules_in(function: Any) -> list[nn.Module]:
+    """Return the modules that a loss function holds: bound, partial, enclosed, or as attributes."""
+    if isinstance(function, nn.Module):
+        return [function]
+    held = [getattr(function, "__self__", None), *getattr(function, "__dict__", {}).values()]
+    if isinstance(function, functools.partial):
+        held += [*function.args, *function.keywords.values(), *modules_in(function.func)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled yet
+            held.append(cell.cell_contents)
+    return [module for module in held if isinstance(module, nn.Module)]
+
+
 @contextmanager
 def on_bench(
-    parts: Parts, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    parts: Parts,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    moved: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies.
 
@@ -58,6 +86,7 @@ def on_bench(
         parts: what the pass will use.
         dtype: of floating-point copies; None: as they are.
         device: of the copies; None: where they are.
+        moved: called where a generator that a module holds has been drawn from.
 
     Yields:
         The copies of the parameters by name, without gradients.
@@ -65,7 +94,7 @@ def on_bench(
     copies = _Copies(dtype, device)
     # Parameters that some code holds without registering them must keep their gradients as well.
     gradients = [(p, p.grad) for p in parts.parameters().values()]
-    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in parts.names]
+    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in parts.modules]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -78,6 +107,9 @@ def on_bench(
         with _no_recomputation():
             yield parts.parameters()
     finally:
+        if copies.drawn_from():
+            moved()
+        copies.restore_objects()
         for module, parameters, buffers, attributes in before:
             _put_back(module._parameters, parameters)
             _put_back(module._buffers, buffers)
@@ -130,6 +162,8 @@ class _Copies:
     def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         self._dtype, self._device = dtype, device
         self._made: dict[int, Any] = {}
+        self._generators: list[tuple[Any, Any]] = []
+        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def of_parameter(self, parameter: nn.Parameter | None) -> Any:
         if parameter is None or id(parameter) in self._made:
@@ -148,20 +182,73 @@ class _Copies:
         return self._made[id(tensor)]
 
     def of_attribute(self, value: Any) -> Any:
-        """Tensors, and the usual containers, which code may change in place."""
+        """What code may change in place: tensors, containers, arrays, generators, plain objects."""
         if isinstance(value, Tensor):
             return self.of_tensor(value)
         if type(value) in (list, tuple, set):
             return type(value)(self.of_attribute(v) for v in value)
         if type(value) is dict:
             return {k: self.of_attribute(v) for k, v in value.items()}
+        if isinstance(value, (deque, dict, np.ndarray)):
+            return copy.copy(value)
+        if isinstance(value, GENERATORS):
+            self._generators.append((value, copied := _copied_generator(value)))
+            return copied
+        if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
+            # The object stays itself, since others may hold it; what is in it is put back.
+            kept = dict(vars(value))
+            self._objects.append((vars(value), kept))
+            vars(value).update({k: self.of_attribute(v) for k, v in kept.items()})
         return value
+
+    def drawn_from(self) -> bool:
+        """Whether a generator held by a module has moved; torch's are followed operator by operator."""
+        pairs = (p for p in self._generators if not isinstance(p[0], torch.Generator))
+        return any(_state_of(before) != _state_of(after) for before, after in pairs)
+
+    def restore_objects(self) -> None:
+        """Put back what plain objects held."""
+        for of, kept in reversed(self._objects):
+            of.clear()
+            of.update(kept)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else None
         return tensor.detach().to(
             device=self._device or tensor.device, dtype=dtype or tensor.dtype, copy=True
         )
+
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+def _copied_generator(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.clone_state()
+    return copy.deepcopy(generator) if not isinstance(generator, random.SystemRandom) else generator
+
+
+def _state_of(generator: Any) -> str:
+    if isinstance(generator, random.SystemRandom):
+        return str(id(object()))  # it has none, and never repeats
+    if isinstance(generator, random.Random):
+        return str(generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return str(generator.bit_generator.state)
+    return str(generator.get_state(legacy=False))
+
+
+def _is_plain_object(value: Any) -> bool:
+    """An object of somebody's class, e.g. a meter; neither a module nor part of a framework."""
+    kind = type(value)
+    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
+        return False
+    return kind.__module__.partition(".")[0] not in FRAMEWORKS
+
+
+FRAMEWORKS = frozenset(
+    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
+)
 
 
 def _silenced(module: nn.Module) -> dict[str, Any]:
@@ -200,6 +287,7 @@ def _no_recomputation() -> Iterator[None]:
         for name, stand_in in (
             ("CheckpointFunction", Direct),
             ("_checkpoint_without_reentrant_generator", once),
+            ("_checkpoint_without_reentrant_generator_impl", once),
         ):
             if hasattr(torch.utils.checkpoint, name):
                 stack.enter_context(patch.object(torch.utils.checkpoint, name, stand_in))

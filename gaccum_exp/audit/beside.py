@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from gaccum_exp.audit.observer import Sight
 from gaccum_exp.audit.record import Call, MicroBatch, Tape
 from gaccum_exp.audit.result import Check
+from gaccum_exp.audit.sight import Sight
 
 
 def beside_the_gradient(sight: Sight, units: Sequence[MicroBatch]) -> tuple[Check, ...]:

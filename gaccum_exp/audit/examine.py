@@ -10,6 +10,7 @@ from torch import Tensor
 from gaccum_exp.audit import result
 from gaccum_exp.audit.gradient import (
     Gradient,
+    coarse,
     distance,
     finite,
     identical,
@@ -20,6 +21,7 @@ from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.trial import Trial, Window
 from gaccum_exp.audit.verdict import (
+    NEVER_ROUNDING64,
     RANGE,
     Measured,
     hidden_difference,
@@ -30,6 +32,10 @@ from gaccum_exp.audit.verdict import (
 
 ORDERS = 3
 """Summation orders of the one pass that the rounding floor is taken from."""
+ZERO = 1e-6
+"""Relative: a gradient that another order of the samples moves so far in float64 is none."""
+ROUNDING_ONLY = 0.5
+"""The same in the window's own precision."""
 SAME64 = 1e-9
 """Two float64 numbers that should be one."""
 
@@ -55,6 +61,18 @@ class _Float64:
     parts: list[tuple[float, float]]
     whole: tuple[float, float]
     mixing: list[str]
+
+
+@dataclass(slots=True)
+class _Runs:
+    """In the window's own precision."""
+
+    measured: Measured
+    accumulated: Gradient
+    """That which is judged."""
+    replayed: Gradient
+    """The sum of its passes, run again."""
+    one_pass: Gradient
 
 
 def examine(
@@ -107,7 +125,8 @@ def examine(
         if not measured.same_function
         else table,
     )
-    audit = _explained(trial, measured, exact, audit)
+    runs = _Runs(measured, accumulated, replayed, one_pass)
+    audit = _explained(trial, runs, exact, audit)
     return Examined(audit, measured, one_pass, exact.one_pass, exact.accumulated)
 
 
@@ -137,42 +156,73 @@ def _in_float64(trial: Trial, order: Tensor) -> _Float64:
     return _Float64(one_pass, accumulated, permuted, *trial.losses())
 
 
-def _explained(trial: Trial, measured: Measured, exact: _Float64, audit: Audit) -> Audit:
+def _explained(trial: Trial, runs: _Runs, exact: _Float64, audit: Audit) -> Audit:
     """Say why, from the experiments; the verdict follows from the numbers and from what was drawn."""
-    draws = trial.draws
+    draws, measured = trial.draws, runs.measured
     drew = [_culprit(trial.window, name, result.RANDOMNESS) for name in draws.modules]
-    mixing = [
-        _culprit(trial.window, name, result.BATCH_STATISTICS)
-        for name in exact.mixing
-        if not (draws.not_held and name in draws.modules)
-    ]
+    rounding_only = measured.floor64 > ZERO or measured.floor > ROUNDING_ONLY
+    if rounding_only and not exact.mixing and not draws.any:
+        why = "the large batch's gradient is zero but for rounding: audit at other weights"
+        return replace(audit, verdict="inconclusive", detail=why)
     verdict = judged(measured, draws.any)
     if verdict in ("identical", "equivalent"):
         return replace(audit, verdict=verdict)
     if measured.same_function and not measured.in_range and not draws.not_held:
-        audit = _rounded(trial, measured, audit)
+        audit = _rounded(trial, runs, audit)
         if audit.verdict != "stochastic":
             return audit
     if verdict == "stochastic":
         audit = replace(audit, verdict=verdict, cause=result.RANDOMNESS, detail=_not_held(trial))
         return _blaming(audit, drew)
-    if draws.not_held and not _mixed_before_noise(exact, draws.modules, draws.first_not_held):
-        audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=_not_held(trial))
-        return _blaming(audit, drew)
+    mixing = exact.mixing
+    if distance(trial.one_pass(float64=True), exact.one_pass) > NEVER_ROUNDING64:
+        draws.refuse("the same pass, run twice, differs", None, foreign=True)
+    if draws.any:
+        e64, mixing = _without_randomness(trial)
+        if e64 <= NEVER_ROUNDING64:
+            why = "; ".join([*draws.not_held, "with every draw a constant it is equivalent"])
+            audit = replace(audit, verdict="stochastic", cause=result.RANDOMNESS, e64=e64, detail=why)
+            return _blaming(audit, drew)
+        if draws.foreign:
+            why = "; ".join([*draws.not_held, "without these numbers it could be settled"])
+            audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=why)
+            return _blaming(audit, drew)
     audit = replace(audit, verdict="biased")
+    blamed = _of_the_weights(trial, exact, audit)
+    if blamed is not None:
+        return _blaming(blamed, drew, first=False)
     if mixing:
         audit = replace(audit, cause=result.BATCH_STATISTICS)
-        return _blaming(audit, [*mixing, *drew])
+        mixers = [_culprit(trial.window, name, result.BATCH_STATISTICS) for name in mixing]
+        return _blaming(audit, [*mixers, *drew])
     return _blaming(_of_the_loss(trial, exact, audit), drew, first=False)
 
 
-def _rounded(trial: Trial, measured: Measured, audit: Audit) -> Audit:
+def _without_randomness(trial: Trial) -> tuple[float, list[str]]:
+    """Return e64 with every draw a constant, and the modules that mix samples then."""
+    trial.draws.neutral = True
+    try:
+        one_pass = trial.one_pass(float64=True)
+        e64 = distance(trial.accumulated(float64=True), one_pass)
+        return e64, trial.losses()[2]
+    finally:
+        trial.draws.neutral = False
+
+
+def _rounded(trial: Trial, runs: _Runs, audit: Audit) -> Audit:
     """The same function, and yet further apart than the one pass rounds: where were the digits lost?"""
-    apart = trial.accumulated(float64=False, apart=True)
-    of_passes = distance(apart, trial.one_pass(float64=False))
+    measured = runs.measured
+    of_passes = distance(trial.accumulated(float64=False, apart=True), runs.one_pass)
     if of_passes <= measured.limit:
-        audit = replace(audit, verdict="biased", cause=result.LOW_PRECISION)
-        return replace(audit, remedy=remedy(result.LOW_PRECISION))
+        replayed = distance(runs.replayed, runs.one_pass)
+        if replayed > measured.limit or coarse(runs.accumulated, audit.steps):
+            audit = replace(audit, verdict="biased", cause=result.LOW_PRECISION)
+            return replace(audit, remedy=remedy(result.LOW_PRECISION))
+        why = (
+            "a part of the gradient is none of the loss's: a penalty on the weights or outputs, or a "
+            "change to the gradients"
+        )
+        return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
     # Added up in float64 the passes are no closer: their own rounding is part of the floor then.
     audit = replace(audit, floor=max(measured.floor, of_passes))
     if measured.e <= RANGE * of_passes:
@@ -181,8 +231,8 @@ def _rounded(trial: Trial, measured: Measured, audit: Audit) -> Audit:
     return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
 
 
-def _of_the_loss(trial: Trial, exact: _Float64, audit: Audit) -> Audit:
-    """Every module agrees: the loss or how its parts are weighed is to blame."""
+def _of_the_weights(trial: Trial, exact: _Float64, audit: Audit) -> Audit | None:
+    """Is it the large batch's gradient once micro-batches are weighed as they count, or rescaled?"""
     window = trial.window
     counts = [n for _, n in exact.parts if math.isfinite(n)]
     factor = multiple(exact.accumulated, exact.one_pass, SAME64)
@@ -193,10 +243,15 @@ def _of_the_loss(trial: Trial, exact: _Float64, audit: Audit) -> Audit:
             said = remedy(result.UNEQUAL_DENOMINATORS, sizes=window.sizes, counts=counts)
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
         factor = multiple(recounted, exact.one_pass, SAME64)
-    if factor is not None:
-        said = remedy(result.LOSS_SCALE, sizes=window.sizes, factor=factor)
-        return replace(audit, cause=result.LOSS_SCALE, remedy=said)
-    if not window.additive(exact.parts, exact.whole):
+    if factor is None:
+        return None
+    said = remedy(result.LOSS_SCALE, sizes=window.sizes, factor=factor)
+    return replace(audit, cause=result.LOSS_SCALE, remedy=said)
+
+
+def _of_the_loss(trial: Trial, exact: _Float64, audit: Audit) -> Audit:
+    """Every module agrees, and no weights make it right: the loss itself is to blame."""
+    if not trial.window.additive(exact.parts, exact.whole):
         said = remedy(result.NOT_ADDITIVE)
         why = "every module agrees, and the large batch's loss is not made of the micro-batches' losses"
         return replace(audit, cause=result.NOT_ADDITIVE, remedy=said, detail=why)
@@ -205,12 +260,6 @@ def _of_the_loss(trial: Trial, exact: _Float64, audit: Audit) -> Audit:
         "(all seen in the forward pass)"
     )
     return replace(audit, cause=result.UNKNOWN, detail=why)
-
-
-def _mixed_before_noise(exact: _Float64, drew: Sequence[str], first_not_held: str | None) -> bool:
-    """Whether a module mixes samples ahead of any noise that could not be held."""
-    first = exact.mixing[0] if exact.mixing else None
-    return first is not None and first_not_held is not None and first not in drew
 
 
 def _blaming(audit: Audit, culprits: Sequence[Culprit], *, first: bool = True) -> Audit:
@@ -226,8 +275,8 @@ def _blaming(audit: Audit, culprits: Sequence[Culprit], *, first: bool = True) -
 
 
 def _culprit(window: Window, name: str, cause: str) -> Culprit:
-    kinds = {n: type(module).__name__ for module, n in window.parts.names.items()}
-    return Culprit(name, kinds[name], cause)
+    module = next(m for m in window.parts.modules if window.parts.name(m) == name)
+    return Culprit(name, type(module).__name__, cause)
 
 
 def _not_held(trial: Trial) -> str | None:

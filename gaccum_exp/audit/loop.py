@@ -16,13 +16,13 @@ from gaccum_exp.audit.bench import Parts
 from gaccum_exp.audit.beside import beside_the_gradient
 from gaccum_exp.audit.examine import Examined, examine, first_line
 from gaccum_exp.audit.gradient import Gradient, difference, distance, norm, scaled
-from gaccum_exp.audit.observer import Sight
 from gaccum_exp.audit.record import MicroBatch
 from gaccum_exp.audit.recorded import CouplingError, RecordedWindow
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.samples import NotJoinableError
 from gaccum_exp.audit.shares import fitted_shares, sampled
+from gaccum_exp.audit.sight import Sight
 from gaccum_exp.audit.trial import Trial
 from gaccum_exp.audit.verdict import multiple, remedy, scale_of
 
@@ -122,7 +122,15 @@ class _Loop:
             return fault
         if self._clip is not None and (fault := self._after_clipping(audit)) is not None:
             return fault
-        return self._reworded(audit, weights, factor, summed)
+        return self._unless_padded(self._reworded(audit, weights, factor, summed))
+
+    def _unless_padded(self, audit: Audit) -> Audit:
+        """Padding may change what a model computes; where the weights explain all, it has not."""
+        proven = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
+        if audit.verdict != "biased" or audit.cause in proven or not self._window.padded:
+            return audit
+        why = "micro-batches of different lengths were padded to one, which may change what is computed"
+        return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
 
     def _run_again(self, window: RecordedWindow, units: Sequence[MicroBatch]) -> Trial:
         return Trial(window, [_start(unit) for unit in units], self._device)
@@ -239,7 +247,7 @@ class _Loop:
             "elsewhere, or was changed before the step. Ruled out: gradients left over, zeroed, clipped "
             "or unscaled inside the window"
         )
-        return replace(audit, cause=result.UNKNOWN, detail=why, remedy=None)
+        return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
 
     def _matches_since(self, backward: int, observed: Gradient) -> bool:
         kept = [u for u in self._units if _last_backward(u) >= backward]
@@ -266,7 +274,13 @@ class _Loop:
         return "they were unscaled twice" if twice else "scale the loss, not the gradients"
 
     def _reworded(self, audit: Audit, weights: list[float], factor: float | None, summed: bool) -> Audit:
-        """Say a factor in the loop's own terms."""
+        """Say it in the loop's own terms."""
+        shares, sizes = self._window.shares, self._window.sizes
+        uncounted = self._window.counts() is None and len(set(sizes)) == 1
+        if audit.cause == result.UNEQUAL_DENOMINATORS and shares and uncounted:
+            said = ", ".join(f"{100 * share / sum(shares):.3g} %" for share in shares[:8])
+            what = f"micro-batches make up {said} of what the window counts: use global_mean"
+            return replace(audit, remedy=what)
         if audit.cause != result.LOSS_SCALE:
             return audit
         steps, gone = len(weights), factor or 1.0

@@ -52,7 +52,7 @@ class Follower:
         see: Callable[[Call], None] | None = None,
         enter: Callable[[str | None], None] = lambda name: None,
     ) -> None:
-        self._names = parts.names
+        self._parts = parts
         self._see, self._enter = see, enter
         self._stack: list[Call] = []
         self._calls: dict[str, int] = {}
@@ -66,7 +66,7 @@ class Follower:
     def __call__(self) -> Iterator[None]:
         """Follow for the length of the block."""
         handles = []
-        for module in self._names:
+        for module in self._parts.modules:
             try:
                 handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._after, with_kwargs=True))
@@ -79,7 +79,7 @@ class Follower:
                 handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._names[module]
+        name = self._parts.name(module)
         nth = self._calls[name] = self._calls.get(name, 0) + 1
         call = Call((name, nth), self._stack[-1].key if self._stack else None, self._started)
         self._started += 1
@@ -91,7 +91,7 @@ class Follower:
         self._enter(name)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name = self._names[module]
+        name = self._parts.name(module)
         while self._stack and self._stack[-1].key[0] != name:
             self._stack.pop()  # a call that ended in an exception which somebody caught
         if not self._stack:

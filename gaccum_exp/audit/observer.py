@@ -6,7 +6,6 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from gaccum_exp.audit.bench import random_states
 from gaccum_exp.audit.frames import Seen, arguments_of, bound_to, code_of, frames_seen
 from gaccum_exp.audit.gradient import Gradient
+from gaccum_exp.audit.playback import itself
 from gaccum_exp.audit.record import Call, Tape, loss_in
-from gaccum_exp.audit.recorded import itself
 from gaccum_exp.audit.samples import tensors_in
+from gaccum_exp.audit.sight import Clip, Sight
 
 LOSSES = frozenset(
     function
@@ -31,38 +31,6 @@ LOSSES = frozenset(
     and callable(function := getattr(F, name))
 )
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
-
-
-@dataclass(slots=True)
-class Clip:
-    """A call of `clip_grad_norm_` or `clip_grad_value_`."""
-
-    after_backward: int
-    """Backward passes of the window before it."""
-    before: Gradient
-    """The gradients that it was given."""
-    after: Gradient = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Sight:
-    """What was seen of one window beside its tape."""
-
-    tape: Tape = field(default_factory=Tape)
-    at_start: Gradient = field(default_factory=dict)
-    """Gradients that were there before its first pass."""
-    accumulated: dict[int, Gradient] = field(default_factory=dict)
-    """Gradients right after the last backward pass (one entry, by its number)."""
-    between: list[tuple[int, str]] = field(default_factory=list)
-    """(backward passes before, `zeroed` | `changed`) at the beginning of a later pass."""
-    clips: list[Clip] = field(default_factory=list)
-    scheduler_steps: list[int] = field(default_factory=list)
-    """Backward passes of the window before each."""
-    unscaled: list[int] = field(default_factory=list)
-    retained: list[bool] = field(default_factory=list)
-    """Whether each backward pass was told to keep its graph."""
-    loss_scale: float = 1.0
-    """The GradScaler's."""
 
 
 class _Hook:
@@ -116,6 +84,7 @@ class Observer:
         self._frames: list[tuple[FrameType, Call]] = []
         self._paused = False
         self._stepping = False
+        self._counting = False
         self.past = Tape()
         """Of the window before: its losses may be looked at after its step."""
 
@@ -171,6 +140,7 @@ class Observer:
         call = Call(
             kind, function, tape.noted(list(args)), tape.noted(dict(kwargs)), self._order,
             autocast=self._autocast(), start=random_states(),
+            attributes=_plain_attributes(kind, function),
         )  # fmt: skip
         self._inside.append(call)
         return call
@@ -194,7 +164,7 @@ class Observer:
         sight = self.sight
 
         def back_propagated(cotangent: Tensor) -> None:
-            if not self._paused and not self._stepping:
+            if self._counting and not self._paused and not self._stepping:
                 before = call.cotangent
                 call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
                 call.backward = sight.tape.backwards
@@ -258,7 +228,8 @@ class Observer:
         output = function(*args, **kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             self._order += 1
-            self.sight.tape.add(Call("between", function, kept[0], kept[1], self._order), output)
+            between = Call("between", function, kept[0], kept[1], self._order, autocast=self._autocast())
+            self.sight.tape.add(between, output)
         return output
 
     def _functional_loss(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -291,11 +262,20 @@ class Observer:
 
     def _saw_backward(self, event: str, frame: FrameType, value: Any) -> None:
         """Count backward passes; of the gradients, those after the last one matter."""
-        if self.idle:
+        if self._paused or self._stepping:
             return
         sight = self.sight
         if event == "call":
-            sight.retained.append(bool(frame.f_locals.get("retain_graph")))
+            # Of an attack on the inputs, or a penalty, no parameter gets anything.
+            inputs = frame.f_locals.get("inputs")
+            asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
+            judged = {id(p) for p in self._parameters.values()}
+            self._counting = inputs is None or any(id(t) in judged for t in asked)
+            if self._counting:
+                sight.retained.append(bool(frame.f_locals.get("retain_graph")))
+            return
+        counted, self._counting = self._counting, False
+        if not counted:
             return
         sight.tape.backwards += 1
         last = sight.accumulated.get(sight.tape.backwards - 1)
@@ -389,6 +369,15 @@ class Observer:
     def _saw_unscale(self, event: str, frame: FrameType, value: Any) -> None:
         if event == "call" and not self._paused:
             self.sight.unscaled.append(self.sight.tape.backwards)
+
+
+def _plain_attributes(kind: str, function: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """A criterion may be told before each call how to reduce."""
+    if kind != "loss" or not isinstance(function, nn.Module):
+        return []
+    plain = (str, int, float, bool, type(None))
+    every = [vars(module) for module in function.modules()]
+    return [(of, {k: v for k, v in of.items() if isinstance(v, plain)}) for of in every]
 
 
 class _Operations(TorchFunctionMode):

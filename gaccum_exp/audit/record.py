@@ -35,6 +35,8 @@ class Call:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     order: int
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    """Of a criterion and what is in it: their `vars`, and the plain ones' values at the call."""
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     start: list[Any] | None = None
     """The random state before it; None for operations between."""
@@ -49,6 +51,12 @@ class Call:
     """Whether it put out a tensor with a graph."""
     read: bool = False
     """Whether the loop looked at this loss, or at something made of it."""
+
+    @property
+    def arguments(self) -> dict[int | str, Any]:
+        """Its arguments by position and by name."""
+        by_position: dict[int | str, Any] = dict(enumerate(self.args))
+        return by_position | dict(self.kwargs)
 
     def refs(self) -> list[Ref]:
         """Return where its arguments come from."""

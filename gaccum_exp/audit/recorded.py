@@ -1,29 +1,36 @@
 """A taped window that can be run again: in its micro-batches, and with all samples at once."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gaccum_exp.audit.bench import Parts
-from gaccum_exp.audit.record import Call, MicroBatch, Ref, leaves, loss_in
+from gaccum_exp.audit.coupling import couples
+from gaccum_exp.audit.playback import (
+    Lift,
+    Outputs,
+    count_of,
+    itself,
+    loss_of,
+    reduction_of,
+    resolved,
+    run,
+)
+from gaccum_exp.audit.record import Call, MicroBatch, Ref, leaves
 from gaccum_exp.audit.samples import (
     NotJoinableError,
     joined,
-    mapped,
     picked,
+    ragged,
     sample_dim,
     size_of,
     tensors_in,
 )
 from gaccum_exp.audit.trial import Around
-from gaccum_exp.core.loss import CriterionLoss
-
-Lift = Callable[[Any], Any]
-Outputs = dict[Call, list[Tensor]]
 
 
 class RecordedWindow:
@@ -47,9 +54,12 @@ class RecordedWindow:
         self._units = list(micro_batches)
         if len({(len(u.models), len(u.losses)) for u in self._units}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
-        self.sizes = [size_of([u.first.args, u.first.kwargs], dim) for u in self._units]
+        self.sizes = [size_of(u.first.arguments, dim) for u in self._units]
         self._bases = [self._base(unit) for unit in self._units]
+        self._bases = _as_one(self._bases)
         self.weights = [base[0] for base in self._bases]
+        self.padded = ragged([unit.first.arguments for unit in self._units], dim)
+        """Whether joining the micro-batches pads their sequences."""
         self.reference = 1.0
         self.shares: list[float] | None = None
         """What of the one pass's gradient each ∇ℓᵢ makes; None: it is no sum of theirs."""
@@ -57,7 +67,7 @@ class RecordedWindow:
         self._inputs = [self._constants([u.models[j] for u in self._units]) for j in columns]
         columns = range(len(self._units[0].losses))
         self._raw = [self._raw_inputs([u.losses[j] for u in self._units]) for j in columns]
-        if self._couples():
+        if couples(self._units[0], self.sizes[0]):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
 
     def accumulate(self, around: Around, lift: Lift) -> None:
@@ -104,14 +114,14 @@ class RecordedWindow:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
         if len(self._units[0].losses) != 1:
             return None
-        found = [_count(unit.losses[0]) for unit in self._units]
+        found = [count_of(unit.losses[0]) for unit in self._units]
         known = [n for n in found if n is not None]
         return known if len(known) == len(found) else None
 
     @property
     def sums(self) -> bool:
         """Whether the loss says that it is a sum."""
-        return all(_reduction(unit.losses[0]) == "sum" for unit in self._units)
+        return all(reduction_of(unit.losses[0]) == "sum" for unit in self._units)
 
     def _base(self, unit: MicroBatch) -> tuple[float, list[Tensor]]:
         """Return weight and unit cotangents: weight × cotangents is what the loop back-propagated."""
@@ -141,7 +151,7 @@ class RecordedWindow:
         return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
 
     def _constants(self, calls: list[Call]) -> Any:
-        given = [[call.args, call.kwargs] for call in calls]
+        given = [call.arguments for call in calls]
         if any(isinstance(leaf, Ref) for leaf in leaves(given)):
             return None
         sizes = [size_of(g, self._dim) for g in given]
@@ -153,11 +163,8 @@ class RecordedWindow:
     def _losses(self, unit: MicroBatch, lift: Lift) -> list[Tensor]:
         outputs: Outputs = {}
         for call in unit.models:
-            outputs[call] = tensors_in(_run(call, *_resolved([call.args, call.kwargs], outputs, lift)))
-        return [
-            _loss(_run(loss, *_resolved([loss.args, loss.kwargs], outputs, lift)))
-            for loss in unit.losses
-        ]
+            outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, lift)))
+        return [loss_of(run(loss, resolved(loss.arguments, outputs, lift))) for loss in unit.losses]
 
     def _whole_losses(self, lift: Lift, order: Tensor | None) -> list[Tensor]:
         first, total = self._units[0], sum(self.sizes)
@@ -166,10 +173,10 @@ class RecordedWindow:
             inputs = self._inputs[j]
             if inputs is None:
                 inputs = self._joined_inputs([u.models[j] for u in self._units], each, lift)
-                outputs = tensors_in(_run(call, *inputs))
+                outputs = tensors_in(run(call, inputs))
             else:
                 chosen = inputs if order is None else picked(inputs, order, total, self._dim)
-                outputs = tensors_in(_run(call, *lift(chosen)))
+                outputs = tensors_in(run(call, lift(chosen)))
             for index, unit in enumerate(self._units):
                 each[index][unit.models[j]] = self._rows(unit.models[j], outputs, index, order)
         losses = []
@@ -177,18 +184,17 @@ class RecordedWindow:
             raw = self._raw[j]
             if raw is not None:
                 chosen = raw if order is None else picked(raw, order, total, self._dim)
-                losses.append(_loss(_run(loss, *lift(chosen))))
+                losses.append(loss_of(run(loss, lift(chosen))))
             elif loss.function is itself:
                 losses.append(each[0][loss.refs()[0].call][loss.refs()[0].place])
             else:
                 inputs = self._joined_inputs([u.losses[j] for u in self._units], each, lift)
-                losses.append(_loss(_run(loss, *inputs)))
+                losses.append(loss_of(run(loss, inputs)))
         return losses
 
     def _joined_inputs(self, calls: list[Call], each: list[Outputs], lift: Lift) -> Any:
         given = [
-            _resolved([call.args, call.kwargs], outputs, lift)
-            for call, outputs in zip(calls, each, strict=True)
+            resolved(call.arguments, outputs, lift) for call, outputs in zip(calls, each, strict=True)
         ]
         return joined(given, [size_of(g) for g in given])
 
@@ -198,7 +204,10 @@ class RecordedWindow:
         where = torch.arange(total) if order is None else torch.argsort(order)
         rows = []
         for tensor, shape in zip(whole, call.shapes, strict=True):
-            dim = sample_dim(tuple(tensor.shape), shape, total, size) if len(self.sizes) > 1 else None
+            if len(self.sizes) > 1:
+                dim = sample_dim(tuple(tensor.shape), shape, total, size)
+            else:  # nothing grows that would tell
+                dim = next((d for d, n in enumerate(shape) if n == total), None)
             if dim is None:
                 rows.append(tensor)
                 continue
@@ -207,147 +216,24 @@ class RecordedWindow:
             rows.append(tensor.index_select(dim, mine.flatten().to(tensor.device)))
         return rows
 
-    def _couples(self) -> bool:
-        """Whether the operations between model and loss mix samples, tried on made-up outputs."""
-        unit, size = self._units[0], self.sizes[0]
-        between = [loss for loss in unit.losses if any(r.call.kind == "between" for r in loss.refs())]
-        if size < 2 or not between:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        base: Outputs = {
-            call: [_made_up(s, d, generator) for s, d in zip(call.shapes, call.dtypes, strict=True)]
-            for call in unit.models
-        }
-        device = next(
-            (leaf.device for leaf in leaves([c.args for c in unit.models]) if isinstance(leaf, Tensor)),
-            None,
-        )
-        base = {c: [t.to(device) for t in ts] for c, ts in base.items()}
-        with torch.no_grad():
-            return any(self._mixes(loss, base, size, generator) for loss in between)
 
-    def _mixes(self, loss: Call, base: Outputs, size: int, generator: torch.Generator) -> bool:
-        def rows_changed(chosen: Tensor) -> list[Tensor]:
-            moved = {c: [_moved(t, chosen, size, generator) for t in ts] for c, ts in base.items()}
-            after = tensors_in(_resolved([loss.args, loss.kwargs], moved, _as_is))
-            return [
-                (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
-                for a, b in zip(after, before, strict=True)
-            ]
-
-        before = tensors_in(_resolved([loss.args, loss.kwargs], base, _as_is))
-        numbers = torch.arange(size)
-        for bit in range((size - 1).bit_length()):  # any two samples differ in a bit of their numbers
-            chosen = (numbers >> bit) & 1 == 1
-            for one, other in zip(rows_changed(chosen), rows_changed(~chosen), strict=True):
-                if bool((one & other).any()):
-                    return True
-        return False
+def _as_one(bases: list[tuple[float, list[Tensor]]]) -> list[tuple[float, list[Tensor]]]:
+    """A loop weighs several losses alike in every micro-batch, but for its own precision's rounding."""
+    first = bases[0][1]
+    for _, base in bases:
+        if len(base) < 2 or not all(
+            b.ndim == 0 and torch.isclose(b, f, rtol=1e-5, atol=0.0)
+            for b, f in zip(base, first, strict=True)
+        ):
+            return bases
+    return [(weight, first) for weight, _ in bases]
 
 
 class CouplingError(NotJoinableError):
     """The loop mixes samples outside of model and loss."""
 
 
-def itself(loss: Tensor, place: int) -> Tensor:
-    """Return the loss that the model has put out; `place` is where among its outputs."""
-    return loss
-
-
-def _run(call: Call, args: Any, kwargs: Any) -> Any:
-    device = next((t.device.type for t in tensors_in([args, kwargs])), "cpu")
-    with torch.autocast(device, dtype=call.autocast[1], enabled=call.autocast[0]):
-        return call.function(*args, **kwargs)
-
-
-def _loss(output: Any) -> Tensor:
-    loss = loss_in(output) if torch.is_grad_enabled() else _value_in(output)
-    if loss is None:
-        raise NotJoinableError("run again, the loss has no gradient")
-    return loss
-
-
-def _value_in(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    with torch.enable_grad():
-        marked = mapped(
-            lambda x: (
-                x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-            ),
-            output,
-        )
-        return loss_in(marked)
-
-
-def _resolved(value: Any, outputs: Outputs, lift: Lift) -> Any:
-    """Return arguments with every reference replaced by the tensor that it stands for."""
-
-    def leaf(x: Any) -> Any:
-        if not isinstance(x, Ref):
-            return lift(x)
-        if x.call not in outputs:
-            args, kwargs = _resolved([x.call.args, x.call.kwargs], outputs, lift)
-            outputs[x.call] = tensors_in(x.call.function(*args, **kwargs))
-        return outputs[x.call][x.place]
-
-    return mapped(leaf, value)
-
-
-def _as_is(value: Any) -> Any:
-    return value
-
-
 def _weighed(losses: list[Tensor], bases: list[Tensor]) -> Tensor:
     total = sum((x.double() * b.to(x.device)).sum() for x, b in zip(losses, bases, strict=True))
     assert isinstance(total, Tensor)
     return total
-
-
-def _made_up(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def _moved(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return made-up outputs with some samples' values drawn anew."""
-    dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if dim is None or not tensor.is_floating_point():
-        return tensor
-    mask = chosen.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
-    return torch.where(mask, torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
-
-
-def _reduction(loss: Call) -> str | None:
-    given = loss.kwargs.get("reduction", getattr(loss.function, "reduction", None))
-    return given if isinstance(given, str) else None
-
-
-def _count(loss: Call) -> float | None:
-    """Return what one call of a criterion counts, if that is one of torch's."""
-    criterion = loss.function
-    if criterion is nn.functional.cross_entropy:
-        names = ("weight", "ignore_index")
-        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.kwargs.items() if k in names})
-    target = loss.kwargs.get("target", loss.args[1] if len(loss.args) > 1 else None)
-    if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
-        return None
-    if not isinstance(target, Tensor):
-        return None
-    try:
-        counted = CriterionLoss(criterion, "sum").count((None, target))
-    except ValueError:
-        return None
-    return None if counted is None else float(counted)
-
-
-@contextmanager
-def weighed(window: RecordedWindow, weights: Sequence[float], reference: float) -> Iterator[None]:
-    """Run the window with other weights for the length of the block."""
-    before = window.weights, window.reference
-    window.weights, window.reference = list(weights), reference
-    try:
-        yield
-    finally:
-        window.weights, window.reference = before

@@ -28,6 +28,7 @@ _PURE = frozenset(
     if (packet := getattr(aten, name, None)) is not None
 )
 """Operators whose result is their draw; those that compute with it are taken one by one."""
+_DROPOUT = (aten.native_dropout, getattr(aten, "_fused_dropout", None))
 
 
 @dataclass(slots=True)
@@ -52,6 +53,10 @@ class Draws:
     """What could not be replayed sample by sample, a clause each."""
     first_not_held: str | None = None
     """The module whose draw that was first."""
+    foreign: bool = False
+    """Whether some come from where they can neither be held nor made constant."""
+    neutral: bool = False
+    """Replace every draw by a constant, to see what remains without randomness."""
     shared: set[int] = field(default_factory=set)
     """Which draws of a pass are noise that all its samples share: the first pass's hold for all."""
 
@@ -66,8 +71,9 @@ class Draws:
         named = (d.module for p in self.passes for d in p if d.module is not None)
         return list(dict.fromkeys(named))
 
-    def refuse(self, why: str, module: str | None) -> None:
+    def refuse(self, why: str, module: str | None, *, foreign: bool = False) -> None:
         """Note that something cannot be held."""
+        self.foreign |= foreign
         if not self.not_held:
             self.first_not_held = module
         if why not in self.not_held:
@@ -128,11 +134,18 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         index, self._count = self._count, self._count + 1
         if self._record:
             draw = Draw(str(func.overloadpacket.__name__), self.module, _draw_of(func, args, result))
-            if draw.value is None:
-                self._draws.refuse(f"{draw.op} cannot be replayed sample by sample", self.module)
+            if draw.value is None or not draw.value.is_floating_point():
+                constant = func.overloadpacket in _DROPOUT
+                why = f"{draw.op} cannot be replayed sample by sample"
+                if draw.value is None:
+                    self._draws.refuse(why, self.module, foreign=True)
+                self._draws.foreign |= not constant
             self._draws.passes[-1].append(draw)
             return result
-        held = self._held(index, _draw_of(func, args, result))
+        drawn = _draw_of(func, args, result)
+        if self._draws.neutral and drawn is not None:
+            return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))
+        held = self._held(index, drawn)
         return result if held is None else _with_draw(func, args, result, held)
 
     def _held(self, index: int, drawn: Tensor | None) -> Tensor | None:
@@ -184,13 +197,25 @@ def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:
     packet = func.overloadpacket
     if packet in _PURE and isinstance(result, Tensor):
         return result.detach().clone()
-    if packet in (aten.native_dropout, getattr(aten, "_fused_dropout", None)):
+    if packet in _DROPOUT:
         mask: Tensor = result[1]
         return mask.detach().clone()
     if packet in (aten.rrelu_with_noise, aten.rrelu_with_noise_):
         noise: Tensor = args[1]
         return noise.detach().clone()
     return None
+
+
+def _constant(func: Any, drawn: Tensor) -> float:
+    """Return what stands for a draw: what is kept, the middle of an interval, the mean."""
+    name = func.overloadpacket.__name__
+    if (
+        "normal" in name
+        or "randn" in name
+        or not (drawn.is_floating_point() or drawn.dtype == torch.bool)
+    ):
+        return 0
+    return 0.5 if "uniform" in name or name in ("rand", "rand_like") else 1
 
 
 def _with_draw(func: Any, args: Sequence[Any], result: Any, held: Tensor) -> Any:

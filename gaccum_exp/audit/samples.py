@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
+"""With what tensors of such names are padded, the first that fits."""
+
 
 class NotJoinableError(ValueError):
     """These micro-batches do not make one batch, in words."""
@@ -45,23 +48,41 @@ def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
     """Return one batch of all micro-batches' samples, in order.
 
     Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are padded
-    at the end: with 1s where a mask says what is padding, -100 where labels say so, 0 else.
+    at the end, where their name says with what: labels with -100, masks with what stands for padding,
+    token ids and the like with 0.
 
     Raises:
         NotJoinableError: they do not make one batch.
     """
+    if isinstance(parts[0], (list, tuple)):  # a pair of two samples is no list of samples
+        return _column_by_column(parts, sizes, dim, "")
     return _joined(parts, sizes, dim, "")
+
+
+def ragged(parts: Sequence[Any], dim: int = 0) -> bool:
+    """Whether micro-batches differ in other lengths than their number of samples."""
+    columns = zip(*(tensors_in(part) for part in parts), strict=False)
+    shapes = ({tuple(n for d, n in enumerate(t.shape) if d != dim) for t in c} for c in columns)
+    return any(len(kinds) > 1 for kinds in shapes)
 
 
 def picked(value: Any, rows: Tensor, size: int, dim: int = 0) -> Any:
     """Return the samples at `rows` of a batch of `size`."""
+    if isinstance(value, (list, tuple)):
+        return _rebuilt(value, [_picked(child, rows, size, dim) for child in _children(value)])
+    return _picked(value, rows, size, dim)
+
+
+def _picked(value: Any, rows: Tensor, size: int, dim: int) -> Any:
     if isinstance(value, Tensor):
         counts = value.ndim > dim and value.shape[dim] == size
         return value.index_select(dim, rows.to(value.device)) if counts else value
     if _is_sample_list(value, size):
         return _rebuilt(value, [_children(value)[row] for row in rows.tolist()])
     children = _children(value)
-    return _rebuilt(value, [picked(child, rows, size, dim) for child in children]) if children else value
+    if not children:
+        return value
+    return _rebuilt(value, [_picked(child, rows, size, dim) for child in children])
 
 
 def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
@@ -71,7 +92,7 @@ def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: 
     grown = [d for d in range(len(whole)) if whole[d] != part[d]]
     if len(grown) != 1 or whole[grown[0]] * size != part[grown[0]] * total:
         return None
-    return grown[0]
+    return grown[0] if whole[grown[0]] % total == 0 else None
 
 
 def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
@@ -81,26 +102,29 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> 
     if all(_is_sample_list(part, size) for part, size in zip(parts, sizes, strict=True)):
         return _rebuilt(first, [child for part in parts for child in _children(part)])
     if _is_container(first):
-        every = [_children(part) for part in parts]
-        if any(type(part) is not type(first) for part in parts) or len({len(c) for c in every}) != 1:
-            raise NotJoinableError(f"micro-batches differ in structure{_at(name)}")
-        names = list(first) if isinstance(first, Mapping) else [name] * len(every[0])
-        columns = zip(*every, strict=True)
-        return _rebuilt(
-            first, [_joined(c, sizes, dim, str(n)) for c, n in zip(columns, names, strict=True)]
-        )
+        return _column_by_column(parts, sizes, dim, name)
     if isinstance(first, int) and not isinstance(first, bool) and list(parts) == list(sizes):
         return sum(sizes)  # the micro-batch's own number of samples
+    if name in ("batch_idx", "dataloader_idx"):  # Lightning numbers its batches
+        return first
     if any(part is not first and part != first for part in parts):
         raise NotJoinableError(f"micro-batches were called with different values{_at(name)}: {parts}")
     return first
 
 
+def _column_by_column(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
+    first = parts[0]
+    every = [_children(part) for part in parts]
+    if any(type(part) is not type(first) for part in parts) or len({len(c) for c in every}) != 1:
+        raise NotJoinableError(f"micro-batches differ in structure{_at(name)}")
+    names = list(first) if isinstance(first, Mapping) else [name] * len(every[0])
+    columns = zip(zip(*every, strict=True), names, strict=True)
+    return _rebuilt(first, [_joined(column, sizes, dim, str(n)) for column, n in columns])
+
+
 def _joined_tensors(parts: Sequence[Tensor], sizes: Sequence[int], dim: int, name: str) -> Tensor:
     first = parts[0]
     count = all(t.ndim > dim and t.shape[dim] == n for t, n in zip(parts, sizes, strict=True))
-    if len(parts) > 1 and all(part is first for part in parts):
-        return first  # one tensor for all, e.g. an attention mask
     if count and len({t.ndim for t in parts}) == 1:
         return torch.cat(_padded(parts, dim, name), dim)
     if all(t.shape == first.shape and torch.equal(t, first) for t in parts):
@@ -113,7 +137,11 @@ def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
     longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
     if all(t.shape[d] == longest[d] for t in parts for d in range(t.ndim) if d != dim):
         return list(parts)
-    fill = -100 if "label" in name or "target" in name else 0
+    fill = next((value for word, value in PADDING.items() if word in name.lower()), None)
+    if fill is None:
+        raise NotJoinableError(
+            f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not known"
+        )
     padded = []
     for tensor in parts:
         shape = [tensor.shape[d] if d == dim else longest[d] for d in range(tensor.ndim)]
@@ -127,7 +155,7 @@ def _is_sample_list(value: Any, size: int) -> bool:
     """A list with an entry per sample, e.g. of names, or of images of different sizes."""
     if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
         return False
-    return not all(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
+    return not any(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
 
 
 def _is_container(value: Any) -> bool:

@@ -160,15 +160,20 @@ class Trial:
                 with replay.micro_batch(index), self._saved.counted() if record else nullcontext():
                     yield
                 if before is not None and not same_host_state(before, random_states()):
-                    self.draws.refuse("numbers come from Python's or NumPy's generator", None)
+                    why = "numbers come from Python's or NumPy's generator"
+                    self.draws.refuse(why, None, foreign=True)
 
             self.window.accumulate(around, self._lift(float64))
             taken.append(self._gradient(parameters))
         return taken
 
+    def _kind(self) -> str:
+        parameters = self.window.parts.parameters().values()
+        return (self._device or next((p.device for p in parameters), torch.device("cpu"))).type
+
     def _require_room(self, float64: bool) -> None:
         parameters: list[Tensor] = list(self.window.parts.parameters().values())
-        device = self._device or next((p.device for p in parameters), torch.device("cpu"))
+        device = self._device or torch.device(self._kind())
         what = f"one pass over {sum(self.window.sizes)} samples{' in float64' if float64 else ''}"
         require(needed_bytes(parameters, self._saved.bytes, float64=float64), device, what)
 
@@ -198,7 +203,12 @@ class Trial:
         follower = Follower(self.window.parts, see, enter)
         dtype = torch.float64 if float64 else None
         default = torch.get_default_dtype()
-        bench = on_bench(self.window.parts, dtype=dtype, device=self._device)
+        outermost = not torch.is_autocast_enabled(self._kind())
+
+        def moved() -> None:
+            self.draws.refuse("numbers come from a generator of the model's own", None, foreign=True)
+
+        bench = on_bench(self.window.parts, dtype=dtype, device=self._device, moved=moved)
         with random_state_kept(), bench as parameters:
             set_random_states(self._begin)
             torch.set_default_dtype(torch.float64 if float64 else default)
@@ -207,7 +217,8 @@ class Trial:
                     yield replay, follower, parameters
             finally:
                 torch.set_default_dtype(default)
-                torch.clear_autocast_cache()
+                if outermost:  # else the loop's own cache is in it, which is the loop's affair
+                    torch.clear_autocast_cache()
 
 
 def _math_attention() -> AbstractContextManager[Any]:

@@ -12,6 +12,8 @@ ROUNDING64 = 1e-10
 """The line between rounding in float64 (seen: 1e-16 to 1e-13) and bias (seen: 5e-3 to 1)."""
 FAR = 1e3
 """How far above the measured float64 floor a difference is none of rounding any more."""
+NEVER_ROUNDING64 = 1e-7
+"""No difference above this is rounding in float64, however far another order of the samples moves it."""
 RANGE = 4.0
 """How far e may exceed the floor, which as the largest of a few orders underestimates that of all."""
 
@@ -35,7 +37,8 @@ class Measured:
         """Whether the two gradients are equal but for rounding; None: not known."""
         if self.e64 is None or not math.isfinite(self.e64):
             return None
-        return self.e64 <= max(ROUNDING64, FAR * self.floor64) and not self.hidden64
+        line = max(ROUNDING64, min(FAR * self.floor64, NEVER_ROUNDING64))
+        return self.e64 <= line and not self.hidden64
 
     @property
     def in_range(self) -> bool:
@@ -52,7 +55,7 @@ def hidden_difference(accumulated: Gradient, one_pass: Gradient, permuted: Gradi
     """Whether some parameter's gradient differs though its share in the whole is too small to show."""
     floors = {row.name: row.share for row in parameter_errors(permuted, one_pass)}
     return any(
-        row.error > 1e-6 and row.share > FAR * max(floors.get(row.name, 0.0), 1e-16)
+        row.error > 1e-6 and row.share > FAR * min(max(floors.get(row.name, 0.0), 1e-16), ROUNDING64)
         for row in parameter_errors(accumulated, one_pass)
     )
 

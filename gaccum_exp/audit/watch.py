@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.bench import Parts, random_state_kept
+from gaccum_exp.audit.bench import Parts, modules_in, random_state_kept
 from gaccum_exp.audit.beside import reported_loss
 from gaccum_exp.audit.gradient import Gradient
 from gaccum_exp.audit.loop import judge
-from gaccum_exp.audit.observer import Observer, Sight
+from gaccum_exp.audit.observer import Observer
 from gaccum_exp.audit.record import MicroBatch
 from gaccum_exp.audit.result import Audit, Check, Verdict, worst
+from gaccum_exp.audit.sight import Sight
 
 WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -106,8 +107,7 @@ class watch:  # noqa: N801  # used as a function
         batch_dim: int = 0,
     ) -> None:
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
-        held = criterion if isinstance(criterion, nn.Module) else None
-        self._parts = Parts(model, criterion=held)
+        self._parts = Parts(model, *modules_in(criterion))
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._parts.judged = {n for n, p in self._parts.parameters().items() if id(p) in stepped}
         judged = {n: p for n, p in self._parts.parameters().items() if n in self._parts.judged}

@@ -1,6 +1,5 @@
 """The audit of one window of a configured experiment."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.bench import Parts, random_state_kept
+from gaccum_exp.audit.bench import Parts, modules_in, random_state_kept
 from gaccum_exp.audit.examine import examine, first_line
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.room import out_of_memory
@@ -102,7 +101,7 @@ class ConfiguredWindow:
         reduction: Reduction,
         sum_divisor: float,
     ) -> None:
-        self.parts = Parts(model, criterion=_criterion_of(loss_fn))
+        self.parts = Parts(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
         self.reduction, self.sum_divisor = reduction, sum_divisor
         self._model, self._loss_fn = model, getattr(loss_fn, "on_host", loss_fn)
@@ -159,7 +158,7 @@ class _Following:
 
     def __init__(self, loss_fn: LossFn, around: Around) -> None:
         self._loss_fn, self._around, self._next = loss_fn, around, 0
-        self.criterion = _criterion_of(loss_fn)
+        self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Any:
         return count(self._loss_fn, micro_batch)
@@ -185,12 +184,3 @@ def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Au
     per_mean = audit.denominator / window.sum_divisor if window.reduction == "sum" else 1.0
     along = scale_of(examined.accumulated64, examined.one_pass64)
     return replace(audit, scale=None if along is None else along * per_mean)
-
-
-def _criterion_of(loss_fn: Any) -> nn.Module | None:
-    """The module that a loss function holds, if any."""
-    held = getattr(loss_fn, "criterion", None)
-    if held is None and isinstance(loss_fn, functools.partial):
-        given = (*loss_fn.args, *loss_fn.keywords.values())
-        held = next((v for v in given if isinstance(v, nn.Module)), None)
-    return held if isinstance(held, nn.Module) else None

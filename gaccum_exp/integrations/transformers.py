@@ -1,0 +1,68 @@
+"""The audit as a callback of the transformers Trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gaccum_exp.audit.result import Audit
+from gaccum_exp.integrations.due import DueWindows
+
+
+class AuditCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the checker
+    """Judge the window of every so many optimizer steps; the training ends as it would have without.
+
+        audit = AuditCallback(every_n_steps=1000)
+        Trainer(model, args, train_dataset=data, callbacks=[audit]).train()
+        print(audit.audits[0][1])
+
+    Nothing is logged; a window that is biased is warned about, once per cause. On several processes it
+    says so once and judges nothing: a window would be all ranks' micro-batches. The Trainer tells its
+    callbacks of no exception: after one inside a window, call `close`.
+
+    Args:
+        every_n_steps: how often; the first window is always judged. A window that is judged takes about
+            a dozen times as long.
+        criterion: as in `watch`; None: the loss that the model returns, as the Trainer's default. With
+            `compute_loss_func` or label smoothing give that function (`trainer.label_smoother`).
+    """
+
+    def __init__(self, every_n_steps: int = 1000, criterion: Callable[..., Any] | None = None) -> None:
+        self._due = DueWindows(every_n_steps)
+        self._criterion = criterion
+
+    @property
+    def audits(self) -> list[tuple[int, Audit]]:
+        """(optimizer steps taken before the window, its audit), in order."""
+        return self._due.audits
+
+    def close(self) -> None:
+        """Let go of a window in progress."""
+        self._due.abandon()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier training."""
+        self._due.restart()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch, if a window begins that is due."""
+        if args.world_size > 1:
+            self._due.once("ranks", "AuditCallback judges one process only: nothing is audited here")
+            return
+        self._due.begin(state.global_step, kwargs["model"], self._criterion, kwargs["optimizer"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the audit of the step that was taken."""
+        self._due.end(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of a window that has no step."""
+        self._due.abandon()

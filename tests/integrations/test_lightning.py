@@ -1,0 +1,204 @@
+"""`watch` and the callback around Lightning's Trainer."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gaccum_exp import watch
+from tests.integrations.small import EQUAL, PARTIAL, SHORT, adamw, loader, net, same, weights
+
+lightning = pytest.importorskip("lightning", reason="the extra `peers` is not installed")
+torchmetrics = pytest.importorskip("torchmetrics")
+integration = pytest.importorskip("gaccum_exp.integrations.lightning")
+
+pytestmark = [  # Lightning's own, about torch and about its own advice
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
+
+
+class Lit(lightning.LightningModule):
+    """Logs its loss and an accuracy, and calls a part of itself."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = net()
+        self.drop = nn.Dropout(dropout)
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=3)
+        self.optimizer = adamw(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.drop(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.net(self.drop(x))
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+class WithForward(Lit):
+    """Calls itself, and a criterion that is a module."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def fit(
+    folder: Path,
+    model: Any,
+    sizes: Sequence[int],
+    callbacks: Any = (),
+    criterion: Callable[[Any], Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """Train one epoch with N = 4, under `watch` where a criterion is given; return trainer and audit."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = lightning.Trainer(
+        **{"max_epochs": 1, "accumulate_grad_batches": 4, "gradient_clip_val": 0.05} | settings,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    given = None if criterion is None else criterion(model)
+    with watch(model, given, model.optimizer) if criterion is not None else nullcontext() as audit:
+        trainer.fit(model, loader(sizes))
+    return trainer, audit
+
+
+def training_step(model: Any) -> Any:
+    return model.training_step
+
+
+def whatever_it_calls(model: Any) -> Any:
+    return None
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("kind", "criterion"),
+    [(Lit, training_step), (WithForward, training_step), (WithForward, whatever_it_calls)],
+)
+def test_equal_micro_batches_of_a_trainer_are_equivalent(
+    tmp_path: Path, kind: Any, criterion: Any, precision: str
+) -> None:
+    """`fit` as a whole inside the block, clipped, with a batch index and a log that is not replayed."""
+    _, audit = fit(tmp_path, kind(), EQUAL, criterion=criterion, precision=precision)
+    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
+    assert audit.sound
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_short_last_micro_batch_of_a_trainer_is_biased(tmp_path: Path, precision: str) -> None:
+    """Lightning divides each mean by N."""
+    _, audit = fit(tmp_path, Lit(), SHORT, criterion=training_step, precision=precision)
+    assert (audit.verdict, audit.cause) == ("biased", "unequal denominators"), str(audit)
+
+
+def test_a_partial_last_window_of_a_trainer_has_the_wrong_size(tmp_path: Path) -> None:
+    """Lightning steps at the epoch's end, on two micro-batches that were divided by four."""
+    _, audit = fit(tmp_path, Lit(), PARTIAL, criterion=training_step)
+    assert [w.verdict for w in audit.windows] == ["equivalent", "biased"], str(audit)
+    assert (audit.cause, audit.steps) == ("loss scale", 2)
+    assert audit.scale == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_trainer_ends_bit_for_bit_as_without_watch(tmp_path: Path, dropout: float) -> None:
+    """Weights, logged numbers and random state; with dropout too."""
+    ends = []
+    for criterion in (None, training_step):
+        model = Lit(dropout)
+        trainer, audit = fit(tmp_path, model, [*SHORT, *EQUAL[:4]], criterion=criterion)
+        ends.append((weights(model), dict(trainer.callback_metrics), torch.get_rng_state()))
+    assert len(audit.windows) == 2
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert ends[0][1].keys() == {"loss", "accuracy"}
+    assert torch.equal(ends[0][2], ends[1][2])
+
+
+@pytest.mark.parametrize("kind", [Lit, WithForward])
+def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path, kind: Any) -> None:
+    """Every second of four, each with its four micro-batches."""
+    audit = integration.AuditCallback(every_n_steps=2)
+    fit(tmp_path, kind(), [4] * 16, [audit])
+    found = [(step, a.verdict, a.steps) for step, a in audit.audits]
+    assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_callback_leaves_the_training_bit_for_bit_as_it_was(tmp_path: Path, dropout: float) -> None:
+    """Weights, logged numbers and random state after two epochs; nothing stays attached."""
+    ends = []
+    for callbacks in ([], [integration.AuditCallback(every_n_steps=1)]):
+        model = Lit(dropout)
+        trainer, _ = fit(tmp_path, model, EQUAL, callbacks, max_epochs=2)
+        ends.append((weights(model), dict(trainer.callback_metrics), torch.get_rng_state()))
+        assert not model._forward_hooks
+        assert sys.getprofile() is None
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert torch.equal(ends[0][2], ends[1][2])
+    assert [step for step, _ in callbacks[0].audits] == [0, 1, 2, 3]
+
+
+def test_the_callback_warns_of_a_bias_once_per_cause(tmp_path: Path) -> None:
+    """Two epochs that end in a partial window: two audits that are biased, one warning."""
+    audit = integration.AuditCallback(every_n_steps=1)
+    with pytest.warns(UserWarning, match="each divided by 4") as said:
+        fit(tmp_path, Lit(), PARTIAL, [audit], max_epochs=2)
+    verdicts = [a.verdict for _, a in audit.audits]
+    assert verdicts == ["equivalent", "biased", "equivalent", "biased"]
+    assert len([w for w in said if "each divided by 4" in str(w.message)]) == 1
+
+
+def test_the_callback_lets_go_of_a_training_that_fails(tmp_path: Path) -> None:
+    """In the middle of a window: no hook and no profiler stays behind."""
+
+    class Failing(Lit):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, model, EQUAL, [integration.AuditCallback()])
+    assert sys.getprofile() is None
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_callback_that_is_never_due_is_an_error() -> None:
+    """Said with the number, before anything runs."""
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        integration.AuditCallback(every_n_steps=0)
+
+
+def test_the_callback_judges_nothing_on_several_processes_and_says_so_once() -> None:
+    """A rank sees its own micro-batches only, and a gradient of all ranks'."""
+    audit, ranks = integration.AuditCallback(), SimpleNamespace(world_size=2)
+    with pytest.warns(UserWarning, match="one process only"):
+        audit.on_train_batch_start(ranks, Lit(), None, 0)
+    audit.on_train_batch_start(ranks, Lit(), None, 1)  # a second warning would be an error
+    assert sys.getprofile() is None
