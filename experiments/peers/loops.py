@@ -94,7 +94,7 @@ def lightning(model: nn.Module, optimizer: Any, loader: "DataLoader[Any]") -> An
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with watch(lit.model, lit.criterion, optimizer) as audit:
+        with watch(lit, lit.training_step, optimizer) as audit:
             trainer.fit(lit, loader)
     return audit
 
@@ -165,7 +165,7 @@ def _transformers(model: nn.Module, optimizer: Any, loader: "DataLoader[Any]") -
 def gaccum_exp(model: nn.Module, optimizer: Any, loader: "DataLoader[Any]") -> Any:
     """`accumulate_gradients`, which counts the window before its first backward pass."""
     criterion = MeanLoss()
-    with watch(model, None, optimizer) as audit:
+    with watch(model, criterion, optimizer) as audit:
         batches = iter(loader)
         while window := [(b["inputs"], b["labels"]) for b in islice(batches, N)]:
             accumulate_gradients(model, criterion, window, reduction="global_mean")
