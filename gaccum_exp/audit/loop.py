@@ -21,15 +21,13 @@ from gaccum_exp.audit.recorded import CouplingError, RecordedWindow
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.samples import NotJoinableError
-from gaccum_exp.audit.shares import fitted_shares, sampled
+from gaccum_exp.audit.shares import divided_by, fitted_shares, reference_of_sum, sampled, unrounded
 from gaccum_exp.audit.sight import Sight
 from gaccum_exp.audit.trial import Trial
 from gaccum_exp.audit.verdict import multiple, remedy, scale_of
 
 AS_REPLAYED = 1e-4
 """How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
-AS_MEANT = 1e-5
-"""How close a weight, seen in the loop's precision, is to the number that was meant."""
 
 
 def judge(sight: Sight, reached: Gradient, parts: Parts, dim: int) -> Audit:
@@ -103,9 +101,11 @@ class _Loop:
             factor = 1.0
         weights = [w / self._loss_scale for w in self._window.weights]
         summed = self._find_shares()
-        reference = self._reference([w * (factor or 1.0) for w in weights], summed)
+        given = [w * (factor or 1.0) for w in weights]
+        counts, sizes = self._window.counts(), self._window.sizes
+        reference = reference_of_sum(given, counts, sizes) if summed else 1.0
         shares = [share * reference for share in self._window.shares or []]
-        exact = _unrounded([w * (factor or 1.0) for w in weights], shares)
+        exact = unrounded(given, shares)
         self._window.weights = [w * self._loss_scale for w in exact]
         self._window.reference = reference * self._loss_scale
         blank = replace(self._blank, reduction=self._named(reference, summed))
@@ -167,24 +167,6 @@ class _Loop:
         if window is not self._window:
             self._window.shares = [1.0]
         return summed
-
-    def _reference(self, weights: list[float], summed: bool) -> float:
-        """Return what the one pass's loss is multiplied by: 1; for a sum, what the loop meant."""
-        if not summed:
-            return 1.0
-        counts = self._window.counts() or [float(size) for size in self._window.sizes]
-        n, steps = sum(counts), len(weights)
-        equal = all(math.isclose(w, weights[0], rel_tol=1e-5) for w in weights)
-        own_means = [w * k for w, k in zip(weights, counts, strict=True)]
-        if equal and steps > 1 and math.isclose(weights[0], 1 / steps, rel_tol=1e-5):
-            return 1.0  # a sum that counts already, divided by N once more
-        if all(math.isclose(m, own_means[0], rel_tol=1e-5) for m in own_means) and (
-            not equal or math.isclose(own_means[0], 1, rel_tol=1e-5)
-        ):
-            return 1 / n  # each micro-batch's own mean
-        if equal and any(math.isclose(weights[0] * n, k, rel_tol=1e-5) for k in (1 / steps,)):
-            return 1 / n
-        return weights[0] if equal else sum(weights) / steps
 
     def _named(self, reference: float, summed: bool) -> str:
         if not summed:
@@ -284,7 +266,7 @@ class _Loop:
         if audit.cause != result.LOSS_SCALE:
             return audit
         steps, gone = len(weights), factor or 1.0
-        whole = multiple_of_one(weights, summed)
+        whole = divided_by(weights, summed)
         total = gone * sum(weights) / (1 if not summed else self._window.reference / self._loss_scale)
         said = f"gradient is {total:.4g} × the large batch's: "
         if self._loss_scale != 1 and math.isclose(gone, 1 / self._loss_scale, rel_tol=1e-3):
@@ -304,25 +286,6 @@ class _Loop:
             why = f"{steps} micro-batches, each divided by {whole}: divide by the number in this window"
             return replace(audit, remedy=said + why)
         return audit
-
-
-def _unrounded(weights: list[float], shares: list[float]) -> list[float]:
-    """Return the weights that the loop meant: seen in its precision, 1/3 is no third in float64."""
-    if not shares:
-        return weights
-    factor = sum(weights) / sum(shares)
-    factor = 1.0 if abs(factor - 1) < AS_MEANT else factor
-    meant = [share * factor for share in shares]
-    close = all(abs(w - m) <= AS_MEANT * abs(m) for w, m in zip(weights, meant, strict=True))
-    return meant if close else weights
-
-
-def multiple_of_one(weights: Sequence[float], summed: bool) -> int | None:
-    """Return the M of weights that are all 1/M, of mean losses."""
-    if summed or not all(math.isclose(w, weights[0], rel_tol=1e-5) for w in weights):
-        return None
-    by = 1 / weights[0]
-    return round(by) if by >= 1 and math.isclose(by, round(by), rel_tol=1e-4) else None
 
 
 def _round(factor: float) -> bool:
