@@ -109,6 +109,8 @@ class _Loop:
         self._window.weights = [w * self._loss_scale for w in exact]
         self._window.reference = reference * self._loss_scale
         blank = replace(self._blank, reduction=self._named(reference, summed))
+        if factor is not None and factor != 1:
+            replayed = scaled(replayed, factor)
         examined = examine(self._trial, observed, blank, replayed)
         audit = self._with_scale(examined, reference if summed else None)
         if examined.measured is None:
@@ -162,11 +164,8 @@ class _Loop:
         shares = fitted_shares(micro, whole)
         if shares is None:
             return window.sums
-        self._window.shares = shares if window is self._window else [2 * shares[0]]
-        summed = all(abs(share - 1) < 1e-3 for share in shares)
-        if window is not self._window:
-            self._window.shares = [1.0]
-        return summed
+        self._window.shares = shares if window is self._window else [1.0]
+        return all(abs(share - 1) < 1e-3 for share in shares)
 
     def _named(self, reference: float, summed: bool) -> str:
         if not summed:

@@ -85,6 +85,7 @@ class Observer:
         self._paused = False
         self._stepping = False
         self._counting = False
+        self._steps = self._steps_before = 0
         self.past = Tape()
         """Of the window before: its losses may be looked at after its step."""
 
@@ -126,6 +127,7 @@ class Observer:
             GradScaler.scale.__code__: self._saw_scale,
             GradScaler.unscale_.__code__: self._saw_unscale,
         }
+        scaling[GradScaler.step.__code__] = self._saw_scaler_step
         for function in (torch.autograd.backward, torch.autograd.grad):
             scaling[function.__code__] = self._saw_backward
         loss = {self._loss_code: self._saw_loss} if self._loss_code is not None else {}
@@ -334,6 +336,7 @@ class Observer:
 
     def _step_begins(self) -> None:
         sight = self.sight
+        self._steps += 1
         self._stepping = self._paused = True
         try:
             scale = getattr(
@@ -361,6 +364,13 @@ class Observer:
     def _saw_step(self, event: str, frame: FrameType, value: Any) -> None:
         if event == "call" and not self._paused and isinstance(frame.f_locals.get("self"), LRScheduler):
             self.sight.scheduler_steps.append(self.sight.tape.backwards)
+
+    def _saw_scaler_step(self, event: str, frame: FrameType, value: Any) -> None:
+        """A scaler skips the step where a gradient overflowed: that window is given up."""
+        if event == "call":
+            self._steps_before = self._steps
+        elif self._steps == self._steps_before and not self._paused:
+            self.past, self.sight = self.sight.tape, Sight()
 
     def _saw_scale(self, event: str, frame: FrameType, value: Any) -> None:
         if event == "return" and not self._paused:

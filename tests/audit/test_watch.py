@@ -235,3 +235,23 @@ def test_weights_cast_once_for_several_steps_are_not_called_sound() -> None:
 def test_nothing_seen_is_inconclusive() -> None:
     """Neither a step nor a backward pass."""
     assert watched(lambda m, o, w: None, window(4)).verdict == "inconclusive"
+
+
+def test_a_window_that_the_scaler_gave_up_is_no_part_of_the_next() -> None:
+    """A step skipped for an overflow, as in the first steps under float16, is no fault of the loop."""
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer, parts: Pairs) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
+        for _ in range(3):
+            for x, y in parts:
+                scaler.scale(CE(16 * model(x), y) / len(parts)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, None, optimizer) as audit:
+        loop(model, optimizer, window(4, 4))
+    assert [found.steps for found in audit.windows] == [2, 2], "the first of three was skipped"
+    assert audit.verdict in SOUND, str(audit)
