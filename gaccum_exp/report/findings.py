@@ -103,9 +103,9 @@ def control_notes(groups: Labelled, rows: Sequence[ComparisonRow]) -> tuple[str,
             sentence = f"outside the envelope of {say_controls(outside)}: {arms}."
             if any(row.verdict in SOUND for row in outside):
                 sentence += (
-                    " Where the audit is sound, a window that it did not judge may be at fault, as the "
-                    "partial one that ends an epoch (audit.every_steps=1 tells), or rounding leapt (more "
-                    "controls tell)."
+                    " Where the audit is sound, a window that it did not judge may be at fault, as "
+                    "the partial one that ends an epoch (audit.every_steps=1 tells), or rounding leapt "
+                    "(more controls tell)."
                 )
             left.setdefault(sentence, []).append(setting.label)
         unused = _say_unused(group)
