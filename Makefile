@@ -16,8 +16,8 @@ BIN := .venv/bin
 demo: .venv/base   ## sweep N on the bundled digits and print the comparison
 	$(BIN)/python -m gaccum_exp -m accum.steps=1,2,4,8
 
-test: .venv/test   ## the whole suite on two cores
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: .venv/test   ## the whole suite on two cores, a thread for each worker
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/test   ## style and types
 	$(BIN)/ruff check .
