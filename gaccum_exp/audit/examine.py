@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.gradient import (
@@ -195,7 +195,32 @@ def _explained(trial: Trial, runs: _Runs, exact: _Float64, audit: Audit) -> Audi
         audit = replace(audit, cause=result.BATCH_STATISTICS)
         mixers = [_culprit(trial.window, name, result.BATCH_STATISTICS) for name in mixing]
         return _blaming(audit, [*mixers, *drew])
+    carrying = _carrying_state(trial, exact)
+    if carrying is not None:
+        audit = replace(audit, cause=result.BATCH_STATISTICS)
+        culprit = _culprit(trial.window, carrying, result.BATCH_STATISTICS)
+        said = (
+            f"{carrying or 'the model'} ({culprit.type}) uses a state that every forward pass moves, N "
+            "times in a window of N passes: freeze it, or move it once per window"
+        )
+        return replace(_blaming(audit, [culprit, *drew]), remedy=said)
     return _blaming(_of_the_loss(trial, exact, audit), drew, first=False)
+
+
+def _carrying_state(trial: Trial, exact: _Float64) -> str | None:
+    """Return the module whose buffers carry something from one pass to the next, if that is all."""
+    parts = trial.window.parts
+    holding = [
+        module for module in parts.modules if any(b is not None for b in module._buffers.values())
+    ]
+
+    def settled(modules: Sequence[nn.Module]) -> bool:
+        return distance(trial.forgetting(modules), exact.one_pass) <= SAME64
+
+    if not holding or not settled(holding):
+        return None
+    alone = (module for module in holding if settled([module]))
+    return parts.name(next(alone, holding[0]))
 
 
 def _without_randomness(trial: Trial) -> tuple[float, list[str]]:

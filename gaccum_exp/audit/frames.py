@@ -20,12 +20,14 @@ Seen = Callable[[str, FrameType, Any], None]
 def frames_seen(by_code: dict[CodeType, Seen], by_name: dict[str, Seen]) -> Iterator[None]:
     """Report every call of these code objects, and of functions of these names."""
     before = sys.getprofile()
+    # By identity: code that torch.compile makes may hold constants that have no hash.
+    watched = {id(code): seen for code, seen in by_code.items()}
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
         if before is not None:
             before(frame, event, arg)  # type: ignore[arg-type]  # passed on as it came
         if event in ("call", "return"):
-            seen = by_code.get(frame.f_code) or by_name.get(frame.f_code.co_name)
+            seen = watched.get(id(frame.f_code)) or by_name.get(frame.f_code.co_name)
             if seen is not None:
                 seen(event, frame, arg)
 

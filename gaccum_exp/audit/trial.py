@@ -97,6 +97,10 @@ class Trial:
             self.window.one_pass(replay.whole(order), self._lift(float64), order)
             return self._gradient(parameters)
 
+    def forgetting(self, modules: Sequence[nn.Module]) -> Gradient:
+        """Accumulate in float64 with the buffers of some modules set back before every pass."""
+        return self._accumulated(record=False, float64=True, forgetting=modules)
+
     def micro_gradients(self) -> list[Gradient]:
         """Return each micro-batch's gradient by itself, in float64."""
         return self._taken(record=False, float64=True, apart=True)
@@ -137,19 +141,32 @@ class Trial:
                 loss, denominator = self.window.forward(index, self._lift(True))
         return float(loss), float(denominator)
 
-    def _accumulated(self, *, record: bool, float64: bool, apart: bool = False) -> Gradient:
-        taken = self._taken(record=record, float64=float64, apart=apart)
+    def _accumulated(
+        self,
+        *,
+        record: bool,
+        float64: bool,
+        apart: bool = False,
+        forgetting: Sequence[nn.Module] = (),
+    ) -> Gradient:
+        taken = self._taken(record=record, float64=float64, apart=apart, forgetting=forgetting)
         return total(taken) if apart else taken[0]
 
-    def _taken(self, *, record: bool, float64: bool, apart: bool) -> list[Gradient]:
+    def _taken(
+        self, *, record: bool, float64: bool, apart: bool, forgetting: Sequence[nn.Module] = ()
+    ) -> list[Gradient]:
         running = self._running(record=record, float64=float64)
         taken: list[Gradient] = []
         with running as (replay, follower, parameters):
+            buffers = [b for m in forgetting for b in m._buffers.values() if b is not None]
+            states = [(buffer, buffer.clone()) for buffer in buffers]
 
             @contextmanager
             def around(index: int) -> Iterator[None]:
                 if apart and index > 0:
                     taken.append(self._gradient(parameters))
+                for buffer, state in states:
+                    buffer.copy_(state)
                 follower.begin()
                 # Held numbers do not come from a generator; Python's and NumPy's begin anew each pass.
                 if self._starts is not None and record:
