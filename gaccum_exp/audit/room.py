@@ -1,6 +1,6 @@
 """Is there memory for it? Asked before a pass is run, since running out would take the run down."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,15 +25,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Saved:
-    """Bytes that autograd keeps for backward passes, storages counted once."""
+    """Bytes that autograd keeps for backward passes, beside the parameters; storages counted once."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, parameters: Iterable[Tensor]) -> Iterator[None]:
         """Count what the block's forward pass keeps."""
-        seen: set[int] = set()
+        seen = {p.untyped_storage().data_ptr() for p in parameters}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()

@@ -174,7 +174,8 @@ class Trial:
                 elif not record:
                     set_random_states(self._begin)
                 before = random_states() if record else None
-                with replay.micro_batch(index), self._saved.counted() if record else nullcontext():
+                saved = self._saved.counted(parameters.values()) if record else nullcontext()
+                with replay.micro_batch(index), saved:
                     yield
                 if before is not None and not same_host_state(before, random_states()):
                     why = "numbers come from Python's or NumPy's generator"

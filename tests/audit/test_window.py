@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaccum_exp.audit import room
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.window import audit_window
 from tests.audit.support import (
@@ -285,3 +286,27 @@ def test_a_state_that_every_pass_moves_is_found_with_its_module() -> None:
     assert (found.verdict, found.cause) == ("biased", "batch statistics")
     assert (found.culprit, found.culprit_type) == ("1.parametrizations.weight.0", "_SpectralNorm")
     assert "every forward pass" in (found.remedy or "")
+
+
+@pytest.mark.parametrize("free", [60_000, 200_000])
+def test_a_window_without_room_is_audited_on_fewer_samples(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it needed and what there was is said; the verdict is of the slice."""
+    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    found = audit_window(net(nn.BatchNorm1d(HIDDEN)), CE, window(400, 400, 300))
+    assert (found.verdict, found.culprit_type) == ("biased", "BatchNorm1d")
+    assert found.denominator is not None
+    assert 4 <= found.denominator < 1100
+    assert "slice" in (found.detail or "")
+    assert "GiB" in (found.detail or "")
+
+
+def test_a_window_for_which_there_is_no_room_at_all_is_inconclusive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It never takes the run down."""
+    monkeypatch.setattr(room, "free_bytes", lambda device: 100)
+    found = audit_window(net(), CE, window(4, 4))
+    assert found.verdict == "inconclusive"
+    assert "GiB" in (found.detail or "")
