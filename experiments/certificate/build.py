@@ -49,7 +49,7 @@ def main() -> None:
     """Audit what is missing, then write figure and page."""
     commit = git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
     done = {(row["model"], int(row["steps"])) for row in read()}
-    for name in sys.argv[1:] or sorted(set(EXPECTED) - set(LEFT_OUT), key=cost):
+    for name in sys.argv[1:] or sorted(set(EXPECTED) - set(LEFT_OUT), key=lambda n: (cost(n), n)):
         for steps in STEPS:
             if (name, steps) not in done:
                 append(judge(name, steps) | {"commit": commit})
@@ -163,7 +163,7 @@ def page(rows: list[dict[str, str]]) -> str:
     )
     missing = set(EXPECTED) - set(LEFT_OUT) - {row["model"] for row in rows}
     if missing:
-        summary += f" Not run yet: {len(missing)}."
+        summary += f" Not run yet ({len(missing)}): {', '.join(sorted(missing))}."
     left = "; ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items())
     summary += f" Left out: {left}."
     commits = sorted({row["commit"] for row in rows})
