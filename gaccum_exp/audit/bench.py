@@ -10,9 +10,8 @@ import functools
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -283,12 +282,15 @@ def _no_recomputation() -> Iterator[None]:
     def once(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
 
-    with ExitStack() as stack:
-        for name, stand_in in (
-            ("CheckpointFunction", Direct),
-            ("_checkpoint_without_reentrant_generator", once),
-            ("_checkpoint_without_reentrant_generator_impl", once),
-        ):
-            if hasattr(torch.utils.checkpoint, name):
-                stack.enter_context(patch.object(torch.utils.checkpoint, name, stand_in))
+    stand_ins = {
+        "CheckpointFunction": Direct,
+        "_checkpoint_without_reentrant_generator": once,
+        "_checkpoint_without_reentrant_generator_impl": once,
+    }
+    names = vars(torch.utils.checkpoint)
+    before = {name: names[name] for name in stand_ins if name in names}
+    names.update({name: stand_ins[name] for name in before})
+    try:
         yield
+    finally:
+        names.update(before)

@@ -46,9 +46,7 @@ class Examined:
 
     audit: Audit
     """Verdict and cause as far as the window itself, run again, shows them."""
-    measured: Measured | None
-    one_pass: Gradient
-    """In the window's own precision."""
+    measured: Measured | None = None
     one_pass64: Gradient | None = None
     accumulated64: Gradient | None = None
 
@@ -95,7 +93,7 @@ def examine(
     accumulated = replayed if observed is None else observed
     stop = _unanswerable(accumulated, one_pass)
     if stop is not None:
-        return Examined(replace(blank, verdict="inconclusive", detail=stop), None, one_pass)
+        return Examined(replace(blank, verdict="inconclusive", detail=stop))
     orders = summation_orders(sum(window.sizes))
     floor = max(distance(trial.one_pass(float64=False, order=o), one_pass) for o in orders)
     e = distance(accumulated, one_pass)
@@ -107,7 +105,7 @@ def examine(
         if out_of_memory(error):
             raise
         why = f"it does not run in float64: {first_line(error)}"
-        return Examined(replace(blank, verdict="inconclusive", detail=why), None, one_pass)
+        return Examined(replace(blank, verdict="inconclusive", detail=why))
     measured = Measured(
         identical(accumulated, one_pass),
         e=e,
@@ -127,7 +125,7 @@ def examine(
     )
     runs = _Runs(measured, accumulated, replayed, one_pass)
     audit = _explained(trial, runs, exact, audit)
-    return Examined(audit, measured, one_pass, exact.one_pass, exact.accumulated)
+    return Examined(audit, measured, exact.one_pass, exact.accumulated)
 
 
 def summation_orders(samples: int) -> list[Tensor]:

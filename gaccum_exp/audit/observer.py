@@ -339,9 +339,8 @@ class Observer:
         self._steps += 1
         self._stepping = self._paused = True
         try:
-            scale = getattr(
-                self._optimizer, "grad_scale", None
-            )  # fused optimizers unscale by themselves
+            # Fused optimizers unscale by themselves, in their step.
+            scale = getattr(self._optimizer, "grad_scale", None)
             by = float(scale) if isinstance(scale, Tensor) else 1.0
             self._reached(
                 sight,

@@ -27,7 +27,7 @@ class Measured:
     """In the run's precision, draws held where they can be."""
     floor: float
     """How much of g_1 is rounding: its distance to other summation orders and to float64."""
-    e64: float | None
+    e64: float
     floor64: float
     hidden64: bool = False
     """Whether a parameter too small to be seen in e64 differs beyond its own rounding."""
@@ -35,7 +35,7 @@ class Measured:
     @property
     def same_function(self) -> bool | None:
         """Whether the two gradients are equal but for rounding; None: not known."""
-        if self.e64 is None or not math.isfinite(self.e64):
+        if not math.isfinite(self.e64):
             return None
         line = max(ROUNDING64, min(FAR * self.floor64, NEVER_ROUNDING64))
         return self.e64 <= line and not self.hidden64
