@@ -17,7 +17,7 @@ from gaccum_exp.audit.gradient import (
     norm,
     parameter_errors,
 )
-from gaccum_exp.audit.result import Audit, Culprit
+from gaccum_exp.audit.result import Audit, Culprit, ParameterError
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.trial import Trial, Window
 from gaccum_exp.audit.verdict import (
@@ -55,7 +55,10 @@ class Examined:
 class _Float64:
     one_pass: Gradient
     accumulated: Gradient
-    permuted: Gradient
+    floor: float
+    """How far another order of the samples moves the one pass."""
+    rounding: tuple[ParameterError, ...]
+    """The same, parameter by parameter."""
     parts: list[tuple[float, float]]
     whole: tuple[float, float]
     mixing: list[str]
@@ -87,7 +90,7 @@ def examine(
     window = trial.window
     if replayed is None:
         replayed = trial.record()
-    one_pass = trial.one_pass(float64=False)
+    one_pass = trial.one_pass(float64=False, beside=2)
     if trial.draws.shared:
         replayed = trial.accumulated(float64=False)
     accumulated = replayed if observed is None else observed
@@ -106,22 +109,21 @@ def examine(
             raise
         why = f"it does not run in float64: {first_line(error)}"
         return Examined(replace(blank, verdict="inconclusive", detail=why))
+    errors64 = parameter_errors(exact.accumulated, exact.one_pass)
     measured = Measured(
         identical(accumulated, one_pass),
         e=e,
         floor=max(floor, distance(one_pass, exact.one_pass)),
         e64=distance(exact.accumulated, exact.one_pass),
-        floor64=distance(exact.permuted, exact.one_pass),
-        hidden64=hidden_difference(exact.accumulated, exact.one_pass, exact.permuted),
+        floor64=exact.floor,
+        hidden64=hidden_difference(errors64, exact.rounding),
     )
     audit = replace(
         blank,
         e64=measured.e64,
         floor=measured.floor,
         denominator=exact.whole[1] if math.isfinite(exact.whole[1]) else None,
-        parameters=parameter_errors(exact.accumulated, exact.one_pass)
-        if not measured.same_function
-        else table,
+        parameters=table if measured.same_function else errors64,
     )
     runs = _Runs(measured, accumulated, replayed, one_pass)
     audit = _explained(trial, runs, exact, audit)
@@ -148,10 +150,12 @@ def _unanswerable(accumulated: Gradient, one_pass: Gradient) -> str | None:
 
 
 def _in_float64(trial: Trial, order: Tensor) -> _Float64:
-    one_pass = trial.one_pass(float64=True)
+    one_pass = trial.one_pass(float64=True, beside=2)
     accumulated = trial.accumulated(float64=True)
     permuted = trial.one_pass(float64=True, order=order)
-    return _Float64(one_pass, accumulated, permuted, *trial.losses())
+    floor, rounding = distance(permuted, one_pass), parameter_errors(permuted, one_pass)
+    del permuted  # of a large model a third gradient may not fit beside what comes next
+    return _Float64(one_pass, accumulated, floor, rounding, *trial.losses())
 
 
 def _explained(trial: Trial, runs: _Runs, exact: _Float64, audit: Audit) -> Audit:

@@ -1,7 +1,7 @@
 """Gradients by parameter name, and how far apart two of them are."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def gradient_of(parameters: Mapping[str, nn.Parameter]) -> Gradient:
 
 def norm(gradient: Gradient) -> float:
     """Return the Euclidean norm over all parameters, accumulated in float64."""
-    return math.sqrt(sum(_square(g) for g in gradient.values()))
+    return _root(gradient.values())
 
 
 def dot(one: Gradient, other: Gradient) -> float:
@@ -34,29 +34,34 @@ def dot(one: Gradient, other: Gradient) -> float:
     return sum(float((_wide(one[k]) * _wide(other[k])).sum()) for k in shared)
 
 
+def gaps(one: Gradient, other: Gradient, factor: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    """Yield `one − factor × other` in float64, a parameter at a time; a missing gradient is zero.
+
+    One at a time, since of a large model a whole further gradient in float64 may not fit.
+    """
+    for name in one.keys() | other.keys():
+        if name not in other:
+            yield name, _wide(one[name])
+        elif name not in one:
+            yield name, _wide(other[name]) * -factor
+        else:
+            yield name, torch.sub(_wide(one[name]), _wide(other[name]), alpha=factor)
+
+
 def difference(one: Gradient, other: Gradient) -> Gradient:
     """Return `one − other` in float64; a missing gradient is zero."""
-    result = {}
-    for name in one.keys() | other.keys():
-        if name in one and name in other:
-            result[name] = _wide(one[name]) - _wide(other[name])
-        else:
-            result[name] = _wide(one[name]) if name in one else -_wide(other[name])
-    return result
+    return dict(gaps(one, other))
 
 
-def total(gradients: Iterable[Gradient]) -> Gradient:
-    """Return the sum in float64."""
-    result: Gradient = {}
-    for gradient in gradients:
-        for name, g in gradient.items():
-            result[name] = result[name] + _wide(g) if name in result else _wide(g)
-    return result
+def add(total: Gradient, gradient: Gradient) -> None:
+    """Add a gradient to a sum in float64, in place."""
+    for name, g in gradient.items():
+        total[name] = total[name].add_(_wide(g)) if name in total else _wide(g).clone()
 
 
-def distance(one: Gradient, reference: Gradient) -> float:
-    """Return ‖one − reference‖ / ‖reference‖; from a reference of zero it is 0 or infinite."""
-    return _relative(norm(difference(one, reference)), norm(reference))
+def distance(one: Gradient, reference: Gradient, factor: float = 1.0) -> float:
+    """Return ‖one − factor × reference‖ / ‖reference‖; from a reference of zero it is 0 or infinite."""
+    return _relative(_root(gap for _, gap in gaps(one, reference, factor)), norm(reference))
 
 
 def scaled(gradient: Gradient, factor: float) -> Gradient:
@@ -90,7 +95,7 @@ def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError
     """Return each parameter's part in the difference, the largest first."""
     total = norm(reference)
     rows = []
-    for name, gap in difference(one, reference).items():
+    for name, gap in gaps(one, reference):
         of_gap, of_own = math.sqrt(_square(gap)), math.sqrt(_square(reference.get(name)))
         rows.append(ParameterError(name, _relative(of_gap, of_own), _relative(of_gap, total), of_own))
     return tuple(sorted(rows, key=lambda row: (-row.share, row.name)))
@@ -104,6 +109,10 @@ def _relative(gap: float, size: float) -> float:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()
+
+
+def _root(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(_square(tensor) for tensor in tensors))
 
 
 def _square(tensor: Tensor | None) -> float:

@@ -157,7 +157,7 @@ class _Loop:
         kept = window.weights, window.reference
         window.weights, window.reference = [1.0] * len(window.sizes), 1.0
         try:
-            micro = [sampled(g) for g in trial.micro_gradients()]
+            micro = trial.micro_gradients(sampled)
             whole = sampled(trial.one_pass(float64=True))
         finally:
             window.weights, window.reference = kept

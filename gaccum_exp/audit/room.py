@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-GRADIENTS64 = 4
-"""Float64 gradients held at once: accumulated, of one pass, of another order, and a difference."""
 MARGIN = 0.8
 """What of the free memory an audit may take."""
 
@@ -46,20 +44,18 @@ class Saved:
             yield
 
 
-def needed_bytes(parameters: list[Tensor], saved: int, *, float64: bool) -> int:
-    """Return what one pass over all samples takes at its peak, with the gradients that are compared.
+def needed_bytes(parameters: list[Tensor], saved: int, *, float64: bool, beside: int) -> int:
+    """Return what one pass over all samples takes at its peak.
 
     Args:
         parameters: of the modules.
         saved: bytes that the forward passes of all micro-batches keep, together.
         float64: whether the pass runs in float64.
+        beside: gradients that will be held beside the pass, in the same precision.
     """
     own = sum(p.nbytes for p in parameters)
-    elements = sum(p.numel() for p in parameters)
-    if not float64:
-        return 5 * own + saved  # copies, their gradients, and three that are compared
-    growth = 8 * elements / own if own else 1.0
-    return 3 * own + 8 * (2 + GRADIENTS64) * elements + int(saved * growth)
+    growth = 8 * sum(p.numel() for p in parameters) / own if float64 and own else 1.0
+    return int(growth * ((2 + beside) * own + saved))  # copies of the weights, and their gradient
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from gaccum_exp.audit.bench import (
     same_host_state,
     set_random_states,
 )
-from gaccum_exp.audit.gradient import Gradient, gradient_of, total
+from gaccum_exp.audit.gradient import Gradient, add, gradient_of
 from gaccum_exp.audit.mixing import Call, Follower, Mixing
 from gaccum_exp.audit.replay import Draws, Replay
 from gaccum_exp.audit.room import Saved, needed_bytes, require
 from gaccum_exp.audit.samples import mapped
 
+T = TypeVar("T")
 Around = Callable[[int], AbstractContextManager[None]]
 """Entered around the forward pass of one micro-batch."""
 
@@ -89,9 +90,15 @@ class Trial:
         """
         return self._accumulated(record=False, float64=float64, apart=apart)
 
-    def one_pass(self, *, float64: bool, order: Tensor | None = None) -> Gradient:
-        """Take all samples at once, with each one's recorded draws."""
-        self._require_room(float64)
+    def one_pass(self, *, float64: bool, order: Tensor | None = None, beside: int = 0) -> Gradient:
+        """Take all samples at once, with each one's recorded draws.
+
+        Args:
+            float64: in float64 throughout.
+            order: of the samples; None: as they come.
+            beside: gradients in the same precision that will be held beside it: there must be room.
+        """
+        self._require_room(float64, beside)
         with self._running(record=False, float64=float64) as (replay, follower, parameters):
             follower.begin()
             self.window.one_pass(replay.whole(order), self._lift(float64), order)
@@ -101,9 +108,9 @@ class Trial:
         """Accumulate in float64 with the buffers of some modules set back before every pass."""
         return self._accumulated(record=False, float64=True, forgetting=modules)
 
-    def micro_gradients(self) -> list[Gradient]:
-        """Return each micro-batch's gradient by itself, in float64."""
-        return self._taken(record=False, float64=True, apart=True)
+    def micro_gradients(self, keep: Callable[[Gradient], T]) -> list[T]:
+        """Return what `keep` makes of each micro-batch's own gradient, one by one, in float64."""
+        return self._each(keep, record=False, float64=True, apart=True)
 
     def of(self, window: Window) -> Gradient:
         """Accumulate another window of the same samples in float64, with the same draws."""
@@ -149,14 +156,32 @@ class Trial:
         apart: bool = False,
         forgetting: Sequence[nn.Module] = (),
     ) -> Gradient:
-        taken = self._taken(record=record, float64=float64, apart=apart, forgetting=forgetting)
-        return total(taken) if apart else taken[0]
+        if not apart:
+            return self._each(
+                lambda whole: whole, record=record, float64=float64, forgetting=forgetting
+            )[0]
+        total: Gradient = {}
+        self._each(
+            lambda micro: add(total, micro),
+            record=record,
+            float64=float64,
+            forgetting=forgetting,
+            apart=True,
+        )
+        return total
 
-    def _taken(
-        self, *, record: bool, float64: bool, apart: bool, forgetting: Sequence[nn.Module] = ()
-    ) -> list[Gradient]:
+    def _each(
+        self,
+        keep: Callable[[Gradient], T],
+        *,
+        record: bool,
+        float64: bool,
+        apart: bool = False,
+        forgetting: Sequence[nn.Module] = (),
+    ) -> list[T]:
+        """Accumulate; hand the gradient to `keep`, or each micro-batch's apart."""
         running = self._running(record=record, float64=float64)
-        taken: list[Gradient] = []
+        taken: list[T] = []
         with running as (replay, follower, parameters):
             buffers = [b for m in forgetting for b in m._buffers.values() if b is not None]
             states = [(buffer, buffer.clone()) for buffer in buffers]
@@ -164,7 +189,7 @@ class Trial:
             @contextmanager
             def around(index: int) -> Iterator[None]:
                 if apart and index > 0:
-                    taken.append(self._gradient(parameters))
+                    taken.append(keep(self._gradient(parameters)))
                 for buffer, state in states:
                     buffer.copy_(state)
                 follower.begin()
@@ -182,18 +207,19 @@ class Trial:
                     self.draws.refuse(why, None, foreign=True)
 
             self.window.accumulate(around, self._lift(float64))
-            taken.append(self._gradient(parameters))
+            taken.append(keep(self._gradient(parameters)))
         return taken
 
     def _kind(self) -> str:
         parameters = self.window.parts.parameters().values()
         return (self._device or next((p.device for p in parameters), torch.device("cpu"))).type
 
-    def _require_room(self, float64: bool) -> None:
+    def _require_room(self, float64: bool, beside: int) -> None:
         parameters: list[Tensor] = list(self.window.parts.parameters().values())
         device = self._device or torch.device(self._kind())
         what = f"one pass over {sum(self.window.sizes)} samples{' in float64' if float64 else ''}"
-        require(needed_bytes(parameters, self._saved.bytes, float64=float64), device, what)
+        needed = needed_bytes(parameters, self._saved.bytes, float64=float64, beside=beside)
+        require(needed, device, what)
 
     def _lift(self, float64: bool) -> Callable[[Any], Any]:
         def leaf(value: Any) -> Any:

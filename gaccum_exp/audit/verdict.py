@@ -1,12 +1,12 @@
 """From what was measured to a verdict, its cause and what to do about it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.gradient import Gradient, difference, dot, norm, parameter_errors
-from gaccum_exp.audit.result import Culprit, Verdict
+from gaccum_exp.audit.gradient import Gradient, distance, dot, norm
+from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 
 ROUNDING64 = 1e-10
 """The line between rounding in float64 (seen: 1e-16 to 1e-13) and bias (seen: 5e-3 to 1)."""
@@ -51,12 +51,15 @@ class Measured:
         return RANGE * max(self.floor, 1e-15)
 
 
-def hidden_difference(accumulated: Gradient, one_pass: Gradient, permuted: Gradient) -> bool:
-    """Whether some parameter's gradient differs though its share in the whole is too small to show."""
-    floors = {row.name: row.share for row in parameter_errors(permuted, one_pass)}
+def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[ParameterError]) -> bool:
+    """Whether some parameter's gradient differs though its share in the whole is too small to show.
+
+    errors: of the accumulated gradient; rounding: of the one pass in another order.
+    """
+    floors = {row.name: row.share for row in rounding}
     return any(
         row.error > 1e-6 and row.share > FAR * min(max(floors.get(row.name, 0.0), 1e-16), ROUNDING64)
-        for row in parameter_errors(accumulated, one_pass)
+        for row in errors
     )
 
 
@@ -68,8 +71,7 @@ def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float
     c = dot(gradient, reference) / size**2
     if c == 0:
         return None
-    across = norm(difference(gradient, {k: g.double() * c for k, g in reference.items()}))
-    return c if across <= tolerance * abs(c) * size else None
+    return c if distance(gradient, reference, c) <= tolerance * abs(c) else None
 
 
 def scale_of(gradient: Gradient, mean_gradient: Gradient) -> float | None:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from gaccum_exp.audit.verdict import ROUNDING64
 from gaccum_exp.audit.window import audit_window
 from tests.audit.support import CE, FEATURES, HIDDEN, Fn, net, window
 
@@ -99,7 +100,8 @@ def test_noise_of_each_sample_is_held_and_found_stochastic(name: str, sizes: tup
     found = audit_window(net(HELD[name]()), CE, window(*sizes))
     assert (found.verdict, found.cause) == ("stochastic", "randomness"), found.detail
     assert found.e64 is not None
-    assert found.e64 <= 1e-12
+    # Not 1e-12: LayerNorm on samples that dropout has nearly emptied magnifies rounding (seen: 1.7e-12).
+    assert found.e64 <= ROUNDING64
     assert found.culprit is not None
     assert found.culprit.split(".")[0] == "1"
 
