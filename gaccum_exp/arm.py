@@ -198,10 +198,21 @@ def _tags(settings: Settings) -> dict[str, str]:
         "sweep_id": settings.sweep_id,
         "kind": "audit" if settings.task == "audit" else "arm",
         "micro_batch_sizes": spelled,
+        **_growth(settings),
         "overrides": " ".join(HydraConfig.get().overrides.task),
         **{f"choice.{k}": str(v) for k, v in HydraConfig.get().runtime.choices.items() if "/" not in k},
         **environment_tags(),
     }
+
+
+def _growth(settings: Settings) -> dict[str, str]:
+    """Say which global batches a schedule goes through, where they differ."""
+    sizes = [stage.global_batch_size for stage in settings.stages]
+    if len(set(sizes)) == 1:
+        return {}
+    by = settings.accum.schedule_by
+    said = (f"{stage.global_batch_size} from {by} {stage.start}" for stage in settings.stages)
+    return {"global_batches": ", ".join(said)}
 
 
 def _reason(error: Exception) -> str:

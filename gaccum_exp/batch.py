@@ -18,8 +18,20 @@ class DataConfig:
     eval_batch_size: int
     workers: int
     """DataLoader processes; they change speed only."""
+    sort_by_length: bool
+    """Order each window's samples by length before it is split, the shortest first."""
     train: Mapping[str, Any]
     eval: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepsStage:
+    """N, and the global batch that goes with it, from some point of training on."""
+
+    start: int
+    """Epoch or global step."""
+    accum_steps: int
+    global_batch_size: int
 
 
 BATCH_KEYS = tuple(f.name for f in fields(DataConfig))
@@ -47,6 +59,7 @@ def data_config(data: Mapping[str, Any], steps: int | None) -> tuple[DataConfig,
         micro_batch_size=sizes[1],
         eval_batch_size=data["eval_batch_size"],
         workers=data["workers"],
+        sort_by_length=_boolean("data.sort_by_length", data.get("sort_by_length", False)),
         train=target_of("data.train", data.get("train")),
         eval=target_of("data.eval", data.get("eval")) or None,
     )
@@ -97,6 +110,38 @@ def batch_sizes(
             f"{largest} samples a micro-batch): set one of them to null"
         )
     return global_batch_size, largest, steps
+
+
+def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[StepsStage, ...]:
+    """Return the stages of `accum.schedule`.
+
+    Where data.micro_batch_size is set, N multiplies it: the global batch grows with N. Where it is not,
+    the global batch is fixed, and only how it is split changes.
+
+    Raises:
+        BadInputError: a schedule that does not begin at 0, or an N that does not fit.
+    """
+    whole = isinstance(schedule, Mapping) and all(type(n) is int for p in schedule.items() for n in p)
+    if not whole or not schedule or min(schedule) != 0:
+        raise BadInputError(f"accum.schedule={schedule}: must say N from 0 on, e.g. {{0:1,4:2,8:4}}")
+    micro = data.get("micro_batch_size")
+    stages = []
+    for start, steps in sorted(schedule.items()):
+        check_positive(f"accum.schedule.{start}", steps)
+        total = data.get("global_batch_size") if micro is None else micro * steps
+        if total is not None and steps > total:
+            raise BadInputError(
+                f"data.global_batch_size={total} cannot be split into accum.schedule.{start}={steps} "
+                "micro-batches: each needs at least one sample"
+            )
+        stages.append(StepsStage(start, steps, total or 0))
+    return tuple(stages)
+
+
+def _boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadInputError(f"{key}={value}: not true or false")
+    return value
 
 
 def target_of(key: str, node: Any) -> Mapping[str, Any]:

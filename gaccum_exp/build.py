@@ -8,8 +8,9 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import hydra
@@ -22,10 +23,12 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from gaccum_exp.config import Settings
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.loss import CriterionLoss, LossFn, OnDevice, count, split_pair, to_device
+from gaccum_exp.core.loss import CriterionLoss, LossFn, count
+from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch, tokens_in
 from gaccum_exp.core.modes import evaluation_mode
+from gaccum_exp.core.placement import Placement, placed
 from gaccum_exp.core.seeding import derive_seed, seed_host
-from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.core.window import Stage, WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.experiment import Experiment
 
@@ -47,25 +50,30 @@ def build(settings: Settings) -> Experiment:
         eval_data = _dataset("data.eval", settings.data.eval, seed)
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style
-        settings.data.global_batch_size,
+        [Stage(stage.start, stage.global_batch_size) for stage in settings.stages],
         settings.seed,
         settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
+        lengths=_lengths(train_data) if settings.data.sort_by_length else None,
+        by_step=settings.accum.schedule_by == "step",
     )
     total_steps = _total_steps(settings, plan)
-    model = _model(settings, train_data).to(device)
+    placement = _placement(settings, device)
+    model = _model(settings, train_data).to(device, placement.dtype)
     criterion_loss, loss_fn = _loss(settings, model, device)
-    if criterion_loss is not None:
-        _try_first_samples(model, criterion_loss, train_data, plan, device)
+    first = _first_samples(train_data, plan)
+    _try_first_samples(model, criterion_loss, loss_fn, first, placement)
+    if settings.runtime.compile:
+        model.compile()
     modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
     parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
     if not parameters:
         raise BadInputError("model: it has no parameter that requires a gradient")
     optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
-    on_device = loss_fn if device.type == "cpu" else OnDevice(loss_fn, device)
+    from_host = placed(loss_fn, placement)
     scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
     return Experiment(
         model=model,
-        loss_fn=on_device,
+        loss_fn=from_host,
         criterion_loss=criterion_loss,
         parameters=parameters,
         optimizer=optimizer,
@@ -74,8 +82,12 @@ def build(settings: Settings) -> Experiment:
         eval_data=eval_data,
         plan=plan,
         total_steps=total_steps,
-        sum_divisor=nominal_denominator(model, on_device, train_data, plan) if scaled else 1.0,
+        sum_divisor=nominal_denominator(model, from_host, train_data, plan) if scaled else 1.0,
         device=device,
+        placement=placement,
+        scaler=_scaler(settings, optimizer, device),
+        buffer_dtype=torch.float32 if settings.accum.buffer_dtype == "float32" else None,
+        counts_tokens=tokens_in(first) is not None,
         settings=settings,
     )
 
@@ -88,6 +100,8 @@ def prepare_runtime(settings: Settings) -> torch.device:
         # cuBLAS needs this before its first call, or it refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
+    torch.set_float32_matmul_precision(runtime.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = runtime.tf32
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if runtime.device == "auto":
         return accelerator or torch.device("cpu")
@@ -121,7 +135,7 @@ def nominal_denominator(
         with torch.no_grad():
             counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
     total = sum(n for n in counts if n is not None)  # none is None by now
-    nominal = float(total) * plan.global_batch_size / samples
+    nominal = float(total) * plan.largest_batch / samples
     if nominal == 0:
         raise BadInputError(
             "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
@@ -131,7 +145,7 @@ def nominal_denominator(
 
 
 def _total_steps(settings: Settings, plan: WindowPlan) -> int:
-    length, n, size = settings.train, plan.samples, plan.global_batch_size
+    length, n, size = settings.train, plan.samples, plan.largest_batch
     if n < size:
         log.warning(
             "data.train holds %d samples, fewer than data.global_batch_size=%d: a window holds %s",
@@ -143,31 +157,40 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
         raise BadInputError(
             f"{asked} of data.train ({n} samples) hold no whole window of data.global_batch_size={size}"
         )
-    left = -total * size % n
-    if plan.partial_window == "carry" and left > 0:
+    left = -sum(plan.size(k) for k in range(total)) % n if plan.partial_window == "carry" else 0
+    if left > 0:
         log.warning("accum.partial_window=carry: %d samples are left of the last epoch", left)
     return total
 
 
+def _first_samples(train_data: Dataset[Any], plan: WindowPlan) -> Any:
+    """Return a micro-batch of the first window's first two samples."""
+    two = replace(plan, global_batch_size=min(2, plan.samples), partial_window="exact", lengths=None)
+    ((micro_batch,),) = windows(train_data, two, accum_steps=1, global_steps=range(1))
+    return micro_batch
+
+
 def _try_first_samples(
     model: nn.Module,
-    loss: CriterionLoss,
-    train_data: Dataset[Any],
-    plan: WindowPlan,
-    device: torch.device,
+    criterion: CriterionLoss | None,
+    loss_fn: LossFn,
+    micro_batch: Any,
+    placement: Placement,
 ) -> None:
-    """Let model and criterion meet two samples: what does not fit is said now, and with its shapes.
+    """Let model and loss meet two samples: what does not fit is said now, and with its shapes.
 
-    It also makes a model's lazy parameters, and inspects a criterion of which nothing is known.
+    It also makes a model's lazy parameters, and inspects a loss of which nothing is known.
     """
-    two = replace(plan, global_batch_size=min(2, plan.samples), partial_window="exact")
-    ((micro_batch,),) = windows(train_data, two, accum_steps=1, global_steps=range(1))
     outputs: Any = None
     try:
-        with torch.no_grad(), evaluation_mode(model):
-            inputs, targets = split_pair(to_device(micro_batch, device))
-            outputs = model(inputs)
-            loss.of_outputs(outputs, targets)
+        with torch.no_grad(), evaluation_mode(model), placement.passes():
+            here = placement.place(micro_batch)
+            if criterion is None:
+                loss_fn(model, here)
+                return
+            inputs, targets = split_micro_batch(here)
+            outputs = run_model(model, inputs)
+            criterion.of_outputs(outputs, targets)
     except BadInputError:
         raise
     except Exception as error:  # a stranger's model or criterion fails in its own way
@@ -178,9 +201,10 @@ def _try_first_samples(
         given = f"the first samples {shapes[0]}" + (
             "" if outputs is None else f", the output {shapes[1]}"
         )
+        of_model = "model" if criterion is not None else "model or loss function"
         raise BadInputError(
-            f"{'model' if outputs is None else 'criterion'}: fails on {given}: "
-            f"{type(error).__name__}: {first}"
+            f"{of_model if outputs is None else 'criterion'}: fails on {given}: "
+            f"{type(error).__name__}: {first}{_hint(outputs, micro_batch)}"
         ) from error
 
 
@@ -199,12 +223,73 @@ def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
     return dataset
 
 
+def _hint(outputs: Any, micro_batch: Any) -> str:
+    """Say what is meant where logits have their classes in the last dimension."""
+    if outputs is None:
+        return ""
+    _, targets = split_micro_batch(micro_batch)
+    logits = outputs_in(outputs)[0]
+    if not (isinstance(logits, Tensor) and targets and isinstance(targets[0], Tensor)):
+        return ""
+    if logits.ndim < 3 or logits.shape[:-1] != targets[0].shape:
+        return ""
+    return "; for logits (batch, length, vocabulary) use criterion=token_cross_entropy"
+
+
+def _lengths(dataset: Dataset[Any]) -> Tensor:
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None or len(lengths) != len(dataset):  # type: ignore[arg-type]  # checked to be map-style
+        raise BadInputError(
+            "data.sort_by_length=true: the data set does not say how long its samples are (an attribute "
+            "`lengths`, one number for each)"
+        )
+    return torch.as_tensor(lengths)
+
+
+def _placement(settings: Settings, device: torch.device) -> Placement:
+    """Return what the runtime's precision means for micro-batches and weights."""
+    precision = settings.runtime.precision
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    pure = half if settings.runtime.weight_dtype == "same" else None
+    double = torch.float64 if precision == "fp64" else None
+    autocast = None if pure is not None else half
+    return Placement(
+        device,
+        dtype=pure or double,
+        autocast=autocast,
+        device_type=device.type,
+        compiled=settings.runtime.compile,
+    )
+
+
+def _scaler(
+    settings: Settings, optimizer: torch.optim.Optimizer, device: torch.device
+) -> torch.amp.GradScaler | None:
+    if settings.runtime.precision != "fp16":
+        return None
+    if needs_closure(type(optimizer).step):
+        raise BadInputError(
+            f"runtime.precision=fp16: {type(optimizer).__name__} evaluates a window several times in a "
+            "step, which a GradScaler cannot follow; use bf16 or fp32"
+        )
+    return torch.amp.GradScaler(device.type)
+
+
+@cache
+def needs_closure(step: Callable[..., Any]) -> bool:
+    """Whether an optimizer's step evaluates the gradient itself, as L-BFGS does."""
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     node = dict(settings.model)
     if "input_shape" in node and node["input_shape"] is None:
         node["input_shape"] = _input_shape(train_data)
     if "num_classes" in node and node["num_classes"] is None:
-        node["num_classes"] = _number_of_classes(train_data)
+        node["num_classes"] = _number_of_classes(train_data, "num_classes")
+    if "vocab_size" in node and node["vocab_size"] is None:
+        node["vocab_size"] = _number_of_classes(train_data, "vocab_size")
     seed_host(derive_seed(settings.seed, "weights"))
     model: nn.Module = _checked("model", node, nn.Module)
     return model
@@ -220,14 +305,14 @@ def _input_shape(dataset: Dataset[Any]) -> list[int]:
         ) from None
 
 
-def _number_of_classes(dataset: Dataset[Any]) -> int:
+def _number_of_classes(dataset: Dataset[Any], key: str) -> int:
     if hasattr(dataset, "classes"):
         return len(dataset.classes)
     if type(dataset) is TensorDataset and not dataset.tensors[-1].is_floating_point():
         return int(dataset.tensors[-1].max()) + 1
     raise BadInputError(
-        "model.num_classes: the dataset does not say how many there are (no attribute `classes`), "
-        "so set model.num_classes"
+        f"model.{key}: the dataset does not say how many there are (no attribute `classes`), "
+        f"so set model.{key}"
     )
 
 

@@ -39,6 +39,8 @@ def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
             window,
             reduction=settings.accum.reduction,  # type: ignore[arg-type]  # validated
             sum_divisor=experiment.sum_divisor,
+            buffer_dtype=experiment.buffer_dtype,
+            loss_scale=1.0 if experiment.scaler is None else experiment.scaler.get_scale(),
             seed=derive_seed(settings.seed, "model", global_step),  # as the step's own passes
         )
     except Exception as error:  # the run goes on without it
@@ -62,7 +64,8 @@ class RunAudits:
             return False
         if when.every_steps is not None and global_step % when.every_steps == 0:
             return True
-        return when.at_start and global_step == 0  # no window is larger than the first
+        # No window of a stage is larger than its first.
+        return when.at_start and global_step in self._experiment.plan.stage_starts
 
     def judge(self, window: Window, global_step: int) -> Audit:
         """Judge a window that is about to be used; its numbers stand beside its own train/loss."""

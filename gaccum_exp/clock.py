@@ -21,7 +21,7 @@ class WindowClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._warmup_left = WARMUP_WINDOWS
-        self._windows: deque[tuple[Any, Any]] = deque(maxlen=KEPT_WINDOWS)
+        self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
 
     @contextmanager
     def window(self) -> Iterator[None]:
@@ -33,13 +33,26 @@ class WindowClock:
             # Of a run no longer than the warm-up, its last window is kept.
             self._warmup_left -= 1
             self._windows.clear()
-        self._windows.append((start, end))
+        self._windows.append((start, end, 0))
+
+    def count_tokens(self, tokens: int) -> None:
+        """Say how many tokens the window held that was timed last."""
+        start, end, _ = self._windows.pop()
+        self._windows.append((start, end, tokens))
 
     def step_time_s(self) -> float | None:
         """Return the median seconds per window after warm-up; None if nothing was timed."""
         if not self._windows:
             return None
-        return statistics.median(self._seconds(*times) for times in self._windows)
+        return statistics.median(self._seconds(start, end) for start, end, _ in self._windows)
+
+    def tokens_per_s(self) -> float | None:
+        """Return the median tokens per second after warm-up; None if nothing was timed."""
+        if not self._windows:
+            return None
+        return statistics.median(
+            tokens / self._seconds(start, end) for start, end, tokens in self._windows
+        )
 
     def _now(self) -> Any:
         if self._device.type == "cpu":

@@ -17,7 +17,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from gaccum_exp.batch import BATCH_KEYS, DataConfig, check_positive, data_config, target_of
+from gaccum_exp.batch import (
+    BATCH_KEYS,
+    DataConfig,
+    StepsStage,
+    check_positive,
+    data_config,
+    stages_of,
+    target_of,
+)
 from gaccum_exp.errors import BadInputError, nearest
 
 DEFAULT_EPOCHS = 20
@@ -43,6 +51,16 @@ class AccumConfig:
     """What `sum` divides by: constant (a full window's nominal denominator) | none (the literal sum)."""
     partial_window: str = "exact"
     """Samples left at the end of an epoch: exact | drop | carry | error"""
+    buffer_dtype: str = "same"
+    """In what micro gradients are added up: same (as the weights) | float32"""
+    max_grad_norm: float | None = None
+    """Clip the whole window's gradient to this norm, once; null: no clipping."""
+    schedule: Any = None  # a dict[int, int]; typed so, a command line could not give it its keys
+    """N from an epoch (or step) on, e.g. {0: 1, 4: 2, 8: 4}; null: `steps` throughout."""
+    schedule_by: str = "epoch"
+    """What the schedule's keys count: epoch | step"""
+    schedule_lr: str = "none"
+    """How the learning rate follows a global batch that the schedule changes: none | linear | sqrt"""
 
 
 @dataclass(slots=True)
@@ -55,6 +73,16 @@ class RuntimeConfig:
     """Only deterministic kernels; an operator that has none is an error."""
     threads: int | None = None
     """Threads of one run on the CPU; null: torch's own choice."""
+    precision: str = "fp32"
+    """What passes compute in: fp32 | fp64 | bf16 | fp16, the last two by autocast."""
+    weight_dtype: str = "float32"
+    """What weights are kept in under bf16: float32 | same (pure bfloat16, no autocast)."""
+    matmul_precision: str = "highest"
+    """torch.set_float32_matmul_precision: highest | high | medium"""
+    tf32: bool = False
+    """Let cuDNN's convolutions use TF32."""
+    compile: bool = False
+    """torch.compile the model, and check its gradient against the eager one before training."""
 
 
 @dataclass(slots=True)
@@ -132,10 +160,12 @@ class Settings:
     sweep_id: str
     tree: Mapping[str, Any]
     """Every value above under its key, as recorded with the run."""
+    stages: tuple[StepsStage, ...]
+    """N and the global batch over training: one stage, unless accum.schedule says otherwise."""
 
     @property
     def accum_steps(self) -> int:
-        """N, micro-batches per window."""
+        """N, micro-batches per window; the largest of a schedule."""
         assert self.accum.steps is not None
         return self.accum.steps
 
@@ -168,6 +198,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "accum.reduction": ("global_mean", "mean", "sum"),
     "accum.sum_scale": ("constant", "none"),
     "accum.partial_window": ("exact", "drop", "carry", "error"),
+    "accum.buffer_dtype": ("same", "float32"),
+    "accum.schedule_by": ("epoch", "step"),
+    "accum.schedule_lr": ("none", "linear", "sqrt"),
+    "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
+    "runtime.weight_dtype": ("float32", "same"),
+    "runtime.matmul_precision": ("highest", "high", "medium"),
 }
 
 
@@ -198,12 +234,17 @@ def validate(cfg: DictConfig) -> Settings:
         check_positive("audit.every_steps", config.audit.every_steps)
     if config.audit.controls < 0:
         raise BadInputError(f"audit.controls={config.audit.controls}: cannot be negative")
+    _check_precision(config)
+    stages = _scheduled(config)
     data, config.accum.steps = data_config(config.data, config.accum.steps)
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
     sizes = {k: getattr(data, k) for k in ("global_batch_size", "micro_batch_size")}
     tree["data"] |= sizes
     tree["accum"]["steps"] = config.accum.steps
     tree["train"]["epochs"] = config.train.epochs
+    if stages:  # one value, as it is written on the command line
+        said = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
+        tree["accum"]["schedule"] = f"{{{said}}}"
     return Settings(
         model=config.model,
         data=data,
@@ -219,7 +260,37 @@ def validate(cfg: DictConfig) -> Settings:
         seed=config.seed,
         sweep_id=config.sweep_id,
         tree=tree,
+        stages=stages or (StepsStage(0, config.accum.steps, data.global_batch_size),),
     )
+
+
+def _check_precision(config: Config) -> None:
+    precision, weights = config.runtime.precision, config.runtime.weight_dtype
+    if weights == "same" and precision == "fp16":
+        raise BadInputError(
+            "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "
+            "be unscaled; keep runtime.weight_dtype=float32, or use runtime.precision=bf16"
+        )
+    norm = config.accum.max_grad_norm
+    if norm is not None and not norm > 0:
+        raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
+
+
+def _scheduled(config: Config) -> tuple[StepsStage, ...]:
+    """Return the stages of accum.schedule, and let its largest N stand for accum.steps."""
+    schedule, accum = config.accum.schedule, config.accum
+    if schedule is None:
+        if accum.schedule_lr != "none":
+            raise BadInputError(f"accum.schedule_lr={accum.schedule_lr}: there is no accum.schedule")
+        return ()
+    stages = stages_of(schedule, config.data)
+    largest = max(schedule.values())
+    if accum.steps not in (None, 1, largest):
+        raise BadInputError(
+            f"accum.steps={accum.steps} and accum.schedule={schedule} are both N: set only one of them"
+        )
+    accum.steps = largest
+    return stages
 
 
 def _check_length(train: TrainConfig) -> None:

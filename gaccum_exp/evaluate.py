@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gaccum_exp import metrics
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.loss import split_pair, to_device
+from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
@@ -30,13 +30,17 @@ def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
             if experiment.criterion_loss is None:
                 loss, n = experiment.loss_fn(experiment.model, batch)
             else:
-                inputs, targets = split_pair(batch)
-                outputs = experiment.model(inputs)
-                loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
+                inputs, targets = split_micro_batch(experiment.placement.place(batch))
+                with experiment.placement.passes():
+                    outputs = run_model(experiment.model, inputs)
+                    loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
                 hits, counted = _hits(outputs, targets, experiment.criterion_loss.criterion)
                 right, labels = right + hits, labels + counted
             loss_sum, denominator = loss_sum + loss, denominator + n
-    values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss_sum / denominator}
+    loss = torch.as_tensor(loss_sum / denominator)
+    values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss}
+    if experiment.counts_tokens:
+        values[metrics.EVAL_PERPLEXITY] = loss.exp()
     if isinstance(labels, Tensor):
         values[metrics.EVAL_ACCURACY] = right / labels
     return values
@@ -51,23 +55,25 @@ def _batches(experiment: Experiment) -> Iterator[Any]:
         derive_seed(settings.seed, "evaluation"),
         shuffle=False,
     )
-    every = range(plan.steps_per_epoch)
+    every = range(plan.steps_in(epochs=1))
     for (batch,) in windows(
         data, plan, accum_steps=1, global_steps=every, workers=settings.data.workers
     ):
-        yield to_device(batch, experiment.device)
+        yield batch
 
 
 def _hits(outputs: Any, targets: list[Any], criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:
     """Return right answers and labels asked for, (0, 0) where the task has no class labels.
 
-    outputs: scores, (batch, classes, ...); targets[0]: labels, (batch, ...), integers.
+    outputs: scores, (batch, classes, ...), or the classes where the criterion has its `class_dim`;
+    targets[0]: labels, (batch, ...), integers.
     """
-    target = targets[0] if targets else None
-    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+    scores, target = outputs_in(outputs)[0], targets[0] if targets else None
+    if not isinstance(scores, Tensor) or not isinstance(target, Tensor):
         return 0, 0
-    if target.is_floating_point() or outputs.ndim != target.ndim + 1 or outputs.shape[1] < 2:
+    classes = getattr(criterion, "class_dim", 1)
+    if target.is_floating_point() or scores.ndim != target.ndim + 1 or scores.shape[classes] < 2:
         return 0, 0
     ignored = getattr(criterion, "ignore_index", None)
     asked = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
-    return ((outputs.argmax(1) == target) & asked).sum(), asked.sum()
+    return ((scores.argmax(classes) == target) & asked).sum(), asked.sum()

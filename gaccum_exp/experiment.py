@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from gaccum_exp.config import Settings
 from gaccum_exp.core.loss import CriterionLoss, LossFn
+from gaccum_exp.core.placement import Placement
 from gaccum_exp.core.window import WindowPlan
 
 
@@ -32,7 +33,31 @@ class Experiment:
     sum_divisor: float
     """What the reduction `sum` divides by."""
     device: torch.device
+    placement: Placement
+    """What is done to micro-batches from the host; `loss_fn` does it by itself."""
+    scaler: torch.amp.GradScaler | None
+    """Of the loss, where passes compute in float16."""
+    buffer_dtype: torch.dtype | None
+    """In what micro gradients are added up; None: as the weights."""
+    counts_tokens: bool
+    """Whether a target is a sequence of labels, (batch, length)."""
     settings: Settings
+
+    def accum_steps(self, global_step: int) -> int:
+        """Return N, the micro-batches of a window."""
+        return self.settings.stages[self.plan.stage_of(global_step)].accum_steps
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a micro-batch's share of the loss."""
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
+    def rate_factor(self, global_step: int) -> float:
+        """Return what the learning rate is multiplied by while the schedule keeps the batch small."""
+        stages = self.settings.stages
+        now = stages[self.plan.stage_of(global_step)].global_batch_size
+        share = now / max(stage.global_batch_size for stage in stages)
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.settings.accum.schedule_lr]
+        return float(share**power)
 
     @property
     def modules(self) -> nn.ModuleList:

@@ -1,22 +1,25 @@
 """The training loop: one window, one optimizer step, measured."""
 
-import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from gaccum_exp import metrics
+from gaccum_exp.audit.bench import eagerly
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.build import needs_closure
 from gaccum_exp.certify import RunAudits
 from gaccum_exp.clock import WindowClock
+from gaccum_exp.compiled import check_compiled
 from gaccum_exp.core.accumulate import WindowLoss, accumulate_gradients
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradients import gradient_norm
+from gaccum_exp.core.micro_batch import tokens_in
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.evaluate import evaluate
@@ -49,23 +52,26 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | Non
         NonFiniteLossError: the loss became NaN or infinite; the curve up to there is delivered.
     """
     settings, total = experiment.settings, experiment.total_steps
-    evaluate_every = settings.train.eval_every_steps or experiment.plan.steps_per_epoch
+    every = settings.train.eval_every_steps
     clock = WindowClock(experiment.device)
     meters = _memory_meters(experiment)
     peaks: list[Peak] = []
     audits = RunAudits(experiment, sink)
+    if settings.runtime.compile:
+        sink.record(0, check_compiled(experiment))
     feed = training_windows(experiment)
-    empty_windows = 0
+    empty_windows, skipped_windows = 0, 0.0
     for step in range(1, total + 1):
         if step - 1 in meters or audits.due(step - 1):  # neither is a measure of time
             values, peak = _observed_step(experiment, next(feed), step - 1, audits, meters)
             peaks += [peak] if peak is not None else []
         else:
-            with clock.window() if experiment.plan.is_full(step - 1) else nullcontext():
-                values = train_step(experiment, next(feed), step - 1)
+            values = _timed_step(experiment, feed, step - 1, clock)
         empty_windows += not values
+        skipped_windows += float(values.get(metrics.SKIPPED, 0.0))
         sink.record(step, values)
-        if experiment.eval_data is not None and (step % evaluate_every == 0 or step == total):
+        due = step % every == 0 if every else experiment.plan.ends_epoch(step - 1)
+        if experiment.eval_data is not None and (due or step == total):
             sink.record(step, evaluate(experiment))
         if sink.due or step == total:
             progress.note(sink.deliver())
@@ -74,6 +80,12 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | Non
         sink.record(total, {metrics.EMPTY_WINDOWS: empty_windows})
     if empty_windows == total:
         raise BadInputError("nothing in data.train counts: the denominator of every window is 0")
+    if skipped_windows:
+        sink.record(total, {metrics.SKIPPED_WINDOWS: skipped_windows})
+    if skipped_windows == total:
+        raise BadInputError(
+            "runtime.precision=fp16: no window had a finite gradient, so none was a step"
+        )
     _record_time(sink, experiment, clock)
     _record_memory(sink, total, peaks)
     sink.deliver()
@@ -95,46 +107,116 @@ def train_step(
         The metrics of this step, as tensors where reading them would wait for the device; empty where
         nothing in the window counted, and then no step was taken.
     """
-    optimizer = experiment.optimizer
-    norms: list[Tensor] = []
-    losses: list[WindowLoss] = []
+    optimizer, scaler = experiment.optimizer, experiment.scaler
+    found: list[tuple[WindowLoss, Tensor]] = []
 
     def window_gradient() -> Tensor:
         seed_model(derive_seed(experiment.settings.seed, "model", global_step), experiment.device)
         optimizer.zero_grad()
-        loss = accumulate_gradients(
-            experiment.model,
-            experiment.loss_fn,
-            window,
-            reduction=experiment.settings.accum.reduction,  # type: ignore[arg-type]  # validated
-            sum_divisor=experiment.sum_divisor,
-        )
+        loss, norm = window_gradients(experiment, window)
         if loss.denominator == 0:
             raise _NothingCountsError
-        losses.append(loss)
-        norms.append(gradient_norm(experiment.parameters))
+        found.append((loss, norm))
         return loss.loss_sum / loss.denominator
 
-    rate = optimizer.param_groups[0]["lr"]
-    try:
-        if _needs_closure(type(optimizer).step):
-            # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as a tensor too
-            with phase(OPTIMIZER_STEP):
-                optimizer.step(window_gradient)  # type: ignore[arg-type]
-        else:
-            with phase(FORWARD_BACKWARD):
-                window_gradient()
-            with phase(OPTIMIZER_STEP):
-                optimizer.step()
-    except _NothingCountsError:
-        return {}
+    with _rates_scaled(optimizer, experiment.rate_factor(global_step)):
+        rate = optimizer.param_groups[0]["lr"]
+        try:
+            if needs_closure(type(optimizer).step):
+                # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as well
+                with phase(OPTIMIZER_STEP):
+                    optimizer.step(window_gradient)  # type: ignore[arg-type]
+            else:
+                with phase(FORWARD_BACKWARD):
+                    window_gradient()
+                with phase(OPTIMIZER_STEP):
+                    scaled = _step_of(scaler, optimizer)
+        except _NothingCountsError:
+            return {}
+    loss, norm = found[0]
+    values: dict[str, float | Tensor] = {
+        metrics.TRAIN_LOSS: loss.loss_sum / loss.denominator,
+        metrics.LEARNING_RATE: rate,
+        metrics.GRADIENT_NORM: norm,
+    }
+    if scaler is not None:
+        values |= scaled
+        if scaled[
+            metrics.SKIPPED
+        ]:  # what is not finite is no measure, and no end of the training either
+            return {k: v for k, v in values.items() if math.isfinite(float(v))}
     if experiment.scheduler is not None:
         experiment.scheduler.step()
-    return {
-        metrics.TRAIN_LOSS: losses[0].loss_sum / losses[0].denominator,
-        metrics.LEARNING_RATE: rate,
-        metrics.GRADIENT_NORM: norms[0],
-    }
+    return values
+
+
+def window_gradients(experiment: Experiment, window: Window) -> tuple[WindowLoss, Tensor]:
+    """Leave in `.grad` what the optimizer is to get of a window: accumulated, unscaled, clipped.
+
+    Returns:
+        What the window added up to, and the gradient's norm before it was clipped, 0-dim.
+    """
+    accum = experiment.settings.accum
+    loss = accumulate_gradients(
+        experiment.model,
+        experiment.loss_fn,
+        window,
+        reduction=accum.reduction,  # type: ignore[arg-type]  # validated
+        sum_divisor=experiment.sum_divisor,
+        backward=experiment.backward,
+        buffer_dtype=experiment.buffer_dtype,
+    )
+    if experiment.scaler is not None and loss.denominator != 0:
+        experiment.scaler.unscale_(experiment.optimizer)
+    norm = gradient_norm(experiment.parameters)
+    if accum.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(experiment.parameters, accum.max_grad_norm, norm)
+    return loss, norm
+
+
+def _step_of(
+    scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer
+) -> dict[str, float | Tensor]:
+    """Step; under a scaler, unless the gradient is not finite. Return what the scaler did."""
+    if scaler is None:
+        optimizer.step()
+        return {}
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return {metrics.LOSS_SCALE: scale, metrics.SKIPPED: float(scaler.get_scale() < scale)}
+
+
+@contextmanager
+def _rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Multiply the learning rates for the length of a step: what the schedule holds stays its own."""
+    if factor == 1.0:
+        yield
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _timed_step(
+    experiment: Experiment, feed: Iterator[Window], global_step: int, clock: WindowClock
+) -> dict[str, float | Tensor]:
+    """Fetch a window and take its step; a full one of the arm's N is a measure of time."""
+    named = experiment.accum_steps(global_step) == experiment.settings.accum_steps
+    if not (named and experiment.plan.is_full(global_step)):
+        return train_step(experiment, next(feed), global_step)
+    with clock.window():
+        window = next(feed)
+        values = train_step(experiment, window, global_step)
+    if experiment.counts_tokens:
+        counts = (tokens_in(micro_batch) for micro_batch in window)
+        clock.count_tokens(sum(int(n) for n in counts if n is not None))
+    return values
 
 
 def _observed_step(
@@ -160,7 +242,8 @@ def measured_step(
     meter: Meter | None = None
     try:
         meter = kind(experiment.modules, experiment.optimizer, experiment.device)
-        with meter:
+        # A tracker does not see into compiled kernels.
+        with meter, eagerly() if kind is TrackedWindow else nullcontext():
             watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
             values = train_step(watched, window, global_step, meter.phase)
         return values, meter.peak()
@@ -181,7 +264,7 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
     return windows(
         experiment.train_data,
         replace(experiment.plan, control_seed=experiment.settings.audit.control_seed),
-        accum_steps=experiment.settings.accum_steps,
+        accum_steps=experiment.accum_steps,
         global_steps=range(experiment.total_steps),
         workers=experiment.settings.data.workers,
         pin=experiment.device.type != "cpu",
@@ -191,15 +274,19 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
 def _memory_meters(experiment: Experiment) -> dict[int, type[Meter]]:
     """Which windows to measure, and with what: the device's own counters first where it has them.
 
-    Full windows in the steady state, where there are such. A control is there for its loss curve alone.
+    Full windows in the steady state, where there are such, of the stage with the largest micro-batches.
+    A control is there for its loss curve alone.
     """
     if experiment.settings.audit.control_seed is not None:
         return {}
     kinds: list[type[Meter]] = [TrackedWindow]
     if has_counters(experiment.device):
         kinds.insert(0, AllocatedWindow)
-    early = range(min(experiment.total_steps, 2 * (MEASURED_WINDOW + len(kinds))))
-    best = sorted(early, key=lambda k: (not experiment.plan.is_full(k), k < MEASURED_WINDOW, k))
+    plan, total = experiment.plan, experiment.total_steps
+    starts = [step for step in plan.stage_starts if step < total]
+    first = max(starts, key=lambda step: plan.size(step) / experiment.accum_steps(step))
+    early = range(first, min(total, first + 2 * (MEASURED_WINDOW + len(kinds))))
+    best = sorted(early, key=lambda k: (not plan.is_full(k), k < MEASURED_WINDOW, k))
     return dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))
 
 
@@ -208,6 +295,9 @@ def _record_time(sink: Sink, experiment: Experiment, clock: WindowClock) -> None
     if step_s is not None:
         samples_per_s = experiment.plan.full_window / step_s
         values = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: samples_per_s}
+        tokens_per_s = clock.tokens_per_s()
+        if tokens_per_s:
+            values[metrics.TOKENS_PER_S] = tokens_per_s
         sink.record(experiment.total_steps, values)
 
 
@@ -227,9 +317,3 @@ def _record_memory(sink: Sink, step: int, peaks: list[Peak]) -> None:
 
 class _NothingCountsError(Exception):
     """The window's denominator is zero: there is no step to take."""
-
-
-@cache
-def _needs_closure(step: Callable[..., Any]) -> bool:
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

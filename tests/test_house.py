@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config",
         "memory audit experiment tracking progress explain",
         "evaluate provenance sweep report",
-        "build certify integrations",
+        "build certify compiled integrations",
         "train",
         "arm",
         "cli",

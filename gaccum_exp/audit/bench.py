@@ -8,9 +8,10 @@ does (gradients, running statistics, counters, caches in plain attributes) is le
 import copy
 import functools
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,12 @@ def on_bench(
             vars(module).update(attributes)
         for parameter, grad in gradients:
             parameter.grad = grad
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run what torch.compile has compiled as if it had not, for the length of a block."""
+    stance: Any = torch.compiler.set_stance
+    return stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

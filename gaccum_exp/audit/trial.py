@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gaccum_exp.audit.bench import (
     Parts,
+    eagerly,
     on_bench,
     random_state_kept,
     random_states,
@@ -257,7 +258,7 @@ class Trial:
             set_random_states(self._begin)
             torch.set_default_dtype(torch.float64 if float64 else default)
             try:
-                with torch.enable_grad(), follower(), replay, _math_attention():
+                with torch.enable_grad(), eagerly(), follower(), replay, _math_attention():
                     yield replay, follower, parameters
             finally:
                 torch.set_default_dtype(default)

@@ -1,8 +1,7 @@
 """`watch`: the audit of any training loop, from outside."""
 
-import sys
 from collections.abc import Callable, Container
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +132,7 @@ class watch:  # noqa: N801  # used as a function
         number, self._taken = self._taken, self._taken + 1
         self._close_reports()
         if self._steps is None or number in self._steps:
-            with random_state_kept(), _eagerly():
+            with random_state_kept():
                 self._watched.windows.append(judge(sight, gradient, self._parts, self._dim))
             self._unreported = sight.tape.micro_batches()
 
@@ -144,12 +143,6 @@ class watch:  # noqa: N801  # used as a function
         if found is not None:
             last = self._watched.windows[-1]
             self._watched.windows[-1] = replace(last, checks=(*last.checks, found))
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Run what is judged without torch.compile, where that is in use."""
-    compiling = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def _unwrapped(wrapped: Any) -> Any:

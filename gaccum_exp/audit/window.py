@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ def audit_window(
     *,
     reduction: Reduction = "global_mean",
     sum_divisor: float = 1.0,
+    buffer_dtype: torch.dtype | None = None,
+    loss_scale: float = 1.0,
     seed: int = 0,
 ) -> Audit:
     """Compare the window's accumulated gradient with that of the same samples in one pass.
@@ -40,7 +42,8 @@ def audit_window(
         model: at the weights and in the mode to be audited.
         loss_fn: as for `accumulate_gradients`.
         window: the micro-batches, each any nesting of tensors whose first dimension counts samples.
-        reduction: as for `accumulate_gradients`; so is `sum_divisor`.
+        reduction: as for `accumulate_gradients`; so are `sum_divisor` and `buffer_dtype`.
+        loss_scale: what a GradScaler multiplies the loss by, so that float16 does not lose it.
         seed: of what the model draws.
 
     Returns:
@@ -51,8 +54,9 @@ def audit_window(
     """
     loss_fn = as_loss_fn(loss_fn, reduction)
     blank = Audit("inconclusive", len(window), reduction)
+    how = Accumulation(reduction, sum_divisor, buffer_dtype, loss_scale)
     try:
-        configured = ConfiguredWindow(model, loss_fn, window, reduction, sum_divisor)
+        configured = ConfiguredWindow(model, loss_fn, window, how)
         with random_state_kept():
             return _where_it_fits(configured, blank, seed)
     except BadInputError:
@@ -90,21 +94,26 @@ def _said(detail: str | None, where: str, elsewhere: str) -> str | None:
     return "; ".join(part for part in (detail, where if elsewhere else None) if part) or None
 
 
+@dataclass(frozen=True, slots=True)
+class Accumulation:
+    """How a window is accumulated, in the words of `accumulate_gradients`."""
+
+    reduction: Reduction
+    sum_divisor: float = 1.0
+    buffer_dtype: torch.dtype | None = None
+    loss_scale: float = 1.0
+
+
 class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        micro_batches: Sequence[Any],
-        reduction: Reduction,
-        sum_divisor: float,
+        self, model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any], how: Accumulation
     ) -> None:
         self.parts = Parts(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
-        self.reduction, self.sum_divisor = reduction, sum_divisor
-        self._model, self._loss_fn = model, getattr(loss_fn, "on_host", loss_fn)
+        self.how = how
+        self._model, self._loss_fn = model, getattr(loss_fn, "where_it_is", loss_fn)
         self._micro_batches = list(micro_batches)
         self._whole = joined(self._micro_batches, self.sizes)
 
@@ -114,7 +123,7 @@ class ConfiguredWindow:
             picked(m, torch.arange(-(-size // 2)), size)
             for m, size in zip(self._micro_batches, self.sizes, strict=True)
         ]
-        return ConfiguredWindow(self._model, self._loss_fn, halves, self.reduction, self.sum_divisor)
+        return ConfiguredWindow(self._model, self._loss_fn, halves, self.how)
 
     def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
         """Run as training does."""
@@ -139,17 +148,20 @@ class ConfiguredWindow:
 
     def recounted(self, counts: Sequence[float]) -> "ConfiguredWindow | None":
         """Return the same window under the reduction that weighs by what each micro-batch counts."""
-        if self.reduction != "mean":
+        if self.how.reduction != "mean":
             return None
-        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, "global_mean", 1.0)
+        how = replace(self.how, reduction="global_mean")
+        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, how)
 
     def _run(self, micro_batches: list[Any], around: Around) -> None:
         accumulate_gradients(
             self._model,
             _Following(self._loss_fn, around),
             micro_batches,
-            reduction=self.reduction,
-            sum_divisor=self.sum_divisor,
+            reduction=self.how.reduction,
+            sum_divisor=self.how.sum_divisor,
+            backward=lambda loss: torch.autograd.backward(loss * self.how.loss_scale),
+            buffer_dtype=self.how.buffer_dtype,
         )
 
 
@@ -174,13 +186,14 @@ def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Au
     if len(window.sizes) == 1:  # the reference itself
         trial.record()
         _, denominator = trial.loss_of_all()
-        scale = denominator / window.sum_divisor if window.reduction == "sum" else 1.0
+        scale = denominator / window.how.sum_divisor if window.how.reduction == "sum" else 1.0
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     examined = examine(trial, None, blank)
     audit = examined.audit
     if examined.accumulated64 is None or examined.one_pass64 is None or audit.denominator is None:
         return audit
     # One pass under `sum` is the mean gradient times denominator / divisor.
-    per_mean = audit.denominator / window.sum_divisor if window.reduction == "sum" else 1.0
+    summed = window.how.reduction == "sum"
+    per_mean = audit.denominator / window.how.sum_divisor if summed else 1.0
     along = scale_of(examined.accumulated64, examined.one_pass64)
     return replace(audit, scale=None if along is None else along * per_mean)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.buffers import GradientBuffers
 from gaccum_exp.core.denominator import Denominator
 from gaccum_exp.core.loss import LossFn, as_loss_fn, count, loss_sum
 
@@ -37,6 +38,8 @@ def accumulate_gradients(
     *,
     reduction: Reduction = "global_mean",
     sum_divisor: float = 1.0,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
+    buffer_dtype: torch.dtype | None = None,
 ) -> WindowLoss:
     """Add the window's gradient to every parameter's `.grad`, one micro-batch at a time.
 
@@ -50,10 +53,14 @@ def accumulate_gradients(
     Args:
         model: called by the loss function.
         loss_fn: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`, or a `torch.nn` criterion for
-            micro-batches `(input, target)`.
+            micro-batches `(input, target)`, or mappings of the model's arguments with `labels`.
         window: the micro-batches of one optimizer step.
         reduction: how micro gradients become the window's gradient.
         sum_divisor: what `sum` divides by, a constant (1: the literal sum).
+        backward: how a micro-batch's share of the loss is back-propagated, e.g.
+            `lambda loss: scaler.scale(loss).backward()` under a GradScaler.
+        buffer_dtype: in which micro gradients are added up where the parameters' own type is too coarse,
+            e.g. torch.float32 for bfloat16 parameters; rounded to the parameters' type once, at the end.
 
     Returns:
         The window's loss sum and denominator, whatever the reduction.
@@ -72,72 +79,94 @@ def accumulate_gradients(
         raise ValueError(f"reduction={reduction!r}: not one of global_mean, mean, sum")
     if sum_divisor != 1.0 and reduction != "sum":
         raise ValueError(f"sum_divisor={sum_divisor} has no meaning under reduction={reduction!r}")
-    loss_fn = as_loss_fn(loss_fn, reduction)
-    counts = [count(loss_fn, micro_batch) for micro_batch in micro_batches]
+    passes = _Passes(model, as_loss_fn(loss_fn, reduction), micro_batches, backward, buffer_dtype)
+    counts = passes.counts
     known = [n for n in counts if n is not None]
     total = sum(known)
     if len(known) == len(counts) and isinstance(total, (int, float)) and total == 0:
         return _nothing_counts(model)
     if reduction == "sum":
-        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: sum_divisor)
+        return passes.run(lambda n: sum_divisor)
     if reduction == "mean":
-        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: len(counts) * n)
+        return passes.run(lambda n: len(counts) * n)
     if len(known) == len(counts):
-        return _accumulate(model, loss_fn, micro_batches, counts, lambda n: total)
-    return _global_mean_counted_late(model, loss_fn, micro_batches)
+        return passes.run(lambda n: total)
+    return _global_mean_counted_late(passes)
 
 
-def _accumulate(
-    model: nn.Module,
-    loss_fn: LossFn,
-    micro_batches: Sequence[Any],
-    counts: Sequence[Denominator | None],
-    divisor: Callable[[Denominator], Denominator],
-) -> WindowLoss:
-    """Σ ∇Sᵢ / divisor(nᵢ).
+class _Passes:
+    """The micro-batches of a window, and how each is taken forward and backward."""
 
-    Each loss is divided, not the gradients afterwards: that neither overflows float16 nor rescales
-    gradients that were there before.
-    """
-    window_loss: Tensor | None = None
-    window_denominator: Denominator = 0
-    for micro_batch, counted in zip(micro_batches, counts, strict=True):
-        loss, n = _backward(model, loss_fn, micro_batch, counted, divisor)
-        window_loss = loss if window_loss is None else window_loss + loss
-        window_denominator = window_denominator + n
-    assert window_loss is not None
-    if any(
-        n is None for n in counts
-    ):  # counted late: whether anything counted at all has to be known on the host
-        window_denominator = float(window_denominator)
-    return WindowLoss(window_loss, window_denominator)
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        micro_batches: Sequence[Any],
+        backward: Callable[[Tensor], None],
+        buffer_dtype: torch.dtype | None,
+    ) -> None:
+        self._model, self._loss_fn = model, loss_fn
+        self._micro_batches, self._backward_of = micro_batches, backward
+        self._buffer_dtype = buffer_dtype
+        self.counts = [count(loss_fn, micro_batch) for micro_batch in micro_batches]
+        """Each micro-batch's denominator, None where it is known after its forward pass only."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the model, and of the criterion where that is a module."""
+        criterion = getattr(self._loss_fn, "criterion", None)
+        beside = [criterion] if isinstance(criterion, nn.Module) else []
+        return list(nn.ModuleList([self._model, *beside]).parameters())
+
+    def run(
+        self,
+        divisor: Callable[[Denominator], Denominator],
+        rescaled: Callable[[WindowLoss], float] | None = None,
+    ) -> WindowLoss:
+        """Add Σ ∇Sᵢ / divisor(nᵢ) to the gradients, times `rescaled(the window's loss)`.
+
+        Each loss is divided, not the gradients afterwards: that neither overflows float16 nor rescales
+        gradients that were there before.
+        """
+        window_loss: Tensor | None = None
+        window_denominator: Denominator = 0
+        with GradientBuffers(
+            self.parameters() if self._buffer_dtype or rescaled else (), self._buffer_dtype
+        ) as buffers:
+            for micro_batch, counted in zip(self._micro_batches, self.counts, strict=True):
+                loss, n = self._backward(micro_batch, counted, divisor)
+                window_loss = loss if window_loss is None else window_loss + loss
+                window_denominator = window_denominator + n
+            assert window_loss is not None
+            if any(n is None for n in self.counts):
+                # Counted late: whether anything counted at all has to be known on the host.
+                window_denominator = float(window_denominator)
+            result = WindowLoss(window_loss, window_denominator)
+            if rescaled is not None:
+                buffers.scale(rescaled(result))
+        return result
+
+    def _backward(
+        self,
+        micro_batch: Any,
+        counted: Denominator | None,
+        divisor: Callable[[Denominator], Denominator],
+    ) -> tuple[Tensor, Denominator]:
+        """Back-propagate one micro-batch's share; a method, so that nothing of it outlives the call."""
+        if counted is None:
+            loss, n = self._loss_fn(self._model, micro_batch)
+        else:
+            loss, n = loss_sum(self._loss_fn, self._model, micro_batch), counted
+        by = divisor(n)
+        if isinstance(by, Tensor):
+            # On a device the count stays there: x / inf is the zero that zero elements give.
+            self._backward_of(loss / torch.where(by == 0, torch.inf, by))
+        elif by:
+            self._backward_of(loss / by)
+        # In half precision a window's sum would lose its last micro-batches.
+        return _at_least_float32(loss.detach()), n
 
 
-def _backward(
-    model: nn.Module,
-    loss_fn: LossFn,
-    micro_batch: Any,
-    counted: Denominator | None,
-    divisor: Callable[[Denominator], Denominator],
-) -> tuple[Tensor, Denominator]:
-    """Back-propagate one micro-batch's share; a function, so that nothing of it outlives the call."""
-    if counted is None:
-        loss, n = loss_fn(model, micro_batch)
-    else:
-        loss, n = loss_sum(loss_fn, model, micro_batch), counted
-    by = divisor(n)
-    if isinstance(by, Tensor):
-        # On a device the count stays there: x / inf is the zero that zero elements give.
-        torch.autograd.backward(loss / torch.where(by == 0, torch.inf, by))
-    elif by:
-        torch.autograd.backward(loss / by)
-    # In half precision a window's sum would lose its last micro-batches.
-    return _at_least_float32(loss.detach()), n
-
-
-def _global_mean_counted_late(
-    model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any]
-) -> WindowLoss:
+def _global_mean_counted_late(passes: _Passes) -> WindowLoss:
     """The global mean where a denominator is known only after the forward pass.
 
     The first micro-batch's count stands in for the window's, which keeps the gradients near their final
@@ -149,32 +178,30 @@ def _global_mean_counted_late(
     def provisional(n: Denominator) -> Denominator:
         nonlocal stand_in
         if stand_in is None:
-            stand_in = len(micro_batches) * float(n) or 1.0
+            stand_in = len(passes.counts) * float(n) or 1.0
         return stand_in
 
-    with _apart_from_earlier_gradients(model, loss_fn) as parameters:
-        unknown = [None] * len(micro_batches)
-        loss = _accumulate(model, loss_fn, micro_batches, unknown, provisional)
+    def final(loss: WindowLoss) -> float:
         assert stand_in is not None
-        for parameter in parameters:
-            if loss.denominator == 0:
+        return float(stand_in / loss.denominator) if loss.denominator else 0.0
+
+    parameters = passes.parameters()
+    with _apart_from_earlier_gradients(parameters):
+        loss = passes.run(provisional, final)
+        if loss.denominator == 0:
+            for parameter in parameters:
                 parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad *= stand_in / loss.denominator
     return loss
 
 
 @contextmanager
-def _apart_from_earlier_gradients(model: nn.Module, loss_fn: LossFn) -> Iterator[list[nn.Parameter]]:
+def _apart_from_earlier_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Set earlier gradients aside and add them again, as if autograd had accumulated on them."""
-    criterion = getattr(loss_fn, "criterion", None)
-    modules = nn.ModuleList([model, *([criterion] if isinstance(criterion, nn.Module) else [])])
-    parameters = list(modules.parameters())
     earlier = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     try:
-        yield parameters
+        yield
     finally:
         for parameter, grad in zip(parameters, earlier, strict=True):
             if grad is not None:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.criteria import TokenCrossEntropy
+
 Denominator = float | Tensor
 """A number of samples, elements or tokens, or a sum of class weights; a 0-dim tensor on a device."""
 
@@ -33,10 +35,13 @@ PER_SAMPLE: tuple[type[nn.Module], ...] = (
     nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss,
     nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss,
 )  # fmt: skip
-PER_LABEL: tuple[type[nn.Module], ...] = tuple(
-    getattr(nn, name)
-    for name in ("CrossEntropyLoss", "NLLLoss", "LinearCrossEntropyLoss")
-    if hasattr(nn, name)  # LinearCrossEntropyLoss is younger than the oldest torch supported
+PER_LABEL: tuple[type[nn.Module], ...] = (
+    TokenCrossEntropy,
+    *(
+        getattr(nn, name)
+        for name in ("CrossEntropyLoss", "NLLLoss", "LinearCrossEntropyLoss")
+        if hasattr(nn, name)  # LinearCrossEntropyLoss is younger than the oldest torch supported
+    ),
 )
 NOT_A_RATIO: dict[type[nn.Module], str] = {
     nn.CTCLoss: "its mean divides each sample's loss by its own target length, "

@@ -1,19 +1,22 @@
 """Windows of real micro-batches, in order, on the host.
 
-Two ways to fetch, with the same samples in the same micro-batches. Tensors in memory are gathered by
-index, a whole window's micro-batches at a time, which is the fast way. Any other map-style data set goes
-through a DataLoader, one micro-batch a batch, and every sample is drawn under a seed of its own, so that
-random augmentation depends neither on N nor on the number of workers.
+Two ways to fetch, with the same samples in the same micro-batches. What lies in memory is gathered by
+index, a micro-batch at a time, which is the fast way: the tensors of a TensorDataset, and data sets with
+`gather(indices) -> micro_batch`, which draw nothing at random. Any other map-style data set goes through
+a DataLoader, one micro-batch a batch, and every sample is drawn under a seed of its own, so that random
+augmentation depends neither on N nor on the number of workers.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from gaccum_exp.core.seeding import derive_seed, seed_host
@@ -27,7 +30,7 @@ def windows(
     dataset: Dataset[Any],
     plan: WindowPlan,
     *,
-    accum_steps: int,
+    accum_steps: int | Callable[[int], int],
     global_steps: range,
     workers: int = 0,
     pin: bool = False,
@@ -35,31 +38,37 @@ def windows(
     """Yield the window of every global step in `global_steps`.
 
     Args:
-        dataset: map-style; a TensorDataset is fetched by index. A `collate_fn` of its own makes a
-            micro-batch of a list of samples.
+        dataset: map-style; a TensorDataset, or one with `gather`, is fetched by index. A `collate_fn`
+            of its own makes a micro-batch of a list of samples.
         plan: says which samples.
-        accum_steps: micro-batches per window, N.
+        accum_steps: micro-batches per window, N; or that as a function of the global step.
         global_steps: e.g. range(0, 140); later windows do not depend on earlier ones.
         workers: DataLoader worker processes; they change speed only.
         pin: put micro-batches into page-locked memory, for copies that do not wait.
     """
-    if type(dataset) is TensorDataset:
+
+    def sizes(global_step: int) -> list[int]:
+        steps = accum_steps if isinstance(accum_steps, int) else accum_steps(global_step)
+        return split_sizes(plan.size(global_step), steps)
+
+    fetch = _by_index(dataset, pin)
+    if fetch is not None:
         for global_step in global_steps:
-            yield gather(dataset.tensors, plan.indices(global_step), accum_steps, pin)
+            parts = torch.split(plan.indices(global_step), sizes(global_step))
+            yield [fetch(indices) for indices in parts]
         return
     loader: DataLoader[Any] = DataLoader(
         SeededSamples(dataset, plan.seed),
-        batch_sampler=_micro_batch_keys(plan, accum_steps, global_steps),
-        collate_fn=getattr(dataset, "collate_fn", default_collate),
+        batch_sampler=_micro_batch_keys(plan, sizes, global_steps),
+        collate_fn=_Collate(getattr(dataset, "collate_fn", default_collate)),
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),  # the loader's own draws must not touch the global generator
     )
     micro_batches = iter(loader)
     for global_step in global_steps:
-        count = len(split_sizes(len(plan.indices(global_step)), accum_steps))
         with _host_generators_kept():
-            window = [next(micro_batches) for _ in range(count)]
+            window = [next(micro_batches) for _ in sizes(global_step)]
         yield window
         del window
 
@@ -76,12 +85,14 @@ def _host_generators_kept() -> Iterator[None]:
     np.random.set_state(states[1])
 
 
-def gather(tensors: Sequence[Tensor], indices: Tensor, accum_steps: int, pin: bool) -> Window:
-    """Return the micro-batches of the samples at `indices`, fetched from tensors in memory."""
-    return [
-        tuple(_rows(tensor, part, pin) for tensor in tensors)
-        for part in torch.split(indices, split_sizes(len(indices), accum_steps))
-    ]
+def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor], Any] | None:
+    """Return what fetches the micro-batch of some samples from memory; None where nothing does."""
+    if type(dataset) is TensorDataset:
+        return lambda indices: tuple(_rows(tensor, indices, pin) for tensor in dataset.tensors)
+    gather: Callable[[Tensor], Any] | None = getattr(dataset, "gather", None)
+    if gather is None or not pin:
+        return gather
+    return lambda indices: tree_map_only(Tensor, Tensor.pin_memory, gather(indices))
 
 
 def _rows(tensor: Tensor, indices: Tensor, pin: bool) -> Tensor:
@@ -89,6 +100,17 @@ def _rows(tensor: Tensor, indices: Tensor, pin: bool) -> Tensor:
         return tensor.index_select(0, indices)
     rows = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
     return torch.index_select(tensor, 0, indices, out=rows)
+
+
+class _Collate:
+    """Makes a micro-batch of samples; of transformers' BatchEncoding, the dictionary that it wraps."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        micro_batch = self._collate(samples)
+        return dict(micro_batch) if isinstance(micro_batch, UserDict) else micro_batch
 
 
 class SeededSamples(Dataset[Any]):
@@ -106,13 +128,13 @@ class SeededSamples(Dataset[Any]):
 
 
 def _micro_batch_keys(
-    plan: WindowPlan, accum_steps: int, global_steps: range
+    plan: WindowPlan, sizes: Callable[[int], list[int]], global_steps: range
 ) -> Iterator[list[tuple[int, int, int]]]:
     """The DataLoader's batch sampler: for each micro-batch, where in the run its samples are drawn."""
     for global_step in global_steps:
         places = plan.positions(global_step).tolist(), plan.indices(global_step).tolist()
         keys = [(global_step, position, index) for position, index in zip(*places, strict=True)]
         start = 0
-        for size in split_sizes(len(keys), accum_steps):
+        for size in sizes(global_step):
             yield keys[start : start + size]
             start += size

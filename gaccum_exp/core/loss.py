@@ -3,8 +3,8 @@
 A micro-batch is any pytree. A loss function that can tell a micro-batch's denominator without running
 the model also has `count(micro_batch)`, and then a window is counted before its first backward pass;
 with `loss_sum(model, micro_batch)` it need not count again in its forward pass. A `torch.nn` criterion
-becomes a loss function through `CriterionLoss`, for micro-batches `(input, target)`, or
-`(input, *targets)` where the criterion takes several.
+becomes a loss function through `CriterionLoss`, for micro-batches `(input, target)`, `(input, *targets)`
+where the criterion takes several, or mappings whose target is called `labels` (`core/micro_batch.py`).
 """
 
 import inspect
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.denominator import (
     NOT_A_RATIO,
@@ -27,6 +26,7 @@ from gaccum_exp.core.denominator import (
     closed_form,
     is_kind,
 )
+from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch
 from gaccum_exp.errors import BadInputError
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Denominator]]
@@ -72,18 +72,18 @@ class CriterionLoss:
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Return the micro-batch's denominator from its target, or None: known after forward only."""
-        _, targets = split_pair(micro_batch)
+        _, targets = split_micro_batch(micro_batch)
         return self._of_target(targets[0]) if self._of_target and targets else None
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim."""
-        inputs, targets = split_pair(micro_batch)
-        return self._loss(*_widened(model(inputs), targets))
+        inputs, targets = split_micro_batch(micro_batch)
+        return self._loss(*_widened(run_model(model, inputs), targets))
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch; return its loss sum (0-dim) and denominator."""
-        inputs, targets = split_pair(micro_batch)
-        return self.of_outputs(model(inputs), targets)
+        inputs, targets = split_micro_batch(micro_batch)
+        return self.of_outputs(run_model(model, inputs), targets)
 
     def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
         """Return loss sum and denominator of what the model has put out for these targets."""
@@ -160,38 +160,6 @@ class CriterionLoss:
         return place
 
 
-class OnDevice:
-    """A loss function that takes micro-batches from the host: counted there, moved one at a time.
-
-    Only one micro-batch is on the device at once; a whole window there would spoil the memory that
-    accumulation saves.
-    """
-
-    def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
-        self._loss_fn = loss_fn
-        self._device = device
-        self.on_host = loss_fn
-        """The loss function as it was, for micro-batches that are where the model is."""
-        self.criterion = getattr(loss_fn, "criterion", None)
-
-    def count(self, micro_batch: Any) -> Denominator | None:
-        """Count on the host, where the micro-batch still is."""
-        return count(self._loss_fn, micro_batch)
-
-    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
-        """Move the micro-batch and compute its loss there; nothing waits for the copy."""
-        return loss_sum(self._loss_fn, model, to_device(micro_batch, self._device))
-
-    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        """Move the micro-batch and compute loss and denominator there."""
-        return self._loss_fn(model, to_device(micro_batch, self._device))
-
-
-def to_device(micro_batch: Any, device: torch.device) -> Any:
-    """Return the pytree with every tensor on the device; copies from pinned memory do not wait."""
-    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), micro_batch)
-
-
 def count(loss_fn: LossFn, micro_batch: Any) -> Denominator | None:
     """Return a micro-batch's denominator if the loss function can tell it without a forward pass."""
     counter = getattr(loss_fn, "count", None)
@@ -213,27 +181,9 @@ def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
 
 def _widened(outputs: Any, targets: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return outputs and targets as lists, half-precision tensors in float32."""
-    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    return [_wide(t) for t in outputs], [_wide(t) for t in targets]
+    return [_wide(t) for t in outputs_in(outputs)], [_wide(t) for t in targets]
 
 
 def _wide(value: Any) -> Any:
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
-
-
-def split_pair(micro_batch: Any) -> tuple[Any, list[Any]]:
-    """Return input and targets of `(input, target)`, `(input, *targets)` or `(input, (target, ...))`.
-
-    Raises:
-        BadInputError: it is no such pair, so a criterion cannot be applied to it.
-    """
-    if not isinstance(micro_batch, (tuple, list)):
-        raise BadInputError(
-            f"a criterion takes micro-batches (input, target), and this one is "
-            f"{type(micro_batch).__name__}; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
-        )
-    targets: list[Any] = []
-    for part in micro_batch[1:]:
-        targets.extend(part) if isinstance(part, (tuple, list)) else targets.append(part)
-    return micro_batch[0], targets

@@ -6,6 +6,7 @@ the partial-window rule, and of nothing else: not of N, the reduction, the devic
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,73 +30,126 @@ def split_sizes(samples: int, accum_steps: int) -> list[int]:
     return [samples // parts + (i < samples % parts) for i in range(parts)]
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """From some point of training on, windows of one size."""
+
+    start: int
+    """The epoch, or the global step, from which it holds; the first stage's is 0."""
+    global_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the epochs a stage begins."""
+
+    first_step: int
+    epoch: int
+    offset: int
+    """Samples of that epoch before it."""
+    size: int
+
+
 @dataclass(slots=True)
 class WindowPlan:
     """The samples of every window of a training run, by global step.
 
-    partial_window says what becomes of the samples left when the global batch does not divide the
-    epoch: `exact` steps on what there is, `drop` leaves them out (other ones every epoch), `carry`
-    completes them with the next epoch's first samples, `error` refuses.
-
-    control_seed: permutes the samples inside each window, under this number; None leaves them. The
-    windows hold the same samples either way, so the gradients differ by rounding alone.
+    Args:
+        samples: of the data set.
+        global_batch_size: of every window, or the stages of a batch that changes in training (batch
+            warm-up): in the order of their starts, the first at 0.
+        seed: of the epochs' orders.
+        partial_window: what becomes of the samples left when the global batch does not divide the
+            epoch: `exact` steps on what there is, `drop` leaves them out (other ones every epoch),
+            `carry` completes them with the next epoch's first samples, `error` refuses.
+        shuffle: every epoch in an order of its own.
+        control_seed: permutes the samples inside each window, under this number; None leaves them. The
+            windows hold the same samples either way, so the gradients differ by rounding alone.
+        lengths: of every sample, (samples,); the samples of a window are then ordered by them, the
+            shortest first, so that micro-batches hold samples of like length. None leaves them.
+        by_step: stages start at a global step, not at an epoch.
     """
 
     samples: int
-    global_batch_size: int
+    global_batch_size: int | Sequence[Stage]
     seed: int
     partial_window: PartialWindow = "exact"
     shuffle: bool = True
     control_seed: int | None = None
-    _order: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
+    lengths: torch.Tensor | None = None
+    by_step: bool = False
+    _places: list[_Place] = field(init=False, repr=False)
+    _order: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        n, size = self.samples, self.global_batch_size
-        if n < 1:
+        if self.samples < 1:
             raise BadInputError("data.train is empty: it holds 0 samples")
-        if self.partial_window == "error" and n % size:
-            raise BadInputError(
-                f"accum.partial_window=error: data.train holds {n} samples, which "
-                f"data.global_batch_size={size} does not divide ({n % size} are left over)"
-            )
-        if self.partial_window == "drop" and n < size:
-            raise BadInputError(
-                f"accum.partial_window=drop leaves no window: data.train holds {n} samples, fewer "
-                f"than data.global_batch_size={size}"
-            )
+        for size in {stage.global_batch_size for stage in self.stages}:
+            self._check(size)
+        self._places = []
+        for stage in self.stages:
+            self._places.append(self._begin(stage))
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Windows that begin in one epoch, the partial one counted unless it is dropped."""
-        if self.partial_window == "drop":
-            return self.samples // self.global_batch_size
-        return math.ceil(self.samples / self.global_batch_size)
+    def stages(self) -> Sequence[Stage]:
+        """One, unless the global batch changes in training."""
+        if isinstance(self.global_batch_size, int):
+            return (Stage(0, self.global_batch_size),)
+        return self.global_batch_size
+
+    @property
+    def largest_batch(self) -> int:
+        """The global batch size of the largest stage."""
+        return max(stage.global_batch_size for stage in self.stages)
 
     @property
     def full_window(self) -> int:
         """Samples of the largest window: the global batch, unless the epoch is smaller."""
         carried = self.partial_window == "carry"
-        return self.global_batch_size if carried else min(self.global_batch_size, self.samples)
+        return self.largest_batch if carried else min(self.largest_batch, self.samples)
+
+    def size(self, global_step: int) -> int:
+        """Return how many samples a window holds."""
+        _, offset, size = self._locate(global_step)
+        return size if self.partial_window == "carry" else min(size, self.samples - offset)
+
+    def stage_of(self, global_step: int) -> int:
+        """Return the number of the stage that a window belongs to."""
+        return max(i for i, place in enumerate(self._places) if place.first_step <= global_step)
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The first window of every stage."""
+        return [place.first_step for place in self._places]
+
+    def ends_epoch(self, global_step: int) -> bool:
+        """Whether the next window begins in a later epoch."""
+        return self._locate(global_step + 1)[0] > self._locate(global_step)[0]
 
     def is_full(self, global_step: int) -> bool:
         """Whether this window is as large as they get; a partial one is no measure of time or memory."""
-        if self.partial_window != "exact" or self.samples % self.global_batch_size == 0:
-            return True
-        last = self.steps_per_epoch - 1
-        return last == 0 or global_step % self.steps_per_epoch != last
+        return self.size(global_step) == self.full_window
 
     def steps_in(self, *, epochs: int | None = None, samples: int | None = None) -> int:
         """Return how many windows fit into a number of epochs or samples, never exceeding it."""
-        n, size = self.samples, self.global_batch_size
-        if epochs is not None:
-            if self.partial_window == "carry":
-                return epochs * n // size
-            return epochs * self.steps_per_epoch
-        if samples is None:
+        if epochs is None and samples is None:
             raise ValueError("give epochs or samples")
-        if self.partial_window == "exact":
-            return samples // n * self.steps_per_epoch + samples % n // size
-        return samples // size
+        n, carried = self.samples, self.partial_window == "carry"
+        if epochs is not None:
+            place = next(p for p in reversed(self._places) if (p.epoch, p.offset) <= (epochs, 0))
+            if carried:
+                return place.first_step + ((epochs - place.epoch) * n - place.offset) // place.size
+            return place.first_step + self._steps_to(place, epochs)
+        assert samples is not None
+        taken, steps = 0, 0
+        for place, following in zip(self._places, [*self._places[1:], None], strict=True):
+            limit = None if following is None else following.first_step - place.first_step
+            fit = self._steps_of(place, samples - taken)
+            if limit is None or fit < limit:
+                return steps + fit
+            taken += sum(self.size(k) for k in range(place.first_step, place.first_step + limit))
+            steps += limit
+        return steps
 
     def indices(self, global_step: int) -> torch.Tensor:
         """Return the data set's indices that feed one optimizer step.
@@ -107,32 +161,101 @@ class WindowPlan:
             int64 indices, (window's samples,): the global batch size, or fewer in a partial window.
         """
         drawn = self._drawn(global_step)
-        return drawn if self.control_seed is None else drawn[self._permutation(global_step, len(drawn))]
+        order = self._order_within(global_step, drawn)
+        return drawn if order is None else drawn[order]
 
     def positions(self, global_step: int) -> torch.Tensor:
-        """Return where in its window each of `indices` was drawn, which no control_seed changes.
+        """Return where in its window each of `indices` was drawn, which no order inside it changes.
 
         What else is drawn for a sample, e.g. its augmentation, is drawn under this position.
 
         Returns:
-            int64 positions, (window's samples,): 0, 1, 2, … without a control_seed.
+            int64 positions, (window's samples,): 0, 1, 2, … where the window is not reordered.
         """
-        size = len(self._drawn(global_step))
-        return torch.arange(size) if self.control_seed is None else self._permutation(global_step, size)
+        drawn = self._drawn(global_step)
+        order = self._order_within(global_step, drawn)
+        return torch.arange(len(drawn)) if order is None else order
 
-    def _permutation(self, global_step: int, size: int) -> torch.Tensor:
-        assert self.control_seed is not None
-        seed = derive_seed(self.seed, "control", self.control_seed, global_step)
-        return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    def _order_within(self, global_step: int, drawn: torch.Tensor) -> torch.Tensor | None:
+        order = None
+        if self.lengths is not None:
+            order = torch.argsort(self.lengths[drawn], stable=True)
+        if self.control_seed is not None:
+            seed = derive_seed(self.seed, "control", self.control_seed, global_step)
+            control = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))
+            order = control if order is None else order[control]
+        return order
 
     def _drawn(self, global_step: int) -> torch.Tensor:
         """Return the window's indices in the order of the epoch."""
-        n, size = self.samples, self.global_batch_size
+        epoch, offset, size = self._locate(global_step)
         if self.partial_window == "carry":
-            return self._stream(global_step * size, size)
-        epoch, window = divmod(global_step, self.steps_per_epoch)
-        start = window * size
-        return self._epoch_order(epoch)[start : min(start + size, n)]
+            return self._stream(epoch * self.samples + offset, size)
+        return self._epoch_order(epoch)[offset : offset + size]
+
+    def _locate(self, global_step: int) -> tuple[int, int, int]:
+        """Return the epoch in which a window begins, where in it, and the size asked for."""
+        place = self._places[self.stage_of(global_step)]
+        windows, size = global_step - place.first_step, place.size
+        if self.partial_window == "carry":
+            epoch, offset = divmod(place.offset + windows * size, self.samples)
+            return place.epoch + epoch, offset, size
+        first = self._windows_in(self.samples - place.offset, size)
+        if windows < first:
+            return place.epoch, place.offset + windows * size, size
+        epoch, window = divmod(windows - first, self._windows_in(self.samples, size))
+        return place.epoch + 1 + epoch, window * size, size
+
+    def _begin(self, stage: Stage) -> _Place:
+        """Return where a stage begins, given those before it."""
+        if not self._places:
+            return _Place(0, 0, 0, stage.global_batch_size)
+        before = self._places[-1]
+        if self.by_step:
+            step = stage.start
+        elif self.partial_window == "carry":  # the first window that begins in that epoch
+            left = (stage.start - before.epoch) * self.samples - before.offset
+            step = before.first_step + max(0, math.ceil(left / before.size))
+        else:
+            step = before.first_step + self._steps_to(before, stage.start)
+        epoch, offset, _ = self._locate(step)
+        return _Place(step, epoch, offset, stage.global_batch_size)
+
+    def _steps_to(self, place: _Place, epoch: int) -> int:
+        """Return the windows from a place to the beginning of a later epoch."""
+        if epoch <= place.epoch:
+            return 0
+        first = self._windows_in(self.samples - place.offset, place.size)
+        return first + (epoch - place.epoch - 1) * self._windows_in(self.samples, place.size)
+
+    def _steps_of(self, place: _Place, samples: int) -> int:
+        """Return how many windows from a place on hold so many samples at most."""
+        n, size = self.samples, place.size
+        if self.partial_window != "exact":
+            return samples // size
+        left = n - place.offset
+        if samples < left:
+            return samples // size
+        epochs, rest = divmod(samples - left, n)
+        every = self._windows_in(n, size)
+        return self._windows_in(left, size) + epochs * every + rest // size
+
+    def _windows_in(self, samples: int, size: int) -> int:
+        """Return the windows that begin in so many samples at an epoch's end."""
+        return samples // size if self.partial_window == "drop" else math.ceil(samples / size)
+
+    def _check(self, size: int) -> None:
+        n = self.samples
+        if self.partial_window == "error" and n % size:
+            raise BadInputError(
+                f"accum.partial_window=error: data.train holds {n} samples, which "
+                f"data.global_batch_size={size} does not divide ({n % size} are left over)"
+            )
+        if self.partial_window == "drop" and n < size:
+            raise BadInputError(
+                f"accum.partial_window=drop leaves no window: data.train holds {n} samples, fewer "
+                f"than data.global_batch_size={size}"
+            )
 
     def _stream(self, start: int, count: int) -> torch.Tensor:
         """Return `count` indices of the epochs laid end to end, from position `start`."""

@@ -1,7 +1,7 @@
 """The built-in models, each a `torch.nn.Module` whose constructor takes plain values.
 
-Every constructor takes `input_shape` (the shape of one sample's input, without a batch dimension)
-and `num_classes` (the number of outputs). Both may be left null in a model's YAML file, and are
-then filled in from the data set. Nothing here reads a configuration: a model of anyone's own is
-used in the same way, by its `_target_`.
+Constructors take `input_shape` (the shape of one sample's input, without a batch dimension) and
+`num_classes` (the number of outputs), or `vocab_size` (the number of tokens). Each may be left null in
+a model's YAML file, and is then filled in from the data set. Nothing here reads a configuration: a
+model of anyone's own is used in the same way, by its `_target_`.
 """

@@ -22,6 +22,7 @@ Config = frozenset[tuple[str, str]]
 
 _GLOBAL_BATCH = "data.global_batch_size"
 _REDUCTION = "accum.reduction"
+_SCHEDULE = "accum.schedule"
 # How the batch is split, where results go, and what Hydra made of it: none changes what is trained.
 _SPLITTING = frozenset({"accum.steps", "data.micro_batch_size", _GLOBAL_BATCH, "sweep_id"})
 # Nor does how it is audited: a control's seed is such a key, and its config is its reference's.
@@ -110,10 +111,12 @@ def is_control(run: RunRecord) -> bool:
 
 def config_of(run: RunRecord) -> dict[str, str]:
     """The parameters that decide what is trained, without how its batch is split and bookkeeping."""
+    # A schedule under which the global batch stays what it is decides no more than how it is split.
+    splitting = _SPLITTING if "global_batches" in run.tags else _SPLITTING | {_SCHEDULE}
     return {
         key: value
         for key, value in run.params.items()
-        if key not in _SPLITTING and not key.startswith(_BOOKKEEPING)
+        if key not in splitting and not key.startswith(_BOOKKEEPING)
     }
 
 

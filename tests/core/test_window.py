@@ -31,7 +31,7 @@ def test_every_epoch_is_seen_once_up_to_the_rule(rule: str, samples: int, size: 
     if rule == "drop" and samples < size:
         return
     plan = WindowPlan(samples, size, seed, rule)  # type: ignore[arg-type]
-    steps = 3 * plan.steps_per_epoch
+    steps = 3 * (samples // size if rule == "drop" else math.ceil(samples / size))
     fetched = torch.cat([plan.indices(step) for step in range(steps)]).tolist()
     if rule == "carry":
         epochs = math.ceil(len(fetched) / samples)

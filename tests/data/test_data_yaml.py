@@ -1,5 +1,6 @@
 """Every data block composes from its YAML file and loads what it says."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from PIL import Image
 from torch.utils.data import Dataset
@@ -56,6 +57,11 @@ def overrides_for(block: str, folder: Path, write_files: Write) -> list[str]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9)).save(folder / path)
         return [f"data.root={folder}", "data.image_size=8"]
+    if block == "text":
+        (folder / "text").write_text("\n\n".join(letter * 20 for letter in "abcde"))
+        return [f"data.root={folder}/text", "data.context=7"]
+    if block == "ragged":
+        return ["data.length_cv=0"]
     if block == "custom":
         return [f"data.{split}._target_={__name__}.Points" for split in ("train", "eval")] + [
             "+data.eval.seed=1"
@@ -71,8 +77,16 @@ EXPECTED = {
     "cifar10": ((3, 32, 32), 20, 12, 10),
     "cifar100": ((3, 32, 32), 20, 12, 100),
     "imagefolder": ((3, 8, 8), 2, 1, 2),
+    "text": ((7,), 12, 2, 6),
+    "ragged": ((64,), 4096, 512, 64),
     "custom": ((2,), 3, 3, None),
 }
+
+
+def shape_of_first(dataset: Any) -> tuple[int, ...]:
+    """Return the shape of the first sample's input, of a pair or of tokens."""
+    sample = dataset[0]
+    return tuple((sample["input_ids"] if isinstance(sample, dict) else sample[0]).shape)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -81,7 +95,7 @@ def test_every_block_composes_and_loads(block: str, tmp_path: Path, write_files:
     node = composed(block, *overrides_for(block, tmp_path, write_files))
     train, held_out = instantiate(node.train), instantiate(node.eval)
     shape, train_size, held_out_size, classes = EXPECTED[block]
-    assert train[0][0].shape == held_out[0][0].shape == shape
+    assert shape_of_first(train) == shape_of_first(held_out) == shape
     assert (len(train), len(held_out)) == (train_size, held_out_size)
     if classes is not None:
         assert len(train.classes) == len(held_out.classes) == classes
@@ -121,6 +135,30 @@ def test_fake_takes_its_sizes_from_the_keys_of_the_block() -> None:
     assert train[0][0].shape == held_out[0][0].shape == (1, 8, 8)
     assert (len(train), len(train.classes), len(held_out.classes)) == (5, 3, 3)
     assert not any(torch.equal(a, b) for a in train.tensors[0] for b in held_out.tensors[0])
+
+
+@pytest.mark.parametrize("block", ["text", "ragged"])
+def test_keys_of_a_block_are_the_arguments_of_both_splits(block: str) -> None:
+    """What is a key beside the batch's is handed to training and evaluation alike, but for the size."""
+    node = composed(block)
+    batch = {"global_batch_size", "micro_batch_size", "eval_batch_size", "workers", "sort_by_length"}
+    keys = set(node) - batch - {"train", "eval", "size", "eval_size"}
+    for split in (node.train, node.eval):
+        assert keys <= set(split)
+        assert {key: split[key] for key in keys} == {key: node[key] for key in keys}
+        arguments = inspect.signature(get_object(split._target_)).parameters
+        assert keys <= set(arguments)
+        assert {key: arguments[key].default for key in keys} == {key: node[key] for key in keys}
+
+
+def test_ragged_takes_its_sizes_and_lengths_from_the_keys_of_the_block() -> None:
+    """data.size, data.eval_size and data.mean_length reach the sets, which share no sequence."""
+    node = composed(
+        "ragged", "data.size=5", "data.eval_size=4", "data.length_cv=0", "data.mean_length=9"
+    )
+    train, held_out = instantiate(node.train), instantiate(node.eval)
+    assert (train.lengths.tolist(), held_out.lengths.tolist()) == ([9] * 5, [9] * 4)
+    assert not any(torch.equal(a["labels"], b["labels"]) for a in train for b in held_out)
 
 
 def test_imagefolder_takes_a_path_for_each_split(tmp_path: Path, write_files: Write) -> None:

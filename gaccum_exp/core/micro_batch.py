@@ -1,0 +1,78 @@
+"""A micro-batch taken apart: what the model is called with, and what its output is held against."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.errors import BadInputError
+
+TARGETS = ("labels", "label", "targets", "target")
+"""Under which key a micro-batch that is a mapping has its target, the first that is there."""
+
+
+class Keywords(dict[str, Any]):
+    """The arguments that a model is called with by name."""
+
+
+def split_micro_batch(micro_batch: Any) -> tuple[Any, list[Any]]:
+    """Return what the model is called with, and the targets.
+
+    Of `(input, target)`, `(input, *targets)` and `(input, (target, ...))` that is the first part and
+    the rest. Of a mapping, e.g. `{"input_ids": …, "attention_mask": …, "labels": …}`, the target is the
+    entry of one of TARGETS, and every other is an argument of the model's by that name.
+
+    Raises:
+        BadInputError: it is neither, so a criterion cannot be applied to it.
+    """
+    if isinstance(micro_batch, Mapping):
+        key = next((key for key in TARGETS if key in micro_batch), None)
+        if key is None:
+            raise BadInputError(
+                f"a criterion needs targets, and a micro-batch with the keys "
+                f"{', '.join(map(str, micro_batch))} has none of {', '.join(TARGETS)}; use a "
+                "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+            )
+        return Keywords({k: v for k, v in micro_batch.items() if k != key}), [micro_batch[key]]
+    if not isinstance(micro_batch, (tuple, list)):
+        raise BadInputError(
+            f"a criterion takes micro-batches (input, target) or mappings with labels, and this one is "
+            f"{type(micro_batch).__name__}; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+        )
+    targets: list[Any] = []
+    for part in micro_batch[1:]:
+        targets.extend(part) if isinstance(part, (tuple, list)) else targets.append(part)
+    return micro_batch[0], targets
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with what `split_micro_batch` gave."""
+    return model(**inputs) if isinstance(inputs, Keywords) else model(inputs)
+
+
+def tokens_in(micro_batch: Any, ignore_index: int = -100) -> Tensor | None:
+    """Return how many labels are asked for, 0-dim; None where a target is no sequence of labels.
+
+    Sequences of labels are integers, (batch, length).
+    """
+    try:
+        _, targets = split_micro_batch(micro_batch)
+    except BadInputError:
+        return None
+    labels = targets[0] if targets else None
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 2:
+        return None
+    return (labels != ignore_index).sum()
+
+
+def outputs_in(outputs: Any) -> list[Any]:
+    """Return what a model puts out as a list; of an object with `logits`, as in transformers, those."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    logits = getattr(outputs, "logits", None)
+    if logits is None and isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    if logits is not None:
+        return [logits]
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
