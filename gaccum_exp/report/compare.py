@@ -44,6 +44,7 @@ CSV_COLUMNS = (
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
     *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
+    *("eval_perplexity", "tokens_per_s", "skipped_windows"),
 )
 
 
@@ -211,6 +212,9 @@ def _row(run: RunRecord, group: Group, setting: Swept, envelope: Envelope | None
         left_at=standing.left_at,
         envelope=envelope.largest if envelope else None,
         controls=envelope.controls if envelope else 0,
+        eval_perplexity=_last(run, "eval/perplexity"),
+        tokens_per_s=_last(run, "throughput/tokens_per_s"),
+        skipped_windows=_last(run, "train/skipped_windows"),
     )
 
 

@@ -33,7 +33,10 @@ def other_notes(groups: Labelled) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
     arms = [(group, arm, setting) for group, setting in groups for arm in group.arms]
     said = _uneven_splits([arm for _, arm, _ in arms])
-    for sentence in (_about_data, _about_memory_source, _about_step_time, _about_status):
+    for sentence in (
+        *(_about_data, _about_memory_source, _about_step_time),
+        *(_about_growth, _about_skipped, _about_status),
+    ):
         said += _merge(((sentence(group, arm), setting) for group, arm, setting in arms), len(groups))
     return tuple(said)
 
@@ -134,6 +137,26 @@ def _about_step_time(group: Group, arm: RunRecord) -> str | None:
     return (
         f"N = {steps_of(arm)} ran on {_machine(ours)}, its reference on {_machine(theirs)}: "
         "their step times have no ratio."
+    )
+
+
+def _about_growth(_: Group, arm: RunRecord) -> str | None:
+    batches = arm.tags.get("global_batches")
+    if batches is None:
+        return None
+    return (
+        f"the global batch of N = {steps_of(arm)} changes with its schedule ({batches} samples): its "
+        "audits compare each stage with one pass over the same batch."
+    )
+
+
+def _about_skipped(_: Group, arm: RunRecord) -> str | None:
+    skipped = arm.metrics.get("train/skipped_windows")
+    if not skipped:
+        return None
+    return (
+        f"N = {steps_of(arm)} took no step on {skipped:.0f} windows, whose float16 gradient was not "
+        "finite at the loss scale of the time."
     )
 
 

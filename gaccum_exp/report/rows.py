@@ -68,6 +68,12 @@ class ComparisonRow:
     """The largest gap that the controls' envelope reaches."""
     controls: int
     """How many controls the envelope is of."""
+    eval_perplexity: float | None
+    """exp(eval loss), where the loss counts tokens."""
+    tokens_per_s: float | None
+    """Median over windows, where the loss counts tokens."""
+    skipped_windows: float | None
+    """Windows whose float16 gradient was not finite, so that no step was taken; None: none."""
 
     @property
     def differs(self) -> str:

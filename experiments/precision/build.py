@@ -1,0 +1,167 @@
+"""Rebuild this study: `python experiments/precision/build.py` (about 8 minutes on two cores)."""
+
+import copy
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.notebook import provenance, run_study, spread, write_results
+from gaccum_exp import accumulate_gradients, config
+from gaccum_exp.build import build
+from gaccum_exp.core.loss import count
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.train import training_windows
+
+HERE = Path(__file__).resolve().parent
+STEPS = (1, 2, 8, 32, 64)
+SEEDS = (0, 1, 2)
+BUFFERS = {"same": ("o", "-", "0.0"), "float32": ("s", "--", "0.5")}
+PUBLISHED = {2: 2.3e-3, 8: 3.2e-3, 64: 7.7e-3}
+"""Relative gradient error of a bfloat16 buffer by N: bigram model, 64 sequences."""
+
+Cell = dict[str, tuple[float, float]]
+
+
+def main() -> None:
+    """Measure gradients, run the arms, write table and figure."""
+    rows, seconds = run_study("precision")
+    start = time.monotonic()
+    cells = trained(rows)
+    for (buffer, steps), errors in measured().items():
+        cells[buffer, steps] |= errors
+    draw(cells, HERE / "precision.png")
+    figure = "![Gradient error against N for both buffers](precision.png)"
+    told = provenance(seconds + time.monotonic() - start)
+    write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{told}")
+
+
+def trained(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
+    """Return held-out loss and peak memory of the arms, over seeds."""
+    found: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        buffer = re.search(r"buffer_dtype=(\w+)", row["differs"])
+        assert buffer is not None, row["differs"]
+        found.setdefault((buffer[1], int(row["steps"])), []).append(row)
+    return {
+        key: {
+            "loss": spread(float(row["eval_loss"]) for row in arms),
+            "mib": spread(float(row["peak_bytes"]) / 2**20 for row in arms),
+        }
+        for key, arms in found.items()
+    }
+
+
+def measured() -> dict[tuple[str, int], Cell]:
+    """Return the errors of the first window's gradient at the initial weights, over seeds."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    config.register()
+    for seed in SEEDS:
+        for steps in STEPS:
+            with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+                chosen = ["experiment=precision", f"seed={seed}", f"accum.steps={steps}"]
+                settings = config.validate(compose("config", [*chosen, "runtime.device=cpu"]))
+            experiment = build(settings)
+            window = next(training_windows(experiment))
+            for buffer, errors in gradient_errors(experiment, window).items():
+                found.setdefault((buffer, steps), []).append(errors)
+    return {
+        key: {
+            "buffer_error": spread(of_buffer for of_buffer, _ in errors),
+            "error": spread(of_all for _, of_all in errors),
+        }
+        for key, errors in found.items()
+    }
+
+
+def gradient_errors(experiment: Experiment, window: list) -> dict[str, tuple[float, float]]:
+    """Return, for each buffer, how far its gradient is from the exact sum and from float64.
+
+    The exact sum adds the same bfloat16 micro gradients up in float64; the other reference is the
+    gradient of the same weights computed in float64 throughout.
+    """
+    model, loss_fn = experiment.model, experiment.loss_fn
+    total = sum(count(loss_fn, micro_batch) for micro_batch in window)
+    exact_sum = torch.zeros((), dtype=torch.float64)
+    for micro_batch in window:
+        exact_sum = exact_sum + gradient(
+            model, loss_fn, [micro_batch], reduction="sum", sum_divisor=total
+        )
+    exact = gradient(copy.deepcopy(model).double(), loss_fn, window)
+    found = {}
+    for buffer, dtype in (("same", None), ("float32", torch.float32)):
+        got = gradient(model, loss_fn, window, buffer_dtype=dtype)
+        found[buffer] = distance(got, exact_sum), distance(got, exact)
+    return found
+
+
+def gradient(model: nn.Module, loss_fn, window: list, **how) -> Tensor:
+    """Return the accumulated gradient in float64, flat."""
+    model.zero_grad()
+    accumulate_gradients(model, loss_fn, window, **how)
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    """Return the relative distance."""
+    return float((got - exact).norm() / exact.norm())
+
+
+def table(cells: dict[tuple[str, int], Cell]) -> str:
+    """Return the Markdown table, mean ± standard deviation over seeds."""
+    lines = [
+        "| added up in | N | lost in adding up | published | gradient error, all in all "
+        "| held-out loss | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for buffer in BUFFERS:
+        for steps in STEPS:
+            cell = cells[buffer, steps]
+            of_buffer, error, loss, mib = (cell[c] for c in ("buffer_error", "error", "loss", "mib"))
+            known = PUBLISHED.get(steps) if buffer == "same" else None
+            lines.append(
+                f"| {'bfloat16' if buffer == 'same' else buffer} | {steps} "
+                f"| {of_buffer[0]:.1e} ± {of_buffer[1]:.0e} "
+                f"| {'' if known is None else f'{known:.1e}'} | {error[0]:.1e} ± {error[1]:.0e} "
+                f"| {loss[0]:.4f} ± {loss[1]:.4f} | {mib[0]:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(cells: dict[tuple[str, int], Cell], path: Path) -> None:
+    """Draw what adding up loses, and the whole error, against N."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = {"buffer_error": "lost in adding up", "error": "gradient error against float64"}
+    for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        for buffer, (marker, line, colour) in BUFFERS.items():
+            points = [cells[buffer, n][column] for n in STEPS]
+            axes.errorbar(
+                STEPS,
+                [mean for mean, _ in points],
+                yerr=[std for _, std in points],
+                marker=marker,
+                linestyle=line,
+                color=colour,
+                markerfacecolor="white",
+                capsize=3,
+                label=f"in {'bfloat16' if buffer == 'same' else buffer}",
+            )
+        if column == "buffer_error":
+            axes.plot(*zip(*PUBLISHED.items(), strict=True), "x", color="black", label="published")
+        axes.set(xscale="log", yscale="log", xlabel="N, micro-batches per optimizer step", title=label)
+        axes.set_xticks(STEPS, [str(n) for n in STEPS])
+        axes.grid(axis="y", linewidth=0.3)
+        axes.legend(frameon=False)
+    figure.suptitle("bfloat16 weights, 64 sequences per window, mean ± std over 3 seeds")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
