@@ -43,13 +43,7 @@ def data_config(data: Mapping[str, Any], steps: int | None) -> tuple[DataConfig,
     Raises:
         BadInputError: a size that is none, or sizes that do not fit together.
     """
-    for key in ("global_batch_size", "micro_batch_size", "eval_batch_size", "workers"):
-        value = data.get(key)
-        derived = key in ("global_batch_size", "micro_batch_size")
-        if not (isinstance(value, int) and not isinstance(value, bool)) and not (
-            derived and value is None
-        ):
-            raise BadInputError(f"data.{key}={value}: not an integer")
+    _check_integers(data)
     sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), steps)
     check_positive("data.eval_batch_size", data["eval_batch_size"])
     if data["workers"] < 0:
@@ -121,6 +115,7 @@ def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[Ste
     Raises:
         BadInputError: a schedule that does not begin at 0, or an N that does not fit.
     """
+    _check_integers(data)
     whole = isinstance(schedule, Mapping) and all(type(n) is int for p in schedule.items() for n in p)
     if not whole or not schedule or min(schedule) != 0:
         raise BadInputError(f"accum.schedule={schedule}: must say N from 0 on, e.g. {{0:1,4:2,8:4}}")
@@ -136,6 +131,18 @@ def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[Ste
             )
         stages.append(StepsStage(start, steps, total or 0))
     return tuple(stages)
+
+
+def _check_integers(data: Mapping[str, Any]) -> None:
+    for key in ("global_batch_size", "micro_batch_size", "eval_batch_size", "workers"):
+        value = data.get(key)
+        derived = key in ("global_batch_size", "micro_batch_size")
+        if derived and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise BadInputError(f"data.{key}={value}: not an integer")
+        if derived:
+            check_positive(f"data.{key}", value)
 
 
 def _boolean(key: str, value: Any) -> bool:

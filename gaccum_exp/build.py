@@ -25,6 +25,7 @@ from gaccum_exp.config import Settings
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.loss import CriterionLoss, LossFn, count
 from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch, tokens_in
+from gaccum_exp.core.model_loss import ModelLoss
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.placement import Placement, placed
 from gaccum_exp.core.seeding import derive_seed, seed_host
@@ -58,7 +59,7 @@ def build(settings: Settings) -> Experiment:
     )
     total_steps = _total_steps(settings, plan)
     placement = _placement(settings, device)
-    model = _model(settings, train_data).to(device, placement.dtype)
+    model = _placed_weights(_model(settings, train_data), settings, placement)
     criterion_loss, loss_fn = _loss(settings, model, device)
     first = _first_samples(train_data, plan)
     _try_first_samples(model, criterion_loss, loss_fn, first, placement)
@@ -248,24 +249,29 @@ def _lengths(dataset: Dataset[Any]) -> Tensor:
 
 def _placement(settings: Settings, device: torch.device) -> Placement:
     """Return what the runtime's precision means for micro-batches and weights."""
-    precision = settings.runtime.precision
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    pure = half if settings.runtime.weight_dtype == "same" else None
-    double = torch.float64 if precision == "fp64" else None
-    autocast = None if pure is not None else half
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+    pure = settings.runtime.weight_dtype == "same"
     return Placement(
         device,
-        dtype=pure or double,
-        autocast=autocast,
+        dtype=torch.float64 if settings.precision == "fp64" else half if pure else None,
+        autocast=None if pure else half,
         device_type=device.type,
         compiled=settings.runtime.compile,
     )
 
 
+def _placed_weights(model: nn.Module, settings: Settings, placement: Placement) -> nn.Module:
+    """Bring the weights where, and into what, the placement asks for."""
+    model = model.to(placement.device, placement.dtype)
+    if settings.audit.control_precision and settings.runtime.weight_dtype == "same":
+        model = model.to(torch.bfloat16).float()  # it begins where its reference does
+    return model
+
+
 def _scaler(
     settings: Settings, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> torch.amp.GradScaler | None:
-    if settings.runtime.precision != "fp16":
+    if settings.precision != "fp16":
         return None
     if needs_closure(type(optimizer).step):
         raise BadInputError(
@@ -333,6 +339,8 @@ def _loss(
         criterion = criterion.to(device, torch.float64 if double else torch.float32)
         loss = CriterionLoss(criterion, settings.accum.reduction)
         return loss, loss
+    if isinstance(criterion, ModelLoss):
+        criterion.reduction = settings.accum.reduction
     if not callable(criterion):
         raise BadInputError(
             f"criterion._target_={node['_target_']}: gives {type(criterion).__name__}, neither a "

@@ -56,6 +56,11 @@ class RunAudits:
         self._experiment, self._sink = experiment, sink
         self.worst: Audit | None = None
         """Of the windows judged so far."""
+        # No window of a stage is larger; its first may be the rest of an epoch.
+        self._of_stages = {
+            next((step for step in windows if experiment.is_full(step)), windows[0])
+            for windows in experiment.stage_windows
+        }
 
     def due(self, global_step: int) -> bool:
         """Whether the window of this global step is to be judged."""
@@ -64,8 +69,7 @@ class RunAudits:
             return False
         if when.every_steps is not None and global_step % when.every_steps == 0:
             return True
-        # No window of a stage is larger than its first.
-        return when.at_start and global_step in self._experiment.plan.stage_starts
+        return when.at_start and global_step in self._of_stages
 
     def judge(self, window: Window, global_step: int) -> Audit:
         """Judge a window that is about to be used; its numbers stand beside its own train/loss."""

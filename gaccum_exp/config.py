@@ -120,6 +120,9 @@ class AuditConfig:
     """How often the reference (N = 1) is trained again with only the order inside windows permuted."""
     control_seed: int | None = None
     """Of such a control: its number, which seeds the permutations; null: none."""
+    control_precision: str | None = None
+    """Of such a control of a run in half precision: fp32. There another order alone moves next to
+    nothing, and the distance to float32 is what rounding does."""
 
 
 @dataclass(slots=True)
@@ -170,14 +173,21 @@ class Settings:
         return self.accum.steps
 
     @property
+    def precision(self) -> str:
+        """What passes compute in: fp32 | fp64 | bf16 | fp16."""
+        return self.audit.control_precision or self.runtime.precision
+
+    @property
     def audit_asked(self) -> bool:
         """Whether the exit status answers for the verdict: the audit at the start comes unasked."""
         return self.task == "audit" or self.audit.every_steps is not None
 
     def as_control(self, number: int) -> "Settings":
-        """Return the same arm with only the order inside its windows permuted."""
-        audit = replace(self.audit, control_seed=number)
-        tree = {**self.tree, "audit": {**self.tree["audit"], "control_seed": number}}
+        """Return the same arm in another order inside its windows, one of half precision in fp32."""
+        precision = "fp32" if self.runtime.precision in ("bf16", "fp16") else None
+        changed = {"control_seed": number, "control_precision": precision}
+        audit = replace(self.audit, **changed)  # type: ignore[arg-type]  # each of its own type
+        tree = {**self.tree, "audit": {**self.tree["audit"], **changed}}
         return replace(self, audit=audit, tree=tree)
 
     def flat(self) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
                     loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
                 hits, counted = _hits(outputs, targets, experiment.criterion_loss.criterion)
                 right, labels = right + hits, labels + counted
-            loss_sum, denominator = loss_sum + loss, denominator + n
+            # In half precision a long sum loses its last batches.
+            wide = torch.promote_types(loss.dtype, torch.float32)
+            loss_sum, denominator = loss_sum + loss.to(wide), denominator + n
     loss = torch.as_tensor(loss_sum / denominator)
     values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss}
     if experiment.counts_tokens:

@@ -47,6 +47,20 @@ class Experiment:
         """Return N, the micro-batches of a window."""
         return self.settings.stages[self.plan.stage_of(global_step)].accum_steps
 
+    def is_full(self, global_step: int) -> bool:
+        """Whether a window is as large as those of its stage get."""
+        plan = self.plan
+        asked = plan.stages[plan.stage_of(global_step)].global_batch_size
+        carried = plan.partial_window == "carry"
+        return plan.size(global_step) == (asked if carried else min(asked, plan.samples))
+
+    @property
+    def stage_windows(self) -> list[range]:
+        """The global steps of every stage that this training reaches."""
+        starts = [*self.plan.stage_starts, self.total_steps]
+        ends = [min(end, self.total_steps) for end in starts[1:]]
+        return [range(*stage) for stage in zip(starts, ends, strict=False) if stage[0] < stage[1]]
+
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a micro-batch's share of the loss."""
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))

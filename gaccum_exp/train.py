@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,19 +27,16 @@ from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.peak import (
     FORWARD_BACKWARD,
     OPTIMIZER_STEP,
-    AllocatedWindow,
     Meter,
     Peak,
     TrackedWindow,
-    has_counters,
 )
+from gaccum_exp.meters import MEASURED_WINDOW, RunMeters
 from gaccum_exp.metrics import Sink
 from gaccum_exp.progress import Progress
 
 log = logging.getLogger(__name__)
 Phase = Callable[[str], AbstractContextManager[None]]
-MEASURED_WINDOW = 2
-"""Windows before the one whose memory is measured: the optimizer's state is made in the first."""
 
 
 def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | None:
@@ -54,42 +51,77 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | Non
     settings, total = experiment.settings, experiment.total_steps
     every = settings.train.eval_every_steps
     clock = WindowClock(experiment.device)
-    meters = _memory_meters(experiment)
-    peaks: list[Peak] = []
+    meters = RunMeters(experiment)
     audits = RunAudits(experiment, sink)
     if settings.runtime.compile:
         sink.record(0, check_compiled(experiment))
     feed = training_windows(experiment)
-    empty_windows, skipped_windows = 0, 0.0
+    tally = _Tally()
     for step in range(1, total + 1):
-        if step - 1 in meters or audits.due(step - 1):  # neither is a measure of time
-            values, peak = _observed_step(experiment, next(feed), step - 1, audits, meters)
-            peaks += [peak] if peak is not None else []
+        if not tally.steps and step > MEASURED_WINDOW:
+            meters.postpone(step - 1)  # there is no optimizer state yet
+        if step - 1 in meters.due or audits.due(step - 1):  # neither is a measure of time
+            values = _observed_step(experiment, next(feed), step - 1, audits, meters)
         else:
             values = _timed_step(experiment, feed, step - 1, clock)
-        empty_windows += not values
-        skipped_windows += float(values.get(metrics.SKIPPED, 0.0))
         sink.record(step, values)
+        tally.count(values)
         due = step % every == 0 if every else experiment.plan.ends_epoch(step - 1)
         if experiment.eval_data is not None and (due or step == total):
             sink.record(step, evaluate(experiment))
         if sink.due or step == total:
             progress.note(sink.deliver())
         progress.advance(step)
-    if empty_windows:
-        sink.record(total, {metrics.EMPTY_WINDOWS: empty_windows})
-    if empty_windows == total:
-        raise BadInputError("nothing in data.train counts: the denominator of every window is 0")
-    if skipped_windows:
-        sink.record(total, {metrics.SKIPPED_WINDOWS: skipped_windows})
-    if skipped_windows == total:
+    sink.record(total, tally.numbers())
+    tally.require_a_step()
+    _record_time(sink, experiment, clock)
+    meters.record(sink)
+    sink.deliver()
+    return audits.worst
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How many windows were steps, and how many were none."""
+
+    steps: int = 0
+    empty: int = 0
+    skipped: int = 0
+
+    def count(self, values: Mapping[str, float | Tensor]) -> None:
+        """Take the metrics of a window.
+
+        Raises:
+            BadInputError: no later window can be a step.
+        """
+        self.empty += not values
+        self.skipped += bool(values) and not _is_step(values)
+        self.steps += _is_step(values)
+        if values.get(metrics.LOSS_SCALE) == 0:
+            raise BadInputError(
+                f"runtime.precision=fp16: the loss scale has sunk to 0 after {self.skipped} windows "
+                "without a finite gradient; use runtime.precision=bf16 or a smaller learning rate"
+            )
+
+    def numbers(self) -> dict[str, float]:
+        """Return the metrics of windows that were no steps, where there are such."""
+        counts = {metrics.EMPTY_WINDOWS: self.empty, metrics.SKIPPED_WINDOWS: self.skipped}
+        return {key: float(count) for key, count in counts.items() if count}
+
+    def require_a_step(self) -> None:
+        """Refuse to call a training finished that never began."""
+        if self.steps:
+            return
+        if not self.skipped:
+            raise BadInputError("nothing in data.train counts: the denominator of every window is 0")
         raise BadInputError(
             "runtime.precision=fp16: no window had a finite gradient, so none was a step"
         )
-    _record_time(sink, experiment, clock)
-    _record_memory(sink, total, peaks)
-    sink.deliver()
-    return audits.worst
+
+
+def _is_step(values: Mapping[str, float | Tensor]) -> bool:
+    """Whether a window of these metrics moved the weights: something counted, and was finite."""
+    return bool(values) and not values.get(metrics.SKIPPED)
 
 
 def train_step(
@@ -141,10 +173,8 @@ def train_step(
     }
     if scaler is not None:
         values |= scaled
-        if scaled[
-            metrics.SKIPPED
-        ]:  # what is not finite is no measure, and no end of the training either
-            return {k: v for k, v in values.items() if math.isfinite(float(v))}
+    if not _is_step(values):  # what is not finite is no measure, and no end of the training either
+        return {k: v for k, v in values.items() if math.isfinite(float(v))}
     if experiment.scheduler is not None:
         experiment.scheduler.step()
     return values
@@ -184,7 +214,8 @@ def _step_of(
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    return {metrics.LOSS_SCALE: scale, metrics.SKIPPED: float(scaler.get_scale() < scale)}
+    skipped = scaler.get_scale() < scale or scale == 0  # nothing is finite once divided by 0
+    return {metrics.LOSS_SCALE: scale, metrics.SKIPPED: float(skipped)}
 
 
 @contextmanager
@@ -224,14 +255,19 @@ def _observed_step(
     window: Window,
     global_step: int,
     audits: RunAudits,
-    meters: Mapping[int, type[Meter]],
-) -> tuple[dict[str, float | Tensor], Peak | None]:
+    meters: RunMeters,
+) -> dict[str, float | Tensor]:
     """Take a step whose window is audited first, or whose memory is measured, or both."""
     if audits.due(global_step):
         audits.judge(window, global_step)
-    if global_step in meters:
-        return measured_step(experiment, window, global_step, meters[global_step])
-    return train_step(experiment, window, global_step), None
+    if global_step not in meters.due:
+        return train_step(experiment, window, global_step)
+    values, peak = measured_step(experiment, window, global_step, meters.due[global_step])
+    if not _is_step(values):
+        meters.postpone(global_step)
+    elif peak is not None:
+        meters.take(peak)
+    return values
 
 
 def measured_step(
@@ -271,25 +307,6 @@ def training_windows(experiment: Experiment) -> Iterator[Window]:
     )
 
 
-def _memory_meters(experiment: Experiment) -> dict[int, type[Meter]]:
-    """Which windows to measure, and with what: the device's own counters first where it has them.
-
-    Full windows in the steady state, where there are such, of the stage with the largest micro-batches.
-    A control is there for its loss curve alone.
-    """
-    if experiment.settings.audit.control_seed is not None:
-        return {}
-    kinds: list[type[Meter]] = [TrackedWindow]
-    if has_counters(experiment.device):
-        kinds.insert(0, AllocatedWindow)
-    plan, total = experiment.plan, experiment.total_steps
-    starts = [step for step in plan.stage_starts if step < total]
-    first = max(starts, key=lambda step: plan.size(step) / experiment.accum_steps(step))
-    early = range(first, min(total, first + 2 * (MEASURED_WINDOW + len(kinds))))
-    best = sorted(early, key=lambda k: (not plan.is_full(k), k < MEASURED_WINDOW, k))
-    return dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))
-
-
 def _record_time(sink: Sink, experiment: Experiment, clock: WindowClock) -> None:
     step_s = clock.step_time_s()
     if step_s is not None:
@@ -299,20 +316,6 @@ def _record_time(sink: Sink, experiment: Experiment, clock: WindowClock) -> None
         if tokens_per_s:
             values[metrics.TOKENS_PER_S] = tokens_per_s
         sink.record(experiment.total_steps, values)
-
-
-def _record_memory(sink: Sink, step: int, peaks: list[Peak]) -> None:
-    """The first peak is the one to compare; the split is the tracker's, recorded beside it."""
-    if not peaks:
-        return
-    tracked = next((peak for peak in peaks if peak.parts), None)
-    values: dict[str, float] = {metrics.PEAK_BYTES: peaks[0].bytes}
-    if tracked is not None:
-        values[metrics.TRACKED_PEAK_BYTES] = tracked.bytes
-        values |= {f"memory/{part}_bytes": size for part, size in tracked.parts.items()}
-    sink.record(step, values)
-    source = "tracker" if peaks[0].parts else "allocator"
-    sink.describe({"memory.peak_phase": peaks[0].phase, "memory.source": source})
 
 
 class _NothingCountsError(Exception):

@@ -147,3 +147,37 @@ class OwnCrossEntropy(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """A scalar, reduced as asked."""
         return nn.functional.cross_entropy(logits, target, reduction=self.reduction)
+
+
+class Loud(nn.Module):
+    """A linear classifier of points in the plane times a number, which its gradient has as a factor."""
+
+    def __init__(self, amplitude: float = 1.0) -> None:
+        super().__init__()
+        self.amplitude = amplitude
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return self.linear(x.to(self.linear.weight.dtype) * self.amplitude)
+
+
+class Overflowing(Loud):
+    """Its output becomes infinite at the fourth training pass, as one of float16 may."""
+
+    def __init__(self, at: int = 4) -> None:
+        super().__init__()
+        self.at, self.passes = at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(x) * (float("inf") if self.passes == self.at else 1.0)
+
+
+def tiny_gpt2(vocab_size: int) -> nn.Module:
+    """Return one of transformers' language models, which computes its own loss, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2, **quiet)
+    return GPT2LMHeadModel(config)

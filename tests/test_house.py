@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config",
         "memory audit experiment tracking progress explain",
         "evaluate provenance sweep report",
-        "build certify compiled integrations",
+        "build certify compiled meters integrations",
         "train",
         "arm",
         "cli",

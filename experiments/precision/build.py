@@ -141,11 +141,12 @@ def draw(cells: dict[tuple[str, int], Cell], path: Path) -> None:
     panels = {"buffer_error": "lost in adding up", "error": "gradient error against float64"}
     for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for buffer, (marker, line, colour) in BUFFERS.items():
-            points = [cells[buffer, n][column] for n in STEPS]
+            # One micro-batch loses nothing in adding up, and zero has no place on a log axis.
+            points = {n: c for n in STEPS if (c := cells[buffer, n][column])[0] > 0}
             axes.errorbar(
-                STEPS,
-                [mean for mean, _ in points],
-                yerr=[std for _, std in points],
+                list(points),
+                [mean for mean, _ in points.values()],
+                yerr=[std for _, std in points.values()],
                 marker=marker,
                 linestyle=line,
                 color=colour,

@@ -38,6 +38,7 @@ ROUNDING_ONLY = 0.5
 """The same in the window's own precision."""
 SAME64 = 1e-9
 """Two float64 numbers that should be one."""
+NOT_FINITE = "the gradient is not finite"
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ def first_line(error: Exception) -> str:
 
 def _unanswerable(accumulated: Gradient, one_pass: Gradient) -> str | None:
     if not finite(accumulated) or not finite(one_pass):
-        return "the gradient is not finite"
+        return NOT_FINITE
     if norm(one_pass) == 0:
         return "the large batch's gradient is zero: audit at other weights or on another window"
     return None

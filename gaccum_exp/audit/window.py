@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.bench import Parts, modules_in, random_state_kept
-from gaccum_exp.audit.examine import examine, first_line
+from gaccum_exp.audit.examine import NOT_FINITE, examine, first_line
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.samples import NotJoinableError, joined, picked, size_of
@@ -20,6 +20,9 @@ from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
 from gaccum_exp.core.loss import LossFn, as_loss_fn, count
 from gaccum_exp.core.seeding import seed_model
 from gaccum_exp.errors import BadInputError
+
+DESCENT = 16.0
+"""What the loss scale is divided by where a gradient overflows; a GradScaler takes smaller steps."""
 
 
 def audit_window(
@@ -125,6 +128,11 @@ class ConfiguredWindow:
         ]
         return ConfiguredWindow(self._model, self._loss_fn, halves, self.how)
 
+    def descaled(self) -> "ConfiguredWindow":
+        """Return the window with a smaller loss scale, as a GradScaler takes when gradients overflow."""
+        how = replace(self.how, loss_scale=max(1.0, self.how.loss_scale / DESCENT))
+        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, how)
+
     def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
         """Run as training does."""
         self._run([lift(m) for m in self._micro_batches], around)
@@ -182,6 +190,22 @@ class _Following:
 
 
 def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:
+    """Audit at the loss scale, or at a smaller one where the gradient overflows."""
+    audit, asked = _audited_as_scaled(window, blank, device), window.how.loss_scale
+    while audit.detail == NOT_FINITE and window.how.loss_scale > 1.0:
+        window = window.descaled()
+        audit = _audited_as_scaled(window, blank, device)
+    scale = window.how.loss_scale
+    used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
+    overflowed = scale != asked and audit.detail != NOT_FINITE
+    return replace(
+        audit,
+        detail=_said(audit.detail, used, used if overflowed else ""),
+        parameters=tuple(replace(row, norm=row.norm / scale) for row in audit.parameters),
+    )
+
+
+def _audited_as_scaled(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:
     trial = Trial(window, device=device)
     if len(window.sizes) == 1:  # the reference itself
         trial.record()

@@ -7,8 +7,7 @@ For micro-batches i = 1..N with loss sums Sᵢ and denominators nᵢ, n = Σnᵢ
     sum           g = Σ ∇Sᵢ                   the large batch's sum gradient, always: n × the mean one
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,7 +110,7 @@ class _Passes:
         self.counts = [count(loss_fn, micro_batch) for micro_batch in micro_batches]
         """Each micro-batch's denominator, None where it is known after its forward pass only."""
 
-    def parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
         """Those of the model, and of the criterion where that is a module."""
         criterion = getattr(self._loss_fn, "criterion", None)
         beside = [criterion] if isinstance(criterion, nn.Module) else []
@@ -122,16 +121,16 @@ class _Passes:
         divisor: Callable[[Denominator], Denominator],
         rescaled: Callable[[WindowLoss], float] | None = None,
     ) -> WindowLoss:
-        """Add Σ ∇Sᵢ / divisor(nᵢ) to the gradients, times `rescaled(the window's loss)`.
+        """Add Σ ∇Sᵢ / divisor(nᵢ) to the gradients, times `rescaled(the window's loss)` if that counts.
 
         Each loss is divided, not the gradients afterwards: that neither overflows float16 nor rescales
         gradients that were there before.
         """
         window_loss: Tensor | None = None
         window_denominator: Denominator = 0
-        with GradientBuffers(
-            self.parameters() if self._buffer_dtype or rescaled else (), self._buffer_dtype
-        ) as buffers:
+        parameters = self._parameters() if self._buffer_dtype or rescaled else ()
+        apart = rescaled is not None
+        with GradientBuffers(parameters, self._buffer_dtype, apart=apart) as buffers:
             for micro_batch, counted in zip(self._micro_batches, self.counts, strict=True):
                 loss, n = self._backward(micro_batch, counted, divisor)
                 window_loss = loss if window_loss is None else window_loss + loss
@@ -142,7 +141,10 @@ class _Passes:
                 window_denominator = float(window_denominator)
             result = WindowLoss(window_loss, window_denominator)
             if rescaled is not None:
-                buffers.scale(rescaled(result))
+                if result.denominator:
+                    buffers.scale(rescaled(result))
+                else:
+                    buffers.forget()
         return result
 
     def _backward(
@@ -183,29 +185,9 @@ def _global_mean_counted_late(passes: _Passes) -> WindowLoss:
 
     def final(loss: WindowLoss) -> float:
         assert stand_in is not None
-        return float(stand_in / loss.denominator) if loss.denominator else 0.0
+        return float(stand_in / loss.denominator)
 
-    parameters = passes.parameters()
-    with _apart_from_earlier_gradients(parameters):
-        loss = passes.run(provisional, final)
-        if loss.denominator == 0:
-            for parameter in parameters:
-                parameter.grad = None
-    return loss
-
-
-@contextmanager
-def _apart_from_earlier_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Set earlier gradients aside and add them again, as if autograd had accumulated on them."""
-    earlier = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, grad in zip(parameters, earlier, strict=True):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+    return passes.run(provisional, final)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

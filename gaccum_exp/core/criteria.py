@@ -29,5 +29,5 @@ class TokenCrossEntropy(nn.CrossEntropyLoss):
                 f"the model puts out {tuple(logits.shape)}, the labels are {tuple(labels.shape)} "
                 f"{str(labels.dtype).removeprefix('torch.')}"
             )
-        loss = super().forward(logits.flatten(0, -2), labels.flatten())
+        loss = super().forward(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
         return loss.view(labels.shape) if self.reduction == "none" else loss

@@ -80,9 +80,11 @@ def _host_generators_kept() -> Iterator[None]:
     Else its draws would depend on the number of workers. torch's generator is seeded before every pass.
     """
     states = random.getstate(), np.random.get_state()
-    yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor], Any] | None:

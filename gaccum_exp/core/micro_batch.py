@@ -67,12 +67,12 @@ def tokens_in(micro_batch: Any, ignore_index: int = -100) -> Tensor | None:
 
 
 def outputs_in(outputs: Any) -> list[Any]:
-    """Return what a model puts out as a list; of an object with `logits`, as in transformers, those."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    logits = getattr(outputs, "logits", None)
-    if logits is None and isinstance(outputs, Mapping):
-        logits = outputs.get("logits")
-    if logits is not None:
-        return [logits]
-    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    """Return what a model puts out as a list; of an object with `logits`, as in transformers, those.
+
+    A tuple with names stays a tuple: torchvision's Inception puts out auxiliary logits beside `logits`.
+    """
+    if isinstance(outputs, (tuple, list)):
+        return list(outputs)
+    named = isinstance(outputs, Mapping)
+    logits = outputs.get("logits") if named else getattr(outputs, "logits", None)
+    return [outputs if logits is None else logits]

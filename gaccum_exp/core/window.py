@@ -88,7 +88,9 @@ class WindowPlan:
             self._check(size)
         self._places = []
         for stage in self.stages:
-            self._places.append(self._begin(stage))
+            place = self._begin(stage)
+            self._check_rest(place)
+            self._places.append(place)
 
     @property
     def stages(self) -> Sequence[Stage]:
@@ -212,14 +214,22 @@ class WindowPlan:
             return _Place(0, 0, 0, stage.global_batch_size)
         before = self._places[-1]
         if self.by_step:
-            step = stage.start
-        elif self.partial_window == "carry":  # the first window that begins in that epoch
+            return _Place(stage.start, *self._end_before(stage.start), stage.global_batch_size)
+        if self.partial_window == "carry":  # the first window that begins in that epoch
             left = (stage.start - before.epoch) * self.samples - before.offset
             step = before.first_step + max(0, math.ceil(left / before.size))
         else:
             step = before.first_step + self._steps_to(before, stage.start)
         epoch, offset, _ = self._locate(step)
         return _Place(step, epoch, offset, stage.global_batch_size)
+
+    def _end_before(self, global_step: int) -> tuple[int, int]:
+        """Return epoch and offset at which the window before ends: a smaller one may still fit in."""
+        before = self._places[-1]
+        if global_step == before.first_step:
+            return before.epoch, before.offset
+        epoch, offset, _ = self._locate(global_step - 1)
+        return divmod(epoch * self.samples + offset + self.size(global_step - 1), self.samples)
 
     def _steps_to(self, place: _Place, epoch: int) -> int:
         """Return the windows from a place to the beginning of a later epoch."""
@@ -255,6 +265,15 @@ class WindowPlan:
             raise BadInputError(
                 f"accum.partial_window=drop leaves no window: data.train holds {n} samples, fewer "
                 f"than data.global_batch_size={size}"
+            )
+
+    def _check_rest(self, place: _Place) -> None:
+        left, size = self.samples - place.offset, place.size
+        if self.partial_window == "error" and left % size:
+            raise BadInputError(
+                f"accum.partial_window=error: at global step {place.first_step}, where "
+                f"data.global_batch_size becomes {size}, the epoch still holds {left} samples, which "
+                f"that does not divide ({left % size} are left over)"
             )
 
     def _stream(self, start: int, count: int) -> torch.Tensor:

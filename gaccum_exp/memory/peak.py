@@ -80,6 +80,10 @@ class _Tracker(MemTracker):  # type: ignore[no-untyped-call]  # torch's metaclas
             self.memory_tracking.pop(module, None)  # type: ignore[no-untyped-call]  # torch's own
         super()._pre_fw_hook(module, inputs)
 
+    def _update_and_maybe_create_winfos(self, t: Any, *args: Any, **kwargs: Any) -> set[Any]:
+        # A gradient that a hook before the tracker's own has taken away, as float32 buffers do.
+        return set() if t is None else super()._update_and_maybe_create_winfos(t, *args, **kwargs)
+
 
 class TrackedWindow:
     """Follows one window's tensors.
@@ -119,7 +123,11 @@ class TrackedWindow:
         return _CopyingLoss(loss_fn)
 
     def peak(self) -> Peak:
-        """Return the peak since entering."""
+        """Return the peak since entering.
+
+        Under `accum.buffer_dtype=float32` the buffers are temporaries: the tracker knows as gradients
+        what `.grad` holds, and there is nothing in it while they fill.
+        """
         snapshot = self._snapshot()
         kind = {key: snapshot.get(key, 0) for key in ("Parameter", "Buffer", "Gradient", "Activation")}
         # What the optimizer allocates in its step is filed under its state; only what it keeps is state.

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
+from gaccum_exp.core.criteria import TokenCrossEntropy
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.models.gpt import GPT
 
 TIGHT = 1e-12
 
@@ -281,3 +283,160 @@ def test_a_micro_batch_is_whatever_the_loss_function_takes() -> None:
     for shape, read in zip(shapes, readers, strict=True):
         window = [shape(part) for part in x.split([4, 2])]  # type: ignore[no-untyped-call]
         assert relative(accumulated(energy(read), window), expected) < TIGHT
+
+
+VOCABULARY = 11
+
+
+def gpt() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT(layers=1, heads=2, width=8, vocab_size=VOCABULARY).double()
+
+
+def sequences(lengths: list[int], silent: list[bool]) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and labels of samples, some labels ignored; of a silent sample, all."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    samples = []
+    for length, all_ignored in zip(lengths, silent, strict=False):
+        tokens = torch.randint(VOCABULARY, (length + 1,), generator=generator)
+        labels = tokens[1:].clone()
+        labels[torch.rand(length, generator=generator) < (2 if all_ignored else 0.3)] = -100
+        samples.append((tokens[:-1], labels))
+    return samples
+
+
+def padded(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A micro-batch padded to its own longest sequence."""
+    longest = max(len(tokens) for tokens, _ in samples)
+    tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
+    labels = torch.full_like(tokens, -100)
+    for i, (of_input, wanted) in enumerate(samples):
+        tokens[i, : len(of_input)] = of_input
+        labels[i, : len(wanted)] = wanted
+    return {"input_ids": tokens, "labels": labels}
+
+
+def token_gradient(micro_batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+    """One pass over all samples, the loss written out; zeros where nothing counts."""
+    model, labels = gpt(), micro_batch["labels"]
+    logits = model(micro_batch["input_ids"])
+    chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    total = -(chosen * (labels != -100)).sum()
+    (total / max(1, int((labels != -100).sum())) if reduction == "mean" else total).backward()
+    return gradient(model)
+
+
+ragged = given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    st.integers(1, 10),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@ragged
+def test_global_mean_over_ragged_tokens_is_one_padded_batch(
+    lengths: list[int], silent: list[bool], steps: int
+) -> None:
+    """Micro-batches padded by themselves, some without a label, windows of fewer samples than N."""
+    samples = sequences(lengths, silent)
+    parts = [samples[i : i + size] for i, size in starts(split_sizes(len(samples), steps))]
+    window, whole = [padded(part) for part in parts], padded(samples)
+    counted = int((whole["labels"] != -100).sum())
+    for reduction in ("global_mean", "sum"):
+        model = gpt()
+        loss = accumulate_gradients(model, TokenCrossEntropy(), window, reduction=reduction)  # type: ignore[arg-type]
+        assert loss.denominator == counted
+        if counted == 0:
+            assert all(p.grad is None for p in model.parameters())
+            continue
+        expected = token_gradient(whole, "sum" if reduction == "sum" else "mean")
+        assert relative(gradient(model), expected) < TIGHT
+        mean = nn.functional.cross_entropy(gpt()(whole["input_ids"]).transpose(1, 2), whole["labels"])
+        assert abs(loss.loss_sum / counted - mean) < TIGHT * mean
+
+
+def starts(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+
+@settings(deadline=None, max_examples=60)
+@ragged
+def test_mean_over_ragged_tokens_is_biased_by_the_formula(
+    lengths: list[int], silent: list[bool], steps: int
+) -> None:
+    """Σ (1/N − nᵢ/n) ∇(Sᵢ/nᵢ), nothing for a micro-batch without a label; zero if all nᵢ are n/N."""
+    samples = sequences(lengths, silent)
+    sizes = split_sizes(len(samples), steps)
+    window = [padded(samples[i : i + size]) for i, size in starts(sizes)]
+    counts = [int((part["labels"] != -100).sum()) for part in window]
+    n = sum(counts)
+    if n == 0:
+        return
+    model = gpt()
+    accumulate_gradients(model, TokenCrossEntropy(), window, reduction="mean")
+    exact = token_gradient(padded(samples))
+    bias = torch.zeros_like(exact)
+    for count, part in zip(counts, window, strict=True):
+        bias += (1 / len(window) - count / n) * token_gradient(part)
+    assert torch.allclose(gradient(model) - exact, bias, rtol=0, atol=1e-12 * float(exact.norm()))
+    if all(count * len(window) == n for count in counts):
+        assert relative(gradient(model), exact) < TIGHT
+
+
+@pytest.mark.parametrize("reduction", ["global_mean", "mean", "sum"])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), late_counting])
+def test_backward_gets_the_share_of_every_micro_batch_once(criterion: Any, reduction: str) -> None:
+    """Four shares in the window's order, and whoever takes them does the rest."""
+    window = split(batch(11), [5, 3, 2, 1])
+    shares: list[Tensor] = []
+
+    def backward(share: Tensor) -> None:
+        shares.append(share.detach())
+        (share * 2).backward()
+
+    doubled = accumulated(criterion, window, reduction=reduction, backward=backward)
+    assert relative(doubled, 2 * accumulated(criterion, window, reduction=reduction)) < TIGHT
+    sums = [nn.functional.cross_entropy(net()(x), y, reduction="sum").detach() for x, y in window]
+    late = criterion is late_counting
+    by = {"global_mean": [4 * 5 if late else 11] * 4, "mean": [20, 12, 8, 4], "sum": [1] * 4}[reduction]
+    assert torch.allclose(torch.stack(shares), torch.stack(sums) / torch.tensor(by), rtol=TIGHT)
+
+
+def test_a_micro_batch_in_which_nothing_counts_has_no_share_or_one_of_zero() -> None:
+    """Zero under global_mean and sum, whose divisors are not its own; under mean it is passed over."""
+    x, y = batch(8)
+    y[4:] = -100
+    for reduction, expected in (("global_mean", [0.0]), ("sum", [0.0]), ("mean", [])):
+        shares: list[Tensor] = []
+        window = split((x, y), [4, 4])
+        how: Any = {"reduction": reduction, "backward": shares.append}
+        accumulate_gradients(net(), nn.CrossEntropyLoss(), window, **how)
+        assert [float(share.detach()) for share in shares[1:]] == expected
+
+
+@pytest.mark.parametrize("reduction", ["global_mean", "mean", "sum"])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), late_counting])
+def test_a_grad_scaler_gives_the_gradient_that_there_is_without_one(
+    criterion: Any, reduction: str
+) -> None:
+    """Scaled by 2^13 in every backward pass and unscaled at the end, in float32: the same bits."""
+    x, y = batch(11)
+    window = split((x.float(), y), [5, 3, 2, 1])
+    ends = []
+    for scaled in (False, True):
+        model = net().float()
+        optimizer = torch.optim.SGD(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13, enabled=scaled)
+        accumulate_gradients(
+            model,
+            criterion,
+            window,
+            reduction=reduction,  # type: ignore[arg-type]
+            backward=lambda loss, by=scaler: by.scale(loss).backward(),  # type: ignore[misc]
+        )
+        if scaled:
+            assert gradient(model).abs().max() > 100
+        scaler.unscale_(optimizer)
+        ends.append(gradient(model))
+    assert torch.equal(ends[0], ends[1])
