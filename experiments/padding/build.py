@@ -101,6 +101,7 @@ def draw(cells: Cells, path: Path) -> None:
             )
         axes.set(xscale="log", xlabel="N, micro-batches per optimizer step", ylabel=label)
         axes.set_xticks([1, 4, 16], ["1", "4", "16"])
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", linewidth=0.3)
     axes.legend(frameon=False)
