@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.build import build
-from gaccum_exp.core.loss import to_device
+from gaccum_exp.core.placement import Placement
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.peak import CATEGORIES, has_counters
@@ -171,7 +171,7 @@ def test_windows_are_pinned_so_that_copies_need_not_wait(data: tuple[str, ...]) 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        moved = [to_device(micro_batch, DEVICE) for micro_batch in window]
+        moved = [Placement(DEVICE).place(micro_batch) for micro_batch in window]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for tensor, there in zip(tensors(window), tensors(moved), strict=True):

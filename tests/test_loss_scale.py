@@ -1,12 +1,15 @@
 """float16: the loss is scaled, and a window whose gradient overflows is no step and no measure."""
 
+import copy
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaccum_exp.build import build
 from gaccum_exp.certify import audit
@@ -14,6 +17,7 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.progress import Progress
 from gaccum_exp.train import train, train_step, training_windows
+from tests.audit.test_untouched import same
 from tests.support import STRANGER, Collected, settings, trained
 
 FP16 = "runtime.precision=fp16"
@@ -165,3 +169,56 @@ def test_an_audit_of_what_overflows_at_any_scale_is_inconclusive() -> None:
     experiment = build(settings(*HOPELESS, "accum.steps=2"))
     found = audit(experiment, next(training_windows(experiment)), 0)
     assert (found.verdict, found.detail) == ("inconclusive", "the gradient is not finite")
+
+
+PRECISIONS = {
+    "bf16": ("runtime.precision=bf16",),
+    "fp16": (FP16,),
+    "pure bf16": ("runtime.precision=bf16", "runtime.weight_dtype=same", "accum.buffer_dtype=float32"),
+}
+
+
+def state_of(experiment: Experiment) -> list[Any]:
+    """Everything that an audit could have moved."""
+    scaler = {} if experiment.scaler is None else experiment.scaler.state_dict()
+    states = [dict(experiment.model.state_dict()), experiment.optimizer.state_dict(), scaler]
+    gradients = [p.grad for p in experiment.parameters]
+    draws = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+    return copy.deepcopy([*states, gradients, draws])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_training_in_half_precision_ends_bit_for_bit_as_without_its_audits(precision: str) -> None:
+    """Weights, statistics, optimizer, loss scale and growth tracker, gradients and random state."""
+    common = (*POINTS, "model._target_=tests.test_loss_scale.Disturbed", *PRECISIONS[precision],
+              "train.steps=7", "accum.steps=3", "optimizer=adamw")  # fmt: skip
+    ends, curves = [], []
+    for audits in ("audit.at_start=false", "audit.at_start=true", "audit.every_steps=1"):
+        random.seed(0)
+        np.random.seed(0)
+        experiment, sink = trained(*common, audits)
+        ends.append(state_of(experiment))
+        curves.append(sink.curve("train/loss"))
+    assert same(ends[1], ends[0])
+    assert same(ends[2], ends[0])
+    assert curves[0] == curves[1] == curves[2]
+    if precision == "fp16":
+        halved = int(math.log2(65536 / ends[0][2]["scale"]))
+        assert ends[0][2]["_growth_tracker"] == 7 - halved < 7
+    window = next(training_windows(experiment))
+    before = state_of(experiment)
+    assert audit(experiment, window, 0).e64 is not None
+    assert same(state_of(experiment), before)
+
+
+class Disturbed(nn.Module):
+    """Everything that an audit could disturb: running statistics, random draws, a loss scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        normed = self.norm(x.to(self.linear.weight.dtype))
+        return self.linear(nn.functional.dropout(normed, 0.3, self.training) * 60)
