@@ -82,9 +82,11 @@ class RuntimeConfig:
     tf32: bool = False
     """Let cuDNN's convolutions use TF32."""
     compile: bool = False
-    """torch.compile the model, and check its gradient against the eager one before training. One
-    graph serves all sizes of micro-batches and lengths of sequences; there is another for evaluation, and
-    one where a micro-batch holds a single sample."""
+    """torch.compile the model, and check its gradient against the eager one before training.
+
+    One graph serves all sizes of micro-batches and lengths of sequences; there is another for
+    evaluation, and one where a micro-batch holds a single sample.
+    """
 
 
 @dataclass(slots=True)
