@@ -133,13 +133,19 @@ def test_the_first_window_of_every_stage_is_audited(monkeypatch: pytest.MonkeyPa
     assert audited(monkeypatch, *GROWING, "train.epochs=6", "audit.at_start=false") == []
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first", "full"),
+    [("{0:1,5:4}", 5, [4, 4, 4, 4]), ("{0:5,1:2}", 1, [4, 4])],
+    ids=["growing", "shrinking"],
+)
 def test_a_stage_that_begins_with_the_rest_of_an_epoch_is_audited_on_its_first_full_window(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, schedule: str, first: int, full: list[int]
 ) -> None:
     """On two samples N = 4 would be judged as N = 2."""
-    by_step = (*MICRO_OF_4, "accum.schedule_by=step", "accum.schedule={0:1,5:4}", "train.steps=8")
-    assert seen(*by_step)[5:7] == [[1, 1], [4, 4, 4, 4]]
-    assert audited(monkeypatch, *by_step) == [(0, [4]), (6, [4, 4, 4, 4])]
+    by_step = (*MICRO_OF_4, "accum.schedule_by=step", f"accum.schedule={schedule}", "train.steps=8")
+    sizes = seen(*by_step)
+    assert sizes[first : first + 2] == [[1, 1], full]
+    assert audited(monkeypatch, *by_step) == [(0, sizes[0]), (first + 1, full)]
 
 
 @pytest.mark.parametrize(
