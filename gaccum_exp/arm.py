@@ -159,9 +159,10 @@ def _train(experiment: Experiment, name: str, sink: MlflowSink) -> Audit | None:
 
 
 def _audit(experiment: Experiment, name: str, sink: MlflowSink, folder: Path) -> Audit:
-    """Judge the first window at the initial weights; record it and print it."""
+    """Judge a window at the initial weights; record it and print it."""
     audits = certify.RunAudits(experiment, sink)
-    found = audits.judge(next(training_windows(experiment)), 0)
+    step = certify.telling_window(experiment)
+    found = audits.judge(next(training_windows(experiment, step)), step)
     sink.keep_file(certify.write(found, folder))
     certify.show(name, found)
     return found

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from gaccum_exp.config import Settings
+from gaccum_exp.core.denominator import PER_LABEL, is_kind
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.loss import CriterionLoss, LossFn, count
 from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch, tokens_in
@@ -88,7 +89,8 @@ def build(settings: Settings) -> Experiment:
         placement=placement,
         scaler=_scaler(settings, optimizer, device),
         buffer_dtype=torch.float32 if settings.accum.buffer_dtype == "float32" else None,
-        counts_tokens=tokens_in(first) is not None,
+        counts_tokens=tokens_in(first) is not None and _labels_tokens(criterion_loss),
+        ignore_index=_ignore_index(criterion_loss),
         settings=settings,
     )
 
@@ -235,6 +237,16 @@ def _hint(outputs: Any, micro_batch: Any) -> str:
     if logits.ndim < 3 or logits.shape[:-1] != targets[0].shape:
         return ""
     return "; for logits (batch, length, vocabulary) use criterion=token_cross_entropy"
+
+
+def _labels_tokens(loss: CriterionLoss | None) -> bool:
+    """Whether each integer of a target is a label; of a loss function nothing else is known."""
+    return loss is None or is_kind(loss.criterion, PER_LABEL)
+
+
+def _ignore_index(loss: CriterionLoss | None) -> int:
+    ignored = None if loss is None else getattr(loss.criterion, "ignore_index", None)
+    return -100 if ignored is None else int(ignored)
 
 
 def _lengths(dataset: Dataset[Any]) -> Tensor:

@@ -38,7 +38,7 @@ def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
             experiment.loss_fn,
             window,
             reduction=settings.accum.reduction,  # type: ignore[arg-type]  # validated
-            sum_divisor=experiment.sum_divisor,
+            sum_divisor=experiment.divisor(global_step),
             buffer_dtype=experiment.buffer_dtype,
             loss_scale=1.0 if experiment.scaler is None else experiment.scaler.get_scale(),
             seed=derive_seed(settings.seed, "model", global_step),  # as the step's own passes
@@ -49,6 +49,17 @@ def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
         return Audit("inconclusive", len(window), settings.accum.reduction, detail=reason)
 
 
+def first_full(experiment: Experiment, windows: range) -> int:
+    """Return the first of a stage's windows that is as large as they get."""
+    return next((step for step in windows if experiment.is_full(step)), windows[0])
+
+
+def telling_window(experiment: Experiment) -> int:
+    """Return the window to judge where one is to stand for all: of the stage with the most passes."""
+    steps = [first_full(experiment, windows) for windows in experiment.stage_windows]
+    return max(steps, key=experiment.accum_steps)
+
+
 class RunAudits:
     """The audits of one training run: which of its windows, and what they say of the run."""
 
@@ -57,10 +68,7 @@ class RunAudits:
         self.worst: Audit | None = None
         """Of the windows judged so far."""
         # No window of a stage is larger; its first may be the rest of an epoch.
-        self._of_stages = {
-            next((step for step in windows if experiment.is_full(step)), windows[0])
-            for windows in experiment.stage_windows
-        }
+        self._of_stages = {first_full(experiment, windows) for windows in experiment.stage_windows}
 
     def due(self, global_step: int) -> bool:
         """Whether the window of this global step is to be judged."""

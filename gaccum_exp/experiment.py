@@ -31,7 +31,7 @@ class Experiment:
     plan: WindowPlan
     total_steps: int
     sum_divisor: float
-    """What the reduction `sum` divides by."""
+    """What the reduction `sum` divides by at the largest global batch."""
     device: torch.device
     placement: Placement
     """What is done to micro-batches from the host; `loss_fn` does it by itself."""
@@ -41,11 +41,17 @@ class Experiment:
     """In what micro gradients are added up; None: as the weights."""
     counts_tokens: bool
     """Whether a target is a sequence of labels, (batch, length)."""
+    ignore_index: int
+    """Of labels that do not count."""
     settings: Settings
 
     def accum_steps(self, global_step: int) -> int:
         """Return N, the micro-batches of a window."""
         return self.settings.stages[self.plan.stage_of(global_step)].accum_steps
+
+    def divisor(self, global_step: int) -> float:
+        """Return what the reduction `sum` divides by: a constant of the stage, as its batch is."""
+        return self.sum_divisor * self._share(global_step) if self.sum_divisor != 1.0 else 1.0
 
     def is_full(self, global_step: int) -> bool:
         """Whether a window is as large as those of its stage get."""
@@ -67,9 +73,7 @@ class Experiment:
 
     def rate_factor(self, global_step: int) -> float:
         """Return what the learning rate is multiplied by while the schedule keeps the batch small."""
-        stages = self.settings.stages
-        now = stages[self.plan.stage_of(global_step)].global_batch_size
-        share = now / max(stage.global_batch_size for stage in stages)
+        share = self._share(global_step)
         power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.settings.accum.schedule_lr]
         return float(share**power)
 
@@ -78,3 +82,9 @@ class Experiment:
         """The model, and the criterion where that is a module: it may have parameters as well."""
         criterion = self.criterion_loss.criterion if self.criterion_loss else None
         return nn.ModuleList([self.model] if criterion is None else [self.model, criterion])
+
+    def _share(self, global_step: int) -> float:
+        """Return the global batch now over the largest of the schedule."""
+        stages = self.settings.stages
+        now = stages[self.plan.stage_of(global_step)].global_batch_size
+        return now / max(stage.global_batch_size for stage in stages)

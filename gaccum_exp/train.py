@@ -145,7 +145,7 @@ def train_step(
     def window_gradient() -> Tensor:
         seed_model(derive_seed(experiment.settings.seed, "model", global_step), experiment.device)
         optimizer.zero_grad()
-        loss, norm = window_gradients(experiment, window)
+        loss, norm = window_gradients(experiment, window, global_step)
         if loss.denominator == 0:
             raise _NothingCountsError
         found.append((loss, norm))
@@ -180,7 +180,9 @@ def train_step(
     return values
 
 
-def window_gradients(experiment: Experiment, window: Window) -> tuple[WindowLoss, Tensor]:
+def window_gradients(
+    experiment: Experiment, window: Window, global_step: int
+) -> tuple[WindowLoss, Tensor]:
     """Leave in `.grad` what the optimizer is to get of a window: accumulated, unscaled, clipped.
 
     Returns:
@@ -192,7 +194,7 @@ def window_gradients(experiment: Experiment, window: Window) -> tuple[WindowLoss
         experiment.loss_fn,
         window,
         reduction=accum.reduction,  # type: ignore[arg-type]  # validated
-        sum_divisor=experiment.sum_divisor,
+        sum_divisor=experiment.divisor(global_step),
         backward=experiment.backward,
         buffer_dtype=experiment.buffer_dtype,
     )
@@ -245,7 +247,8 @@ def _timed_step(
         window = next(feed)
         values = train_step(experiment, window, global_step)
     if experiment.counts_tokens:
-        counts = (tokens_in(micro_batch) for micro_batch in window)
+        ignored = experiment.ignore_index
+        counts = (tokens_in(micro_batch, ignored) for micro_batch in window)
         clock.count_tokens(sum(int(n) for n in counts if n is not None))
     return values
 
@@ -295,13 +298,13 @@ def measured_step(
     return values, None
 
 
-def training_windows(experiment: Experiment) -> Iterator[Window]:
-    """Yield the windows of the whole training, in order."""
+def training_windows(experiment: Experiment, first: int = 0) -> Iterator[Window]:
+    """Yield the windows of the training in order, from a global step on."""
     return windows(
         experiment.train_data,
         replace(experiment.plan, control_seed=experiment.settings.audit.control_seed),
         accum_steps=experiment.accum_steps,
-        global_steps=range(experiment.total_steps),
+        global_steps=range(first, experiment.total_steps),
         workers=experiment.settings.data.workers,
         pin=experiment.device.type != "cpu",
     )

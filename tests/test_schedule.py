@@ -229,3 +229,28 @@ def test_time_is_that_of_full_windows_of_the_largest_n(monkeypatch: pytest.Monke
     assert sink.last["throughput/samples_per_s"] == 8.0
     _, sink = trained(*STRANGER, *GROWING, "train.epochs=4")
     assert "time/step_s" not in sink.last
+
+
+@pytest.mark.parametrize("reduction", ["sum", "global_mean"])
+def test_a_sum_is_divided_by_what_a_full_window_of_its_own_stage_counts(reduction: str) -> None:
+    """On full windows it is the global mean in every stage, so that no rate follows the batch twice."""
+    common = (
+        *STRANGER,
+        *GROWING,
+        "+data.train.samples=16",
+        "accum.partial_window=drop",
+        "train.epochs=6",
+    )
+    common = tuple(o for o in common if o != "+data.train.samples=22")
+    experiment, _ = trained(*common, f"accum.reduction={reduction}", "accum.schedule_lr=linear")
+    if reduction == "sum":
+        assert [experiment.divisor(step) for step in experiment.plan.stage_starts] == [4, 8, 16]
+    expected, _ = trained(*common, "accum.reduction=global_mean", "accum.schedule_lr=linear")
+    assert torch.allclose(weights(experiment), weights(expected), rtol=1e-12)
+
+
+def test_an_audit_alone_judges_the_stage_with_the_most_micro_batches() -> None:
+    """N = 1 at the beginning is the large batch by itself, and says nothing."""
+    experiment = build(settings(*STRANGER, *GROWING, "train.epochs=6", "task=audit"))
+    step = certify.telling_window(experiment)
+    assert [len(y) for _, y in next(training_windows(experiment, step))] == [4, 4, 4, 4]

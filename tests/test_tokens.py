@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from gaccum_exp.build import build
 from gaccum_exp.clock import WARMUP_WINDOWS, WindowClock
+from gaccum_exp.core.micro_batch import tokens_in
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.evaluate import evaluate
 from gaccum_exp.experiment import Experiment
@@ -143,3 +145,26 @@ def test_transformers_own_model_and_loss_train_as_the_large_batch(tmp_path: Path
     assert sink.curve("eval/perplexity") == [pytest.approx(math.exp(x)) for x in sink.curve("eval/loss")]
     biased, _ = trained(*common, "accum.steps=4", "accum.reduction=mean")
     assert (weights(biased) - weights(reference)).norm() > 1e-4 * weights(reference).norm()
+
+
+def test_only_labels_that_count_are_tokens() -> None:
+    """Not those that the criterion ignores by another index, nor a set of classes for each sample."""
+    ignoring = build(settings(*TOKENS, "+criterion.ignore_index=3", "data.length_cv=0.0"))
+    window = next(training_windows(ignoring))
+    counted = [tokens_in(micro_batch, ignoring.ignore_index) for micro_batch in window]
+    assert [int(n) for n in counted if n is not None] == [
+        int((micro_batch["labels"] != 3).sum()) for micro_batch in window
+    ]
+    several = build(settings(*STRANGER, "criterion._target_=torch.nn.MultiLabelMarginLoss",
+                             "data.train._target_=tests.test_tokens.Several"))  # fmt: skip
+    assert not several.counts_tokens
+
+
+class Several(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that belong to several of three classes, as `nn.MultiLabelMarginLoss` has them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(2, dtype=torch.float64), torch.tensor([index % 3, -1, -1])
