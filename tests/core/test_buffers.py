@@ -275,27 +275,34 @@ def test_only_narrower_parameters_get_a_buffer() -> None:
     assert hooks_on(of) == 0
 
 
-def test_sparse_gradients_are_added_up_as_well() -> None:
-    """An embedding's, of rows that differ from micro-batch to micro-batch; earlier ones too."""
+def test_every_row_of_a_sparse_gradient_is_rounded_once() -> None:
+    """An embedding's, which may list a row twice: bit for bit the float32 sum, earlier ones included."""
     torch.manual_seed(0)
     of = nn.Embedding(7, 3, sparse=True).bfloat16()
-    rows = [torch.tensor(of_one) for of_one in ([0, 1], [1, 6], [2], [1, 2])]
+    parts = [torch.tensor(rows) for rows in 8 * ([0, 1, 1], [1, 6, 6, 6], [2])]
 
     def loss_fn(m: nn.Module, micro_batch: Tensor) -> tuple[Tensor, int]:
         return m(micro_batch).float().square().sum(), len(micro_batch)
 
-    loss_fn.count = len  # type: ignore[attr-defined]
-    for earlier in (False, True):
-        dense = nn.Embedding.from_pretrained(of.weight.detach(), freeze=False)
+    def micro_gradient(micro_batch: Tensor) -> Tensor:
         of.weight.grad = None
-        for m in (of, dense):
-            if earlier:
-                m(torch.tensor([1, 2])).sum().backward()
-            accumulate_gradients(m, loss_fn, rows, buffer_dtype=torch.float32)
+        loss_fn(of, micro_batch)[0].backward()
         assert of.weight.grad is not None
-        assert of.weight.grad.is_sparse
-        assert of.weight.grad.dtype == torch.bfloat16
-        assert torch.equal(of.weight.grad.to_dense(), dense.weight.grad)
+        return of.weight.grad
+
+    expected = torch.zeros(7, 3)
+    for part in parts:
+        expected += micro_gradient(part).float().to_dense()
+    earlier = micro_gradient(torch.tensor([1, 2, 1]))
+    for before in (None, earlier):
+        of.weight.grad = before
+        accumulate_gradients(of, loss_fn, parts, reduction="sum", buffer_dtype=torch.float32)
+        got = of.weight.grad
+        assert got is not None
+        assert got.is_sparse
+        assert got.dtype == torch.bfloat16
+        total = expected if before is None else expected + before.float().to_dense()
+        assert torch.equal(got.to_dense(), total.bfloat16())
 
 
 def test_gradients_of_a_criterion_are_buffered_as_the_models_are() -> None:
@@ -314,11 +321,11 @@ def test_gradients_of_a_criterion_are_buffered_as_the_models_are() -> None:
 
     torch.manual_seed(0)
     of, criterion = nn.Linear(6, 6).bfloat16(), Scaled()
-    parts = [(part["x"], part["labels"]) for part in window([2, 2, 2])]
+    parts = [(part["x"], part["labels"]) for part in window([2] * 30)]
     grads = []
     for x, y in parts:
         alone = copy.deepcopy(criterion)
-        (F.cross_entropy(of(x).float() * alone.scale, y, reduction="sum") / 6).backward()
+        (F.cross_entropy(of(x).float() * alone.scale, y, reduction="sum") / 60).backward()
         grads.append(alone.scale.grad)
     of.zero_grad()
     accumulate_gradients(of, criterion, parts, buffer_dtype=torch.float32)

@@ -1,6 +1,7 @@
 """Windows of real micro-batches: the same samples in the same ones, however they are fetched."""
 
 import random
+import weakref
 from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -183,6 +184,15 @@ def test_a_draw_belongs_to_a_sample_and_its_place_in_the_window(workers: int) ->
     assert len(set(values)) == len(values)
 
 
+def test_a_sample_that_is_twice_in_a_window_is_drawn_twice() -> None:
+    """Where a carried window reaches over an epoch, its draws belong to places and not to samples."""
+    plan = WindowPlan(SAMPLES, 40, 0, "carry")
+    (window,) = windows(Drawn(), plan, accum_steps=1, global_steps=range(1))
+    indices, draws = window[0][0].tolist(), window[0][2].tolist()
+    assert len(set(indices)) == SAMPLES
+    assert len(set(draws)) == 40
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_fetching_leaves_the_hosts_generators_as_they_were(fails: bool) -> None:
     """A model that draws from Python's or NumPy's does not notice, not even that a sample failed."""
@@ -205,12 +215,14 @@ def test_fetching_leaves_the_hosts_generators_as_they_were(fails: bool) -> None:
     assert draws == [random.random(), float(np.random.rand())]
 
 
-def test_gathering_draws_nothing_at_all() -> None:
-    """Not from torch's generator either."""
-    data = tokens()
+@pytest.mark.parametrize("workers", [None, 2])
+def test_nothing_is_drawn_in_this_process(workers: int | None) -> None:
+    """Neither by gathering nor where workers fetch; not from torch's generator either."""
+    data: Any = tokens() if workers is None else Drawn()
     torch.manual_seed(0)
     before = torch.get_rng_state(), random.getstate()
-    list(windows(data, WindowPlan(SAMPLES, 9, 0), accum_steps=2, global_steps=STEPS))
+    plan = WindowPlan(SAMPLES, 9, 0)
+    list(windows(data, plan, accum_steps=2, global_steps=STEPS, workers=workers or 0))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
@@ -228,18 +240,28 @@ def test_tensors_are_gathered_by_index_as_a_loader_would() -> None:
         assert same([list(m) for m in one], other)
 
 
-def test_a_window_that_was_handed_out_is_let_go() -> None:
-    """While the next is being fetched the feed holds none of those before it."""
-    import weakref
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_window_that_was_handed_out_is_let_go(gathered: bool) -> None:
+    """While the next is being fetched, the feed holds none of the micro-batches before it."""
+    alive: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
 
-    data = tokens()
-    for dataset in (data, Behind(data, data.collate_fn)):
-        feed = windows(dataset, WindowPlan(SAMPLES, 9, 0), accum_steps=2, global_steps=STEPS)
-        window = next(feed)
-        alive = [weakref.ref(m["labels"]) for m in window]
+    class Noting(Behind):
+        def collate_fn(self, samples: Any) -> Any:
+            return self.noted(self._inner.collate_fn(samples))
+
+        def noted(self, micro_batch: Any) -> Any:
+            held.append(sum(ref() is not None for ref in alive))
+            alive.append(weakref.ref(micro_batch["labels"]))
+            return micro_batch
+
+    if gathered:
+        Noting.gather = lambda self, indices: self.noted(self._inner.gather(indices))  # type: ignore[attr-defined]
+    feed = windows(Noting(tokens()), WindowPlan(SAMPLES, 9, 0), accum_steps=2, global_steps=STEPS)
+    for window in feed:
+        assert len(window) == 2
         del window
-        next(feed)
-        assert [ref() for ref in alive] == [None, None]
+    assert held == [0, 1] * len(STEPS)
 
 
 def test_an_n_that_is_none_is_an_error() -> None:

@@ -256,7 +256,9 @@ def test_a_mixture_of_experts_with_its_auxiliary_loss_is_refused() -> None:
         "MixtralForCausalLM", output_router_logits=True, router_aux_loss_coef=0.001
     )
     for reduction in ("global_mean", "sum"):
-        with pytest.raises(BadInputError, match=f"reduction={reduction} is refused.*Mixtral.*mean"):
+        with pytest.raises(
+            BadInputError, match=f"{reduction} is refused .* Mixtral.*: only a part of it"
+        ):
             accumulate_gradients(make(), ModelLoss(reduction=reduction), RAGGED)
     model = make()
     accumulate_gradients(model, ModelLoss(reduction="mean"), RAGGED, reduction="mean")
@@ -370,6 +372,20 @@ class PartOfItFollows(Toy):
         return {"loss": (total / n + total / own) / 2}
 
 
+class ThreefoldUnderCount(Toy):
+    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Any:
+        n = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch / 3
+        return {"loss": self.losses(x, labels).sum() / n}
+
+
+class CountsOtherwise(Toy):
+    """Under a count it is a sum over labels, by itself a mean over all positions."""
+
+    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Any:
+        n = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": self.losses(x, labels).sum() / n}
+
+
 def points(counts: list[int], length: int = 6, seed: int = 0) -> Batch:
     """Features, and labels of which each sample has so many that count, at places of their own."""
     generator = torch.Generator().manual_seed(seed + 7 * len(counts) + sum(counts))
@@ -430,6 +446,8 @@ def test_a_micro_batch_of_ignored_labels_counts_nothing_and_gives_no_nan(kind: t
         Summed,
         Weighted,
         PartOfItFollows,
+        CountsOtherwise,
+        ThreefoldUnderCount,
     ],
 )
 @pytest.mark.parametrize("first", [points([6, 1, 3]), points([6, 6]), points([2, 5], length=2)])
@@ -443,6 +461,8 @@ def test_a_loss_that_is_no_mean_over_its_labels_is_refused(kind: type[Toy], firs
             f"accum.reduction={reduction} is refused for the loss of {kind.__name__}: "
         )
         assert "use accum.reduction=mean, or a loss_fn(model, micro_batch)" in said
+        partly = kind in (PartOfItFollows, WithAuxiliaryAndCount)
+        assert ("only a part of it is divided by num_items_in_batch" in said) == partly
         assert "\n" not in said
     window = [first, points([3]), points([4, 1, 6])]
     model = kind()
@@ -462,6 +482,56 @@ def test_one_sample_is_enough_to_refuse_what_labels_show() -> None:
     ):
         with pytest.raises(BadInputError, match=kind.__name__):
             ModelLoss()(kind(), points([6]))
+
+
+def test_class_weights_are_seen_where_all_samples_have_one_class() -> None:
+    """A label for each sample, 1 or 0 in all of them: the other class weighs something else."""
+
+    class WeightedSamples(Toy):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return {
+                "loss": F.cross_entropy(self.body(x), labels, torch.tensor([1.0, 4.0, 2.0, 1.0, 1.0]))
+            }
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for label in (0, 1):
+        for samples in (4, 1):
+            with pytest.raises(BadInputError, match="WeightedSamples: it is no mean over its labels"):
+                ModelLoss()(
+                    WeightedSamples(), {"x": x[:samples], "labels": torch.full((samples,), label)}
+                )
+
+
+def test_labels_of_a_probe_are_where_labels_are() -> None:
+    """A model that also leaves out what its mask leaves out, on sequences padded on the left."""
+
+    class Masks(Toy):
+        def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Any:
+            wanted = labels.masked_fill(mask == 0, IGNORED)
+            return {"loss": self.losses(x, wanted).sum() / (wanted != IGNORED).sum()}
+
+    x = torch.randn(3, 8, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((3, 8), IGNORED)
+    labels[0, 4:], labels[1, [0, 7]], labels[2, 5:] = 1, 2, 3
+    mask = torch.ones_like(labels)
+    mask[0, :4] = mask[2, :5] = 0
+    loss_fn = ModelLoss()
+    loss_fn(Masks(), {"x": x, "mask": mask, "labels": labels})
+    assert loss_fn.count({"labels": labels}) == 9
+
+
+def test_where_losses_are_too_much_alike_nothing_is_guessed() -> None:
+    """Zero logits, and a model that cannot be run in another precision."""
+
+    class OnlyFloat(NeverTold):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            assert x.dtype == torch.float32, "mind the precision"
+            return super().forward(x, labels)
+
+    with pytest.raises(
+        BadInputError, match="OnlyFloat: the losses of different labels are too much alike"
+    ):
+        ModelLoss()(OnlyFloat(), POINTS[0])
 
 
 @pytest.mark.parametrize("kind", [TakesNoCount, TakesCount, Shifts, NeverTold])
@@ -516,21 +586,24 @@ def test_keys_count_and_ignored_label_may_have_other_names() -> None:
     """Labels under `y`, 0 for what does not count, the count as `total`."""
 
     class Other(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, inner: nn.Module) -> None:
             super().__init__()
-            self.inner = TakesCount()
+            self.inner = inner
 
-        def forward(self, x: Tensor, y: Tensor, total: Any = None) -> Any:
-            return self.inner(x, torch.where(y == 0, IGNORED, y - 1), total)
+        def forward(self, x: Tensor, y: Tensor, **told: Any) -> Any:
+            assert told.keys() <= {"total"}
+            named = {"num_items_in_batch": told["total"]} if told else {}
+            return self.inner(x=x, labels=torch.where(y == 0, IGNORED, y - 1), **named)
 
-    window = [
-        {"x": b["x"], "y": torch.where(b["labels"] == IGNORED, 0, b["labels"] + 1)} for b in POINTS
-    ]
-    loss_fn = ModelLoss(labels="y", count_argument="total", ignore_index=0)
-    model = Other()
-    loss = accumulate_gradients(model, loss_fn, window)
-    assert relative(gradient(model), large_batch(TakesCount, joined(POINTS))) < ROUNDING
-    assert loss.denominator == 17
+    for inner in (TakesCount, IgnoresCount):
+        for plain in (POINTS, SPARSE):
+            labels = [torch.where(b["labels"] == IGNORED, 0, b["labels"] + 1) for b in plain]
+            window = [{"x": b["x"], "y": y} for b, y in zip(plain, labels, strict=True)]
+            model = Other(inner())
+            loss_fn = ModelLoss(labels="y", count_argument="total", ignore_index=0)
+            loss = accumulate_gradients(model, loss_fn, window)
+            assert relative(gradient(model), large_batch(inner, joined(plain))) < ROUNDING
+            assert loss.denominator == sum(int((y != 0).sum()) for y in labels)
 
 
 def test_a_model_that_takes_the_count_is_asked_for_a_sum_and_no_other_is_handed_it() -> None:
@@ -557,7 +630,7 @@ def test_a_model_that_takes_the_count_is_asked_for_a_sum_and_no_other_is_handed_
 
 @pytest.mark.parametrize("precision", ["bfloat16 autocast", "none"])
 def test_looking_at_the_model_leaves_no_trace(precision: str) -> None:
-    """Mode, buffers, gradients, random state and the micro-batch itself are as they were."""
+    """It is done in evaluation mode without autocast, and everything stays as it was."""
 
     class Normed(TakesNoCount):
         def __init__(self) -> None:
@@ -567,7 +640,8 @@ def test_looking_at_the_model_leaves_no_trace(precision: str) -> None:
             self.frozen = nn.BatchNorm1d(3).eval()
 
         def forward(self, x: Tensor, labels: Tensor) -> Any:
-            assert torch.is_autocast_enabled("cpu") or precision == "none" or not self.training
+            assert not torch.is_autocast_enabled("cpu")
+            assert not self.training
             return super().forward(self.drop(self.norm(x)), labels)
 
     model, micro_batch = Normed(), points([6, 2, 3])
