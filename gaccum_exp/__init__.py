@@ -1,7 +1,8 @@
 """Is my gradient accumulation really my large batch, what does it save, and is it worth it?
 
 `python -m gaccum_exp -m accum.steps=1,2,4,8` runs the experiment. For anyone's own training loop,
-`accumulate_gradients` is the accumulation itself and `watch` the audit of what the loop does.
+`accumulate_gradients` is the accumulation itself, `watch` the audit of what the loop does, and
+`plan_memory` says what each N would hold.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gaccum_exp.audit.watch import watch
     from gaccum_exp.core.accumulate import accumulate_gradients
+    from gaccum_exp.memory.api import plan_memory
 
 __version__ = "0.1.0"
-__all__ = ["accumulate_gradients", "watch"]
+__all__ = ["accumulate_gradients", "plan_memory", "watch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from gaccum_exp.audit.watch import watch
 
         return watch
+    if name == "plan_memory":
+        from gaccum_exp.memory.api import plan_memory
+
+        return plan_memory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

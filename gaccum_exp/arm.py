@@ -18,15 +18,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from gaccum_exp import certify, metrics
+from gaccum_exp import certify, metrics, planning
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.build import build
+from gaccum_exp.build import Materials, build, load
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
+from gaccum_exp.report.figures import save_plan
 from gaccum_exp.sweep import OUTCOME, SWEPT_KEYS
 from gaccum_exp.tracking import MlflowSink, Store
 from gaccum_exp.train import train, training_windows
@@ -67,8 +68,19 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
         settings.sweep_id, name, "FINISHED", task=settings.task, audit_asked=settings.audit_asked
     )
     try:
-        sink = _start(settings, cfg, name, _role(settings))
-        outcome = _run(settings, name, sink, folder, outcome)
+        loaded, chosen = None, {}
+        if settings.auto_steps:
+            try:
+                loaded = load(settings)
+                settings, said = planning.with_fitting_steps(settings, loaded)
+            except Exception:
+                sink = _start(settings, cfg, name, _role(settings))
+                raise
+            name, chosen = run_name(settings), {"accum.auto": said}
+            outcome = replace(outcome, name=name)
+            log.info("accum.steps=auto: %s", said)
+        sink = _start(settings, cfg, name, _role(settings) | chosen)
+        outcome = _run(settings, loaded, name, sink, folder, outcome)
         sink.close("FINISHED")
     except Exception as error:  # whatever ends an arm is that arm's result, and no more
         reason = _reason(error)
@@ -126,20 +138,37 @@ def _start(settings: Settings, cfg: DictConfig, name: str, role: Mapping[str, st
     )
 
 
-def _run(settings: Settings, name: str, sink: MlflowSink, folder: Path, outcome: Outcome) -> Outcome:
+def _run(
+    settings: Settings,
+    loaded: Materials | None,
+    name: str,
+    sink: MlflowSink,
+    folder: Path,
+    outcome: Outcome,
+) -> Outcome:
     """Do what the task says; a function, so that nothing that was built outlives it."""
-    experiment = _build(settings, sink)
+    _clear_device()  # of what an earlier arm of this process left
+    loaded = load(settings) if loaded is None else loaded
+    if settings.task == "plan":
+        _plan(settings, loaded, name, sink, folder)
+        return outcome
     if settings.task == "audit":
-        return replace(outcome, verdict=_audit(experiment, name, sink, folder).verdict)
-    worst = _train(experiment, name, sink)
+        found = _audit(_build(settings, loaded, sink), name, sink, folder)
+        return replace(outcome, verdict=found.verdict)
+    budget = planning.budget_bytes(settings, loaded.device)
+    predicted = planning.predicted_peak(settings, loaded)
+    planning.require_room(settings, loaded, predicted, budget)
+    if predicted is not None:
+        whole = predicted.bytes + planning.held_by_libraries(loaded.device)
+        sink.record(loaded.total_steps, {metrics.PREDICTED_PEAK_BYTES: whole})
+    worst = _train(_build(settings, loaded, sink), name, sink, budget)
     objective = sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
     return replace(outcome, verdict=None if worst is None else worst.verdict, objective=objective)
 
 
-def _build(settings: Settings, sink: MlflowSink) -> Experiment:
+def _build(settings: Settings, loaded: Materials, sink: MlflowSink) -> Experiment:
     """Build, and say what was built."""
-    _clear_device()  # of what an earlier arm of this process left
-    experiment = build(settings)
+    experiment = build(settings, loaded)
     data = dataset_records(experiment)
     digests = {"data_digest": " ".join(record.digest for record in data)}
     sink.describe(device_tags(experiment.device) | digests)
@@ -147,15 +176,33 @@ def _build(settings: Settings, sink: MlflowSink) -> Experiment:
     return experiment
 
 
-def _train(experiment: Experiment, name: str, sink: MlflowSink) -> Audit | None:
+def _train(
+    experiment: Experiment, name: str, sink: MlflowSink, budget: int | None = None
+) -> Audit | None:
     """Train, keep the weights, and return the worst audit."""
     alone = "Basic" in HydraConfig.get().launcher._target_
     with Progress(name, experiment.total_steps, alone=alone) as progress:
-        worst = train(experiment, sink, progress)
+        worst = train(experiment, sink, progress, budget)
     if experiment.settings.tracking.log_weights:
         named = experiment.modules.named_parameters()
         sink.keep_weights({name: p for name, p in named if p.requires_grad})
     return worst
+
+
+def _plan(settings: Settings, loaded: Materials, name: str, sink: MlflowSink, folder: Path) -> None:
+    """Predict the memory of every N; record it, draw it and print it."""
+    planned = planning.plan(settings, loaded)
+    for row in planned.rows:
+        sizes = {key: value for key, value in row.as_dict().items() if key.endswith("_bytes")}
+        sink.record(row.steps, {f"plan/{key}": value for key, value in sizes.items()})
+    chosen = {"plan.chosen_steps": planned.chosen_steps, "plan.knee_steps": planned.knee_steps}
+    sink.describe(device_tags(loaded.device) | {k: str(v) for k, v in chosen.items() if v is not None})
+    for path in (planning.write(planned, folder), *save_plan(planned, folder)):
+        sink.keep_file(path)
+    print(f"{name}\n\n{planned}")
+    if planned.chosen_steps is not None or planned.budget_bytes is None:
+        print(f"Train with it: {planning.command(planned, HydraConfig.get().overrides.task)}")
+    print(f"Written: {folder / planning.PLAN}, and its figure beside it")
 
 
 def _audit(experiment: Experiment, name: str, sink: MlflowSink, folder: Path) -> Audit:
@@ -176,7 +223,8 @@ def _train_control(settings: Settings, cfg: DictConfig, control_of: str) -> None
     sink: MlflowSink | None = None
     try:
         sink = _start(settings, cfg, name, _role(settings) | {"control_of": control_of})
-        _train(_build(settings, sink), name, sink)
+        _clear_device()
+        _train(_build(settings, load(settings), sink), name, sink)
         sink.close("FINISHED")
     except Exception as error:
         log.warning("%s failed: %s", name, _reason(error))
@@ -197,7 +245,7 @@ def _tags(settings: Settings) -> dict[str, str]:
     spelled = ", ".join(map(str, sizes)) if len(sizes) <= 64 else f"{sizes[0]} … {sizes[-1]}"
     return {
         "sweep_id": settings.sweep_id,
-        "kind": "audit" if settings.task == "audit" else "arm",
+        "kind": {"train": "arm"}.get(settings.task, settings.task),
         "micro_batch_sizes": spelled,
         **_growth(settings),
         "overrides": " ".join(HydraConfig.get().overrides.task),

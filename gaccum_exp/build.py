@@ -6,43 +6,55 @@ Configs are code: whoever writes a `_target_` runs that function.
 import copy
 import inspect
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hydra
 import torch
 from hydra.errors import InstantiationException
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from gaccum_exp.config import Settings
+from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.denominator import PER_LABEL, is_kind
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.loss import CriterionLoss, LossFn, count
-from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch, tokens_in
+from gaccum_exp.core.micro_batch import tokens_in
 from gaccum_exp.core.model_loss import ModelLoss
-from gaccum_exp.core.modes import evaluation_mode
-from gaccum_exp.core.placement import Placement, placed
+from gaccum_exp.core.placement import placed
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import Stage, WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.experiment import Experiment
+from gaccum_exp.first_samples import first_samples, try_first_samples
+from gaccum_exp.memory.fake import SizesOnly, fake_copies
+from gaccum_exp.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
 
 log = logging.getLogger(__name__)
-DEFAULT_THREADS = torch.get_num_threads()
 
 
-def build(settings: Settings) -> Experiment:
-    """Build an experiment.
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """What a training is made from beside its model: the same for every N."""
+
+    device: torch.device
+    train_data: Dataset[Any]
+    eval_data: Dataset[Any] | None
+    plan: WindowPlan
+    total_steps: int
+
+
+def load(settings: Settings) -> Materials:
+    """Prepare the runtime, and build the data sets.
 
     Raises:
-        BadInputError: anything in the configuration that does not lead to a runnable experiment.
+        BadInputError: anything in the configuration of these that cannot be used.
     """
     device = prepare_runtime(settings)
     seed = settings.seed
@@ -58,36 +70,68 @@ def build(settings: Settings) -> Experiment:
         lengths=_lengths(train_data) if settings.data.sort_by_length else None,
         by_step=settings.accum.schedule_by == "step",
     )
-    total_steps = _total_steps(settings, plan)
-    placement = _placement(settings, device)
-    model = _placed_weights(_model(settings, train_data), settings, placement)
-    criterion_loss, loss_fn = _loss(settings, model, device)
-    first = _first_samples(train_data, plan)
-    _try_first_samples(model, criterion_loss, loss_fn, first, placement)
-    if settings.runtime.compile:
-        model.compile()
-    modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
-    parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
-    if not parameters:
-        raise BadInputError("model: it has no parameter that requires a gradient")
-    optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
+    return Materials(device, train_data, eval_data, plan, _total_steps(settings, plan))
+
+
+def build(
+    settings: Settings, materials: Materials | None = None, fake: FakeTensorMode | None = None
+) -> Experiment:
+    """Build an experiment.
+
+    Args:
+        settings: what it is.
+        materials: as loaded for these settings, or for the same with another N; None: load them.
+        fake: build it without memory, to be used inside this mode: for what its passes would hold.
+
+    Raises:
+        BadInputError: anything in the configuration that does not lead to a runnable experiment.
+    """
+    loaded = materials or load(settings)
+    device, train_data, plan = loaded.device, loaded.train_data, loaded.plan
+    placement = placement_of(settings, device)
+    first = first_samples(train_data, plan)
+    if fake is None:
+        model = placed_weights(_model(settings, train_data), settings, placement)
+    else:
+        weights = _sized_model(settings, train_data)
+        weights = placed_weights(weights, settings, replace(placement, device=None))
+        (model,) = fake_copies(fake, (weights,), device)
+    with fake or nullcontext():
+        if settings.runtime.activation_checkpointing and not checkpoint_blocks(model):
+            raise BadInputError(
+                f"runtime.activation_checkpointing=true: {type(model).__name__} has no blocks that "
+                "could be run again one by one"
+            )
+        criterion_loss, loss_fn = _loss(settings, model, device)
+        if fake is not None:
+            loss_fn = SizesOnly(loss_fn, first)
+        try_first_samples(model, None if fake else criterion_loss, loss_fn, first, placement)
+        if settings.runtime.compile and fake is None:
+            model.compile()
+        modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
+        parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+        if not parameters:
+            raise BadInputError("model: it has no parameter that requires a gradient")
+        optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
     from_host = placed(loss_fn, placement)
     scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
+    divisor = nominal_denominator(model, from_host, train_data, plan) if scaled and not fake else 1.0
     return Experiment(
         model=model,
         loss_fn=from_host,
         criterion_loss=criterion_loss,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=_scheduler(settings, optimizer, total_steps),
+        scheduler=None if fake else _scheduler(settings, optimizer, loaded.total_steps),
         train_data=train_data,
-        eval_data=eval_data,
+        eval_data=loaded.eval_data,
         plan=plan,
-        total_steps=total_steps,
-        sum_divisor=nominal_denominator(model, from_host, train_data, plan) if scaled else 1.0,
+        total_steps=loaded.total_steps,
+        sum_divisor=divisor,
         device=device,
         placement=placement,
-        scaler=_scaler(settings, optimizer, device),
+        # Under a scaler the step reads what fake tensors have not; it holds a few bytes.
+        scaler=None if fake else scaler_of(settings, optimizer, device),
         buffer_dtype=torch.float32 if settings.accum.buffer_dtype == "float32" else None,
         counts_tokens=tokens_in(first) is not None and _labels_tokens(criterion_loss),
         ignore_index=_ignore_index(criterion_loss),
@@ -95,30 +139,13 @@ def build(settings: Settings) -> Experiment:
     )
 
 
-def prepare_runtime(settings: Settings) -> torch.device:
-    """Set what is global to the process, or set it back after another arm; return the device."""
-    runtime = settings.runtime
-    torch.set_num_threads(runtime.threads or DEFAULT_THREADS)
-    if runtime.deterministic:
-        # cuBLAS needs this before its first call, or it refuses to be deterministic.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(runtime.deterministic)
-    torch.set_float32_matmul_precision(runtime.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = runtime.tf32
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if runtime.device == "auto":
-        return accelerator or torch.device("cpu")
-    here = ["cpu"] + ([accelerator.type] if accelerator else [])
+def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
+    """Build the model for its sizes, on `meta`; one whose constructor reads values, with memory."""
     try:
-        device = torch.device(runtime.device)
-    except RuntimeError:
-        hint = nearest(runtime.device, ["auto", "cpu", "cuda", "mps", "xpu"])
-        raise BadInputError(f"runtime.device={runtime.device}: no such device{hint}") from None
-    if device.type not in here or (device.index or 0) >= max(1, torch.accelerator.device_count()):
-        raise BadInputError(
-            f"runtime.device={runtime.device}: not on this machine, which has {', '.join(here)}"
-        )
-    return device
+        with torch.device("meta"):
+            return _model(settings, train_data)
+    except Exception:  # it is said by the second attempt, if it is not for want of values
+        return _model(settings, train_data)
 
 
 def nominal_denominator(
@@ -166,51 +193,6 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
     return total
 
 
-def _first_samples(train_data: Dataset[Any], plan: WindowPlan) -> Any:
-    """Return a micro-batch of the first window's first two samples."""
-    two = replace(plan, global_batch_size=min(2, plan.samples), partial_window="exact", lengths=None)
-    ((micro_batch,),) = windows(train_data, two, accum_steps=1, global_steps=range(1))
-    return micro_batch
-
-
-def _try_first_samples(
-    model: nn.Module,
-    criterion: CriterionLoss | None,
-    loss_fn: LossFn,
-    micro_batch: Any,
-    placement: Placement,
-) -> None:
-    """Let model and loss meet two samples: what does not fit is said now, and with its shapes.
-
-    It also makes a model's lazy parameters, and inspects a loss of which nothing is known.
-    """
-    outputs: Any = None
-    try:
-        with torch.no_grad(), evaluation_mode(model), placement.passes():
-            here = placement.place(micro_batch)
-            if criterion is None:
-                loss_fn(model, here)
-                return
-            inputs, targets = split_micro_batch(here)
-            outputs = run_model(model, inputs)
-            criterion.of_outputs(outputs, targets)
-    except BadInputError:
-        raise
-    except Exception as error:  # a stranger's model or criterion fails in its own way
-        shapes = tree_map(
-            lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, (micro_batch, outputs)
-        )
-        first = (str(error).splitlines() or [""])[0]
-        given = f"the first samples {shapes[0]}" + (
-            "" if outputs is None else f", the output {shapes[1]}"
-        )
-        of_model = "model" if criterion is not None else "model or loss function"
-        raise BadInputError(
-            f"{of_model if outputs is None else 'criterion'}: fails on {given}: "
-            f"{type(error).__name__}: {first}{_hint(outputs, micro_batch)}"
-        ) from error
-
-
 def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
     seed_host(derive_seed(seed, key))  # data may be drawn when the set is made: the same for every arm
     dataset: Dataset[Any] = _instantiate(key, node)
@@ -224,19 +206,6 @@ def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
     if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
         raise BadInputError(f"{key} is empty: it holds 0 samples")
     return dataset
-
-
-def _hint(outputs: Any, micro_batch: Any) -> str:
-    """Say what is meant where logits have their classes in the last dimension."""
-    if outputs is None:
-        return ""
-    _, targets = split_micro_batch(micro_batch)
-    logits = outputs_in(outputs)[0]
-    if not (isinstance(logits, Tensor) and targets and isinstance(targets[0], Tensor)):
-        return ""
-    if logits.ndim < 3 or logits.shape[:-1] != targets[0].shape:
-        return ""
-    return "; for logits (batch, length, vocabulary) use criterion=token_cross_entropy"
 
 
 def _labels_tokens(loss: CriterionLoss | None) -> bool:
@@ -257,47 +226,6 @@ def _lengths(dataset: Dataset[Any]) -> Tensor:
             "`lengths`, one number for each)"
         )
     return torch.as_tensor(lengths)
-
-
-def _placement(settings: Settings, device: torch.device) -> Placement:
-    """Return what the runtime's precision means for micro-batches and weights."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
-    pure = settings.runtime.weight_dtype == "same"
-    return Placement(
-        device,
-        dtype=torch.float64 if settings.precision == "fp64" else half if pure else None,
-        autocast=None if pure else half,
-        device_type=device.type,
-        compiled=settings.runtime.compile,
-    )
-
-
-def _placed_weights(model: nn.Module, settings: Settings, placement: Placement) -> nn.Module:
-    """Bring the weights where, and into what, the placement asks for."""
-    model = model.to(placement.device, placement.dtype)
-    if settings.audit.control_precision and settings.runtime.weight_dtype == "same":
-        model = model.to(torch.bfloat16).float()  # it begins where its reference does
-    return model
-
-
-def _scaler(
-    settings: Settings, optimizer: torch.optim.Optimizer, device: torch.device
-) -> torch.amp.GradScaler | None:
-    if settings.precision != "fp16":
-        return None
-    if needs_closure(type(optimizer).step):
-        raise BadInputError(
-            f"runtime.precision=fp16: {type(optimizer).__name__} evaluates a window several times in a "
-            "step, which a GradScaler cannot follow; use bf16 or fp32"
-        )
-    return torch.amp.GradScaler(device.type)
-
-
-@cache
-def needs_closure(step: Callable[..., Any]) -> bool:
-    """Whether an optimizer's step evaluates the gradient itself, as L-BFGS does."""
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:

@@ -86,7 +86,7 @@ def _end(status: int) -> int:
         from gaccum_exp.certify import show_sweep
 
         show_sweep(audited)
-    if len(audited) < len(ended) and not _compared(current, status):
+    if any(outcome["task"] == "train" for outcome in ended) and not _compared(current, status):
         status = status or RUN_FAILED
     return status or sweep.exit_status(current)
 

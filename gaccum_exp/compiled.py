@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from gaccum_exp import metrics
-from gaccum_exp.audit.bench import random_state_kept
 from gaccum_exp.audit.gradient import Gradient, distance, finite, gradient_of
 from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.audit.trial import Trial
@@ -19,7 +18,7 @@ from gaccum_exp.audit.verdict import RANGE, ROUNDING64
 from gaccum_exp.audit.window import Accumulation, ConfiguredWindow
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.modes import evaluation_mode
-from gaccum_exp.core.seeding import derive_seed, seed_model
+from gaccum_exp.core.seeding import derive_seed, random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 

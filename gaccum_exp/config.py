@@ -43,8 +43,8 @@ def conf_dir() -> str:
 class AccumConfig:
     """How the batch of one optimizer step is split, and how micro gradients become its gradient."""
 
-    steps: int | None = 1
-    """N, micro-batches per window; null: derived from the two batch sizes."""
+    steps: Any = 1  # int | None | "auto"; a union with None and a string is nothing that OmegaConf knows
+    """N, micro-batches per window; null: derived from the batch sizes; auto: the smallest that fits."""
     reduction: str = "global_mean"
     """global_mean | mean | sum"""
     sum_scale: str = "constant"
@@ -53,6 +53,8 @@ class AccumConfig:
     """Samples left at the end of an epoch: exact | drop | carry | error"""
     buffer_dtype: str = "same"
     """In what micro gradients are added up: same (as the weights) | float32"""
+    on_oom: str = "raise"
+    """Out of memory in a window: raise | increase_steps (repeat it in twice as many micro-batches)"""
     max_grad_norm: float | None = None
     """Clip the whole window's gradient to this norm, once; null: no clipping."""
     schedule: Any = None  # a dict[int, int]; typed so, a command line could not give it its keys
@@ -81,6 +83,10 @@ class RuntimeConfig:
     """torch.set_float32_matmul_precision: highest | high | medium"""
     tf32: bool = False
     """Let cuDNN's convolutions use TF32."""
+    memory_budget_gib: float | None = None
+    """What a window may hold at its peak; null: what the device has free."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's repeated blocks, and run them again in the backward pass."""
     compile: bool = False
     """torch.compile the model, and check its gradient against the eager one before training.
 
@@ -169,12 +175,13 @@ class Settings:
     """Every value above under its key, as recorded with the run."""
     stages: tuple[StepsStage, ...]
     """N and the global batch over training: one stage, unless accum.schedule says otherwise."""
+    auto_steps: bool = False
+    """Whether N is still to be chosen (`accum.steps=auto`); until then it is 1."""
 
     @property
     def accum_steps(self) -> int:
         """N, micro-batches per window; the largest of a schedule."""
-        assert self.accum.steps is not None
-        return self.accum.steps
+        return int(self.accum.steps)
 
     @property
     def precision(self) -> str:
@@ -194,6 +201,21 @@ class Settings:
         tree = {**self.tree, "audit": {**self.tree["audit"], **changed}}
         return replace(self, audit=audit, tree=tree)
 
+    def with_steps(self, steps: int) -> "Settings":
+        """Return the same with N as chosen; it has no schedule."""
+        size = self.data.global_batch_size
+        data = replace(self.data, micro_batch_size=-(-size // steps))
+        tree = {**self.tree}
+        tree["accum"] = {**tree["accum"], "steps": steps}
+        tree["data"] = {**tree["data"], "micro_batch_size": data.micro_batch_size}
+        return replace(
+            self,
+            accum=replace(self.accum, steps=steps),
+            data=data,
+            tree=tree,
+            stages=(StepsStage(0, steps, size),),
+        )
+
     def flat(self) -> dict[str, Any]:
         """Return every value by its dotted key."""
         return dict(_flatten(self.tree))
@@ -208,11 +230,12 @@ SECTIONS: dict[str, type] = {
     "train": TrainConfig,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("train", "audit"),
+    "task": ("train", "audit", "plan"),
     "accum.reduction": ("global_mean", "mean", "sum"),
     "accum.sum_scale": ("constant", "none"),
     "accum.partial_window": ("exact", "drop", "carry", "error"),
     "accum.buffer_dtype": ("same", "float32"),
+    "accum.on_oom": ("raise", "increase_steps"),
     "accum.schedule_by": ("epoch", "step"),
     "accum.schedule_lr": ("none", "linear", "sqrt"),
     "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
@@ -249,6 +272,8 @@ def validate(cfg: DictConfig) -> Settings:
     if config.audit.controls < 0:
         raise BadInputError(f"audit.controls={config.audit.controls}: cannot be negative")
     _check_precision(config)
+    _check_memory(config)
+    auto = _chosen_later(config)
     stages = _scheduled(config)
     data, config.accum.steps = data_config(config.data, config.accum.steps)
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
@@ -275,6 +300,7 @@ def validate(cfg: DictConfig) -> Settings:
         sweep_id=config.sweep_id,
         tree=tree,
         stages=stages or (StepsStage(0, config.accum.steps, data.global_batch_size),),
+        auto_steps=auto,
     )
 
 
@@ -288,6 +314,34 @@ def _check_precision(config: Config) -> None:
     norm = config.accum.max_grad_norm
     if norm is not None and not norm > 0:
         raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
+
+
+def _check_memory(config: Config) -> None:
+    budget = config.runtime.memory_budget_gib
+    if budget is not None and not budget > 0:
+        raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
+
+
+def _chosen_later(config: Config) -> bool:
+    """Whether N is to be chosen by what fits; then it is 1 for the time being."""
+    accum, steps = config.accum, config.accum.steps
+    if steps is None or (isinstance(steps, int) and not isinstance(steps, bool)):
+        return False
+    if steps != "auto":
+        raise BadInputError(
+            f"accum.steps={steps}: not an integer, null or auto{nearest(str(steps), ['auto'])}"
+        )
+    if accum.schedule is not None:
+        raise BadInputError(
+            f"accum.steps=auto and accum.schedule={accum.schedule} are both N: set only one of them"
+        )
+    if config.data.get("micro_batch_size") is not None:
+        raise BadInputError(
+            f"accum.steps=auto chooses how data.global_batch_size is split, and "
+            f"data.micro_batch_size={config.data['micro_batch_size']} does as well: set it to null"
+        )
+    accum.steps = 1
+    return True
 
 
 def _scheduled(config: Config) -> tuple[StepsStage, ...]:

@@ -1,6 +1,6 @@
 """What one training run works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,14 @@ from gaccum_exp.config import Settings
 from gaccum_exp.core.loss import CriterionLoss, LossFn
 from gaccum_exp.core.placement import Placement
 from gaccum_exp.core.window import WindowPlan
+
+
+@dataclass(slots=True)
+class Splitting:
+    """How much finer windows are split than was asked for."""
+
+    factor: int = 1
+    """Times as many micro-batches: it grows where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,12 @@ class Experiment:
     ignore_index: int
     """Of labels that do not count."""
     settings: Settings
+    splitting: Splitting = field(default_factory=Splitting)
 
     def accum_steps(self, global_step: int) -> int:
         """Return N, the micro-batches of a window."""
-        return self.settings.stages[self.plan.stage_of(global_step)].accum_steps
+        stage = self.settings.stages[self.plan.stage_of(global_step)]
+        return min(stage.accum_steps * self.splitting.factor, stage.global_batch_size)
 
     def divisor(self, global_step: int) -> float:
         """Return what the reduction `sum` divides by: a constant of the stage, as its batch is."""

@@ -4,7 +4,14 @@ from dataclasses import dataclass, field
 
 from gaccum_exp import metrics
 from gaccum_exp.experiment import Experiment
-from gaccum_exp.memory.peak import AllocatedWindow, Meter, Peak, TrackedWindow, has_counters
+from gaccum_exp.memory.peak import (
+    AllocatedWindow,
+    Meter,
+    Peak,
+    TrackedWindow,
+    has_counters,
+    resident_set_bytes,
+)
 from gaccum_exp.metrics import Sink
 
 MEASURED_WINDOW = 2
@@ -23,6 +30,7 @@ class RunMeters:
     experiment: Experiment
     due: dict[int, type[Meter]] = field(init=False)
     _peaks: list[Peak] = field(default_factory=list, init=False)
+    _resident: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         kinds: list[type[Meter]] = [TrackedWindow]
@@ -45,8 +53,10 @@ class RunMeters:
             self.due[later] = self.due.pop(global_step)
 
     def take(self, peak: Peak) -> None:
-        """Keep what was measured."""
+        """Keep what was measured; on a CPU, beside it, what the process holds in all."""
         self._peaks.append(peak)
+        if self.experiment.device.type == "cpu":
+            self._resident = resident_set_bytes()
 
     def record(self, sink: Sink) -> None:
         """The device's own peak is the one to compare; the tracker's split is recorded beside it."""
@@ -58,6 +68,9 @@ class RunMeters:
         if tracked is not None:
             values[metrics.TRACKED_PEAK_BYTES] = tracked.bytes
             values |= {f"memory/{part}_bytes": size for part, size in tracked.parts.items()}
+        values |= {f"memory/{name}_bytes": size for name, size in compared.counters.items()}
+        if self._resident is not None:
+            values[metrics.RESIDENT_SET_BYTES] = self._resident
         sink.record(self.experiment.total_steps, values)
         source = "tracker" if compared.parts else "allocator"
         sink.describe({"memory.peak_phase": compared.phase, "memory.source": source})

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gaccum_exp import metrics
-from gaccum_exp.audit.bench import eagerly
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.build import needs_closure
+from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.certify import RunAudits
 from gaccum_exp.clock import WindowClock
 from gaccum_exp.compiled import check_compiled
@@ -20,10 +19,12 @@ from gaccum_exp.core.accumulate import WindowLoss, accumulate_gradients
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradients import gradient_norm
 from gaccum_exp.core.micro_batch import tokens_in
+from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.evaluate import evaluate
 from gaccum_exp.experiment import Experiment
+from gaccum_exp.guard import MemoryGuard
 from gaccum_exp.memory.peak import (
     FORWARD_BACKWARD,
     OPTIMIZER_STEP,
@@ -34,13 +35,22 @@ from gaccum_exp.memory.peak import (
 from gaccum_exp.meters import MEASURED_WINDOW, RunMeters
 from gaccum_exp.metrics import Sink
 from gaccum_exp.progress import Progress
+from gaccum_exp.runtime import needs_closure
 
 log = logging.getLogger(__name__)
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
-def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | None:
+def train(
+    experiment: Experiment, sink: Sink, progress: Progress, budget_bytes: int | None = None
+) -> Audit | None:
     """Train to the end; everything measured goes to the sink.
+
+    Args:
+        experiment: its model is trained.
+        sink: takes metrics and tags.
+        progress: tells of it while it lasts.
+        budget_bytes: what a window may hold on a CPU under `accum.on_oom=increase_steps`.
 
     Returns:
         The worst audit of the run's windows; None where none was audited.
@@ -55,15 +65,26 @@ def train(experiment: Experiment, sink: Sink, progress: Progress) -> Audit | Non
     audits = RunAudits(experiment, sink)
     if settings.runtime.compile:
         sink.record(0, check_compiled(experiment))
+    guard = MemoryGuard(experiment, sink, budget_bytes)
     feed = training_windows(experiment)
     tally = _Tally()
     for step in range(1, total + 1):
         if not tally.steps and step > MEASURED_WINDOW:
             meters.postpone(step - 1)  # there is no optimizer state yet
-        if step - 1 in meters.due or audits.due(step - 1):  # neither is a measure of time
-            values = _observed_step(experiment, next(feed), step - 1, audits, meters)
-        else:
-            values = _timed_step(experiment, feed, step - 1, clock)
+        while True:
+            try:
+                with guard.attempt():
+                    if step - 1 in meters.due or audits.due(step - 1):  # neither is a measure of time
+                        values = _observed_step(experiment, next(feed), step - 1, audits, meters, guard)
+                    else:
+                        values = _timed_step(experiment, feed, step - 1, clock, guard)
+                break
+            except RuntimeError as error:
+                if not (guard.active and out_of_memory(error)):
+                    raise
+                reason = str(error).splitlines()[0]
+            guard.split_finer(step - 1, reason)
+            feed = training_windows(experiment, step - 1)
         sink.record(step, values)
         tally.count(values)
         due = step % every == 0 if every else experiment.plan.ends_epoch(step - 1)
@@ -156,12 +177,12 @@ def train_step(
         try:
             if needs_closure(type(optimizer).step):
                 # e.g. L-BFGS: evaluates the window as often as it likes, and takes the loss as well
-                with phase(OPTIMIZER_STEP):
+                with phase(OPTIMIZER_STEP), _no_way_back():
                     optimizer.step(window_gradient)  # type: ignore[arg-type]
             else:
                 with phase(FORWARD_BACKWARD):
                     window_gradient()
-                with phase(OPTIMIZER_STEP):
+                with phase(OPTIMIZER_STEP), _no_way_back():
                     scaled = _step_of(scaler, optimizer)
         except _NothingCountsError:
             return {}
@@ -206,6 +227,20 @@ def window_gradients(
     return loss, norm
 
 
+@contextmanager
+def _no_way_back() -> Iterator[None]:
+    """Around an optimizer step: what it has moved when memory runs out cannot be repeated."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInputError(
+            "out of memory in the optimizer step, which no N makes smaller "
+            f"({str(error).splitlines()[0]}); a fused optimizer (+optimizer.fused=true) needs less"
+        ) from error
+
+
 def _step_of(
     scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, float | Tensor]:
@@ -237,20 +272,34 @@ def _rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[N
 
 
 def _timed_step(
-    experiment: Experiment, feed: Iterator[Window], global_step: int, clock: WindowClock
+    experiment: Experiment,
+    feed: Iterator[Window],
+    global_step: int,
+    clock: WindowClock,
+    guard: MemoryGuard,
 ) -> dict[str, float | Tensor]:
     """Fetch a window and take its step; a full one of the arm's N is a measure of time."""
-    named = experiment.accum_steps(global_step) == experiment.settings.accum_steps
+    stage = experiment.settings.stages[experiment.plan.stage_of(global_step)]
+    named = stage.accum_steps == experiment.settings.accum_steps
     if not (named and experiment.plan.is_full(global_step)):
-        return train_step(experiment, next(feed), global_step)
+        return _guarded_step(experiment, next(feed), global_step, guard)
     with clock.window():
         window = next(feed)
-        values = train_step(experiment, window, global_step)
+        values = _guarded_step(experiment, window, global_step, guard)
     if experiment.counts_tokens:
         ignored = experiment.ignore_index
         counts = (tokens_in(micro_batch, ignored) for micro_batch in window)
         clock.count_tokens(sum(int(n) for n in counts if n is not None))
     return values
+
+
+def _guarded_step(
+    experiment: Experiment, window: Window, global_step: int, guard: MemoryGuard
+) -> dict[str, float | Tensor]:
+    """Take a step, within the budget where there is one."""
+    if guard.follows(window):
+        return measured_step(experiment, window, global_step, guard.tracked)[0]
+    return train_step(experiment, window, global_step)
 
 
 def _observed_step(
@@ -259,13 +308,16 @@ def _observed_step(
     global_step: int,
     audits: RunAudits,
     meters: RunMeters,
+    guard: MemoryGuard,
 ) -> dict[str, float | Tensor]:
     """Take a step whose window is audited first, or whose memory is measured, or both."""
     if audits.due(global_step):
         audits.judge(window, global_step)
     if global_step not in meters.due:
-        return train_step(experiment, window, global_step)
-    values, peak = measured_step(experiment, window, global_step, meters.due[global_step])
+        return _guarded_step(experiment, window, global_step, guard)
+    kind = meters.due[global_step]
+    meter = guard.tracked if kind is TrackedWindow else kind
+    values, peak = measured_step(experiment, window, global_step, meter)
     if not _is_step(values):
         meters.postpone(global_step)
     elif peak is not None:
@@ -274,7 +326,7 @@ def _observed_step(
 
 
 def measured_step(
-    experiment: Experiment, window: Window, global_step: int, kind: type[Meter]
+    experiment: Experiment, window: Window, global_step: int, kind: Callable[..., Meter]
 ) -> tuple[dict[str, float | Tensor], Peak | None]:
     """Take the same step while a meter follows its memory; no peak where the meter cannot."""
     buffers = [(buffer, buffer.clone()) for buffer in experiment.modules.buffers()]
@@ -282,12 +334,14 @@ def measured_step(
     try:
         meter = kind(experiment.modules, experiment.optimizer, experiment.device)
         # A tracker does not see into compiled kernels.
-        with meter, eagerly() if kind is TrackedWindow else nullcontext():
+        with meter, eagerly() if isinstance(meter, TrackedWindow) else nullcontext():
             watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
             values = train_step(watched, window, global_step, meter.phase)
         return values, meter.peak()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if meter is not None and OPTIMIZER_STEP in meter.phase.begun:
+        if meter is not None and OPTIMIZER_STEP in meter.begun:
             raise  # weights may have moved already
         # Either the tracker cannot follow this model, or the step itself fails and will do so again.
         failure = f"{type(error).__name__}: {error}"

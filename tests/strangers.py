@@ -86,7 +86,7 @@ class Lazy(nn.Module):
 
 
 class Embedded(nn.Module):
-    """A sparse embedding, which torch's memory tracker cannot follow."""
+    """A sparse embedding, which torch's own memory tracker cannot follow."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from gaccum_exp.build import build
 from gaccum_exp.certify import audit
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
-from gaccum_exp.memory.peak import CATEGORIES
+from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.train import train_step, training_windows
 from tests.support import STRANGER, settings, trained
 
@@ -144,7 +144,7 @@ def test_the_audit_tells_a_sum_in_bfloat16_from_one_in_float32() -> None:
 
 
 def test_buffers_show_in_the_peak() -> None:
-    """Four bytes a parameter more, less the two that `.grad` no longer takes; among the temporaries."""
+    """Four bytes a parameter more, less the two that `.grad` no longer takes; they are gradients."""
     peaks = {}
     for buffer_dtype in ("same", "float32"):
         experiment, sink = trained(
@@ -158,8 +158,7 @@ def test_buffers_show_in_the_peak() -> None:
     size = sum(p.numel() for p in experiment.parameters)
     more = peaks["float32"]["memory/peak_bytes"] - peaks["same"]["memory/peak_bytes"]
     assert more == pytest.approx((4 - 2) * size, rel=0.01)
-    assert peaks["float32"]["memory/temporaries_bytes"] > 4 * size
-    assert peaks["float32"]["memory/gradients_bytes"] == 0
+    assert peaks["float32"]["memory/gradients_bytes"] >= 4 * size
     assert peaks["same"]["memory/gradients_bytes"] == 2 * size
 
 

@@ -4,6 +4,9 @@ Nothing here is compared with a tolerance picked by hand. What rounding alone do
 on the device, by training again with the samples of every window in another order.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaccum_exp.build import build
+from gaccum_exp import planning
+from gaccum_exp.build import build, load
 from gaccum_exp.core.placement import Placement
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.experiment import Experiment
-from gaccum_exp.memory.peak import CATEGORIES, has_counters
+from gaccum_exp.memory.peak import has_counters
+from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.train import train_step, training_windows
 from tests.program import Program
 from tests.support import Collected, settings, trained
@@ -31,6 +36,8 @@ pytestmark = [
 
 MLP = ("model=mlp", "model.hidden=[32,32]", "data.global_batch_size=100", "train.steps=8")
 ON_DEVICE = (*MLP, f"runtime.device={DEVICE.type}")
+BLOCK = 512 if DEVICE.type == "cuda" else 1
+"""Bytes to which CUDA's caching allocator rounds every allocation up."""
 ORDERS = 8
 """Orders of samples in which the floor is measured."""
 MORE_THAN_ORDER = 10
@@ -49,13 +56,25 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def parameter_bytes(experiment: Experiment) -> int:
-    """Return the size of all parameters."""
-    return sum(p.numel() * p.element_size() for p in experiment.parameters)
+    """Return the size of all parameters in whole blocks of the device's allocator."""
+    return sum(-(-p.numel() * p.element_size() // BLOCK) * BLOCK for p in experiment.parameters)
 
 
 def tensors(window: list[Any]) -> list[Tensor]:
     """Return the tensors of all micro-batches of a window."""
     return [tensor for micro_batch in window for tensor in micro_batch]
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Make every operation fail that waits for the device; torch warns that it may miss some."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_auto_means_the_accelerator() -> None:
@@ -129,11 +148,53 @@ def test_the_peak_is_the_allocators_and_the_trackers_split_stands_beside_it() ->
     assert min(allocated, tracked) >= 2 * parameter_bytes(experiment)
 
 
+CNN = (
+    *("model=cnn", "model.width=32", "data=fake", "data.image_size=32", "data.size=512"),
+    *("data.global_batch_size=256", "audit.at_start=false", f"runtime.device={DEVICE.type}"),
+)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="fake tensors of the device are tried with CUDA")
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("optimizer", ["optimizer=sgd", "optimizer=adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_predicted_is_what_is_measured(steps: int, optimizer: str, precision: str) -> None:
+    """Within 2 % of the tracked tensors; the allocator's peak is no smaller."""
+    call = (*CNN, f"accum.steps={steps}", optimizer, f"runtime.precision={precision}", "train.steps=5")
+    configured = settings(*call)
+    predicted = planning.predicted_peak(configured, load(configured))
+    _, sink = trained(*call)
+    assert predicted is not None
+    assert predicted.bytes == pytest.approx(sink.last["memory/tracked_peak_bytes"], rel=0.02)
+    allocated = sink.last["memory/peak_bytes"] - planning.held_by_libraries(DEVICE)
+    assert allocated >= 0.98 * predicted.bytes
+    assert sink.last["memory/allocator_reserved_bytes"] >= sink.last["memory/allocator_allocated_bytes"]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only CUDA's allocator keeps to a budget")
+def test_a_window_out_of_memory_is_repeated_in_more_micro_batches() -> None:
+    """By the allocator's own error; as a run with that N from the start, bit for bit."""
+    call = (*CNN, "data.image_size=64", "train.steps=4", "runtime.deterministic=true")
+    configured = settings(*call)
+    predicted = planning.predicted_peak(configured, load(configured))
+    assert predicted is not None
+    torch.cuda.empty_cache()
+    gib = (0.6 * predicted.bytes + planning.held_by_libraries(DEVICE)) / 2**30
+    try:
+        found, sink = trained(*call, "accum.on_oom=increase_steps", f"runtime.memory_budget_gib={gib}")
+        used = sink.tags["accum.steps_used"]
+        plain, _ = trained(*call, f"accum.steps={used}")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    assert int(used) in (2, 4)
+    assert torch.equal(weights(found), weights(plain))
+
+
 @pytest.mark.skipif(not has_counters(DEVICE), reason=NO_COUNTERS)
 def test_more_micro_batches_need_less_memory() -> None:
     """On a window whose activations outweigh the model; by the allocator's count."""
-    wide = ("model=cnn", "model.width=32", "data=fake", "data.image_size=32", "data.size=512",
-            "data.global_batch_size=256", "train.steps=5", f"runtime.device={DEVICE.type}")  # fmt: skip
+    wide = (*CNN, "train.steps=5")
     whole, split = (trained(*wide, f"accum.steps={n}")[1].curve("memory/peak_bytes")[0] for n in (1, 8))
     assert split < whole / 2
 
@@ -169,11 +230,8 @@ def test_windows_are_pinned_so_that_copies_need_not_wait(data: tuple[str, ...]) 
     window = next(training_windows(experiment))
     assert all(tensor.is_pinned() for tensor in tensors(window))
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         moved = [Placement(DEVICE).place(micro_batch) for micro_batch in window]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for tensor, there in zip(tensors(window), tensors(moved), strict=True):
         assert torch.equal(tensor, there.cpu())
 
@@ -199,12 +257,9 @@ def test_the_host_never_waits_for_the_device_within_a_window(
     for step, window in enumerate(prepared[:3]):  # kernels are chosen and state is made
         train_step(experiment, window, step)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for step, window in enumerate(prepared[3:], 3):
             sink.record(step + 1, train_step(experiment, window, step))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     sink.deliver()
     assert len(sink.curve("train/loss")) == 3
 
@@ -213,12 +268,8 @@ def test_the_host_never_waits_for_the_device_within_a_window(
 def test_waiting_for_the_device_would_be_noticed() -> None:
     """The negative control of the two tests above."""
     there = torch.ones(3, device=DEVICE)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            there.sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        there.sum().item()
 
 
 def test_step_times_are_the_devices() -> None:

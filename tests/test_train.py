@@ -14,6 +14,7 @@ from gaccum_exp.build import build
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.memory.storages import StorageTracker
 from gaccum_exp.metrics import NonFiniteLossError
 from gaccum_exp.train import train_step, training_windows
 from tests.strangers import Points
@@ -270,7 +271,7 @@ def test_memory_is_measured_by_category_and_adds_up() -> None:
         experiment, sink = trained("model=mlp", "data.global_batch_size=512", f"accum.steps={steps}",
                                    "optimizer=adamw", "train.steps=4", "runtime.device=cpu")  # fmt: skip
         last = sink.last
-        parts = ["parameters", "gradients", "optimizer_state", "activations", "temporaries"]
+        parts = ["parameters", "gradients", "optimizer_state", "activations", "temporaries", "inputs"]
         assert sum(last[f"memory/{part}_bytes"] for part in parts) == last["memory/peak_bytes"]
         size = 4 * sum(p.numel() for p in experiment.model.parameters())
         assert last["memory/parameters_bytes"] == size
@@ -361,9 +362,26 @@ def test_a_strangers_model_or_loss_is_trained_and_measured(overrides: tuple[str,
     assert sink.last["memory/peak_bytes"] > 0
 
 
-def test_a_model_that_cannot_be_tracked_is_trained_all_the_same() -> None:
+def test_a_sparse_embedding_is_tracked_by_its_rows() -> None:
+    """Its gradient is no dense table."""
+    _, sink = trained(*SHORT, f"model._target_={stranger('Embedded')}")
+    assert sink.last["memory/peak_bytes"] > 0
+
+
+def test_a_model_that_cannot_be_tracked_is_trained_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As it would have been without the attempt, running statistics included; and it is said."""
     overrides = (*SHORT, f"model._target_={stranger('Embedded')}")
+    followed = 0
+
+    def refuse(*args: object) -> None:
+        nonlocal followed
+        followed += 1
+        if followed > 20:
+            raise NotImplementedError("no storage to look at")
+
+    monkeypatch.setattr(StorageTracker, "_follow", refuse)
     experiment, sink = trained(*overrides)
     assert "memory/peak_bytes" not in sink.last
     bare = build(settings(*overrides))

@@ -8,10 +8,9 @@ does (gradients, running statistics, counters, caches in plain attributes) is le
 import copy
 import functools
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -118,48 +117,6 @@ def on_bench(
             vars(module).update(attributes)
         for parameter, grad in gradients:
             parameter.grad = grad
-
-
-def eagerly() -> AbstractContextManager[Any]:
-    """Run what torch.compile has compiled as if it had not, for the length of a block."""
-    stance: Any = torch.compiler.set_stance
-    return stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give torch, Python and NumPy their random state back at the end."""
-    states = random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
-
-
-def random_states() -> list[Any]:
-    """Return the state of every generator that a model may draw from."""
-    devices = [torch.get_device_module(a).get_rng_state_all() for a in _accelerators()]
-    return [torch.get_rng_state(), random.getstate(), np.random.get_state(), devices]
-
-
-def set_random_states(states: list[Any]) -> None:
-    """Set every generator back."""
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])
-    for accelerator, saved in zip(_accelerators(), states[3], strict=True):
-        torch.get_device_module(accelerator).set_rng_state_all(saved)
-
-
-def same_host_state(one: list[Any], other: list[Any]) -> bool:
-    """Whether Python's and NumPy's generators stand where they stood."""
-    numpy_alike = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
-    return bool(one[1] == other[1] and numpy_alike)
-
-
-def _accelerators() -> list[torch.device]:
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [here] if here is not None and here.type == "cuda" else []
 
 
 class _Copies:

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
-from gaccum_exp.audit.bench import random_states
 from gaccum_exp.audit.frames import Seen, arguments_of, bound_to, code_of, frames_seen
 from gaccum_exp.audit.gradient import Gradient
 from gaccum_exp.audit.playback import itself
 from gaccum_exp.audit.record import Call, Tape, loss_in
 from gaccum_exp.audit.samples import tensors_in
 from gaccum_exp.audit.sight import Clip, Sight
+from gaccum_exp.core.seeding import random_states
 
 LOSSES = frozenset(
     function

@@ -7,20 +7,19 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.bench import (
-    Parts,
-    eagerly,
-    on_bench,
-    random_state_kept,
-    random_states,
-    same_host_state,
-    set_random_states,
-)
+from gaccum_exp.audit.bench import Parts, on_bench
 from gaccum_exp.audit.gradient import Gradient, add, gradient_of
 from gaccum_exp.audit.mixing import Call, Follower, Mixing
 from gaccum_exp.audit.replay import Draws, Replay
 from gaccum_exp.audit.room import Saved, needed_bytes, require
 from gaccum_exp.audit.samples import mapped
+from gaccum_exp.core.modes import eagerly
+from gaccum_exp.core.seeding import (
+    random_state_kept,
+    random_states,
+    same_host_state,
+    set_random_states,
+)
 
 T = TypeVar("T")
 Around = Callable[[int], AbstractContextManager[None]]

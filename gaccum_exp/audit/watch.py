@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.bench import Parts, modules_in, random_state_kept
+from gaccum_exp.audit.bench import Parts, modules_in
 from gaccum_exp.audit.beside import reported_loss
 from gaccum_exp.audit.gradient import Gradient
 from gaccum_exp.audit.loop import judge
@@ -17,6 +17,7 @@ from gaccum_exp.audit.observer import Observer
 from gaccum_exp.audit.record import MicroBatch
 from gaccum_exp.audit.result import Audit, Check, Verdict, worst
 from gaccum_exp.audit.sight import Sight
+from gaccum_exp.core.seeding import random_state_kept
 
 WRAPPERS = {
     "DistributedDataParallel": "module",

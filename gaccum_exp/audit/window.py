@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.bench import Parts, modules_in, random_state_kept
+from gaccum_exp.audit.bench import Parts, modules_in
 from gaccum_exp.audit.examine import NOT_FINITE, examine, first_line
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.room import out_of_memory
@@ -18,7 +18,7 @@ from gaccum_exp.audit.trial import Around, Trial
 from gaccum_exp.audit.verdict import scale_of
 from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
 from gaccum_exp.core.loss import LossFn, as_loss_fn, count
-from gaccum_exp.core.seeding import seed_model
+from gaccum_exp.core.seeding import random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 
 DESCENT = 16.0

@@ -40,6 +40,14 @@ class ModelLoss:
         self._takes_count = False
         self._counter: Counter | None = None
 
+    def assume(self, micro_batch: Any) -> None:
+        """Take it that the loss is a mean over all labels, where values cannot be looked at.
+
+        What its passes hold does not depend on it.
+        """
+        if self._counter is None:
+            self._counter = self._asking.counters(micro_batch[self._asking.labels])[0]
+
     def count(self, micro_batch: Any) -> Denominator | None:
         """Return the micro-batch's denominator; None before the model has been seen."""
         if self._counter is None:

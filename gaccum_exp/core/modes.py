@@ -1,8 +1,11 @@
-"""Training and evaluation mode of a model's parts."""
+"""How a model's parts run: in training or evaluation mode, compiled or not."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -16,3 +19,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run what torch.compile has compiled as if it had not, for the length of a block."""
+    stance: Any = torch.compiler.set_stance
+    return stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -62,13 +62,15 @@ class Placed:
     """
 
     def __init__(self, loss_fn: LossFn, placement: Placement) -> None:
-        self._loss_fn, self._placement = loss_fn, placement
+        self._loss_fn = loss_fn
+        self.placement = placement
+        """What is done to a micro-batch before the loss function sees it."""
         self.criterion = getattr(loss_fn, "criterion", None)
 
     @property
     def where_it_is(self) -> LossFn:
         """The same for micro-batches that are on the model's device already."""
-        return Placed(self._loss_fn, replace(self._placement, device=None))
+        return Placed(self._loss_fn, replace(self.placement, device=None))
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Count on the host, where the micro-batch still is."""
@@ -76,13 +78,13 @@ class Placed:
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Place the micro-batch and compute its loss; nothing waits for the copy."""
-        with self._placement.passes():
-            return loss_sum(self._loss_fn, model, self._placement.place(micro_batch))
+        with self.placement.passes():
+            return loss_sum(self._loss_fn, model, self.placement.place(micro_batch))
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Place the micro-batch and compute loss and denominator."""
-        with self._placement.passes():
-            return self._loss_fn(model, self._placement.place(micro_batch))
+        with self.placement.passes():
+            return self._loss_fn(model, self.placement.place(micro_batch))
 
 
 def placed(loss_fn: LossFn, placement: Placement) -> LossFn:

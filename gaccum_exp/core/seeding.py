@@ -8,6 +8,9 @@ weights and the same augmentation.
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,3 +40,39 @@ def seed_model(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give torch, Python and NumPy their random state back at the end."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def random_states() -> list[Any]:
+    """Return the state of every generator that a model may draw from."""
+    devices = [torch.get_device_module(a).get_rng_state_all() for a in _accelerators()]
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state(), devices]
+
+
+def set_random_states(states: list[Any]) -> None:
+    """Set every generator back."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+    for accelerator, saved in zip(_accelerators(), states[3], strict=True):
+        torch.get_device_module(accelerator).set_rng_state_all(saved)
+
+
+def same_host_state(one: list[Any], other: list[Any]) -> bool:
+    """Whether Python's and NumPy's generators stand where they stood."""
+    numpy_alike = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+    return bool(one[1] == other[1] and numpy_alike)
+
+
+def _accelerators() -> list[torch.device]:
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return [here] if here is not None and here.type == "cuda" else []

@@ -16,12 +16,13 @@ from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import byte_unit, say_list, say_ratio, time_unit
 
 # category, colour, hatch: told apart in greyscale by brightness and by hatch
-_CATEGORIES = (
+CATEGORIES = (
     ("parameters", "#22577a", ""),
     ("gradients", "#57a0c7", "////"),
     ("optimizer_state", "#bfdcec", "...."),
     ("activations", "#f4a259", "\\\\\\\\"),
     ("temporaries", "#f2efe6", "xxxx"),
+    ("inputs", "#7fb285", "++++"),
 )
 # where the peak was, how the total is marked
 _PHASES = {"forward/backward": "o", "optimizer step": "s"}
@@ -99,13 +100,13 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
 
 def split_of(run: RunRecord) -> dict[str, float]:
     """Return the run's peak by category in bytes; empty where it was not recorded."""
-    recorded = {name: run.metrics.get(f"memory/{name}_bytes") for name, _, _ in _CATEGORIES}
+    recorded = {name: run.metrics.get(f"memory/{name}_bytes") for name, _, _ in CATEGORIES}
     return {name: value for name, value in recorded.items() if value is not None}
 
 
 def _stack(axes: Axes, position: int, row: ComparisonRow, run: RunRecord, unit_bytes: float) -> None:
     split, bottom = split_of(run), 0.0
-    for name, color, hatch in _CATEGORIES:
+    for name, color, hatch in CATEGORIES:
         if name in split:
             height = split[name] / unit_bytes
             axes.bar(
@@ -164,7 +165,7 @@ def _memory_legend(comparison: Comparison, runs: Mapping[str, RunRecord]) -> lis
     drawn = {name for row in rows for name in split_of(runs[row.run_id])}
     legend: list[Artist] = [
         Patch(facecolor=color, hatch=hatch, edgecolor="black", label=name.replace("_", " "))
-        for name, color, hatch in _CATEGORIES
+        for name, color, hatch in CATEGORIES
         if name in drawn
     ]
     phases = {row.peak_phase if row.peak_phase in _PHASES else None for row in rows}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from gaccum_exp.metrics import PREDICTED_PEAK_BYTES
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.envelope import Envelope, Standing, envelope_of, stand
 from gaccum_exp.report.findings import control_notes, verdict_notes
@@ -44,7 +45,7 @@ CSV_COLUMNS = (
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
     *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
-    *("eval_perplexity", "tokens_per_s", "skipped_windows"),
+    *("eval_perplexity", "tokens_per_s", "skipped_windows", "predicted_peak_bytes"),
 )
 
 
@@ -165,6 +166,14 @@ def _group_order(group: Group, setting: Swept) -> tuple[object, ...]:
     return (sort_key(setting), global_batch_of(first) or 0, first.run_id)
 
 
+def _predicted_peak(run: RunRecord) -> int | None:
+    """Return it where it was for the N that the run ended with."""
+    predicted = _last(run, PREDICTED_PEAK_BYTES)
+    if predicted is None or "accum.steps_used" in run.tags:
+        return None
+    return int(predicted)
+
+
 def _row(run: RunRecord, group: Group, setting: Swept, envelope: Envelope | None) -> ComparisonRow:
     reference = group.reference
     if envelope is None or reference is None or run.run_id == reference.run_id:
@@ -215,6 +224,7 @@ def _row(run: RunRecord, group: Group, setting: Swept, envelope: Envelope | None
         eval_perplexity=_last(run, "eval/perplexity"),
         tokens_per_s=_last(run, "throughput/tokens_per_s"),
         skipped_windows=_last(run, "train/skipped_windows"),
+        predicted_peak_bytes=_predicted_peak(run),
     )
 
 

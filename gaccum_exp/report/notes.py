@@ -35,7 +35,7 @@ def other_notes(groups: Labelled) -> tuple[str, ...]:
     said = _uneven_splits([arm for _, arm, _ in arms])
     for sentence in (
         *(_about_data, _about_memory_source, _about_step_time),
-        *(_about_growth, _about_skipped, _about_status),
+        *(_about_growth, _about_chosen_steps, _about_finer_splits, _about_skipped, _about_status),
     ):
         said += _merge(((sentence(group, arm), setting) for group, arm, setting in arms), len(groups))
     return tuple(said)
@@ -120,6 +120,23 @@ def _about_memory_source(group: Group, arm: RunRecord) -> str | None:
     return (
         f"the peak memory of N = {steps_of(arm)} is from the {ours}, its reference's from the "
         f"{theirs}: they have no ratio."
+    )
+
+
+def _about_chosen_steps(group: Group, arm: RunRecord) -> str | None:
+    why = arm.tags.get("accum.auto")
+    return None if why is None else f"accum.steps=auto: {why}."
+
+
+def _about_finer_splits(group: Group, arm: RunRecord) -> str | None:
+    """Say where memory ran out, and what N the arm began with."""
+    events = [arm.tags[f"oom.{i}"] for i in range(1, 100) if f"oom.{i}" in arm.tags]
+    if not events:
+        return None
+    more = f", and {len(events) - 1} times more" if len(events) > 1 else ""
+    return (
+        f"N = {steps_of(arm)} began with N = {arm.params['accum.steps']} ({events[0]}{more}); the "
+        "samples of its windows are the same."
     )
 
 

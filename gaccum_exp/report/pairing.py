@@ -24,7 +24,12 @@ _GLOBAL_BATCH = "data.global_batch_size"
 _REDUCTION = "accum.reduction"
 _SCHEDULE = "accum.schedule"
 # How the batch is split, where results go, and what Hydra made of it: none changes what is trained.
-_SPLITTING = frozenset({"accum.steps", "data.micro_batch_size", _GLOBAL_BATCH, "sweep_id"})
+_SPLITTING = frozenset(
+    {
+        *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
+        *("data.micro_batch_size", _GLOBAL_BATCH, "sweep_id"),
+    }
+)
 # Nor does how it is audited: a control's seed is such a key, and its config is its reference's.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.")
 _SAME_AT_ONE_PASS = {"mean": "global_mean", "global_mean": "mean"}
@@ -77,8 +82,11 @@ def whole(text: str | None) -> int | None:
 
 
 def steps_of(run: RunRecord) -> int | None:
-    """N, the micro-batches per window; None when the run ended before its config was recorded."""
-    return whole(run.params.get("accum.steps"))
+    """N, the micro-batches per window; None when the run ended before its config was recorded.
+
+    Of a run whose windows had to be split finer, the N that it ended with.
+    """
+    return whole(run.tags.get("accum.steps_used") or run.params.get("accum.steps"))
 
 
 def global_batch_of(run: RunRecord) -> int | None:

@@ -74,6 +74,8 @@ class ComparisonRow:
     """Median over windows, where the loss counts tokens."""
     skipped_windows: float | None
     """Windows whose float16 gradient was not finite, so that no step was taken; None: none."""
+    predicted_peak_bytes: int | None
+    """What was predicted before the run, for the N that it ended with."""
 
     @property
     def differs(self) -> str:

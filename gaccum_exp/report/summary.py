@@ -38,6 +38,10 @@ def summary(comparison: Comparison) -> str:
     return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in lines.items())
 
 
+_NO_OTHER = "There is only the reference, and no other arm to compare with it."
+_NO_REFERENCE = "No finished arm could be compared with a reference."
+
+
 def _sort(
     rows: Sequence[ComparisonRow], label_of: Callable[[ComparisonRow], str]
 ) -> dict[str, list[ComparisonRow]]:
@@ -52,12 +56,12 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
     compared = [row for row in rows if row.finished and not row.is_reference]
     measured = [row for row in compared if row.reference_run_id is not None]
     unfinished = sum(not row.finished for row in rows)
-    verdicts, distance = say_verdicts(rows), _say_distance(measured)
-    if all(row.is_reference for row in rows):
-        distance = "There is only the reference, and no other arm to compare with it."
-    elif not measured:
-        distance = "No finished arm could be compared with a reference."
-    parts = [_lead(verdicts, distance), _say_cost(measured)]
+    verdicts = say_verdicts(rows)
+    if measured:
+        parts = [_lead(verdicts, _say_distance(measured)), _say_cost(measured)]
+    else:
+        alone = all(row.is_reference for row in rows)
+        parts = [verdicts and f"{verdicts}, by the audit alone.", _NO_OTHER if alone else _NO_REFERENCE]
     if unfinished:
         parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
     return " ".join(part for part in parts if part)

@@ -21,7 +21,7 @@ CONTRACT = [
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
     *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
-    *("eval_perplexity", "tokens_per_s", "skipped_windows"),
+    *("eval_perplexity", "tokens_per_s", "skipped_windows", "predicted_peak_bytes"),
 ]
 
 

@@ -268,7 +268,8 @@ def test_verdicts_are_shown_without_a_loss_curve(arm: Arm, audited: Arm) -> None
     failed = audited(arm(4, status="FAILED", drop=("train/loss",)), "biased", **BATCHNORM)
     comparison = compare([arm(1), failed])
     assert "biased" in show(comparison)
-    assert summary(comparison).startswith("N = 4 is biased by batch statistics: no finished arm")
+    said = "N = 4 is biased by batch statistics, by the audit alone. No finished arm"
+    assert summary(comparison).startswith(said)
 
 
 def test_standing_is_marked_in_the_table_and_said(arm: Arm, audited: Arm, control: Arm) -> None:

@@ -1,0 +1,261 @@
+"""Rebuild this study: `python experiments/memory_frontier/build.py` (about 20 minutes on two cores).
+
+`results.csv` holds predicted and measured peaks of the models below and grows by what is missing in it,
+so it can be stopped and continued; delete it to measure again. Then the sweep is run and the page
+written.
+"""
+
+import csv
+import gc
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.memory_frontier.witness import allocated_peak, one_dnn
+from experiments.notebook import provenance, run_study, write_results
+from gaccum_exp import config, planning
+from gaccum_exp.build import build, load
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.memory.peak import Peak, TrackedWindow
+from gaccum_exp.memory.plan import size
+from gaccum_exp.memory.planner import knee
+from gaccum_exp.train import train_step, training_windows
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.csv"
+STEPS = (1, 2, 4, 8)
+WITNESSED = ("sgd", 1), ("adamw", 4)
+"""Optimizer and N of the windows that the profiler watches as well."""
+IMAGES = ("data=fake", "data.global_batch_size=16", "data.size=32", "data.eval_size=16")
+VISION = ("resnet18", "resnet50", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t")
+MODELS: dict[str, tuple[str, ...]] = {
+    "mlp": ("model=mlp", "data=digits", "data.global_batch_size=256"),
+    "cnn": ("model=cnn", "data=digits", "data.global_batch_size=256"),
+    "gpt": (
+        *("model=gpt", "data=text", "criterion=token_cross_entropy", "data.global_batch_size=16"),
+    ),
+    **{
+        name: ("model=torchvision", f"model.name={name}", "data.image_size=96", *IMAGES)
+        for name in VISION
+    },
+}  # fmt: skip
+MODELS["vit_b_16"] = (*MODELS["vit_b_16"], "model.image_size=96")
+OPTIMIZERS = {
+    "sgd": ("optimizer=sgd",),
+    "sgd, fused": ("optimizer=sgd", "+optimizer.fused=true"),
+    "adamw": ("optimizer=adamw",),
+    "adamw, fused": ("optimizer=adamw", "+optimizer.fused=true"),
+}
+COLUMNS = (
+    *("model", "optimizer", "steps", "predicted_bytes", "tracked_bytes"),
+    *("predicted_phase", "tracked_phase", "allocated_bytes", "allocated_with_one_dnn_bytes"),
+)
+
+
+def main() -> None:
+    """Measure what is missing, run the sweep, write figure and page."""
+    config.register()
+    start = time.monotonic()
+    for row in missing():
+        append(row)
+    measured_s = time.monotonic() - start
+    arms, seconds = run_study("memory_frontier")
+    draw(arms, HERE / "memory_frontier.png")
+    told = provenance(seconds + measured_s)
+    write_results(HERE / "README.md", "\n\n".join([frontier(arms), accuracy(read()), told]))
+
+
+def missing() -> Iterator[dict[str, Any]]:
+    """Yield the rows that `results.csv` does not hold yet."""
+    done = {(row["model"], row["optimizer"], int(row["steps"])) for row in read()}
+    for model, of_model in MODELS.items():
+        for optimizer, of_optimizer in OPTIMIZERS.items():
+            for steps in STEPS:
+                if (model, optimizer, steps) not in done:
+                    call = (*of_model, *of_optimizer, f"accum.steps={steps}")
+                    named = {"model": model, "optimizer": optimizer, "steps": steps}
+                    yield named | judge(call, (optimizer, steps))
+
+
+def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
+    """Predict a window's peak, measure it, and let the profiler watch it."""
+    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+        settings = config.validate(
+            compose("config", [*overrides, "runtime.device=cpu", "train.steps=4"])
+        )
+    loaded = load(settings)
+    predicted = planning.predicted_peak(settings, loaded)
+    assert predicted is not None
+    experiment = build(settings, loaded)
+    windows = training_windows(experiment)
+    train_step(experiment, next(windows), 0)  # makes the optimizer's state
+    measured, held = tracked(experiment, next(windows))
+    row: dict[str, Any] = {
+        "predicted_bytes": predicted.bytes, "tracked_bytes": measured.bytes,
+        "predicted_phase": predicted.phase, "tracked_phase": measured.phase,
+    }  # fmt: skip
+    if kind in WITNESSED:
+        for key, enabled in (("allocated_bytes", False), ("allocated_with_one_dnn_bytes", True)):
+            with one_dnn(enabled):
+                row[key] = held + allocated_peak(lambda: step_alike(experiment, next(windows)))
+    gc.collect()
+    print(overrides, row, flush=True)
+    return row
+
+
+def tracked(experiment: Experiment, window: Any) -> tuple[Peak, int]:
+    """Return the tracked peak of a window, and what was held before it."""
+    experiment.optimizer.zero_grad()
+    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    before = follower.held_bytes
+    with follower:
+        watched = replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn))
+        train_step(watched, window, 1, follower.phase)
+    peak = follower.peak()
+    assert peak is not None
+    return peak, before
+
+
+def step_alike(experiment: Experiment, window: Any) -> None:
+    """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
+    experiment.optimizer.zero_grad()
+    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    train_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn)), window, 2)
+
+
+def read() -> list[dict[str, str]]:
+    """Return the rows measured so far, as text."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict[str, Any]) -> None:
+    """Write one row."""
+    new = not RESULTS.exists()
+    with RESULTS.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def frontier(arms: list[dict[str, str]]) -> str:
+    """Return what every arm held and took."""
+    lines = [
+        "### The frontier",
+        "",
+        "| checkpointing | N | micro-batch | measured | predicted | where | step in ms | × one pass |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kept, rows in curves(arms).items():
+        for row in rows:
+            predicted = float(row["predicted_peak_bytes"]) / float(row["peak_bytes"]) - 1
+            step_s, one_pass_s = float(row["step_s"]), float(rows[0]["step_s"])
+            cells = (
+                *(kept, row["steps"], row["micro_batch_size"], size(int(row["peak_bytes"]))),
+                *(f"{predicted:+.2%}", row["peak_phase"], f"{1e3 * step_s:.0f}"),
+                f"{step_s / one_pass_s:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "![Peak memory and step time against N](memory_frontier.png)"])
+
+
+def curves(arms: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Return the arms without and with checkpointing, by N."""
+    ordered = sorted(arms, key=lambda row: int(row["steps"]))
+    return {
+        word: [row for row in ordered if f"activation_checkpointing={value}" in row["differs"]]
+        for word, value in (("no", "False"), ("yes", "True"))
+    }
+
+
+def accuracy(rows: list[dict[str, str]]) -> str:
+    """Return how far predictions and the profiler are from what the tracker measures."""
+    lines = [
+        "### Predicted against measured",
+        "",
+        "| model | worst prediction | at | phases alike | profiler, oneDNN off | profiler, oneDNN on |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        mine = [row for row in rows if row["model"] == model]
+        worst = max(mine, key=lambda row: abs(off(row, "predicted_bytes")))
+        alike = sum(row["predicted_phase"] == row["tracked_phase"] for row in mine)
+        cells = (
+            *(model, f"{off(worst, 'predicted_bytes'):+.3%}", named(worst), f"{alike} of {len(mine)}"),
+            *(furthest(mine, "allocated_bytes"), furthest(mine, "allocated_with_one_dnn_bytes")),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    worst = max(rows, key=lambda row: abs(off(row, "predicted_bytes")))
+    exact = sum(row["predicted_bytes"] == row["tracked_bytes"] for row in rows)
+    lines += [
+        "",
+        f"{len(rows)} windows: {exact} predicted to the byte, the worst off by "
+        f"{abs(off(worst, 'predicted_bytes')):.3%} ({worst['model']}, {named(worst)}).",
+    ]
+    return "\n".join(lines)
+
+
+def named(row: dict[str, str]) -> str:
+    """Return what else than its model a row is of."""
+    return f"{row['optimizer']}, N = {row['steps']}"
+
+
+def off(row: dict[str, str], key: str) -> float:
+    """Return how far a number is from the tracked peak, relative to it."""
+    return int(row[key]) / int(row["tracked_bytes"]) - 1
+
+
+def furthest(rows: Iterable[dict[str, str]], key: str) -> str:
+    """Return the largest difference of what the profiler saw."""
+    return f"{max((off(row, key) for row in rows if row[key]), key=abs):+.2%}"
+
+
+def draw(arms: list[dict[str, str]], path: Path) -> None:
+    """Draw measured and predicted peaks and the step time against N."""
+    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
+    memory, times = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    styles = {
+        "no": ("#22577a", "o", "everything kept"),
+        "yes": ("#d1495b", "s", "activation checkpointing"),
+    }
+    for kept, rows in curves(arms).items():
+        color, marker, label = styles[kept]
+        steps = [int(row["steps"]) for row in rows]
+        peaks = [float(row["peak_bytes"]) / 2**20 for row in rows]
+        predicted = [float(row["predicted_peak_bytes"]) / 2**20 for row in rows]
+        memory.plot(steps, peaks, marker=marker, color=color, label=f"{label}, measured")
+        memory.plot(steps, predicted, "x--", color=color, markersize=10, label=f"{label}, predicted")
+        at = knee(dict(zip(steps, peaks, strict=True)))
+        memory.annotate(
+            f"knee: N = {at}", (at, peaks[steps.index(at)]), xytext=(0, 24),
+            textcoords="offset points", ha="center", fontsize=8, color=color,
+            arrowprops={"arrowstyle": "->", "color": color},
+        )  # fmt: skip
+        times.plot(steps, [1e3 * float(row["step_s"]) for row in rows], marker=marker, color=color)
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter("{x:g}")
+    memory.set_ylabel("peak memory of a window in MiB")
+    memory.legend(fontsize=8, frameon=False)
+    memory.set_title("ResNet-18, AdamW, 64 images of 96 × 96 a window", fontsize=11)
+    times.set_ylim(bottom=0)
+    times.set_ylabel("step in ms")
+    times.set_xscale("log", base=2)
+    times.set_xticks(steps, [str(n) for n in steps])
+    times.minorticks_off()
+    times.set_xlabel("N, micro-batches per window")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

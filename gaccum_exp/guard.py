@@ -1,0 +1,119 @@
+"""Out of memory in a window: the same window again, in twice as many micro-batches.
+
+The samples, the weights and the random state are those of the first attempt, so the optimizer step is
+the one that a run with that N from the start would have taken. An accelerator says itself when it has
+run out; on a CPU, where the system would end the process instead, the budget is enforced on tracked
+tensors, in windows with a larger micro-batch than any that was followed before.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gaccum_exp import metrics
+from gaccum_exp.core.feed import Window
+from gaccum_exp.core.seeding import random_states, set_random_states
+from gaccum_exp.core.window import split_sizes
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.experiment import Experiment
+from gaccum_exp.memory.peak import TrackedWindow
+from gaccum_exp.metrics import Sink
+
+log = logging.getLogger(__name__)
+
+
+class MemoryGuard:
+    """Of one training run, under `accum.on_oom=increase_steps`; else it does nothing.
+
+    Args:
+        experiment: whose N grows.
+        sink: takes a metric and a tag of each event.
+        budget_bytes: what a window may hold on a CPU; None: no limit.
+    """
+
+    def __init__(self, experiment: Experiment, sink: Sink, budget_bytes: int | None) -> None:
+        self._experiment, self._sink = experiment, sink
+        self.active = experiment.settings.accum.on_oom == "increase_steps"
+        enforced = self.active and experiment.device.type == "cpu"
+        self._budget_bytes = budget_bytes if enforced else None
+        self._events = 0
+        self._followed = {False: 0, True: 0}
+        """The largest micro-batch followed so far, without and with optimizer state, in elements."""
+
+    @property
+    def tracked(self) -> partial[TrackedWindow]:
+        """What follows a window, and ends it beyond the budget."""
+        return partial(TrackedWindow, budget_bytes=self._budget_bytes)
+
+    def follows(self, window: Window) -> bool:
+        """Whether a window has to be followed, since it could hold more than any before it."""
+        if self._budget_bytes is None:
+            return False
+        largest = max(map(_elements, window))
+        stateful = bool(self._experiment.optimizer.state)
+        if largest <= self._followed[stateful]:
+            return False
+        self._followed[stateful] = largest
+        return True
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Around a window: where memory runs out, leave buffers and generators as they were before.
+
+        Raises:
+            RuntimeError: as the window did.
+        """
+        if not self.active:
+            yield
+            return
+        buffers = [(b, b.clone()) for b in self._experiment.modules.buffers()]
+        states = random_states()
+        try:
+            yield
+        except RuntimeError:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            set_random_states(states)
+            raise
+
+    def split_finer(self, global_step: int, reason: str) -> None:
+        """Double N after a window in which memory ran out, for it and all that follow.
+
+        Raises:
+            BadInputError: a micro-batch holds one sample already.
+        """
+        experiment = self._experiment
+        before = experiment.accum_steps(global_step)
+        experiment.optimizer.zero_grad()
+        gc.collect()  # what the failed passes held together
+        if experiment.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        if before >= experiment.plan.size(global_step):
+            raise BadInputError(
+                f"out of memory at N = {before}, with micro-batches of one sample, and there is no "
+                f"smaller one: {reason}"
+            )
+        experiment.splitting.factor *= 2
+        self._followed = {False: 0, True: 0}
+        self._events += 1
+        now = experiment.accum_steps(global_step)
+        said = f"step {global_step + 1}: out of memory at N = {before}, repeated with N = {now}"
+        log.warning("%s (%s)", said, reason)
+        self._sink.record(global_step + 1, {metrics.OOM_EVENTS: self._events, metrics.STEPS_NOW: now})
+        sizes = split_sizes(experiment.settings.data.global_batch_size, now)
+        tags = {"accum.steps_used": str(now), "micro_batch_sizes": ", ".join(map(str, sizes))}
+        self._sink.describe({f"oom.{self._events}": said, **tags})
+        if before == 1:
+            self._sink.describe({"role": "candidate"})  # it is no longer the large batch in one pass
+
+
+def _elements(micro_batch: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))

@@ -1,0 +1,101 @@
+"""Models, optimizers and micro-batches that have sizes and no memory.
+
+torch's FakeTensorMode runs an operator for the shapes alone. What a step holds at once can so be found
+out for batches that no device here could hold, with the very code that trains.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gaccum_exp.core.denominator import Denominator
+from gaccum_exp.core.loss import LossFn, loss_sum
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode in which real tensors are taken for fake ones where they turn up."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """Return copies of modules and optimizers whose tensors are fake.
+
+    Args:
+        mode: the copies' own; to be entered where they are used.
+        objects: copied together, so that an optimizer's copy holds the parameters of a model's.
+        device: of the copies of the modules' tensors, wherever these are themselves, be it on `meta`.
+    """
+    memo: dict[int, Any] = {}
+    with mode:
+        for module in (m for o in objects if isinstance(o, nn.Module) for m in o.modules()):
+            plain = (value for value in vars(module).values() if isinstance(value, Tensor))
+            for tensor in (*module._parameters.values(), *module._buffers.values(), *plain):
+                if tensor is not None and not is_lazy(tensor) and id(tensor) not in memo:
+                    memo[id(tensor)] = _emptied(tensor, device)
+    with FakeCopyMode(mode):
+        copies: tuple[Any, ...] = copy.deepcopy(objects, memo)
+    return copies
+
+
+def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
+    """Return a micro-batch as the given one, with another number of samples and no memory of its own.
+
+    Args:
+        micro_batch: a pytree whose tensors have samples in their first dimension, as many as the first
+            of them that has a dimension; other tensors are left as they are.
+        samples: how many; beyond those there are, the first one is repeated.
+        device: of what is on `meta`.
+    """
+    given = samples_in(micro_batch)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] != given:
+            return tensor
+        if tensor.device.type == "meta":
+            return torch.empty(samples, *tensor.shape[1:], dtype=tensor.dtype, device=device)
+        return tensor[:samples] if samples <= given else tensor[:1].expand(samples, *tensor.shape[1:])
+
+    return tree_map_only(Tensor, leaf, micro_batch)
+
+
+def samples_in(micro_batch: Any) -> int:
+    """Return the number of samples of a micro-batch: its first tensor's, of those with a dimension."""
+    tensors = (t for t in tree_leaves(micro_batch) if isinstance(t, Tensor) and t.ndim)
+    first = next(tensors, None)
+    return 0 if first is None else int(first.shape[0])
+
+
+class SizesOnly:
+    """A loss function of which nothing but the sizes counts: no value is read, so nothing is counted."""
+
+    def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
+        self._loss_fn = loss_fn
+        self.criterion = getattr(loss_fn, "criterion", None)
+        # What a loss function would find out by looking at values.
+        assume = getattr(loss_fn, "assume", None)
+        if assume is not None:
+            assume(micro_batch)
+
+    def count(self, micro_batch: Any) -> Denominator:
+        """Return a denominator, which one does not matter."""
+        return 1.0
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Run the model on one micro-batch."""
+        return loss_sum(self._loss_fn, model, micro_batch)
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        """Run the model on one micro-batch."""
+        return self.loss_sum(model, micro_batch), 1.0
+
+
+def _emptied(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty

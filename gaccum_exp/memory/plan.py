@@ -1,0 +1,183 @@
+"""A memory plan: what N buys, before anything is trained; as data and as text."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gaccum_exp.memory.peak import OPTIMIZER_STEP, Peak
+from gaccum_exp.memory.storages import CATEGORIES
+
+FIXED = ("parameters", "gradients", "optimizer_state")
+"""What no N makes smaller."""
+_HEADS = (
+    *("N", "micro", "peak", "×", "params", "grads", "opt. state", "activations", "temps", "inputs"),
+    "peak in",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The predicted peak of one N."""
+
+    steps: int
+    """N, micro-batches per window."""
+    micro_batch_size: int
+    """Samples of the largest."""
+    peak: Peak
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it flat, sizes in bytes."""
+        parts = {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
+        whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
+        return {"steps": self.steps, "micro_batch_size": self.micro_batch_size, **whole, **parts}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something else than N that could save memory."""
+
+    name: str
+    override: str
+    """What makes it, on the command line."""
+
+
+FUSED = Change("a fused optimizer", "+optimizer.fused=true")
+CHECKPOINTING = Change("activation checkpointing", "runtime.activation_checkpointing=true")
+BF16 = Change("bf16 autocast", "runtime.precision=bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a change would save at one N, predicted."""
+
+    change: Change
+    steps: int
+    peak_bytes: int
+    saved_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it flat, sizes in bytes."""
+        what = {"change": self.change.name, "override": self.change.override, "steps": self.steps}
+        return {**what, "peak_bytes": self.peak_bytes, "saved_bytes": self.saved_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Predicted peaks by N, and what follows from them. `print(plan)` shows it."""
+
+    global_batch_size: int
+    device: str
+    rows: tuple[Row, ...]
+    """By N."""
+    budget_bytes: int | None
+    chosen_steps: int | None
+    """The smallest N whose peak is within the budget; None: none is, or there is no budget."""
+    knee_steps: int
+    """The smallest N at which the peak is as good as the smallest of all."""
+    advice: tuple[Advice, ...] = ()
+    """The largest saving first."""
+    extrapolated_from: tuple[int, ...] = ()
+    """Micro-batch sizes that were run, where the peaks could not be predicted without values."""
+    notes: tuple[str, ...] = ()
+    """What else has to be known, a sentence each."""
+
+    def row(self, steps: int) -> Row:
+        """Return the row of one N."""
+        return next(row for row in self.rows if row.steps == steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `plan.json` holds."""
+        return {
+            "global_batch_size": self.global_batch_size,
+            "device": self.device,
+            "budget_bytes": self.budget_bytes,
+            "chosen_steps": self.chosen_steps,
+            "knee_steps": self.knee_steps,
+            "extrapolated": bool(self.extrapolated_from),
+            "extrapolated_from": list(self.extrapolated_from),
+            "rows": [row.as_dict() for row in self.rows],
+            "advice": [advice.as_dict() for advice in self.advice],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """Return the table, and a sentence a line."""
+        return "\n".join([*self.table(), "", *self.sentences()])
+
+    def table(self) -> Iterator[str]:
+        """Yield a title and a line for every N; a star marks the chosen one."""
+        how = "extrapolated" if self.extrapolated_from else "predicted"
+        yield f"Peak memory of a window of {self.global_batch_size} samples, {how} for {self.device}"
+        yield ""
+        cells = [_HEADS, *map(self._cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            yield "  ".join(map(str.rjust, line[:-1], widths)) + "  " + line[-1]
+
+    def sentences(self) -> Iterator[str]:
+        """Yield what the rows mean, the most important first."""
+        yield self._fit()
+        yield self._past_the_knee()
+        if self.advice:
+            each = (f"{a.change.name} {size(a.saved_bytes)} ({a.change.override})" for a in self.advice)
+            yield f"At N = {self.advice[0].steps} would save besides: {', '.join(each)}."
+        if self.extrapolated_from:
+            sizes = " and ".join(map(str, self.extrapolated_from))
+            yield (
+                f"Extrapolated, not predicted: measured on micro-batches of {sizes} samples and "
+                "continued on a straight line."
+            )
+        yield from self.notes
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        mark = "*" if row.steps == self.chosen_steps else ""
+        ratio = row.peak.bytes / self.rows[0].peak.bytes
+        parts = (size(row.peak.parts[part]) for part in CATEGORIES)
+        leading = f"{mark}{row.steps}", str(row.micro_batch_size), size(row.peak.bytes), f"{ratio:.2f}"
+        return (*leading, *parts, row.peak.phase)
+
+    def _fit(self) -> str:
+        least = min(self.rows, key=lambda row: row.peak.bytes)
+        smallest = f"the smallest peak is {size(least.peak.bytes)}, at N = {least.steps}"
+        if self.budget_bytes is None:
+            return f"There is no budget; {smallest}."
+        budget = f"the budget of {size(self.budget_bytes)}"
+        if self.chosen_steps is None:
+            return f"No N fits {budget}: {smallest}."
+        peak, one = size(self.row(self.chosen_steps).peak.bytes), self.rows[0]
+        if self.chosen_steps == 1:
+            return f"One pass fits {budget}: its peak is {peak}. Memory asks for no accumulation."
+        whole = f", and one pass takes {size(one.peak.bytes)}" if one.steps == 1 else ""
+        return f"N = {self.chosen_steps} is the smallest that fits {budget}: its peak is {peak}{whole}."
+
+    def _past_the_knee(self) -> str:
+        row = self.row(self.knee_steps)
+        if row is self.rows[-1]:
+            return (
+                f"The peak shrinks up to N = {row.steps}, with micro-batches of {row.micro_batch_size}."
+            )
+        said = f"Past N = {row.steps} nothing shrinks: "
+        if row.peak.phase == OPTIMIZER_STEP:
+            return (
+                f"{said}from N = {self._optimizer_from()} the optimizer step is the peak, with "
+                f"{size(row.peak.parts['temporaries'])} of temporaries beside parameters, gradients and "
+                "optimizer state."
+            )
+        fixed = sum(row.peak.parts[part] for part in FIXED)
+        return (
+            f"{said}{size(fixed)} of the {size(row.peak.bytes)} are parameters, gradients and optimizer "
+            "state, which no N makes smaller."
+        )
+
+    def _optimizer_from(self) -> int:
+        """Return the N from which on, up to the knee and past it, the peak is in the optimizer step."""
+        others = [row.steps for row in self.rows if row.peak.phase != OPTIMIZER_STEP]
+        before = max((steps for steps in others if steps < self.knee_steps), default=0)
+        return next(row.steps for row in self.rows if row.steps > before)
+
+
+def size(number: int) -> str:
+    """Return bytes in words: `7.13 GiB`, `83.2 MiB`."""
+    unit = min(4, max(0, int(math.log2(max(1, number)) // 10)))
+    return f"{number / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -1,0 +1,135 @@
+"""Which N fits, and past which N nothing shrinks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gaccum_exp.core.window import split_sizes
+from gaccum_exp.memory.peak import highest
+from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Advice, Change, MemoryPlan, Row
+from gaccum_exp.memory.predict import Extrapolated, Predicted, Source, Subject
+
+FLAT = 0.01
+"""A peak within this of the smallest counts as no larger, and a saving below it as none."""
+
+
+@dataclass(slots=True)
+class Planner:
+    """Predicts the peak of every N that is asked for, each once, and decides.
+
+    Args:
+        source: of the peaks.
+        samples: of a window, the global batch.
+        even: only an N that divides the window will do, as a mean of means asks for.
+    """
+
+    source: Source
+    samples: int
+    even: bool = False
+    notes: list[str] = field(default_factory=list)
+    _rows: dict[int, Row | None] = field(default_factory=dict)
+
+    def row(self, steps: int) -> Row | None:
+        """Return the prediction for one N; None where the model refuses micro-batches of that size."""
+        if steps not in self._rows:
+            self._rows[steps] = self._predicted(steps)
+        return self._rows[steps]
+
+    def candidates(self) -> list[int]:
+        """Return every N that is of use: powers of two, and of those with the same micro-batch size the
+        smallest; or the divisors of the global batch.
+        """
+        if self.even:
+            return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
+        smallest = {-(-self.samples // n): n for n in range(self.samples, 0, -1)}
+        return sorted({*smallest.values(), *(2**i for i in range(self.samples.bit_length()))})
+
+    def ladder(self) -> list[int]:
+        """Return the N of the table: powers of two up to one sample a micro-batch, or the divisors."""
+        return [n for n in self.candidates() if self.even or n & (n - 1) == 0 or n == self.samples]
+
+    def smallest_fitting(self, budget_bytes: int) -> int | None:
+        """Return the smallest N whose peak is within the budget; None where no peak is."""
+        ladder = self.ladder()
+        fitting = next((n for n in ladder if self._fits(n, budget_bytes)), None)
+        if fitting is None or fitting == ladder[0]:
+            return fitting
+        # From N = 2 on, more micro-batches never hold more.
+        below = ladder[ladder.index(fitting) - 1]
+        inside = [n for n in self.candidates() if below < n <= fitting]
+        low, high = 0, len(inside) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(inside[middle], budget_bytes):
+                high = middle
+            else:
+                low = middle + 1
+        return inside[high]
+
+    def plan(self, device: str, budget_bytes: int | None) -> MemoryPlan:
+        """Return the plan, without advice."""
+        chosen = None if budget_bytes is None else self.smallest_fitting(budget_bytes)
+        shown = sorted({*self.ladder(), chosen or 1})
+        rows = [row for row in map(self.row, shown) if row is not None]
+        return MemoryPlan(
+            global_batch_size=self.samples,
+            device=device,
+            rows=tuple(rows),
+            budget_bytes=budget_bytes,
+            chosen_steps=chosen,
+            knee_steps=knee({row.steps: row.peak.bytes for row in rows}),
+            extrapolated_from=self.source.extrapolated_from,
+            notes=tuple(self.notes),
+        )
+
+    def _fits(self, steps: int, budget_bytes: int) -> bool:
+        row = self.row(steps)
+        return row is not None and row.peak.bytes <= budget_bytes
+
+    def _predicted(self, steps: int) -> Row | None:
+        size = split_sizes(self.samples, steps)[0]
+        try:
+            peak = highest(self.source.peaks(self.samples, steps))
+        except ValueError as error:  # batch statistics of a single value, say
+            if steps == 1:
+                raise
+            self.notes.append(f"N = {steps} is left out, with micro-batches of {size}: {error}.")
+            return None
+        assert peak is not None
+        return Row(steps, size, peak)
+
+
+def source_of(
+    fake: Callable[[], Subject], real: Callable[[], Subject], samples: int
+) -> tuple[Source, list[str]]:
+    """Return predictions, or, where the step needs values, an extrapolation and why it is one."""
+    try:
+        return Predicted(fake(), samples), []
+    except Exception as error:  # a stranger's forward pass fails on fake tensors in its own way
+        why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
+    found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
+    return found, [f"This model's step depends on values ({why}), which cannot be had without memory."]
+
+
+def with_advice(plan: MemoryPlan, changed: Callable[[Change], Subject | None]) -> MemoryPlan:
+    """Return the plan with what other changes would save at the N that matters in it."""
+    steps = plan.chosen_steps or plan.knee_steps
+    before, samples = plan.row(steps).peak.bytes, plan.global_batch_size
+    found = []
+    for change in (FUSED, CHECKPOINTING, BF16):
+        try:
+            subject = changed(change)
+            peak = subject and highest(Predicted(subject, samples).peaks(samples, steps))
+        except Exception:  # what this model or optimizer cannot do is no advice
+            continue
+        if peak and before - peak.bytes > FLAT * before:
+            found.append(Advice(change, steps, peak.bytes, before - peak.bytes))
+    return replace(plan, advice=tuple(sorted(found, key=lambda advice: -advice.saved_bytes)))
+
+
+def knee(peaks: Mapping[int, float]) -> int:
+    """Return the N past which nothing shrinks: the smallest whose peak is as good as the smallest.
+
+    peaks: bytes by N.
+    """
+    least = min(peaks.values())
+    return min(steps for steps, peak in peaks.items() if peak <= (1 + FLAT) * least)

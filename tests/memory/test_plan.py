@@ -1,0 +1,283 @@
+"""A plan against what is measured, against brute force, and for models that will not be planned."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gaccum_exp import plan_memory
+from gaccum_exp.core.accumulate import accumulate_gradients
+from gaccum_exp.core.loss import CriterionLoss
+from gaccum_exp.core.window import split_sizes
+from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
+from gaccum_exp.memory.plan import MemoryPlan
+from gaccum_exp.memory.planner import FLAT, Planner, knee
+from gaccum_exp.memory.storages import CATEGORIES
+from gaccum_exp.models.cnn import CNN
+from gaccum_exp.models.mlp import MLP
+
+CPU = torch.device("cpu")
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "fused sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adamw": torch.optim.AdamW,
+    "fused adamw": lambda p: torch.optim.AdamW(p, fused=True),
+}
+Made = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def images(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (count,), generator=generator)
+    return torch.randn(count, 3, 32, 32, generator=generator), labels
+
+
+def a_cnn(optimizer: str = "sgd") -> Made:
+    torch.manual_seed(0)
+    model = CNN(input_shape=(3, 32, 32), num_classes=10)
+    return model, OPTIMIZERS[optimizer](model.parameters())
+
+
+def measured(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int) -> Peak:
+    """Return the peak of a window of the real model in the steady state."""
+    sizes = split_sizes(len(batch[0]), steps)
+    window = list(zip(*(t.split(sizes) for t in batch), strict=True))
+    for _ in range(2):
+        optimizer.zero_grad()
+        tracked = TrackedWindow(model, optimizer, CPU)
+        with tracked:
+            with tracked.phase(FORWARD_BACKWARD):
+                loss_fn = tracked.loss_fn(CRITERION)
+                accumulate_gradients(model, loss_fn, window)
+            with tracked.phase(OPTIMIZER_STEP):
+                optimizer.step()
+    peak = tracked.peak()
+    assert peak is not None
+    return peak
+
+
+CRITERION = CriterionLoss(nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_predicted_peak_is_the_measured_one(optimizer: str) -> None:
+    """For every N, with its parts and its phase, within 1 %; and 37 samples are no multiple of any."""
+    model, made = a_cnn(optimizer)
+    batch = images(37)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), batch, made)
+    assert [row.steps for row in plan.rows] == [1, 2, 4, 8, 16, 32, 37]
+    for row in plan.rows:
+        real = measured(model, made, batch, row.steps)
+        assert row.peak.bytes == pytest.approx(real.bytes, rel=0.01)
+        assert row.peak.phase == real.phase
+        for part in CATEGORIES:
+            assert row.peak.parts[part] == pytest.approx(real.parts[part], rel=0.02, abs=2048)
+
+
+def test_planning_moves_nothing() -> None:
+    """Weights, gradients, optimizer state, running statistics, random state: all as they were."""
+    model, optimizer = a_cnn("adamw")
+    norm = nn.BatchNorm2d(3)
+    whole = nn.Sequential(norm, model, nn.Dropout(0.5))
+    whole(images(4)[0]).sum().backward()
+    optimizer.step()
+    before = [t.clone() for t in (*whole.state_dict().values(), *(p.grad for p in whole.parameters()))]
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
+    plan_memory(whole, nn.CrossEntropyLoss(), images(8), optimizer)
+    after = [*whole.state_dict().values(), *(p.grad for p in whole.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moments, [v for s in optimizer.state.values() for v in s.values()], strict=True)
+    )
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == random.getstate()
+    assert np.array_equal(state[2], np.random.get_state()[1])
+
+
+def test_a_model_on_meta_is_planned_as_the_real_one() -> None:
+    """With a batch on meta too, and an optimizer that is only a class."""
+    with torch.device("meta"):
+        empty = CNN(input_shape=(3, 32, 32), num_classes=10)
+        batch = torch.empty(37, 3, 32, 32), torch.empty(37, dtype=torch.int64)
+    without = plan_memory(empty, nn.CrossEntropyLoss(), batch, torch.optim.AdamW)
+    real = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(37), torch.optim.AdamW)
+    assert without.as_dict() == real.as_dict()
+
+
+def test_a_batch_of_two_samples_stands_for_any_number() -> None:
+    """And what is planned for needs no memory: a batch of a million images."""
+    few = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=37)
+    many = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(37), torch.optim.SGD)
+    assert few.as_dict() == many.as_dict()
+    huge = plan_memory(
+        a_cnn()[0], nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=2**20,
+        budget_bytes=2**30,
+    )  # fmt: skip
+    assert huge.rows[0].peak.parts["inputs"] >= 2**20 * 3 * 32 * 32 * 4
+    assert huge.chosen_steps is not None
+    assert huge.row(huge.chosen_steps).peak.bytes <= 2**30
+
+
+def test_the_cost_of_a_plan_does_not_grow_with_n() -> None:
+    """Three passes for every N in the table at most, though its windows have hundreds."""
+    passes = 0
+
+    class Counted(MLP):
+        def forward(self, inputs: Tensor) -> Tensor:
+            nonlocal passes
+            passes += 1
+            return super().forward(inputs)
+
+    model = Counted(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=512)
+    changes = 3
+    assert passes <= 3 * (len(plan.rows) + changes + 1)
+
+
+class Synthetic:
+    """Peaks by a formula: activations in proportion to the micro-batch, gradients from N = 2 on."""
+
+    extrapolated_from: tuple[int, ...] = ()
+
+    def __init__(self, fixed: int, per_sample: int, step: int) -> None:
+        self.fixed, self.per_sample, self.step = fixed, per_sample, step
+        self.asked: list[int] = []
+
+    def peaks(self, samples: int, steps: int) -> dict[str, Peak]:
+        self.asked.append(steps)
+        size = split_sizes(samples, steps)[0]
+        gradients = 0 if steps == 1 else self.fixed
+        parts = dict.fromkeys(CATEGORIES, 0) | {
+            "parameters": self.fixed, "gradients": gradients, "activations": size * self.per_sample,
+        }  # fmt: skip
+        passes = Peak(sum(parts.values()), FORWARD_BACKWARD, parts)
+        return {FORWARD_BACKWARD: passes, OPTIMIZER_STEP: Peak(self.step, OPTIMIZER_STEP, parts)}
+
+
+@given(
+    samples=st.integers(1, 300),
+    fixed=st.integers(0, 2000),
+    per_sample=st.integers(1, 100),
+    step=st.integers(0, 4000),
+    budget=st.integers(0, 30_000),
+    even=st.booleans(),
+)
+def test_the_chosen_n_is_the_smallest_that_fits(
+    samples: int, fixed: int, per_sample: int, step: int, budget: int, even: bool
+) -> None:
+    """As trying every N finds it; and it is found without trying every N."""
+    source = Synthetic(fixed, per_sample, step)
+    planner = Planner(source, samples, even=even)  # type: ignore[arg-type]
+    plan = planner.plan("cpu", budget)
+    tried = len(source.asked)
+
+    def fits(n: int) -> bool:
+        return max(p.bytes for p in source.peaks(samples, n).values()) <= budget
+
+    every = [n for n in range(1, samples + 1) if samples % n == 0 or not even]
+    assert plan.chosen_steps == next((n for n in every if fits(n)), None)
+    assert tried <= (len(planner.ladder()) + 9)
+    assert len({row.steps for row in plan.rows}) == len(plan.rows)
+    peaks = {row.steps: row.peak.bytes for row in plan.rows}
+    assert all(peaks[n] > (1 + FLAT) * min(peaks.values()) for n in peaks if n < plan.knee_steps)
+    assert peaks[plan.knee_steps] <= (1 + FLAT) * min(peaks.values())
+
+
+def test_the_knee_is_where_one_per_cent_more_is_all_there_is_to_gain() -> None:
+    """And the last N, where the peak still shrinks."""
+    assert knee({1: 1000.0, 2: 500.0, 4: 303.0, 8: 301.0, 16: 300.0}) == 4
+    assert knee({1: 1000.0, 2: 500.0, 4: 250.0}) == 4
+    assert knee({1: 100.0}) == 1
+
+
+def test_what_the_optimizer_step_holds_is_said_with_what_would_help() -> None:
+    """A wide model and a small batch: AdamW's temporaries are the peak, and a fused step has none."""
+    model = MLP(hidden=(2000, 2000), input_shape=(4,), num_classes=2)
+    batch = torch.randn(4, 4), torch.zeros(4, dtype=torch.int64)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), batch, torch.optim.AdamW)
+    row = plan.row(plan.knee_steps)
+    assert row.peak.phase == OPTIMIZER_STEP
+    assert row.peak.parts["temporaries"] > 0
+    said = str(plan)
+    assert "from N = 1 the optimizer step is the peak" in said
+    fused = next(a for a in plan.advice if a.change.name == "a fused optimizer")
+    with_it = plan_memory(
+        model, nn.CrossEntropyLoss(), batch, lambda p: torch.optim.AdamW(p, fused=True)
+    )
+    assert fused.peak_bytes == with_it.row(plan.knee_steps).peak.bytes
+    assert fused.saved_bytes == row.peak.bytes - fused.peak_bytes > 0
+    assert not any(a.change.name == "a fused optimizer" for a in with_it.advice)
+
+
+class ByValue(nn.Module):
+    """Takes another way for another value, which fake tensors have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CNN(input_shape=(3, 32, 32), num_classes=10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scale = 2.0 if float(inputs.detach().abs().max()) > 1e6 else 1.0
+        result: Tensor = self.inner(inputs) * scale
+        return result
+
+
+def test_a_model_that_depends_on_values_is_extrapolated_and_it_is_said() -> None:
+    """From micro-batches of 4 and 8; here within 5 % of what is measured, and nothing is moved."""
+    torch.manual_seed(0)
+    model = ByValue()
+    weights = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(64), optimizer)
+    assert not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert plan.as_dict()["extrapolated"]
+    assert plan.extrapolated_from == (4, 8)
+    said = str(plan)
+    assert "extrapolated for cpu" in said
+    assert "Extrapolated, not predicted: measured on micro-batches of 4 and 8 samples" in said
+    assert "This model's step depends on values (aten._local_scalar_dense.default)" in said
+    for row in plan.rows:
+        real = measured(model, optimizer, images(64), row.steps)
+        assert row.peak.bytes == pytest.approx(real.bytes, rel=0.05)
+
+
+def test_what_is_wrong_with_the_model_is_raised_as_it_is() -> None:
+    """And not taken for a forward pass that depends on values."""
+    model = MLP(hidden=(8,), input_shape=(5,), num_classes=10)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        plan_memory(model, nn.CrossEntropyLoss(), images(4), torch.optim.SGD)
+
+
+def test_an_n_that_the_model_refuses_is_left_out_and_said() -> None:
+    """Batch statistics of a single value: a micro-batch of one sample is none for this model."""
+    layers = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+    model = nn.Sequential(nn.Flatten(), *layers)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(8), torch.optim.SGD, budget_bytes=1)
+    assert [row.steps for row in plan.rows] == [1, 2, 4]
+    assert any("N = 8 is left out" in note and "more than 1 value" in note for note in plan.notes)
+    assert plan.chosen_steps is None
+    assert "No N fits the budget of 1 B" in str(plan)
+
+
+def test_mappings_dictionaries_of_outputs_and_loss_functions_are_planned() -> None:
+    """Any pytree as a batch, and a loss function of one's own."""
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        outputs = model(batch["image"])
+        return nn.functional.cross_entropy(outputs, batch["label"], reduction="sum"), len(outputs)
+
+    inputs, labels = images(16)
+    model, optimizer = a_cnn()
+    own = plan_memory(model, loss_fn, {"image": inputs, "label": labels}, optimizer)
+    usual = plan_memory(model, nn.CrossEntropyLoss(), (inputs, labels), optimizer)
+    assert [r.peak.bytes for r in own.rows] == [r.peak.bytes for r in usual.rows]
+    assert isinstance(own, MemoryPlan)
