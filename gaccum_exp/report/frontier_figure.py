@@ -22,6 +22,7 @@ from gaccum_exp.report.wording import byte_unit, time_unit
 _COLORS = ("#22577a", "#d1495b", "#2e8b57", "#8a5a9e", "#b07d2b", "#4d4d4d")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TICK_RATIO = 1.4
+_N = "N, micro-batches per window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
     if not any(curve.predicted_bytes for curve in curves):
         return None
     source = next((row.memory_source for row in comparison.shown if row.memory_source), "tracker")
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 6.8), layout="constrained")
     memory, time = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(
         f"What N saves and costs: {subject(list(runs.values()), comparison.shown)}", fontsize=11
@@ -55,6 +56,7 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
     _draw_memory(memory, curves, f"peak memory ({source})")
     _draw_time(time, curves)
     _finish(time, curves)
+    _add_legend(figure, memory)
     return figure
 
 
@@ -63,8 +65,8 @@ def draw_plan(plan: MemoryPlan) -> Figure:
     how = "extrapolated" if plan.extrapolated_from else "predicted"
     peaks = {row.steps: float(row.peak.bytes) for row in plan.rows}
     curve = Curve("", {}, peaks, {})
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure = Figure(figsize=(7.5, 6.8), layout="constrained")
+    axes, shares = figure.subplots(2, 1, height_ratios=(3, 2))
     figure.suptitle(
         f"Peak memory of a window of {plan.global_batch_size} samples, {how} for {plan.device}",
         fontsize=11,
@@ -74,7 +76,8 @@ def draw_plan(plan: MemoryPlan) -> Figure:
         axes.axhline(plan.budget_bytes / unit_bytes, color="black", linestyle="-.", linewidth=1)
         axes.annotate(
             f"budget {size(plan.budget_bytes)}", (1, plan.budget_bytes / unit_bytes),
-            xytext=(2, 3), textcoords="offset points", fontsize=8,
+            xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
+            ha="right", fontsize=8,
         )  # fmt: skip
     if plan.chosen_steps is not None:
         peak = plan.row(plan.chosen_steps).peak.bytes / unit_bytes
@@ -82,26 +85,27 @@ def draw_plan(plan: MemoryPlan) -> Figure:
             plan.chosen_steps, peak, "o", markersize=12, markerfacecolor="none",
             markeredgecolor="black", label=f"the smallest that fits: N = {plan.chosen_steps}",
         )  # fmt: skip
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _draw_shares(shares, plan)
-    _finish(shares, [curve])
+    _finish(axes, [curve])
+    _add_legend(figure, axes, shares)
     return figure
 
 
 def _draw_shares(axes: Axes, plan: MemoryPlan) -> None:
     """Draw what each peak is made of."""
-    steps = [row.steps for row in plan.rows]
-    bottom = [0.0] * len(steps)
+    places = range(len(plan.rows))
+    bottom = [0.0] * len(plan.rows)
     for name, color, hatch in CATEGORIES:
         heights = [row.peak.parts[name] / row.peak.bytes for row in plan.rows]
         axes.bar(
-            steps, heights, [0.5 * n for n in steps], bottom=bottom, color=color, hatch=hatch,
-            edgecolor="black", linewidth=0.5, label=name.replace("_", " "),
+            places, heights, bottom=bottom, color=color, hatch=hatch, edgecolor="black",
+            linewidth=0.5, label=name.replace("_", " "),
         )  # fmt: skip
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set_xticks(places, [str(row.steps) for row in plan.rows], fontsize=8)
+    axes.set_xlabel(_N, fontsize=9)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of the peak", fontsize=9)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _curve(label: str, rows: Sequence[ComparisonRow]) -> Curve:
@@ -154,7 +158,6 @@ def _draw_memory(axes: Axes, curves: Sequence[Curve], label: str) -> float:
     else:
         axes.set_ylim(0, 1.1 * max(every, default=1) / unit_bytes)
     axes.set_ylabel(f"{label} in {unit}", fontsize=9)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return unit_bytes
 
 
@@ -170,6 +173,11 @@ def _draw_time(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_ylabel(f"time of a step in {unit}", fontsize=9)
 
 
+def _add_legend(figure: Figure, *axes: Axes) -> None:
+    handles = [handle for a in axes for handle in a.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
 def _finish(axes: Axes, curves: Sequence[Curve]) -> None:
     steps = sorted({n for curve in curves for n in (*curve.measured_bytes, *curve.predicted_bytes)})
     axes.set_xscale("log", base=2)
@@ -180,4 +188,4 @@ def _finish(axes: Axes, curves: Sequence[Curve]) -> None:
             labelled.append(n)
     axes.set_xticks(labelled, [str(n) for n in labelled])
     axes.minorticks_off()
-    axes.set_xlabel("N, micro-batches per window", fontsize=9)
+    axes.set_xlabel(_N, fontsize=9)
