@@ -121,8 +121,10 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
 
 def run_name(settings: Settings) -> str:
     """Say what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
-    size = f"micro {settings.data.micro_batch_size}"
-    parts = [f"N={settings.accum_steps}", size, settings.accum.reduction]
+    split = f"N={settings.accum_steps}", f"micro {settings.data.micro_batch_size}"
+    if settings.task == "plan":  # it is of every N
+        split = "plan", f"global batch {settings.data.global_batch_size}"
+    parts = [*split, settings.accum.reduction]
     named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
     values = settings.flat() | dict(HydraConfig.get().runtime.choices)
     swept = os.environ.get(SWEPT_KEYS, "").split(",")

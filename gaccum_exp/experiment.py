@@ -57,7 +57,13 @@ class Experiment:
     def accum_steps(self, global_step: int) -> int:
         """Return N, the micro-batches of a window."""
         stage = self.settings.stages[self.plan.stage_of(global_step)]
-        return min(stage.accum_steps * self.splitting.factor, stage.global_batch_size)
+        if self.splitting.factor == 1:
+            return stage.accum_steps
+        size = stage.global_batch_size
+        finer = min(stage.accum_steps * self.splitting.factor, size)
+        if self.settings.accum.reduction == "mean":  # of means: on unequal micro-batches it is biased
+            return next(n for n in range(finer, size + 1) if size % n == 0)
+        return finer
 
     def divisor(self, global_step: int) -> float:
         """Return what the reduction `sum` divides by: a constant of the stage, as its batch is."""

@@ -183,6 +183,18 @@ def test_a_window_out_of_memory_is_repeated_as_if_n_had_been_so_from_the_start()
     assert len(sink.curve("train/loss")) == 4
 
 
+def test_under_mean_a_finer_split_is_an_even_one() -> None:
+    """18 samples: after N = 3 comes 6, and after that not 12 but 18."""
+    experiment = build(
+        settings(*SHORT, "data.global_batch_size=18", "accum.steps=3", "accum.reduction=mean")
+    )
+    found = []
+    for factor in (1, 2, 4, 8):
+        experiment.splitting.factor = factor
+        found.append(experiment.accum_steps(0))
+    assert found == [3, 6, 18, 18]
+
+
 def test_a_later_window_out_of_memory_is_repeated_too() -> None:
     """Optimizer state lies beside the second window's activations, and not beside the first's."""
     call = (*SHORT, "optimizer=adamw", "data.global_batch_size=256", "model.hidden=[512]")

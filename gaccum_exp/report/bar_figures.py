@@ -13,7 +13,7 @@ from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison
 from gaccum_exp.report.panels import Panel, Sheet, panels_of, subject
 from gaccum_exp.report.rows import ComparisonRow
-from gaccum_exp.report.wording import byte_unit, say_list, say_ratio, time_unit
+from gaccum_exp.report.wording import byte_unit, say_list, say_ratio, say_scaled, time_unit
 
 # category, colour, hatch: told apart in greyscale by brightness and by hatch
 CATEGORIES = (
@@ -24,6 +24,13 @@ CATEGORIES = (
     ("temporaries", "#f2efe6", "xxxx"),
     ("inputs", "#7fb285", "++++"),
 )
+# what stands beside the tracked tensors, named as what it is
+_BESIDE = {
+    "memory/resident_set_bytes": "Resident set of the process, libraries and data included",
+    "memory/allocator_requested_bytes": "Peak of what tensors asked the allocator for",
+    "memory/allocator_allocated_bytes": "the same in whole blocks, with workspace",
+    "memory/allocator_reserved_bytes": "taken from the device, fragments and what is kept included",
+}
 # where the peak was, how the total is marked
 _PHASES = {"forward/backward": "o", "optimizer step": "s"}
 _UNKNOWN_PHASE = "D"
@@ -51,7 +58,7 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
         level_heights=(3.0,),
         panel_width=_panel_width(panels),
         legend=_memory_legend(comparison, runs),
-        notes=_memory_notes(comparison),
+        notes=_memory_notes(comparison, runs),
     )
     for panel, axes in zip(panels, sheet.axes[0], strict=True):
         for position, steps in enumerate(panel.steps):
@@ -177,10 +184,17 @@ def _memory_legend(comparison: Comparison, runs: Mapping[str, RunRecord]) -> lis
     return legend
 
 
-def _memory_notes(comparison: Comparison) -> tuple[str, ...]:
+def _memory_notes(comparison: Comparison, runs: Mapping[str, RunRecord]) -> tuple[str, ...]:
     said = ["× is the ratio of totals to the reference's."]
     if any(row.memory_source == "allocator" for row in comparison.shown):
         said.append("Totals are the allocator's, the categories the tracker's: they may differ.")
+    shown = [runs[row.run_id].metrics for row in comparison.shown]
+    for key, words in _BESIDE.items():
+        sizes = [metrics[key] for metrics in shown if key in metrics]
+        if sizes:
+            unit_bytes, unit = byte_unit(max(sizes))
+            least, most = say_scaled(min(sizes), unit_bytes), say_scaled(max(sizes), unit_bytes)
+            said.append(f"{words}: {least if least == most else f'{least} to {most}'} {unit}.")
     return (*said, *comparison.reference_notes)
 
 

@@ -213,6 +213,13 @@ def test_step_time_shows_the_median_of_seeds_and_each(arm: Arm) -> None:
     assert "ms" in axes.get_ylabel()
 
 
+def test_the_resident_set_is_named_as_what_it_is(arm: Arm) -> None:
+    """It is no peak of a window, and stands in a note beside the tracked tensors."""
+    runs = [arm(1), arm(4)]
+    said = " ".join(" ".join(texts(draw_memory(compare(runs), by_id(runs)))).split())
+    assert "Resident set of the process, libraries and data included: 668 MiB." in said
+
+
 @pytest.mark.parametrize("name", sorted(FIGURES.keys() - {"memory_frontier"}))  # it has no ratios
 def test_borrowed_references_are_named_and_in_view(arm: Arm, name: str) -> None:
     """A stored reference is drawn, called stored, and within the axes; a stand-in is called so."""
