@@ -6,6 +6,7 @@ written.
 """
 
 import csv
+import functools
 import gc
 import sys
 import time
@@ -104,8 +105,10 @@ def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
     }  # fmt: skip
     if kind in WITNESSED:
         for key, enabled in (("allocated_bytes", False), ("allocated_with_one_dnn_bytes", True)):
+            window = next(windows)  # what is there before the step is no part of it
+            experiment.optimizer.zero_grad()
             with one_dnn(enabled):
-                row[key] = held + allocated_peak(lambda: step_alike(experiment, next(windows)))
+                row[key] = held + allocated_peak(functools.partial(step_alike, experiment, window))
     gc.collect()
     print(overrides, row, flush=True)
     return row
@@ -126,7 +129,6 @@ def tracked(experiment: Experiment, window: Any) -> tuple[Peak, int]:
 
 def step_alike(experiment: Experiment, window: Any) -> None:
     """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
-    experiment.optimizer.zero_grad()
     follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
     train_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn)), window, 2)
 
