@@ -60,7 +60,7 @@ def load(settings: Settings) -> Materials:
     seed = settings.seed
     train_data = _dataset("data.train", settings.data.train, seed)
     eval_data = None
-    if settings.data.eval is not None:
+    if settings.data.eval is not None and settings.task != "plan":
         eval_data = _dataset("data.eval", settings.data.eval, seed)
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
-from experiments.notebook import provenance, run_study, write_results
+from experiments.notebook import provenance, run_study, spread, write_results
 from gaccum_exp import config, planning
 from gaccum_exp.build import build, load
 from gaccum_exp.experiment import Experiment
@@ -159,26 +159,49 @@ def frontier(arms: list[dict[str, str]]) -> str:
         "| checkpointing | N | micro-batch | measured | predicted | where | step in ms | × one pass |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kept, rows in curves(arms).items():
-        for row in rows:
-            predicted = float(row["predicted_peak_bytes"]) / float(row["peak_bytes"]) - 1
-            step_s, one_pass_s = float(row["step_s"]), float(rows[0]["step_s"])
-            cells = (
-                *(kept, row["steps"], row["micro_batch_size"], size(int(row["peak_bytes"]))),
-                *(f"{predicted:+.2%}", row["peak_phase"], f"{1e3 * step_s:.0f}"),
-                f"{step_s / one_pass_s:.2f}",
+    for kept, cells in curves(arms).items():
+        for cell in cells:
+            off_by = cell.predicted_bytes / cell.peak_bytes - 1
+            mean_s, deviation_s = cell.step_s
+            written = (
+                *(kept, str(cell.steps), str(cell.micro_batch_size), size(cell.peak_bytes)),
+                *(f"{off_by:+.3%}", cell.phase, f"{1e3 * mean_s:.0f} ± {1e3 * deviation_s:.0f}"),
+                f"{mean_s / cells[0].step_s[0]:.2f}",
             )
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(written)} |")
     return "\n".join([*lines, "", "![Peak memory and step time against N](memory_frontier.png)"])
 
 
-def curves(arms: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Return the arms without and with checkpointing, by N."""
-    ordered = sorted(arms, key=lambda row: int(row["steps"]))
-    return {
-        word: [row for row in ordered if f"activation_checkpointing={value}" in row["differs"]]
-        for word, value in (("no", "False"), ("yes", "True"))
-    }
+class Cell(NamedTuple):
+    """The arms of one N, which differ in the seed alone."""
+
+    steps: int
+    micro_batch_size: int
+    peak_bytes: int
+    """The largest, as the predicted one."""
+    predicted_bytes: int
+    phase: str
+    step_s: tuple[float, float]
+    """Mean and sample standard deviation over seeds."""
+
+
+def curves(arms: list[dict[str, str]]) -> dict[str, list[Cell]]:
+    """Return the cells without and with checkpointing, by N."""
+    found: dict[str, list[Cell]] = {}
+    for word, value in (("no", "False"), ("yes", "True")):
+        mine = [row for row in arms if f"activation_checkpointing={value}" in row["differs"]]
+        for steps in sorted({int(row["steps"]) for row in mine}):
+            rows = [row for row in mine if int(row["steps"]) == steps]
+            cell = Cell(
+                steps,
+                int(rows[0]["micro_batch_size"]),
+                max(int(row["peak_bytes"]) for row in rows),
+                max(int(row["predicted_peak_bytes"]) for row in rows),
+                " and ".join(sorted({row["peak_phase"] for row in rows})),
+                spread(float(row["step_s"]) for row in rows),
+            )
+            found.setdefault(word, []).append(cell)
+    return found
 
 
 def accuracy(rows: list[dict[str, str]]) -> str:
@@ -231,11 +254,11 @@ def draw(arms: list[dict[str, str]], path: Path) -> None:
         "no": ("#22577a", "o", "everything kept"),
         "yes": ("#d1495b", "s", "activation checkpointing"),
     }
-    for kept, rows in curves(arms).items():
+    for kept, cells in curves(arms).items():
         color, marker, label = styles[kept]
-        steps = [int(row["steps"]) for row in rows]
-        peaks = [float(row["peak_bytes"]) / 2**20 for row in rows]
-        predicted = [float(row["predicted_peak_bytes"]) / 2**20 for row in rows]
+        steps = [cell.steps for cell in cells]
+        peaks = [cell.peak_bytes / 2**20 for cell in cells]
+        predicted = [cell.predicted_bytes / 2**20 for cell in cells]
         memory.plot(steps, peaks, marker=marker, color=color, label=f"{label}, measured")
         memory.plot(steps, predicted, "x--", color=color, markersize=10, label=f"{label}, predicted")
         at = knee(dict(zip(steps, peaks, strict=True)))
@@ -244,12 +267,16 @@ def draw(arms: list[dict[str, str]], path: Path) -> None:
             textcoords="offset points", ha="center", fontsize=8, color=color,
             arrowprops={"arrowstyle": "->", "color": color},
         )  # fmt: skip
-        times.plot(steps, [1e3 * float(row["step_s"]) for row in rows], marker=marker, color=color)
+        means, deviations = zip(*(cell.step_s for cell in cells), strict=True)
+        times.errorbar(
+            steps, [1e3 * s for s in means], [1e3 * s for s in deviations], marker=marker,
+            color=color, capsize=3,
+        )  # fmt: skip
     memory.set_yscale("log", base=2)
     memory.yaxis.set_major_formatter("{x:g}")
     memory.set_ylabel("peak memory of a window in MiB")
     memory.legend(fontsize=8, frameon=False)
-    memory.set_title("ResNet-18, AdamW, 64 images of 96 × 96 a window", fontsize=11)
+    memory.set_title("ResNet-18, AdamW, 64 images of 64 × 64 a window", fontsize=11)
     times.set_ylim(bottom=0)
     times.set_ylabel("step in ms")
     times.set_xscale("log", base=2)
