@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gaccum_exp import certify, metrics, planning
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.build import Materials, build, load
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
@@ -268,6 +269,9 @@ def _growth(settings: Settings) -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if out_of_memory(error):
+        advice = "task=plan says which N fits, accum.on_oom=increase_steps goes on with one that does"
+        return f"out of memory ({lines[0]}): {advice}"
     told = isinstance(error, (BadInputError, metrics.NonFiniteLossError))
     return lines[0] if told else f"{type(error).__name__}: {lines[0]}"
 

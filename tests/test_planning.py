@@ -256,6 +256,15 @@ def test_an_allocators_own_error_is_met_as_the_budgets_is() -> None:
         trained(*call)
 
 
+def test_an_arm_that_runs_out_of_memory_says_what_would_help(program: Program) -> None:
+    """As a failure of that arm, with the allocator's own words."""
+    model = (*STRANGER, f"model._target_={__name__}.RunsOut", "data.global_batch_size=24")
+    ended = program(*model, "train.steps=2", "audit.at_start=false")
+    assert ended.status == 1
+    (run,) = program.arms()
+    assert "out of memory (no room for 24 samples): task=plan says which N fits" in run.tags["failure"]
+
+
 def test_out_of_memory_in_the_optimizer_step_is_no_matter_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may have moved: it ends, and says what needs less."""
 
