@@ -292,5 +292,7 @@ LEFT_OUT = {
     "regnet_y_128gf": "about 640 million parameters: in float64 weights and the three gradients that "
     "are compared take 20 GB, the model and two gradients in float32 8 GB more; the machine had 23 GB",
     "vit_h_14": "about 630 million parameters, as above",
+    "mvit_v1_b": "takes clips of 16 frames of 224 pixels only: it does not build at 64",
+    "mvit_v2_s": "as above",
 }
 """Models that stand in the list above and were not audited, and why."""
