@@ -73,12 +73,7 @@ def draw_plan(plan: MemoryPlan) -> Figure:
     )
     unit_bytes = _draw_memory(axes, [curve], "peak memory")
     if plan.budget_bytes is not None:
-        axes.axhline(plan.budget_bytes / unit_bytes, color="black", linestyle="-.", linewidth=1)
-        axes.annotate(
-            f"budget {size(plan.budget_bytes)}", (1, plan.budget_bytes / unit_bytes),
-            xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
-            ha="right", fontsize=8,
-        )  # fmt: skip
+        _draw_budget(axes, plan.budget_bytes, unit_bytes)
     if plan.chosen_steps is not None:
         peak = plan.row(plan.chosen_steps).peak.bytes / unit_bytes
         axes.plot(
@@ -89,6 +84,23 @@ def draw_plan(plan: MemoryPlan) -> Figure:
     _finish(axes, [curve])
     _add_legend(figure, axes, shares)
     return figure
+
+
+def _draw_budget(axes: Axes, budget_bytes: int, unit_bytes: float) -> None:
+    """Draw the budget, or say that it is outside: room for all of it may leave none for the peaks."""
+    height, (low, high) = budget_bytes / unit_bytes, axes.get_ylim()
+    if low < height <= 2 * high:
+        axes.set_ylim(low, max(high, 1.1 * height))
+        axes.axhline(height, color="black", linestyle="-.", linewidth=1)
+        place, text = (1.0, height), f"budget {size(budget_bytes)}"
+    else:
+        place = (1.0, high if height > high else low)
+        text = f"budget {size(budget_bytes)}, {'above' if height > high else 'below'} what is shown"
+    under = (-4, -12) if place[1] == high else (-4, 3)
+    axes.annotate(
+        text, place, xycoords=("axes fraction", "data"), xytext=under, textcoords="offset points",
+        ha="right", fontsize=8,
+    )  # fmt: skip
 
 
 def _draw_shares(axes: Axes, plan: MemoryPlan) -> None:
