@@ -35,13 +35,13 @@ class Planner:
         return self._rows[steps]
 
     def candidates(self) -> list[int]:
-        """Return every N that is of use: powers of two, and of those with the same micro-batch size the
-        smallest; or the divisors of the global batch.
+        """Return every N that is of use: powers of two, and of those with the same first and second
+        micro-batch, on which a peak depends, the smallest; or the divisors of the global batch.
         """
         if self.even:
             return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
-        smallest = {-(-self.samples // n): n for n in range(self.samples, 0, -1)}
-        return sorted({*smallest.values(), *(2**i for i in range(self.samples.bit_length()))})
+        first_two = {(-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)}
+        return sorted({*first_two.values(), *(2**i for i in range(self.samples.bit_length()))})
 
     def ladder(self) -> list[int]:
         """Return the N of the table: powers of two up to one sample a micro-batch, or the divisors."""
