@@ -28,7 +28,7 @@ from gaccum_exp.memory.fake import fake_mode, resized
 from gaccum_exp.memory.peak import Peak, TrackedWindow, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
-from gaccum_exp.memory.predict import Predicted, Subject
+from gaccum_exp.memory.predict import Predicted, Subject, telling
 from gaccum_exp.meters import RunMeters
 from gaccum_exp.train import train_step
 
@@ -223,14 +223,14 @@ class _WindowsLike:
         self.global_step = max(RunMeters(experiment).due, default=0)
 
     def __call__(self, sizes: Sequence[int]) -> list[Any]:
-        """Return the first micro-batch, and the largest of the others."""
+        """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
-            return [resized(self._two, samples, torch.device("cpu")) for samples in sizes[:2]]
+            return [resized(self._two, samples, torch.device("cpu")) for samples in telling(sizes)]
         plan = replace(self._plan, global_batch_size=sum(sizes))
         steps = range(self.global_step, self.global_step + 1)
         with random_state_kept():
             first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=steps))
-        return [first, *sorted(others, key=_elements)[-1:]]
+        return [first, *sorted(others, key=_elements)[-1:], *others[-1:][: len(telling(sizes)) - 2]]
 
 
 def _elements(micro_batch: Any) -> int:

@@ -19,7 +19,7 @@ from gaccum_exp.memory.fake import SizesOnly, fake_copies, fake_mode, resized, s
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
-from gaccum_exp.memory.predict import Predicted, Subject
+from gaccum_exp.memory.predict import Predicted, Subject, telling
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -149,7 +149,7 @@ class _Step:
 
         def window(sizes: Sequence[int]) -> list[Any]:
             with entered():  # what is on meta becomes fake, or memory
-                return [resized(self.batch, size, self.device) for size in sizes[:2]]
+                return [resized(self.batch, size, self.device) for size in telling(sizes)]
 
         return Subject(modules, optimizer, self.device, window, take_step, entered)
 

@@ -86,13 +86,16 @@ class Planner:
         return row is not None and row.peak.bytes <= budget_bytes
 
     def _predicted(self, steps: int) -> Row | None:
-        size = split_sizes(self.samples, steps)[0]
+        sizes = split_sizes(self.samples, steps)
+        size = sizes[0]
         try:
             peak = highest(self.source.peaks(self.samples, steps))
-        except ValueError as error:  # batch statistics of a single value, say
+        except Exception as error:  # what a stranger's model does not take: a single sample, an odd number
             if steps == 1:
                 raise
-            self.notes.append(f"N = {steps} is left out, with micro-batches of {size}: {error}.")
+            said = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            self.notes.append(f"N = {steps} is left out, with micro-batches of {said}: {why}.")
             return None
         assert peak is not None
         return Row(steps, size, peak)

@@ -1,8 +1,8 @@
 """The peak of a window that is not run: predicted, or, where that cannot be, extrapolated.
 
-Only two micro-batches of a window are taken, however many it has. The first finds no gradients; from the
-second on gradients lie beside the activations, and all that follow hold the same. So what a prediction
-costs does not depend on N.
+Only the first two micro-batches of a window are taken, however many it has, and the last if it is smaller.
+The first finds no gradients; from the second on gradients lie beside the activations, and none that follow
+hold more; but a model may refuse a smaller one. So what a prediction costs does not depend on N.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Subject:
     optimizer: torch.optim.Optimizer
     device: torch.device
     window: Callable[[Sequence[int]], list[Any]]
-    """Micro-batch sizes to at most two micro-batches: the first, and the largest of the others."""
+    """The sizes of all micro-batches of a window to those of them that tell all."""
     take_step: Callable[[list[Any], TrackedWindow], None]
     """One optimizer step on these micro-batches, within the phases of a meter."""
     entered: Callable[[], AbstractContextManager[Any]]
@@ -93,6 +93,15 @@ class Extrapolated:
             return Peak(sum(parts.values()), phase, parts)
 
         return {phase: continued(phase) for phase in one}
+
+
+def telling(sizes: Sequence[int]) -> list[int]:
+    """Return the sizes of those micro-batches, of a window's from the largest to the smallest, that tell all.
+
+    >>> telling([2, 2, 1, 1]), telling([3, 3, 3])
+    ([2, 2, 1], [3, 3])
+    """
+    return [*sizes[:2], *(sizes[-1:] if len(sizes) > 2 and sizes[-1] < sizes[1] else [])]
 
 
 Source = Predicted | Extrapolated

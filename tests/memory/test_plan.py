@@ -274,6 +274,35 @@ def test_an_n_that_the_model_refuses_is_left_out_and_said() -> None:
     assert "No N fits the budget of 1 B" in str(plan)
 
 
+def test_an_n_whose_last_micro_batch_is_refused_is_left_out() -> None:
+    """Six samples in four micro-batches are 2, 2, 1 and 1."""
+    layers = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+    model = nn.Sequential(nn.Flatten(), *layers)
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(6), torch.optim.SGD)
+    assert [row.steps for row in plan.rows] == [1, 2]
+    assert any("N = 4 is left out, with micro-batches of 2 and 1:" in note for note in plan.notes)
+
+
+class Pairs(nn.Module):
+    """Takes samples two by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.linear(inputs)
+        return (result - result.view(-1, 2, 10).mean(1).repeat_interleave(2, 0)).contiguous()
+
+
+def test_an_n_that_the_model_refuses_in_its_own_way_is_left_out_too() -> None:
+    """Twelve samples in eight micro-batches are odd numbers of them."""
+    batch = torch.randn(12, 3), torch.zeros(12, dtype=torch.int64)
+    plan = plan_memory(Pairs(), nn.CrossEntropyLoss(), batch, torch.optim.SGD)
+    assert [row.steps for row in plan.rows] == [1, 2]
+    assert "N = 4 is left out, with micro-batches of 3: shape '[-1, 2, 10]' is invalid" in str(plan)
+
+
 def test_mappings_dictionaries_of_outputs_and_loss_functions_are_planned() -> None:
     """Any pytree as a batch, and a loss function of one's own."""
 
