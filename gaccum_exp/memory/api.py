@@ -1,6 +1,5 @@
 """A memory plan for anyone's model, without a configuration."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gaccum_exp.core.loss import LossFn, as_loss_fn
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.placement import Placed, Placement
 from gaccum_exp.core.seeding import random_state_kept
-from gaccum_exp.memory.fake import SizesOnly, fake_copies, fake_mode, resized, samples_in
+from gaccum_exp.memory.fake import SizesOnly, copies, fake_copies, fake_mode, resized, samples_in
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
@@ -111,7 +110,7 @@ class _Step:
             with random_state_kept(), eagerly():
                 yield
 
-        made = copy.deepcopy((self.model, self.loss_fn, self.optimizer))
+        made = copies((self.model, self.loss_fn, self.optimizer), {})
         subject = self._subject(made, entered, None)
         assert subject is not None
         return subject

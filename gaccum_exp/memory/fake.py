@@ -31,15 +31,31 @@ def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.de
         device: of the copies of the modules' tensors, wherever these are themselves, be it on `meta`.
     """
     memo: dict[int, Any] = {}
+    optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
+    leaves = tree_leaves([(list(o.state.values()), o.param_groups) for o in optimizers])
+    # A count of steps, or a learning rate, is read by the step: it keeps its value.
+    numbers = [(leaf, leaf.item()) for leaf in leaves if _is_number(leaf)]
     with mode:
         for module in (m for o in objects if isinstance(o, nn.Module) for m in o.modules()):
-            plain = (value for value in vars(module).values() if isinstance(value, Tensor))
-            for tensor in (*module._parameters.values(), *module._buffers.values(), *plain):
-                if tensor is not None and not is_lazy(tensor) and id(tensor) not in memo:
+            # Parameters, buffers, and what lies in attributes, in lists and dictionaries as well.
+            for tensor in tree_leaves(vars(module)):
+                if isinstance(tensor, Tensor) and not is_lazy(tensor) and id(tensor) not in memo:
                     memo[id(tensor)] = _emptied(tensor, device)
+        for tensor, value in numbers:
+            memo[id(tensor)] = torch.tensor(value, dtype=tensor.dtype)
     with FakeCopyMode(mode):
-        copies: tuple[Any, ...] = copy.deepcopy(objects, memo)
-    return copies
+        return copies(objects, memo)
+
+
+def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
+    """Return deep copies, an optimizer's with all of its attributes, of which torch copies three alone."""
+    made: tuple[Any, ...] = copy.deepcopy(objects, memo)
+    for given, copied in zip(objects, made, strict=True):
+        if isinstance(given, torch.optim.Optimizer):
+            # Hooks stay where they are, and so does the step that a learning rate's schedule has wrapped.
+            own = {k: v for k, v in vars(given).items() if k not in vars(copied) and not callable(v)}
+            vars(copied).update(copy.deepcopy(own, memo))
+    return made
 
 
 def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
@@ -92,6 +108,11 @@ class SizesOnly:
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, Tensor) and value.ndim == 0 and not isinstance(value, nn.Parameter)
+    return number and value.device.type == "cpu"
 
 
 def _emptied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -274,6 +274,67 @@ def test_an_n_that_the_model_refuses_is_left_out_and_said() -> None:
     assert "No N fits the budget of 1 B" in str(plan)
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"lr": torch.tensor(0.1)}])
+def test_an_optimizer_that_has_stepped_is_planned_as_a_new_one(options: dict[str, Any]) -> None:
+    """Its counts of steps are read by the step, and are no values that a model depends on."""
+    model = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    new = plan_memory(model, nn.CrossEntropyLoss(), images(4), optimizer)
+    measured(model, optimizer, images(4), 1)
+    count = next(iter(optimizer.state.values()))["step"].item()
+    stepped = plan_memory(model, nn.CrossEntropyLoss(), images(4), optimizer)
+    assert not stepped.extrapolated_from
+    assert [r.peak for r in stepped.rows] == [r.peak for r in new.rows]
+    assert next(iter(optimizer.state.values()))["step"].item() == count
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer with attributes of its own, as SAM and Lookahead are."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_with_attributes_of_its_own_is_planned() -> None:
+    """Which torch leaves out when it copies one."""
+    model = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    optimizer = Wrapping(model.parameters())
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(4), optimizer)
+    inner = plan_memory(model, nn.CrossEntropyLoss(), images(4), OPTIMIZERS["sgd"](model.parameters()))
+    assert not plan.extrapolated_from
+    assert not optimizer.inner.state
+    # Only the inner optimizer knows of its momentum, so that is not told from what is held beside.
+    assert [r.micro_batch_size for r in plan.rows] == [r.micro_batch_size for r in inner.rows]
+
+
+class Scaled(nn.Module):
+    """Tensors in a list and in a dictionary of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+        self.factors = [torch.ones(10)]
+        self.offsets = {"all": torch.zeros(10)}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.inner(inputs) * self.factors[0] + self.offsets["all"]
+        return result
+
+
+def test_tensors_in_containers_of_a_model_on_meta_are_brought_along() -> None:
+    """As its parameters are."""
+    with torch.device("meta"):
+        model = Scaled()
+    plan = plan_memory(model, nn.CrossEntropyLoss(), images(4), torch.optim.SGD)
+    here = plan_memory(Scaled(), nn.CrossEntropyLoss(), images(4), torch.optim.SGD)
+    assert not plan.extrapolated_from
+    assert plan.rows == here.rows
+
+
 def test_an_n_whose_last_micro_batch_is_refused_is_left_out() -> None:
     """Six samples in four micro-batches are 2, 2, 1 and 1."""
     layers = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
