@@ -33,7 +33,7 @@ from gaccum_exp.core.window import Stage, WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.first_samples import first_samples, try_first_samples
-from gaccum_exp.memory.fake import SizesOnly, fake_copies
+from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
 from gaccum_exp.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def build(
 def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     """Build the model for its sizes, on `meta`; one whose constructor reads values, with memory."""
     try:
-        with torch.device("meta"):
+        with nothing_left_behind(), torch.device("meta"):
             return _model(settings, train_data)
     except Exception:  # it is said by the second attempt, if it is not for want of values
         return _model(settings, train_data)

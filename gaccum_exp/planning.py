@@ -24,7 +24,7 @@ from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.first_samples import first_samples
-from gaccum_exp.memory.fake import fake_mode, resized
+from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized
 from gaccum_exp.memory.peak import Peak, TrackedWindow, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
@@ -77,6 +77,7 @@ def planner_of(settings: Settings, loaded: Materials) -> Planner:
     return Planner(source, samples, even=settings.accum.reduction == "mean", notes=notes)
 
 
+@nothing_left_behind()
 def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
     """Plan the memory of a window for every N, against the budget."""
     planner = planner_of(settings, loaded)
@@ -90,6 +91,7 @@ def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
     return with_advice(planned, lambda change: _changed(settings, loaded, change))
 
 
+@nothing_left_behind()
 def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings, str]:
     """Return the settings with the smallest N that fits the budget, and that in words.
 
@@ -118,6 +120,7 @@ def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings,
     )
 
 
+@nothing_left_behind()
 def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
     """Return the peak predicted for the windows whose memory is measured; None where it needs values."""
     try:
@@ -130,6 +133,7 @@ def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
         return None
 
 
+@nothing_left_behind()
 def require_room(
     settings: Settings, loaded: Materials, predicted: Peak | None, budget: int | None
 ) -> None:

@@ -1,6 +1,7 @@
 """A stranger's package: a model and data sets that know nothing of gaccum_exp."""
 
 import random
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -71,6 +72,24 @@ class Frozen(Net):
     def __init__(self) -> None:
         super().__init__()
         self.layers[0].requires_grad_(False)
+
+
+@lru_cache
+def ones(count: int) -> Tensor:
+    """Return a tensor that is made once for all models of a process."""
+    return torch.ones(count, dtype=torch.float64)
+
+
+class Sharing(Net):
+    """Uses a tensor that is made once, when it is built and when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ones", ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        return super().forward(x) * ones(3)
 
 
 class Lazy(nn.Module):

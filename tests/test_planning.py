@@ -16,6 +16,7 @@ from gaccum_exp.guard import MemoryGuard
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.progress import Progress
 from gaccum_exp.train import train
+from tests import strangers
 from tests.program import Program
 from tests.support import STRANGER, Collected, settings, trained
 
@@ -79,6 +80,18 @@ def test_what_is_predicted_is_what_training_measures(name: str, steps: int) -> N
     )
     _, sink = trained(*call)
     assert peak_of(*call) == pytest.approx(sink.last["memory/peak_bytes"], rel=0.02)
+
+
+def test_a_prediction_leaves_nothing_to_the_training_that_follows() -> None:
+    """Where models share a tensor that is made once: it was left on `meta`, and the run failed by it."""
+    call = (
+        *(*STRANGER, "model._target_=tests.strangers.Sharing", "data.global_batch_size=24"),
+        *("train.steps=3", "audit.at_start=false"),
+    )
+    strangers.ones.cache_clear()
+    predicted = peak_of(*call)
+    _, sink = trained(*call)
+    assert predicted == pytest.approx(sink.last["memory/peak_bytes"], rel=0.02)
 
 
 def test_a_plan_is_printed_written_and_recorded(program: Program) -> None:

@@ -14,7 +14,7 @@ from gaccum_exp.core.loss import LossFn, as_loss_fn
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.placement import Placed, Placement
 from gaccum_exp.core.seeding import random_state_kept
-from gaccum_exp.memory.fake import SizesOnly, copies, fake_copies, fake_mode, resized, samples_in
+from gaccum_exp.memory.fake import SizesOnly, copies, fake_copies, fake_mode, nothing_left_behind, resized, samples_in
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
@@ -23,6 +23,7 @@ from gaccum_exp.memory.predict import Predicted, Subject, telling
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
+@nothing_left_behind()
 def plan_memory(
     model: nn.Module,
     loss_fn: LossFn | nn.Module,

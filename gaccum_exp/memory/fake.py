@@ -5,16 +5,22 @@ out for batches that no device here could hold, with the very code that trains.
 """
 
 import copy
+import functools
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.denominator import Denominator
 from gaccum_exp.core.loss import LossFn, loss_sum
+
+_CACHED = type(functools.lru_cache(len))
 
 
 def fake_mode() -> FakeTensorMode:
@@ -56,6 +62,26 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
             own = {k: v for k, v in vars(given).items() if k not in vars(copied) and not callable(v)}
             vars(copied).update(copy.deepcopy(own, memo))
     return made
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """At the end take back what was left outside of fake copies, where it would meet real tensors.
+
+    That is: in the caches of functools, as a mask that is computed once; and gradients of parameters that
+    a loss function holds in its closure, or a module of Python.
+    """
+    try:
+        yield
+    finally:
+        for found in gc.get_objects():
+            kind = type(found)
+            if kind is _CACHED:
+                if any(map(_has_no_memory, tree_leaves(gc.get_referents(found)))):
+                    found.cache_clear()
+            elif issubclass(kind, Tensor) and not issubclass(kind, FakeTensor):
+                if found.requires_grad and found.is_leaf and isinstance(found.grad, FakeTensor):
+                    found.grad = None
 
 
 def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
@@ -108,6 +134,10 @@ class SizesOnly:
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
+
+
+def _has_no_memory(value: Any) -> bool:
+    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta)
 
 
 def _is_number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """A plan against what is measured, against brute force, and for models that will not be planned."""
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -333,6 +334,36 @@ def test_tensors_in_containers_of_a_model_on_meta_are_brought_along() -> None:
     here = plan_memory(Scaled(), nn.CrossEntropyLoss(), images(4), torch.optim.SGD)
     assert not plan.extrapolated_from
     assert plan.rows == here.rows
+
+
+@functools.lru_cache
+def ones(count: int) -> Tensor:
+    """Return what is computed once for every model of this process."""
+    return torch.ones(count)
+
+
+def test_nothing_fake_is_left_outside() -> None:
+    """Neither in a cache, nor as the gradient of a module that only the loss function knows."""
+
+    class Cached(MLP):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) * ones(10)
+
+    head = nn.Linear(10, 10)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        outputs = head(model(batch[0]))
+        return nn.functional.cross_entropy(outputs, batch[1], reduction="sum"), len(outputs)
+
+    model = Cached(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    plan_memory(model, loss_fn, images(4), torch.optim.SGD)
+    assert type(ones(10)) is Tensor
+    assert head.weight.grad is None
+    kept = torch.zeros_like(head.weight)
+    head.weight.grad = kept
+    plan_memory(model, loss_fn, images(4), torch.optim.SGD)
+    assert head.weight.grad is kept
+    assert not kept.any()
 
 
 def test_an_n_whose_last_micro_batch_is_refused_is_left_out() -> None:
