@@ -64,13 +64,12 @@ def held_by_libraries(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def planner_of(settings: Settings, loaded: Materials) -> Planner:
-    """Return what predicts the peaks of these settings for every N.
+def planner_of(settings: Settings, loaded: Materials, samples: int) -> Planner:
+    """Return what predicts the peaks of windows of so many samples for every N.
 
     Raises:
         BadInputError: model, loss and data do not fit together.
     """
-    samples = max(stage.global_batch_size for stage in settings.stages)
     source, notes = source_of(
         lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
@@ -80,8 +79,12 @@ def planner_of(settings: Settings, loaded: Materials) -> Planner:
 @nothing_left_behind()
 def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
     """Plan the memory of a window for every N, against the budget."""
-    planner = planner_of(settings, loaded)
+    asked, held = loaded.plan.largest_batch, loaded.plan.full_window
+    planner = planner_of(settings, loaded, asked)
     planned = planner.plan(str(loaded.device), budget_bytes(settings, loaded.device))
+    if held < asked:
+        note = f"Windows of {asked} samples ask for more data: data.train holds {held}, and so would they."
+        planned = replace(planned, notes=(*planned.notes, note))
     libraries = held_by_libraries(loaded.device)
     if libraries:
         note = f"Beside these tensors libraries hold {size(libraries)}, which the budget is without."
@@ -104,7 +107,7 @@ def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings,
             f"accum.steps=auto: what {loaded.device} has free cannot be asked; "
             "set runtime.memory_budget_gib"
         )
-    planner = planner_of(settings, loaded)
+    planner = planner_of(settings, loaded, loaded.plan.full_window)
     steps = planner.smallest_fitting(budget)
     least = min(row.peak.bytes for n in planner.ladder() if (row := planner.row(n)) is not None)
     if steps is None:
@@ -126,8 +129,8 @@ def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
     try:
         subject = _fake(settings, loaded)
         stage = max(settings.stages, key=lambda s: -(-s.global_batch_size // s.accum_steps))
-        source = Predicted(subject, stage.global_batch_size)
-        return highest(source.peaks(stage.global_batch_size, stage.accum_steps))
+        samples = min(stage.global_batch_size, loaded.plan.full_window)  # an epoch may hold less
+        return highest(Predicted(subject, samples).peaks(samples, stage.accum_steps))
     except Exception as error:  # whatever is wrong with it will be said by the run itself
         log.debug("the peak was not predicted: %s", error)
         return None
@@ -146,7 +149,7 @@ def require_room(
         return
     if settings.accum.on_oom == "increase_steps":
         return
-    fitting = planner_of(settings, loaded).smallest_fitting(budget)
+    fitting = planner_of(settings, loaded, loaded.plan.full_window).smallest_fitting(budget)
     instead = "no N fits" if fitting is None else f"accum.steps={fitting} fits"
     raise BadInputError(
         f"accum.steps={settings.accum_steps} does not fit: its predicted peak is "

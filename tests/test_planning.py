@@ -82,6 +82,22 @@ def test_what_is_predicted_is_what_training_measures(name: str, steps: int) -> N
     assert peak_of(*call) == pytest.approx(sink.last["memory/peak_bytes"], rel=0.02)
 
 
+@pytest.mark.parametrize("partial", ["exact", "carry"])
+def test_windows_of_an_epoch_smaller_than_the_global_batch_are_predicted(partial: str) -> None:
+    """They hold the epoch, not what was asked for; unless the next epochs complete them."""
+    call = (
+        *(*STRANGER, "data.global_batch_size=100", f"accum.partial_window={partial}"),
+        *("train.steps=3", "audit.at_start=false", "accum.steps=2"),
+    )
+    _, sink = trained(*call)
+    assert peak_of(*call) == pytest.approx(sink.last["memory/peak_bytes"], abs=100)
+    configured = settings(*call, "task=plan")
+    planned = planning.plan(configured, load(configured))
+    assert planned.global_batch_size == 100
+    said = "Windows of 100 samples ask for more data: data.train holds 24, and so would they."
+    assert (said in planned.notes) == (partial == "exact")
+
+
 def test_a_prediction_leaves_nothing_to_the_training_that_follows() -> None:
     """Where models share a tensor that is made once: it was left on `meta`, and the run failed by it."""
     call = (
