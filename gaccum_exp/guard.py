@@ -3,7 +3,7 @@
 The samples, the weights and the random state are those of the first attempt, so the optimizer step is
 the one that a run with that N from the start would have taken. An accelerator says itself when it has
 run out; on a CPU, where the system would end the process instead, the budget is enforced on tracked
-tensors, in windows with a larger micro-batch than any that was followed before.
+tensors, in windows with a micro-batch that is larger in some dimension than those followed before.
 """
 
 import gc
@@ -27,6 +27,8 @@ from gaccum_exp.memory.peak import TrackedWindow
 from gaccum_exp.metrics import Sink
 
 log = logging.getLogger(__name__)
+Shapes = tuple[tuple[int, ...], ...]
+"""Of a micro-batch's tensors."""
 
 
 class MemoryGuard:
@@ -44,8 +46,8 @@ class MemoryGuard:
         enforced = self.active and experiment.device.type == "cpu"
         self._budget_bytes = budget_bytes if enforced else None
         self._events = 0
-        self._followed = {False: 0, True: 0}
-        """The largest micro-batch followed so far, without and with optimizer state, in elements."""
+        self._followed: dict[bool, list[Shapes]] = {False: [], True: []}
+        """The micro-batches followed so far, without and with optimizer state."""
 
     @property
     def tracked(self) -> partial[TrackedWindow]:
@@ -56,12 +58,12 @@ class MemoryGuard:
         """Whether a window has to be followed, since it could hold more than any before it."""
         if self._budget_bytes is None:
             return False
-        largest = max(map(_elements, window))
-        stateful = bool(self._experiment.optimizer.state)
-        if largest <= self._followed[stateful]:
-            return False
-        self._followed[stateful] = largest
-        return True
+        followed = self._followed[bool(self._experiment.optimizer.state)]
+        before = len(followed)
+        for shapes in map(_shapes, window):
+            if not any(_covers(larger, shapes) for larger in followed):
+                followed.append(shapes)
+        return len(followed) > before
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -102,7 +104,7 @@ class MemoryGuard:
                 f"smaller one: {reason}"
             )
         experiment.splitting.factor *= 2
-        self._followed = {False: 0, True: 0}
+        self._followed = {False: [], True: []}
         self._events += 1
         now = experiment.accum_steps(global_step)
         said = f"step {global_step + 1}: out of memory at N = {before}, repeated with N = {now}"
@@ -115,5 +117,13 @@ class MemoryGuard:
             self._sink.describe({"role": "candidate"})  # it is no longer the large batch in one pass
 
 
-def _elements(micro_batch: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))
+def _shapes(micro_batch: Any) -> Shapes:
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))
+
+
+def _covers(larger: Shapes, shapes: Shapes) -> bool:
+    """Whether every tensor is as large in every dimension: fewer elements, but longer, may hold more."""
+    return len(larger) == len(shapes) and all(
+        len(ours) == len(theirs) and all(n >= m for n, m in zip(ours, theirs, strict=True))
+        for ours, theirs in zip(larger, shapes, strict=True)
+    )

@@ -318,3 +318,12 @@ def test_only_windows_that_could_hold_more_are_followed() -> None:
     experiment.optimizer.state[experiment.parameters[0]] = {"step": 1}
     assert [guard.follows(w) for w in (small, large, large)] == [True, True, False]
     assert not MemoryGuard(build(settings(*SHORT)), Collected(), 10**9).follows(small)
+
+
+def test_a_longer_micro_batch_is_followed_though_it_has_fewer_elements() -> None:
+    """Attention grows with the square of the length; and one that shows no tensors is followed once."""
+    experiment = build(settings(*SHORT, "accum.on_oom=increase_steps"))
+    guard = MemoryGuard(experiment, Collected(), 10**9)
+    wide, long, short = (([(torch.zeros(*shape),)]) for shape in ((16, 100), (4, 350), (4, 100)))
+    assert [guard.follows(w) for w in (wide, long, short, long)] == [True, True, False, False]
+    assert [guard.follows(w) for w in ([object()], [object()])] == [True, False]
