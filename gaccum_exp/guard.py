@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gaccum_exp import metrics
@@ -67,7 +67,10 @@ class MemoryGuard:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around a window: where memory runs out, leave buffers and generators as they were before.
+        """Around a window: where memory runs out, leave modules and generators as they were before.
+
+        Of a module that is its buffers and attributes, whether they are set anew or tensors that are
+        written to; what is changed inside its lists and other objects stays so.
 
         Raises:
             RuntimeError: as the window did.
@@ -75,14 +78,13 @@ class MemoryGuard:
         if not self.active:
             yield
             return
-        buffers = [(b, b.clone()) for b in self._experiment.modules.buffers()]
+        modules = [_ModuleState(module) for module in self._experiment.modules.modules()]
         states = random_states()
         try:
             yield
         except RuntimeError:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for module in modules:
+                module.put_back()
             set_random_states(states)
             raise
 
@@ -115,6 +117,28 @@ class MemoryGuard:
         self._sink.describe({f"oom.{self._events}": said, **tags})
         if before == 1:
             self._sink.describe({"role": "candidate"})  # it is no longer the large batch in one pass
+
+
+class _ModuleState:
+    """A module's buffers and attributes, to be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes, self._buffers = dict(vars(module)), dict(module._buffers)
+        tensors = (t for t in (*self._attributes.values(), *self._buffers.values()))
+        self._values = [(t, t.clone()) for t in tensors if _is_plain(t)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for held, before in ((vars(self._module), self._attributes), (self._module._buffers, self._buffers)):
+            held.clear()
+            held.update(before)
+        for tensor, value in self._values:
+            tensor.copy_(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_leaf and not isinstance(value, nn.Parameter)
 
 
 def _shapes(micro_batch: Any) -> Shapes:

@@ -294,6 +294,36 @@ def test_an_arm_that_runs_out_of_memory_says_what_would_help(program: Program) -
     assert "out of memory (no room for 24 samples): task=plan says which N fits" in run.tags["failure"]
 
 
+class Remembering(RunsOut):
+    """Sets a buffer and an attribute anew in every pass, and writes to a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+        self.passes = 0
+        self.sums = torch.zeros((), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.level = 0.9 * self.level + x.mean()
+            self.passes += 1
+            self.sums += self.passes
+        return super().forward(x) * (1 + self.level + self.sums + self.passes)
+
+
+def test_what_a_model_remembers_is_that_of_one_attempt() -> None:
+    """Also where a pass puts a new tensor in the place of a buffer."""
+    call = (
+        *(*STRANGER, f"model._target_={__name__}.Remembering", "data.global_batch_size=24"),
+        *("train.steps=5", "audit.at_start=false", "optimizer.lr=1e-6"),
+    )
+    experiment, sink = trained(*call, "accum.on_oom=increase_steps")
+    assert sink.tags["accum.steps_used"] == "4"
+    plain = trained(*call, "accum.steps=4")[0]
+    assert torch.equal(weights(experiment), weights(plain))
+    assert experiment.model.passes == plain.model.passes == 20
+
+
 def test_out_of_memory_in_the_optimizer_step_is_no_matter_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may have moved: it ends, and says what needs less."""
 
