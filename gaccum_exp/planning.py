@@ -164,9 +164,19 @@ def _named(settings: Settings) -> str:
 
 def command(planned: MemoryPlan, arguments: Sequence[str]) -> str:
     """Return what trains with the planned N, given the arguments that it was planned with."""
-    steps = planned.chosen_steps or planned.knee_steps
-    left = [a for a in arguments if a.split("=")[0].lstrip("+") not in ("task", "accum.steps")]
-    return shlex.join(["python", "-m", "gaccum_exp", *left, f"accum.steps={steps}"])
+    replaced = {"task": None, "accum.steps": planned.chosen_steps or planned.knee_steps}
+    if any(_key(a) in _ALSO_SPLIT for a in arguments):  # N would contradict it, or multiply the batch
+        replaced |= dict.fromkeys(_ALSO_SPLIT) | {"data.global_batch_size": planned.global_batch_size}
+    left = [a for a in arguments if _key(a) not in replaced]
+    said = [f"{key}={value}" for key, value in replaced.items() if value is not None]
+    return shlex.join(["python", "-m", "gaccum_exp", *left, *said])
+
+
+_ALSO_SPLIT = ("data.micro_batch_size", "accum.schedule", "accum.schedule_lr")
+
+
+def _key(argument: str) -> str:
+    return argument.split("=")[0].lstrip("+")
 
 
 def write(planned: MemoryPlan, folder: Path) -> Path:

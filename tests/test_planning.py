@@ -1,6 +1,7 @@
 """Planning, choosing and keeping to a budget, as the program's user sees it."""
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -138,6 +139,27 @@ def test_a_plan_is_printed_written_and_recorded(program: Program) -> None:
     recorded = MlflowClient(program.uri).get_metric_history(run.run_id, "plan/peak_bytes")
     by_steps = {metric.step: metric.value for metric in recorded}
     assert by_steps == {row["steps"]: row["peak_bytes"] for row in plan["rows"]}
+
+
+@pytest.mark.parametrize(
+    "splitting",
+    [
+        ("data.micro_batch_size=8", "data.global_batch_size=null", "accum.steps=4"),
+        ("data.micro_batch_size=8", "data.global_batch_size=32", "accum.steps=null"),
+        ("accum.schedule={0:1,2:2}", "data.global_batch_size=32"),
+    ],
+)
+def test_the_command_that_is_printed_trains_with_what_was_planned(splitting: tuple[str, ...]) -> None:
+    """However else the window was split: N beside that was refused, or multiplied the global batch."""
+    call = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu", *splitting)
+    configured = settings("task=plan", *call)
+    planned = planning.plan(configured, load(configured))
+    said = shlex.split(planning.command(planned, ["task=plan", *call]))
+    assert said[:3] == ["python", "-m", "gaccum_exp"]
+    trains = settings(*said[3:])
+    assert trains.task == "train"
+    assert trains.data.global_batch_size == planned.global_batch_size == 32
+    assert trains.accum_steps == planned.chosen_steps
 
 
 def test_auto_trains_with_the_smallest_n_that_fits(program: Program) -> None:

@@ -153,6 +153,8 @@ class MemoryPlan:
 
     def _past_the_knee(self) -> str:
         row = self.row(self.knee_steps)
+        if len(self.rows) == 1:
+            return f"There is no other N than {row.steps} to compare with."
         if row is self.rows[-1]:
             return (
                 f"The peak shrinks up to N = {row.steps}, with micro-batches of {row.micro_batch_size}."
@@ -180,4 +182,6 @@ class MemoryPlan:
 def size(number: int) -> str:
     """Return bytes in words: `7.13 GiB`, `83.2 MiB`."""
     unit = min(4, max(0, int(math.log2(max(1, number)) // 10)))
-    return f"{number / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+    scaled = number / 1024**unit
+    digits = f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}"  # else `1.02e+03`
+    return f"{digits} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -17,7 +17,7 @@ from gaccum_exp.core.accumulate import accumulate_gradients
 from gaccum_exp.core.loss import CriterionLoss
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
-from gaccum_exp.memory.plan import MemoryPlan
+from gaccum_exp.memory.plan import MemoryPlan, size
 from gaccum_exp.memory.planner import FLAT, Planner, knee
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.models.cnn import CNN
@@ -364,6 +364,21 @@ def test_nothing_fake_is_left_outside() -> None:
     plan_memory(model, loss_fn, images(4), torch.optim.SGD)
     assert head.weight.grad is kept
     assert not kept.any()
+
+
+def test_sizes_are_written_in_figures() -> None:
+    """Between 1000 and 1024 as well."""
+    numbers = (0, 999, 1000, 1023, 1024, 2**20 - 1, 1020 * 2**20, 2**33)
+    said = "0 B, 999 B, 1000 B, 1023 B, 1 KiB, 1024 KiB, 1020 MiB, 8 GiB"
+    assert ", ".join(map(size, numbers)) == said
+
+
+def test_a_single_sample_has_no_other_n() -> None:
+    """And no peak that shrinks up to it."""
+    model = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    said = str(plan_memory(model, nn.CrossEntropyLoss(), images(1), torch.optim.SGD))
+    assert "There is no other N than 1 to compare with." in said
+    assert "shrinks up to" not in said
 
 
 def test_an_n_whose_last_micro_batch_is_refused_is_left_out() -> None:
