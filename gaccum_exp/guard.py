@@ -130,7 +130,10 @@ class _ModuleState:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for held, before in ((vars(self._module), self._attributes), (self._module._buffers, self._buffers)):
+        for held, before in (
+            (vars(self._module), self._attributes),
+            (self._module._buffers, self._buffers),
+        ):
             held.clear()
             held.update(before)
         for tensor, value in self._values:

@@ -83,7 +83,9 @@ def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
     planner = planner_of(settings, loaded, asked)
     planned = planner.plan(str(loaded.device), budget_bytes(settings, loaded.device))
     if held < asked:
-        note = f"Windows of {asked} samples ask for more data: data.train holds {held}, and so would they."
+        note = (
+            f"Windows of {asked} samples ask for more data: data.train holds {held}, and so would they."
+        )
         planned = replace(planned, notes=(*planned.notes, note))
     libraries = held_by_libraries(loaded.device)
     if libraries:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
 from gaccum_exp.core.checkpointing import checkpoint_blocks
@@ -14,7 +15,15 @@ from gaccum_exp.core.loss import LossFn, as_loss_fn
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.placement import Placed, Placement
 from gaccum_exp.core.seeding import random_state_kept
-from gaccum_exp.memory.fake import SizesOnly, copies, fake_copies, fake_mode, nothing_left_behind, resized, samples_in
+from gaccum_exp.memory.fake import (
+    SizesOnly,
+    copies,
+    fake_copies,
+    fake_mode,
+    nothing_left_behind,
+    resized,
+    samples_in,
+)
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
@@ -58,14 +67,21 @@ def plan_memory(
         which nothing shrinks, and what else would save memory.
 
     A model whose forward pass depends on values is run instead, on a copy, on micro-batches of four and
-    eight samples; the plan says so. Errors of the model, the loss function or the optimizer are raised
-    as they are.
+    eight samples; the plan says so. On `meta` there are no values to run it on: its error is raised,
+    with a note. Errors of the model, the loss function or the optimizer are raised as they are.
     """
     samples = samples_in(batch) if batch_size is None else batch_size
+    if samples < 1 or samples_in(batch) < 1:
+        raise ValueError(
+            f"a window of {samples} samples cannot be planned on a batch of {samples_in(batch)}: "
+            "both have to hold one at least"
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
     step = _Step(model, loss_fn, batch, optimizer, reduction, buffer_dtype, device)
-    source, notes = source_of(step.fake, step.real, samples)
+    tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
+    real = None if any(t.is_meta for t in tensors) else step.real
+    source, notes = source_of(step.fake, real, samples)
     plan = Planner(source, samples, even=reduction == "mean", notes=notes).plan(
         str(device), budget_bytes
     )

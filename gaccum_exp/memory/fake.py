@@ -54,12 +54,13 @@ def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.de
 
 
 def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
-    """Return deep copies, an optimizer's with all of its attributes, of which torch copies three alone."""
+    """Return deep copies, an optimizer's with all of its attributes: torch itself copies three."""
     made: tuple[Any, ...] = copy.deepcopy(objects, memo)
     for given, copied in zip(objects, made, strict=True):
         if isinstance(given, torch.optim.Optimizer):
-            # Hooks stay where they are, and so does the step that a learning rate's schedule has wrapped.
-            own = {k: v for k, v in vars(given).items() if k not in vars(copied) and not callable(v)}
+            # Not its hooks, nor the step that a schedule of learning rates has wrapped.
+            missing = vars(given).keys() - vars(copied).keys()
+            own = {k: v for k, v in vars(given).items() if k in missing and not callable(v)}
             vars(copied).update(copy.deepcopy(own, memo))
     return made
 
@@ -68,20 +69,18 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
 def nothing_left_behind() -> Iterator[None]:
     """At the end take back what was left outside of fake copies, where it would meet real tensors.
 
-    That is: in the caches of functools, as a mask that is computed once; and gradients of parameters that
-    a loss function holds in its closure, or a module of Python.
+    That is what the caches of functools hold, as a mask that is computed once, and gradients of
+    parameters that only a loss function knows.
     """
     try:
         yield
     finally:
         for found in gc.get_objects():
-            kind = type(found)
-            if kind is _CACHED:
+            if type(found) is _CACHED:
                 if any(map(_has_no_memory, tree_leaves(gc.get_referents(found)))):
                     found.cache_clear()
-            elif issubclass(kind, Tensor) and not issubclass(kind, FakeTensor):
-                if found.requires_grad and found.is_leaf and isinstance(found.grad, FakeTensor):
-                    found.grad = None
+            elif _is_real_parameter(found) and isinstance(found.grad, FakeTensor):
+                found.grad = None
 
 
 def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
@@ -134,6 +133,12 @@ class SizesOnly:
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
+
+
+def _is_real_parameter(found: Any) -> bool:
+    if not issubclass(type(found), Tensor) or issubclass(type(found), FakeTensor):
+        return False
+    return bool(found.requires_grad and found.is_leaf)
 
 
 def _has_no_memory(value: Any) -> bool:

@@ -40,7 +40,9 @@ class Planner:
         """
         if self.even:
             return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
-        first_two = {(-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)}
+        first_two = {
+            (-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)
+        }
         return sorted({*first_two.values(), *(2**i for i in range(self.samples.bit_length()))})
 
     def ladder(self) -> list[int]:
@@ -90,7 +92,9 @@ class Planner:
         size = sizes[0]
         try:
             peak = highest(self.source.peaks(self.samples, steps))
-        except Exception as error:  # what a stranger's model does not take: a single sample, an odd number
+        except (
+            Exception
+        ) as error:  # what a stranger's model does not take: a single sample, an odd number
             if steps == 1:
                 raise
             said = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
@@ -102,12 +106,21 @@ class Planner:
 
 
 def source_of(
-    fake: Callable[[], Subject], real: Callable[[], Subject], samples: int
+    fake: Callable[[], Subject], real: Callable[[], Subject] | None, samples: int
 ) -> tuple[Source, list[str]]:
-    """Return predictions, or, where the step needs values, an extrapolation and why it is one."""
+    """Return predictions, or, where the step needs values, an extrapolation and why it is one.
+
+    real: None where there are no values. Then what went wrong is raised as it is.
+    """
     try:
         return Predicted(fake(), samples), []
     except Exception as error:  # a stranger's forward pass fails on fake tensors in its own way
+        if real is None:
+            error.add_note(
+                "Planned without values, model or batch being on `meta`. If the step depends on values "
+                "give both with memory: then it is measured on micro-batches of four and eight samples."
+            )
+            raise
         why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
     found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
     return found, [f"This model's step depends on values ({why}), which cannot be had without memory."]

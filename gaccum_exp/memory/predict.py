@@ -1,8 +1,8 @@
 """The peak of a window that is not run: predicted, or, where that cannot be, extrapolated.
 
-Only the first two micro-batches of a window are taken, however many it has, and the last if it is smaller.
-The first finds no gradients; from the second on gradients lie beside the activations, and none that follow
-hold more; but a model may refuse a smaller one. So what a prediction costs does not depend on N.
+Only two micro-batches of a window are taken, however many it has, and the last if it is smaller. The
+first finds no gradients; from the second on gradients lie beside the activations, and none that follows
+holds more, though a model may refuse a smaller one. So what a prediction costs does not depend on N.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ class Extrapolated:
 
 
 def telling(sizes: Sequence[int]) -> list[int]:
-    """Return the sizes of those micro-batches, of a window's from the largest to the smallest, that tell all.
+    """Return the sizes of those micro-batches of a window that tell all; it has the largest first.
 
     >>> telling([2, 2, 1, 1]), telling([3, 3, 3])
     ([2, 2, 1], [3, 3])

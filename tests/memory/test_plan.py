@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from gaccum_exp import plan_memory
 from gaccum_exp.core.accumulate import accumulate_gradients
@@ -255,6 +256,27 @@ def test_a_model_that_depends_on_values_is_extrapolated_and_it_is_said() -> None
     for row in plan.rows:
         real = measured(model, optimizer, images(64), row.steps)
         assert row.peak.bytes == pytest.approx(real.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("on_meta", ["model", "batch"])
+def test_a_model_that_depends_on_values_says_so_where_there_are_none(on_meta: str) -> None:
+    """It cannot be run instead, and its own error tells more than that of running it on `meta`."""
+    inputs, labels = images(4)
+    with torch.device("meta" if on_meta == "model" else "cpu"):
+        model = ByValue()
+    batch = (inputs, labels) if on_meta == "model" else (inputs.to("meta"), labels.to("meta"))
+    with pytest.raises(DataDependentOutputException) as raised:
+        plan_memory(model, nn.CrossEntropyLoss(), batch, torch.optim.SGD)
+    assert "If the step depends on values, give both with memory" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(("given", "asked"), [(0, 4), (4, 0), (4, -1)])
+def test_a_window_of_nothing_is_refused(given: int, asked: int) -> None:
+    """With both numbers."""
+    model = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
+    said = f"a window of {asked} samples cannot be planned on a batch of {given}"
+    with pytest.raises(ValueError, match=said):
+        plan_memory(model, nn.CrossEntropyLoss(), images(given), torch.optim.SGD, batch_size=asked)
 
 
 def test_what_is_wrong_with_the_model_is_raised_as_it_is() -> None:
