@@ -105,15 +105,18 @@ class MemoryGuard:
                 f"out of memory at N = {before}, with micro-batches of one sample, and there is no "
                 f"smaller one: {reason}"
             )
-        experiment.splitting.factor *= 2
+        while experiment.accum_steps(global_step) == before:  # of divisors alone the next may be far
+            experiment.splitting.factor *= 2
         self._followed = {False: [], True: []}
         self._events += 1
         now = experiment.accum_steps(global_step)
         said = f"step {global_step + 1}: out of memory at N = {before}, repeated with N = {now}"
         log.warning("%s (%s)", said, reason)
         self._sink.record(global_step + 1, {metrics.OOM_EVENTS: self._events, metrics.STEPS_NOW: now})
-        sizes = split_sizes(experiment.settings.data.global_batch_size, now)
-        tags = {"accum.steps_used": str(now), "micro_batch_sizes": ", ".join(map(str, sizes))}
+        # Of a schedule its largest, as where nothing had to be split finer.
+        used = max(experiment.accum_steps(windows[0]) for windows in experiment.stage_windows)
+        sizes = split_sizes(experiment.settings.data.global_batch_size, used)
+        tags = {"accum.steps_used": str(used), "micro_batch_sizes": ", ".join(map(str, sizes))}
         self._sink.describe({f"oom.{self._events}": said, **tags})
         if before == 1:
             self._sink.describe({"role": "candidate"})  # it is no longer the large batch in one pass

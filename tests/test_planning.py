@@ -346,6 +346,23 @@ def test_what_a_model_remembers_is_that_of_one_attempt() -> None:
     assert experiment.model.passes == plain.model.passes == 20
 
 
+def test_every_repetition_is_finer_and_a_schedules_largest_n_is_told() -> None:
+    """From 11 of 22 the next divisor is 22; and a stage to come is split finer as well."""
+    call = (*STRANGER, "train.steps=4", "audit.at_start=false", "accum.on_oom=increase_steps")
+    model = f"model._target_={__name__}.RunsOut"
+    RunsOut.most, most = 1, RunsOut.most
+    try:
+        sink = trained(*call, model, "data.global_batch_size=22", "accum.reduction=mean")[1]
+    finally:
+        RunsOut.most = most
+    assert sink.curve("accum/steps") == [2, 11, 22]
+    by_step = "accum.schedule={0:1,2:2}", "accum.schedule_by=step", "data.global_batch_size=null"
+    experiment, sink = trained(*call, model, *by_step, "data.micro_batch_size=10")
+    assert [experiment.accum_steps(k) for k in range(4)] == [2, 2, 4, 4]
+    assert sink.tags["accum.steps_used"] == "4"
+    assert sink.tags["micro_batch_sizes"] == "5, 5, 5, 5"
+
+
 def test_out_of_memory_in_the_optimizer_step_is_no_matter_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights may have moved: it ends, and says what needs less."""
 
