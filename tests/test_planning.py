@@ -319,6 +319,8 @@ def test_an_arm_that_runs_out_of_memory_says_what_would_help(program: Program) -
 class Remembering(RunsOut):
     """Sets a buffer and an attribute anew in every pass, and writes to a tensor of its own."""
 
+    level: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("level", torch.zeros((), dtype=torch.float64))
@@ -330,7 +332,8 @@ class Remembering(RunsOut):
             self.level = 0.9 * self.level + x.mean()
             self.passes += 1
             self.sums += self.passes
-        return super().forward(x) * (1 + self.level + self.sums + self.passes)
+        result: Tensor = super().forward(x) * (1 + self.level + self.sums + self.passes)
+        return result
 
 
 def test_what_a_model_remembers_is_that_of_one_attempt() -> None:

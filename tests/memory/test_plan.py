@@ -318,8 +318,8 @@ class Wrapping(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.1})
         self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
 
-    def step(self, closure: Any = None) -> None:
-        self.inner.step()
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
 
 
 def test_an_optimizer_with_attributes_of_its_own_is_planned() -> None:
