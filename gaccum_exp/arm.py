@@ -70,7 +70,7 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
     )
     try:
         loaded, chosen = None, {}
-        if settings.auto_steps:
+        if settings.auto_steps and settings.task != "plan":
             try:
                 loaded = load(settings)
                 settings, said = planning.with_fitting_steps(settings, loaded)
@@ -94,7 +94,9 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
         replace(outcome, status="KILLED", reason="interrupted").write(folder)
         raise
     outcome.write(folder)
-    if outcome.status == "FINISHED" and settings.task == "train" and settings.accum_steps == 1:
+    in_one_pass = sink is not None and metrics.STEPS_NOW not in sink.last
+    trained = outcome.status == "FINISHED" and settings.task == "train"
+    if trained and settings.accum_steps == 1 and in_one_pass:
         for number in range(1, settings.audit.controls + 1):
             _train_control(settings.as_control(number), cfg, name)
     return outcome

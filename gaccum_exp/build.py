@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,6 +194,7 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
 
 
 def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
+    _import(node)
     seed_host(derive_seed(seed, key))  # data may be drawn when the set is made: the same for every arm
     dataset: Dataset[Any] = _instantiate(key, node)
     if isinstance(dataset, IterableDataset) or not all(
@@ -236,6 +237,7 @@ def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
         node["num_classes"] = _number_of_classes(train_data, "num_classes")
     if "vocab_size" in node and node["vocab_size"] is None:
         node["vocab_size"] = _number_of_classes(train_data, "vocab_size")
+    _import(node)
     seed_host(derive_seed(settings.seed, "weights"))
     model: nn.Module = _checked("model", node, nn.Module)
     return model
@@ -339,6 +341,12 @@ def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None)
     reason = str(cause) if cause is not None else str(error)
     lines = [line.strip() for line in reason.splitlines() if line.strip()] or [type(cause).__name__]
     return f"_target_={target}: {' '.join(lines[:2])}"
+
+
+def _import(node: Mapping[str, Any]) -> None:
+    """Import a target's module, which may draw random numbers the first time: before they are seeded."""
+    with suppress(Exception):  # it is said where it is instantiated
+        hydra.utils.get_object(node["_target_"])
 
 
 def _parameter_names(node: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,7 @@ class MemoryGuard:
         states = random_states()
         try:
             yield
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             for module in modules:
                 module.put_back()
             set_random_states(states)

@@ -79,10 +79,10 @@ def train(
                     else:
                         values = _timed_step(experiment, feed, step - 1, clock, guard)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not (guard.active and out_of_memory(error)):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = _first_line(error)
             guard.split_finer(step - 1, reason)
             feed = training_windows(experiment, step - 1)
         sink.record(step, values)
@@ -232,13 +232,17 @@ def _no_way_back() -> Iterator[None]:
     """Around an optimizer step: what it has moved when memory runs out cannot be repeated."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise BadInputError(
             "out of memory in the optimizer step, which no N makes smaller "
-            f"({str(error).splitlines()[0]}); a fused optimizer (+optimizer.fused=true) needs less"
+            f"({_first_line(error)}); a fused optimizer (+optimizer.fused=true) needs less"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _step_of(

@@ -307,6 +307,41 @@ def test_an_allocators_own_error_is_met_as_the_budgets_is() -> None:
         trained(*call)
 
 
+def test_python_running_out_of_memory_is_met_as_well() -> None:
+    """By its own error, which is no RuntimeError."""
+
+    class Scarce(RunsOut):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            except torch.OutOfMemoryError:
+                raise MemoryError from None
+
+    call = (*STRANGER, "data.global_batch_size=24", "train.steps=2", "audit.at_start=false")
+    experiment = build(settings(*call, "accum.on_oom=increase_steps"))
+    experiment.model.__class__ = Scarce
+    experiment.model.layers = RunsOut().layers
+    sink = Collected()
+    with Progress("test", 2) as progress:
+        train(experiment, sink, progress)
+    assert sink.tags["accum.steps_used"] == "4"
+
+
+def test_controls_of_an_arm_that_was_split_finer_are_none(program: Program) -> None:
+    """They would be of one pass, which the arm no longer is, and run out of memory as it did."""
+    model = (*STRANGER, f"model._target_={__name__}.RunsOut", "data.global_batch_size=24")
+    ended = program(*model, "train.steps=2", "accum.on_oom=increase_steps", "audit.controls=1")
+    assert ended.status == 0, ended.err
+    assert [run.tags["role"] for run in program.arms()] == ["candidate"]
+
+
+def test_a_plan_is_of_every_n_also_where_auto_could_take_none(program: Program) -> None:
+    """And says that none fits."""
+    ended = program(*WIDE, "task=plan", "accum.steps=auto", "runtime.memory_budget_gib=1e-6")
+    assert ended.status == 0, ended.err
+    assert "No N fits the budget of" in ended.plain
+
+
 def test_an_arm_that_runs_out_of_memory_says_what_would_help(program: Program) -> None:
     """As a failure of that arm, with the allocator's own words."""
     model = (*STRANGER, f"model._target_={__name__}.RunsOut", "data.global_batch_size=24")

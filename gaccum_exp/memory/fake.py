@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -133,6 +139,11 @@ class SizesOnly:
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether an operator asked for what fake tensors have not."""
+    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
 
 
 def _is_real_parameter(found: Any) -> bool:

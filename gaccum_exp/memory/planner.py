@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.memory.fake import needs_values
 from gaccum_exp.memory.peak import highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Advice, Change, MemoryPlan, Row
 from gaccum_exp.memory.predict import Extrapolated, Predicted, Source, Subject
@@ -122,8 +123,11 @@ def source_of(
             )
             raise
         why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
+        what = (
+            "depends on values" if needs_values(error) else "cannot be taken on tensors without values"
+        )
     found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
-    return found, [f"This model's step depends on values ({why}), which cannot be had without memory."]
+    return found, [f"This model's step {what} ({why}): it was run on small micro-batches."]
 
 
 def with_advice(plan: MemoryPlan, changed: Callable[[Change], Subject | None]) -> MemoryPlan:

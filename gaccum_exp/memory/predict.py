@@ -67,7 +67,8 @@ class Extrapolated:
     """
 
     def __init__(self, subject: Subject, samples: int) -> None:
-        self.extrapolated_from = (min(4, samples), min(8, samples))
+        large = min(8, samples)
+        self.extrapolated_from = (max(1, large // 2), large)
         subject.warm_up(samples)
         # A window of one micro-batch has no gradients beside its activations, others have.
         self._measured = {

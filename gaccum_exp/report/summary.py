@@ -61,7 +61,9 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
         parts = [_lead(verdicts, _say_distance(measured)), _say_cost(measured)]
     else:
         alone = all(row.is_reference for row in rows)
-        parts = [verdicts and f"{verdicts}, by the audit alone.", _NO_OTHER if alone else _NO_REFERENCE]
+        judged = any(row.verdict for row in rows)
+        lead = verdicts and f"{verdicts}{', by the audit alone' if judged else ''}."
+        parts = [lead, _NO_OTHER if alone else _NO_REFERENCE]
     if unfinished:
         parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
     return " ".join(part for part in parts if part)
