@@ -161,11 +161,14 @@ def frontier(arms: list[dict[str, str]]) -> str:
     ]
     for kept, cells in curves(arms).items():
         for cell in cells:
-            off_by = cell.predicted_bytes / cell.peak_bytes - 1
             mean_s, deviation_s = cell.step_s
             written = (
                 *(kept, str(cell.steps), str(cell.micro_batch_size), size(cell.peak_bytes)),
-                *(f"{off_by:+.3%}", cell.phase, f"{1e3 * mean_s:.0f} ± {1e3 * deviation_s:.0f}"),
+                *(
+                    f"{cell.predicted_bytes - cell.peak_bytes:+d} bytes",
+                    cell.phase,
+                    f"{1e3 * mean_s:.0f} ± {1e3 * deviation_s:.0f}",
+                ),
                 f"{mean_s / cells[0].step_s[0]:.2f}",
             )
             lines.append(f"| {' | '.join(written)} |")
@@ -269,7 +272,7 @@ def draw(arms: list[dict[str, str]], path: Path) -> None:
         memory.plot(steps, predicted, "x--", color=color, markersize=10, label=f"{label}, predicted")
         at = knee(dict(zip(steps, peaks, strict=True)))
         memory.annotate(
-            f"knee: N = {at}", (at, peaks[steps.index(at)]), xytext=(0, 24),
+            f"knee: N = {at}", (at, peaks[steps.index(at)]), xytext=(0, -30),
             textcoords="offset points", ha="center", fontsize=8, color=color,
             arrowprops={"arrowstyle": "->", "color": color},
         )  # fmt: skip
@@ -278,8 +281,7 @@ def draw(arms: list[dict[str, str]], path: Path) -> None:
             steps, [1e3 * s for s in means], [1e3 * s for s in deviations], marker=marker,
             color=color, capsize=3,
         )  # fmt: skip
-    memory.set_yscale("log", base=2)
-    memory.yaxis.set_major_formatter("{x:g}")
+    memory.set_ylim(bottom=0)
     memory.set_ylabel("peak memory of a window in MiB")
     memory.legend(fontsize=8, frameon=False)
     memory.set_title("ResNet-18, AdamW, 64 images of 64 × 64 a window", fontsize=11)
