@@ -4,6 +4,7 @@ Configs are code: whoever writes a `_target_` runs that function.
 """
 
 import copy
+import importlib
 import inspect
 import logging
 import re
@@ -346,7 +347,7 @@ def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None)
 def _import(node: Mapping[str, Any]) -> None:
     """Import a target's module, which may draw random numbers the first time: before they are seeded."""
     with suppress(Exception):  # it is said where it is instantiated
-        hydra.utils.get_object(node["_target_"])
+        importlib.import_module(str(node["_target_"]).rpartition(".")[0])
 
 
 def _parameter_names(node: Mapping[str, Any]) -> list[str]:

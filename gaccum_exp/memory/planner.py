@@ -118,7 +118,7 @@ def source_of(
     except Exception as error:  # a stranger's forward pass fails on fake tensors in its own way
         if real is None:
             error.add_note(
-                "Planned without values, model or batch being on `meta`. If the step depends on values "
+                "Planned without values, model or batch being on `meta`. If the step depends on values, "
                 "give both with memory: then it is measured on micro-batches of four and eight samples."
             )
             raise
