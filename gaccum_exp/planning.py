@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 PLAN = "plan.json"
 HEADROOM = 0.9
 """What of the free memory a window may hold where no budget is given: operators need some beside."""
+_ALSO_SPLIT = ("data.micro_batch_size", "accum.schedule", "accum.schedule_lr")
+"""Keys beside accum.steps that say how a window is split."""
 
 
 def budget_bytes(settings: Settings, device: torch.device) -> int | None:
@@ -111,8 +113,9 @@ def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings,
         )
     planner = planner_of(settings, loaded, loaded.plan.full_window)
     steps = planner.smallest_fitting(budget)
-    least = min(row.peak.bytes for n in planner.ladder() if (row := planner.row(n)) is not None)
     if steps is None:
+        rows = filter(None, map(planner.row, planner.ladder()))
+        least = min(row.peak.bytes for row in rows)
         raise BadInputError(
             f"accum.steps=auto: no N fits the budget of {size(budget)}; the smallest peak is "
             f"{size(least)}"
@@ -138,7 +141,6 @@ def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
         return None
 
 
-@nothing_left_behind()
 def require_room(
     settings: Settings, loaded: Materials, predicted: Peak | None, budget: int | None
 ) -> None:
@@ -151,7 +153,8 @@ def require_room(
         return
     if settings.accum.on_oom == "increase_steps":
         return
-    fitting = planner_of(settings, loaded, loaded.plan.full_window).smallest_fitting(budget)
+    with nothing_left_behind():
+        fitting = planner_of(settings, loaded, loaded.plan.full_window).smallest_fitting(budget)
     instead = "no N fits" if fitting is None else f"accum.steps={fitting} fits"
     raise BadInputError(
         f"accum.steps={settings.accum_steps} does not fit: its predicted peak is "
@@ -172,9 +175,6 @@ def command(planned: MemoryPlan, arguments: Sequence[str]) -> str:
     left = [a for a in arguments if _key(a) not in replaced]
     said = [f"{key}={value}" for key, value in replaced.items() if value is not None]
     return shlex.join(["python", "-m", "gaccum_exp", *left, *said])
-
-
-_ALSO_SPLIT = ("data.micro_batch_size", "accum.schedule", "accum.schedule_lr")
 
 
 def _key(argument: str) -> str:

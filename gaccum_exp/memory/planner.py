@@ -93,9 +93,7 @@ class Planner:
         size = sizes[0]
         try:
             peak = highest(self.source.peaks(self.samples, steps))
-        except (
-            Exception
-        ) as error:  # what a stranger's model does not take: a single sample, an odd number
+        except Exception as error:  # a model may refuse a single sample, or an odd number of them
             if steps == 1:
                 raise
             said = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
