@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,24 @@ def run_study(slug: str, extra: Sequence[str] = ()) -> tuple[list[dict[str, str]
         (table,) = Path(folder).glob("multirun/*/comparison.csv")
         with table.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file)), seconds
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows that a study has measured so far, as text."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
+    """Add what has been measured, so that a study can be stopped and continued."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:

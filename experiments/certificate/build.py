@@ -4,7 +4,6 @@ Audits what `results.csv` does not hold yet, cheap models first, and appends to 
 and continued. Delete `results.csv` (or a model's rows) to measure again. Then the page is written anew.
 """
 
-import csv
 import gc
 import sys
 import time
@@ -18,7 +17,7 @@ from torchvision import models
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.certificate.expected import EXPECTED, FAMILIES, LEFT_OUT, Family
-from experiments.notebook import provenance, write_results
+from experiments.notebook import append_row, provenance, read_rows, write_results
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import ROUNDING64
 from gaccum_exp.audit.window import audit_window
@@ -48,12 +47,12 @@ SMALLEST = 1e-17
 def main() -> None:
     """Audit what is missing, then write figure and page."""
     commit = git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
-    done = {(row["model"], int(row["steps"])) for row in read()}
+    done = {(row["model"], int(row["steps"])) for row in read_rows(RESULTS)}
     for name in sys.argv[1:] or sorted(set(EXPECTED) - set(LEFT_OUT), key=lambda n: (cost(n), n)):
         for steps in STEPS:
             if (name, steps) not in done:
-                append(judge(name, steps) | {"commit": commit})
-    rows = sorted(read(), key=lambda row: (row["model"], int(row["steps"])))
+                append_row(RESULTS, COLUMNS, judge(name, steps) | {"commit": commit})
+    rows = sorted(read_rows(RESULTS), key=lambda row: (row["model"], int(row["steps"])))
     draw(rows, HERE / "certificate.png")
     write_results(HERE / "README.md", page(rows))
 
@@ -133,24 +132,6 @@ def judge(name: str, steps: int) -> dict[str, object]:
 def written(culprits: tuple[Culprit, ...]) -> str:
     """Return names and classes in a line."""
     return "; ".join(f"{c.name} ({c.type})" for c in culprits)
-
-
-def read() -> list[dict[str, str]]:
-    """Return the rows measured so far, as text."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, object]) -> None:
-    """Write one row."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def page(rows: list[dict[str, str]]) -> str:

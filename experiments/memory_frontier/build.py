@@ -5,7 +5,6 @@ so it can be stopped and continued; delete it to measure again. Then the sweep i
 written.
 """
 
-import csv
 import functools
 import gc
 import sys
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
-from experiments.notebook import provenance, run_study, spread, write_results
+from experiments.notebook import append_row, provenance, read_rows, run_study, spread, write_results
 from gaccum_exp import config, planning
 from gaccum_exp.build import build, load
 from gaccum_exp.experiment import Experiment
@@ -66,17 +65,17 @@ def main() -> None:
     config.register()
     start = time.monotonic()
     for row in missing():
-        append(row)
+        append_row(RESULTS, COLUMNS, row)
     measured_s = time.monotonic() - start
     arms, seconds = run_study("memory_frontier")
     draw(arms, HERE / "memory_frontier.png")
     told = provenance(seconds + measured_s)
-    write_results(HERE / "README.md", "\n\n".join([frontier(arms), accuracy(read()), told]))
+    write_results(HERE / "README.md", "\n\n".join([frontier(arms), accuracy(read_rows(RESULTS)), told]))
 
 
 def missing() -> Iterator[dict[str, Any]]:
     """Yield the rows that `results.csv` does not hold yet."""
-    done = {(row["model"], row["optimizer"], int(row["steps"])) for row in read()}
+    done = {(row["model"], row["optimizer"], int(row["steps"])) for row in read_rows(RESULTS)}
     for model, of_model in MODELS.items():
         for optimizer, of_optimizer in OPTIMIZERS.items():
             for steps in STEPS:
@@ -131,24 +130,6 @@ def step_alike(experiment: Experiment, window: Any) -> None:
     """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
     follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
     train_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn)), window, 2)
-
-
-def read() -> list[dict[str, str]]:
-    """Return the rows measured so far, as text."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, Any]) -> None:
-    """Write one row."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def frontier(arms: list[dict[str, str]]) -> str:
