@@ -125,7 +125,7 @@ def _about_memory_source(group: Group, arm: RunRecord) -> str | None:
 
 def _about_chosen_steps(group: Group, arm: RunRecord) -> str | None:
     why = arm.tags.get("accum.auto")
-    return None if why is None else f"accum.steps=auto: {why}."
+    return None if why is None else f"the choice of accum.steps=auto: {why}."
 
 
 def _about_finer_splits(group: Group, arm: RunRecord) -> str | None:
