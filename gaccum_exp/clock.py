@@ -3,8 +3,6 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +21,17 @@ class WindowClock:
         self._warmup_left = WARMUP_WINDOWS
         self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
 
-    @contextmanager
-    def window(self) -> Iterator[None]:
-        """Time the block, one window."""
-        start = self._now()
-        yield
-        end = self._now()
+    def now(self) -> Any:
+        """Return the present: in seconds, or as an event in the device's stream."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def count_window(self, start: Any) -> None:
+        """Take a window that began at `start`, which `now` gave, and has just ended."""
+        end = self.now()
         if self._warmup_left >= 0:
             # Of a run no longer than the warm-up, its last window is kept.
             self._warmup_left -= 1
@@ -53,13 +56,6 @@ class WindowClock:
         return statistics.median(
             tokens / self._seconds(start, end) for start, end, tokens in self._windows
         )
-
-    def _now(self) -> Any:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event
 
     def _seconds(self, start: Any, end: Any) -> float:
         if self._device.type == "cpu":

@@ -101,6 +101,5 @@ class Experiment:
 
     def _share(self, global_step: int) -> float:
         """Return the global batch now over the largest of the schedule."""
-        stages = self.settings.stages
-        now = stages[self.plan.stage_of(global_step)].global_batch_size
-        return now / max(stage.global_batch_size for stage in stages)
+        now = self.plan.stages[self.plan.stage_of(global_step)].global_batch_size
+        return now / self.plan.largest_batch

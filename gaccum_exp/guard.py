@@ -9,7 +9,7 @@ tensors, in windows with a micro-batch that is larger in some dimension than tho
 import gc
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,7 @@ class MemoryGuard:
                 followed.append(shapes)
         return len(followed) > before
 
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self) -> AbstractContextManager[None]:
         """Around a window: where memory runs out, leave modules and generators as they were before.
 
         Of a module that is its buffers and attributes, whether they are set anew or tensors that are
@@ -75,9 +74,10 @@ class MemoryGuard:
         Raises:
             RuntimeError: as the window did.
         """
-        if not self.active:
-            yield
-            return
+        return self._attempt() if self.active else nullcontext()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
         modules = [_ModuleState(module) for module in self._experiment.modules.modules()]
         states = random_states()
         try:

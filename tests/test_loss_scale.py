@@ -143,7 +143,9 @@ def test_memory_is_that_of_a_step_where_the_first_windows_are_none() -> None:
     for amplitude in (1, 30):
         _, sink = trained(*LOUD, *adamw, f"model.amplitude={amplitude}")
         # Not the process's resident set: what else this process did before is in it.
-        peaks.append({k: v for k, v in sink.last.items() if k.startswith("memory/") and "resident" not in k})
+        peaks.append(
+            {k: v for k, v in sink.last.items() if k.startswith("memory/") and "resident" not in k}
+        )
     assert sink.last["train/skipped_windows"] >= 3
     assert peaks[0] == peaks[1] != {}
     assert peaks[0]["memory/optimizer_state_bytes"] > 0

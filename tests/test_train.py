@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaccum_exp.build import build
 from gaccum_exp.core.feed import windows
@@ -18,7 +19,7 @@ from gaccum_exp.memory.storages import StorageTracker
 from gaccum_exp.metrics import NonFiniteLossError
 from gaccum_exp.train import train_step, training_windows
 from tests.strangers import Points
-from tests.support import STRANGER, Collected, settings, trained
+from tests.support import SMALL, STRANGER, Collected, settings, trained
 
 
 def weights(experiment: Any) -> Tensor:
@@ -481,6 +482,35 @@ def test_the_clock_keeps_its_size_and_forgets_the_warm_up() -> None:
     clock = WindowClock(torch.device("cpu"))
     assert clock.step_time_s() is None
     for done in range(1, WARMUP_WINDOWS + KEPT_WINDOWS + 10):
-        with clock.window():
-            pass
+        clock.count_window(clock.now())
         assert len(clock._windows) == min(max(1, done - WARMUP_WINDOWS), KEPT_WINDOWS)
+
+
+class Readings(TorchDispatchMode):
+    """Counts the operators that hand a tensor's value to the host, which waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["global_mean", "mean", "sum"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_no_value_is_read_between_two_deliveries(reduction: str, optimizer: str) -> None:
+    """Not in fetching, counting, clipping, stepping or recording: the delivery reads all of them."""
+    experiment = build(settings(*SMALL, f"accum.reduction={reduction}", "accum.steps=3",
+                                "accum.max_grad_norm=1", f"optimizer={optimizer}"))  # fmt: skip
+    feed, sink = training_windows(experiment), Collected()
+    with Readings() as readings:
+        for step in range(6):
+            sink.record(step + 1, train_step(experiment, next(feed), step))
+        assert readings.count == 0
+        sink.deliver()
+    assert len(sink.curve("train/loss")) == 6
+    with Readings() as readings:
+        float(torch.ones(()))
+    assert readings.count == 1

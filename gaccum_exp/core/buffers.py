@@ -54,14 +54,16 @@ class GradientBuffers:
         for parameter in self._parameters:
             parameter.grad = None
 
-    @torch.no_grad()
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._parameters:
-            added = self._buffers.pop(parameter, parameter.grad)
-            earlier = self._earlier.pop(parameter, None)
-            parameter.grad = earlier if added is None else _total(earlier, added, parameter.dtype)
+        if not self._parameters:
+            return
+        with torch.no_grad():
+            for parameter in self._parameters:
+                added = self._buffers.pop(parameter, parameter.grad)
+                earlier = self._earlier.pop(parameter, None)
+                parameter.grad = earlier if added is None else _total(earlier, added, parameter.dtype)
 
     def _is_narrower(self, parameter: nn.Parameter) -> bool:
         return self._dtype is not None and parameter.dtype.itemsize < self._dtype.itemsize

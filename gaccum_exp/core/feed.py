@@ -54,8 +54,7 @@ def windows(
     fetch = _by_index(dataset, pin)
     if fetch is not None:
         for global_step in global_steps:
-            parts = torch.split(plan.indices(global_step), sizes(global_step))
-            yield [fetch(indices) for indices in parts]
+            yield fetch(plan.indices(global_step), sizes(global_step))
         return
     loader: DataLoader[Any] = DataLoader(
         SeededSamples(dataset, plan.seed),
@@ -87,14 +86,25 @@ def _host_generators_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor], Any] | None:
-    """Return what fetches the micro-batch of some samples from memory; None where nothing does."""
+def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor, list[int]], Window] | None:
+    """Return what fetches a window by samples and micro-batches' sizes; None where nothing does."""
     if type(dataset) is TensorDataset:
-        return lambda indices: tuple(_rows(tensor, indices, pin) for tensor in dataset.tensors)
+
+        def rows(indices: Tensor, sizes: list[int]) -> Window:
+            # A window at once: a small model's pass takes no longer than a few calls of torch.
+            whole = (torch.split(_rows(tensor, indices, pin), sizes) for tensor in dataset.tensors)
+            return list(zip(*whole, strict=True))
+
+        return rows
     gather: Callable[[Tensor], Any] | None = getattr(dataset, "gather", None)
-    if gather is None or not pin:
-        return gather
-    return lambda indices: tree_map_only(Tensor, Tensor.pin_memory, gather(indices))
+    if gather is None:
+        return None
+
+    def gathered(indices: Tensor, sizes: list[int]) -> Window:
+        window = [gather(part) for part in torch.split(indices, sizes)]
+        return tree_map_only(Tensor, Tensor.pin_memory, window) if pin else window
+
+    return gathered
 
 
 def _rows(tensor: Tensor, indices: Tensor, pin: bool) -> Tensor:

@@ -15,8 +15,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     # A sparse gradient may list a row twice; only its coalesced values have the gradient's norm.
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     half = [g for g in dense if g.dtype in (torch.float16, torch.bfloat16)]
-    if not half:
-        return torch.nn.utils.get_total_norm(dense)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in half]
-    others = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)]
-    return torch.nn.utils.get_total_norm([*others, *norms])
+    others = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)] if half else dense
+    norms: list[Tensor] = []
+    if others:
+        norms += torch._foreach_norm(others)  # as torch's own clipping takes them
+    if half:
+        norms += torch._foreach_norm(half, dtype=torch.float32)
+    if not norms:
+        return torch.tensor(0.0)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total

@@ -26,24 +26,24 @@ def split_micro_batch(micro_batch: Any) -> tuple[Any, list[Any]]:
     Raises:
         BadInputError: it is neither, so a criterion cannot be applied to it.
     """
-    if isinstance(micro_batch, Mapping):
-        key = next((key for key in TARGETS if key in micro_batch), None)
-        if key is None:
-            raise BadInputError(
-                f"a criterion needs targets, and a micro-batch with the keys "
-                f"{', '.join(map(str, micro_batch))} has none of {', '.join(TARGETS)}; use a "
-                "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
-            )
-        return Keywords({k: v for k, v in micro_batch.items() if k != key}), [micro_batch[key]]
-    if not isinstance(micro_batch, (tuple, list)):
+    if isinstance(micro_batch, (tuple, list)):
+        targets: list[Any] = []
+        for part in micro_batch[1:]:
+            targets.extend(part) if isinstance(part, (tuple, list)) else targets.append(part)
+        return micro_batch[0], targets
+    if not isinstance(micro_batch, Mapping):
         raise BadInputError(
             f"a criterion takes micro-batches (input, target) or mappings with labels, and this one is "
             f"{type(micro_batch).__name__}; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
         )
-    targets: list[Any] = []
-    for part in micro_batch[1:]:
-        targets.extend(part) if isinstance(part, (tuple, list)) else targets.append(part)
-    return micro_batch[0], targets
+    key = next((key for key in TARGETS if key in micro_batch), None)
+    if key is None:
+        raise BadInputError(
+            f"a criterion needs targets, and a micro-batch with the keys "
+            f"{', '.join(map(str, micro_batch))} has none of {', '.join(TARGETS)}; use a "
+            "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+        )
+    return Keywords({k: v for k, v in micro_batch.items() if k != key}), [micro_batch[key]]
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -71,6 +71,8 @@ def outputs_in(outputs: Any) -> list[Any]:
 
     A tuple with names stays a tuple: torchvision's Inception puts out auxiliary logits beside `logits`.
     """
+    if isinstance(outputs, Tensor):
+        return [outputs]
     if isinstance(outputs, (tuple, list)):
         return list(outputs)
     named = isinstance(outputs, Mapping)

@@ -6,6 +6,7 @@ the partial-window rule, and of nothing else: not of N, the reduction, the devic
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -78,31 +79,29 @@ class WindowPlan:
     control_seed: int | None = None
     lengths: torch.Tensor | None = None
     by_step: bool = False
+    stages: Sequence[Stage] = field(init=False, repr=False)
+    """One, unless the global batch changes in training."""
+    largest_batch: int = field(init=False, repr=False)
+    """The global batch size of the largest stage."""
+    stage_starts: list[int] = field(init=False, repr=False)
+    """The first window of every stage."""
     _places: list[_Place] = field(init=False, repr=False)
     _order: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise BadInputError("data.train is empty: it holds 0 samples")
+        asked = self.global_batch_size
+        self.stages = (Stage(0, asked),) if isinstance(asked, int) else asked
+        self.largest_batch = max(stage.global_batch_size for stage in self.stages)
         for size in {stage.global_batch_size for stage in self.stages}:
             self._check(size)
-        self._places = []
+        self._places, self.stage_starts = [], []
         for stage in self.stages:
             place = self._begin(stage)
             self._check_rest(place)
             self._places.append(place)
-
-    @property
-    def stages(self) -> Sequence[Stage]:
-        """One, unless the global batch changes in training."""
-        if isinstance(self.global_batch_size, int):
-            return (Stage(0, self.global_batch_size),)
-        return self.global_batch_size
-
-    @property
-    def largest_batch(self) -> int:
-        """The global batch size of the largest stage."""
-        return max(stage.global_batch_size for stage in self.stages)
+            self.stage_starts.append(place.first_step)
 
     @property
     def full_window(self) -> int:
@@ -117,12 +116,7 @@ class WindowPlan:
 
     def stage_of(self, global_step: int) -> int:
         """Return the number of the stage that a window belongs to."""
-        return max(i for i, place in enumerate(self._places) if place.first_step <= global_step)
-
-    @property
-    def stage_starts(self) -> list[int]:
-        """The first window of every stage."""
-        return [place.first_step for place in self._places]
+        return bisect_right(self.stage_starts, global_step) - 1
 
     def ends_epoch(self, global_step: int) -> bool:
         """Whether the next window begins in a later epoch."""

@@ -145,7 +145,11 @@ class _Followed:
         self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Denominator | None:
-        return count(self._counting, micro_batch)
+        self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at
+        try:
+            return count(self._counting, micro_batch)
+        finally:
+            self._tracker.paused = False
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         with self._forward(micro_batch) as here:

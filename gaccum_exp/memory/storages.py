@@ -56,6 +56,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.peak = 0
         self.at_peak = dict(self.held)
         """Bytes by category when most was held."""
+        self.paused = False
+        """Whether nothing is followed for now."""
         self.in_forward = False
         """Whether what is made without gradients, as a custom Function does, is of a forward pass."""
 
@@ -78,6 +80,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and follow what it returns."""
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         # In a backward pass gradients are off, but while checkpointing computes a forward pass again.
         forward = self.in_forward or torch.is_grad_enabled()
         category = ACTIVATIONS if forward else TEMPORARIES
