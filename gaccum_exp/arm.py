@@ -26,11 +26,13 @@ from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
+from gaccum_exp.memory.fake import settle
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.report.figures import save_plan
+from gaccum_exp.sink import MlflowSink
 from gaccum_exp.sweep import OUTCOME, SWEPT_KEYS
-from gaccum_exp.tracking import MlflowSink, Store
+from gaccum_exp.tracking_process import connect
 from gaccum_exp.train import train, training_windows
 
 log = logging.getLogger(__name__)
@@ -75,31 +77,35 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
                 loaded = load(settings)
                 settings, said = planning.with_fitting_steps(settings, loaded)
             except Exception:
-                sink = _start(settings, cfg, name, _role(settings))
+                sink = start_run(settings, cfg, name, role_of(settings))
                 raise
             name, chosen = run_name(settings), {"accum.auto": said}
             outcome = replace(outcome, name=name)
             log.info("accum.steps=auto: %s", said)
-        sink = _start(settings, cfg, name, _role(settings) | chosen)
+        sink = start_run(settings, cfg, name, role_of(settings) | chosen)
         outcome = _run(settings, loaded, name, sink, folder, outcome)
         sink.close("FINISHED")
     except Exception as error:  # whatever ends an arm is that arm's result, and no more
-        reason = _reason(error)
-        _report_failure(name, reason, error, folder)
-        _abandon(sink, "FAILED", reason)
+        reason = reason_of(error)
+        report_failure(name, reason, error, folder)
+        abandon(sink, "FAILED", reason)
         bad_input = isinstance(error, BadInputError)
         outcome = replace(outcome, status="FAILED", reason=reason, bad_input=bad_input)
     except BaseException:
-        _abandon(sink, "KILLED", "interrupted")
+        abandon(sink, "KILLED", "interrupted")
         replace(outcome, status="KILLED", reason="interrupted").write(folder)
         raise
     outcome.write(folder)
-    in_one_pass = sink is not None and metrics.STEPS_NOW not in sink.last
-    trained = outcome.status == "FINISHED" and settings.task == "train"
-    if trained and settings.accum_steps == 1 and in_one_pass:
+    if outcome.status == "FINISHED" and sink is not None and metrics.STEPS_NOW not in sink.last:
+        train_controls(settings, cfg, name)
+    return outcome
+
+
+def train_controls(settings: Settings, cfg: DictConfig, name: str) -> None:
+    """Train a finished arm again in other orders, as often as was asked, if it ran in one pass."""
+    if settings.task == "train" and settings.accum_steps == 1:
         for number in range(1, settings.audit.controls + 1):
             _train_control(settings.as_control(number), cfg, name)
-    return outcome
 
 
 def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
@@ -113,10 +119,9 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
     outcome.write(folder)
     tags = {"sweep_id": str(cfg.sweep_id), "kind": "arm", "role": "candidate"}
     try:
-        sink = Store(cfg.tracking.uri, cfg.tracking.experiment_name).start_run(
-            name, params={}, tags=tags, texts={"config.yaml": OmegaConf.to_yaml(cfg)}
-        )
-        sink.close("FAILED", str(error))
+        store = connect(cfg.tracking.uri, cfg.tracking.experiment_name)
+        run = store.start_run(name, params={}, tags=tags, texts={"config.yaml": OmegaConf.to_yaml(cfg)})
+        run.end("FAILED", str(error))
     except Exception as recording:  # the reason is in arm.json; what cannot be recorded is said
         log.warning("%s could not be recorded (%s)", name, recording)
     return outcome
@@ -134,13 +139,16 @@ def run_name(settings: Settings) -> str:
     return " · ".join(parts + [f"{k}={values[k]}" for k in swept if k in values and k not in named])
 
 
-def _start(settings: Settings, cfg: DictConfig, name: str, role: Mapping[str, str]) -> MlflowSink:
-    return Store(settings.tracking.uri, settings.tracking.experiment_name).start_run(
+def start_run(settings: Settings, cfg: DictConfig, name: str, role: Mapping[str, str]) -> MlflowSink:
+    """Begin a run in the store: its parameters, its tags, its configuration."""
+    store = connect(settings.tracking.uri, settings.tracking.experiment_name)
+    run = store.start_run(
         name,
         params=settings.flat(),
         tags={**_tags(settings), **role},
         texts={"config.yaml": OmegaConf.to_yaml(cfg, resolve=True)},
     )
+    return MlflowSink(run)
 
 
 def _run(
@@ -152,7 +160,7 @@ def _run(
     outcome: Outcome,
 ) -> Outcome:
     """Do what the task says; a function, so that nothing that was built outlives it."""
-    _clear_device()  # of what an earlier arm of this process left
+    clear()
     loaded = load(settings) if loaded is None else loaded
     if settings.task == "plan":
         _plan(settings, loaded, name, sink, folder)
@@ -161,12 +169,19 @@ def _run(
         found = _audit(_build(settings, loaded, sink), name, sink, folder)
         return replace(outcome, verdict=found.verdict)
     budget = planning.budget_bytes(settings, loaded.device)
-    predicted = planning.predicted_peak(settings, loaded)
-    planning.require_room(settings, loaded, predicted, budget)
+    predicted = None
+    if settings.runtime.memory_budget_gib is not None:
+        predicted = planning.predicted_peak(settings, loaded)
+        planning.require_room(settings, loaded, predicted, budget)
+    experiment = _build(settings, loaded, sink)
+    if predicted is None and budget is not None and not planning.plainly_fits(experiment, budget):
+        predicted = planning.predicted_peak(settings, loaded)
+        planning.require_room(settings, loaded, predicted, budget)
+    worst = _train(experiment, name, sink, budget)
+    predicted = predicted or planning.predicted_peak(settings, loaded)
     if predicted is not None:
         whole = predicted.bytes + planning.held_by_libraries(loaded.device)
         sink.record(loaded.total_steps, {metrics.PREDICTED_PEAK_BYTES: whole})
-    worst = _train(_build(settings, loaded, sink), name, sink, budget)
     objective = sink.last.get(metrics.EVAL_LOSS, sink.last.get(metrics.TRAIN_LOSS))
     return replace(outcome, verdict=None if worst is None else worst.verdict, objective=objective)
 
@@ -174,11 +189,17 @@ def _run(
 def _build(settings: Settings, loaded: Materials, sink: MlflowSink) -> Experiment:
     """Build, and say what was built."""
     experiment = build(settings, loaded)
+    describe(experiment, sink)
+    sink.ready()
+    return experiment
+
+
+def describe(experiment: Experiment, sink: MlflowSink) -> None:
+    """Say what a run is made from, once it is built."""
     data = dataset_records(experiment)
     digests = {"data_digest": " ".join(record.digest for record in data)}
     sink.describe(device_tags(experiment.device) | digests)
     sink.log_datasets(data)
-    return experiment
 
 
 def _train(
@@ -188,10 +209,15 @@ def _train(
     alone = "Basic" in HydraConfig.get().launcher._target_
     with Progress(name, experiment.total_steps, alone=alone) as progress:
         worst = train(experiment, sink, progress, budget)
+    keep_weights(experiment, sink)
+    return worst
+
+
+def keep_weights(experiment: Experiment, sink: MlflowSink) -> None:
+    """Store what was trained, where that is asked for."""
     if experiment.settings.tracking.log_weights:
         named = experiment.modules.named_parameters()
         sink.keep_weights({name: p for name, p in named if p.requires_grad})
-    return worst
 
 
 def _plan(settings: Settings, loaded: Materials, name: str, sink: MlflowSink, folder: Path) -> None:
@@ -227,19 +253,20 @@ def _train_control(settings: Settings, cfg: DictConfig, control_of: str) -> None
     cfg.audit.control_seed = settings.audit.control_seed
     sink: MlflowSink | None = None
     try:
-        sink = _start(settings, cfg, name, _role(settings) | {"control_of": control_of})
-        _clear_device()
+        sink = start_run(settings, cfg, name, role_of(settings) | {"control_of": control_of})
+        clear()
         _train(_build(settings, load(settings), sink), name, sink)
         sink.close("FINISHED")
     except Exception as error:
-        log.warning("%s failed: %s", name, _reason(error))
-        _abandon(sink, "FAILED", _reason(error))
+        log.warning("%s failed: %s", name, reason_of(error))
+        abandon(sink, "FAILED", reason_of(error))
     except BaseException:
-        _abandon(sink, "KILLED", "interrupted")
+        abandon(sink, "KILLED", "interrupted")
         raise
 
 
-def _role(settings: Settings) -> dict[str, str]:
+def role_of(settings: Settings) -> dict[str, str]:
+    """Return the tag that says what a run is in a comparison."""
     if settings.audit.control_seed is not None:
         return {"role": "control"}
     return {"role": "reference" if settings.accum_steps == 1 else "candidate"}
@@ -269,7 +296,8 @@ def _growth(settings: Settings) -> dict[str, str]:
     return {"global_batches": ", ".join(said)}
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Say in a line why a run failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     if out_of_memory(error):
         advice = "task=plan says which N fits, accum.on_oom=increase_steps goes on with one that does"
@@ -278,7 +306,8 @@ def _reason(error: Exception) -> str:
     return lines[0] if told else f"{type(error).__name__}: {lines[0]}"
 
 
-def _report_failure(name: str, reason: str, error: Exception, folder: Path) -> None:
+def report_failure(name: str, reason: str, error: Exception, folder: Path) -> None:
+    """Log why a run failed, and write down where, if that is not the user's affair."""
     log.error("%s failed: %s", name, reason)
     if not isinstance(error, (BadInputError, metrics.NonFiniteLossError)):
         path = folder / "traceback.txt"
@@ -286,7 +315,7 @@ def _report_failure(name: str, reason: str, error: Exception, folder: Path) -> N
         log.error("its traceback is in %s", path)
 
 
-def _abandon(sink: MlflowSink | None, status: str, reason: str) -> None:
+def abandon(sink: MlflowSink | None, status: str, reason: str) -> None:
     """End the run of a failed arm; that it cannot be ended must not hide why it failed."""
     if sink is None:
         return
@@ -296,7 +325,9 @@ def _abandon(sink: MlflowSink | None, status: str, reason: str) -> None:
         log.warning("the run could not be closed (%s)", error)
 
 
-def _clear_device() -> None:
-    gc.collect()
+def clear() -> None:
+    """Drop what an earlier arm left; what is imported before the first one stays for good."""
+    settle()
+    gc.enable()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from gaccum_exp.core.loss import CriterionLoss, LossFn, count
 from gaccum_exp.core.micro_batch import tokens_in
 from gaccum_exp.core.model_loss import ModelLoss
 from gaccum_exp.core.placement import placed
-from gaccum_exp.core.seeding import derive_seed, seed_host
+from gaccum_exp.core.seeding import derive_seed, drawn_since, seed_host
 from gaccum_exp.core.window import Stage, WindowPlan
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.experiment import Experiment
@@ -49,6 +49,12 @@ class Materials:
     eval_data: Dataset[Any] | None
     plan: WindowPlan
     total_steps: int
+    drawn: bool
+    """Whether random numbers went into the data sets, so that another seed has others."""
+
+    def of_seed(self, seed: int) -> "Materials":
+        """Return the same for another seed: the same data in another order."""
+        return replace(self, plan=replace(self.plan, seed=seed))
 
 
 def load(settings: Settings) -> Materials:
@@ -59,10 +65,11 @@ def load(settings: Settings) -> Materials:
     """
     device = prepare_runtime(settings)
     seed = settings.seed
-    train_data = _dataset("data.train", settings.data.train, seed)
+    train_data, drawn = _dataset("data.train", settings.data.train, seed)
     eval_data = None
     if settings.data.eval is not None and settings.task != "plan":
-        eval_data = _dataset("data.eval", settings.data.eval, seed)
+        eval_data, also_drawn = _dataset("data.eval", settings.data.eval, seed)
+        drawn = drawn or also_drawn
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style
         [Stage(stage.start, stage.global_batch_size) for stage in settings.stages],
@@ -71,7 +78,7 @@ def load(settings: Settings) -> Materials:
         lengths=_lengths(train_data) if settings.data.sort_by_length else None,
         by_step=settings.accum.schedule_by == "step",
     )
-    return Materials(device, train_data, eval_data, plan, _total_steps(settings, plan))
+    return Materials(device, train_data, eval_data, plan, _total_steps(settings, plan), drawn)
 
 
 def build(
@@ -113,7 +120,7 @@ def build(
         parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
         if not parameters:
             raise BadInputError("model: it has no parameter that requires a gradient")
-        optimizer = _checked("optimizer", settings.optimizer, torch.optim.Optimizer, parameters)
+        optimizer = _optimizer(settings, parameters)
     from_host = placed(loss_fn, placement)
     scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
     divisor = nominal_denominator(model, from_host, train_data, plan) if scaled and not fake else 1.0
@@ -194,10 +201,13 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
     return total
 
 
-def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
+def _dataset(key: str, node: Mapping[str, Any], seed: int) -> tuple[Dataset[Any], bool]:
+    """Return the data set, and whether random numbers were drawn when it was made."""
     _import(node)
-    seed_host(derive_seed(seed, key))  # data may be drawn when the set is made: the same for every arm
+    key_seed = derive_seed(seed, key)
+    seed_host(key_seed)  # data may be drawn when the set is made: the same for every arm
     dataset: Dataset[Any] = _instantiate(key, node)
+    drawn = drawn_since(key_seed)
     if isinstance(dataset, IterableDataset) or not all(
         hasattr(dataset, method) for method in ("__len__", "__getitem__")
     ):
@@ -207,7 +217,7 @@ def _dataset(key: str, node: Mapping[str, Any], seed: int) -> Dataset[Any]:
         )
     if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
         raise BadInputError(f"{key} is empty: it holds 0 samples")
-    return dataset
+    return dataset, drawn
 
 
 def _labels_tokens(loss: CriterionLoss | None) -> bool:
@@ -290,6 +300,21 @@ def _loss(
             "torch.nn module nor a callable loss_fn(model, micro_batch) -> (loss_sum, denominator)"
         )
     return None, criterion
+
+
+def optimizer_of(
+    settings: Settings, parameters: list[Tensor], total_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Build the optimizer of these parameters, and its schedule."""
+    optimizer = _optimizer(settings, parameters)
+    return optimizer, _scheduler(settings, optimizer, total_steps)
+
+
+def _optimizer(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = _checked(
+        "optimizer", settings.optimizer, torch.optim.Optimizer, parameters
+    )
+    return optimizer
 
 
 def _scheduler(

@@ -136,6 +136,16 @@ class AuditConfig:
 
 
 @dataclass(slots=True)
+class SweepConfig:
+    """How the arms of a sweep are trained."""
+
+    vectorize: str | None = None
+    """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null."""
+    seeds: Any = None  # a list of int | None, which the command line could not replace by null
+    """The seeds of an arm under `vectorize`: written by `-m`, where it finds several."""
+
+
+@dataclass(slots=True)
 class Config:
     """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
 
@@ -149,6 +159,7 @@ class Config:
     tracking: TrackingConfig = MISSING
     audit: AuditConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     task: str = "train"
     seed: int = 0
     sweep_id: str = "none"
@@ -168,6 +179,7 @@ class Settings:
     tracking: TrackingConfig
     audit: AuditConfig
     train: TrainConfig
+    sweep: SweepConfig
     task: str
     seed: int
     sweep_id: str
@@ -228,6 +240,7 @@ SECTIONS: dict[str, type] = {
     "tracking": TrackingConfig,
     "audit": AuditConfig,
     "train": TrainConfig,
+    "sweep": SweepConfig,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("train", "audit", "plan"),
@@ -241,6 +254,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
     "runtime.weight_dtype": ("float32", "same"),
     "runtime.matmul_precision": ("highest", "high", "medium"),
+    "sweep.vectorize": ("null", "seed"),
 }
 
 
@@ -263,8 +277,10 @@ def validate(cfg: DictConfig) -> Settings:
         raise BadInputError(f"{error.full_key} must be set") from None
     assert isinstance(config, Config)
     for key, choices in CHOICES.items():
-        _check_choice(key, OmegaConf.select(cfg, key), choices)
+        value = OmegaConf.select(cfg, key)
+        _check_choice(key, "null" if value is None else value, choices)
     _check_length(config.train)
+    _check_seeds(config.sweep)
     if config.runtime.threads is not None:
         check_positive("runtime.threads", config.runtime.threads)
     if config.audit.every_steps is not None:
@@ -295,6 +311,7 @@ def validate(cfg: DictConfig) -> Settings:
         tracking=config.tracking,
         audit=config.audit,
         train=config.train,
+        sweep=config.sweep,
         task=config.task,
         seed=config.seed,
         sweep_id=config.sweep_id,
@@ -373,6 +390,14 @@ def _check_length(train: TrainConfig) -> None:
         check_positive("train.eval_every_steps", train.eval_every_steps)
     if not given:
         train.epochs = DEFAULT_EPOCHS
+
+
+def _check_seeds(sweep: SweepConfig) -> None:
+    seeds = sweep.seeds
+    if seeds is None:
+        return
+    if sweep.vectorize is None or not isinstance(seeds, list) or len({*map(str, seeds)}) < len(seeds):
+        raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,10 @@ class BadInputError(ValueError):
     """The configuration or the input cannot be used; the message is one line for the user."""
 
 
+class TrackingError(RuntimeError):
+    """What a run records could not be written, or not be read."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

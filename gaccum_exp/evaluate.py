@@ -1,6 +1,7 @@
 """Loss and accuracy on held-out data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.experiment import Experiment
 
+Sums = tuple[Tensor, Any, Any, Any]
+"""Of a batch: loss sum, denominator, right answers and labels asked for."""
 
-def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
+
+def evaluate(
+    experiment: Experiment, over: Callable[[Callable[[nn.Module], Sums]], Sums] | None = None
+) -> dict[str, float | Tensor]:
     """Return loss and, for class labels, accuracy over the whole evaluation set.
 
     Batches of `data.eval_batch_size`, the same for every N; the model's modes are left as they were.
+
+    Args:
+        experiment: its model and its data.
+        over: calls the function that it is given with a model; None: with the experiment's.
     """
     loss_sum: Any = 0.0
     denominator: Any = 0.0
@@ -27,15 +37,9 @@ def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
     seed_model(derive_seed(experiment.settings.seed, "evaluation"), experiment.device)
     with torch.no_grad(), evaluation_mode(experiment.model):
         for batch in _batches(experiment):
-            if experiment.criterion_loss is None:
-                loss, n = experiment.loss_fn(experiment.model, batch)
-            else:
-                inputs, targets = split_micro_batch(experiment.placement.place(batch))
-                with experiment.placement.passes():
-                    outputs = run_model(experiment.model, inputs)
-                    loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
-                hits, counted = _hits(outputs, targets, experiment.criterion_loss.criterion)
-                right, labels = right + hits, labels + counted
+            of_model = partial(_sums, experiment, batch)
+            loss, n, hits, counted = over(of_model) if over else of_model(experiment.model)
+            right, labels = right + hits, labels + counted
             # In half precision a long sum loses its last batches.
             wide = torch.promote_types(loss.dtype, torch.float32)
             loss_sum, denominator = loss_sum + loss.to(wide), denominator + n
@@ -46,6 +50,16 @@ def evaluate(experiment: Experiment) -> dict[str, float | Tensor]:
     if isinstance(labels, Tensor):
         values[metrics.EVAL_ACCURACY] = right / labels
     return values
+
+
+def _sums(experiment: Experiment, batch: Any, model: nn.Module) -> Sums:
+    if experiment.criterion_loss is None:
+        return *experiment.loss_fn(model, batch), 0, 0
+    inputs, targets = split_micro_batch(experiment.placement.place(batch))
+    with experiment.placement.passes():
+        outputs = run_model(model, inputs)
+        loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
+    return loss, n, *_hits(outputs, targets, experiment.criterion_loss.criterion)
 
 
 def _batches(experiment: Experiment) -> Iterator[Any]:

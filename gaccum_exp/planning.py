@@ -19,16 +19,17 @@ from gaccum_exp.audit.room import free_bytes
 from gaccum_exp.build import Materials, build
 from gaccum_exp.config import Settings
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.modes import eagerly
+from gaccum_exp.core.modes import eagerly, evaluation_mode
 from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.first_samples import first_samples
-from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized
+from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samples_in
 from gaccum_exp.memory.peak import Peak, TrackedWindow, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
 from gaccum_exp.memory.predict import Predicted, Subject, telling
+from gaccum_exp.memory.storages import Made
 from gaccum_exp.meters import RunMeters
 from gaccum_exp.train import train_step
 
@@ -126,6 +127,25 @@ def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings,
         f"N = {steps} is the smallest whose predicted peak, {size(row.peak.bytes)}, "
         f"fits the budget of {size(budget)}"
     )
+
+
+def plainly_fits(experiment: Experiment, budget: int) -> bool:
+    """Whether a run needs so little that nobody has to predict how much before it begins.
+
+    Six times the weights, and, four times over, all that any operator makes in a forward pass of two
+    samples, in proportion to the micro-batch. A prediction is far closer, and first takes importing
+    torch's compiler, which is as long as importing torch.
+    """
+    given = first_samples(experiment.train_data, experiment.plan)
+    model, settings = experiment.model, experiment.settings
+    try:
+        with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), Made() as made:
+            experiment.loss_fn(model, given)
+    except Exception:  # whatever it is, the prediction is there
+        return False
+    micro = max(-(-stage.global_batch_size // stage.accum_steps) for stage in settings.stages)
+    weights = sum(p.nbytes for p in experiment.modules.parameters())
+    return bool(6 * weights + 4 * made.bytes * micro / max(1, samples_in(given)) < budget)
 
 
 @nothing_left_behind()

@@ -23,7 +23,8 @@ def prepare_runtime(settings: Settings) -> torch.device:
     if runtime.deterministic:
         # cuBLAS needs this before its first call, or it refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(runtime.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != runtime.deterministic:
+        torch.use_deterministic_algorithms(runtime.deterministic)  # imports torch's compiler
     torch.set_float32_matmul_precision(runtime.matmul_precision)
     torch.backends.cudnn.allow_tf32 = runtime.tf32
     device = _device(runtime.device)

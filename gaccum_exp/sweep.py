@@ -5,7 +5,9 @@ Hydra skips its callback when an arm raises and turns errors in it into warnings
 our own command line, and reads what the arms have left: their `arm.json` and their runs in the store.
 """
 
+import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,11 +20,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.tracking_process import connect, start
 
+log = logging.getLogger(__name__)
 OUTCOME = "arm.json"
 """How an arm ended, in the arm's folder."""
 SWEPT_KEYS = "GACCUM_EXP_SWEPT_KEYS"
@@ -51,13 +55,16 @@ class SweepBegin(Callback):
     """Notes where the run or sweep writes, and prepares what its arms share."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note a single run."""
+        """Note a single run, and wake up what will record it."""
         _note(config, Path(config.hydra.run.dir), multirun=False)
+        start()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, say to its arms what it varies, and refuse it where nothing can be recorded."""
         _note(config, Path(config.hydra.sweep.dir), multirun=True)
         os.environ[SWEPT_KEYS] = ",".join(_swept_keys(config))
+        if config.sweep.vectorize == "seed":
+            _one_job_for_all_seeds(config)
         if _first_arm_composes(config, kwargs["config_name"]):
             _prepare_store(config)
 
@@ -105,6 +112,37 @@ def _swept_keys(config: DictConfig) -> Iterator[str]:
             yield override.get_key_element().lstrip("+")
 
 
+def _one_job_for_all_seeds(config: DictConfig) -> None:
+    """Take the seeds out of what the sweeper varies: a job is then an arm with a list of them.
+
+    Hydra gives the sweeper its overrides after this callback. Other sweepers than its own ask for one
+    value at a time, and wait for what comes of it.
+    """
+    hydra = config.hydra
+    if not str(hydra.sweeper._target_).endswith("BasicSweeper"):
+        log.warning("sweep.vectorize=seed: only Hydra's basic sweeper varies seeds that can be stacked")
+        return
+    configured = [f"{key}={value}" for key, value in dict(hydra.sweeper.get("params") or {}).items()]
+    overrides = _parsed([*configured, *hydra.overrides.task])
+    of_seed = [o for o in overrides if o.get_key_element().lstrip("+") == "seed"]
+    if not of_seed or not of_seed[-1].is_discrete_sweep():
+        return
+    seeds = list(of_seed[-1].sweep_string_iterator())
+    if len(set(seeds)) < max(2, len(seeds)):
+        return
+    own = [f"{of_seed[-1].get_key_element()}={seeds[0]}", f"sweep.seeds=[{','.join(seeds)}]"]
+    lines: list[str] = []
+    for override in overrides:
+        if override is of_seed[-1]:
+            lines += own
+        elif override not in of_seed:
+            lines.append(str(override.input_line))
+    with read_write(hydra), open_dict(hydra):
+        hydra.overrides.task = lines
+        if configured:
+            hydra.sweeper.params = {}
+
+
 def _first_arm_composes(config: DictConfig, config_name: str | None) -> bool:
     """Where it does not, Hydra is about to say why, and that need not wait for torch and MLflow."""
     overrides = []
@@ -130,10 +168,10 @@ def _prepare_store(config: DictConfig) -> None:
 
     An exit is the one exception that Hydra does not turn into a warning here.
     """
-    from gaccum_exp.tracking import Store
-
+    store = connect(config.tracking.uri, config.tracking.experiment_name)
+    importlib.import_module("torch")  # what the arms need, meanwhile
     try:
-        Store(config.tracking.uri, config.tracking.experiment_name)
+        store.ready()
     except BadInputError as error:
         print(f"gaccum_exp: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,7 +6,6 @@ Arms are top-level runs that share the tag `sweep_id`: the UI hides curves of ru
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,13 +18,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import torch  # after the settings above, as mlflow below, which reads them
-from mlflow import MlflowClient
+from mlflow import MlflowClient  # after the settings above, which it reads
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.metrics import NonFiniteLossError, Point, Sink
 from gaccum_exp.records import Curve, DatasetRecord, RunRecord
 
 log = logging.getLogger(__name__)
@@ -35,7 +32,6 @@ for _chatty in ("alembic", "mlflow.store"):
 BATCH = 1000
 """Metrics in one request; MLflow takes no more."""
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
-WEIGHTS = "weights.pt"
 ATTEMPTS = 4
 
 
@@ -80,25 +76,28 @@ class Store:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         texts: Mapping[str, str],
-    ) -> "MlflowSink":
+    ) -> "MlflowRun":
         """Begin a run; `texts` become files of the run, by name."""
         # What the UI's own columns show; its client would fill them in, this one does not.
         shown = {"mlflow.source.name": "gaccum_exp"}
         if "git_commit" in tags:
             shown["mlflow.source.git.commit"] = tags["git_commit"]
-        run = self._client.create_run(self.experiment_id, tags={**tags, **shown}, run_name=name)
-        sink = MlflowSink(self._client, run.info.run_id)
+        created = self._client.create_run(self.experiment_id, tags={**tags, **shown}, run_name=name)
+        run = MlflowRun(self._client, created.info.run_id)
         values = [Param(key, str(value)[:6000]) for key, value in params.items()]  # MLflow's limit
         try:
             for start in range(0, len(values), 100):  # and another
-                self._client.log_batch(sink.run_id, params=values[start : start + 100])
+                self._client.log_batch(run.run_id, params=values[start : start + 100])
             for file, text in texts.items():
-                self._client.log_text(sink.run_id, text, file)
+                self._client.log_text(run.run_id, text, file)
         except BaseException as error:  # whoever asked gets no run that could be ended
             with suppress(Exception):
-                sink.close("FAILED", f"{type(error).__name__}: {error}")
+                run.end("FAILED", f"{type(error).__name__}: {error}")
             raise
-        return sink
+        return run
+
+    def ready(self) -> None:
+        """Do nothing: whoever waits for this knows that the store can be used."""
 
     def sweep(self, sweep_id: str) -> list[RunRecord]:
         """Return the arms of a sweep with their curves, oldest first."""
@@ -113,15 +112,12 @@ class Store:
         """Return a record read without curves again, with them."""
         return self._record(self._client.get_run(record.run_id), curves=True)
 
-    def weights(self, run_id: str) -> dict[str, torch.Tensor] | None:
-        """Return a run's final parameters by name, on the CPU; None if they were not kept."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                path = self._client.download_artifacts(run_id, WEIGHTS, folder)
-            except Exception:  # each artifact store raises errors of its own for a missing file
-                return None
-            weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return weights
+    def fetch(self, run_id: str, name: str, folder: str) -> str | None:
+        """Bring a file of a run into a folder and return its path; None if there is no such file."""
+        try:
+            return str(self._client.download_artifacts(run_id, name, folder))
+        except Exception:  # each artifact store raises errors of its own for a missing file
+            return None
 
     def write_report(self, sweep_id: str, files: Iterable[Path]) -> None:
         """Keep a comparison's files in a run of their own, outside the sweep's filter."""
@@ -166,29 +162,29 @@ class Store:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
-class MlflowSink(Sink):
-    """Delivers one run's metrics to MLflow, many in a request.
+class MlflowRun:
+    """One run, as it is written.
 
     A delivery that fails is kept for the next one; only the last one's failure ends the run.
     """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
-        super().__init__()
         self._client = client
         self._pending: list[Metric] = []
         self.run_id = run_id
+        self.ended = False
 
-    def send(self, points: list[Point]) -> None:
-        """Send what is pending and these points."""
-        self._pending += [
-            Metric(key, value, point.time_ms, point.step)
-            for point in points
-            for key, value in point.values.items()
-        ]
+    def ready(self) -> None:
+        """Do nothing: whoever waits for this knows that the run has begun."""
+
+    def log(self, values: Sequence[tuple[str, float, int, int]]) -> str | None:
+        """Send what is pending and these (key, value, time in ms, step); return what went wrong."""
+        self._pending += [Metric(*value) for value in values]
         try:
             self._send_pending()
         except MlflowException as error:
-            log.warning("tracking: %d values not delivered yet (%s)", len(self._pending), error)
+            return f"{len(self._pending)} values not delivered yet ({error})"
+        return None
 
     def describe(self, tags: Mapping[str, str]) -> None:
         """Tag the run."""
@@ -198,25 +194,17 @@ class MlflowSink(Sink):
         """Say what the run is fed."""
         _insist(self._client.log_inputs, self.run_id, [_dataset_input(d) for d in datasets])
 
-    def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Store parameters by name."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / WEIGHTS
-            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
-            self.keep_file(path)
-
-    def keep_file(self, path: Path) -> None:
+    def keep_file(self, path: str) -> None:
         """Store a file with the run, under its name."""
-        _insist(self._client.log_artifact, self.run_id, str(path))
+        _insist(self._client.log_artifact, self.run_id, path)
 
-    def close(self, status: str, failure: str | None = None) -> None:
-        """Deliver what is left and end the run with its status."""
-        with suppress(NonFiniteLossError):  # whoever closes knows how the run went
-            self.deliver()
+    def end(self, status: str, failure: str | None = None) -> None:
+        """Send what is left and end the run with its status."""
         self._send_pending()
         if failure is not None:
             self._client.set_tag(self.run_id, "failure", failure[:5000])
         self._client.set_terminated(self.run_id, status, int(time.time() * 1000))
+        self.ended = True
 
     def _send_pending(self) -> None:
         while self._pending:

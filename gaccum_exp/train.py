@@ -162,7 +162,7 @@ def train_step(
     """
     optimizer = experiment.optimizer
     factor = experiment.rate_factor(global_step)
-    with nullcontext() if factor == 1.0 else _rates_scaled(optimizer, factor):
+    with nullcontext() if factor == 1.0 else rates_scaled(optimizer, factor):
         rate = optimizer.param_groups[0]["lr"]
         if needs_closure(type(optimizer).step):
             with phase(OPTIMIZER_STEP):
@@ -285,7 +285,7 @@ def _step_of(
 
 
 @contextmanager
-def _rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+def rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
     """Multiply the learning rates for the length of a step: what the schedule holds stays its own."""
     if factor == 1.0:
         yield

@@ -59,6 +59,40 @@ class Diverging(Net):
         return super().forward(x) * (float("nan") if self.passes >= 4 else 1.0)
 
 
+class Fragile(Net):
+    """Its output becomes NaN at the fourth training pass under some seeds and not under others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        first_bias = self.layers[0].bias[0]
+        broken = (first_bias < 0) & torch.tensor(self.passes >= 4)
+        return super().forward(x) * torch.where(broken, float("nan"), 1.0)
+
+
+class Padded(Points):
+    """Points as sequences of one, but for the sample 0, of two; micro-batches are padded with zeros."""
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (samples,) -> sequences (samples, 1 or 2, 2) and labels (samples,)."""
+        rows = [self.x[index] for index in indices.tolist()]
+        length = 2 if 0 in indices.tolist() else 1
+        padded = torch.zeros(len(rows), length, 2, dtype=torch.float64)
+        padded[:, 0] = torch.stack(rows)
+        return padded, torch.tensor([self.y[index] for index in indices.tolist()])
+
+
+class OfSequences(Net):
+    """Classifies the sum of a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, 2) -> logits (batch, 3)."""
+        return super().forward(x.sum(1))
+
+
 def count_labels(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """A stranger's loss function, whose denominator is known only after the forward pass."""
     x, y = micro_batch

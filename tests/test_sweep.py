@@ -126,6 +126,8 @@ def test_an_arm_has_the_same_curve_alone_and_last_in_a_sweep(program: Program) -
     assert (last.params["optimizer._target_"], last.params["seed"]) == ("torch.optim.SGD", "0")
     assert losses(last) == losses(alone)
     assert last.curves["eval/loss"] == alone.curves["eval/loss"]
+    memory = [k for k in alone.metrics if k.startswith("memory/") and "resident" not in k]
+    assert [last.metrics[k] for k in memory] == [alone.metrics[k] for k in memory] != []
 
 
 def test_the_threads_of_one_arm_are_not_left_to_the_next(program: Program) -> None:

@@ -16,7 +16,8 @@ from experiments.mlflow_browser import mlflow_server
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.metrics import Point
 from gaccum_exp.records import DatasetRecord, RunRecord
-from gaccum_exp.tracking import BATCH, MlflowSink, Store
+from gaccum_exp.sink import MlflowSink, kept_weights
+from gaccum_exp.tracking import BATCH, Store
 from tests.program import Program
 
 EVERY_STEP = ("train/loss", "optim/lr", "optim/grad_norm")
@@ -24,7 +25,7 @@ EVERY_STEP = ("train/loss", "optim/lr", "optim/grad_norm")
 
 def begun(store: Store, **params: Any) -> MlflowSink:
     """Begin a run with nothing but these parameters."""
-    return store.start_run("run", params=params, tags={"sweep_id": "a"}, texts={})
+    return MlflowSink(store.start_run("run", params=params, tags={"sweep_id": "a"}, texts={}))
 
 
 def points(count: int, first: int = 1) -> list[Point]:
@@ -139,11 +140,11 @@ def test_metrics_come_every_step_at_evaluations_and_once_per_run(program: Progra
 def test_final_weights_are_kept_unless_they_are_not_wanted(program: Program) -> None:
     """By parameter name, and readable without trusting the file."""
     program.tiny()
-    kept = program.store().weights(program.arms()[0].run_id)
+    kept = kept_weights(program.store(), program.arms()[0].run_id)
     assert kept is not None
     assert {tuple(tensor.shape) for tensor in kept.values()} == {(8, 64), (8,), (10, 8), (10,)}
     program.tiny("tracking.log_weights=false")
-    assert program.store().weights(program.arms()[0].run_id) is None
+    assert kept_weights(program.store(), program.arms()[0].run_id) is None
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -154,8 +155,8 @@ def test_a_failed_delivery_is_repeated_with_no_value_lost_or_doubled(
     """Whether the server had taken the values before it failed or not."""
     store = program.store()
     sink = begun(store)
-    client = Unsteady(sink._client, failing, after)
-    sink._client = client  # type: ignore[assignment]
+    client = Unsteady(sink.run._client, failing, after)
+    sink.run._client = client  # type: ignore[assignment]
     for first in (1, 2501, 2601):
         sink.send(points(2500 if first == 1 else 100, first))
     sink.close("FINISHED")
@@ -163,7 +164,7 @@ def test_a_failed_delivery_is_repeated_with_no_value_lost_or_doubled(
     assert max(client.sizes) <= BATCH == 1000
     # Repeated only where the server had taken what it then failed to acknowledge.
     assert client.taken == 2700 or (after and client.taken > 2700)
-    history = MlflowClient(store.uri).get_metric_history(sink.run_id, "train/loss")
+    history = MlflowClient(store.uri).get_metric_history(sink.run.run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(k, k / 7) for k in range(1, 2701)]
 
 
@@ -173,7 +174,7 @@ def test_what_the_store_refuses_for_a_moment_is_tried_again(
     """As when two arms create the entry of the same data at once; and not for ever."""
     store = program.store()
     sink, attempts = begun(store), 0
-    accept = sink._client.log_inputs
+    accept = sink.run._client.log_inputs
 
     def refuse(times: int) -> None:
         def log_inputs(*args: Any) -> None:
@@ -183,12 +184,12 @@ def test_what_the_store_refuses_for_a_moment_is_tried_again(
                 raise MlflowException("UNIQUE constraint failed")
             accept(*args)
 
-        monkeypatch.setattr(sink._client, "log_inputs", log_inputs)
+        monkeypatch.setattr(sink.run._client, "log_inputs", log_inputs)
 
     refuse(2)
     sink.log_datasets([DatasetRecord("digits", "abcd", 3, "training")])
     assert attempts == 3
-    assert len(MlflowClient(store.uri).get_run(sink.run_id).inputs.dataset_inputs) == 1
+    assert len(MlflowClient(store.uri).get_run(sink.run.run_id).inputs.dataset_inputs) == 1
     refuse(100)
     with pytest.raises(MlflowException, match="UNIQUE"):
         sink.log_datasets([])
@@ -197,7 +198,7 @@ def test_what_the_store_refuses_for_a_moment_is_tried_again(
 def test_what_can_never_be_delivered_is_no_finished_run(program: Program) -> None:
     """The last delivery's failure is the run's, and not passed over."""
     sink = begun(program.store())
-    sink._client = Unsteady(sink._client, set(range(100)), False)  # type: ignore[assignment]
+    sink.run._client = Unsteady(sink.run._client, set(range(100)), False)  # type: ignore[assignment]
     sink.send(points(3))
     with pytest.raises(MlflowException, match="away"):
         sink.close("FINISHED")
@@ -299,7 +300,7 @@ def test_a_sweep_recorded_through_a_server_reads_back_as_from_a_file(program: Pr
         assert ended.status == 0, ended.err
         store = Store(uri, "gaccum_exp")
         runs = sorted(store.sweep(program.sweep_id), key=lambda run: run.name)
-        assert all(store.weights(run.run_id) for run in runs)
+        assert all(kept_weights(store, run.run_id) for run in runs)
         return runs
 
     served = program.folder / "served"

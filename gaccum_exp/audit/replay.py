@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.samples import sample_dim
+from gaccum_exp.core.modes import EagerMode
 
 aten = torch.ops.aten
 _PURE = frozenset(
@@ -80,7 +80,7 @@ class Draws:
             self.not_held.append(why)
 
 
-class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     """Runs operators as they are, in float64 if asked for, with draws recorded or given.
 
     Args:

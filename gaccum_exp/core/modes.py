@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's metaclass
+    """A dispatch mode that is never compiled, so that nobody has to keep torch's compiler out of it.
+
+    torch would do so at every operator, and import the compiler for it: as long as importing torch.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:
@@ -65,6 +66,21 @@ def set_random_states(states: list[Any]) -> None:
     np.random.set_state(states[2])
     for accelerator, saved in zip(_accelerators(), states[3], strict=True):
         torch.get_device_module(accelerator).set_rng_state_all(saved)
+
+
+def drawn_since(seed: int) -> bool:
+    """Whether anything was drawn from the host's generators since `seed_host(seed)`."""
+    now = random_states()
+    seed_host(seed)
+    seeded = random_states()
+    set_random_states(now)
+    return not same_states(now, seeded)
+
+
+def same_states(one: list[Any], other: list[Any]) -> bool:
+    """Whether every generator stands where it stood."""
+    torch_alike = all(map(torch.equal, *(tree_leaves([s[0], s[3]]) for s in (one, other))))
+    return torch_alike and same_host_state(one, other)
 
 
 def same_host_state(one: list[Any], other: list[Any]) -> bool:

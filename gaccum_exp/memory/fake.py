@@ -7,6 +7,8 @@ out for batches that no device here could hold, with the very code that trains.
 import copy
 import functools
 import gc
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,10 @@ from gaccum_exp.core.denominator import Denominator
 from gaccum_exp.core.loss import LossFn, loss_sum
 
 _CACHED = type(functools.lru_cache(len))
+_settled: list[weakref.ref[Any]] = []
+"""What could hold something that is left behind, among the objects that are frozen."""
+_imported = 0
+"""Modules there were when objects were frozen last."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -71,6 +77,22 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
     return made
 
 
+def settle() -> None:
+    """Collect garbage, and leave what was imported out of all later collections and searches.
+
+    That is most of what a process holds, and stays. To be called when nothing else is held.
+    """
+    global _imported
+    if gc.get_freeze_count():  # before the first time there is next to no garbage
+        gc.collect()
+    if len(sys.modules) == _imported:
+        return
+    _imported = len(sys.modules)
+    keepers = (o for o in gc.get_objects() if type(o) is _CACHED or _is_real_parameter(o))
+    _settled.extend(map(weakref.ref, keepers))
+    gc.freeze()
+
+
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """At the end take back what was left outside of fake copies, where it would meet real tensors.
@@ -81,7 +103,8 @@ def nothing_left_behind() -> Iterator[None]:
     try:
         yield
     finally:
-        for found in gc.get_objects():
+        settled = (found for found in (reference() for reference in _settled) if found is not None)
+        for found in (*gc.get_objects(), *settled):
             if type(found) is _CACHED:
                 if any(map(_has_no_memory, tree_leaves(gc.get_referents(found)))):
                     found.cache_clear()

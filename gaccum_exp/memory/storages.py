@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gaccum_exp.core.modes import EagerMode
 
 PARAMETERS, GRADIENTS, OPTIMIZER_STATE = "parameters", "gradients", "optimizer_state"
 ACTIVATIONS, TEMPORARIES, INPUTS = "activations", "temporaries", "inputs"
@@ -36,7 +37,7 @@ class _Storage:
         self.reference: weakref.ref[Any] | None = None
 
 
-class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's metaclass
+class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
     """Follows the storages on one device.
 
     Args:
@@ -139,6 +140,20 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
     def _rounded(self, size: int) -> int:
         return -(-size // self._block) * self._block
+
+
+class Made(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
+    """Adds up all that operators return, whether it is kept or not, and also where it is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
 
 
 def storages(tensor: Tensor) -> list[Any]:

@@ -5,7 +5,9 @@ What `python -m gaccum_exp -m …` does at its end, for a sweep that has ended l
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,8 +17,11 @@ from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison, compare, write_csv
 from gaccum_exp.report.figures import draw
 from gaccum_exp.report.table import render, summary
-from gaccum_exp.tracking import Store
+from gaccum_exp.sink import kept_weights
 from gaccum_exp.tracking_ui import experiment_tags, ui_lines
+
+if TYPE_CHECKING:
+    from gaccum_exp.tracking import Store
 
 
 def main() -> int:
@@ -29,45 +34,47 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
     arguments = parser.parse_args()
     out = arguments.out or Path("reports") / arguments.sweep_id
+    from gaccum_exp.tracking import Store  # it takes a second, which `--help` need not wait for
+
     try:
-        report_sweep(arguments.uri, arguments.experiment, arguments.sweep_id, out)
+        store = Store(arguments.uri, arguments.experiment)
+        report_sweep(store, arguments.sweep_id, out)
     except BadInputError as error:
         print(f"gaccum_exp.report: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def report_sweep(uri: str, experiment_name: str, sweep_id: str, folder: Path) -> Comparison:
+def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
     """Compare a stored sweep; print the table, write its files to `folder` and to MLflow.
 
     Raises:
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
-    store = Store(uri, experiment_name)
     runs, comparison = _read(store, sweep_id)
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, runs, folder)]
     store.write_report(sweep_id, files)
     for key, value in experiment_tags(sweep_id).items():
         store.set_experiment_tag(key, value)
-    _print(comparison, files, ui_lines(uri, store.experiment_id, sweep_id))
+    _print(comparison, files, ui_lines(store.uri, store.experiment_id, sweep_id))
     return comparison
 
 
-def show_run(uri: str, experiment_name: str, sweep_id: str) -> None:
+def show_run(store: "Store", sweep_id: str) -> None:
     """Print what there is to compare a single run with; nothing is written.
 
     Raises:
         BadInputError: as `report_sweep`.
     """
-    _, comparison = _read(Store(uri, experiment_name), sweep_id)
+    _, comparison = _read(store, sweep_id)
     console = _console()
     console.print(render(comparison))
     console.print(summary(comparison), highlight=False)
     console.print(f"\nFigures: python -m gaccum_exp.report {sweep_id}", soft_wrap=True, highlight=False)
 
 
-def _read(store: Store, sweep_id: str) -> tuple[list[RunRecord], Comparison]:
+def _read(store: "Store", sweep_id: str) -> tuple[list[RunRecord], Comparison]:
     runs = store.sweep(sweep_id)
     if not runs:
         raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
@@ -76,7 +83,7 @@ def _read(store: Store, sweep_id: str) -> tuple[list[RunRecord], Comparison]:
         # Only then is the rest of the store looked through, and the curves read of what is taken.
         taken = compare(runs, store.references()).stored_runs
         stored = [store.with_curves(run) for run in taken]
-    return runs, compare(runs, stored, store.weights)
+    return runs, compare(runs, stored, partial(kept_weights, store))
 
 
 def _console() -> Console:

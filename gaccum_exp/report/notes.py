@@ -35,7 +35,8 @@ def other_notes(groups: Labelled) -> tuple[str, ...]:
     said = _uneven_splits([arm for _, arm, _ in arms])
     for sentence in (
         *(_about_data, _about_memory_source, _about_step_time),
-        *(_about_growth, _about_chosen_steps, _about_finer_splits, _about_skipped, _about_status),
+        *(_about_growth, _about_chosen_steps, _about_finer_splits, _about_skipped, _about_vectorized),
+        _about_status,
     ):
         said += _merge(((sentence(group, arm), setting) for group, arm, setting in arms), len(groups))
     return tuple(said)
@@ -174,6 +175,16 @@ def _about_skipped(_: Group, arm: RunRecord) -> str | None:
     return (
         f"N = {steps_of(arm)} took no step on {skipped:.0f} windows, whose float16 gradient was not "
         "finite at the loss scale of the time."
+    )
+
+
+def _about_vectorized(_: Group, arm: RunRecord) -> str | None:
+    together = arm.tags.get("vectorized")
+    if together is None:
+        return None
+    return (
+        f"{together} were trained as one (sweep.vectorize=seed): what each alone takes in memory and "
+        "time was not measured."
     )
 
 

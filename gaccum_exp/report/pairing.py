@@ -30,8 +30,8 @@ _SPLITTING = frozenset(
         *("data.micro_batch_size", _GLOBAL_BATCH, "sweep_id"),
     }
 )
-# Nor does how it is audited: a control's seed is such a key, and its config is its reference's.
-_BOOKKEEPING = ("tracking.", "hydra.", "audit.")
+# Nor does how it is audited, a control's seed being such a key, or what else was trained beside it.
+_BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.")
 _SAME_AT_ONE_PASS = {"mean": "global_mean", "global_mean": "mean"}
 
 

@@ -1,6 +1,7 @@
 """A plan against what is measured, against brute force, and for models that will not be planned."""
 
 import functools
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 from gaccum_exp import plan_memory
 from gaccum_exp.core.accumulate import accumulate_gradients
 from gaccum_exp.core.loss import CriterionLoss
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.memory import fake
+from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, settle
 from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
 from gaccum_exp.memory.plan import MemoryPlan, size
 from gaccum_exp.memory.planner import FLAT, Planner, knee
@@ -445,3 +448,26 @@ def test_mappings_dictionaries_of_outputs_and_loss_functions_are_planned() -> No
     usual = plan_memory(model, nn.CrossEntropyLoss(), (inputs, labels), optimizer)
     assert [r.peak.bytes for r in own.rows] == [r.peak.bytes for r in usual.rows]
     assert isinstance(own, MemoryPlan)
+
+
+def test_a_process_that_has_settled_is_searched_for_leftovers_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is frozen for the garbage collector may hold caches and gradients: they are searched."""
+
+    @functools.lru_cache
+    def mask() -> Tensor:
+        return torch.ones(3)
+
+    parameter = nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(fake, "_imported", 0)
+    monkeypatch.setattr(fake, "_settled", [])
+    settle()
+    try:
+        with nothing_left_behind(), fake_mode():
+            (parameter.sum() * mask().sum()).backward()
+            assert isinstance(mask(), FakeTensor)
+        assert type(mask()) is Tensor
+        assert parameter.grad is None
+    finally:
+        gc.unfreeze()
