@@ -3,15 +3,20 @@
 Arms are top-level runs that share the tag `sweep_id`: the UI hides curves of runs nested under a parent.
 """
 
+import gc
 import logging
+import math
 import os
 import socket
+import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 # A tracking server that is away must not hold a run up for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -19,6 +24,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient  # after the settings above, which it reads
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
@@ -33,6 +39,8 @@ BATCH = 1000
 """Metrics in one request; MLflow takes no more."""
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
 ATTEMPTS = 4
+READERS = 4
+"""Requests at a time to a server: as many as it has workers, unless it is told otherwise."""
 
 
 class Store:
@@ -44,6 +52,8 @@ class Store:
 
     def __init__(self, uri: str, experiment_name: str) -> None:
         self.uri = uri
+        self._artifacts: dict[str, str] = {}
+        """Where the runs that were read keep their files, by run id."""
         _require_reachable(uri)
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -99,23 +109,29 @@ class Store:
     def ready(self) -> None:
         """Do nothing: whoever waits for this knows that the store can be used."""
 
-    def sweep(self, sweep_id: str) -> list[RunRecord]:
-        """Return the arms of a sweep with their curves, oldest first."""
-        quoted = sweep_id.replace("'", "")
-        return self._read(f"tags.sweep_id = '{quoted}'", curves=True)
+    def sweep(self, sweep_id: str, curves: Sequence[str] = CURVES) -> list[RunRecord]:
+        """Return the arms of a sweep with these curves, oldest first."""
+        return self._read({"tags.sweep_id": sweep_id}, curves)
 
-    def references(self) -> list[RunRecord]:
-        """Return all finished one-pass runs of the experiment, without their curves."""
-        return self._read("tags.role = 'reference' AND attributes.status = 'FINISHED'", curves=False)
+    def references(self, like: Mapping[str, str] | None = None) -> list[RunRecord]:
+        """Return the finished one-pass runs that have these parameters, without their curves."""
+        params = {f"params.`{key}`": value for key, value in (like or {}).items()}
+        return self._read({"tags.role": "reference", "attributes.status": "FINISHED"} | params, ())
 
-    def with_curves(self, record: RunRecord) -> RunRecord:
-        """Return a record read without curves again, with them."""
-        return self._record(self._client.get_run(record.run_id), curves=True)
+    def with_curves(
+        self, records: Sequence[RunRecord], curves: Sequence[str] = CURVES
+    ) -> list[RunRecord]:
+        """Return records that were read without curves, with them."""
+        found = self._curves([(record.run_id, record.metrics) for record in records], curves)
+        return [replace(record, curves=of) for record, of in zip(records, found, strict=True)]
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Bring a file of a run into a folder and return its path; None if there is no such file."""
+        artifacts = self._artifacts.get(run_id)
         try:
-            return str(self._client.download_artifacts(run_id, name, folder))
+            if artifacts is None:  # the client reads the whole run first, to learn where its files are
+                return str(self._client.download_artifacts(run_id, name, folder))
+            return str(download_artifacts(f"{artifacts}/{name}", dst_path=folder, tracking_uri=self.uri))
         except Exception:  # each artifact store raises errors of its own for a missing file
             return None
 
@@ -131,19 +147,27 @@ class Store:
         """Set a tag of the experiment."""
         self._client.set_experiment_tag(self.experiment_id, key, value)
 
-    def _read(self, condition: str, *, curves: bool) -> list[RunRecord]:
+    def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
+        said = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
         runs: list[Run] = []
         token: str | None = None
-        while True:
-            page = self._client.search_runs(
-                [self.experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token
-            )
-            runs.extend(page)
-            token = page.token
-            if not token:
-                return [self._record(run, curves=curves) for run in runs]
+        with _no_garbage_collection():
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment_id],
+                    " AND ".join(said),
+                    order_by=["attributes.start_time ASC"],
+                    page_token=token,
+                )
+                runs.extend(page)
+                token = page.token
+                if not token:
+                    break
+            found = self._curves([(run.info.run_id, run.data.metrics) for run in runs], curves)
+        self._artifacts |= {run.info.run_id: str(run.info.artifact_uri) for run in runs}
+        return [self._record(run, of) for run, of in zip(runs, found, strict=True)]
 
-    def _record(self, run: Run, *, curves: bool) -> RunRecord:
+    def _record(self, run: Run, curves: Mapping[str, Curve]) -> RunRecord:
         return RunRecord(
             run_id=run.info.run_id,
             experiment_id=run.info.experiment_id,
@@ -153,13 +177,64 @@ class Store:
             params=dict(run.data.params),
             tags=dict(run.data.tags),
             metrics=dict(run.data.metrics),
-            curves={k: self._curve(run, k) for k in CURVES if curves and k in run.data.metrics},
+            curves=curves,
         )
 
-    def _curve(self, run: Run, key: str) -> Curve:
-        history = self._client.get_metric_history(run.info.run_id, key)
-        points = sorted((m.step, m.value) for m in history)
+    def _curves(
+        self, runs: Sequence[tuple[str, Mapping[str, float]]], keys: Sequence[str]
+    ) -> list[dict[str, Curve]]:
+        """Return those of these curves that each run has, given its id and its metrics."""
+        wanted = [(run_id, key) for run_id, metrics in runs for key in keys if key in metrics]
+        with _database(self.uri) as database, ThreadPoolExecutor(READERS) as pool:
+            served = self.uri.startswith("http")  # a request waits for the server most of its time
+            read = (pool.map if served else map)(lambda of: self._curve(of[0], of[1], database), wanted)
+            curves = dict(zip(wanted, read, strict=True))
+        return [{key: curves[run_id, key] for key in keys if key in metrics} for run_id, metrics in runs]
+
+    def _curve(self, run_id: str, key: str, database: sqlite3.Connection | None) -> Curve:
+        points = _points(database, run_id, key) if database is not None else []
+        if not points:
+            history = self._client.get_metric_history(run_id, key)
+            points = sorted((m.step, m.value) for m in history)
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+@contextmanager
+def _database(uri: str) -> Iterator[sqlite3.Connection | None]:
+    """Open the file of a store that is one, to be read past MLflow; None for any other store.
+
+    MLflow's own query for a curve goes through the values that all runs of the file have of the metric:
+    SQLite takes the index of its primary key for it, which begins with the metric and not with the run.
+    """
+    path = uri.removeprefix("sqlite:///")
+    try:
+        database = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True) if path != uri else None
+    except sqlite3.Error:
+        database = None
+    with closing(database) if database is not None else nullcontext():
+        yield database
+
+
+def _points(database: sqlite3.Connection, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Return a curve's steps and values in order; none where MLflow's tables are not as they were."""
+    query = "SELECT step, value, is_nan FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, value"
+    try:
+        rows = database.execute(query, (run_id, key)).fetchall()
+    except sqlite3.Error:
+        return []
+    return [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage over and over while objects are made that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class MlflowRun:

@@ -144,16 +144,13 @@ def test_in_float32_a_seed_is_as_far_from_itself_as_another_order_takes_it() -> 
 
 def test_a_strangers_model_and_data_are_trained_as_they_are_alone() -> None:
     """Frozen parameters, augmentation at every fetch, micro-batches in which nothing counts."""
+    ignored = (*POINTS, "data.train._target_=tests.strangers.Ignored", "data.global_batch_size=8",
+               "accum.steps=5")  # fmt: skip
     for overrides in (
         (*POINTS, "model._target_=tests.strangers.Frozen", "accum.steps=2"),
         (*POINTS, "+data.train.noise=0.2", "accum.steps=3"),
-        (*POINTS, "data.train._target_=tests.strangers.Ignored", "accum.steps=5"),
-        (
-            *POINTS,
-            "data.train._target_=tests.strangers.Ignored",
-            "accum.steps=5",
-            "accum.reduction=mean",
-        ),
+        ignored,
+        (*ignored, "accum.reduction=mean"),
     ):
         experiments, sinks, _ = stacked(*overrides, EXACT)
         for one, experiment, sink in zip(seeds_of(*overrides, EXACT), experiments, sinks, strict=True):

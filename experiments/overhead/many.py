@@ -29,10 +29,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gaccum_exp.report.reading import read_sweep
-
 from gaccum_exp import config
 from gaccum_exp.provenance import environment_tags
+from gaccum_exp.report.__main__ import read_sweep
 from gaccum_exp.report.compare import compare, write_csv
 from gaccum_exp.report.figures import draw
 from gaccum_exp.report.table import render, summary

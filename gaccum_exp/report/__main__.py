@@ -13,15 +13,20 @@ from rich.console import Console
 
 from gaccum_exp.config import TrackingConfig
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.metrics import TRAIN_LOSS
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison, compare, write_csv
 from gaccum_exp.report.figures import draw
+from gaccum_exp.report.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.table import render, summary
 from gaccum_exp.sink import kept_weights
 from gaccum_exp.tracking_ui import experiment_tags, ui_lines
 
 if TYPE_CHECKING:
     from gaccum_exp.tracking import Store
+
+CURVES = (TRAIN_LOSS,)
+"""What is compared step by step; of the other metrics a report has the last value."""
 
 
 def main() -> int:
@@ -51,7 +56,8 @@ def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
     Raises:
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
-    runs, comparison = _read(store, sweep_id)
+    runs, stored = read_sweep(store, sweep_id)
+    comparison = compare(runs, stored, partial(kept_weights, store))
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, runs, folder)]
     store.write_report(sweep_id, files)
@@ -67,23 +73,32 @@ def show_run(store: "Store", sweep_id: str) -> None:
     Raises:
         BadInputError: as `report_sweep`.
     """
-    _, comparison = _read(store, sweep_id)
+    comparison = compare(*read_sweep(store, sweep_id), partial(kept_weights, store))
     console = _console()
     console.print(render(comparison))
     console.print(summary(comparison), highlight=False)
     console.print(f"\nFigures: python -m gaccum_exp.report {sweep_id}", soft_wrap=True, highlight=False)
 
 
-def _read(store: "Store", sweep_id: str) -> tuple[list[RunRecord], Comparison]:
-    runs = store.sweep(sweep_id)
+def read_sweep(store: "Store", sweep_id: str) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Return the runs of a sweep, and what the store has for those without a reference among them.
+
+    Raises:
+        BadInputError: the store cannot be reached, or holds no such sweep.
+    """
+    runs = store.sweep(sweep_id, CURVES)
     if not runs:
         raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
-    stored: list[RunRecord] = []
-    if any(row.reference_source in ("stand-in", "none") for row in compare(runs).rows):
-        # Only then is the rest of the store looked through, and the curves read of what is taken.
-        taken = compare(runs, store.references()).stored_runs
-        stored = [store.with_curves(run) for run in taken]
-    return runs, compare(runs, stored, partial(kept_weights, store))
+    alone = [g.arms[0] for g in group_runs(runs) if g.source in (Source.STAND_IN, Source.NONE)]
+    alone = [arm for arm in alone if arm.params]  # one that was refused has no reference anywhere
+    if not alone:
+        return runs, []
+    # Only then is the rest of the store looked through, and the curves read of what is taken.
+    groups = group_runs(runs, store.references(shared_config(alone)))
+    taken = {
+        g.reference.run_id: g.reference for g in groups if g.reference and g.source is Source.STORED
+    }
+    return runs, store.with_curves(list(taken.values()), CURVES)
 
 
 def _console() -> Console:

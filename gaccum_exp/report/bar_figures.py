@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison
-from gaccum_exp.report.panels import Panel, Sheet, panels_of, subject
+from gaccum_exp.report.panels import Panel, Sheet, panels_of, subject, thinned
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import byte_unit, say_list, say_ratio, say_scaled, time_unit
 
@@ -37,6 +37,8 @@ _UNKNOWN_PHASE = "D"
 _TIME_BARS = {"reference": ("#5f7f95", "////"), "candidate": ("#b9cbd6", "")}
 _BAR_WIDTH = 0.72
 _MOST_UPRIGHT_LABELS = 9
+_MOST_BARS = 48
+"""Side by side; a figure is half a metre wide then."""
 _TICK_ROLES = {"reference": "ref.", "stand-in": "stand-in", "stored reference": "stored"}
 
 
@@ -45,7 +47,7 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
 
     Of repetitions the one with the largest peak is drawn.
     """
-    panels = panels_of(comparison)
+    panels, left_out = thinned(panels_of(comparison), _MOST_BARS)
     peaks = [row.peak_bytes for row in comparison.shown if row.peak_bytes is not None]
     unit_bytes, unit = byte_unit(max(peaks, default=1))
     sources = sorted({row.memory_source for row in comparison.shown if row.memory_source})
@@ -58,7 +60,7 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
         level_heights=(3.0,),
         panel_width=_panel_width(panels),
         legend=_memory_legend(comparison, runs),
-        notes=_memory_notes(comparison, runs),
+        notes=(*left_out, *_memory_notes(comparison, runs)),
     )
     for panel, axes in zip(panels, sheet.axes[0], strict=True):
         for position, steps in enumerate(panel.steps):
@@ -76,7 +78,7 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
 
 def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
     """Draw the time of an optimizer step against N; of repetitions the median and each as a dot."""
-    panels = panels_of(comparison)
+    panels, left_out = thinned(panels_of(comparison), _MOST_BARS)
     times = [row.step_s for row in comparison.shown if row.step_s is not None]
     unit_s, unit = time_unit(max(times, default=1.0))
     machines = sorted({f"{row.device}, threads: {row.threads}" for row in comparison.shown})
@@ -87,7 +89,7 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
         level_heights=(2.6,),
         panel_width=_panel_width(panels),
         legend=_time_legend(panels),
-        notes=("× is the ratio to the reference.", *comparison.reference_notes),
+        notes=(*left_out, "× is the ratio to the reference.", *comparison.reference_notes),
     )
     for panel, axes in zip(panels, sheet.axes[0], strict=True):
         for position, steps in enumerate(panel.steps):

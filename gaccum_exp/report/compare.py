@@ -97,7 +97,8 @@ def compare(
     """
     keys = swept_keys(runs)
     groups = group_runs(runs, stored)
-    settings = {id(group): _setting(group, keys, groups) for group in groups}
+    with_batch = _batch_was_swept(groups)
+    settings = {id(group): _setting(group, keys, with_batch) for group in groups}
     groups.sort(key=lambda group: _group_order(group, settings[id(group)]))
     rows: list[ComparisonRow] = []
     stored_rows: list[ComparisonRow] = []
@@ -151,11 +152,16 @@ def write_csv(comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def _setting(group: Group, keys: Mapping[str, str], groups: Sequence[Group]) -> Swept:
+def _batch_was_swept(groups: Sequence[Group]) -> bool:
+    """Whether the global batch was varied on its own."""
+    batches = {global_batch_of(group.arms[0]) for group in groups} - {None}  # an arm refused has none
+    return len(batches) > 1 and not any(group.n_multiplies for group in groups)
+
+
+def _setting(group: Group, keys: Mapping[str, str], with_batch: bool) -> Swept:
     """What sets the group apart; its global batch too, where that was swept on its own."""
     swept = swept_values(group.arms[0], keys)
-    batches = {global_batch_of(other.arms[0]) for other in groups} - {None}  # an arm refused has none
-    if len(batches) > 1 and not any(other.n_multiplies for other in groups):
+    if with_batch:
         swept += (("global batch", str(global_batch_of(group.arms[0]))),)
     return Swept(group.arms[0].params.get("accum.reduction"), swept)
 
@@ -240,13 +246,13 @@ def _with_distances(
     rows: Sequence[ComparisonRow], group: Group, weights: WeightsOf
 ) -> list[ComparisonRow]:
     """Fill in the weight distance of arms that trained to the end, one arm in memory at a time."""
-    compared = [row for row in rows if row.status == "FINISHED" and row.role == "candidate"]
+    compared = {row.run_id for row in rows if row.status == "FINISHED" and row.role == "candidate"}
     theirs = weights(group.reference.run_id) if group.reference and compared else None
     if theirs is None:
         return list(rows)
     filled = []
     for row in rows:
-        ours = weights(row.run_id) if row in compared else None
+        ours = weights(row.run_id) if row.run_id in compared else None
         filled.append(row if ours is None else row.at_distance(weight_distance(ours, theirs)))
     return filled
 

@@ -25,14 +25,14 @@ few digits that its order does not show, while N micro gradients are rounded N t
 such a reference run in float32: what they show is its distance to the curve without that rounding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from gaccum_exp.records import RunRecord
-from gaccum_exp.report.gaps import loss_gaps, losses_of
+from gaccum_exp.report.gaps import loss_curve, loss_gaps
 
 MARGIN = 64.0
 """How many times the envelope a curve may reach that only rounding moves.
@@ -76,19 +76,21 @@ class Standing:
 
 def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope | None:
     """Return the envelope of these controls, all of which count; None if no curve is shared."""
-    largest: dict[int, float] = {}
+    every, losses = loss_curve(reference)
+    largest = np.zeros(every.size)
+    seen = np.zeros(every.size, dtype=bool)
     for control in controls:
-        for step, gap in zip(*loss_gaps(control, reference), strict=True):
-            # A loss that is not finite measures no distance.
-            seen = float(gap) if np.isfinite(gap) else 0.0
-            largest[int(step)] = max(seen, largest.get(int(step), 0.0))
-    if not largest:
+        shared, gaps = loss_gaps(control, reference)
+        places = np.searchsorted(every, shared)
+        seen[places] = True
+        # A loss that is not finite measures no distance.
+        largest[places] = np.maximum(largest[places], np.where(np.isfinite(gaps), gaps, 0.0))
+    if not seen.any():
         return None
-    steps = np.array(sorted(largest))
-    running = np.maximum.accumulate([largest[step] for step in steps.tolist()])
+    steps = every[seen]
+    running = np.maximum.accumulate(largest[seen])
     values = running[np.searchsorted(steps, 2 * steps, side="right") - 1]
-    losses = losses_of(reference)
-    limits = MARGIN * np.fmax(values, _spacing(losses[step] for step in steps.tolist()))
+    limits = MARGIN * np.fmax(values, _spacing(losses[seen]))
     return Envelope(
         reference.run_id,
         len(controls),
@@ -102,22 +104,22 @@ def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:
     A gap of NaN is outside. What is inside so far but lacks steps that the envelope has, as an arm
     that was interrupted, is neither.
     """
-    limits = dict(zip(envelope.steps, envelope.limits, strict=True))
     steps, gaps = loss_gaps(run, reference)
-    judged = 0
-    for step, gap in zip(steps.tolist(), gaps.tolist(), strict=True):
-        if step in limits:
-            judged += 1
-            if not gap <= limits[step]:
-                return Standing("outside", step)
-    return Standing("inside") if judged == len(limits) else Standing()
+    judged, places, where = np.intersect1d(
+        steps, envelope.steps, assume_unique=True, return_indices=True
+    )
+    outside = ~(gaps[places] <= np.array(envelope.limits)[where])
+    if outside.any():
+        return Standing("outside", int(judged[outside][0]))
+    return Standing("inside") if judged.size == len(envelope.steps) else Standing()
 
 
-def _spacing(losses: Iterable[float]) -> np.ndarray:
+def _spacing(losses: np.ndarray) -> np.ndarray:
     """Return the distance to the next number at each loss, in the precision that it was recorded in."""
-    exact = np.abs(np.array(list(losses), dtype=np.float64))
+    exact: np.ndarray = np.abs(losses)
     with np.errstate(all="ignore"):  # beyond float32's range, or not finite: not float32 numbers, then
         single = exact.astype(np.float32)
         finite = np.isfinite(exact)
         recorded = single if np.array_equal(single[finite], exact[finite]) else exact
-        return np.spacing(recorded).astype(np.float64)
+        spacing: np.ndarray = np.spacing(recorded).astype(np.float64)
+    return spacing

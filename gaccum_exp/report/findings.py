@@ -11,11 +11,13 @@ from gaccum_exp.audit.result import SEVERITY
 from gaccum_exp.report.notes import Labelled, with_settings
 from gaccum_exp.report.pairing import Group, Source, steps_of
 from gaccum_exp.report.rows import ComparisonRow
-from gaccum_exp.report.wording import MISSING, say_controls, say_list
+from gaccum_exp.report.swept import Swept
+from gaccum_exp.report.wording import MISSING, say_controls, say_list, say_numbers
 
 SOUND = ("identical", "equivalent")
 NOT_AUDITED = "not audited"
 _MOST_FINDINGS = 6
+_MOST_OUTSIDE = 12
 _WORST_FIRST: tuple[str | None, ...] = (
     *(verdict for verdict in reversed(SEVERITY) if verdict not in SOUND),
     None,  # what was not looked at comes after what is known to be wrong
@@ -68,10 +70,10 @@ def say_verdicts(rows: Iterable[ComparisonRow]) -> str:
     said: dict[str, list[int]] = {}
     for worst in _WORST_FIRST:
         for steps, repeated in sorted(by_steps.items()):
-            if min(map(_rank, repeated)) == _WORST_FIRST.index(worst):
+            if min(map(rank, repeated)) == _WORST_FIRST.index(worst):
                 said.setdefault(_predicate(worst, repeated), []).append(steps)
     return "; ".join(
-        f"N = {say_list(steps)} {'are' if len(steps) > 1 else 'is'} {words}"
+        f"N = {say_numbers(steps)} {'are' if len(steps) > 1 else 'is'} {words}"
         for words, steps in said.items()
     )
 
@@ -96,11 +98,17 @@ def verdict_notes(groups: Labelled) -> tuple[str, ...]:
 def control_notes(groups: Labelled, rows: Sequence[ComparisonRow]) -> tuple[str, ...]:
     """Say which curves left their envelope, and which controls could not be used."""
     left: dict[str, list[str]] = {}
+    rows_outside: dict[Swept, list[ComparisonRow]] = {}
+    for row in rows:
+        if row.control == "outside":
+            rows_outside.setdefault(row.setting, []).append(row)
     for group, setting in groups:
-        outside = [row for row in rows if row.setting == setting and row.control == "outside"]
+        outside = rows_outside.get(setting, [])
         if outside:
-            arms = say_list(f"N = {row.steps} from step {row.left_at}" for row in outside)
-            sentence = f"outside the envelope of {say_controls(outside)}: {arms}."
+            arms = [f"N = {row.steps} from step {row.left_at}" for row in outside]
+            if len(arms) > _MOST_OUTSIDE:
+                arms[_MOST_OUTSIDE:] = [f"{len(arms) - _MOST_OUTSIDE} more"]
+            sentence = f"outside the envelope of {say_controls(outside)}: {say_list(arms)}."
             if any(row.verdict in SOUND for row in outside):
                 sentence += (
                     " Where the audit is sound, a window that it did not judge may be at fault, as "
@@ -141,7 +149,7 @@ def _fewer(found: dict[_Finding, dict[str, set[int]]]) -> dict[_Finding, dict[st
 
 def _say_finding(finding: _Finding, arms: Mapping[str, set[int]], n_groups: int) -> str:
     steps = sorted(set().union(*arms.values()))
-    sentence = f"N = {say_list(steps)}: {finding.text}"
+    sentence = f"N = {say_numbers(steps)}: {finding.text}"
     (said,) = with_settings({sentence: list(arms)}, n_groups)
     return said
 
@@ -164,7 +172,8 @@ def _blame(verdict: str, cause: str | None) -> str:
     return f"{verdict} by {cause}" if verdict == "biased" else f"{verdict} because of {cause}"
 
 
-def _rank(row: ComparisonRow) -> int:
+def rank(row: ComparisonRow) -> int:
+    """Order rows by their verdict, the worst first."""
     return _WORST_FIRST.index(_known(row.verdict))
 
 

@@ -6,6 +6,7 @@ The same axes show a plan, which has predictions alone, and a budget to be kept.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,13 +16,14 @@ from gaccum_exp.memory.planner import knee
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.bar_figures import CATEGORIES
 from gaccum_exp.report.compare import Comparison
-from gaccum_exp.report.panels import MOST_PANELS, panels_of, subject
+from gaccum_exp.report.panels import MOST_PANELS, panels_of, spread, subject
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import byte_unit, time_unit
 
 _COLORS = ("#22577a", "#d1495b", "#2e8b57", "#8a5a9e", "#b07d2b", "#4d4d4d")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TICK_RATIO = 1.4
+_MOST_MARKERS = 48
 _N = "N, micro-batches per window"
 
 
@@ -157,7 +159,7 @@ def _draw_memory(axes: Axes, curves: Sequence[Curve], label: str) -> float:
             if peaks:
                 told = f"{curve.label}, {kind}" if curve.label else kind
                 heights = [b / unit_bytes for b in peaks.values()]
-                axes.plot(list(peaks), heights, color=color, label=told, **look)
+                axes.plot(list(peaks), heights, color=color, label=told, **look, **_markers(peaks))
         peaks = curve.measured_bytes or curve.predicted_bytes
         if curve.knee is not None and curve.knee != max(peaks):
             axes.plot(
@@ -179,10 +181,19 @@ def _draw_time(axes: Axes, curves: Sequence[Curve]) -> None:
     for index, curve in enumerate(curves):
         axes.plot(
             list(curve.step_s), [s / unit_s for s in curve.step_s.values()],
-            linestyle="-", marker=_MARKERS[index], color=_COLORS[index],
+            linestyle="-", marker=_MARKERS[index], color=_COLORS[index], **_markers(curve.step_s),
         )  # fmt: skip
     axes.set_ylim(0, 1.15 * max(times, default=1.0) / unit_s)
     axes.set_ylabel(f"time of a step in {unit}", fontsize=9)
+
+
+def _markers(values: Mapping[int, float]) -> dict[str, Any]:
+    """Mark every N, or as many as can be told apart."""
+    every = list(values)
+    if len(every) <= _MOST_MARKERS:
+        return {}
+    marked = set(spread(every, _MOST_MARKERS))
+    return {"markevery": [place for place, steps in enumerate(every) if steps in marked]}
 
 
 def _add_legend(figure: Figure, *axes: Axes) -> None:

@@ -23,14 +23,28 @@ def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndar
     Returns:
         steps: (shared steps,) int64; gaps: (shared steps,) float64.
     """
-    ours, theirs = losses_of(run), losses_of(reference)
-    steps = np.array(sorted(ours.keys() & theirs.keys()), dtype=np.int64)
+    (our_steps, ours), (their_steps, theirs) = loss_curve(run), loss_curve(reference)
+    steps = our_steps
+    if not np.array_equal(our_steps, their_steps):
+        steps, our_places, their_places = np.intersect1d(
+            our_steps, their_steps, assume_unique=True, return_indices=True
+        )
+        ours, theirs = ours[our_places], theirs[their_places]
     with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
-        gaps = np.array([np.float64(ours[int(k)]) - theirs[int(k)] for k in steps], dtype=float)
-    return steps, np.abs(gaps)
+        return steps, np.abs(ours - theirs)
 
 
-def losses_of(run: RunRecord) -> dict[int, float]:
-    """Return the train loss by optimizer step."""
+def loss_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Return the optimizer steps with a train loss, ascending, and the loss; both empty without any.
+
+    Returns:
+        steps: (steps,) int64; losses: (steps,) float64.
+    """
     curve = run.curves.get("train/loss")
-    return dict(zip(curve.steps, curve.values, strict=True)) if curve else {}
+    steps = np.array(curve.steps if curve else (), dtype=np.int64)
+    losses = np.array(curve.values if curve else (), dtype=np.float64)
+    if np.all(steps[1:] > steps[:-1]):
+        return steps, losses
+    # Of several values of a step the last one counts, which is the first from behind.
+    steps, places = np.unique(steps[::-1], return_index=True)
+    return steps, losses[::-1][places]

@@ -16,8 +16,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison
-from gaccum_exp.report.envelope import MARGIN
-from gaccum_exp.report.gaps import loss_gaps
+from gaccum_exp.report.crowd import crowd_of, groups_of, is_crowded
+from gaccum_exp.report.envelope import MARGIN, Envelope
+from gaccum_exp.report.gaps import loss_curve, loss_gaps
 from gaccum_exp.report.panels import Panel, Sheet, label_steps, panels_of, subject
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import say_controls
@@ -30,6 +31,8 @@ _MOST_DECADE_TICKS = 7
 _MOST_UNCROWDED = 8
 _BAND: dict[str, Any] = {"color": "#8a8f98", "linewidth": 0}
 _BAND_ALPHA = 0.32
+_RANGE: dict[str, Any] = {"alpha": 0.15, "linewidth": 0, "zorder": 1.8}
+_RANGE_LABEL = "line: median; shade: range"
 _LIMIT: dict[str, Any] = {"color": "#5b6068", "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
 
@@ -64,14 +67,17 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     """Draw every arm's train loss, and below it |difference to the reference|, both per step.
 
     What controls show of rounding is shaded behind the differences; they are not drawn themselves.
-    The lines carry the run's id as `gid`. `runs` must hold the stored references too.
+    The lines carry the run's id as `gid`. Where they would be too many, runs with the same N are drawn
+    as their median and their range. `runs` must hold the stored references too.
     """
     panels = panels_of(comparison)
-    styles = _styles(panels)
+    crowded = is_crowded(panels)
+    styles = _styles(groups_of(panels))
     handles: list[Artist] = [
-        Line2D([], [], label=label_steps(steps, panels), **_legend_line(style, steps, panels))
-        for steps, style in styles.items()
+        Line2D([], [], label=label_steps(group, panels), **_legend_line(style, group, panels))
+        for group, style in styles.items()
     ]
+    handles += [Patch(label=_RANGE_LABEL, **_RANGE, color="black")] if crowded else []
     handles += _envelope_legend(comparison)
     sheet = Sheet(
         f"Train loss: {subject(list(runs.values()), comparison.shown)}",
@@ -82,12 +88,10 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
         notes=comparison.reference_notes,
     )
     gaps: list[np.ndarray] = []
+    draw_curves = _draw_ranges if crowded else _draw_each
     for panel, top, bottom in zip(panels, *sheet.axes, strict=True):
-        for row in sorted(panel.rows, key=lambda row: not row.is_reference):
-            style = styles[row.steps or 0]
-            _draw_loss(top, row, runs[row.run_id], style)
-            gaps.append(_draw_gap(bottom, row, runs, style))
-        gaps += _draw_envelopes(bottom, panel, comparison)
+        gaps += draw_curves((top, bottom), panel, runs, styles)
+        gaps += _draw_envelopes(bottom, panel, comparison, crowded)
         bottom.set_xlabel("optimizer step", fontsize=9)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _scale_losses(sheet.axes[0], comparison, runs)
@@ -95,26 +99,69 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     return sheet.figure
 
 
-def _styles(panels: Sequence[Panel]) -> dict[int, _Style]:
-    """Return a style per N: dark to light with growing N, so that print keeps the order."""
-    every = sorted({steps for panel in panels for steps in panel.steps})
+def _styles(every: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], _Style]:
+    """Return a style per N, or several: dark to light with growing N, so that print keeps the order."""
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(every), 2)))
     return {
-        steps: _Style(
+        group: _Style(
             tuple(colors[index]),
             _DASHES[index % len(_DASHES)],
             _MARKERS[index % len(_MARKERS)],
             len(every) > _MOST_UNCROWDED,
             (index * 0.381966) % 1.0,  # the golden section spreads any number of phases
         )
-        for index, steps in enumerate(every)
+        for index, group in enumerate(every)
     }
 
 
-def _legend_line(style: _Style, steps: int, panels: Sequence[Panel]) -> dict[str, Any]:
-    rows = [row for panel in panels for row in panel.at(steps)]
+def _legend_line(style: _Style, group: Sequence[int], panels: Sequence[Panel]) -> dict[str, Any]:
+    rows = [row for panel in panels for steps in group for row in panel.at(steps)]
     broad = next((row for row in rows if row.is_reference), None)
     return {**style.line(broad, 0), "gid": None}
+
+
+def _draw_each(
+    axes: tuple[Axes, Axes],
+    panel: Panel,
+    runs: Mapping[str, RunRecord],
+    styles: Mapping[tuple[int, ...], _Style],
+) -> list[np.ndarray]:
+    """Draw the panel's curves one by one; return their differences."""
+    top, bottom = axes
+    style_of = {steps: style for group, style in styles.items() for steps in group}
+    gaps = []
+    for row in sorted(panel.rows, key=lambda row: not row.is_reference):
+        style = style_of[row.steps or 0]
+        _draw_loss(top, row, runs[row.run_id], style)
+        gaps.append(_draw_gap(bottom, row, runs, style))
+    return gaps
+
+
+def _draw_ranges(
+    axes: tuple[Axes, Axes],
+    panel: Panel,
+    runs: Mapping[str, RunRecord],
+    styles: Mapping[tuple[int, ...], _Style],
+) -> list[np.ndarray]:
+    """Draw the curves that are styled alike as one; return what their differences reach."""
+    reached = []
+    for group, style in styles.items():
+        rows = [row for steps in group for row in panel.at(steps)]
+        of_reference = next((row for row in rows if row.is_reference), None)
+        losses = [loss_curve(runs[row.run_id]) for row in rows]
+        gaps = [
+            loss_gaps(runs[row.run_id], runs[row.reference_run_id])
+            for row in rows
+            if not row.is_reference and row.reference_run_id is not None
+        ]
+        for drawn_on, curves in zip(axes, (losses, gaps), strict=True):
+            if curves:
+                crowd = crowd_of(curves)
+                line = {**style.line(of_reference, crowd.steps.size), "gid": f"median-{group[0]}"}
+                drawn_on.fill_between(crowd.steps, crowd.low, crowd.high, color=style.color, **_RANGE)
+                drawn_on.plot(crowd.steps, crowd.median, **line)
+                reached += [crowd.low, crowd.high] if drawn_on is axes[1] else []
+    return reached
 
 
 def _draw_loss(axes: Axes, row: ComparisonRow, run: RunRecord, style: _Style) -> None:
@@ -135,13 +182,14 @@ def _draw_gap(
     return gaps
 
 
-def _draw_envelopes(axes: Axes, panel: Panel, comparison: Comparison) -> list[np.ndarray]:
+def _draw_envelopes(axes: Axes, panel: Panel, comparison: Comparison, crowded: bool) -> list[np.ndarray]:
     """Shade what rounding alone makes of the panel's references, and mark how far is still inside.
 
     Return what has to be within the axis; where a control has no difference, there is nothing to see.
     """
     compared_with = {row.reference_run_id for row in panel.rows}
     envelopes = [e for e in comparison.envelopes if e.reference_run_id in compared_with]
+    envelopes = [_widest(envelopes)] if crowded and envelopes else envelopes
     shown: list[np.ndarray] = []
     for envelope in envelopes:
         steps, values, limits = map(np.array, (envelope.steps, envelope.values, envelope.limits))
@@ -151,6 +199,14 @@ def _draw_envelopes(axes: Axes, panel: Panel, comparison: Comparison) -> list[np
         axes.plot(steps, limits, zorder=1.5, gid=f"limit-{envelope.reference_run_id}", **_LIMIT)
         shown += [values[values > 0], limits]
     return shown
+
+
+def _widest(envelopes: Sequence[Envelope]) -> Envelope:
+    """Return at each step the largest envelope and its limit."""
+    values = crowd_of([(np.array(e.steps), np.array(e.values)) for e in envelopes])
+    limits = crowd_of([(np.array(e.steps), np.array(e.limits)) for e in envelopes])
+    widest = (tuple(column.tolist()) for column in (values.steps, values.high, limits.high))
+    return Envelope("widest", max(e.controls for e in envelopes), *widest)
 
 
 def _envelope_legend(comparison: Comparison) -> list[Artist]:
@@ -167,17 +223,13 @@ def _scale_losses(
     all_axes: Sequence[Axes], comparison: Comparison, runs: Mapping[str, RunRecord]
 ) -> None:
     """Label the loss axes; a log scale where one arm's loss would flatten the others'."""
-    values = [
-        value
-        for row in comparison.shown
-        if (curve := runs[row.run_id].curves.get("train/loss"))
-        for value in curve.values
-        if math.isfinite(value)
-    ]
-    if values and min(values) > 0 and max(values) > 100 * min(values):
+    curves = [loss_curve(runs[row.run_id])[1] for row in comparison.shown]
+    values = np.concatenate([*curves, np.empty(0)])
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and values.max() > 100 * values.min():
         all_axes[0].set_yscale("log")
     all_axes[0].set_ylabel("train loss", fontsize=9)
-    if not values:
+    if not values.size:
         _say_empty(all_axes, "no arm recorded a train loss")
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.pairing import Group, Source, global_batch_of, micro_batches_of, steps_of
 from gaccum_exp.report.swept import Swept
+from gaccum_exp.report.wording import MOST_NUMBERS, say_numbers
 
 Labelled = Sequence[tuple[Group, Swept]]
 
@@ -232,4 +233,4 @@ def with_settings(settings: Mapping[str, Sequence[str]], n_groups: int) -> Itera
 
 
 def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return ", ".join(map(str, numbers)) if len(numbers) <= MOST_NUMBERS else say_numbers(numbers)

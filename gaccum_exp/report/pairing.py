@@ -32,6 +32,7 @@ _SPLITTING = frozenset(
 )
 # Nor does how it is audited, a control's seed being such a key, or what else was trained beside it.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.")
+_MOST_ASKED_FOR = 16
 _SAME_AT_ONE_PASS = {"mean": "global_mean", "global_mean": "mean"}
 
 
@@ -128,6 +129,20 @@ def config_of(run: RunRecord) -> dict[str, str]:
     }
 
 
+def shared_config(runs: Iterable[RunRecord]) -> dict[str, str]:
+    """Return parameters that every reference of these runs has: some of those that they agree on.
+
+    A store finds the runs with given parameters sooner than it hands out all, but takes no more than
+    some dozens of them, and short ones. The reduction is left out, since the other mean's may serve.
+    """
+    configs = [set(config_of(run).items()) for run in runs]
+    shared = [
+        (k, v) for k, v in set.intersection(*configs) if k != _REDUCTION and _can_be_asked_for(k, v)
+    ]
+    shared.sort(key=lambda pair: (pair[0] != "seed", not pair[0].endswith("_target_"), pair))
+    return dict(shared[:_MOST_ASKED_FOR])
+
+
 def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> list[Group]:
     """Sort `runs` into groups and find each group's reference, if need be in `stored`.
 
@@ -174,6 +189,10 @@ def _find_reference(
     if len(finished) >= 2:
         return finished[0], Source.STAND_IN
     return None, Source.NONE
+
+
+def _can_be_asked_for(key: str, value: str) -> bool:
+    return len(value) <= 200 and not {*key, *value} & {"'", '"', "`"}
 
 
 def _circumstances(run: RunRecord) -> tuple[str | None, str | None]:

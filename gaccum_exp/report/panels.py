@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.wording import say_list
 
 MOST_PANELS = 6
-_PANELS_PER_ROW = 3
+PANELS_PER_ROW = 3
 _MOST_NOTE_LINES = 10
 _NOTE_POINTS = 8
 _LEAST_WIDTH_INCHES = 7.5
@@ -35,7 +36,7 @@ _ROLE_WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Panel:
     """The arms that are drawn into one panel; those that differ in the seed alone share it."""
 
@@ -45,11 +46,19 @@ class Panel:
     @property
     def steps(self) -> list[int]:
         """The N of its arms, ascending."""
-        return sorted({row.steps for row in self.rows if row.steps is not None})
+        return sorted(self._by_steps)
 
     def at(self, steps: int) -> list[ComparisonRow]:
         """Return the arms with this N."""
-        return [row for row in self.rows if row.steps == steps]
+        return self._by_steps.get(steps, [])
+
+    @cached_property
+    def _by_steps(self) -> dict[int, list[ComparisonRow]]:
+        found: dict[int, list[ComparisonRow]] = {}
+        for row in self.rows:
+            if row.steps is not None:
+                found.setdefault(row.steps, []).append(row)
+        return found
 
 
 def panels_of(comparison: Comparison) -> list[Panel]:
@@ -62,6 +71,35 @@ def panels_of(comparison: Comparison) -> list[Panel]:
     return _sort(rows, [f"{row.reduction}, {count[row.reduction]} settings" for row in rows])
 
 
+def thinned(panels: Sequence[Panel], most: int) -> tuple[list[Panel], tuple[str, ...]]:
+    """Return panels that hold about so many N side by side at most, and what to say of the others.
+
+    Those of references are among them, whatever they are.
+    """
+    each = most // max(1, min(len(panels), PANELS_PER_ROW))
+    thinner, said = [], []
+    for panel in panels:
+        every = panel.steps
+        if len(every) > each:
+            kept = set(spread(every, each))
+            kept |= {row.steps for row in panel.rows if row.is_reference and row.steps is not None}
+            said.append(f"Of {len(every)} N, {len(kept)} are drawn; comparison.csv has all of them.")
+            panel = Panel(panel.title, tuple(row for row in panel.rows if row.steps in kept))
+        thinner.append(panel)
+    return thinner, tuple(dict.fromkeys(said))
+
+
+def spread(every: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of these N, ascending: the least, the greatest, and by ratio between."""
+    if len(every) <= most:
+        return list(every)
+    chosen, ratio = [every[0]], (every[-1] / every[0]) ** (1 / (most - 2))
+    for steps in every[1:-1]:
+        if steps >= ratio * chosen[-1]:
+            chosen.append(steps)
+    return [*chosen, every[-1]]
+
+
 def _sort(rows: Sequence[ComparisonRow], titles: Sequence[str]) -> list[Panel]:
     sorted_rows: dict[str, list[ComparisonRow]] = {title: [] for title in sorted(titles)}
     for row, title in zip(rows, titles, strict=True):
@@ -69,9 +107,9 @@ def _sort(rows: Sequence[ComparisonRow], titles: Sequence[str]) -> list[Panel]:
     return [Panel(title, tuple(members)) for title, members in sorted_rows.items()]
 
 
-def label_steps(steps: int, panels: Sequence[Panel]) -> str:
-    """Say for a legend what the arms with this N are: `N = 2 (stand-in reference)`."""
-    rows = [row for panel in panels for row in panel.at(steps)]
+def label_steps(group: Sequence[int], panels: Sequence[Panel]) -> str:
+    """Say for a legend what the arms with this N, or these, are: `N = 2 (stand-in reference)`."""
+    rows = [row for panel in panels for steps in group for row in panel.at(steps)]
     said = []
     for role in dict.fromkeys(row.role for row in rows if row.is_reference):
         everywhere = all(row.role == role for row in rows)
@@ -84,7 +122,8 @@ def label_steps(steps: int, panels: Sequence[Panel]) -> str:
         said.append(unfinished[0].status)
     elif unfinished:
         said.append(f"{len(unfinished)} of {len(rows)} did not finish")
-    return f"N = {steps}" + (f" ({', '.join(said)})" if said else "")
+    name = f"N = {group[0]}" if len(group) == 1 else f"N = {group[0]} to {group[-1]}"
+    return name + (f" ({', '.join(said)})" if said else "")
 
 
 def subject(runs: Sequence[RunRecord], rows: Sequence[ComparisonRow]) -> str:
@@ -124,7 +163,7 @@ class Sheet:
         notes: Sequence[str],
     ) -> None:
         """Lay out the sheet; widths and heights are in inches."""
-        columns = min(len(panels), _PANELS_PER_ROW)
+        columns = min(len(panels), PANELS_PER_ROW)
         rows = -(-len(panels) // columns)
         width = max(_LEAST_WIDTH_INCHES, columns * panel_width + 0.6)
         lines = _wrap(notes, width)

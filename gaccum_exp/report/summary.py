@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from gaccum_exp.report.compare import Comparison
 from gaccum_exp.report.findings import say_verdicts
 from gaccum_exp.report.rows import ComparisonRow
-from gaccum_exp.report.wording import say_controls, say_gap, say_list, say_ratio
+from gaccum_exp.report.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
 
 _MOST_LINES = 6
 
@@ -102,7 +102,7 @@ def _say_control(rows: Sequence[ComparisonRow]) -> str:
     every = sorted({row.steps or 0 for row in judged})
     outside = sorted({row.steps or 0 for row in judged if row.control == "outside"})
     said = [
-        f"N = {say_list(steps)} {word}" if len(every) > 1 and outside else word
+        f"N = {say_numbers(steps)} {word}" if len(every) > 1 and outside else word
         for word, steps in (("inside", [n for n in every if n not in outside]), ("outside", outside))
         if steps
     ]

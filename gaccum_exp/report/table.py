@@ -1,6 +1,6 @@
 """The comparison as a terminal table, and in one or two sentences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from rich import box
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.condensed import condense
 from gaccum_exp.report.findings import say_verdict
 from gaccum_exp.report.rows import ComparisonRow
 from gaccum_exp.report.summary import summary
@@ -36,6 +37,7 @@ _HEADERS = (
     "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights; "
     "×: ratio to its value"
 )
+_MOST_NOTES = 16
 _STANDINGS = {"inside": "✓", "outside": "✗"}
 
 _VERDICT, _REDUCTION, _VARIED = "\nverdict", "\nreduction", "also\nvaried"
@@ -47,15 +49,16 @@ def render(comparison: Comparison) -> Table:
     """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
 
     Gap, distance and ratios are against the reference that is marked in the N column; a rule
-    separates groups that have different ones.
+    separates groups that have different ones. Many arms share lines: `condensed` says how.
     """
-    rows = _shown(comparison)
-    columns = _columns(rows)
+    condensed = condense(_shown(comparison))
+    rows = condensed.rows
+    columns = _columns(rows, condensed.counts)
     reductions = _reductions(rows)
     table = Table(
         title="Every arm against its reference"
         + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
-        caption=_caption(rows, comparison.notes),
+        caption=_caption(rows, [note for note in (condensed.said, *comparison.notes) if note]),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -87,9 +90,11 @@ def _shown(comparison: Comparison) -> list[ComparisonRow]:
     return shown
 
 
-def _columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[Column]:
     """Return the columns that say something: what is the same for all arms takes no room."""
     columns: list[Column] = [("N", _say_n)]
+    if counts:
+        columns.append(("\nruns", lambda row: str(counts[row.run_id])))
     if any(row.verdict for row in rows):
         columns.append((_VERDICT, say_verdict))
     crowded = len(columns) > 1 and len(_reductions(rows)) > 1 and any(row.differs for row in rows)
@@ -149,4 +154,6 @@ def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
             f"✓ inside, ✗ outside the envelope of {say_controls(controlled)}: what rounding alone makes "
             "of the curve"
         )
-    return Text("\n".join([*lines, *(f"- {note}" for note in notes)]))
+    more = len(notes) - _MOST_NOTES
+    said = [*notes[:_MOST_NOTES], f"and {more} more notes of the kind."] if more > 0 else notes
+    return Text("\n".join([*lines, *(f"- {note}" for note in said)]))

@@ -1,11 +1,12 @@
 """How numbers are written in tables, sentences and figures."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gaccum_exp.report.rows import ComparisonRow
 
 MISSING = "–"
+MOST_NUMBERS = 30
 
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -61,6 +62,13 @@ def say_list(items: Iterable[object]) -> str:
     """`2, 4 and 8`."""
     words = [str(item) for item in items]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def say_numbers(numbers: Sequence[int]) -> str:
+    """`2, 4 and 8`; of more than thirty, which ascend, the ends and how many they are."""
+    if len(numbers) <= MOST_NUMBERS:
+        return say_list(numbers)
+    return f"{', '.join(map(str, numbers[:3]))}, … and {numbers[-1]} ({len(numbers)} values)"
 
 
 def say_controls(counts: int | Iterable[ComparisonRow]) -> str:

@@ -1,0 +1,69 @@
+"""All figures of a comparison and that of a memory plan, into files.
+
+Only this file and those that draw import matplotlib, and they are imported when something is drawn.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gaccum_exp.memory.plan import MemoryPlan
+from gaccum_exp.records import RunRecord
+from gaccum_exp.report.bar_figures import draw_memory, draw_step_time
+from gaccum_exp.report.compare import Comparison
+from gaccum_exp.report.frontier_figure import draw_frontier, draw_plan
+from gaccum_exp.report.loss_figure import draw_loss_curves
+
+FIGURES = {
+    "loss_curves": draw_loss_curves,
+    "memory": draw_memory,
+    "step_time": draw_step_time,
+    "memory_frontier": draw_frontier,
+}
+_SETTINGS = {
+    # The same runs give the same bytes: no random ids in the SVG, no date in either.
+    "svg.hashsalt": "gaccum_exp",
+    "hatch.linewidth": 0.6,
+    # What a user's own settings would lay out again.
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+}
+_DPI = 150
+
+
+def save_figures(comparison: Comparison, runs: Mapping[str, RunRecord], folder: Path) -> list[Path]:
+    """Draw every figure that there is something to draw for, and return the files written."""
+    paths: list[Path] = []
+    with matplotlib.rc_context(_SETTINGS):
+        for name, draw_figure in FIGURES.items():
+            figure = draw_figure(comparison, runs)
+            paths += [] if figure is None else _save(figure, folder, name)
+    return paths
+
+
+def save_plan(plan: MemoryPlan, folder: Path) -> list[Path]:
+    """Draw a memory plan, and return the files written."""
+    with matplotlib.rc_context(_SETTINGS):
+        return _save(draw_plan(plan), folder, "plan")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as SVG and as PNG.
+
+    It is laid out here, once: with its layout engine each file would be laid out again, and drawn twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.dpi = _DPI
+    FigureCanvasAgg(figure)
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    figure.savefig(svg, dpi=_DPI, metadata={"Date": None})
+    # The same picture as by default, in half the time and a file that is a tenth larger.
+    figure.savefig(png, dpi=_DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return [svg, png]
