@@ -24,6 +24,7 @@ from gaccum_exp.audit.room import out_of_memory
 from gaccum_exp.build import Materials, build, load
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.datasets import Shared
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.fake import settle
@@ -36,6 +37,8 @@ from gaccum_exp.tracking_process import connect
 from gaccum_exp.train import train, training_windows
 
 log = logging.getLogger(__name__)
+_shared: dict[str, Shared] = {}
+"""By the sweep's id: the data sets of the arm before, if this process has run one of the same sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
         loaded, chosen = None, {}
         if settings.auto_steps and settings.task != "plan":
             try:
-                loaded = load(settings)
+                loaded = load(settings, shared_data(settings))
                 settings, said = planning.with_fitting_steps(settings, loaded)
             except Exception:
                 sink = start_run(settings, cfg, name, role_of(settings))
@@ -127,6 +130,13 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
     return outcome
 
 
+def shared_data(settings: Settings) -> Shared:
+    """Return the data sets that the arms of this sweep share in this process."""
+    if settings.sweep_id not in _shared:
+        _shared.clear()
+    return _shared.setdefault(settings.sweep_id, Shared())
+
+
 def run_name(settings: Settings) -> str:
     """Say what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
     split = f"N={settings.accum_steps}", f"micro {settings.data.micro_batch_size}"
@@ -161,7 +171,7 @@ def _run(
 ) -> Outcome:
     """Do what the task says; a function, so that nothing that was built outlives it."""
     clear()
-    loaded = load(settings) if loaded is None else loaded
+    loaded = load(settings, shared_data(settings)) if loaded is None else loaded
     if settings.task == "plan":
         _plan(settings, loaded, name, sink, folder)
         return outcome
@@ -255,7 +265,7 @@ def _train_control(settings: Settings, cfg: DictConfig, control_of: str) -> None
     try:
         sink = start_run(settings, cfg, name, role_of(settings) | {"control_of": control_of})
         clear()
-        _train(_build(settings, load(settings), sink), name, sink)
+        _train(_build(settings, load(settings, shared_data(settings)), sink), name, sink)
         sink.close("FINISHED")
     except Exception as error:
         log.warning("%s failed: %s", name, reason_of(error))

@@ -1,25 +1,18 @@
-"""Settings in, objects out: the only place that turns a `_target_` into something alive.
-
-Configs are code: whoever writes a `_target_` runs that function.
-"""
+"""Settings in, an experiment out: model, loss, optimizer and schedule around the data."""
 
 import copy
-import importlib
 import inspect
 import logging
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.config import Settings
 from gaccum_exp.core.checkpointing import checkpoint_blocks
@@ -29,13 +22,15 @@ from gaccum_exp.core.loss import CriterionLoss, LossFn, count
 from gaccum_exp.core.micro_batch import tokens_in
 from gaccum_exp.core.model_loss import ModelLoss
 from gaccum_exp.core.placement import placed
-from gaccum_exp.core.seeding import derive_seed, drawn_since, seed_host
+from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import Stage, WindowPlan
-from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.datasets import Shared, lengths_of, load_dataset
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.first_samples import first_samples, try_first_samples
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
 from gaccum_exp.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
+from gaccum_exp.targets import checked, import_target, instantiate, parameter_names
 
 log = logging.getLogger(__name__)
 
@@ -57,28 +52,40 @@ class Materials:
         return replace(self, plan=replace(self.plan, seed=seed))
 
 
-def load(settings: Settings) -> Materials:
+def load(settings: Settings, shared: Shared | None = None) -> Materials:
     """Prepare the runtime, and build the data sets.
+
+    Args:
+        settings: what of.
+        shared: takes data sets from an earlier arm, and keeps them for the next.
 
     Raises:
         BadInputError: anything in the configuration of these that cannot be used.
     """
     device = prepare_runtime(settings)
     seed = settings.seed
-    train_data, drawn = _dataset("data.train", settings.data.train, seed)
-    eval_data = None
+    of_key = load_dataset if shared is None else shared.load
+    train = of_key("data.train", settings.data.train, seed)
+    held_out = None
     if settings.data.eval is not None and settings.task != "plan":
-        eval_data, also_drawn = _dataset("data.eval", settings.data.eval, seed)
-        drawn = drawn or also_drawn
+        held_out = of_key("data.eval", settings.data.eval, seed)
+    train_data = train.dataset
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style
         [Stage(stage.start, stage.global_batch_size) for stage in settings.stages],
         settings.seed,
         settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
-        lengths=_lengths(train_data) if settings.data.sort_by_length else None,
+        lengths=lengths_of(train_data) if settings.data.sort_by_length else None,
         by_step=settings.accum.schedule_by == "step",
     )
-    return Materials(device, train_data, eval_data, plan, _total_steps(settings, plan), drawn)
+    return Materials(
+        device=device,
+        train_data=train_data,
+        eval_data=None if held_out is None else held_out.dataset,
+        plan=plan,
+        total_steps=_total_steps(settings, plan),
+        drawn=train.drawn or (held_out is not None and held_out.drawn),
+    )
 
 
 def build(
@@ -201,25 +208,6 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
     return total
 
 
-def _dataset(key: str, node: Mapping[str, Any], seed: int) -> tuple[Dataset[Any], bool]:
-    """Return the data set, and whether random numbers were drawn when it was made."""
-    _import(node)
-    key_seed = derive_seed(seed, key)
-    seed_host(key_seed)  # data may be drawn when the set is made: the same for every arm
-    dataset: Dataset[Any] = _instantiate(key, node)
-    drawn = drawn_since(key_seed)
-    if isinstance(dataset, IterableDataset) or not all(
-        hasattr(dataset, method) for method in ("__len__", "__getitem__")
-    ):
-        raise BadInputError(
-            f"{key}._target_={node['_target_']}: gives {type(dataset).__name__}, not a map-style "
-            "dataset (with __len__ and __getitem__)"
-        )
-    if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
-        raise BadInputError(f"{key} is empty: it holds 0 samples")
-    return dataset, drawn
-
-
 def _labels_tokens(loss: CriterionLoss | None) -> bool:
     """Whether each integer of a target is a label; of a loss function nothing else is known."""
     return loss is None or is_kind(loss.criterion, PER_LABEL)
@@ -230,16 +218,6 @@ def _ignore_index(loss: CriterionLoss | None) -> int:
     return -100 if ignored is None else int(ignored)
 
 
-def _lengths(dataset: Dataset[Any]) -> Tensor:
-    lengths = getattr(dataset, "lengths", None)
-    if lengths is None or len(lengths) != len(dataset):  # type: ignore[arg-type]  # checked to be map-style
-        raise BadInputError(
-            "data.sort_by_length=true: the data set does not say how long its samples are (an attribute "
-            "`lengths`, one number for each)"
-        )
-    return torch.as_tensor(lengths)
-
-
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     node = dict(settings.model)
     if "input_shape" in node and node["input_shape"] is None:
@@ -248,9 +226,9 @@ def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
         node["num_classes"] = _number_of_classes(train_data, "num_classes")
     if "vocab_size" in node and node["vocab_size"] is None:
         node["vocab_size"] = _number_of_classes(train_data, "vocab_size")
-    _import(node)
+    import_target(node)
     seed_host(derive_seed(settings.seed, "weights"))
-    model: nn.Module = _checked("model", node, nn.Module)
+    model: nn.Module = checked("model", node, nn.Module)
     return model
 
 
@@ -285,7 +263,7 @@ def _loss(
         for key, value in node.items()
         if key in ("weight", "pos_weight") and isinstance(value, list)
     }
-    criterion = _instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
+    criterion = instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
     if isinstance(criterion, nn.Module):
         # Class weights have to be as precise as the outputs that they weigh.
         double = any(p.dtype == torch.float64 for p in model.parameters())
@@ -311,7 +289,7 @@ def optimizer_of(
 
 
 def _optimizer(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = _checked(
+    optimizer: torch.optim.Optimizer = checked(
         "optimizer", settings.optimizer, torch.optim.Optimizer, parameters
     )
     return optimizer
@@ -324,59 +302,12 @@ def _scheduler(
     if node is None:
         return None
     extra = {}
-    if "total_steps" in _parameter_names(node) and node.get("total_steps") is None:
+    if "total_steps" in parameter_names(node) and node.get("total_steps") is None:
         extra["total_steps"] = total_steps
-    scheduler: LRScheduler = _checked("scheduler", node, LRScheduler, optimizer, **extra)
+    scheduler: LRScheduler = checked("scheduler", node, LRScheduler, optimizer, **extra)
     if "metrics" in inspect.signature(scheduler.step).parameters:
         raise BadInputError(
             f"scheduler._target_={node['_target_']}: steps on a metric, and a schedule here is a "
             "function of the optimizer step"
         )
     return scheduler
-
-
-def _checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs: Any) -> Any:
-    result = _instantiate(key, node, *args, **kwargs)
-    if not isinstance(result, kind):
-        raise BadInputError(
-            f"{key}._target_={node['_target_']}: gives {type(result).__name__}, not a "
-            f"{kind.__module__}.{kind.__name__}"
-        )
-    return result
-
-
-def _instantiate(key: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    if not node.get("_target_"):
-        raise BadInputError(f"{key}._target_ must be set")
-    try:
-        return hydra.utils.instantiate(dict(node), *args, _convert_="all", **kwargs)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, BadInputError):
-            raise cause from None
-        raise BadInputError(f"{key}: {_why(node, error, cause)}") from error
-
-
-def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None) -> str:
-    target = node["_target_"]
-    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
-    if unexpected:
-        name = unexpected[1]
-        known = _parameter_names(node)
-        return f"{target} takes no {name!r} (it takes {', '.join(known)}){nearest(name, known)}"
-    reason = str(cause) if cause is not None else str(error)
-    lines = [line.strip() for line in reason.splitlines() if line.strip()] or [type(cause).__name__]
-    return f"_target_={target}: {' '.join(lines[:2])}"
-
-
-def _import(node: Mapping[str, Any]) -> None:
-    """Import a target's module, which may draw random numbers the first time: before they are seeded."""
-    with suppress(Exception):  # it is said where it is instantiated
-        importlib.import_module(str(node["_target_"]).rpartition(".")[0])
-
-
-def _parameter_names(node: Mapping[str, Any]) -> list[str]:
-    try:
-        return list(inspect.signature(hydra.utils.get_object(node["_target_"])).parameters)
-    except (ImportError, ValueError, TypeError):
-        return []

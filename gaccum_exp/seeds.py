@@ -28,6 +28,7 @@ from gaccum_exp.arm import (
     role_of,
     run_arm,
     run_name,
+    shared_data,
     start_run,
     train_controls,
 )
@@ -124,7 +125,7 @@ def _experiments(settings: Sequence[Settings]) -> list[Experiment]:
     if first.task != "train":
         raise NotStackableError(f"task={first.task} trains nothing")
     clear()
-    loaded = load(first)
+    loaded = load(first, shared_data(first))
     budget = planning.budget_bytes(first, loaded.device)
     experiments = stackable(settings, loaded)
     if budget is not None:

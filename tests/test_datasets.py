@@ -1,0 +1,84 @@
+"""What arms share: data sets that cannot be another one after a training, and no others."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from tests.program import Program
+from tests.strangers import Points
+from tests.support import STRANGER
+
+made: Counter[str] = Counter()
+"""How often each of the functions below has been called."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_made_yet() -> None:
+    made.clear()
+
+
+def tensors() -> TensorDataset:
+    """Tensors, the same every time."""
+    made["tensors"] += 1
+    points = Points()
+    samples = [points[i] for i in range(len(points))]
+    return TensorDataset(torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples]))
+
+
+def drawn() -> TensorDataset:
+    """Tensors that depend on the seed."""
+    made["drawn"] += 1
+    x = torch.randn(24, 2, dtype=torch.float64)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+class Counted(Points):
+    """A stranger's own kind of data set: what a training does to it is not known."""
+
+    def __init__(self) -> None:
+        made["Counted"] += 1
+        super().__init__()
+
+
+def sweep(program: Program, dataset: str, *arguments: str) -> None:
+    target = f"data.train._target_=tests.test_datasets.{dataset}"
+    done = program("-m", *STRANGER, target, "data.global_batch_size=8", "train.steps=2", *arguments)
+    assert done.status == 0, done.err
+
+
+def test_tensors_are_loaded_once_in_a_sweep_and_again_in_the_next(program: Program) -> None:
+    """Not once for each arm; and another sweep of this process may find other files."""
+    sweep(program, "tensors", "accum.steps=1,2,4")
+    assert made["tensors"] == 1
+    sweep(program, "tensors", "accum.steps=1,2")
+    assert made["tensors"] == 2
+
+
+def test_what_is_drawn_is_loaded_for_every_seed(program: Program) -> None:
+    """Arms of one seed have the same samples, those of another seed have others."""
+    sweep(program, "drawn", "seed=0,1", "accum.steps=1,2")
+    assert made["drawn"] == 2
+    digests: dict[str, set[str]] = {}
+    for run in program.arms():
+        digests.setdefault(run.params["seed"], set()).add(run.tags["data_digest"])
+    assert [len(of_seed) for of_seed in digests.values()] == [1, 1]
+    assert len(set().union(*digests.values())) == 2
+
+
+def test_a_strangers_data_set_is_each_arms_own(program: Program) -> None:
+    """It might count, draw or change while it is fetched from."""
+    sweep(program, "Counted", "accum.steps=1,2,4")
+    assert made["Counted"] == 3
+
+
+def test_other_settings_of_the_data_are_loaded(program: Program) -> None:
+    """The same function with another argument, and back again: the last one only is kept."""
+    sizes = "data=ragged", "data.size=40,44,40", "model=gpt", "model.layers=1", "model.width=8"
+    small = "model.heads=2", "data.mean_length=6", "data.vocab_size=8"
+    done = program("-m", *sizes, *small, "data.global_batch_size=8", "train.steps=1",
+                   "criterion=token_cross_entropy", "runtime.device=cpu")  # fmt: skip
+    assert done.status == 0, done.err
+    digests = [run.tags["data_digest"] for run in program.arms()]
+    assert digests[0] == digests[2] != digests[1]
