@@ -7,7 +7,6 @@ out for batches that no device here could hold, with the very code that trains.
 import copy
 import functools
 import gc
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ from gaccum_exp.core.loss import LossFn, loss_sum
 _CACHED = type(functools.lru_cache(len))
 _settled: list[weakref.ref[Any]] = []
 """What could hold something that is left behind, among the objects that are frozen."""
-_imported = 0
-"""Modules there were when objects were frozen last."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -78,16 +75,13 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
 
 
 def settle() -> None:
-    """Collect garbage, and leave what was imported out of all later collections and searches.
+    """Collect garbage, and leave what there is out of all later collections and searches.
 
-    That is most of what a process holds, and stays. To be called when nothing else is held.
+    It is what was imported, and what a sweep keeps of its arms: most of what a process holds, and it
+    stays. To be called when nothing else is held.
     """
-    global _imported
-    if gc.get_freeze_count():  # before the first time there is next to no garbage
+    if _settled:  # before the first time there is next to no garbage
         gc.collect()
-    if len(sys.modules) == _imported:
-        return
-    _imported = len(sys.modules)
     keepers = (o for o in gc.get_objects() if type(o) is _CACHED or _is_real_parameter(o))
     _settled.extend(map(weakref.ref, keepers))
     gc.freeze()

@@ -460,7 +460,6 @@ def test_a_process_that_has_settled_is_searched_for_leftovers_all_the_same(
         return torch.ones(3)
 
     parameter = nn.Parameter(torch.ones(3))
-    monkeypatch.setattr(fake, "_imported", 0)
     monkeypatch.setattr(fake, "_settled", [])
     settle()
     try:
