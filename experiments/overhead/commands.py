@@ -4,6 +4,7 @@ Times are wall times from the start of a process; contenders take turns. Each st
 the optimizer (`stamped.py`), so nothing of the program is changed.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -112,7 +113,7 @@ def sweep(repeats: int) -> str:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             program("train.steps=2", folder=folder)
-            one = program("accum.steps=1", "train.steps=2", folder=folder)
+            one = program("-m", "accum.steps=1", "train.steps=2", folder=folder)
             whole = program(*DEMO, folder=folder)
             bare = program(*DEMO, "audit.at_start=false", folder=folder)
         for name, run in (("with", whole), ("without", bare)):
@@ -123,7 +124,7 @@ def sweep(repeats: int) -> str:
         for name, value in (
             ("the whole sweep", whole.wall_s),
             ("its four trainings", trained),
-            ("one start: a run of two windows", one.wall_s),
+            ("one start: a sweep of one arm of two windows", one.wall_s),
             ("before the first window's end", whole.first_step_s),
             ("between the arms", last - whole.first_step_s - trained),
             ("after the last window: comparison and figures", whole.wall_s - last),
@@ -136,6 +137,52 @@ def sweep(repeats: int) -> str:
         f"| (the sweep − one start) / its trainings, {name} an audit in each arm | {said(values, '×')} |"
         for name, values in ratios.items()
     ]
+    return "\n".join(lines)
+
+
+def stages(repeats: int) -> str:
+    """Return where the time of the arms after the first goes, from the program's own functions."""
+    found: dict[str, list[float]] = {}
+    calls: dict[str, float] = {}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            program("train.steps=2", folder=folder)
+            arguments = (str(Path(__file__).with_name("stages.py")), *DEMO)
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True
+            )
+        for name, times in json.loads(done.stdout).items():
+            each = len(times) // 4  # calls of an arm; what is called once is the sweep's
+            found.setdefault(name, []).append(
+                1e3 * sum(times[each:] if each else times) / 3 ** bool(each)
+            )
+            calls[name] = each
+    lines = ["| what | ms for an arm after the first |", "|---|---|"]
+    lines += [
+        f"| {name}{'' if calls[name] else ' (once for the sweep)'} | {said(values, 'ms')} |"
+        for name, values in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def many_arms(repeats: int) -> str:
+    """Return the time of each quarter of a sweep of 200 tiny arms, an arm."""
+    tiny = "model=mlp", "train.steps=10", "accum.steps=2", "seed=range(200)"
+    rows: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            program("train.steps=2", folder=folder)
+            run = program("-m", *tiny, folder=folder)
+        begun = [at for _, at in run.steps[::10]]
+        between = [1e3 * (after - before) for before, after in pairwise(begun)]
+        for number, name in enumerate(("first", "second", "third", "last")):
+            quarter = between[number * 50 : number * 50 + 50]
+            rows.setdefault(f"an arm of the {name} quarter", []).append(statistics.median(quarter))
+        rows.setdefault("before the first window's end", []).append(1e3 * begun[0])
+        after = run.wall_s - max(at for _, at in run.steps)
+        rows.setdefault("after the last window: comparison and figures", []).append(1e3 * after)
+    lines = ["| 200 arms of ten windows | ms |", "|---|---|"]
+    lines += [f"| {name} | {said(values, 'ms')} |" for name, values in rows.items()]
     return "\n".join(lines)
 
 
@@ -166,8 +213,3 @@ def median_step_s(run: Ran) -> float:
         times = [at for _, at in steps]
         gaps += [after - before for before, after in pairwise(times)]
     return statistics.median(gaps)
-
-
-if __name__ == "__main__":
-    chosen = {"start": start, "sweep": sweep, "side-by-side": side_by_side}[sys.argv[1]]
-    print(chosen(int(sys.argv[2]) if len(sys.argv) > 2 else 5))

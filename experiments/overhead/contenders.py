@@ -30,7 +30,7 @@ from gaccum_exp.metrics import Sink
 from gaccum_exp.progress import Progress
 from gaccum_exp.sink import MlflowSink
 from gaccum_exp.tracking_process import connect
-from gaccum_exp.train import train, training_windows
+from gaccum_exp.train import train, train_step, training_windows
 
 for _chatty in ("lightning", "lightning.pytorch", "lightning.fabric", "accelerate", "mlflow"):
     logging.getLogger(_chatty).setLevel(logging.ERROR)
@@ -305,7 +305,38 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
     return run
 
 
-CONTENDERS: dict[str, Callable[[Block], Callable[[], None]]] = {
+def gathered(block: Block) -> Callable[[], None]:
+    """The bare loop on windows that are fetched as gaccum_exp fetches them."""
+    model, optimizer, place = block.model, block.optimizer, block.experiment.placement.place
+    criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
+    parameters, n = block.parameters, block.n
+
+    def run() -> None:
+        for window in training_windows(block.experiment):
+            optimizer.zero_grad()
+            for micro_batch in window:
+                inputs, targets = place(micro_batch)
+                (criterion(model(inputs), targets) / n).backward()
+            nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+            optimizer.step()
+
+    return run
+
+
+def steps(block: Block) -> Callable[[], None]:
+    """gaccum_exp's optimizer steps on windows that lie in memory."""
+    windows = list(training_windows(block.experiment))
+
+    def run() -> None:
+        for step, window in enumerate(windows):
+            train_step(block.experiment, window, step)
+
+    return run
+
+
+Contender = Callable[[Block], Callable[[], None]]
+
+CONTENDERS: dict[str, Contender] = {
     "bare loop, micro-batches in memory": bare,
     "the seed's loop, DataLoader": seed_loop,
     "accelerate": of_accelerate,
@@ -318,6 +349,15 @@ CONTENDERS: dict[str, Callable[[Block], Callable[[], None]]] = {
     "gaccum_exp": ours,
     "gaccum_exp, MLflow": lambda block: ours(block, log=True),
 }
+
+PIECES: dict[str, Contender] = {
+    "bare loop, micro-batches in memory": bare,
+    "bare loop, windows fetched as gaccum_exp does": gathered,
+    "gaccum_exp's `train_step`, windows in memory": steps,
+    "gaccum_exp's whole training": ours,
+    "the same, MLflow": lambda block: ours(block, log=True),
+}
+"""What lies between the limit and the whole training, of which each line has more."""
 
 
 class _NoProgress(Progress):

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from torch import Tensor
 
-from experiments.overhead.contenders import CONTENDERS, Block
+from experiments.overhead.contenders import CONTENDERS, PIECES, Block, Contender
 from gaccum_exp import config
 from gaccum_exp.config import Settings
 from gaccum_exp.sink import MlflowSink
@@ -57,16 +57,22 @@ def settings(*overrides: str) -> Settings:
         return config.validate(compose("config", list(overrides)))
 
 
-def measure(overrides: Sequence[str], windows: int, repeats: int, folder: str) -> Measured:
+def measure(
+    overrides: Sequence[str],
+    windows: int,
+    repeats: int,
+    folder: str,
+    contenders: Mapping[str, Contender] = CONTENDERS,
+) -> Measured:
     """Run all contenders `repeats` times, in another order each time."""
     configured = settings(*COMMON, *overrides, f"train.steps={windows}")
     window_s, wall_s = defaultdict(list), defaultdict(list)
-    order = list(CONTENDERS)
+    order = list(contenders)
     for repetition in range(-1, repeats):  # the first is a warm-up: imports, kernels, stores
         random.Random(repetition).shuffle(order)
         for name in order:
-            block = Block(configured, stores(folder)[name])
-            run = CONTENDERS[name](block)
+            block = Block(configured, stores(folder).get(name, ""))
+            run = contenders[name](block)
             start = time.perf_counter()
             run()
             wall = time.perf_counter() - start
@@ -76,13 +82,14 @@ def measure(overrides: Sequence[str], windows: int, repeats: int, folder: str) -
                 times = torch.tensor(block.stamps[WARM_UP:], dtype=torch.float64).diff()
                 window_s[name].append(float(times.median()))
                 wall_s[name].append(wall / windows)
-    return Measured(window_s, wall_s)
+    named = [name for name in contenders if name in window_s]
+    return Measured({k: window_s[k] for k in named}, {k: wall_s[k] for k in named})
 
 
 def stores(folder: str) -> dict[str, str]:
     """Return a store of its own for every contender, made if it is not there."""
     found = {}
-    for number, name in enumerate(CONTENDERS):
+    for number, name in enumerate(dict.fromkeys((*CONTENDERS, *PIECES))):
         path = Path(folder) / f"{number}.db"
         found[name] = f"sqlite:///{path}"
         if not path.exists():
@@ -155,7 +162,7 @@ def table(measured: Measured) -> str:
         "| contender | window, ms | × the bare loop | whole block, ms a window |",
         "|---|---|---|---|",
     ]
-    for name in CONTENDERS:
+    for name in measured.window_s:
         ratios = [a / b for a, b in zip(measured.window_s[name], limit, strict=True)]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         window = 1e3 * statistics.median(measured.window_s[name])
@@ -164,18 +171,35 @@ def table(measured: Measured) -> str:
     return "\n".join(lines)
 
 
-def main(repeats: int) -> str:
-    """Measure all models and deliveries; return the page's text."""
+def windows(repeats: int) -> str:
+    """Return the tables of all models."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         check(folder)
-        for name, (overrides, windows) in MODELS.items():
-            parts.append(f"**{name}**\n\n{table(measure(overrides, windows, repeats, folder))}")
-            print(parts[-1], flush=True)
-        lines = ["| three metrics a window | ms a window |", "|---|---|"]
-        for name, values in delivery(3000, repeats, folder).items():
-            lines.append(
-                f"| {name} | {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}) |"
-            )
-        parts.append("\n".join(lines))
+        for name, (overrides, count) in MODELS.items():
+            parts.append(f"**{name}**\n\n{table(measure(overrides, count, repeats, folder))}")
+            print(f"{parts[-1]}\n", flush=True)
     return "\n\n".join(parts)
+
+
+def deliveries(repeats: int) -> str:
+    """Return the table of what it takes to record a window's metrics."""
+    lines = ["| three metrics a window | ms a window |", "|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        found = delivery(3000, repeats, folder)
+    for name, values in found.items():
+        lines.append(f"| {name} | {say(values)} |")
+    return "\n".join(lines)
+
+
+def pieces(repeats: int) -> str:
+    """Return the table of the MLP's window between the bare loop and the whole training."""
+    overrides, count = next(iter(MODELS.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(overrides, count, repeats, folder, PIECES)
+    return table(measured)
+
+
+def say(values: Sequence[float]) -> str:
+    """Return the median and the spread."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -97,19 +97,19 @@ class _LabelCount:
 
     def __init__(self, criterion: nn.Module) -> None:
         self._criterion: Any = criterion
+        self._is_weighted = self._criterion.weight is not None
+        self._ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
         if target.is_floating_point():  # class probabilities, (batch, classes, ...): never weighted
             classes = int(target.shape[1]) if target.ndim > 1 else 1
             return target.numel() // classes
-        ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
-        weighted = self._criterion.weight is not None
-        if not weighted and type(target) is Tensor and target.device.type == "cpu":
+        if not self._is_weighted and type(target) is Tensor and target.is_cpu:
             # NumPy, because this runs for every micro-batch and takes a quarter of torch's time.
-            return float(np.count_nonzero(target.numpy() != ignored))
-        counted = valid = target != ignored
-        if weighted:
+            return float(np.count_nonzero(target.numpy() != self._ignored))
+        counted = valid = target != self._ignored
+        if self._is_weighted:
             counted = self._weight_on(target.device)[torch.where(valid, target, 0)] * valid
         total: Tensor = counted.sum()
         return float(total.item()) if target.device.type == "cpu" else total

@@ -92,7 +92,7 @@ def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor, list[int]],
 
         def rows(indices: Tensor, sizes: list[int]) -> Window:
             # A window at once: a small model's pass takes no longer than a few calls of torch.
-            whole = (torch.split(_rows(tensor, indices, pin), sizes) for tensor in dataset.tensors)
+            whole = (_rows(t, indices, pin).split_with_sizes(sizes) for t in dataset.tensors)
             return list(zip(*whole, strict=True))
 
         return rows

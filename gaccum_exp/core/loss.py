@@ -30,6 +30,7 @@ from gaccum_exp.core.micro_batch import outputs_in, run_model, split_micro_batch
 from gaccum_exp.errors import BadInputError
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Denominator]]
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class CriterionLoss:
@@ -144,10 +145,10 @@ class CriterionLoss:
 
     def _arguments(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
         """Outputs and targets in forward's own order, e.g. GaussianNLL's (mean, target, variance)."""
-        at = len(outputs)
-        if at > 1 and targets:
-            names = inspect.signature(self.criterion.forward).parameters
-            at = next((i for i, name in enumerate(names) if name.startswith("target")), at)
+        if len(outputs) < 2 or not targets:
+            return [*outputs, *targets]
+        names = inspect.signature(self.criterion.forward).parameters
+        at = next((i for i, name in enumerate(names) if name.startswith("target")), len(outputs))
         return [*outputs[:at], *targets, *outputs[at:]]
 
     def _placing(self, targets: Sequence[Any]) -> Place:
@@ -185,5 +186,4 @@ def _widened(outputs: Any, targets: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _wide(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
