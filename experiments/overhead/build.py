@@ -18,9 +18,9 @@ from experiments.overhead import commands, many, one_run, seeds
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "measured.json"
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
-    "windows": ("One window", lambda: one_run.windows(7)),
+    "windows": ("One window", one_run.windows),
     "delivery": ("What is recorded", lambda: one_run.deliveries(7)),
-    "pieces": ("What a window consists of", lambda: one_run.pieces(7)),
+    "pieces": ("What a window consists of", lambda: one_run.pieces(25)),
     "start": ("From the command to the first window", lambda: commands.start(7)),
     "sweep": ("A sweep of four arms", lambda: commands.sweep(5)),
     "arm": ("What an arm costs beside its windows", lambda: commands.stages(3)),

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from gaccum_exp.build import build
 from gaccum_exp.config import Settings
+from gaccum_exp.core.micro_batch import split_micro_batch
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.metrics import Sink
 from gaccum_exp.progress import Progress
@@ -88,10 +89,14 @@ class Block:
         """What the norm is of."""
         return self.experiment.parameters
 
-    def windows(self) -> list[list[Any]]:
+    def windows(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Return all windows, in memory and split."""
-        place = self.experiment.placement.place
-        return [[place(m) for m in window] for window in training_windows(self.experiment)]
+        return [[self.pair(m) for m in window] for window in training_windows(self.experiment)]
+
+    def pair(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets as the model gets them."""
+        inputs, (targets,) = split_micro_batch(self.experiment.placement.place(micro_batch))
+        return inputs["input_ids"] if isinstance(inputs, dict) else inputs, targets
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a micro-batch."""
@@ -307,7 +312,7 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
 
 def gathered(block: Block) -> Callable[[], None]:
     """The bare loop on windows that are fetched as gaccum_exp fetches them."""
-    model, optimizer, place = block.model, block.optimizer, block.experiment.placement.place
+    model, optimizer = block.model, block.optimizer
     criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
     parameters, n = block.parameters, block.n
 
@@ -315,7 +320,9 @@ def gathered(block: Block) -> Callable[[], None]:
         for window in training_windows(block.experiment):
             optimizer.zero_grad()
             for micro_batch in window:
-                inputs, targets = place(micro_batch)
+                inputs, targets = (
+                    micro_batch if isinstance(micro_batch, tuple) else block.pair(micro_batch)
+                )
                 (criterion(model(inputs), targets) / n).backward()
             nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
             optimizer.step()

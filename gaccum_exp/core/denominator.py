@@ -98,7 +98,9 @@ class _LabelCount:
     def __init__(self, criterion: nn.Module) -> None:
         self._criterion: Any = criterion
         self._is_weighted = self._criterion.weight is not None
-        self._ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
+        self._ignored: int = (
+            -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
+        )
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
