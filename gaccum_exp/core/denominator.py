@@ -13,7 +13,7 @@ expose that number. It comes, in this order, from
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -96,11 +96,10 @@ class _LabelCount:
     """Labels that are not ignored, or the sum of their class weights; soft targets: all of them."""
 
     def __init__(self, criterion: nn.Module) -> None:
-        self._criterion: Any = criterion
+        self._criterion = cast(Any, criterion)
+        ignored = self._criterion.ignore_index
+        self._ignored: int = -100 if ignored is None else ignored
         self._is_weighted = self._criterion.weight is not None
-        self._ignored: int = (
-            -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
-        )
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
