@@ -1,6 +1,8 @@
 """What a run leaves in MLflow, and that nothing is lost on the way there or back."""
 
+import math
 import multiprocessing
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from experiments.mlflow_browser import mlflow_server
+from gaccum_exp import tracking
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.metrics import Point
 from gaccum_exp.records import DatasetRecord, RunRecord
@@ -313,3 +316,53 @@ def test_a_sweep_recorded_through_a_server_reads_back_as_from_a_file(program: Pr
         assert (one.name, one.status) == (other.name, other.status)
         differing = {k for k in one.params if one.params[k] != other.params[k]}
         assert differing == {"tracking.uri", "sweep_id"}
+
+
+def test_curves_read_from_the_file_are_those_that_mlflow_gives(tmp_path: Path) -> None:
+    """NaN and infinities, a step recorded twice, and a name of the file that no address bears as it is."""
+    folder = tmp_path / "100 % sure"
+    folder.mkdir()
+    store = Store(f"sqlite:///{folder / 'ml flow.db'}", "gaccum_exp")
+    sink = begun(store)
+    values = [0.5, math.nan, math.inf, -math.inf, 3e-320, 1e300, 2.0]
+    for step, value in zip([1, 2, 3, 4, 5, 6, 6], values, strict=True):
+        sink.send([Point(step, step, {"train/loss": value})])
+    sink.close("FINISHED")
+    (run,) = store.sweep("a")
+    history = MlflowClient(store.uri).get_metric_history(run.run_id, "train/loss")
+    given = sorted((metric.step, metric.value) for metric in history)
+    curve = run.curves["train/loss"]
+    assert repr(list(zip(curve.steps, curve.values, strict=True))) == repr(given)
+    assert curve.steps == (1, 2, 3, 4, 5, 6, 6)
+    assert math.isnan(curve.values[1])
+
+
+def test_where_the_file_cannot_be_read_mlflow_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that are no longer as they were are no end of a report."""
+    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "gaccum_exp")
+    sink = begun(store)
+    sink.send(points(3))
+    sink.close("FINISHED")
+    monkeypatch.setattr(tracking, "_points", lambda *_: pytest.fail("read past MLflow"))
+    with pytest.raises(BaseException, match="read past MLflow"):
+        store.sweep("a")
+    monkeypatch.undo()
+    monkeypatch.setattr(tracking.sqlite3, "connect", lambda *_, **__: sqlite3.connect(":memory:"))
+    (run,) = store.sweep("a")
+    assert run.curves["train/loss"].values == tuple(step / 7 for step in (1, 2, 3))
+
+
+def test_references_are_found_by_their_parameters(tmp_path: Path) -> None:
+    """Not by reading every run of the store; one that has not finished is none."""
+    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "gaccum_exp")
+    for rate, status in (("0.1", "FINISHED"), ("0.2", "FINISHED"), ("0.1", "FAILED")):
+        params = {"optimizer.lr": rate, "model._target_": "a.b"}
+        MlflowSink(store.start_run(rate, params=params, tags={"role": "reference"}, texts={})).close(
+            status
+        )
+    assert len(store.references()) == 2
+    like = {"optimizer.lr": "0.1", "model._target_": "a.b"}
+    assert [run.params["optimizer.lr"] for run in store.references(like)] == ["0.1"]
+    assert store.references({"optimizer.lr": "0.3"}) == []

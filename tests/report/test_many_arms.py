@@ -1,0 +1,223 @@
+"""Sweeps of hundreds of arms: tables and figures sum up, and nothing that stands out is lost."""
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gaccum_exp.records import Curve, RunRecord
+from gaccum_exp.report.compare import Comparison, compare, write_csv
+from gaccum_exp.report.condensed import MOST_ROWS, condense
+from gaccum_exp.report.crowd import MOST_CURVES, crowd_of, groups_of, is_crowded
+from gaccum_exp.report.drawing import FIGURES
+from gaccum_exp.report.gaps import loss_gaps
+from gaccum_exp.report.loss_figure import draw_loss_curves
+from gaccum_exp.report.pairing import shared_config
+from gaccum_exp.report.panels import panels_of, spread, thinned
+from gaccum_exp.report.table import render
+
+Arm = Callable[..., RunRecord]
+
+
+def of_seeds(arm: Arm, seeds: int = 50) -> list[RunRecord]:
+    """Return four N for each seed."""
+    return [arm(n, seed=seed, n_losses=5) for seed in range(seeds) for n in (1, 2, 4, 8)]
+
+
+def of_splits(arm: Arm, count: int = 200) -> list[RunRecord]:
+    """Return as many N."""
+    return [arm(n, n_losses=5) for n in range(1, count + 1)]
+
+
+def printed(comparison: Comparison) -> str:
+    """Return the table as a terminal of 80 columns shows it."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(comparison))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_few_arms_have_a_line_each(arm: Arm) -> None:
+    """Nothing is summed up and nothing is said."""
+    rows = compare(of_seeds(arm, MOST_ROWS // 4)).rows
+    condensed = condense(rows)
+    assert list(condensed.rows) == list(rows)
+    assert (condensed.counts, condensed.said) == ({}, "")
+
+
+def test_arms_that_differ_in_the_seed_share_a_line(arm: Arm) -> None:
+    """Medians of losses and times, the largest gap and peak; one line for each N."""
+    rows = compare(of_seeds(arm)).rows
+    condensed = condense(rows)
+    assert [row.steps for row in condensed.rows] == [1, 2, 4, 8]
+    assert [condensed.counts[row.run_id] for row in condensed.rows] == [50] * 4
+    assert [row.is_reference for row in condensed.rows] == [True, False, False, False]
+    for line in condensed.rows:
+        alike = [row for row in rows if row.steps == line.steps]
+        for name in ("train_loss", "eval_loss", "step_s"):
+            assert getattr(line, name) == statistics.median(getattr(row, name) for row in alike)
+        assert line.peak_bytes == max(row.peak_bytes or 0 for row in alike)
+        gaps = [row.max_loss_gap for row in alike if row.max_loss_gap is not None]
+        assert line.max_loss_gap == max(gaps, default=None)
+    assert "200 arms on 4 lines" in condensed.said
+
+
+def test_what_stands_out_among_repetitions_is_what_their_line_shows(
+    arm: Arm, audited: Callable[..., RunRecord]
+) -> None:
+    """One biased arm of fifty, one that failed, and one whose gap is not a number."""
+    runs = [audited(run, "equivalent") for run in of_seeds(arm)]
+    at = {(int(run.params["seed"]), int(run.params["accum.steps"])): i for i, run in enumerate(runs)}
+    runs[at[17, 4]] = audited(runs[at[17, 4]], "biased", cause="BatchNorm")
+    runs[at[30, 2]] = dataclasses.replace(runs[at[30, 2]], status="FAILED")
+    curve = runs[at[31, 8]].curves["train/loss"]
+    lost = Curve(curve.steps, (*curve.values[:-1], math.nan))
+    runs[at[31, 8]] = dataclasses.replace(runs[at[31, 8]], curves={"train/loss": lost})
+    lines = {row.steps: row for row in condense(compare(runs).rows).rows}
+    assert (lines[4].verdict, lines[4].cause) == ("biased", "BatchNorm")
+    assert lines[2].status == "FAILED"
+    gap = lines[8].max_loss_gap
+    assert gap is not None
+    assert math.isnan(gap)
+
+
+def test_of_too_many_n_the_reference_and_what_stands_out_are_kept(
+    arm: Arm, audited: Callable[..., RunRecord]
+) -> None:
+    """And it is said how many are not shown."""
+    runs = [audited(run, "equivalent") for run in of_splits(arm)]
+    runs[149] = audited(runs[149], "biased", cause="BatchNorm")
+    condensed = condense(compare(runs).rows)
+    shown = [row.steps for row in condensed.rows]
+    assert len(shown) == MOST_ROWS
+    assert {1, 150} <= set(shown)
+    assert shown == sorted(shown, key=lambda n: n or 0)
+    assert f"{200 - MOST_ROWS} of 200 arms are left out" in condensed.said
+    by_gap = sorted((row.max_loss_gap or 0, row.steps) for row in compare(runs).rows)
+    assert {steps for _, steps in by_gap[-40:]} <= set(shown)
+
+
+def test_many_arms_make_a_table_that_fits_a_terminal_and_a_csv_that_has_them_all(
+    arm: Arm, tmp_path: Path
+) -> None:
+    """80 columns, a column that says how many runs a line is of."""
+    for runs in (of_seeds(arm), of_splits(arm)):
+        comparison = compare(runs)
+        lines = printed(comparison).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert len(lines) < MOST_ROWS + 30
+        with write_csv(comparison, tmp_path / "comparison.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == 200
+    assert " 50 " in printed(compare(of_seeds(arm)))
+
+
+def test_a_crowd_is_its_median_and_range_where_there_are_values() -> None:
+    """Curves of different steps; what is not finite counts as missing."""
+    curves = [
+        (np.array([1, 2, 3]), np.array([1.0, 5.0, math.nan])),
+        (np.array([1, 2, 3]), np.array([3.0, math.inf, math.nan])),
+        (np.array([1, 4]), np.array([8.0, 2.0])),
+    ]
+    crowd = crowd_of(curves)
+    assert crowd.steps.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(crowd.low, [1, 5, math.nan, 2])
+    np.testing.assert_array_equal(crowd.median, [3, 5, math.nan, 2])
+    np.testing.assert_array_equal(crowd.high, [8, 5, math.nan, 2])
+
+
+def test_a_crowds_median_is_the_plain_one() -> None:
+    """Of an even and of an odd number of curves."""
+    steps, values = np.arange(1, 30), np.random.default_rng(0).normal(size=(6, 29))
+    for count in (5, 6):
+        crowd = crowd_of([(steps, line) for line in values[:count]])
+        np.testing.assert_allclose(crowd.median, np.median(values[:count], axis=0), rtol=1e-15)
+
+
+def test_neighbouring_n_share_a_style_where_there_are_too_many(arm: Arm) -> None:
+    """Every N is in one group, the least one alone."""
+    few, many = panels_of(compare(of_splits(arm, MOST_CURVES))), panels_of(compare(of_splits(arm)))
+    assert not is_crowded(few)
+    assert groups_of(few) == [(n,) for n in range(1, MOST_CURVES + 1)]
+    assert is_crowded(many)
+    groups = groups_of(many)
+    assert groups[0] == (1,)
+    assert [n for group in groups for n in group] == list(range(1, 201))
+    assert len(groups) <= 12
+
+
+@pytest.mark.parametrize("shape", [of_seeds, of_splits])
+def test_a_crowded_figure_has_few_lines_and_a_short_legend(
+    arm: Arm, shape: Callable[[Arm], list[RunRecord]]
+) -> None:
+    """The median of each N, or of neighbouring ones, within the range of its arms."""
+    runs = shape(arm)
+    figure = draw_loss_curves(compare(runs), {run.run_id: run for run in runs})
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) <= 14
+    (axes, _) = figure.get_axes()
+    lines = {str(line.get_gid()): line for line in axes.get_lines()}
+    assert len(lines) <= 12
+    ones = [run.curves["train/loss"].values for run in runs if run.params["accum.steps"] == "1"]
+    drawn = np.asarray(lines["median-1"].get_ydata())
+    np.testing.assert_allclose(drawn, np.median(np.array(ones), axis=0))
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_every_figure_of_many_arms_is_no_wider_than_a_page_of_bars(arm: Arm, name: str) -> None:
+    """Half a metre at most."""
+    for runs in (of_seeds(arm), of_splits(arm)):
+        figure = FIGURES[name](compare(runs), {run.run_id: run for run in runs})
+        assert figure is not None
+        assert figure.get_size_inches()[0] < 20
+
+
+def test_of_many_bars_some_are_drawn_the_references_among_them(arm: Arm) -> None:
+    """And it is said how many."""
+    (panel,) = panels_of(compare(of_splits(arm)))
+    (thinner,), (said,) = thinned([panel], 48)
+    assert 1 in thinner.steps
+    assert 200 in thinner.steps
+    assert len(thinner.steps) <= 48
+    assert said == f"Of 200 N, {len(thinner.steps)} are drawn; comparison.csv has all of them."
+    assert thinned([panel], 200) == ([panel], ())
+
+
+@pytest.mark.parametrize("most", [3, 7, 16, 48])
+def test_n_are_spread_by_ratio(most: int) -> None:
+    """The least, the greatest, and no more than asked for."""
+    for every in (list(range(1, 201)), [2**i for i in range(60)], list(range(150, 250))):
+        chosen = spread(every, most)
+        assert len(chosen) <= most
+        assert (chosen[0], chosen[-1]) == (every[0], every[-1])
+        assert chosen == sorted(set(chosen))
+        assert set(chosen) <= set(every)
+
+
+def test_gaps_are_those_of_the_shared_steps(arm: Arm) -> None:
+    """Whatever the order; of a step that was recorded twice the last value counts."""
+    ours = Curve((1, 2, 2, 5, 7), (1.0, 9.0, 2.0, 3.0, 4.0))
+    theirs = Curve((2, 3, 5, 8), (2.5, 0.0, 3.25, 1.0))
+    one, other = (dataclasses.replace(arm(2), curves={"train/loss": c}) for c in (ours, theirs))
+    steps, gaps = loss_gaps(one, other)
+    assert steps.tolist() == [2, 5]
+    assert gaps.tolist() == [0.5, 0.25]
+    empty = dataclasses.replace(one, curves={})
+    assert [part.size for part in loss_gaps(one, empty)] == [0, 0]
+
+
+def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
+    """Neither the reduction, which another mean's reference may differ in, nor what cannot be quoted."""
+    runs = [
+        arm(n, reduction=r, params={"data.name": "it's", "model.depth": "3", "optimizer.lr": rate})
+        for n, r, rate in ((2, "mean", "0.1"), (4, "sum", "0.2"))
+    ]
+    asked = shared_config(runs)
+    assert asked["seed"] == "0"
+    assert asked["model.depth"] == "3"
+    assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()
