@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def test_a_sweep_recorded_through_a_server_reads_back_as_from_a_file(program: Pr
 
 
 def test_curves_read_from_the_file_are_those_that_mlflow_gives(tmp_path: Path) -> None:
-    """NaN and infinities, a step recorded twice, and a name of the file that no address bears as it is."""
+    """NaN and infinities, a step recorded twice, and a file name that has to be quoted."""
     folder = tmp_path / "100 % sure"
     folder.mkdir()
     store = Store(f"sqlite:///{folder / 'ml flow.db'}", "gaccum_exp")
@@ -349,7 +350,7 @@ def test_where_the_file_cannot_be_read_mlflow_is_asked(
     with pytest.raises(BaseException, match="read past MLflow"):
         store.sweep("a")
     monkeypatch.undo()
-    monkeypatch.setattr(tracking.sqlite3, "connect", lambda *_, **__: sqlite3.connect(":memory:"))
+    monkeypatch.setattr(tracking, "_database", lambda _: closing(sqlite3.connect(":memory:")))
     (run,) = store.sweep("a")
     assert run.curves["train/loss"].values == tuple(step / 7 for step in (1, 2, 3))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.legend import Legend
 from rich.console import Console
 
 from gaccum_exp.records import Curve, RunRecord
@@ -158,7 +159,7 @@ def test_a_crowded_figure_has_few_lines_and_a_short_legend(
     """The median of each N, or of neighbouring ones, within the range of its arms."""
     runs = shape(arm)
     figure = draw_loss_curves(compare(runs), {run.run_id: run for run in runs})
-    (legend,) = figure.legends
+    (legend,) = figure.findobj(Legend)
     assert len(legend.get_texts()) <= 14
     (axes, _) = figure.get_axes()
     lines = {str(line.get_gid()): line for line in axes.get_lines()}
