@@ -123,7 +123,7 @@ def test_a_crowd_is_its_median_and_range_where_there_are_values() -> None:
     curves = [
         (np.array([1, 2, 3]), np.array([1.0, 5.0, math.nan])),
         (np.array([1, 2, 3]), np.array([3.0, math.inf, math.nan])),
-        (np.array([1, 4]), np.array([8.0, 2.0])),
+        (np.array([1, 2, 4]), np.array([8.0, -math.inf, 2.0])),
     ]
     crowd = crowd_of(curves)
     assert crowd.steps.tolist() == [1, 2, 3, 4]
