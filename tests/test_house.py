@@ -15,10 +15,10 @@ PACKAGE = "gaccum_exp"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors records clock optim schedule tracking_ui",
+        "errors records clock optim schedule tracking_ui targets",
         "core batch metrics models data",
         "config",
-        "memory audit experiment tracking progress explain runtime first_samples",
+        "memory audit experiment tracking progress explain runtime first_samples datasets",
         "sink tracking_process",
         "evaluate provenance sweep report",
         "build certify compiled meters guard integrations",
@@ -46,6 +46,8 @@ NARROWER: dict[str, frozenset[str]] = {
     "tracking_process": frozenset({"errors", "tracking"}),
     "sink": frozenset({"metrics", "records", "tracking"}),
     "tracking_ui": frozenset(),
+    "targets": frozenset({"errors"}),
+    "datasets": frozenset({"core", "errors", "targets"}),
     "explain": frozenset({"config", "errors"}),
 }
 """Rooms that may use less of what lies below them."""
@@ -70,6 +72,8 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "tracking": frozenset({"mlflow"}),
     "tracking_process": frozenset(),
     "tracking_ui": frozenset(),
+    "targets": frozenset({"hydra"}),
+    "datasets": frozenset({"torch"}),
 }
 """Rooms that use only these packages of others."""
 
@@ -83,7 +87,7 @@ ONLY_IN: dict[str, frozenset[str]] = {
 }
 """Packages with one place to be."""
 
-ONE_PLACE = {"hydra.main": "cli.py", "hydra.utils.instantiate": "build.py"}
+ONE_PLACE = {"hydra.main": "cli.py", "hydra.utils.instantiate": "targets.py"}
 
 
 def sources() -> dict[str, str]:

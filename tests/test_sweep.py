@@ -99,6 +99,19 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launche
 
 
 @pytest.mark.slow
+def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
+    """Two at a time have half of the cores each, and their runs say so."""
+    joblib = pytest.importorskip("joblib")
+    free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, "accum.steps=1,2", *LAUNCHERS["joblib"]]
+    subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'gaccum_exp'")
+    runs = client.search_runs([experiment.experiment_id], "tags.kind = 'arm'")
+    assert [run.data.tags["threads"] for run in runs] == [str(max(1, joblib.cpu_count() // 2))] * 2
+
+
+@pytest.mark.slow
 def test_sweeps_begun_at_the_same_time_do_not_mix(tmp_path: Path, empty_store: Path) -> None:
     """Two processes, one working directory and one store: each compares its own arms."""
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import provenance, write_results
 from experiments.overhead import commands, many, one_run, seeds
+from gaccum_exp.provenance import git_commit
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "measured.json"
@@ -36,6 +37,7 @@ def main(names: list[str]) -> None:
     unknown = set(names) - PARTS.keys()
     if unknown:
         raise SystemExit(f"no such part: {', '.join(sorted(unknown))} (there are {', '.join(PARTS)})")
+    git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     for name in names or PARTS:
         start = time.monotonic()

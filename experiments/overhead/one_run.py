@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ MODELS: dict[str, tuple[tuple[str, ...], int, int]] = {
     ),
 }  # fmt: skip
 """Overrides, windows of a block, repeats. Digits in global batches of 256; the GPT on packed text."""
+PEERS = ("accelerate", "lightning", "transformers")
 WARM_UP = 10
 """Windows of a block that are not counted; memory is measured in the third."""
 LIMIT = next(iter(CONTENDERS))
@@ -195,7 +197,7 @@ def windows() -> str:
         for name, (overrides, count, repeats) in MODELS.items():
             parts.append(f"**{name}**\n\n{table(measure(overrides, count, repeats, folder))}")
             print(f"{parts[-1]}\n", flush=True)
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"Peers: {', '.join(f'{name} {version(name)}' for name in PEERS)}."])
 
 
 def deliveries(repeats: int) -> str:
