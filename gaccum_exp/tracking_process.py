@@ -239,3 +239,6 @@ def _told(error: Exception) -> Exception:
 
 if __name__ == "__main__":
     serve(Connection(int(sys.argv[1])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is stored; taking MLflow down module by module would be waited for
