@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from tests.program import Program
-from tests.strangers import Points
+from tests.strangers import Net, Points
 from tests.support import STRANGER
 
 made: Counter[str] = Counter()
@@ -71,6 +72,26 @@ def test_a_strangers_data_set_is_each_arms_own(program: Program) -> None:
     """It might count, draw or change while it is fetched from."""
     sweep(program, "Counted", "accum.steps=1,2,4")
     assert made["Counted"] == 3
+
+
+class WritesOnItsInput(Net):
+    """Works in place, on what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.5))
+
+
+def test_what_a_model_does_to_its_input_is_not_done_to_the_next_arms_data(program: Program) -> None:
+    """The same arm alone and last of three has the same curves: micro-batches are copies."""
+    model = "model._target_=tests.test_datasets.WritesOnItsInput"
+    evaluated = "data.eval._target_=tests.test_datasets.tensors"
+    sweep(program, "tensors", model, evaluated, "train.steps=6")
+    (alone,) = program.arms()
+    sweep(program, "tensors", model, evaluated, "train.steps=6", "optimizer.lr=0.4,0.2,0.1")
+    last = max(program.arms(), key=lambda run: run.start_time_ms)
+    assert last.params["optimizer.lr"] == alone.params["optimizer.lr"]
+    assert last.curves["train/loss"] == alone.curves["train/loss"]
+    assert last.curves["eval/loss"] == alone.curves["eval/loss"]
 
 
 def test_other_settings_of_the_data_are_loaded(program: Program) -> None:
