@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,15 +31,12 @@ from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.progress import Progress
 from gaccum_exp.provenance import dataset_records, device_tags, environment_tags
-from gaccum_exp.report.figures import save_plan
 from gaccum_exp.sink import MlflowSink
 from gaccum_exp.sweep import OUTCOME, SWEPT_KEYS
 from gaccum_exp.tracking_process import connect
 from gaccum_exp.train import train, training_windows
 
 log = logging.getLogger(__name__)
-_shared: dict[str, Shared] = {}
-"""By the sweep's id: the data sets of the arm before, if this process has run one of the same sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ def run_arm(settings: Settings, cfg: DictConfig) -> Outcome:
         loaded, chosen = None, {}
         if settings.auto_steps and settings.task != "plan":
             try:
-                loaded = load(settings, shared_data(settings))
+                loaded = load(settings, shared_data(settings.sweep_id))
                 settings, said = planning.with_fitting_steps(settings, loaded)
             except Exception:
                 sink = start_run(settings, cfg, name, role_of(settings))
@@ -130,11 +128,10 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
     return outcome
 
 
-def shared_data(settings: Settings) -> Shared:
-    """Return the data sets that the arms of this sweep share in this process."""
-    if settings.sweep_id not in _shared:
-        _shared.clear()
-    return _shared.setdefault(settings.sweep_id, Shared())
+@lru_cache(maxsize=1)
+def shared_data(sweep_id: str) -> Shared:
+    """Return the data sets that the arms of a sweep share in this process; the last sweep's are kept."""
+    return Shared()
 
 
 def run_name(settings: Settings) -> str:
@@ -171,7 +168,7 @@ def _run(
 ) -> Outcome:
     """Do what the task says; a function, so that nothing that was built outlives it."""
     clear()
-    loaded = load(settings, shared_data(settings)) if loaded is None else loaded
+    loaded = load(settings, shared_data(settings.sweep_id)) if loaded is None else loaded
     if settings.task == "plan":
         _plan(settings, loaded, name, sink, folder)
         return outcome
@@ -232,6 +229,8 @@ def keep_weights(experiment: Experiment, sink: MlflowSink) -> None:
 
 def _plan(settings: Settings, loaded: Materials, name: str, sink: MlflowSink, folder: Path) -> None:
     """Predict the memory of every N; record it, draw it and print it."""
+    from gaccum_exp.report.figures import save_plan  # with matplotlib, which no training waits for
+
     planned = planning.plan(settings, loaded)
     for row in planned.rows:
         sizes = {key: value for key, value in row.as_dict().items() if key.endswith("_bytes")}
@@ -265,7 +264,7 @@ def _train_control(settings: Settings, cfg: DictConfig, control_of: str) -> None
     try:
         sink = start_run(settings, cfg, name, role_of(settings) | {"control_of": control_of})
         clear()
-        _train(_build(settings, load(settings, shared_data(settings)), sink), name, sink)
+        _train(_build(settings, load(settings, shared_data(settings.sweep_id)), sink), name, sink)
         sink.close("FINISHED")
     except Exception as error:
         log.warning("%s failed: %s", name, reason_of(error))

@@ -24,7 +24,7 @@ from gaccum_exp.core.model_loss import ModelLoss
 from gaccum_exp.core.placement import placed
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.window import Stage, WindowPlan
-from gaccum_exp.datasets import Shared, lengths_of, load_dataset
+from gaccum_exp.datasets import Shared, lengths_of
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.first_samples import first_samples, try_first_samples
@@ -57,18 +57,18 @@ def load(settings: Settings, shared: Shared | None = None) -> Materials:
 
     Args:
         settings: what of.
-        shared: takes data sets from an earlier arm, and keeps them for the next.
+        shared: takes data sets from an earlier arm, and keeps them for the next; None: there is none.
 
     Raises:
         BadInputError: anything in the configuration of these that cannot be used.
     """
     device = prepare_runtime(settings)
     seed = settings.seed
-    of_key = load_dataset if shared is None else shared.load
-    train = of_key("data.train", settings.data.train, seed)
+    data = shared or Shared()
+    train = data.load("data.train", settings.data.train, seed)
     held_out = None
     if settings.data.eval is not None and settings.task != "plan":
-        held_out = of_key("data.eval", settings.data.eval, seed)
+        held_out = data.load("data.eval", settings.data.eval, seed)
     train_data = train.dataset
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style

@@ -20,18 +20,20 @@ class Loaded:
     dataset: Dataset[Any]
     drawn: bool
     """Whether random numbers were drawn when it was made, so that another seed has another."""
-    source: tuple[Mapping[str, Any], int]
-    """Its configuration, and the run's seed."""
+    node: Mapping[str, Any]
+    """Its configuration."""
+    seed: int
+    """The run's."""
 
     @property
     def unchanging(self) -> bool:
         """Whether it is known to be the same after a training as before: tensors, or one of ours."""
-        ours = str(self.source[0]["_target_"]).startswith("gaccum_exp.data.")
+        ours = str(self.node["_target_"]).startswith("gaccum_exp.data.")
         return ours or type(self.dataset) is TensorDataset
 
     def serves(self, node: Mapping[str, Any], seed: int) -> bool:
         """Whether loading this again would give the same."""
-        return node == self.source[0] and (not self.drawn or seed == self.source[1])
+        return node == self.node and (not self.drawn or seed == self.seed)
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> Loaded:
         )
     if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
         raise BadInputError(f"{key} is empty: it holds 0 samples")
-    return Loaded(dataset, drawn, (node, seed))
+    return Loaded(dataset, drawn, node, seed)
 
 
 def lengths_of(dataset: Dataset[Any]) -> Tensor:

@@ -1,6 +1,5 @@
 """What one training run works with."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,14 +83,9 @@ class Experiment:
         ends = [min(end, self.total_steps) for end in starts[1:]]
         return [range(*stage) for stage in zip(starts, ends, strict=False) if stage[0] < stage[1]]
 
-    @property
-    def backward(self) -> Callable[[Tensor], None]:
-        """What back-propagates a micro-batch's share of the loss."""
-        return torch.autograd.backward if self.scaler is None else self._scaled_backward
-
-    def _scaled_backward(self, loss: Tensor) -> None:
-        assert self.scaler is not None
-        torch.autograd.backward(self.scaler.scale(loss))
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a micro-batch's share of the loss."""
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def rate_factor(self, global_step: int) -> float:
         """Return what the learning rate is multiplied by while the schedule keeps the batch small."""

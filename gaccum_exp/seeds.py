@@ -125,7 +125,7 @@ def _experiments(settings: Sequence[Settings]) -> list[Experiment]:
     if first.task != "train":
         raise NotStackableError(f"task={first.task} trains nothing")
     clear()
-    loaded = load(first, shared_data(first))
+    loaded = load(first, shared_data(first.sweep_id))
     budget = planning.budget_bytes(first, loaded.device)
     experiments = stackable(settings, loaded)
     if budget is not None:

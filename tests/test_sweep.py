@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import pytest
 from mlflow import MlflowClient
 
@@ -101,7 +102,6 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launche
 @pytest.mark.slow
 def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
     """Two at a time have half of the cores each, and their runs say so."""
-    joblib = pytest.importorskip("joblib")
     free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, "accum.steps=1,2", *LAUNCHERS["joblib"]]
     subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)

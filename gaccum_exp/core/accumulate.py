@@ -131,14 +131,12 @@ class _Passes:
         parameters = self._parameters() if self._buffer_dtype or rescaled else ()
         apart = rescaled is not None
         with GradientBuffers(parameters, self._buffer_dtype, apart=apart) as buffers:
-            counted_late = False
             for micro_batch, counted in zip(self._micro_batches, self.counts, strict=True):
                 loss, n = self._backward(micro_batch, counted, divisor)
                 window_loss = loss if window_loss is None else window_loss + loss
                 window_denominator = window_denominator + n
-                counted_late |= counted is None
             assert window_loss is not None
-            if counted_late:
+            if any(n is None for n in self.counts):
                 # Counted late: whether anything counted at all has to be known on the host.
                 window_denominator = float(window_denominator)
             result = WindowLoss(window_loss, window_denominator)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class GradientBuffers:
@@ -31,9 +30,6 @@ class GradientBuffers:
         self._earlier: dict[nn.Parameter, Tensor] = {}
 
     def __enter__(self) -> "GradientBuffers":
-        self._hooks: list[RemovableHandle] = []
-        if not self._parameters:
-            return self
         for parameter in self._parameters:
             if parameter.grad is not None:
                 self._earlier[parameter] = parameter.grad
@@ -59,10 +55,10 @@ class GradientBuffers:
             parameter.grad = None
 
     def __exit__(self, *error: object) -> None:
-        if not self._parameters:
-            return
         for hook in self._hooks:
             hook.remove()
+        if not self._parameters:
+            return
         with torch.no_grad():
             for parameter in self._parameters:
                 added = self._buffers.pop(parameter, parameter.grad)

@@ -13,7 +13,7 @@ expose that number. It comes, in this order, from
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,28 +96,36 @@ class _LabelCount:
     """Labels that are not ignored, or the sum of their class weights; soft targets: all of them."""
 
     def __init__(self, criterion: nn.Module) -> None:
-        self._criterion = cast(Any, criterion)
-        ignored = self._criterion.ignore_index
-        self._ignored: int = -100 if ignored is None else ignored
-        self._is_weighted = self._criterion.weight is not None
+        self._criterion: Any = criterion
+        # nn.Module's own way to a buffer is slow, and this runs for every micro-batch.
+        self._buffers = vars(criterion)["_buffers"]
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
         if target.is_floating_point():  # class probabilities, (batch, classes, ...): never weighted
             classes = int(target.shape[1]) if target.ndim > 1 else 1
             return target.numel() // classes
-        if not self._is_weighted and type(target) is Tensor and target.is_cpu:
-            # NumPy, because this runs for every micro-batch and takes a quarter of torch's time.
-            return float(np.count_nonzero(target.numpy() != self._ignored))
-        counted = valid = target != self._ignored
-        if self._is_weighted:
+        ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
+        weighted = self._weight is not None
+        if not weighted and type(target) is Tensor and target.is_cpu:
+            # NumPy, for the same reason: it takes a quarter of torch's time.
+            return float(np.count_nonzero(target.numpy() != ignored))
+        counted = valid = target != ignored
+        if weighted:
             counted = self._weight_on(target.device)[torch.where(valid, target, 0)] * valid
         total: Tensor = counted.sum()
         return float(total.item()) if target.device.type == "cpu" else total
 
+    @property
+    def _weight(self) -> Any:
+        try:
+            return self._buffers["weight"]
+        except KeyError:  # a criterion that keeps it in another way
+            return self._criterion.weight
+
     def _weight_on(self, device: torch.device) -> Tensor:
         """Windows are counted on the host while the criterion lives elsewhere: keep a copy."""
-        weight = self._criterion.weight
+        weight = self._weight
         source, copied = self._copies.get(device, (None, weight))
         if source is not weight:
             copied = weight.to(device)

@@ -78,7 +78,7 @@ def settle() -> None:
     """Collect garbage, and leave what there is out of all later collections and searches.
 
     It is what was imported, and what a sweep keeps of its arms: most of what a process holds, and it
-    stays. To be called when nothing else is held.
+    stays. To be called when nothing else is held: cycles that become garbage later are never collected.
     """
     if _settled:  # before the first time there is next to no garbage
         gc.collect()

@@ -32,17 +32,17 @@ def condense(rows: Sequence[ComparisonRow]) -> Condensed:
     """
     if len(rows) <= MOST_ROWS:
         return Condensed(tuple(rows))
-    shared = "the seed alone"
     together = _together(rows, lambda row: (row.setting.repeated_label, row.steps))
-    if len(together) > MOST_ROWS:
-        shared = "other settings than N and reduction"
+    by_seed = len(together) <= MOST_ROWS
+    if not by_seed:
         together = _together(rows, lambda row: (row.setting.reduction, row.steps))
     is_summed = len(together) < len(rows)
-    lines = [_sum_up(alike, by_seed=shared == "the seed alone") for alike in together]
+    lines = [_sum_up(alike, by_seed=by_seed) for alike in together]
     by_rank = sorted(range(len(lines)), key=lambda i: (not lines[i].is_reference, _remarkable(lines[i])))
     kept = sorted(by_rank[:MOST_ROWS])
     said = []
     if is_summed:
+        shared = "the seed alone" if by_seed else "other settings than N and reduction"
         said.append(
             f"{len(rows)} arms on {len(lines)} lines: those that differ in {shared} share one, which "
             "has the median of losses and times, the worst verdict, and of all else the largest."

@@ -4,6 +4,7 @@ Where a panel would hold more curves than can be told apart, those of the same N
 there are more N than a legend can name, neighbouring N are.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,7 @@ def crowd_of(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Crowd:
     values = np.full((len(curves), steps.size), np.nan)
     for line, (at, of) in zip(values, curves, strict=True):
         line[np.searchsorted(steps, at)] = np.where(np.isfinite(of), of, np.nan)
-    values.sort(axis=0)  # what is missing comes last
-    last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)
-    columns = np.arange(steps.size)
-    middle = (values[last // 2, columns] + values[(last + 1) // 2, columns]) / 2
-    return Crowd(steps, values[0], middle, values[last, columns])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of steps at which every value is missing
+        summed = (of(values, axis=0) for of in (np.nanmin, np.nanmedian, np.nanmax))
+        return Crowd(steps, *summed)

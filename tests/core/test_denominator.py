@@ -411,3 +411,19 @@ def test_a_reduction_set_for_a_moment_is_put_back_after_an_error() -> None:
     assert criterion.reduction == "mean"
     with ReducedAs(criterion, "sum"):
         assert criterion.reduction == "sum"
+
+
+def test_what_a_criterion_ignores_and_weighs_is_read_when_it_counts() -> None:
+    """A criterion whose settings are changed in training is counted as it is then."""
+    criterion = nn.CrossEntropyLoss()
+    loss = CriterionLoss(criterion)
+    micro_batch = torch.zeros(4, 3), torch.tensor([0, 1, 1, 2])
+    assert loss.count(micro_batch) == 4
+    criterion.ignore_index = 1
+    assert loss.count(micro_batch) == 2
+    criterion.weight = torch.tensor([1.0, 5.0, 3.0])
+    assert loss.count(micro_batch) == 4
+    criterion.weight = torch.tensor([2.0, 5.0, 3.0])
+    assert loss.count(micro_batch) == 5
+    criterion.weight = None
+    assert loss.count(micro_batch) == 2

@@ -17,8 +17,7 @@ from matplotlib.transforms import Bbox
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.bar_figures import draw_memory, draw_step_time
 from gaccum_exp.report.compare import compare
-from gaccum_exp.report.drawing import FIGURES
-from gaccum_exp.report.figures import draw
+from gaccum_exp.report.figures import FIGURES, draw
 from gaccum_exp.report.loss_figure import draw_loss_curves
 
 Arm = Callable[..., RunRecord]

@@ -17,7 +17,7 @@ from gaccum_exp.records import Curve, RunRecord
 from gaccum_exp.report.compare import Comparison, compare, write_csv
 from gaccum_exp.report.condensed import MOST_ROWS, condense
 from gaccum_exp.report.crowd import MOST_CURVES, crowd_of, groups_of, is_crowded
-from gaccum_exp.report.drawing import FIGURES
+from gaccum_exp.report.figures import FIGURES
 from gaccum_exp.report.gaps import loss_gaps
 from gaccum_exp.report.loss_figure import draw_loss_curves
 from gaccum_exp.report.pairing import shared_config
