@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 
+from gaccum_exp import config
+from gaccum_exp.config import Settings
 from gaccum_exp.provenance import environment_tags, git_commit
 
 BEGIN, END = "<!-- results: written by build.py -->", "<!-- end of results -->"
@@ -60,6 +63,33 @@ def spread(values: Iterable[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (0 for a single value)."""
     values = list(values)
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def middle(values: Iterable[float], unit: str = "", digits: int = 2) -> str:
+    """Return the median, and the least and the greatest in brackets: `1.04 × (1.02 to 1.09)`."""
+    ordered = sorted(values)
+    unit = f" {unit}" if unit else ""
+    low, median, high = (
+        f"{v:.{digits}f}" for v in (ordered[0], statistics.median(ordered), ordered[-1])
+    )
+    return f"{median}{unit} ({low} to {high})"
+
+
+def composed(*overrides: str) -> Settings:
+    """Compose and validate as the command line does."""
+    config.register()
+    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+        return config.validate(compose("config", list(overrides)))
+
+
+class Quiet:
+    """In place of a training's progress bar."""
+
+    def note(self, points: object) -> None:
+        """Say nothing."""
+
+    def advance(self, step: int) -> None:
+        """Say nothing."""
 
 
 def provenance(seconds: float) -> str:

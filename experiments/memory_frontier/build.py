@@ -14,14 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
-from experiments.notebook import append_row, provenance, read_rows, run_study, spread, write_results
-from gaccum_exp import config, planning
+from experiments.notebook import (
+    append_row,
+    composed,
+    provenance,
+    read_rows,
+    run_study,
+    spread,
+    write_results,
+)
+from gaccum_exp import planning
 from gaccum_exp.build import build, load
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.memory.peak import Peak, TrackedWindow
@@ -62,7 +69,6 @@ COLUMNS = (
 
 def main() -> None:
     """Measure what is missing, run the sweep, write figure and page."""
-    config.register()
     start = time.monotonic()
     for row in missing():
         append_row(RESULTS, COLUMNS, row)
@@ -87,10 +93,7 @@ def missing() -> Iterator[dict[str, Any]]:
 
 def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
     """Predict a window's peak, measure it, and let the profiler watch it."""
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        settings = config.validate(
-            compose("config", [*overrides, "runtime.device=cpu", "train.steps=4"])
-        )
+    settings = composed(*overrides, "runtime.device=cpu", "train.steps=4")
     loaded = load(settings)
     predicted = planning.predicted_peak(settings, loaded)
     assert predicted is not None

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+
+from experiments.notebook import middle
 
 ROOT = Path(__file__).resolve().parents[2]
 SGD = (
@@ -24,7 +25,7 @@ SGD = (
 IMPORTS = ("-c", "import torch, torchvision")
 DEMO = ("-m", "accum.steps=1,2,4,8")
 ARMS = ("-m", "accum.steps=1,2,4,8", "seed=0,1", "train.epochs=60", "audit.at_start=false")
-"""Eight trainings of 2 s, or 5 s."""
+"""Eight trainings of 360 windows."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,11 @@ class Ran:
         return min(at for _, at in self.steps)
 
 
-def ran(*arguments: str, folder: str, threads: int | None = None) -> Ran:
+def ran(*arguments: str, folder: str) -> Ran:
     """Run this Python with these arguments in a folder."""
     stamps = Path(folder) / "stamps"
     stamps.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STAMPS": str(stamps)}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     start = time.time()
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
@@ -60,15 +59,9 @@ def ran(*arguments: str, folder: str, threads: int | None = None) -> Ran:
     return Ran(wall_s, steps)
 
 
-def program(*arguments: str, folder: str, threads: int | None = None) -> Ran:
+def program(*arguments: str, folder: str) -> Ran:
     """Run `python -m gaccum_exp` with the optimizer that notes its steps."""
-    return ran("-m", "gaccum_exp", *arguments, *SGD, folder=folder, threads=threads)
-
-
-def said(values: Sequence[float], unit: str = "s") -> str:
-    """Return the median and the spread."""
-    ordered = sorted(values)
-    return f"{statistics.median(ordered):.2f} {unit} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+    return ran("-m", "gaccum_exp", *arguments, *SGD, folder=folder)
 
 
 def start(repeats: int) -> str:
@@ -95,7 +88,7 @@ def start(repeats: int) -> str:
     lines = ["| what | time | × the imports, pair by pair |", "|---|---|---|"]
     for name, values in rows.items():
         ratios = [value / other for value, other in zip(values, base, strict=True)]
-        lines.append(f"| {name} | {said(values)} | {said(ratios, '×')} |")
+        lines.append(f"| {name} | {middle(values, 's')} | {middle(ratios, '×')} |")
     return "\n".join(lines)
 
 
@@ -133,9 +126,9 @@ def sweep(repeats: int) -> str:
         ):
             shares.setdefault(name, []).append(value)
     lines = ["| what | time |", "|---|---|"]
-    lines += [f"| {name} | {said(values)} |" for name, values in shares.items()]
+    lines += [f"| {name} | {middle(values, 's')} |" for name, values in shares.items()]
     lines += [
-        f"| (the sweep − one start) / its trainings, {name} an audit in each arm | {said(values, '×')} |"
+        f"| (the sweep − one start) / its trainings, {name} audits | {middle(values, '×')} |"
         for name, values in ratios.items()
     ]
     return "\n".join(lines)
@@ -154,13 +147,12 @@ def stages(repeats: int) -> str:
             )
         for name, times in json.loads(done.stdout).items():
             each = len(times) // 4  # calls of an arm; what is called once is the sweep's
-            found.setdefault(name, []).append(
-                1e3 * sum(times[each:] if each else times) / 3 ** bool(each)
-            )
+            seconds = sum(times[each:]) / 3 if each else sum(times)
+            found.setdefault(name, []).append(1e3 * seconds)
             calls[name] = each
     lines = ["| what | ms for an arm after the first |", "|---|---|"]
     lines += [
-        f"| {name}{'' if calls[name] else ' (once for the sweep)'} | {said(values, 'ms')} |"
+        f"| {name}{'' if calls[name] else ' (once for the sweep)'} | {middle(values, 'ms')} |"
         for name, values in found.items()
     ]
     return "\n".join(lines)
@@ -183,7 +175,7 @@ def many_arms(repeats: int) -> str:
         after = run.wall_s - max(at for _, at in run.steps)
         rows.setdefault("after the last window: comparison and figures", []).append(1e3 * after)
     lines = ["| 200 arms of ten windows | ms |", "|---|---|"]
-    lines += [f"| {name} | {said(values, 'ms')} |" for name, values in rows.items()]
+    lines += [f"| {name} | {middle(values, 'ms')} |" for name, values in rows.items()]
     return "\n".join(lines)
 
 
@@ -204,7 +196,7 @@ def side_by_side(repeats: int) -> str:
         first = next(iter(walls.values()))
         for name, values in walls.items():
             ratios = [value / other for value, other in zip(values, first, strict=True)]
-            times = f"{said(values)} | {said(ratios, '×')} | {said(steps[name], 'ms')}"
+            times = f"{middle(values, 's')} | {middle(ratios, '×')} | {middle(steps[name], 'ms')}"
             lines.append(f"| {model.upper()}, {name} | {times} |")
     return "\n".join(lines)
 

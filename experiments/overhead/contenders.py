@@ -23,12 +23,12 @@ from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
+from experiments.notebook import Quiet
 from gaccum_exp.build import build
 from gaccum_exp.config import Settings
 from gaccum_exp.core.micro_batch import split_micro_batch
 from gaccum_exp.experiment import Experiment
 from gaccum_exp.metrics import Sink
-from gaccum_exp.progress import Progress
 from gaccum_exp.sink import MlflowSink
 from gaccum_exp.tracking_process import connect
 from gaccum_exp.train import train, train_step, training_windows
@@ -80,6 +80,11 @@ class Block:
         return self.experiment.optimizer
 
     @property
+    def criterion(self) -> nn.Module:
+        """As the user gave it: it takes the mean."""
+        return self.experiment.criterion_loss.criterion
+
+    @property
     def n(self) -> int:
         """Micro-batches of a window."""
         return self.settings.accum_steps
@@ -100,8 +105,7 @@ class Block:
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a micro-batch."""
-        criterion = self.experiment.criterion_loss.criterion  # type: ignore[union-attr]
-        return criterion(self.model(inputs), targets)  # type: ignore[no-any-return]
+        return self.criterion(self.model(inputs), targets)
 
     def loader(self) -> DataLoader[Any]:
         """Return the loader that a user writes: micro-batches collated from samples."""
@@ -117,7 +121,7 @@ class Block:
 def bare(block: Block) -> Callable[[], None]:
     """The limit: a loop over micro-batches that lie in memory, split."""
     windows, model, optimizer = block.windows(), block.model, block.optimizer
-    criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
+    criterion = block.criterion
     parameters, n = block.parameters, block.n
 
     def run() -> None:
@@ -125,7 +129,7 @@ def bare(block: Block) -> Callable[[], None]:
             optimizer.zero_grad()
             for inputs, targets in window:
                 (criterion(model(inputs), targets) / n).backward()
-            nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+            nn.utils.get_total_norm([p.grad for p in parameters])
             optimizer.step()
 
     return run
@@ -160,7 +164,7 @@ def of_accelerate(block: Block, log: bool = False) -> Callable[[], None]:
         if log:
             accelerator.init_trackers("accelerate")
         model, optimizer, batches = accelerator.prepare(block.model, block.optimizer, loader)
-        criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
+        criterion = block.criterion
         steps, total = 0, torch.zeros(())
         for inputs, targets in batches:
             with accelerator.accumulate(model):
@@ -232,7 +236,7 @@ def of_fabric(block: Block) -> Callable[[], None]:
         fabric = lightning.Fabric(accelerator="cpu", devices=1)
         model, optimizer = fabric.setup(block.model, block.optimizer)
         batches = fabric.setup_dataloaders(loader)
-        criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
+        criterion = block.criterion
         for i, (inputs, targets) in enumerate(batches):
             last = (i + 1) % block.n == 0
             with fabric.no_backward_sync(model, enabled=not last):
@@ -304,7 +308,7 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
         if log:
             store = connect(block.uri, "gaccum_exp")
             sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
-        train(block.experiment, sink, _NoProgress("", block.experiment.total_steps))
+        train(block.experiment, sink, Quiet())
         sink.close("FINISHED")
 
     return run
@@ -313,18 +317,15 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
 def gathered(block: Block) -> Callable[[], None]:
     """The bare loop on windows that are fetched as gaccum_exp fetches them."""
     model, optimizer = block.model, block.optimizer
-    criterion = block.experiment.criterion_loss.criterion  # type: ignore[union-attr]
+    criterion = block.criterion
     parameters, n = block.parameters, block.n
 
     def run() -> None:
         for window in training_windows(block.experiment):
             optimizer.zero_grad()
-            for micro_batch in window:
-                inputs, targets = (
-                    micro_batch if isinstance(micro_batch, tuple) else block.pair(micro_batch)
-                )
+            for inputs, targets in window:  # of digits
                 (criterion(model(inputs), targets) / n).backward()
-            nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+            nn.utils.get_total_norm([p.grad for p in parameters])
             optimizer.step()
 
     return run
@@ -365,11 +366,6 @@ PIECES: dict[str, Contender] = {
     "the same, MLflow": lambda block: ours(block, log=True),
 }
 """What lies between the limit and the whole training, of which each line has more."""
-
-
-class _NoProgress(Progress):
-    def advance(self, done: int) -> None:
-        """Say nothing."""
 
 
 @contextmanager

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gaccum_exp import config
+from experiments.notebook import composed, middle
 from gaccum_exp.provenance import environment_tags
 from gaccum_exp.report.__main__ import CURVES, read_sweep
 from gaccum_exp.report.compare import compare, write_csv
@@ -117,10 +116,8 @@ def generate(
 
 def written(store: Store, arm: Arm, points: int, sweep_id: str, weights: bool) -> str:
     """Write the first run with the program's own means; return its id."""
-    config.register()
     overrides = ["model=mlp", "runtime.device=cpu", f"accum.steps={arm.steps}", f"train.steps={points}"]
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        params = config.validate(compose("config", overrides)).flat()
+    params = composed(*overrides).flat()
     choices = {f"choice.{key}": "default" for key in ("model", "data", "accum", "optimizer", "runtime")}
     tags = {"sweep_id": sweep_id, "kind": "arm", **choices, **environment_tags(), **own_tags(arm)}
     run = store.start_run(
@@ -281,9 +278,8 @@ def main(sizes: Sequence[int] = (10, 100, 300, 1000), points: int = 1000, repeat
             times = [report(uri, Path(folder)) for _ in range(repeats)]
             by_client = read_by_client(uri, size)
         medians = [statistics.median(t[stage] for t in times) for stage in STAGES]
-        said = [f"{1e3 * seconds / size:.2f}" for seconds in (*medians, sum(medians))]
-        spread = [1e3 * sum(t.values()) / size for t in times]
-        said[-1] += f" ({min(spread):.2f} to {max(spread):.2f})"
+        said = [f"{1e3 * seconds / size:.2f}" for seconds in medians]
+        said.append(middle(1e3 * sum(t.values()) / size for t in times))
         lines.append(f"| {size} | {' | '.join(said)} | {1e3 * by_client:.1f} |")
     return "\n".join(lines)
 

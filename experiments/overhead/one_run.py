@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import mlflow
 import torch
-from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from torch import Tensor
 
+from experiments.notebook import composed, middle
 from experiments.overhead.contenders import CONTENDERS, PIECES, Block, Contender
-from gaccum_exp import config
-from gaccum_exp.config import Settings
 from gaccum_exp.sink import MlflowSink
 from gaccum_exp.tracking_process import connect
 
@@ -39,8 +38,6 @@ PEERS = ("accelerate", "lightning", "transformers")
 WARM_UP = 10
 """Windows of a block that are not counted; memory is measured in the third."""
 LIMIT = next(iter(CONTENDERS))
-
-
 Times = tuple[float, float]
 """Of a block, in seconds: its median window, and its whole by its windows."""
 
@@ -63,13 +60,6 @@ class Measured:
         self.ratio.append(2 * own[0] / (before[0] + after[0]))
 
 
-def settings(*overrides: str) -> Settings:
-    """Compose and validate as the command line does."""
-    config.register()
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        return config.validate(compose("config", list(overrides)))
-
-
 def measure(
     overrides: Sequence[str],
     windows: int,
@@ -81,7 +71,7 @@ def measure(
 
     A machine that is shared or cools itself has fast and slow seconds: neighbours share them.
     """
-    configured = settings(*COMMON, *overrides, f"train.steps={windows}")
+    configured = composed(*COMMON, *overrides, f"train.steps={windows}")
     found = {name: Measured() for name in contenders}
     order = [name for name in contenders if name != LIMIT]
 
@@ -125,7 +115,7 @@ def check(folder: str) -> None:
     Raises:
         RuntimeError: one does not, so it is another training that would be timed.
     """
-    configured = settings(*COMMON, "model=mlp", "train.steps=6", "runtime.precision=fp64")
+    configured = composed(*COMMON, "model=mlp", "train.steps=6", "runtime.precision=fp64")
     ended: dict[str, Tensor] = {}
     for name, contender in CONTENDERS.items():
         block = Block(configured, stores(folder)[name])
@@ -167,8 +157,6 @@ def one_by_one(uri: str, windows: int = 50) -> float:
     """Return milliseconds a window where each calls MLflow."""
     client = MlflowClient(uri)
     found = client.get_experiment_by_name("delivery")
-    import mlflow
-
     mlflow.set_tracking_uri(uri)
     with mlflow.start_run(experiment_id=found.experiment_id):
         start = time.perf_counter()
@@ -185,7 +173,7 @@ def table(measured: Mapping[str, Measured]) -> str:
     ]
     for name, of in measured.items():
         window, wall = 1e3 * statistics.median(of.window_s), 1e3 * statistics.median(of.wall_s)
-        lines.append(f"| {name} | {window:.2f} | {say(of.ratio)} | {wall:.2f} |")
+        lines.append(f"| {name} | {window:.2f} | {middle(of.ratio, digits=3)} | {wall:.2f} |")
     return "\n".join(lines)
 
 
@@ -206,7 +194,7 @@ def deliveries(repeats: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         found = delivery(3000, repeats, folder)
     for name, values in found.items():
-        lines.append(f"| {name} | {say(values)} |")
+        lines.append(f"| {name} | {middle(values, digits=3)} |")
     return "\n".join(lines)
 
 
@@ -216,8 +204,3 @@ def pieces(repeats: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(overrides, count, repeats, folder, PIECES)
     return table(measured)
-
-
-def say(values: Sequence[float]) -> str:
-    """Return the median and the spread."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"

@@ -15,12 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gaccum_exp import config
+from experiments.notebook import Quiet, composed, middle
 from gaccum_exp.build import Materials, build, load
 from gaccum_exp.config import Settings
 from gaccum_exp.core.window import split_sizes
@@ -35,16 +34,6 @@ THREADS = 2
 EPOCHS = 10
 WIDTHS = ([256, 256], [128, 128], [64, 64], [32, 32])
 STEPS = (1, 4)
-
-
-class Silent:
-    """In place of a progress bar."""
-
-    def note(self, points: object) -> None:
-        """Say nothing."""
-
-    def advance(self, step: int) -> None:
-        """Say nothing."""
 
 
 def main(repeats: int = 5) -> str:
@@ -73,20 +62,17 @@ def row(hidden: list[int], steps: int, repeats: int) -> str:
     per_seed = [1e3 * statistics.median(times) / SEEDS for times in (apart, together, products)]
     return (
         f"| {', '.join(map(str, hidden))} | {steps} | {per_seed[0]:.3f} | {per_seed[1]:.3f} | "
-        f"{statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f}) | {per_seed[2]:.3f} |"
+        f"{middle(ratios, digits=1)} | {per_seed[2]:.3f} |"
     )
 
 
 def settings_of(hidden: list[int], steps: int, seed: int) -> Settings:
-    """Compose as the command line does."""
-    config.register()
-    overrides = (
+    """Return the settings of one seed."""
+    return composed(
         "model=mlp", f"model.hidden={hidden}", f"accum.steps={steps}", f"seed={seed}",
         f"train.epochs={EPOCHS}", "audit.at_start=false",
         "runtime.device=cpu", f"runtime.threads={THREADS}",
     )  # fmt: skip
-    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        return config.validate(compose("config", list(overrides)))
 
 
 def one_after_the_other(settings: list[Settings], loaded: Materials) -> float:
@@ -110,7 +96,7 @@ def as_one(settings: list[Settings], loaded: Materials) -> float:
     """Return the seconds that a window of all seeds takes in the stacked loop."""
     training = StackedTraining(stackable(settings, loaded))
     sinks = [Sink() for _ in settings]
-    return seconds(lambda: train_stacked(training, sinks, Silent())) / loaded.total_steps  # type: ignore[arg-type]
+    return seconds(lambda: train_stacked(training, sinks, Quiet())) / loaded.total_steps
 
 
 def products_alone(hidden: list[int], steps: int) -> float:
@@ -119,7 +105,7 @@ def products_alone(hidden: list[int], steps: int) -> float:
 
     def layer(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
         shapes = (rows, inputs), (inputs, outputs), (rows, outputs)
-        return tuple(torch.randn(SEEDS, *shape) for shape in shapes)  # type: ignore[return-value]
+        return tuple(torch.randn(SEEDS, *shape) for shape in shapes)
 
     layers = [layer(rows, *pair) for rows in split_sizes(256, steps) for pair in pairwise(widths)]
 

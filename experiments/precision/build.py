@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import provenance, run_study, spread, write_results
-from gaccum_exp import accumulate_gradients, config
+from experiments.notebook import composed, provenance, run_study, spread, write_results
+from gaccum_exp import accumulate_gradients
 from gaccum_exp.build import build
 from gaccum_exp.core.loss import count
 from gaccum_exp.experiment import Experiment
@@ -62,13 +61,10 @@ def trained(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
 def measured() -> dict[tuple[str, int], Cell]:
     """Return the errors of the first window's gradient at the initial weights, over seeds."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    config.register()
     for seed in SEEDS:
         for steps in STEPS:
-            with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-                chosen = ["experiment=precision", f"seed={seed}", f"accum.steps={steps}"]
-                settings = config.validate(compose("config", [*chosen, "runtime.device=cpu"]))
-            experiment = build(settings)
+            chosen = "experiment=precision", f"seed={seed}", f"accum.steps={steps}"
+            experiment = build(composed(*chosen, "runtime.device=cpu"))
             window = next(training_windows(experiment))
             for buffer, errors in gradient_errors(experiment, window).items():
                 found.setdefault((buffer, steps), []).append(errors)
