@@ -22,6 +22,8 @@ import sys
 from gaccum_exp.cli import main
 status = main()
 heavy = {"mlflow", "pandas", "sklearn", "sqlalchemy"} & set(sys.modules)
+if "-m" not in sys.argv:
+    heavy |= {"matplotlib"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else status)
 """
 TRAINED_WITHOUT_END = """
@@ -47,6 +49,17 @@ def test_the_process_that_trains_imports_nothing_of_the_store(tmp_path: Path) ->
     assert "N = 2" in done.stdout
     runs = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"], "tags.kind = 'arm'")
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_single_run_imports_nothing_that_draws(tmp_path: Path) -> None:
+    """Neither before it trains nor for the table at its end."""
+    new_store(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MLFLOW, *TINY],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Every arm against its reference" in done.stdout
 
 
 def test_of_a_training_that_is_killed_all_that_was_handed_over_is_written(tmp_path: Path) -> None:

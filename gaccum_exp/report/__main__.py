@@ -16,7 +16,6 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.metrics import TRAIN_LOSS
 from gaccum_exp.records import RunRecord
 from gaccum_exp.report.compare import Comparison, compare, write_csv
-from gaccum_exp.report.figures import draw
 from gaccum_exp.report.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.table import render, summary
 from gaccum_exp.sink import kept_weights
@@ -56,6 +55,8 @@ def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
     Raises:
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
+    from gaccum_exp.report.figures import draw  # with matplotlib, which a single run does without
+
     runs, stored = read_sweep(store, sweep_id)
     comparison = compare(runs, stored, partial(kept_weights, store))
     folder.mkdir(parents=True, exist_ok=True)
