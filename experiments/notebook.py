@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from gaccum_exp import config
-from gaccum_exp.config import Settings
-from gaccum_exp.provenance import environment_tags, git_commit
+from gaccum_exp.arms.provenance import environment_tags, git_commit
+from gaccum_exp.config import schema as config
+from gaccum_exp.config.schema import Settings
 
 BEGIN, END = "<!-- results: written by build.py -->", "<!-- end of results -->"
 

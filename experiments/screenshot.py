@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow_browser import CHROMIUM, chart, chromium_page, drawn_curves, mlflow_server
 
-from gaccum_exp.tracking_ui import ui_link
+from gaccum_exp.tracking.mlflow_ui import ui_link
 
 
 def find_sweep(uri: str, sweep_id: str) -> tuple[str, int]:

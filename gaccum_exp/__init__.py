@@ -8,9 +8,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gaccum_exp.audit.watch import watch
+    from gaccum_exp.audit.watch.watch import watch
     from gaccum_exp.core.accumulate import accumulate_gradients
-    from gaccum_exp.memory.api import plan_memory
+    from gaccum_exp.memory.plan_memory import plan_memory
 
 __version__ = "0.1.0"
 __all__ = ["accumulate_gradients", "plan_memory", "watch"]
@@ -23,11 +23,11 @@ def __getattr__(name: str) -> Any:
 
         return accumulate_gradients
     if name == "watch":
-        from gaccum_exp.audit.watch import watch
+        from gaccum_exp.audit.watch.watch import watch
 
         return watch
     if name == "plan_memory":
-        from gaccum_exp.memory.api import plan_memory
+        from gaccum_exp.memory.plan_memory import plan_memory
 
         return plan_memory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gaccum_exp import config, explain, sweep
+from gaccum_exp.arms import callback as sweep
+from gaccum_exp.config import explain
+from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
 
 SWEEP_ID = "GACCUM_EXP_SWEEP_ID"
@@ -25,6 +27,10 @@ OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main() -> int:
     """Run the command line and return its exit status."""
+    if sys.argv[1:2] == ["report"]:
+        from gaccum_exp.arms.report import main as report
+
+        return report(sys.argv[2:])
     gc.disable()  # importing leaves next to no garbage, and the search for it takes a sixth of the time
     os.environ[SWEEP_ID] = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
@@ -65,16 +71,16 @@ def task(cfg: DictConfig) -> float | None:
         if not multirun:  # answered at once, without waiting for torch and MLflow
             print(f"gaccum_exp: {error}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
-        from gaccum_exp.seeds import refuse_seeds
+        from gaccum_exp.arms.seeds import refuse_seeds
 
         refuse_seeds(cfg, error)
         return None
     if settings.sweep.seeds is not None:
-        from gaccum_exp.seeds import run_seeds
+        from gaccum_exp.arms.seeds import run_seeds
 
         run_seeds(cfg)
         return None
-    from gaccum_exp.arm import run_arm
+    from gaccum_exp.arms.life import run_arm
 
     # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
     return run_arm(settings, cfg).objective
@@ -90,7 +96,7 @@ def _end(status: int) -> int:
         return status
     audited = [outcome for outcome in ended if outcome["task"] == "audit"]
     if audited and current.multirun:
-        from gaccum_exp.certify import show_sweep
+        from gaccum_exp.arms.audits import show_sweep
 
         show_sweep(audited)
     if any(outcome["task"] == "train" for outcome in ended) and not _compared(current, status):
@@ -100,8 +106,8 @@ def _end(status: int) -> int:
 
 def _compared(current: sweep.Begun, status: int) -> bool:
     """Compare the arms that trained, or one run with what the store holds; False where it cannot be."""
-    from gaccum_exp.report.__main__ import report_sweep, show_run
-    from gaccum_exp.tracking_process import connect
+    from gaccum_exp.arms.report import report_sweep, show_run
+    from gaccum_exp.tracking.shipper import connect
 
     store = connect(current.tracking_uri, current.experiment_name)
     try:

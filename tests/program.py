@@ -20,10 +20,10 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
-from gaccum_exp import cli, sweep
-from gaccum_exp.records import RunRecord
-from gaccum_exp.report.__main__ import main as report_main
-from gaccum_exp.tracking import Store
+from gaccum_exp import cli
+from gaccum_exp.arms import callback as sweep
+from gaccum_exp.tracking.mlflow_store import Store
+from gaccum_exp.tracking.records import RunRecord
 from tests.strangers import Net
 from tests.support import ROOT
 
@@ -74,8 +74,8 @@ class Program:
         return self(*TINY, *arguments)
 
     def report(self, *arguments: str) -> Ended:
-        """Run `python -m gaccum_exp.report` with these arguments."""
-        return self._call("gaccum_exp.report", report_main, (*arguments, "--uri", self.uri))
+        """Run `python -m gaccum_exp report` with these arguments."""
+        return self._call("gaccum_exp", cli.main, ("report", *arguments, "--uri", self.uri))
 
     def store(self) -> Store:
         """Open the store of the runs."""

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from gaccum_exp import config
-from gaccum_exp.build import build
-from gaccum_exp.config import Settings
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.metrics import Point, Sink
-from gaccum_exp.progress import Progress
-from gaccum_exp.train import train
+from gaccum_exp.config import schema as config
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.tracking.metrics import Point, Sink
+from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.train.build import build
+from gaccum_exp.train.loop import train
+from gaccum_exp.train.state import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu")

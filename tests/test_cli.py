@@ -268,7 +268,7 @@ def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
     program.tiny()
     ended = program.report("20990101-000000-abcdef")
     assert ended.status == 2
-    assert ended.lines == [f"gaccum_exp.report: 20990101-000000-abcdef: no such sweep at {program.uri}"]
+    assert ended.lines == [f"gaccum_exp report: 20990101-000000-abcdef: no such sweep at {program.uri}"]
     assert not (program.folder / "reports").exists()
 
 
@@ -276,7 +276,7 @@ def test_a_server_that_goes_away_during_a_sweep_leaves_a_line_for_each_arm(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No arm takes another down, the missing comparison is explained, and the status is 1."""
-    monkeypatch.setattr("gaccum_exp.sweep._prepare_store", lambda config: None)
+    monkeypatch.setattr("gaccum_exp.arms.callback._prepare_store", lambda config: None)
     ended = program.tiny("-m", "accum.steps=1,2", "tracking.uri=http://127.0.0.1:9")
     assert ended.status == 1
     assert [line.partition(":")[0] for line in ended.lines] == [

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaccum_exp import planning
-from gaccum_exp.build import build, load
-from gaccum_exp.core.placement import Placement
+from gaccum_exp.arms import plan as planning
+from gaccum_exp.core.losses.placement import Placement
 from gaccum_exp.core.window import WindowPlan
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.memory.peak import has_counters
+from gaccum_exp.memory.meter import has_counters
 from gaccum_exp.memory.storages import CATEGORIES
-from gaccum_exp.train import train_step, training_windows
+from gaccum_exp.train.build import build, load
+from gaccum_exp.train.loop import train_step, training_windows
+from gaccum_exp.train.state import Experiment
 from tests.program import Program
 from tests.support import Collected, settings, trained
 

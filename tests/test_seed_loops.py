@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from gaccum_exp.build import build
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.train import training_windows
+from gaccum_exp.train.build import build
+from gaccum_exp.train.loop import training_windows
+from gaccum_exp.train.state import Experiment
 from tests.support import STRANGER, settings, trained
 
 Loader = list[tuple[torch.Tensor, torch.Tensor]]

@@ -56,7 +56,7 @@ def test_a_package_in_the_working_directory_is_swept_and_compared(tmp_path: Path
     assert reference["eval_loss"]
     assert not reference["eval_accuracy"]  # there are no classes
     assert float(arm["max_loss_gap"]) < 1e-3 * float(reference["train_loss"])
-    again = in_a_process(tmp_path, table.parent.name, "--out", "again", module="gaccum_exp.report")
+    again = in_a_process(tmp_path, "report", table.parent.name, "--out", "again")
     assert again.status == 0, again.err
     assert (tmp_path / "again/comparison.csv").read_bytes() == table.read_bytes()
 

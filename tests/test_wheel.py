@@ -14,7 +14,7 @@ from tests.support import ROOT
 COMPOSE = """
 import gaccum_exp
 from hydra import compose, initialize_config_dir
-from gaccum_exp import config
+from gaccum_exp.config import schema as config
 config.register()
 print(gaccum_exp.__file__)
 print(config.conf_dir())

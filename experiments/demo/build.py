@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.notebook import provenance, write_results
-from gaccum_exp.provenance import git_commit
+from gaccum_exp.arms.provenance import git_commit
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("loss_curves.png", "memory.png", "step_time.png")

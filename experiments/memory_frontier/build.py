@@ -28,13 +28,13 @@ from experiments.notebook import (
     spread,
     write_results,
 )
-from gaccum_exp import planning
-from gaccum_exp.build import build, load
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.memory.peak import Peak, TrackedWindow
+from gaccum_exp.arms import plan as planning
+from gaccum_exp.memory.meter import Peak, TrackedWindow
 from gaccum_exp.memory.plan import size
 from gaccum_exp.memory.planner import knee
-from gaccum_exp.train import train_step, training_windows
+from gaccum_exp.train.build import build, load
+from gaccum_exp.train.loop import train_step, training_windows
+from gaccum_exp.train.state import Experiment
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import provenance, write_results
 from experiments.overhead import commands, many, one_run, seeds
-from gaccum_exp.provenance import git_commit
+from gaccum_exp.arms.provenance import git_commit
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "measured.json"

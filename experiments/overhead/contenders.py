@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from experiments.notebook import Quiet
-from gaccum_exp.build import build
-from gaccum_exp.config import Settings
-from gaccum_exp.core.micro_batch import split_micro_batch
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.metrics import Sink
-from gaccum_exp.sink import MlflowSink
-from gaccum_exp.tracking_process import connect
-from gaccum_exp.train import train, train_step, training_windows
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.losses.micro_batch import split_micro_batch
+from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.shipper import connect
+from gaccum_exp.tracking.sink import MlflowSink
+from gaccum_exp.train.build import build
+from gaccum_exp.train.loop import train, train_step, training_windows
+from gaccum_exp.train.state import Experiment
 
 for _chatty in ("lightning", "lightning.pytorch", "lightning.fabric", "accelerate", "mlflow"):
     logging.getLogger(_chatty).setLevel(logging.ERROR)

@@ -29,13 +29,14 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, middle
-from gaccum_exp.provenance import environment_tags
-from gaccum_exp.report.__main__ import CURVES, read_sweep
-from gaccum_exp.report.compare import compare, write_csv
+from gaccum_exp.arms.provenance import environment_tags
+from gaccum_exp.arms.report import CURVES, read_sweep
+from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures import draw
-from gaccum_exp.report.table import render, summary
-from gaccum_exp.sink import WEIGHTS, MlflowSink, kept_weights
-from gaccum_exp.tracking import Store
+from gaccum_exp.report.text.summary import summary
+from gaccum_exp.report.text.table import render
+from gaccum_exp.tracking.mlflow_store import Store
+from gaccum_exp.tracking.sink import WEIGHTS, MlflowSink, kept_weights
 
 EXPERIMENT = "gaccum_exp"
 SWEEP = "many"

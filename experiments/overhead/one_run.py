@@ -16,8 +16,8 @@ from torch import Tensor
 
 from experiments.notebook import composed, middle
 from experiments.overhead.contenders import CONTENDERS, PIECES, Block, Contender
-from gaccum_exp.sink import MlflowSink
-from gaccum_exp.tracking_process import connect
+from gaccum_exp.tracking.shipper import connect
+from gaccum_exp.tracking.sink import MlflowSink
 
 COMMON = (
     "accum.steps=4",

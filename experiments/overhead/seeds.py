@@ -20,14 +20,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import Quiet, composed, middle
-from gaccum_exp.build import Materials, build, load
-from gaccum_exp.config import Settings
+from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.evaluate import evaluate
-from gaccum_exp.metrics import Sink
-from gaccum_exp.stackable import stackable
-from gaccum_exp.stacked import StackedTraining, train_stacked
-from gaccum_exp.train import train_step, training_windows
+from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.train.build import Materials, build, load
+from gaccum_exp.train.evaluation import evaluate
+from gaccum_exp.train.loop import train_step, training_windows
+from gaccum_exp.train.stackable import stackable
+from gaccum_exp.train.stacked import StackedTraining, train_stacked
 
 SEEDS = 16
 THREADS = 2

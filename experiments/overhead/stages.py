@@ -19,22 +19,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 STAGES: dict[str, str] = {
-    "the arm, all in all": "gaccum_exp.arm:run_arm",
+    "the arm, all in all": "gaccum_exp.arms.life:run_arm",
     "Hydra composes its configuration (twice)": (
         "hydra._internal.config_loader_impl:ConfigLoaderImpl.load_sweep_config"
     ),
-    "garbage of the arm before": "gaccum_exp.arm:clear",
-    "data sets": "gaccum_exp.arm:load",
-    "model, loss, optimizer": "gaccum_exp.arm:build",
-    "begin the run": "gaccum_exp.arm:start_run",
-    "training, audits included": "gaccum_exp.arm:_train",
-    "audits": "gaccum_exp.certify:RunAudits.judge",
-    "evaluations": "gaccum_exp.train:evaluate",
-    "keep the weights": "gaccum_exp.arm:keep_weights",
-    "predict its memory": "gaccum_exp.planning:predicted_peak",
-    "wait for the store": "gaccum_exp.sink:MlflowSink.ready",
-    "end the run": "gaccum_exp.sink:MlflowSink.close",
-    "comparison and figures": "gaccum_exp.report.__main__:report_sweep",
+    "garbage of the arm before": "gaccum_exp.arms.life:clear",
+    "data sets": "gaccum_exp.arms.life:load",
+    "model, loss, optimizer": "gaccum_exp.arms.life:build",
+    "begin the run": "gaccum_exp.arms.life:start_run",
+    "training, audits included": "gaccum_exp.arms.life:_train",
+    "audits": "gaccum_exp.train.audits:RunAudits.judge",
+    "evaluations": "gaccum_exp.train.loop:evaluate",
+    "keep the weights": "gaccum_exp.arms.life:keep_weights",
+    "predict its memory": "gaccum_exp.arms.plan:predicted_peak",
+    "wait for the store": "gaccum_exp.tracking.sink:MlflowSink.ready",
+    "end the run": "gaccum_exp.tracking.sink:MlflowSink.close",
+    "comparison and figures": "gaccum_exp.arms.report:report_sweep",
 }
 
 

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, provenance, run_study, spread, write_results
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.build import build
-from gaccum_exp.core.loss import count
-from gaccum_exp.experiment import Experiment
-from gaccum_exp.train import training_windows
+from gaccum_exp.core.losses.criterion import count
+from gaccum_exp.train.build import build
+from gaccum_exp.train.loop import training_windows
+from gaccum_exp.train.state import Experiment
 
 HERE = Path(__file__).resolve().parent
 STEPS = (1, 2, 8, 32, 64)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.gradient import Gradient, distance, dot, norm
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
+from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
 
 ROUNDING64 = 1e-10
 """The line between rounding in float64 (seen: 1e-16 to 1e-13) and bias (seen: 5e-3 to 1)."""
@@ -49,6 +49,17 @@ class Measured:
     def limit(self) -> float:
         """The largest e that rounding explains."""
         return RANGE * max(self.floor, 1e-15)
+
+
+def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
+    """Return each parameter's part in the difference, the largest first."""
+    total = norm(reference)
+    rows = []
+    for name, gap in gaps(one, reference):
+        of_gap = norm({name: gap})
+        of_own = norm({name: reference[name]}) if name in reference else 0.0
+        rows.append(ParameterError(name, relative(of_gap, of_own), relative(of_gap, total), of_own))
+    return tuple(sorted(rows, key=lambda row: (-row.share, row.name)))
 
 
 def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[ParameterError]) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.buffers import GradientBuffers
-from gaccum_exp.core.denominator import Denominator
-from gaccum_exp.core.loss import LossFn, as_loss_fn, count, loss_sum
+from gaccum_exp.core.losses.criterion import LossFn, as_loss_fn, count, loss_sum
+from gaccum_exp.core.losses.denominator import Denominator
 
 Reduction = Literal["global_mean", "mean", "sum"]
 

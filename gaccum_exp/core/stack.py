@@ -8,7 +8,7 @@ micro-batches i = 1..N with loss sums Sₛᵢ and denominators nₛᵢ, nₛ = �
     mean          gₛ = (1/N) Σᵢ ∇(Sₛᵢ/nₛᵢ)
     sum           gₛ = (1/dₛ) Σᵢ ∇Sₛᵢ          dₛ: the seed's own constant
 
-Whether a model may be trained so is not asked here: `gaccum_exp/stackable.py` measures it.
+Whether a model may be trained so is not asked here: `gaccum_exp/train/stackable.py` measures it.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.loss import LossFn, count, loss_sum
+from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
 from gaccum_exp.core.window import WindowPlan, split_sizes
 
 

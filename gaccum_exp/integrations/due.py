@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.watch import Watched, watch
+from gaccum_exp.audit.watch.watch import Watched, watch
 
 
 class BiasedAccumulationWarning(UserWarning):

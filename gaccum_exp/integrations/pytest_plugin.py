@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from gaccum_exp.audit.watch import Watched
+    from gaccum_exp.audit.watch.watch import Watched
 
 AuditLoop = Callable[..., "AbstractContextManager[Watched]"]
 
@@ -32,7 +32,7 @@ def audit_loop() -> AuditLoop:
 
 @contextmanager
 def _audited(*args: Any, stochastic: bool = False, **options: Any) -> "Iterator[Watched]":
-    from gaccum_exp.audit.watch import watch
+    from gaccum_exp.audit.watch.watch import watch
 
     with watch(*args, **options) as audit:
         yield audit

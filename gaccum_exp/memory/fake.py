@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gaccum_exp.core.denominator import Denominator
-from gaccum_exp.core.loss import LossFn, loss_sum
+from gaccum_exp.core.losses.criterion import LossFn, loss_sum
+from gaccum_exp.core.losses.denominator import Denominator
 
 _CACHED = type(functools.lru_cache(len))
 _settled: list[weakref.ref[Any]] = []

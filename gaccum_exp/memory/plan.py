@@ -1,15 +1,17 @@
 """A memory plan: what N buys, before anything is trained; as data and as text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gaccum_exp.memory.peak import OPTIMIZER_STEP, Peak
+from gaccum_exp.memory.meter import OPTIMIZER_STEP, Peak
 from gaccum_exp.memory.storages import CATEGORIES
 
 FIXED = ("parameters", "gradients", "optimizer_state")
 """What no N makes smaller."""
+FLAT = 0.01
+"""A peak within this of the smallest counts as no larger, and a saving below it as none."""
 _HEADS = (
     *("N", "micro", "peak", "×", "params", "grads", "opt. state", "activations", "temps", "inputs"),
     "peak in",
@@ -185,3 +187,12 @@ def size(number: int) -> str:
     scaled = number / 1024**unit
     digits = f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}"  # else `1.02e+03`
     return f"{digits} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def knee(peaks: Mapping[int, float]) -> int:
+    """Return the N past which nothing shrinks: the smallest whose peak is as good as the smallest.
+
+    peaks: bytes by N.
+    """
+    least = min(peaks.values())
+    return min(steps for steps, peak in peaks.items() if peak <= (1 + FLAT) * least)

@@ -1,16 +1,23 @@
 """Which N fits, and past which N nothing shrinks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory.fake import needs_values
-from gaccum_exp.memory.peak import highest
-from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Advice, Change, MemoryPlan, Row
+from gaccum_exp.memory.meter import highest
+from gaccum_exp.memory.plan import (
+    BF16,
+    CHECKPOINTING,
+    FLAT,
+    FUSED,
+    Advice,
+    Change,
+    MemoryPlan,
+    Row,
+    knee,
+)
 from gaccum_exp.memory.predict import Extrapolated, Predicted, Source, Subject
-
-FLAT = 0.01
-"""A peak within this of the smallest counts as no larger, and a saving below it as none."""
 
 
 @dataclass(slots=True)
@@ -142,12 +149,3 @@ def with_advice(plan: MemoryPlan, changed: Callable[[Change], Subject | None]) -
         if peak and before - peak.bytes > FLAT * before:
             found.append(Advice(change, steps, peak.bytes, before - peak.bytes))
     return replace(plan, advice=tuple(sorted(found, key=lambda advice: -advice.saved_bytes)))
-
-
-def knee(peaks: Mapping[int, float]) -> int:
-    """Return the N past which nothing shrinks: the smallest whose peak is as good as the smallest.
-
-    peaks: bytes by N.
-    """
-    least = min(peaks.values())
-    return min(steps for steps, peak in peaks.items() if peak <= (1 + FLAT) * least)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.memory.peak import Peak, TrackedWindow
+from gaccum_exp.memory.meter import Peak, TrackedWindow
 from gaccum_exp.memory.storages import ACTIVATIONS
 
 

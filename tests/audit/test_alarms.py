@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.window import audit_window
 from tests.audit.configurations import ORDERED, Configuration, faulty, mixing, sound
 
 CASES = 200

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.loss import CriterionLoss
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from tests.audit.support import gradients, relative, window
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")

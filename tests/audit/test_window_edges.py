@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaccum_exp.audit.window import audit_window
+from gaccum_exp.audit.configured_window import audit_window
 from tests.audit.support import CE, CLASSES, FEATURES, HIDDEN, Fn, net, window
 
 SIZES = (4, 4, 3)

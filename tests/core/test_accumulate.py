@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.criteria import TokenCrossEntropy
+from gaccum_exp.core.losses.criteria import TokenCrossEntropy
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.models.gpt import GPT
 

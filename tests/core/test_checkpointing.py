@@ -17,10 +17,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_map_only
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from gaccum_exp.audit.room import Saved
-from gaccum_exp.audit.window import audit_window
+from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.memory.available import Saved
 from gaccum_exp.models.cnn import CNN
 from gaccum_exp.models.gpt import GPT
 from gaccum_exp.models.mlp import MLP

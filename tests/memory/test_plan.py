@@ -16,13 +16,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gaccum_exp import plan_memory
 from gaccum_exp.core.accumulate import accumulate_gradients
-from gaccum_exp.core.loss import CriterionLoss
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory import fake
 from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, settle
-from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
-from gaccum_exp.memory.plan import MemoryPlan, size
-from gaccum_exp.memory.planner import FLAT, Planner, knee
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
+from gaccum_exp.memory.plan import FLAT, MemoryPlan, knee, size
+from gaccum_exp.memory.planner import Planner
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.models.cnn import CNN
 from gaccum_exp.models.mlp import MLP

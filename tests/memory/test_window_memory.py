@@ -11,11 +11,11 @@ from torchvision.models import get_model
 
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
 from gaccum_exp.core.accumulate import accumulate_gradients
-from gaccum_exp.core.loss import CriterionLoss
-from gaccum_exp.memory.peak import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
+from gaccum_exp.core.losses.criterion import CriterionLoss
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.storages import ACTIVATIONS, INPUTS
 from gaccum_exp.models.cnn import CNN
-from gaccum_exp.train import train_step, training_windows
+from gaccum_exp.train.loop import train_step, training_windows
 from tests.memory.hand_written import CPU, hand_written_peak
 from tests.support import build, settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gaccum_exp.records import Curve, RunRecord
+from gaccum_exp.tracking.records import Curve, RunRecord
 
 
 def make_arm(

@@ -13,16 +13,16 @@ import pytest
 from matplotlib.legend import Legend
 from rich.console import Console
 
-from gaccum_exp.records import Curve, RunRecord
-from gaccum_exp.report.compare import Comparison, compare, write_csv
-from gaccum_exp.report.condensed import MOST_ROWS, condense
-from gaccum_exp.report.crowd import MOST_CURVES, crowd_of, groups_of, is_crowded
-from gaccum_exp.report.figures import FIGURES
-from gaccum_exp.report.gaps import loss_gaps
-from gaccum_exp.report.loss_figure import draw_loss_curves
-from gaccum_exp.report.pairing import shared_config
-from gaccum_exp.report.panels import panels_of, spread, thinned
-from gaccum_exp.report.table import render
+from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
+from gaccum_exp.report.compare.gaps import loss_gaps
+from gaccum_exp.report.compare.pairing import shared_config
+from gaccum_exp.report.figures.crowd import MOST_CURVES, crowd_of, groups_of, is_crowded
+from gaccum_exp.report.figures.draw import FIGURES
+from gaccum_exp.report.figures.loss_curves import draw_loss_curves
+from gaccum_exp.report.figures.panels import panels_of, spread, thinned
+from gaccum_exp.report.text.condensed import MOST_ROWS, condense
+from gaccum_exp.report.text.table import render
+from gaccum_exp.tracking.records import Curve, RunRecord
 
 Arm = Callable[..., RunRecord]
 

@@ -1,0 +1,1 @@
+"""The arms of a sweep: how each begins, runs and ends."""

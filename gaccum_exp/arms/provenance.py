@@ -1,0 +1,89 @@
+"""Where a result comes from: commit, versions, machine, data."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from gaccum_exp.core.seeding import seed_host
+from gaccum_exp.tracking.records import DatasetRecord
+from gaccum_exp.train.state import Experiment
+
+PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
+
+
+def environment_tags() -> dict[str, str]:
+    """Return what is the same for every run of this process."""
+    tags = {"host": platform.node(), "python": platform.python_version(), "git_commit": git_commit()}
+    for package in PACKAGES:
+        try:
+            tags[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            tags[f"version.{package}"] = "not installed"
+    return tags
+
+
+def device_tags(device: torch.device) -> dict[str, str]:
+    """Return what the run computes on: `cpu` or the accelerator's own name, and its CPU threads."""
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "threads": str(torch.get_num_threads())}
+
+
+def dataset_records(experiment: Experiment) -> list[DatasetRecord]:
+    """Describe the data of a run."""
+    data = experiment.settings.data
+    sets = [("training", experiment.train_data, data.train)]
+    if experiment.eval_data is not None and data.eval is not None:
+        sets.append(("evaluation", experiment.eval_data, data.eval))
+    return [
+        DatasetRecord(
+            name=str(node["_target_"]),
+            digest=_fingerprint(dataset, node),
+            samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
+            context=context,
+        )
+        for context, dataset, node in sets
+    ]
+
+
+def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
+    """Return eight hex digits that change with the data.
+
+    All of it where it lies in memory; else the configuration, the size, the first and the last sample.
+    """
+    digest = hashlib.blake2b(digest_size=4)
+    if type(dataset) is TensorDataset:
+        for tensor in dataset.tensors:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+    size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
+    seed_host(0)  # so that random augmentation does not change it
+    digest.update(repr((sorted(node.items()), size, dataset[0], dataset[size - 1])).encode())
+    return digest.hexdigest()
+
+
+@cache
+def git_commit() -> str:
+    """Return the working directory's commit, marked where files differ from it; `none` outside git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return "none"
+    return commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

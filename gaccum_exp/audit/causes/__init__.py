@@ -1,0 +1,1 @@
+"""What makes an accumulated gradient another one than the large batch's."""

@@ -1,0 +1,1 @@
+"""The audit of anyone's training loop: its window is taped, played back and judged."""

@@ -1,0 +1,103 @@
+"""Calls of a tape, made again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.audit.rerun.samples import NotJoinableError, mapped, tensors_in
+from gaccum_exp.audit.watch.tape import Call, Ref, loss_in
+from gaccum_exp.core.losses.criterion import CriterionLoss
+
+Lift = Callable[[Any], Any]
+"""Brings constants into the precision and onto the device of a run."""
+Outputs = dict[Call, list[Tensor]]
+"""What calls have put out in this run."""
+
+
+def itself(loss: Tensor, place: int) -> Tensor:
+    """Return the loss that the model has put out; `place` is where among its outputs."""
+    return loss
+
+
+def run(call: Call, arguments: Mapping[int | str, Any]) -> Any:
+    """Call it with other arguments, under the same autocast."""
+    device = next((t.device.type for t in tensors_in(arguments)), "cpu")
+    args = [value for key, value in arguments.items() if isinstance(key, int)]
+    kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
+    autocast = torch.autocast(device, dtype=call.autocast[1], enabled=call.autocast[0])
+    before = [(attributes, dict(attributes)) for attributes, _ in call.attributes]
+    try:
+        for attributes, then in call.attributes:
+            attributes.update(then)
+        with autocast:
+            return call.function(*args, **kwargs)
+    finally:
+        for (attributes, then), (_, now) in zip(call.attributes, before, strict=True):
+            attributes.update({key: now[key] for key in then if key in now})
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a call has put out."""
+    loss = loss_in(output) if torch.is_grad_enabled() else _value_in(output)
+    if loss is None:
+        raise NotJoinableError("run again, the loss has no gradient")
+    return loss
+
+
+def _value_in(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    with torch.enable_grad():
+        marked = mapped(
+            lambda x: (
+                x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            ),
+            output,
+        )
+        return loss_in(marked)
+
+
+def resolved(value: Any, outputs: Outputs, lift: Lift) -> Any:
+    """Return arguments with every reference replaced by the tensor that it stands for."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Ref):
+            return lift(x)
+        if x.call not in outputs:
+            arguments = resolved(x.call.arguments, outputs, lift)
+            outputs[x.call] = tensors_in(run(x.call, arguments))
+        return outputs[x.call][x.place]
+
+    return mapped(leaf, value)
+
+
+def as_is(value: Any) -> Any:
+    """Lift nothing."""
+    return value
+
+
+def reduction_of(loss: Call) -> str | None:
+    """Return the `reduction` that a call of a loss was given, or its criterion has."""
+    then = loss.attributes[0][1] if loss.attributes else {}
+    given = loss.kwargs.get("reduction", then.get("reduction"))
+    return given if isinstance(given, str) else None
+
+
+def count_of(loss: Call) -> float | None:
+    """Return what one call of a criterion counts, if that is one of torch's."""
+    criterion = loss.function
+    if criterion is nn.functional.cross_entropy:
+        names = ("weight", "ignore_index")
+        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.kwargs.items() if k in names})
+    target = loss.kwargs.get("target", loss.args[1] if len(loss.args) > 1 else None)
+    if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
+        return None
+    if not isinstance(target, Tensor):
+        return None
+    try:
+        counted = CriterionLoss(criterion, "sum").count((None, target))
+    except ValueError:
+        return None
+    return None if counted is None else float(counted)

@@ -1,0 +1,1 @@
+"""The configuration: schema, batch sizes, targets, and Hydra's errors in a line."""

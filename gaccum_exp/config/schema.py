@@ -1,0 +1,435 @@
+"""The configuration: its schema, and its validation, once, into plain objects.
+
+The dataclasses are the schema that Hydra composes into (a wrong key or type is an error there) and the
+plain objects that the program uses. They have `slots`, so that a key added with `+` that nothing knows
+is an error too and does not vanish. `model`, `data`, `criterion`, `optimizer` and `scheduler` are open
+dictionaries: their keys are the arguments of somebody's `_target_`.
+
+Neither torch nor MLflow is imported here: a mistake in the configuration is answered at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from gaccum_exp.config.batch_sizes import (
+    BATCH_KEYS,
+    DataConfig,
+    StepsStage,
+    check_positive,
+    data_config,
+    stages_of,
+    target_of,
+)
+from gaccum_exp.errors import BadInputError, nearest
+
+DEFAULT_EPOCHS = 20
+"""Training length where none of train.steps, train.epochs and train.samples is set."""
+
+
+def conf_dir() -> str:
+    """Return the folder of the YAML files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+@dataclass(slots=True)
+class AccumConfig:
+    """How the batch of one optimizer step is split, and how micro gradients become its gradient."""
+
+    steps: Any = 1  # int | None | "auto"; a union with None and a string is nothing that OmegaConf knows
+    """N, micro-batches per window; null: derived from the batch sizes; auto: the smallest that fits."""
+    reduction: str = "global_mean"
+    """global_mean | mean | sum"""
+    sum_scale: str = "constant"
+    """What `sum` divides by: constant (a full window's nominal denominator) | none (the literal sum)."""
+    partial_window: str = "exact"
+    """Samples left at the end of an epoch: exact | drop | carry | error"""
+    buffer_dtype: str = "same"
+    """In what micro gradients are added up: same (as the weights) | float32"""
+    on_oom: str = "raise"
+    """Out of memory in a window: raise | increase_steps (repeat it in twice as many micro-batches)"""
+    max_grad_norm: float | None = None
+    """Clip the whole window's gradient to this norm, once; null: no clipping."""
+    schedule: Any = None  # a dict[int, int]; typed so, a command line could not give it its keys
+    """N from an epoch (or step) on, e.g. {0: 1, 4: 2, 8: 4}; null: `steps` throughout."""
+    schedule_by: str = "epoch"
+    """What the schedule's keys count: epoch | step"""
+    schedule_lr: str = "none"
+    """How the learning rate follows a global batch that the schedule changes: none | linear | sqrt"""
+
+
+@dataclass(slots=True)
+class RuntimeConfig:
+    """Where and how it runs. Nothing here changes which samples are seen."""
+
+    device: str = "auto"
+    """auto: the accelerator if there is one. Else cpu, cuda, cuda:1, mps, xpu, …"""
+    deterministic: bool = False
+    """Only deterministic kernels; an operator that has none is an error."""
+    threads: int | None = None
+    """Threads of one run on the CPU; null: torch's own choice."""
+    precision: str = "fp32"
+    """What passes compute in: fp32 | fp64 | bf16 | fp16, the last two by autocast."""
+    weight_dtype: str = "float32"
+    """What weights are kept in under bf16: float32 | same (pure bfloat16, no autocast)."""
+    matmul_precision: str = "highest"
+    """torch.set_float32_matmul_precision: highest | high | medium"""
+    tf32: bool = False
+    """Let cuDNN's convolutions use TF32."""
+    memory_budget_gib: float | None = None
+    """What a window may hold at its peak; null: what the device has free."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's repeated blocks, and run them again in the backward pass."""
+    compile: bool = False
+    """torch.compile the model, and check its gradient against the eager one before training.
+
+    One graph serves all sizes of micro-batches and lengths of sequences; there is another for
+    evaluation, and one where a micro-batch holds a single sample.
+    """
+
+
+@dataclass(slots=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment_name: str = "gaccum_exp"
+    log_weights: bool = True
+    """Keep the final weights with the run; the distance between arms is measured on them."""
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    """Training length (one of three; none: 20 epochs) and how often to evaluate."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    epochs: int | None = None
+    samples: int | None = None
+    """Whole windows that fit into so many samples."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between evaluations; null: once per epoch. The end is always evaluated."""
+
+
+@dataclass(slots=True)
+class AuditConfig:
+    """When a run's gradient is compared with the large batch's, on the run's own windows."""
+
+    at_start: bool = True
+    """Audit the first window of a training, at the initial weights."""
+    every_steps: int | None = None
+    """Audit every so many optimizer steps, the first included, before the step is taken."""
+    controls: int = 0
+    """How often the reference (N = 1) is trained again with only the order inside windows permuted."""
+    control_seed: int | None = None
+    """Of such a control: its number, which seeds the permutations; null: none."""
+    control_precision: str | None = None
+    """Of such a control of a run in half precision: fp32. There another order alone moves next to
+    nothing, and the distance to float32 is what rounding does."""
+
+
+@dataclass(slots=True)
+class SweepConfig:
+    """How the arms of a sweep are trained."""
+
+    vectorize: str | None = None
+    """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null."""
+    seeds: Any = None  # a list of int | None, which the command line could not replace by null
+    """The seeds of an arm under `vectorize`: written by `-m`, where it finds several."""
+
+
+@dataclass(slots=True)
+class Config:
+    """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
+
+    model: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    criterion: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    scheduler: dict[str, Any] = MISSING
+    accum: AccumConfig = MISSING
+    runtime: RuntimeConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    audit: AuditConfig = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    task: str = "train"
+    seed: int = 0
+    sweep_id: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One arm, validated: batch sizes derived, training length decided, nothing left to guess."""
+
+    model: Mapping[str, Any]
+    data: DataConfig
+    criterion: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    scheduler: Mapping[str, Any] | None
+    accum: AccumConfig
+    runtime: RuntimeConfig
+    tracking: TrackingConfig
+    audit: AuditConfig
+    train: TrainConfig
+    sweep: SweepConfig
+    task: str
+    seed: int
+    sweep_id: str
+    tree: Mapping[str, Any]
+    """Every value above under its key, as recorded with the run."""
+    stages: tuple[StepsStage, ...]
+    """N and the global batch over training: one stage, unless accum.schedule says otherwise."""
+    auto_steps: bool = False
+    """Whether N is still to be chosen (`accum.steps=auto`); until then it is 1."""
+
+    @property
+    def accum_steps(self) -> int:
+        """N, micro-batches per window; the largest of a schedule."""
+        return int(self.accum.steps)
+
+    @property
+    def precision(self) -> str:
+        """What passes compute in: fp32 | fp64 | bf16 | fp16."""
+        return self.audit.control_precision or self.runtime.precision
+
+    @property
+    def audit_asked(self) -> bool:
+        """Whether the exit status answers for the verdict: the audit at the start comes unasked."""
+        return self.task == "audit" or self.audit.every_steps is not None
+
+    def as_control(self, number: int) -> "Settings":
+        """Return the same arm in another order inside its windows, one of half precision in fp32."""
+        precision = "fp32" if self.runtime.precision in ("bf16", "fp16") else None
+        changed = {"control_seed": number, "control_precision": precision}
+        audit = replace(self.audit, **changed)  # type: ignore[arg-type]  # each of its own type
+        tree = {**self.tree, "audit": {**self.tree["audit"], **changed}}
+        return replace(self, audit=audit, tree=tree)
+
+    def with_steps(self, steps: int) -> "Settings":
+        """Return the same with N as chosen; it has no schedule."""
+        size = self.data.global_batch_size
+        data = replace(self.data, micro_batch_size=-(-size // steps))
+        tree = {**self.tree}
+        tree["accum"] = {**tree["accum"], "steps": steps}
+        tree["data"] = {**tree["data"], "micro_batch_size": data.micro_batch_size}
+        return replace(
+            self,
+            accum=replace(self.accum, steps=steps),
+            data=data,
+            tree=tree,
+            stages=(StepsStage(0, steps, size),),
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value by its dotted key."""
+        return dict(_flatten(self.tree))
+
+
+SECTIONS: dict[str, type] = {
+    "": Config,
+    "accum": AccumConfig,
+    "runtime": RuntimeConfig,
+    "tracking": TrackingConfig,
+    "audit": AuditConfig,
+    "train": TrainConfig,
+    "sweep": SweepConfig,
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("train", "audit", "plan"),
+    "accum.reduction": ("global_mean", "mean", "sum"),
+    "accum.sum_scale": ("constant", "none"),
+    "accum.partial_window": ("exact", "drop", "carry", "error"),
+    "accum.buffer_dtype": ("same", "float32"),
+    "accum.on_oom": ("raise", "increase_steps"),
+    "accum.schedule_by": ("epoch", "step"),
+    "accum.schedule_lr": ("none", "linear", "sqrt"),
+    "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
+    "runtime.weight_dtype": ("float32", "same"),
+    "runtime.matmul_precision": ("highest", "high", "medium"),
+    "sweep.vectorize": ("null", "seed"),
+}
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that config.yaml's defaults list uses."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def validate(cfg: DictConfig) -> Settings:
+    """Turn a composed configuration into plain, consistent values.
+
+    Raises:
+        BadInputError: a value that cannot be used, with the numbers and the nearest valid value.
+    """
+    _refuse_unknown_keys(cfg)
+    _refuse_unused_data_keys(cfg)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        raise BadInputError(f"{error.full_key} must be set") from None
+    assert isinstance(config, Config)
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        _check_choice(key, "null" if value is None else value, choices)
+    _check_length(config.train)
+    _check_seeds(config.sweep)
+    if config.runtime.threads is not None:
+        check_positive("runtime.threads", config.runtime.threads)
+    if config.audit.every_steps is not None:
+        check_positive("audit.every_steps", config.audit.every_steps)
+    if config.audit.controls < 0:
+        raise BadInputError(f"audit.controls={config.audit.controls}: cannot be negative")
+    _check_precision(config)
+    _check_memory(config)
+    auto = _chosen_later(config)
+    stages = _scheduled(config)
+    data, config.accum.steps = data_config(config.data, config.accum.steps)
+    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
+    sizes = {k: getattr(data, k) for k in ("global_batch_size", "micro_batch_size")}
+    tree["data"] |= sizes
+    tree["accum"]["steps"] = config.accum.steps
+    tree["train"]["epochs"] = config.train.epochs
+    if stages:  # one value, as it is written on the command line
+        said = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
+        tree["accum"]["schedule"] = f"{{{said}}}"
+    return Settings(
+        model=config.model,
+        data=data,
+        criterion=config.criterion,
+        optimizer=config.optimizer,
+        scheduler=target_of("scheduler", config.scheduler) or None,
+        accum=config.accum,
+        runtime=config.runtime,
+        tracking=config.tracking,
+        audit=config.audit,
+        train=config.train,
+        sweep=config.sweep,
+        task=config.task,
+        seed=config.seed,
+        sweep_id=config.sweep_id,
+        tree=tree,
+        stages=stages or (StepsStage(0, config.accum.steps, data.global_batch_size),),
+        auto_steps=auto,
+    )
+
+
+def _check_precision(config: Config) -> None:
+    precision, weights = config.runtime.precision, config.runtime.weight_dtype
+    if weights == "same" and precision == "fp16":
+        raise BadInputError(
+            "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "
+            "be unscaled; keep runtime.weight_dtype=float32, or use runtime.precision=bf16"
+        )
+    norm = config.accum.max_grad_norm
+    if norm is not None and not norm > 0:
+        raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
+
+
+def _check_memory(config: Config) -> None:
+    budget = config.runtime.memory_budget_gib
+    if budget is not None and not budget > 0:
+        raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
+
+
+def _chosen_later(config: Config) -> bool:
+    """Whether N is to be chosen by what fits; then it is 1 for the time being."""
+    accum, steps = config.accum, config.accum.steps
+    if steps is None or (isinstance(steps, int) and not isinstance(steps, bool)):
+        return False
+    if steps != "auto":
+        raise BadInputError(
+            f"accum.steps={steps}: not an integer, null or auto{nearest(str(steps), ['auto'])}"
+        )
+    if accum.schedule is not None:
+        raise BadInputError(
+            f"accum.steps=auto and accum.schedule={accum.schedule} are both N: set only one of them"
+        )
+    if config.data.get("micro_batch_size") is not None:
+        raise BadInputError(
+            f"accum.steps=auto chooses how data.global_batch_size is split, and "
+            f"data.micro_batch_size={config.data['micro_batch_size']} does as well: set it to null"
+        )
+    accum.steps = 1
+    return True
+
+
+def _scheduled(config: Config) -> tuple[StepsStage, ...]:
+    """Return the stages of accum.schedule, and let its largest N stand for accum.steps."""
+    schedule, accum = config.accum.schedule, config.accum
+    if schedule is None:
+        if accum.schedule_lr != "none":
+            raise BadInputError(f"accum.schedule_lr={accum.schedule_lr}: there is no accum.schedule")
+        return ()
+    stages = stages_of(schedule, config.data)
+    largest = max(schedule.values())
+    if accum.steps not in (None, 1, largest):
+        raise BadInputError(
+            f"accum.steps={accum.steps} and accum.schedule={schedule} are both N: set only one of them"
+        )
+    accum.steps = largest
+    return stages
+
+
+def _check_length(train: TrainConfig) -> None:
+    lengths = {k: getattr(train, k) for k in ("steps", "epochs", "samples")}
+    given = {k: v for k, v in lengths.items() if v is not None}
+    if len(given) > 1:
+        named = " and ".join(f"train.{k}={v}" for k, v in given.items())
+        raise BadInputError(f"{named} are both training lengths: set one of them to null")
+    for key, value in given.items():
+        check_positive(f"train.{key}", value)
+    if train.eval_every_steps is not None:
+        check_positive("train.eval_every_steps", train.eval_every_steps)
+    if not given:
+        train.epochs = DEFAULT_EPOCHS
+
+
+def _check_seeds(sweep: SweepConfig) -> None:
+    seeds = sweep.seeds
+    if seeds is None:
+        return
+    if sweep.vectorize is None or not isinstance(seeds, list) or len({*map(str, seeds)}) < len(seeds):
+        raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
+
+
+def _refuse_unknown_keys(cfg: DictConfig) -> None:
+    """What was added with `+` to a block whose keys are all known would otherwise end in a TypeError."""
+    for block, schema in SECTIONS.items():
+        known = [f.name for f in fields(schema)]
+        for key in map(str, cfg[block] if block else cfg):
+            if key not in known:
+                name = f"{block}.{key}" if block else key
+                raise BadInputError(f"{name}: no such key{nearest(key, known)}")
+
+
+def _refuse_unused_data_keys(cfg: DictConfig) -> None:
+    """`+data.typo=3` would vanish: beside the batch keys, only what train or eval refers to counts."""
+    text = OmegaConf.to_yaml(cfg.data, resolve=False)
+    for key in map(str, cfg.data):
+        used = f"${{data.{key}" in text or f"${{..{key}" in text
+        # A missing one (`root: ???`) came with the file; what used it may have been overridden.
+        if key not in BATCH_KEYS and not used and not OmegaConf.is_missing(cfg.data, key):
+            hint = nearest(key, BATCH_KEYS)
+            raise BadInputError(f"data.{key}: nothing in data.train or data.eval uses it{hint}")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

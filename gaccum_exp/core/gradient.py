@@ -1,0 +1,108 @@
+"""Gradients by parameter name, and how far apart two of them are."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Gradient = dict[str, Tensor]
+"""By parameter name; parameters that got none are not in it."""
+
+
+def gradient_of(parameters: Mapping[str, nn.Parameter]) -> Gradient:
+    """Take the gradients away from the parameters, sparse ones as dense."""
+    taken = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            grad = parameter.grad.detach()
+            taken[name] = grad.to_dense() if grad.layout != torch.strided else grad
+        parameter.grad = None
+    return taken
+
+
+def norm(gradient: Gradient) -> float:
+    """Return the Euclidean norm over all parameters, accumulated in float64."""
+    return _root(gradient.values())
+
+
+def dot(one: Gradient, other: Gradient) -> float:
+    """Return the inner product over all parameters, accumulated in float64."""
+    shared = one.keys() & other.keys()
+    return sum(float((_wide(one[k]) * _wide(other[k])).sum()) for k in shared)
+
+
+def gaps(one: Gradient, other: Gradient, factor: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    """Yield `one − factor × other` in float64, a parameter at a time; a missing gradient is zero.
+
+    One at a time, since of a large model a whole further gradient in float64 may not fit.
+    """
+    for name in one.keys() | other.keys():
+        if name not in other:
+            yield name, _wide(one[name])
+        elif name not in one:
+            yield name, _wide(other[name]) * -factor
+        else:
+            yield name, torch.sub(_wide(one[name]), _wide(other[name]), alpha=factor)
+
+
+def difference(one: Gradient, other: Gradient) -> Gradient:
+    """Return `one − other` in float64; a missing gradient is zero."""
+    return dict(gaps(one, other))
+
+
+def add(total: Gradient, gradient: Gradient) -> None:
+    """Add a gradient to a sum in float64, in place."""
+    for name, g in gradient.items():
+        total[name] = total[name].add_(_wide(g)) if name in total else _wide(g).clone()
+
+
+def distance(one: Gradient, reference: Gradient, factor: float = 1.0) -> float:
+    """Return ‖one − factor × reference‖ / ‖reference‖; from a reference of zero it is 0 or infinite."""
+    return relative(_root(gap for _, gap in gaps(one, reference, factor)), norm(reference))
+
+
+def scaled(gradient: Gradient, factor: float) -> Gradient:
+    """Return the gradient times a number, in float64."""
+    return {name: _wide(g) * factor for name, g in gradient.items()}
+
+
+def identical(one: Gradient, other: Gradient) -> bool:
+    """Whether they agree bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def finite(gradient: Gradient) -> bool:
+    """Whether it holds no NaN and no infinity."""
+    return all(bool(torch.isfinite(g).all()) for g in gradient.values())
+
+
+def coarse(gradient: Gradient, steps: int) -> bool:
+    """Whether every element, or N times it, is a number of a lower precision than its own."""
+
+    def is_coarse(g: Tensor, dtype: torch.dtype) -> bool:
+        return any(torch.equal((g * by).to(dtype).to(g.dtype), g * by) for by in (1, steps))
+
+    lower = [torch.bfloat16, torch.float16]
+    if all(g.dtype == torch.float64 for g in gradient.values()):
+        lower.append(torch.float32)
+    return any(all(is_coarse(g, dtype) for g in gradient.values()) for dtype in lower)
+
+
+def relative(gap: float, size: float) -> float:
+    """Return gap / size; of a size of zero 0 or infinity."""
+    if size == 0:
+        return 0.0 if gap == 0 else math.inf
+    return gap / size
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()
+
+
+def _root(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(_square(tensor) for tensor in tensors))
+
+
+def _square(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(_wide(tensor).square().sum())

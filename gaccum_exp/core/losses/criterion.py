@@ -1,0 +1,189 @@
+"""The one contract of the core: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`.
+
+A micro-batch is any pytree. A loss function that can tell a micro-batch's denominator without running
+the model also has `count(micro_batch)`, and then a window is counted before its first backward pass;
+with `loss_sum(model, micro_batch)` it need not count again in its forward pass. A `torch.nn` criterion
+becomes a loss function through `CriterionLoss`, for micro-batches `(input, target)`, `(input, *targets)`
+where the criterion takes several, or mappings whose target is called `labels` (`micro_batch.py`).
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.core.losses.denominator import (
+    NOT_A_RATIO,
+    PER_ELEMENT,
+    Denominator,
+    Place,
+    Probe,
+    ReducedAs,
+    Refusal,
+    as_probed,
+    closed_form,
+    is_kind,
+)
+from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.errors import BadInputError
+
+LossFn = Callable[[nn.Module, Any], tuple[Tensor, Denominator]]
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class CriterionLoss:
+    """A `torch.nn` criterion as a loss function. Make it once and keep it.
+
+    Args:
+        criterion: a module with an attribute `reduction`, on the device of the model's outputs. What
+            is set there does not matter, `batchmean` apart: how to reduce is the window's affair.
+        reduction: the window's. It matters only where the criterion's mean is not its sum divided by
+            a count: then `mean` takes the criterion's own mean and `global_mean` is refused.
+
+    Outputs and targets in float16 or bfloat16 are given to the criterion in float32, as autocast does:
+    a sum over a batch needs more digits than they have.
+
+    Raises:
+        BadInputError: no `reduction`, or `global_mean` of a criterion that has none (at the first
+            micro-batch of two samples where only a look at the criterion's values can tell).
+    """
+
+    def __init__(self, criterion: nn.Module, reduction: str = "global_mean") -> None:
+        self._name = type(criterion).__name__
+        if not hasattr(criterion, "reduction"):
+            raise BadInputError(
+                f"criterion {self._name} has no attribute `reduction`: use a criterion that takes "
+                "reduction='sum', or a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+            )
+        self.criterion = criterion
+        self._reduction = reduction
+        self._own = getattr(criterion, "denominator", None)
+        self._of_target = None if self._own else closed_form(criterion)
+        self._elementwise = self._of_target is not None and is_kind(criterion, PER_ELEMENT)
+        self._own_mean = False
+        self._reduced = ReducedAs(criterion, "sum")
+        self._probe: Probe | None = None
+        why = next((why for kind, why in NOT_A_RATIO.items() if is_kind(criterion, [kind])), None)
+        if why is not None:
+            self._refuse(Refusal(why))
+        elif self._of_target is None:
+            self._probe = Probe(criterion)
+
+    def count(self, micro_batch: Any) -> Denominator | None:
+        """Return the micro-batch's denominator from its target, or None: known after forward only."""
+        _, targets = split_micro_batch(micro_batch)
+        return self._of_target(targets[0]) if self._of_target and targets else None
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Run the model on one micro-batch; return its loss sum, 0-dim."""
+        inputs, targets = split_micro_batch(micro_batch)
+        return self._loss(*_widened(run_model(model, inputs), targets))
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        """Run the model on one micro-batch; return its loss sum (0-dim) and denominator."""
+        inputs, targets = split_micro_batch(micro_batch)
+        return self.of_outputs(run_model(model, inputs), targets)
+
+    def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
+        """Return loss sum and denominator of what the model has put out for these targets."""
+        outputs, targets = _widened(outputs, targets)
+        denominator = self._denominator(outputs, targets)
+        loss = self._loss(outputs, targets)
+        return (loss * denominator if self._own_mean else loss), denominator
+
+    def _loss(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
+        if self._elementwise:
+            self._refuse_broadcast(outputs[0], targets[0])
+        with self._reduced:
+            loss: Tensor = self.criterion(*self._arguments(outputs, targets))
+        return loss
+
+    def _denominator(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Denominator:
+        counted = targets[0] if targets else outputs[0]
+        if self._of_target is not None:
+            return self._of_target(counted)
+        if self._probe is not None:
+            self._require_tensors(outputs)
+            place = self._placing(targets)
+            refusal = self._probe.refusal(outputs, place)
+            if refusal is not None:
+                self._refuse(refusal)
+            elif self._own is not None:
+                own: Denominator = self._own(*self._arguments(outputs, targets))
+                return own
+            else:
+                return self._probe.denominator(outputs, place)
+        return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if self._reduction == "global_mean" or (self._reduction == "sum" and not refusal.has_sum):
+            others = "accum.reduction=sum, or " if refusal.has_sum else ""
+            raise BadInputError(
+                f"accum.reduction={self._reduction} is refused for criterion {self._name}: "
+                f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean"
+            )
+        self._probe = None
+        self._own_mean = self._reduction == "mean"
+        self._reduced = ReducedAs(self.criterion, self._reduction)
+
+    def _refuse_broadcast(self, output: Tensor, target: Tensor) -> None:
+        """(64, 1) against (64,) is (64, 64) elements: it mixes samples and nobody means it."""
+        if output.shape != target.shape:
+            raise BadInputError(
+                f"criterion {self._name} would broadcast the model's output {tuple(output.shape)} "
+                f"against the target {tuple(target.shape)}: give them the same shape"
+            )
+
+    def _require_tensors(self, outputs: Sequence[Any]) -> None:
+        if not all(isinstance(t, Tensor) for t in outputs):
+            raise BadInputError(
+                f"criterion {self._name}: the model puts out {type(outputs[0]).__name__} and no "
+                "tensor; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+            )
+
+    def _arguments(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+        """Outputs and targets in forward's own order, e.g. GaussianNLL's (mean, target, variance)."""
+        if len(outputs) < 2 or not targets:
+            return [*outputs, *targets]
+        names = inspect.signature(self.criterion.forward).parameters
+        at = next((i for i, name in enumerate(names) if name.startswith("target")), len(outputs))
+        return [*outputs[:at], *targets, *outputs[at:]]
+
+    def _placing(self, targets: Sequence[Any]) -> Place:
+        tensors = [as_probed(t) if isinstance(t, Tensor) else t for t in targets]
+
+        def place(outputs: Sequence[Tensor], rows: slice) -> list[Any]:
+            here = [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in tensors]
+            return self._arguments(outputs, here)
+
+        return place
+
+
+def count(loss_fn: LossFn, micro_batch: Any) -> Denominator | None:
+    """Return a micro-batch's denominator if the loss function can tell it without a forward pass."""
+    counter = getattr(loss_fn, "count", None)
+    n: Denominator | None = None if counter is None else counter(micro_batch)
+    return n.item() if isinstance(n, Tensor) and n.device.type == "cpu" else n
+
+
+def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:
+    """Return the loss sum alone, of a loss function whose micro-batch has been counted already."""
+    method = getattr(loss_fn, "loss_sum", None)
+    result: Tensor = loss_fn(model, micro_batch)[0] if method is None else method(model, micro_batch)
+    return result
+
+
+def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
+    """Wrap a criterion; return anything else, which must be a loss function already, as it is."""
+    return CriterionLoss(loss_fn, reduction) if isinstance(loss_fn, nn.Module) else loss_fn
+
+
+def _widened(outputs: Any, targets: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return outputs and targets as lists, half-precision tensors in float32."""
+    return [_wide(t) for t in outputs_in(outputs)], [_wide(t) for t in targets]
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value

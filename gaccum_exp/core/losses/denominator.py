@@ -1,0 +1,234 @@
+"""What a criterion divides by for its mean.
+
+`global_mean` needs, for every micro-batch, the loss sum Sᵢ and the number nᵢ by which the criterion
+itself would divide it: samples, elements, tokens not ignored, or a sum of class weights. torch does not
+expose that number. It comes, in this order, from
+
+1. the criterion's own method `denominator(*arguments)`, with forward's arguments, if it has one;
+2. a closed form for the criteria of `torch.nn`, which needs the target only, so that a window can be
+   counted before its first forward pass;
+3. a probe: loss sum over loss mean, in float64, on random outputs of the same shape. Never on the live
+   loss, where it is NaN at loss 0 and 0.6 % off in bfloat16.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.core.losses.criteria import TokenCrossEntropy
+
+Denominator = float | Tensor
+"""A number of samples, elements or tokens, or a sum of class weights; a 0-dim tensor on a device."""
+
+Place = Callable[[Sequence[Tensor], slice], list[Any]]
+"""Gives a criterion's arguments for some outputs and those rows of the targets."""
+
+PER_ELEMENT: tuple[type[nn.Module], ...] = (
+    nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
+    nn.SoftMarginLoss, nn.KLDivLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.HingeEmbeddingLoss,
+    nn.MarginRankingLoss,
+)  # fmt: skip
+PER_SAMPLE: tuple[type[nn.Module], ...] = (
+    nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss,
+    nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss,
+)  # fmt: skip
+PER_LABEL: tuple[type[nn.Module], ...] = (
+    TokenCrossEntropy,
+    *(
+        getattr(nn, name)
+        for name in ("CrossEntropyLoss", "NLLLoss", "LinearCrossEntropyLoss")
+        if hasattr(nn, name)  # LinearCrossEntropyLoss is younger than the oldest torch supported
+    ),
+)
+NOT_A_RATIO: dict[type[nn.Module], str] = {
+    nn.CTCLoss: "its mean divides each sample's loss by its own target length, "
+    "so its sum and its mean are different losses"
+}
+
+
+def is_kind(criterion: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Whether the criterion averages as one of these: a forward of its own may do as it likes."""
+    return any(type(criterion).forward is kind.forward for kind in kinds)
+
+
+def closed_form(criterion: nn.Module) -> Callable[[Tensor], Denominator] | None:
+    """Return the denominator as a function of the target alone, or None where it is not known.
+
+    The triplet losses have no target; any one of their inputs serves, since only the batch counts.
+    """
+    if is_kind(criterion, PER_LABEL):
+        return _LabelCount(criterion)
+    if is_kind(criterion, PER_SAMPLE) or getattr(criterion, "reduction", None) == "batchmean":
+        return lambda target: target.shape[0]
+    if is_kind(criterion, PER_ELEMENT):
+        return lambda target: target.numel()
+    return None
+
+
+class ReducedAs:
+    """Lets a criterion reduce in another way for the length of a `with` block.
+
+    A criterion inside it follows if it reduces as the outer one does (a wrapper hands its `reduction`
+    on); one that gives single losses for the outer one to weigh and reduce (`none`) stays as it is.
+    """
+
+    def __init__(self, criterion: nn.Module, reduction: str) -> None:
+        outer: Any = criterion.reduction
+        inner = [m for m in criterion.modules() if getattr(m, "reduction", None) == outer]
+        # By way of __dict__, because nn.Module's own assignment is slow and this runs at every pass.
+        self._attributes = [vars(m) for m in (inner if outer != "none" else [criterion])]
+        self._before, self._reduction = outer, reduction
+
+    def __enter__(self) -> None:
+        for attributes in self._attributes:
+            attributes["reduction"] = self._reduction
+
+    def __exit__(self, *error: object) -> None:
+        for attributes in self._attributes:
+            attributes["reduction"] = self._before
+
+
+class _LabelCount:
+    """Labels that are not ignored, or the sum of their class weights; soft targets: all of them."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self._criterion: Any = criterion
+        # nn.Module's own way to a buffer is slow, and this runs for every micro-batch.
+        self._buffers = vars(criterion)["_buffers"]
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, target: Tensor) -> Denominator:
+        if target.is_floating_point():  # class probabilities, (batch, classes, ...): never weighted
+            classes = int(target.shape[1]) if target.ndim > 1 else 1
+            return target.numel() // classes
+        ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
+        weighted = self._weight is not None
+        if not weighted and type(target) is Tensor and target.is_cpu:
+            # NumPy, for the same reason: it takes a quarter of torch's time.
+            return float(np.count_nonzero(target.numpy() != ignored))
+        counted = valid = target != ignored
+        if weighted:
+            counted = self._weight_on(target.device)[torch.where(valid, target, 0)] * valid
+        total: Tensor = counted.sum()
+        return float(total.item()) if target.device.type == "cpu" else total
+
+    @property
+    def _weight(self) -> Any:
+        try:
+            return self._buffers["weight"]
+        except KeyError:  # a criterion that keeps it in another way
+            return self._criterion.weight
+
+    def _weight_on(self, device: torch.device) -> Tensor:
+        """Windows are counted on the host while the criterion lives elsewhere: keep a copy."""
+        weight = self._weight
+        source, copied = self._copies.get(device, (None, weight))
+        if source is not weight:
+            copied = weight.to(device)
+            self._copies[device] = (weight, copied)
+        return copied
+
+
+class Refusal(NamedTuple):
+    """Why a criterion has no denominator, in words that follow its name."""
+
+    why: str
+    has_sum: bool = True
+    """Whether at least its sum is one."""
+
+
+class Probe:
+    """The denominator of a criterion of which nothing is known but that it has a `reduction`.
+
+    Whether there is such a number at all is checked once, on the first micro-batch of two samples or
+    more: the gradients of its sum and its mean must be parallel, their ratio must not depend on the
+    outputs, and sum and denominator must be additive over samples.
+    """
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self._criterion = copy.deepcopy(criterion).double().cpu()
+        for module in self._criterion.modules():  # tensors that are no buffers, e.g. self.alpha
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    vars(module)[name] = as_probed(value)
+        self._own = getattr(self._criterion, "denominator", None)
+        self._inspected = False
+
+    def denominator(self, outputs: Sequence[Tensor], place: Place) -> float:
+        """Return what the mean divides by, for outputs of these shapes; their values are not used."""
+        return self._denominator(_random_like(outputs, seed=0), place, slice(None))
+
+    def refusal(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+        """Return why there is no denominator, or None."""
+        if self._inspected or outputs[0].shape[0] < 2:
+            return None
+        self._inspected = True
+        try:
+            return self._inspect(outputs, place)
+        except Exception as error:  # a stranger's code, on values it has not seen before
+            first = (str(error).splitlines() or [""])[0]
+            return Refusal(
+                f"it could not be asked for its denominator ({type(error).__name__}: {first})"
+            )
+
+    def _inspect(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+        batch = outputs[0].shape[0]
+        xs, every = _random_like(outputs, seed=0), slice(None)
+        n = self._denominator(xs, place, every)
+        total = self._reduced("sum", xs, place, every)
+        if _close(total, self._reduced("mean", xs, place, every)):
+            return Refusal("its `reduction` changes nothing", has_sum=False)
+        if self._own is None:
+            other = self._denominator(_random_like(outputs, seed=1), place, every)
+            if not _close(n, other) or not self._gradients_parallel(xs, place, n):
+                return Refusal("its mean is not its sum divided by a count")
+        halves = [slice(0, batch // 2), slice(batch // 2, batch)]
+        parts = [([x[rows] for x in xs], place, rows) for rows in halves]
+        if not _close(sum(self._reduced("sum", *part) for part in parts), total):
+            return Refusal("its sum over a batch is not the sum over the batch's parts")
+        if not _close(sum(self._denominator(*part) for part in parts), n):
+            return Refusal("its denominator over a batch is not the sum over the batch's parts")
+        return None
+
+    def _denominator(self, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
+        if self._own is not None:
+            return float(self._own(*place(outputs, rows)))
+        mean = self._reduced("mean", outputs, place, rows)
+        return self._reduced("sum", outputs, place, rows) / mean if mean else 0.0
+
+    def _reduced(self, reduction: str, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
+        with torch.no_grad(), ReducedAs(self._criterion, reduction):
+            return float(self._criterion(*place(outputs, rows)))
+
+    def _gradients_parallel(self, outputs: Sequence[Tensor], place: Place, n: float) -> bool:
+        leaves = [t.clone().requires_grad_() for t in outputs]
+        gradients = []
+        for reduction in ("sum", "mean"):
+            with torch.enable_grad(), ReducedAs(self._criterion, reduction):
+                value = self._criterion(*place(leaves, slice(None)))
+                gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
+        return all(
+            torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
+            for of_sum, of_mean in zip(*gradients, strict=True)
+        )
+
+
+def as_probed(tensor: Tensor) -> Tensor:
+    """Return the tensor as the probe computes: on the CPU, floating point in float64."""
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _random_like(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Values in (0.05, 0.95): inside the domain of probabilities and of logits alike."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.rand(t.shape, generator=generator, dtype=torch.float64) for t in outputs)
+    return [draw * 0.9 + 0.05 for draw in draws]
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * max(abs(a), abs(b))

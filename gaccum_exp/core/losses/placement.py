@@ -1,0 +1,92 @@
+"""Where, and in which precision, micro-batches meet the model."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
+from gaccum_exp.core.losses.denominator import Denominator
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What is done to a micro-batch from the host before the model sees it, and around the model."""
+
+    device: torch.device | None
+    """None: where it is."""
+    dtype: torch.dtype | None = None
+    """Of its floating-point tensors; None: as they are."""
+    autocast: torch.dtype | None = None
+    """What `torch.autocast` computes in; None: the precision of weights and inputs."""
+    device_type: str = "cpu"
+    """Of the model's device."""
+    compiled: bool = False
+    """Whether a compiled model is to expect micro-batches of any size, and sequences of any length."""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether a micro-batch from the host is used as it is."""
+        moves = self.device is not None and self.device.type != "cpu"
+        return not (moves or self.dtype or self.autocast or self.compiled)
+
+    def place(self, micro_batch: Any) -> Any:
+        """Return the pytree as the model gets it; copies from pinned memory do not wait."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            dtype = self.dtype if tensor.is_floating_point() else None
+            placed = tensor.to(self.device, dtype or tensor.dtype, non_blocking=True)
+            if self.compiled and placed.ndim > 0:
+                # Else every N, and the last window of an epoch, would be compiled anew.
+                tokens = placed.ndim == 2 and not placed.is_floating_point()
+                torch._dynamo.maybe_mark_dynamic(placed, [0, 1] if tokens else 0)
+            return placed
+
+        return tree_map_only(Tensor, leaf, micro_batch)
+
+    def passes(self) -> AbstractContextManager[Any]:
+        """Enter around forward passes."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.autocast)
+
+
+class Placed:
+    """A loss function that takes micro-batches from the host: counted there, moved one at a time.
+
+    Only one micro-batch is on the device at once; a whole window there would spoil the memory that
+    accumulation saves.
+    """
+
+    def __init__(self, loss_fn: LossFn, placement: Placement) -> None:
+        self._loss_fn = loss_fn
+        self.placement = placement
+        """What is done to a micro-batch before the loss function sees it."""
+        self.criterion = getattr(loss_fn, "criterion", None)
+
+    @property
+    def where_it_is(self) -> LossFn:
+        """The same for micro-batches that are on the model's device already."""
+        return Placed(self._loss_fn, replace(self.placement, device=None))
+
+    def count(self, micro_batch: Any) -> Denominator | None:
+        """Count on the host, where the micro-batch still is."""
+        return count(self._loss_fn, micro_batch)
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Place the micro-batch and compute its loss; nothing waits for the copy."""
+        with self.placement.passes():
+            return loss_sum(self._loss_fn, model, self.placement.place(micro_batch))
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        """Place the micro-batch and compute loss and denominator."""
+        with self.placement.passes():
+            return self._loss_fn(model, self.placement.place(micro_batch))
+
+
+def placed(loss_fn: LossFn, placement: Placement) -> LossFn:
+    """Return the loss function for micro-batches from the host."""
+    return loss_fn if placement.changes_nothing else Placed(loss_fn, placement)

@@ -1,0 +1,255 @@
+"""The peak of one window, measured while it trains.
+
+Two sources, never mixed in a ratio. `tracker` follows every tensor's storage (`memory/storages.py`) and
+says what the bytes are; it works on a CPU, where no allocator keeps count, and leaves the window's
+result unchanged, but slows it down. `allocator` is an accelerator's own peak counter, which also sees
+workspace inside operators, and what rounding and fragmentation cost.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
+from gaccum_exp.core.losses.denominator import Denominator
+from gaccum_exp.core.losses.placement import Placed
+from gaccum_exp.memory.storages import (
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER_STATE,
+    PARAMETERS,
+    TEMPORARIES,
+    StorageTracker,
+)
+
+FORWARD_BACKWARD = "forward/backward"
+OPTIMIZER_STEP = "optimizer step"
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that one window, or one phase of it, held at once."""
+
+    bytes: int
+    phase: str
+    """When: `forward/backward` or `optimizer step`."""
+    parts: dict[str, int]
+    """Bytes by category at that moment; empty where the source does not tell."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """What the allocator, or the system, counts beside; by name, in bytes."""
+
+
+class TrackedWindow:
+    """Follows one window's tensors.
+
+        tracked = TrackedWindow(model, optimizer, device)
+        with tracked:
+            with tracked.phase("forward/backward"):
+                accumulate_gradients(model, tracked.loss_fn(loss_fn), window)
+            with tracked.phase("optimizer step"):
+                optimizer.step()
+        tracked.peak()
+
+    Parameters, gradients and optimizer state count if they are on `device`, wherever they were made;
+    everything else counts if it is made inside. Micro-batches are copied to the device one at a time, on
+    a CPU as well, where they stand for the copies that an accelerator would hold; these are the inputs.
+    Buffers are counted as parameters.
+
+    Args:
+        modules: the model, and the criterion where it is a module.
+        optimizer: of their parameters.
+        device: whose memory it is.
+        budget_bytes: beyond which the window ends with a `BudgetExceededError`; None: no limit.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        budget_bytes: int | None = None,
+    ) -> None:
+        self._device = device
+        self._parameters = list(modules.parameters())
+        self._optimizer = optimizer
+        self._tracker = StorageTracker(device, budget_bytes)
+        self._tracker.file([*self._parameters, *modules.buffers()], PARAMETERS)
+        self._tracker.file((p.grad for p in self._parameters if p.grad is not None), GRADIENTS)
+        self._tracker.file(_state(optimizer), OPTIMIZER_STATE)
+        self.peaks: dict[str, Peak] = {}
+        """Of each phase that has ended, by its name."""
+        self.begun: set[str] = set()
+
+    def __enter__(self) -> "TrackedWindow":
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]  # torch's
+            for parameter in self._parameters
+            if parameter.requires_grad
+        ]
+        self._tracker.__enter__()  # type: ignore[no-untyped-call]  # torch's own
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._tracker.__exit__(*error)  # type: ignore[no-untyped-call]  # torch's own
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block as a phase of its own."""
+        self.begun.add(name)
+        tracker = self._tracker
+        tracker.begin()
+        kept = tracker.held[OPTIMIZER_STATE]
+        yield
+        parts = dict(tracker.at_peak)
+        # State that this step has made was among its temporaries when it was made.
+        tracker.file(_state(self._optimizer), OPTIMIZER_STATE)
+        made = min(tracker.held[OPTIMIZER_STATE] - kept, parts[TEMPORARIES])
+        parts[OPTIMIZER_STATE] += made
+        parts[TEMPORARIES] -= made
+        self.peaks[name] = Peak(tracker.peak, name, parts)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held now."""
+        return self._tracker.total
+
+    def loss_fn(self, loss_fn: LossFn) -> LossFn:
+        """Return the loss function with its micro-batch's own copy followed, pass by pass."""
+        return _Followed(loss_fn, self._tracker)
+
+    def peak(self) -> Peak | None:
+        """Return the window's peak, that of its highest phase; None where none has ended."""
+        return highest(self.peaks)
+
+    def _take(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # a hook before this one may have taken it away
+            self._tracker.file([parameter.grad], GRADIENTS)
+
+
+class _Followed:
+    """Places micro-batches as the loss function would, and says of the copies that they are inputs."""
+
+    def __init__(self, loss_fn: LossFn, tracker: StorageTracker) -> None:
+        self._counting = loss_fn
+        self._placement = loss_fn.placement if isinstance(loss_fn, Placed) else None
+        self._loss_fn = loss_fn.where_it_is if isinstance(loss_fn, Placed) else loss_fn
+        self._tracker = tracker
+        self.criterion = getattr(loss_fn, "criterion", None)
+
+    def count(self, micro_batch: Any) -> Denominator | None:
+        self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at
+        try:
+            return count(self._counting, micro_batch)
+        finally:
+            self._tracker.paused = False
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        with self._forward(micro_batch) as here:
+            return loss_sum(self._loss_fn, model, here)
+
+    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
+        with self._forward(micro_batch) as here:
+            return self._loss_fn(model, here)
+
+    @contextmanager
+    def _forward(self, micro_batch: Any) -> Iterator[Any]:
+        # What an earlier backward pass has left behind are gradients, in whatever buffers they are kept.
+        self._tracker.refile(TEMPORARIES, GRADIENTS)
+        placed = micro_batch if self._placement is None else self._placement.place(micro_batch)
+        host = {id(leaf) for leaf in tree_leaves(micro_batch)}
+        here = tree_map_only(Tensor, lambda t: t.clone() if id(t) in host else t, placed)
+        self._tracker.file((t for t in tree_leaves(here) if isinstance(t, Tensor)), INPUTS)
+        self._tracker.in_forward = True
+        try:
+            yield here
+        finally:
+            self._tracker.in_forward = False
+
+
+class AllocatedWindow:
+    """Reads the accelerator's own counters around one window; used as TrackedWindow is."""
+
+    def __init__(
+        self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._device = device
+        self.peaks: dict[str, Peak] = {}
+        self.begun: set[str] = set()
+
+    def __enter__(self) -> "AllocatedWindow":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Nothing to end: the counters run on."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block as a phase of its own."""
+        self.begun.add(name)
+        torch.accelerator.synchronize(self._device)
+        torch.accelerator.reset_peak_memory_stats(self._device)
+        yield
+        torch.accelerator.synchronize(self._device)
+        peak = torch.accelerator.max_memory_allocated(self._device)
+        self.peaks[name] = Peak(peak, name, {}, allocator_counters(self._device))
+
+    def loss_fn(self, loss_fn: LossFn) -> LossFn:
+        """Return it as it is: the counters see everything."""
+        return loss_fn
+
+    def peak(self) -> Peak | None:
+        """Return the window's peak, that of its highest phase; None where none has ended."""
+        return highest(self.peaks)
+
+
+Meter = TrackedWindow | AllocatedWindow
+
+
+def highest(peaks: Mapping[str, Peak]) -> Peak | None:
+    """Return the peak of the phase that holds most."""
+    return max(peaks.values(), key=lambda peak: peak.bytes, default=None)
+
+
+def has_counters(device: torch.device) -> bool:
+    """Whether the device counts its own peak."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.accelerator.max_memory_allocated(device)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def allocator_counters(device: torch.device) -> dict[str, int]:
+    """Return the caching allocator's peaks since they were reset, as far as it counts them.
+
+    `requested` is what tensors asked for, `allocated` that with every block rounded up, `reserved` what
+    the allocator took from the device; what it holds beyond what is allocated is fragmentation, or kept
+    for later.
+    """
+    stats = torch.accelerator.memory_stats(device)
+    names = ("requested", "allocated", "reserved")
+    peaks = {name: stats.get(f"{name}_bytes.all.peak") for name in names}
+    return {f"allocator_{name}": int(size) for name, size in peaks.items() if size}
+
+
+def resident_set_bytes() -> int | None:
+    """Return the memory of this process that is in RAM, code and libraries included; None: not told."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), None)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]

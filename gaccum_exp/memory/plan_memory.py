@@ -1,0 +1,179 @@
+"""A memory plan for anyone's model, without a configuration."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
+from gaccum_exp.core.checkpointing import checkpoint_blocks
+from gaccum_exp.core.losses.criterion import LossFn, as_loss_fn
+from gaccum_exp.core.losses.placement import Placed, Placement
+from gaccum_exp.core.modes import eagerly
+from gaccum_exp.core.seeding import random_state_kept
+from gaccum_exp.memory.fake import (
+    SizesOnly,
+    copies,
+    fake_copies,
+    fake_mode,
+    nothing_left_behind,
+    resized,
+    samples_in,
+)
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
+from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
+from gaccum_exp.memory.planner import Planner, source_of, with_advice
+from gaccum_exp.memory.predict import Predicted, Subject, telling
+
+OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@nothing_left_behind()
+def plan_memory(
+    model: nn.Module,
+    loss_fn: LossFn | nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer | OptimizerOf,
+    *,
+    batch_size: int | None = None,
+    budget_bytes: int | None = None,
+    reduction: Reduction = "global_mean",
+    buffer_dtype: torch.dtype | None = None,
+) -> MemoryPlan:
+    """Predict the peak memory of accumulation for every N, without running anything.
+
+        plan = plan_memory(model, nn.CrossEntropyLoss(), (images, labels), optimizer, budget_bytes=2**33)
+        print(plan)
+
+    Args:
+        model: on the device where it will be trained, or on `meta`, and then it is planned for the CPU.
+            It is copied without its memory, and left as it is.
+        loss_fn: as for `accumulate_gradients`.
+        batch: a micro-batch as the loss function takes it, on any device, of any number of samples; its
+            values do not matter, so tensors on `meta` will do.
+        optimizer: over the model's parameters, or what makes it of them, e.g. `torch.optim.AdamW`.
+        batch_size: samples of a window, the global batch; None: as many as `batch` holds.
+        budget_bytes: what the peak may be at most; None: no N is chosen.
+        reduction: as for `accumulate_gradients`; under `mean` only an N that divides the batch
+            is chosen.
+        buffer_dtype: as for `accumulate_gradients`.
+
+    Returns:
+        A row for every power of two up to one sample a micro-batch, the smallest N that fits, the N past
+        which nothing shrinks, and what else would save memory.
+
+    A model whose forward pass depends on values is run instead, on a copy, on micro-batches of four and
+    eight samples; the plan says so. On `meta` there are no values to run it on: its error is raised,
+    with a note. Errors of the model, the loss function or the optimizer are raised as they are.
+    """
+    samples = samples_in(batch) if batch_size is None else batch_size
+    if samples < 1 or samples_in(batch) < 1:
+        raise ValueError(
+            f"a window of {samples} samples cannot be planned on a batch of {samples_in(batch)}: "
+            "both have to hold one at least"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = torch.device("cpu") if device.type == "meta" else device
+    step = _Step(model, loss_fn, batch, optimizer, reduction, buffer_dtype, device)
+    tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
+    real = None if any(t.is_meta for t in tensors) else step.real
+    source, notes = source_of(step.fake, real, samples)
+    plan = Planner(source, samples, even=reduction == "mean", notes=notes).plan(
+        str(device), budget_bytes
+    )
+    return with_advice(plan, step.changed) if isinstance(source, Predicted) else plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a step is made of, to be copied."""
+
+    model: nn.Module
+    loss_fn: LossFn | nn.Module
+    batch: Any
+    optimizer: torch.optim.Optimizer | OptimizerOf
+    reduction: Reduction
+    buffer_dtype: torch.dtype | None
+    device: torch.device
+
+    def fake(self) -> Subject:
+        """Return the step without memory."""
+        subject = self.changed(None)
+        assert subject is not None
+        return subject
+
+    def changed(self, change: Change | None) -> Subject | None:
+        """Return the step without memory and with a change; None where that does not apply."""
+        mode = fake_mode()
+        made = fake_copies(mode, (self.model, self.loss_fn, self.optimizer), self.device)
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            with random_state_kept(), eagerly(), mode:
+                yield
+
+        with entered():
+            return self._subject(made, entered, change)
+
+    def real(self) -> Subject:
+        """Return the step on copies."""
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            with random_state_kept(), eagerly():
+                yield
+
+        made = copies((self.model, self.loss_fn, self.optimizer), {})
+        subject = self._subject(made, entered, None)
+        assert subject is not None
+        return subject
+
+    def _subject(
+        self,
+        made: tuple[Any, ...],
+        entered: Callable[[], AbstractContextManager[None]],
+        change: Change | None,
+    ) -> Subject | None:
+        model, loss_fn, optimizer = made
+        modules = nn.ModuleList([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer([p for p in modules.parameters() if p.requires_grad])
+        if change == FUSED and not _fuse(optimizer):
+            return None
+        if change == CHECKPOINTING and not checkpoint_blocks(model):
+            return None
+        half = torch.bfloat16 if change == BF16 else None
+        placement = Placement(self.device, autocast=half, device_type=self.device.type)
+        sizes_only = Placed(SizesOnly(as_loss_fn(loss_fn, self.reduction), self.batch), placement)
+
+        def take_step(window: list[Any], tracked: TrackedWindow) -> None:
+            optimizer.zero_grad()
+            with tracked.phase(FORWARD_BACKWARD):
+                accumulate_gradients(
+                    model,
+                    tracked.loss_fn(sizes_only),
+                    window,
+                    reduction=self.reduction,
+                    buffer_dtype=self.buffer_dtype,
+                )
+            with tracked.phase(OPTIMIZER_STEP):
+                optimizer.step()
+
+        def window(sizes: Sequence[int]) -> list[Any]:
+            with entered():  # what is on meta becomes fake, or memory
+                return [resized(self.batch, size, self.device) for size in telling(sizes)]
+
+        return Subject(modules, optimizer, self.device, window, take_step, entered)
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Make an optimizer fused; False where it has no such form, or is in it already."""
+    if "fused" not in optimizer.defaults or all(group["fused"] for group in optimizer.param_groups):
+        return False
+    for group in optimizer.param_groups:
+        group.update(fused=True, foreach=False)
+    return True

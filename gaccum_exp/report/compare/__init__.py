@@ -1,0 +1,1 @@
+"""Runs of a sweep paired with their references and measured against them."""

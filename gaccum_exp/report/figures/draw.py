@@ -1,0 +1,79 @@
+"""The comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
+
+To be imported when something is drawn: matplotlib takes a third of a second, for which nobody should
+wait who begins to train.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gaccum_exp.memory.plan import MemoryPlan
+from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.figures.costs import draw_memory, draw_step_time
+from gaccum_exp.report.figures.frontier import draw_frontier, draw_plan
+from gaccum_exp.report.figures.loss_curves import draw_loss_curves
+from gaccum_exp.tracking.records import RunRecord
+
+FIGURES = {
+    "loss_curves": draw_loss_curves,
+    "memory": draw_memory,
+    "step_time": draw_step_time,
+    "memory_frontier": draw_frontier,
+}
+_SETTINGS = {
+    # The same runs give the same bytes: no random ids in the SVG, no date in either.
+    "svg.hashsalt": "gaccum_exp",
+    "hatch.linewidth": 0.6,
+    # What a user's own settings would lay out again.
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+}
+_DPI = 150
+
+
+def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Draw every figure into `folder` and return the files written, nothing if no arm has an N.
+
+    Args:
+        comparison: what `compare` made of `runs`.
+        runs: the arms of the sweep, as given to `compare`.
+        folder: made if it does not exist; older figures in it are replaced.
+    """
+    if all(row.steps is None for row in comparison.rows):
+        return []
+    records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
+    paths: list[Path] = []
+    with matplotlib.rc_context(_SETTINGS):
+        for name, draw_figure in FIGURES.items():
+            figure = draw_figure(comparison, records)
+            paths += [] if figure is None else _save(figure, folder, name)
+    return paths
+
+
+def save_plan(plan: MemoryPlan, folder: Path) -> list[Path]:
+    """Draw a memory plan, and return the files written."""
+    with matplotlib.rc_context(_SETTINGS):
+        return _save(draw_plan(plan), folder, "plan")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as SVG and as PNG.
+
+    It is laid out here, once: with its layout engine each file would be laid out again, and drawn twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.dpi = _DPI
+    FigureCanvasAgg(figure)
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    figure.savefig(svg, dpi=_DPI, metadata={"Date": None})
+    # The same picture as by default, in half the time and a file that is a tenth larger.
+    figure.savefig(png, dpi=_DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return [svg, png]

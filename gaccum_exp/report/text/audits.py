@@ -1,0 +1,130 @@
+"""Audits on a terminal: one with its numbers, its remedy and its parameters, or a line for each arm."""
+
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gaccum_exp.audit.result import Audit
+from gaccum_exp.report.text.wording import MISSING, say_gap, say_ratio
+
+SHOWN_PARAMETERS = 10
+_STYLES = {"identical": "green", "equivalent": "green", "biased": "red"}
+_OPEN = "yellow"
+
+
+def print_audit(name: str, audit: Audit) -> None:
+    """Print one audit: verdict and numbers, then what each parameter has to do with it."""
+    console = _console()
+    console.print(Text(f"\n{name}", style="bold"))
+    console.print(Padding(block(audit), (0, 0, 0, 2), expand=False))
+    if audit.parameters:
+        console.print(Padding(parameter_table(audit), (1, 0, 0, 2), expand=False))
+
+
+def print_table(arms: Sequence[tuple[str, Audit | str]]) -> None:
+    """Print a line for each arm of a sweep: its name with its audit, or with why there is none."""
+    console = _console()
+    console.print()
+    console.print(arm_table(arms))
+
+
+def block(audit: Audit) -> RenderableType:
+    """Return verdict, numbers and remedy, a line each; what is not known is not mentioned."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(overflow="fold")
+    verdict = Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}")
+    grid.add_row("verdict", verdict)
+    for label, said in _lines(audit):
+        grid.add_row(label, Text(said))
+    return grid
+
+
+def parameter_table(audit: Audit) -> Table:
+    """Return the parameters with the largest errors, worst first."""
+    left = len(audit.parameters) - SHOWN_PARAMETERS
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        caption=f"and {left} more" if left > 0 else None,
+        caption_justify="left",
+    )
+    table.add_column("parameter", overflow="fold")
+    for header in ("error", "share", "norm"):
+        table.add_column(f"  {header}", justify="right", no_wrap=True)
+    for p in audit.parameters[:SHOWN_PARAMETERS]:
+        table.add_row(Text(p.name), say_gap(p.error), say_gap(p.share), say_gap(p.norm))
+    return table
+
+
+def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
+    """Return the verdicts of a sweep's arms, with a note below for each arm that has none."""
+    notes = [f"- {name}: {told}" for name, told in arms if isinstance(told, str)]
+    table = Table(
+        title="Is the accumulated gradient the large batch's?",
+        caption=Text(
+            "\n".join(["e64, e: relative error in float64 and in the run's precision", *notes])
+        ),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        header_style="bold",
+    )
+    table.add_column("arm", overflow="fold")
+    table.add_column(" verdict", no_wrap=True)
+    for header in ("e64", "e", "floor"):
+        table.add_column(f" {header}", justify="right", no_wrap=True)
+    table.add_column(" cause", overflow="fold")
+    table.add_column(" culprit", overflow="fold")
+    for name, told in arms:
+        if isinstance(told, str):
+            table.add_row(Text(name), f" {MISSING}", style="dim")
+            continue
+        verdict = Text(f" {told.verdict}", style=_STYLES.get(told.verdict, _OPEN))
+        numbers = (f" {say_gap(number)}" for number in (told.e64, told.e, told.floor))
+        cause = Text(f" {told.cause or MISSING}")
+        table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(told) or MISSING}"))
+    return table
+
+
+def _lines(audit: Audit) -> list[tuple[str, str]]:
+    numbers = {
+        "e64": (audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
+        "e": (audit.e, say_gap, "the same in the run's own precision"),
+        "floor": (audit.floor, say_gap, "how far rounding alone moves the one-pass gradient there"),
+        "scale": (audit.scale, say_ratio, "× the large batch's mean gradient"),
+    }
+    lines = [
+        (label, f"{say(number):<9}{meaning}")
+        for label, (number, say, meaning) in numbers.items()
+        if number is not None
+    ]
+    words = [
+        ("cause", audit.cause),
+        ("culprit", _culprit(audit)),
+        ("remedy", audit.remedy),
+        ("detail", audit.detail),
+        *((check.name, check.finding) for check in audit.checks),
+    ]
+    return lines + [(label, said) for label, said in words if said]
+
+
+def _culprit(audit: Audit) -> str | None:
+    """Return the first culprit, with its class and how many follow."""
+    if audit.culprit is None:
+        return None
+    name = audit.culprit or "the model itself"
+    named = name if audit.culprit_type is None else f"{name} ({audit.culprit_type})"
+    others = len(audit.culprits) - 1
+    return f"{named}, and {others} more" if others > 0 else named
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100)

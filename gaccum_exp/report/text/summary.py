@@ -1,0 +1,166 @@
+"""The comparison in words: the verdicts, then numbers and which arm is the furthest.
+
+Repetitions that differ in the seed alone are summed up together by their worst verdict and their largest
+values. The verdict is the audit's, on the gradient. Whether a gap between two loss curves is rounding or
+a fault is said where controls show what rounding alone makes of it, and nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.row import ComparisonRow
+from gaccum_exp.report.text.findings import say_verdicts
+from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
+
+_MOST_LINES = 6
+
+_REFERENCE_NAMES = {
+    "own": "the one-pass arm",
+    "other reduction": "the one-pass arm",
+    "stored": "a stored one-pass run",
+}
+
+
+def summary(comparison: Comparison) -> str:
+    """Say what the comparison means in one or two sentences per reduction, a line each.
+
+    The verdicts lead. The furthest arm is named for the loss curve and for the weights; memory is what
+    the arm that saves most needs, and time what a step of that arm takes.
+    """
+    if not comparison.rows:
+        return "There are no runs to compare."
+    lines = _sort(comparison.rows, lambda row: row.setting.repeated_label)
+    if len(lines) == 1:
+        return _say_setting(comparison.rows)
+    if len(lines) > _MOST_LINES:
+        lines = _sort(comparison.rows, lambda row: f"{row.reduction}, over all settings")
+    return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in lines.items())
+
+
+_NO_OTHER = "There is only the reference, and no other arm to compare with it."
+_NO_REFERENCE = "No finished arm could be compared with a reference."
+
+
+def _sort(
+    rows: Sequence[ComparisonRow], label_of: Callable[[ComparisonRow], str]
+) -> dict[str, list[ComparisonRow]]:
+    labelled: dict[str, list[ComparisonRow]] = {}
+    for row in rows:
+        labelled.setdefault(label_of(row), []).append(row)
+    return labelled
+
+
+def _say_setting(rows: Sequence[ComparisonRow]) -> str:
+    """Sum up arms that differ in N and seed alone."""
+    compared = [row for row in rows if row.finished and not row.is_reference]
+    measured = [row for row in compared if row.reference_run_id is not None]
+    unfinished = sum(not row.finished for row in rows)
+    verdicts = say_verdicts(rows)
+    if measured:
+        parts = [_lead(verdicts, _say_distance(measured)), _say_cost(measured)]
+    else:
+        alone = all(row.is_reference for row in rows)
+        judged = any(row.verdict for row in rows)
+        lead = verdicts and f"{verdicts}{', by the audit alone' if judged else ''}."
+        parts = [lead, _NO_OTHER if alone else _NO_REFERENCE]
+    if unfinished:
+        parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
+    return " ".join(part for part in parts if part)
+
+
+def _lead(verdicts: str, distance: str) -> str:
+    """Put the verdicts in front of the sentence about the distances."""
+    if not verdicts or not distance:
+        return distance or (verdicts and f"{verdicts}.")
+    return f"{verdicts}: {distance[0].lower()}{distance[1:]}"
+
+
+def _say_distance(rows: Sequence[ComparisonRow]) -> str:
+    with_gap = [row for row in rows if row.max_loss_gap is not None]
+    if not with_gap:
+        return ""
+    steps = sorted({row.steps or 0 for row in with_gap})
+    furthest = max(with_gap, key=lambda row: _nan_last(row.max_loss_gap))
+    who = f"N = {say_list(steps)}" if len(steps) <= 8 else f"N = {steps[0]} to {steps[-1]}"
+    curve = (
+        f"The train loss of {who} stays within {say_gap(furthest.max_loss_gap)} of that of "
+        f"{_name_reference(with_gap)} at {_say_common_steps(with_gap)}"
+    )
+    if not math.isfinite(furthest.max_loss_gap or 0.0):
+        curve = f"The train loss of N = {furthest.steps} or of its reference is not finite"
+    elif len(steps) > 1 and furthest.max_loss_gap:
+        curve += f", N = {furthest.steps} being the furthest"
+    return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(steps) > 1)}."
+
+
+def _say_control(rows: Sequence[ComparisonRow]) -> str:
+    """Say which N are inside the envelope of the controls; of repetitions all have to be."""
+    judged = [row for row in rows if row.control is not None]
+    if not judged:
+        return ""
+    every = sorted({row.steps or 0 for row in judged})
+    outside = sorted({row.steps or 0 for row in judged if row.control == "outside"})
+    said = [
+        f"N = {say_numbers(steps)} {word}" if len(every) > 1 and outside else word
+        for word, steps in (("inside", [n for n in every if n not in outside]), ("outside", outside))
+        if steps
+    ]
+    return f", {say_list(said)} the envelope of {say_controls(judged)}"
+
+
+def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
+    with_weights = [row for row in rows if row.weight_distance is not None]
+    if not with_weights:
+        return ""
+    furthest = max(with_weights, key=lambda row: _nan_last(row.weight_distance))
+    distance = furthest.weight_distance
+    named = f" (N = {furthest.steps})" if name_furthest and distance else ""
+    return f"; the final weights are within {say_gap(distance)} of its, relative to their norm{named}"
+
+
+def _say_common_steps(rows: Sequence[ComparisonRow]) -> str:
+    counts = sorted({row.common_steps for row in rows})
+    if len(counts) > 1:
+        return f"each of the {counts[0]} to {counts[-1]} steps that both have"
+    return f"each of {counts[0]} steps" if counts[0] > 1 else "the one step that both have"
+
+
+def _name_reference(rows: Sequence[ComparisonRow]) -> str:
+    sources = {row.reference_source for row in rows}
+    if "stand-in" in sources:
+        return "the arm that stands in for a missing one-pass reference"
+    return say_list(sorted({_REFERENCE_NAMES[source] for source in sources}))
+
+
+def _say_cost(rows: Sequence[ComparisonRow]) -> str:
+    """Say the largest saving of memory, and the step time of the arm that makes it."""
+    peaks = _worst_by_steps(rows, lambda row: row.peak_ratio)
+    times = _worst_by_steps(rows, lambda row: row.step_ratio)
+    if not peaks:
+        if not times:
+            return ""
+        slowest = max(times, key=lambda steps: times[steps])
+        return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest})."
+    least = min(peaks, key=lambda steps: peaks[steps])
+    verb = "falls to" if round(peaks[least], 2) < 1 else "does not fall: it is"
+    memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
+    if least not in times:
+        return f"{memory}."
+    return f"{memory}; a step there takes {say_ratio(times[least])} × as long."
+
+
+def _worst_by_steps(
+    rows: Sequence[ComparisonRow], value_of: Callable[[ComparisonRow], float | None]
+) -> dict[int, float]:
+    """Return the largest value at every N, over the seeds."""
+    worst: dict[int, float] = {}
+    for row in rows:
+        value = value_of(row)
+        if value is not None and row.steps is not None and math.isfinite(value):
+            worst[row.steps] = max(value, worst.get(row.steps, value))
+    return worst
+
+
+def _nan_last(value: float | None) -> float:
+    return math.inf if value is None or math.isnan(value) else value

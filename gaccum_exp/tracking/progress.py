@@ -1,0 +1,67 @@
+"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS, Point
+
+LINES = 5
+"""Plain lines per run."""
+
+
+class Progress:
+    """Shows one run's progress and its last loss.
+
+    A bar needs a terminal to itself: under `CI`, in a pipe, or where several arms run side by side, a
+    few plain lines are printed instead.
+    """
+
+    def __init__(self, name: str, total: int, *, alone: bool = True) -> None:
+        self._name, self._total = name, total
+        self._plain = not alone or bool(os.environ.get("CI")) or not sys.stderr.isatty()
+        self._done = 0
+        self._last_draw_s = 0.0
+        self._notes: dict[str, float] = {}
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[notes]}"), console=Console(stderr=True), disable=self._plain,
+        )  # fmt: skip
+        self._task = self._bar.add_task(name, total=total, notes="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, done: int) -> None:
+        """Say that `done` steps are taken; draws at most ten times a second."""
+        now = time.monotonic()
+        if self._plain:
+            line, before = done * LINES // self._total, self._done * LINES // self._total
+            if line > before:
+                print(f"{self._name}: {done}/{self._total}{self._text()}", file=sys.stderr, flush=True)
+        elif now - self._last_draw_s > 0.1 or done == self._total:
+            self._bar.update(self._task, completed=done, notes=self._text())
+            self._last_draw_s = now
+        self._done = done
+
+    def note(self, points: list[Point]) -> None:
+        """Take the last loss and accuracy from what has been delivered."""
+        for point in points:
+            for key in (TRAIN_LOSS, EVAL_ACCURACY):
+                if key in point.values:
+                    self._notes[key] = point.values[key]
+
+    def _text(self) -> str:
+        return "".join(f"  {key} {value:.4f}" for key, value in self._notes.items())

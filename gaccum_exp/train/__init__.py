@@ -1,0 +1,1 @@
+"""A training: built from settings, run window by window, and observed by hooks."""

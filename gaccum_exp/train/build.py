@@ -1,0 +1,313 @@
+"""Settings in, an experiment out: model, loss, optimizer and schedule around the data."""
+
+import copy
+import inspect
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, TensorDataset
+
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.config.targets import checked, import_target, instantiate, parameter_names
+from gaccum_exp.core.checkpointing import checkpoint_blocks
+from gaccum_exp.core.feed import windows
+from gaccum_exp.core.losses.criterion import CriterionLoss, LossFn, count
+from gaccum_exp.core.losses.denominator import PER_LABEL, is_kind
+from gaccum_exp.core.losses.micro_batch import tokens_in
+from gaccum_exp.core.losses.model_loss import ModelLoss
+from gaccum_exp.core.losses.placement import placed
+from gaccum_exp.core.seeding import derive_seed, seed_host
+from gaccum_exp.core.window import Stage, WindowPlan
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
+from gaccum_exp.train.datasets import Shared, lengths_of
+from gaccum_exp.train.first_samples import first_samples, try_first_samples
+from gaccum_exp.train.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
+from gaccum_exp.train.state import Experiment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """What a training is made from beside its model: the same for every N."""
+
+    device: torch.device
+    train_data: Dataset[Any]
+    eval_data: Dataset[Any] | None
+    plan: WindowPlan
+    total_steps: int
+    drawn: bool
+    """Whether random numbers went into the data sets, so that another seed has others."""
+
+    def of_seed(self, seed: int) -> "Materials":
+        """Return the same for another seed: the same data in another order."""
+        return replace(self, plan=replace(self.plan, seed=seed))
+
+
+def load(settings: Settings, shared: Shared | None = None) -> Materials:
+    """Prepare the runtime, and build the data sets.
+
+    Args:
+        settings: what of.
+        shared: takes data sets from an earlier arm, and keeps them for the next; None: there is none.
+
+    Raises:
+        BadInputError: anything in the configuration of these that cannot be used.
+    """
+    device = prepare_runtime(settings)
+    seed = settings.seed
+    data = shared or Shared()
+    train = data.load("data.train", settings.data.train, seed)
+    held_out = None
+    if settings.data.eval is not None and settings.task != "plan":
+        held_out = data.load("data.eval", settings.data.eval, seed)
+    train_data = train.dataset
+    plan = WindowPlan(
+        len(train_data),  # type: ignore[arg-type]  # checked to be map-style
+        [Stage(stage.start, stage.global_batch_size) for stage in settings.stages],
+        settings.seed,
+        settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
+        lengths=lengths_of(train_data) if settings.data.sort_by_length else None,
+        by_step=settings.accum.schedule_by == "step",
+    )
+    return Materials(
+        device=device,
+        train_data=train_data,
+        eval_data=None if held_out is None else held_out.dataset,
+        plan=plan,
+        total_steps=_total_steps(settings, plan),
+        drawn=train.drawn or (held_out is not None and held_out.drawn),
+    )
+
+
+def build(
+    settings: Settings, materials: Materials | None = None, fake: FakeTensorMode | None = None
+) -> Experiment:
+    """Build an experiment.
+
+    Args:
+        settings: what it is.
+        materials: as loaded for these settings, or for the same with another N; None: load them.
+        fake: build it without memory, to be used inside this mode: for what its passes would hold.
+
+    Raises:
+        BadInputError: anything in the configuration that does not lead to a runnable experiment.
+    """
+    loaded = materials or load(settings)
+    device, train_data, plan = loaded.device, loaded.train_data, loaded.plan
+    placement = placement_of(settings, device)
+    first = first_samples(train_data, plan)
+    if fake is None:
+        model = placed_weights(_model(settings, train_data), settings, placement)
+    else:
+        weights = _sized_model(settings, train_data)
+        weights = placed_weights(weights, settings, replace(placement, device=None))
+        (model,) = fake_copies(fake, (weights,), device)
+    with fake or nullcontext():
+        if settings.runtime.activation_checkpointing and not checkpoint_blocks(model):
+            raise BadInputError(
+                f"runtime.activation_checkpointing=true: {type(model).__name__} has no blocks that "
+                "could be run again one by one"
+            )
+        criterion_loss, loss_fn = _loss(settings, model, device)
+        if fake is not None:
+            loss_fn = SizesOnly(loss_fn, first)
+        try_first_samples(model, None if fake else criterion_loss, loss_fn, first, placement)
+        if settings.runtime.compile and fake is None:
+            model.compile()
+        modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
+        parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+        if not parameters:
+            raise BadInputError("model: it has no parameter that requires a gradient")
+        optimizer = _optimizer(settings, parameters)
+    from_host = placed(loss_fn, placement)
+    scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
+    divisor = nominal_denominator(model, from_host, train_data, plan) if scaled and not fake else 1.0
+    return Experiment(
+        model=model,
+        loss_fn=from_host,
+        criterion_loss=criterion_loss,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=None if fake else _scheduler(settings, optimizer, loaded.total_steps),
+        train_data=train_data,
+        eval_data=loaded.eval_data,
+        plan=plan,
+        total_steps=loaded.total_steps,
+        sum_divisor=divisor,
+        device=device,
+        placement=placement,
+        # Under a scaler the step reads what fake tensors have not; it holds a few bytes.
+        scaler=None if fake else scaler_of(settings, optimizer, device),
+        buffer_dtype=torch.float32 if settings.accum.buffer_dtype == "float32" else None,
+        counts_tokens=tokens_in(first) is not None and _labels_tokens(criterion_loss),
+        ignore_index=_ignore_index(criterion_loss),
+        settings=settings,
+    )
+
+
+def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
+    """Build the model for its sizes, on `meta`; one whose constructor reads values, with memory."""
+    try:
+        with nothing_left_behind(), torch.device("meta"):
+            return _model(settings, train_data)
+    except Exception:  # it is said by the second attempt, if it is not for want of values
+        return _model(settings, train_data)
+
+
+def nominal_denominator(
+    model: nn.Module, loss_fn: LossFn, train_data: Dataset[Any], plan: WindowPlan
+) -> float:
+    """Return the denominator of a full window: that of the run's first window, scaled to full size.
+
+    The same for every N. A loss function that cannot count beforehand is run once, on a copy of the
+    model, so that nothing of the run moves.
+    """
+    samples = len(plan.indices(0))
+    # One sample at a time where the model must run, so that this never needs more memory than training.
+    window = next(windows(train_data, plan, accum_steps=samples, global_steps=range(1)))
+    counts = [count(loss_fn, micro_batch) for micro_batch in window]
+    if any(n is None for n in counts):
+        model = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
+    total = sum(n for n in counts if n is not None)  # none is None by now
+    nominal = float(total) * plan.largest_batch / samples
+    if nominal == 0:
+        raise BadInputError(
+            "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
+            "use accum.sum_scale=none or accum.reduction=global_mean"
+        )
+    return nominal
+
+
+def _total_steps(settings: Settings, plan: WindowPlan) -> int:
+    length, n, size = settings.train, plan.samples, plan.largest_batch
+    if n < size:
+        log.warning(
+            "data.train holds %d samples, fewer than data.global_batch_size=%d: a window holds %s",
+            n, size, "several epochs" if plan.partial_window == "carry" else "one epoch",
+        )  # fmt: skip
+    total = length.steps or plan.steps_in(epochs=length.epochs, samples=length.samples)
+    if total == 0:
+        asked = f"{length.epochs} epochs" if length.epochs else f"{length.samples} samples"
+        raise BadInputError(
+            f"{asked} of data.train ({n} samples) hold no whole window of data.global_batch_size={size}"
+        )
+    left = -sum(plan.size(k) for k in range(total)) % n if plan.partial_window == "carry" else 0
+    if left > 0:
+        log.warning("accum.partial_window=carry: %d samples are left of the last epoch", left)
+    return total
+
+
+def _labels_tokens(loss: CriterionLoss | None) -> bool:
+    """Whether each integer of a target is a label; of a loss function nothing else is known."""
+    return loss is None or is_kind(loss.criterion, PER_LABEL)
+
+
+def _ignore_index(loss: CriterionLoss | None) -> int:
+    ignored = None if loss is None else getattr(loss.criterion, "ignore_index", None)
+    return -100 if ignored is None else int(ignored)
+
+
+def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
+    node = dict(settings.model)
+    if "input_shape" in node and node["input_shape"] is None:
+        node["input_shape"] = _input_shape(train_data)
+    if "num_classes" in node and node["num_classes"] is None:
+        node["num_classes"] = _number_of_classes(train_data, "num_classes")
+    if "vocab_size" in node and node["vocab_size"] is None:
+        node["vocab_size"] = _number_of_classes(train_data, "vocab_size")
+    import_target(node)
+    seed_host(derive_seed(settings.seed, "weights"))
+    model: nn.Module = checked("model", node, nn.Module)
+    return model
+
+
+def _input_shape(dataset: Dataset[Any]) -> list[int]:
+    try:
+        return list(dataset[0][0].shape)
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise BadInputError(
+            f"model.input_shape: the first sample of data.train, a {type(dataset[0]).__name__}, is no "
+            "(input, target) pair with a tensor as input, so set model.input_shape"
+        ) from None
+
+
+def _number_of_classes(dataset: Dataset[Any], key: str) -> int:
+    if hasattr(dataset, "classes"):
+        return len(dataset.classes)
+    if type(dataset) is TensorDataset and not dataset.tensors[-1].is_floating_point():
+        return int(dataset.tensors[-1].max()) + 1
+    raise BadInputError(
+        f"model.{key}: the dataset does not say how many there are (no attribute `classes`), "
+        f"so set model.{key}"
+    )
+
+
+def _loss(
+    settings: Settings, model: nn.Module, device: torch.device
+) -> tuple[CriterionLoss | None, LossFn]:
+    node = settings.criterion
+    # On the command line a tensor can only be a list; torch's criteria call such arguments so.
+    tensors = {
+        key: torch.tensor(value, dtype=torch.float32)
+        for key, value in node.items()
+        if key in ("weight", "pos_weight") and isinstance(value, list)
+    }
+    criterion = instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
+    if isinstance(criterion, nn.Module):
+        # Class weights have to be as precise as the outputs that they weigh.
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+        criterion = criterion.to(device, torch.float64 if double else torch.float32)
+        loss = CriterionLoss(criterion, settings.accum.reduction)
+        return loss, loss
+    if isinstance(criterion, ModelLoss):
+        criterion.reduction = settings.accum.reduction
+    if not callable(criterion):
+        raise BadInputError(
+            f"criterion._target_={node['_target_']}: gives {type(criterion).__name__}, neither a "
+            "torch.nn module nor a callable loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+        )
+    return None, criterion
+
+
+def optimizer_of(
+    settings: Settings, parameters: list[Tensor], total_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Build the optimizer of these parameters, and its schedule."""
+    optimizer = _optimizer(settings, parameters)
+    return optimizer, _scheduler(settings, optimizer, total_steps)
+
+
+def _optimizer(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = checked(
+        "optimizer", settings.optimizer, torch.optim.Optimizer, parameters
+    )
+    return optimizer
+
+
+def _scheduler(
+    settings: Settings, optimizer: torch.optim.Optimizer, total_steps: int
+) -> LRScheduler | None:
+    node = settings.scheduler
+    if node is None:
+        return None
+    extra = {}
+    if "total_steps" in parameter_names(node) and node.get("total_steps") is None:
+        extra["total_steps"] = total_steps
+    scheduler: LRScheduler = checked("scheduler", node, LRScheduler, optimizer, **extra)
+    if "metrics" in inspect.signature(scheduler.step).parameters:
+        raise BadInputError(
+            f"scheduler._target_={node['_target_']}: steps on a metric, and a schedule here is a "
+            "function of the optimizer step"
+        )
+    return scheduler

@@ -1,0 +1,140 @@
+"""torch.compile, and whether the compiled model gives the gradient that the eager one gives.
+
+Compiled accumulation has been silently wrong (pytorch/pytorch#96693), so it is not taken on trust:
+before training, a canary window is run eagerly, compiled, and in float64. The compiled gradient may be
+no further from float64 than rounding puts the eager one.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
+from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.verdict import RANGE, ROUNDING64
+from gaccum_exp.core.feed import Window, windows
+from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
+from gaccum_exp.core.modes import evaluation_mode
+from gaccum_exp.core.seeding import derive_seed, random_state_kept, seed_model
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.memory.available import out_of_memory
+from gaccum_exp.tracking import metrics
+from gaccum_exp.train.state import Experiment
+
+log = logging.getLogger(__name__)
+CANARIES = 3
+"""Windows: where a kink of the model is switched by rounding alone, one may accuse a sound compiler."""
+TELLING = 0.1
+"""Relative: where rounding explains more than this, a window does not tell a wrong gradient."""
+
+
+def check_compiled(experiment: Experiment) -> dict[str, float]:
+    """Compare compiled and eager gradients; the model and every random state stay as they were.
+
+    The windows are of the stage with the most micro-batches. A model that draws random numbers is
+    compared in evaluation mode: compiled kernels draw others.
+
+    Returns:
+        The metrics of a canary that agreed; none where no gradient was finite, which is said.
+
+    Raises:
+        BadInputError: the gradients differ by more than rounding on each of CANARIES windows; or they
+            cannot be compared, since the model draws random numbers in evaluation mode as well.
+    """
+    compared: list[tuple[float, float]] = []
+    with random_state_kept():  # which fetching a window moves as well
+        for window in _canaries(experiment):
+            compared += _compared(experiment, window)
+            if compared and compared[-1][0] <= compared[-1][1] <= TELLING:
+                break
+    telling = [pair for pair in compared if pair[1] <= TELLING] or compared
+    for error, floor in telling:
+        if error <= floor:
+            return {metrics.COMPILED_ERROR: error, metrics.COMPILED_FLOOR: floor}
+    if telling:
+        said = ", ".join(f"{error:.2g} (rounding explains {floor:.2g})" for error, floor in telling)
+        raise BadInputError(
+            "runtime.compile=true: the compiled gradient is not the eager one, relative distance "
+            f"{said}; use runtime.compile=false"
+        )
+    log.warning("compiled and eager gradient are not compared: they are not finite")
+    return {}
+
+
+def _canaries(experiment: Experiment) -> Iterator[Window]:
+    """Yield the first windows of the stage with the most micro-batches."""
+    stage = max(experiment.stage_windows, key=lambda steps: experiment.accum_steps(steps[0]))
+    data, plan, n = experiment.train_data, experiment.plan, experiment.accum_steps
+    yield from windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES])
+
+
+def _compared(experiment: Experiment, window: Window) -> list[tuple[float, float]]:
+    """Return how far the compiled gradient lies from float64, and how far rounding may put it.
+
+    An empty list where they are not finite: training will say so.
+    """
+    configured, (eager, exact, drawn) = _run_eagerly(experiment, window)
+    mode: AbstractContextManager[None] = nullcontext()
+    if drawn:
+        log.warning("the model draws random numbers: compiled and eager are compared in evaluation mode")
+        mode = evaluation_mode(experiment.model)
+    with mode:
+        if drawn:
+            eager, exact, drawn = _eager(experiment, configured)
+        if drawn:
+            raise BadInputError(
+                "runtime.compile=true: the model draws random numbers in evaluation mode too, so its "
+                "compiled gradient cannot be compared with the eager one; use runtime.compile=false"
+            )
+        compiled = _compiled(experiment, configured)
+    if not finite(exact) or not finite(eager):
+        return []
+    return [(distance(compiled, exact), max(RANGE * distance(eager, exact), ROUNDING64))]
+
+
+def _run_eagerly(
+    experiment: Experiment, window: Window
+) -> tuple[ConfiguredWindow, tuple[Gradient, Gradient, bool]]:
+    """Run a window, or less of it where float64 does not fit, at a loss scale that does not overflow."""
+    reduction: Any = experiment.settings.accum.reduction
+    scale = 1.0 if experiment.scaler is None else experiment.scaler.get_scale()
+    how = Accumulation(reduction, experiment.sum_divisor, experiment.buffer_dtype, scale)
+    configured = ConfiguredWindow(experiment.model, experiment.loss_fn, window, how)
+    while True:
+        try:
+            found = _eager(experiment, configured)
+        except Exception as error:
+            if not out_of_memory(error) or max(configured.sizes) < 2:
+                raise
+            configured = configured.halved()
+            continue
+        if finite(found[0]) or configured.how.loss_scale <= 1:
+            return configured, found
+        configured = configured.descaled()
+
+
+def _eager(experiment: Experiment, window: ConfiguredWindow) -> tuple[Gradient, Gradient, bool]:
+    """Return the eager gradient, the same in float64, and whether random numbers were drawn."""
+    with random_state_kept():
+        seed_model(derive_seed(experiment.settings.seed, "model", 0), experiment.device)
+        trial = Trial(window, device=experiment.device)
+        return trial.record(), trial.accumulated(float64=True), trial.draws.any
+
+
+def _compiled(experiment: Experiment, window: ConfiguredWindow) -> Gradient:
+    """Accumulate on the model itself, and leave nothing behind."""
+    parameters = window.parts.parameters()
+    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
+    buffers = [(buffer, buffer.clone()) for buffer in experiment.modules.buffers()]
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        with random_state_kept():
+            window.accumulate(lambda index: nullcontext(), experiment.placement.place)
+        return gradient_of(parameters)
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for parameter, grad in gradients:
+            parameter.grad = grad

@@ -1,0 +1,98 @@
+"""What a run runs on: the device, its precision, and what is global to the process."""
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.losses.placement import Placement
+from gaccum_exp.errors import BadInputError, nearest
+
+DEFAULT_THREADS = torch.get_num_threads()
+
+
+def prepare_runtime(settings: Settings) -> torch.device:
+    """Set what is global to the process, or set it back after another arm; return the device."""
+    runtime = settings.runtime
+    torch.set_num_threads(runtime.threads or DEFAULT_THREADS)
+    if runtime.deterministic:
+        # cuBLAS needs this before its first call, or it refuses to be deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.are_deterministic_algorithms_enabled() != runtime.deterministic:
+        torch.use_deterministic_algorithms(runtime.deterministic)  # imports torch's compiler
+    torch.set_float32_matmul_precision(runtime.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = runtime.tf32
+    device = _device(runtime.device)
+    _limit_memory(device, runtime.memory_budget_gib)
+    return device
+
+
+def _limit_memory(device: torch.device, budget_gib: float | None) -> None:
+    """Let the allocator enforce the budget, where it can; without one, all of the device is free."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+        share = 1.0 if budget_gib is None else min(1.0, budget_gib / whole)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(share, index)
+
+
+def _device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    here = ["cpu"] + ([accelerator.type] if accelerator else [])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        hint = nearest(name, ["auto", "cpu", "cuda", "mps", "xpu"])
+        raise BadInputError(f"runtime.device={name}: no such device{hint}") from None
+    if device.type not in here or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+        raise BadInputError(f"runtime.device={name}: not on this machine, which has {', '.join(here)}")
+    return device
+
+
+def placement_of(settings: Settings, device: torch.device) -> Placement:
+    """Return what the runtime's precision means for micro-batches and weights."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+    pure = settings.runtime.weight_dtype == "same"
+    return Placement(
+        device,
+        dtype=torch.float64 if settings.precision == "fp64" else half if pure else None,
+        autocast=None if pure else half,
+        device_type=device.type,
+        compiled=settings.runtime.compile,
+    )
+
+
+def placed_weights(model: nn.Module, settings: Settings, placement: Placement) -> nn.Module:
+    """Bring the weights where, and into what, the placement asks for."""
+    model = model.to(device=placement.device, dtype=placement.dtype)
+    if settings.audit.control_precision and settings.runtime.weight_dtype == "same":
+        model = model.to(torch.bfloat16).float()  # it begins where its reference does
+    return model
+
+
+def scaler_of(
+    settings: Settings, optimizer: torch.optim.Optimizer, device: torch.device
+) -> torch.amp.GradScaler | None:
+    """Return the scaler of the loss, where passes compute in float16."""
+    if settings.precision != "fp16":
+        return None
+    if needs_closure(type(optimizer).step):
+        raise BadInputError(
+            f"runtime.precision=fp16: {type(optimizer).__name__} evaluates a window several times in a "
+            "step, which a GradScaler cannot follow; use bf16 or fp32"
+        )
+    return torch.amp.GradScaler(device.type)
+
+
+@cache
+def needs_closure(step: Callable[..., Any]) -> bool:
+    """Whether an optimizer's step evaluates the gradient itself, as L-BFGS does."""
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,0 +1,189 @@
+"""A sweep from its first arm to its comparison, whoever launches the arms."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import joblib
+import pytest
+from mlflow import MlflowClient
+
+from gaccum_exp.tracking.records import RunRecord
+from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
+
+CONTRACT = (
+    "run_id,role,steps,micro_batch_size,global_batch_size,reduction,train_loss,eval_loss,eval_accuracy,"
+    "max_loss_gap,weight_distance,peak_bytes,peak_ratio,step_s,step_ratio"
+)
+LAUNCHERS = {
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "submitit": ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"),
+    "optuna": (
+        "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+        "hydra/sweeper/sampler=grid",
+    ),
+}  # fmt: skip
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of the one comparison below a folder."""
+    (path,) = folder.rglob("comparison.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: RunRecord) -> tuple[float, ...]:
+    """Return a run's whole loss curve."""
+    return run.curves["train/loss"].values
+
+
+def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
+    """The contract's columns first, figures as SVG and PNG, the table, a sentence, the UI's link."""
+    ended = program.tiny("-m", "accum.steps=1,2,4")
+    assert ended.status == 0
+    written = {path.name for path in program.sweep_folder.iterdir() if path.is_file()}
+    figures = {
+        f"{name}.{kind}" for name in ("loss_curves", "memory", "step_time") for kind in ("svg", "png")
+    }
+    assert {"comparison.csv", *figures} <= written
+    header = (program.sweep_folder / "comparison.csv").read_text().splitlines()[0]
+    assert header.startswith(CONTRACT + ",")
+    rows = table(program.sweep_folder)
+    assert [(row["role"], row["steps"], row["micro_batch_size"]) for row in rows] == [
+        ("reference", "1", "256"), ("candidate", "2", "128"), ("candidate", "4", "64"),
+    ]  # fmt: skip
+    assert all(row[column] for row in rows for column in CONTRACT.split(","))
+    for said in ("Every arm against its reference", "train loss of N = 2 and 4 stays within",
+                 str(program.sweep_folder / "comparison.csv"), "#/experiments/"):  # fmt: skip
+        assert said in " ".join(ended.out.split())
+
+
+def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Program) -> None:
+    """Tagged `kind=report`, without the tag that the link filters on."""
+    program.tiny("-m", "accum.steps=1,2")
+    client = MlflowClient(program.uri)
+    (report,) = client.search_runs([program.store().experiment_id], "tags.kind = 'report'")
+    assert "sweep_id" not in report.data.tags
+    assert report.data.tags["report_of"] == program.sweep_id
+    kept = {item.path for item in client.list_artifacts(report.info.run_id)}
+    assert {"comparison.csv", "loss_curves.svg", "memory.png", "step_time.png"} <= kept
+    assert len(program.arms()) == 2
+
+
+def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
+    """Besides N, micro-batch and reduction, which are always said; a swapped block by its file."""
+    program("-m", "model=mlp,cnn", "optimizer.lr=0.1", "seed=0,1", "train.steps=1", "runtime.device=cpu")
+    assert {run.name for run in program.arms()} == {
+        f"N=1 · micro 256 · global_mean · model={model} · seed={seed}"
+        for model in ("mlp", "cnn")
+        for seed in (0, 1)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launcher: str) -> None:
+    """Side by side in processes, through submitit, or one by one at a sweeper's wish; one arm fails."""
+    steps = "accum.steps=choice(1,0,2)" if launcher == "optuna" else "accum.steps=1,0,2"
+    ended = in_a_process(tmp_path, "-m", *LAUNCHERS[launcher], *TINY, steps)
+    assert ended.status == 1, ended.err
+    assert "Traceback" not in ended.err
+    rows = table(tmp_path / "multirun")
+    finished = [(row["steps"], row["role"]) for row in rows if row["status"] == "FINISHED"]
+    assert finished == [("1", "reference"), ("2", "candidate")]
+    assert [row["failure"] for row in rows if row["status"] == "FAILED"] == [
+        "accum.steps=0: must be at least 1"
+    ]
+
+
+@pytest.mark.slow
+def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
+    """Two at a time have half of the cores each, and their runs say so."""
+    free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, "accum.steps=1,2", *LAUNCHERS["joblib"]]
+    subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'gaccum_exp'")
+    runs = client.search_runs([experiment.experiment_id], "tags.kind = 'arm'")
+    assert [run.data.tags["threads"] for run in runs] == [str(max(1, joblib.cpu_count() // 2))] * 2
+
+
+@pytest.mark.slow
+def test_sweeps_begun_at_the_same_time_do_not_mix(tmp_path: Path, empty_store: Path) -> None:
+    """Two processes, one working directory and one store: each compares its own arms."""
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gaccum_exp", "-m", *TINY, f"accum.steps=1,{n}"],
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n in (2, 4)
+    ]  # fmt: skip
+    streams = [process.communicate(timeout=PATIENCE_S) for process in pair]
+    ended = [Ended(process.returncode, *said) for process, said in zip(pair, streams, strict=True)]
+    assert [e.status for e in ended] == [0, 0], [e.err for e in ended]
+    folders = [path for path in (tmp_path / "multirun").iterdir() if path.is_dir()]
+    compared = sorted([row["steps"] for row in table(folder)] for folder in folders)
+    assert compared == [["1", "2"], ["1", "4"]]
+
+
+def test_an_arm_has_the_same_curve_alone_and_last_in_a_sweep(program: Program) -> None:
+    """Bit for bit on a CPU: nothing of the arms before it is left in the process."""
+    program.tiny("accum.steps=4", "model.dropout=0.2")
+    (alone,) = program.arms()
+    program.tiny("-m", "seed=3,0", "optimizer=adamw,sgd", "accum.steps=4", "model.dropout=0.2")
+    last = max(program.arms(), key=lambda run: run.start_time_ms)
+    assert (last.params["optimizer._target_"], last.params["seed"]) == ("torch.optim.SGD", "0")
+    assert losses(last) == losses(alone)
+    assert last.curves["eval/loss"] == alone.curves["eval/loss"]
+    memory = [k for k in alone.metrics if k.startswith("memory/") and "resident" not in k]
+    assert [last.metrics[k] for k in memory] == [alone.metrics[k] for k in memory] != []
+
+
+def test_the_threads_of_one_arm_are_not_left_to_the_next(program: Program) -> None:
+    """Each arm runs on what its configuration says, and records it."""
+    program.tiny("-m", "runtime.threads=1,2,null", "train.steps=1")
+    threads = [run.tags["threads"] for run in sorted(program.arms(), key=lambda r: r.start_time_ms)]
+    assert threads[:2] == ["1", "2"]
+    assert threads[2] == os.environ.get("OMP_NUM_THREADS", threads[2])
+
+
+def test_a_sweep_without_one_pass_is_compared_with_a_finished_one_of_the_store(program: Program) -> None:
+    """The earlier run's curve is read back too: the gap is measured over all steps."""
+    program.tiny("accum.steps=1")
+    (reference,) = program.arms()
+    program.tiny("accum.steps=1", "seed=1")  # a later one that is not the same experiment
+    ended = program.tiny("-m", "accum.steps=2,4")
+    rows = table(program.sweep_folder)
+    assert {row["reference_run_id"] for row in rows} == {reference.run_id}
+    assert {row["reference_source"] for row in rows} == {"stored"}
+    assert {row["common_steps"] for row in rows} == {"4"}
+    arms = {run.run_id: run for run in program.arms()}
+    for row in rows:
+        pairs = zip(losses(arms[row["run_id"]]), losses(reference), strict=True)
+        assert float(row["max_loss_gap"]) == max(abs(a - b) for a, b in pairs)
+        assert float(row["weight_distance"]) < 1e-3
+    assert "the stored run" in " ".join(ended.out.split())
+
+
+def test_where_nothing_ran_in_one_pass_the_largest_micro_batch_stands_in(program: Program) -> None:
+    """And table and note say so."""
+    ended = program.tiny("-m", "accum.steps=2,4,8")
+    rows = table(program.sweep_folder)
+    assert [(row["steps"], row["role"]) for row in rows] == [
+        ("2", "stand-in"), ("4", "candidate"), ("8", "candidate"),
+    ]  # fmt: skip
+    assert "stands in for the one-pass reference" in " ".join(ended.out.split())
+
+
+def test_a_stored_run_that_failed_is_no_reference(program: Program) -> None:
+    """Only what trained to its end is compared with."""
+    stranger = ("data=custom", "data.train._target_=tests.strangers.Points", "data.global_batch_size=8",
+                "model=custom", "model._target_=tests.strangers.Diverging", "train.steps=6",
+                "runtime.device=cpu")  # fmt: skip
+    assert program(*stranger).status == 1
+    program("-m", *stranger, "accum.steps=2,4")
+    assert {row["reference_source"] for row in table(program.sweep_folder)} == {"none"}

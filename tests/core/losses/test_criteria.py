@@ -1,0 +1,142 @@
+"""Cross entropy over tokens, against torch's own on transposed logits."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp import accumulate_gradients
+from gaccum_exp.core.losses.criteria import TokenCrossEntropy
+from gaccum_exp.core.losses.criterion import CriterionLoss
+from gaccum_exp.errors import BadInputError
+
+F64 = torch.float64
+CLASSES = 5
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.25], dtype=F64)
+
+
+def tokens(*shape: int, ignored: int = -100) -> tuple[Tensor, Tensor]:
+    """Logits (..., classes) and labels (...), every third of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*shape, CLASSES, generator=generator, dtype=F64)
+    labels = torch.randint(CLASSES, shape, generator=generator)
+    labels.view(-1)[::3] = ignored
+    return logits.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (3, 5), (2, 3, 4), (6,), (1, 1)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_it_is_cross_entropy_on_transposed_logits(
+    shape: tuple[int, ...], reduction: str, ignored: int, smoothing: float, weight: Tensor | None
+) -> None:
+    """Value, shape and gradient, for every option; also where length and vocabulary are equal (3, 5)."""
+    options: Any = {
+        "weight": weight,
+        "ignore_index": ignored,
+        "reduction": reduction,
+        "label_smoothing": smoothing,
+    }
+    logits, labels = tokens(*shape, ignored=ignored)
+    if shape == (1, 1):
+        labels = (labels * 0 + 3).clone()
+    by_torch = logits.detach().clone().requires_grad_()
+    expected = nn.CrossEntropyLoss(**options)(
+        by_torch.movedim(-1, 1) if len(shape) > 1 else by_torch, labels
+    )
+    got = TokenCrossEntropy(**options)(logits, labels)
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, rtol=1e-14, atol=1e-14)
+    got.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(logits.grad, by_torch.grad, rtol=1e-13, atol=1e-15)
+
+
+def test_a_single_token_without_a_batch_is_taken_as_torch_takes_it() -> None:
+    """Logits (classes,) for a label of no dimension."""
+    logits, label = torch.randn(CLASSES, dtype=F64), torch.tensor(3)
+    for reduction in ("none", "sum", "mean"):
+        got = TokenCrossEntropy(reduction=reduction)(logits, label)
+        expected = nn.CrossEntropyLoss(reduction=reduction)(logits, label)
+        assert got.shape == expected.shape == ()
+        assert torch.allclose(got, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("ignored", [-100, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_its_denominator_is_counted_before_the_forward_pass(
+    ignored: int, smoothing: float, weight: Tensor | None
+) -> None:
+    """From the labels alone: what its mean divides its sum by."""
+    criterion = TokenCrossEntropy(weight=weight, ignore_index=ignored, label_smoothing=smoothing)
+    logits, labels = tokens(4, 7, ignored=ignored)
+    loss = CriterionLoss(criterion)
+    micro_batch = {"input_ids": torch.zeros(4, 7), "labels": labels}
+    counted = loss.count(micro_batch)
+    assert isinstance(counted, float)
+    criterion.reduction = "sum"
+    total = criterion(logits, labels)
+    criterion.reduction = "mean"
+    assert counted == pytest.approx(float((total / criterion(logits, labels)).detach()), rel=1e-14)
+    got, denominator = loss(lambda input_ids: logits, micro_batch)  # type: ignore[arg-type]
+    assert denominator == counted
+    assert torch.allclose(got, total, rtol=1e-14)
+
+
+def test_logits_of_an_object_are_taken() -> None:
+    """As transformers' models put them out, as an attribute or under a key."""
+    logits, labels = tokens(4, 7)
+    expected = TokenCrossEntropy(reduction="sum")(logits, labels)
+    micro_batch = {"input_ids": torch.zeros(4, 7), "labels": labels}
+    for outputs in (SimpleNamespace(logits=logits, loss=None), {"logits": logits}, logits, (logits,)):
+        model: Any = lambda input_ids, put_out=outputs: put_out  # noqa: E731
+        got, n = CriterionLoss(TokenCrossEntropy())(model, micro_batch)
+        assert (torch.equal(got, expected), n) == (True, float((labels != -100).sum()))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "said"),
+    [
+        ((4, 5, 7), (4, 7), r"\(4, 5, 7\), the labels are \(4, 7\) int64"),
+        ((4, 7, 5), (4, 6), r"\(4, 7, 5\), the labels are \(4, 6\) int64"),
+        ((4, 7, 5), (4, 7, 5), r"\(4, 7, 5\), the labels are \(4, 7, 5\) int64"),
+        ((28, 5), (4, 7), r"\(28, 5\), the labels are \(4, 7\) int64"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_with_both(
+    logits: tuple[int, ...], labels: tuple[int, ...], said: str
+) -> None:
+    """Transposed logits, other lengths, one-hot labels, and flattened logits that would broadcast."""
+    with pytest.raises(BadInputError, match=f"TokenCrossEntropy takes .*{said}"):
+        TokenCrossEntropy()(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_probabilities_in_place_of_labels_are_refused() -> None:
+    """Soft targets have no place for an ignored label."""
+    with pytest.raises(BadInputError, match=r"\(4, 7, 5\), the labels are \(4, 7\) float32"):
+        TokenCrossEntropy()(torch.zeros(4, 7, 5), torch.zeros(4, 7))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_it() -> None:
+    """Its mean may divide by anything, so it is counted with a look at its values."""
+
+    class PerPosition(TokenCrossEntropy):
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            return total / labels.numel() if self.reduction == "mean" else total
+
+    x, labels = torch.randn(6, 3, CLASSES, dtype=F64), tokens(6, 3)[1]
+    assert CriterionLoss(PerPosition()).count((x, labels)) is None
+    torch.manual_seed(0)
+    model = nn.Linear(CLASSES, CLASSES).double()
+    window = list(zip(x.split([1, 2, 3]), labels.split([1, 2, 3]), strict=True))
+    loss = accumulate_gradients(model, PerPosition(), window)
+    assert loss.denominator == pytest.approx(18)
+    expected = torch.autograd.grad(PerPosition()(model(x), labels), list(model.parameters()))
+    pairs = zip(model.parameters(), expected, strict=True)
+    assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in pairs if p.grad is not None)

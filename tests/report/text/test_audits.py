@@ -1,0 +1,73 @@
+"""What is printed of audits."""
+
+import io
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from gaccum_exp.audit.result import Audit, Check, Culprit, ParameterError
+from gaccum_exp.report.text.audits import arm_table, block, parameter_table
+
+BIASED = Audit(
+    verdict="biased", steps=4, reduction="global_mean", e64=1.1, e=1.1, floor=2e-6, scale=0.3,
+    cause="batch statistics", culprit="net.bn1", culprit_type="BatchNorm2d",
+    remedy="replace BatchNorm2d by GroupNorm",
+    culprits=(Culprit("net.bn1", "BatchNorm2d", "batch statistics"),) * 3,
+    checks=(Check("reported loss", "it is the last micro-batch's"),),
+    parameters=tuple(ParameterError(f"net.layer{i}.weight", 12.5, 0.1, 3e-4) for i in range(12)),
+)  # fmt: skip
+
+
+def shown(what: RenderableType, width: int = 100) -> str:
+    """Print as a terminal of this width would show it."""
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(what)
+    return file.getvalue()
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_block_says_everything_that_is_known_and_nothing_else() -> None:
+    """Numbers with what they mean, cause, culprit, remedy, checks; no line for what is missing."""
+    said = words(shown(block(BIASED)))
+    for part in ("verdict biased", "e64 1.10 relative error", "floor 2.0e-06 how far", "scale 0.30 ×",
+                 "cause batch statistics", "culprit net.bn1 (BatchNorm2d), and 2 more",
+                 "remedy replace BatchNorm2d", "reported loss it is the last"):  # fmt: skip
+        assert part in said
+    bare = words(shown(block(Audit("identical", 1, "sum", e64=0.0))))
+    assert bare == "verdict identical e64 0 relative error of the accumulated gradient, in float64"
+
+
+def test_the_worst_parameters_come_first_and_the_rest_is_counted() -> None:
+    """Ten rows; no caption where all are shown."""
+    said = shown(parameter_table(BIASED))
+    assert [f"layer{i}.weight" in said for i in (0, 9, 10)] == [True, True, False]
+    assert "and 2 more" in said
+    few: dict[str, Any] = {"verdict": "biased", "steps": 1, "reduction": "sum"}
+    assert "more" not in shown(parameter_table(Audit(**few, parameters=BIASED.parameters[:10])))
+
+
+def test_the_model_itself_may_be_the_culprit() -> None:
+    """Its dotted name is empty, and a blank would say nothing."""
+    audit = Audit("biased", 2, "mean", culprit="", culprit_type="Net")
+    assert "the model itself (Net)" in shown(block(audit))
+
+
+def test_every_arm_has_its_line_and_one_without_an_audit_its_reason() -> None:
+    """Also where names hold brackets, which are not the terminal's markup."""
+    arms = [("N=4 · micro 64 · mean", BIASED), ("N=0 · model.hidden=[8]", "FAILED: [no] such N")]
+    said = shown(arm_table(arms))
+    assert "biased" in said
+    assert "net.bn1" in said
+    assert "N=0 · model.hidden=[8]" in words(said)
+    assert "- N=0 · model.hidden=[8]: FAILED: [no] such N" in words(said)
+
+
+def test_the_table_of_arms_fits_eighty_columns_without_cutting_a_number() -> None:
+    """Long names take several lines."""
+    said = shown(arm_table([("N=16 · micro 16 · global_mean · seed=0", BIASED)] * 2), width=80)
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.count("2.0e-06") == 2
+    assert "…" not in said
