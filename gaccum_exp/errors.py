@@ -16,3 +16,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {found[0]!r}?" if found else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

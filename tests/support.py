@@ -4,13 +4,17 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from gaccum_exp.audit.result import Audit
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.feed import Window
 from gaccum_exp.tracking.metrics import Point, Sink
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import train
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.hooks import Values
+from gaccum_exp.train.loop import hooks_of, train
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import take_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu")
@@ -51,9 +55,25 @@ class Collected(Sink):
         return [p.values[metric] for p in self.points if metric in p.values]
 
 
-def trained(*overrides: str) -> tuple[Experiment, Collected]:
+def trained(*overrides: str) -> tuple[TrainState, Collected]:
     """Train to the end; return what was built and what was recorded."""
-    experiment, sink = build(settings(*overrides)), Collected()
-    with Progress("test", experiment.total_steps) as progress:
-        train(experiment, sink, progress)
-    return experiment, sink
+    state, sink = build(settings(*overrides)), Collected()
+    with Progress("test", state.total_steps) as progress:
+        train_to_end(state, sink, progress)
+    return state, sink
+
+
+def train_to_end(
+    state: TrainState, sink: Sink, progress: Progress, budget_bytes: int | None = None
+) -> Audit | None:
+    """Train to the end with a run's own hooks; return its worst audit."""
+    hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget_bytes)
+    train(state, hooks)
+    sink.deliver()
+    return audits.worst
+
+
+def step_at(state: TrainState, window: Window, global_step: int = 0) -> Values:
+    """Take the optimizer step of one window."""
+    state.global_step = global_step
+    return take_step(state, window)

@@ -20,10 +20,9 @@ from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.memory.meter import has_counters
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.train.build import build, load
-from gaccum_exp.train.loop import train_step, training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 from tests.program import Program
-from tests.support import Collected, settings, trained
+from tests.support import Collected, settings, step_at, trained
 
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 DEVICE = ACCELERATOR or torch.device("cpu")
@@ -45,7 +44,7 @@ MORE_THAN_ORDER = 10
 only; a wrong gradient is off by orders of magnitude more (the last assertion of the test)."""
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     """Return all parameters as one vector on the host, in float64."""
     return torch.cat([p.detach().flatten().cpu().double() for p in experiment.parameters])
 
@@ -55,7 +54,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def parameter_bytes(experiment: Experiment) -> int:
+def parameter_bytes(experiment: TrainState) -> int:
     """Return the size of all parameters in whole blocks of the device's allocator."""
     return sum(-(-p.numel() * p.element_size() // BLOCK) * BLOCK for p in experiment.parameters)
 
@@ -89,9 +88,9 @@ def test_parameters_and_micro_batches_are_on_the_device_and_windows_on_the_host(
     experiment.model.register_forward_pre_hook(
         lambda module, inputs: seen.append((inputs[0].device.type, len(inputs[0])))
     )
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     assert {t.device.type for t in tensors(window)} == {"cpu"}
-    train_step(experiment, window, 0)
+    step_at(experiment, window, 0)
     assert seen == [(DEVICE.type, 25)] * 4
     state = [t for entry in experiment.optimizer.state.values() for t in entry.values()]
     placed = [*experiment.parameters, *(t for t in state if isinstance(t, Tensor))]
@@ -226,7 +225,7 @@ def test_windows_are_pinned_so_that_copies_need_not_wait(data: tuple[str, ...]) 
     experiment = build(
         settings(*mlp, *data, "data.global_batch_size=12", "accum.steps=5", "runtime.device=cuda")
     )  # fmt: skip
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     assert all(tensor.is_pinned() for tensor in tensors(window))
     torch.cuda.synchronize()
     with waiting_is_an_error():
@@ -251,14 +250,14 @@ def test_the_host_never_waits_for_the_device_within_a_window(
 ) -> None:
     """Between deliveries no operation synchronises, whatever the reduction; losses are read after."""
     experiment = build(settings(*ON_DEVICE, "accum.steps=3", f"accum.reduction={reduction}", *options))
-    prepared = list(islice(training_windows(experiment), 6))
+    prepared = list(islice(experiment.windows_from(0), 6))
     sink = Collected()
     for step, window in enumerate(prepared[:3]):  # kernels are chosen and state is made
-        train_step(experiment, window, step)
+        step_at(experiment, window, step)
     torch.cuda.synchronize()
     with waiting_is_an_error():
         for step, window in enumerate(prepared[3:], 3):
-            sink.record(step + 1, train_step(experiment, window, step))
+            sink.record(step + 1, step_at(experiment, window, step))
     sink.deliver()
     assert len(sink.curve("train/loss")) == 3
 

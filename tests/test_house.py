@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import gaccum_exp
 from tests.support import ROOT
 
 PACKAGE = "gaccum_exp"
@@ -123,7 +124,7 @@ def test_no_import_runs_against_the_houses_direction() -> None:
         ("memory/plan.py", "import gaccum_exp.audit.result", "imports gaccum_exp.audit.result"),
         ("integrations/due.py", "import hydra", "imports hydra"),
         ("integrations/due.py", "from gaccum_exp.train import loop", "imports gaccum_exp.train.loop"),
-        ("models/mlp.py", "from gaccum_exp.core.window import Stage", "imports gaccum_exp.core"),
+        ("models/mlp.py", "from gaccum_exp.core.window import BatchStage", "imports gaccum_exp.core"),
         ("data/fake.py", "import hydra", "imports hydra"),
         ("report/text/table.py", "from gaccum_exp.tracking import sink", "imports gaccum_exp.tracking"),
         ("report/text/table.py", "from hydra import compose", "imports hydra"),
@@ -141,6 +142,18 @@ def test_a_planted_violation_is_found(path: str, planted: str, said: str) -> Non
     found = violations({path: planted})
     assert found
     assert said in found[0]
+
+
+def test_four_files_stand_in_the_root_of_the_package() -> None:
+    """Everything else has a room."""
+    files = {path for path in sources() if "/" not in path}
+    assert files == {"__init__.py", "__main__.py", "cli.py", "errors.py"}
+
+
+def test_no_room_has_the_name_of_a_public_function() -> None:
+    """`from gaccum_exp import watch` is the function, whatever has been imported before."""
+    rooms = {path.partition("/")[0] for path in sources() if "/" in path}
+    assert not rooms & set(gaccum_exp.__all__)
 
 
 def test_every_test_says_what_it_claims() -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 from tests.support import STRANGER, settings, trained
 
 Loader = list[tuple[torch.Tensor, torch.Tensor]]
@@ -55,11 +54,11 @@ def sum_loop(
             optimizer.zero_grad()
 
 
-def by_hand(overrides: tuple[str, ...], reduction: str) -> Experiment:
+def by_hand(overrides: tuple[str, ...], reduction: str) -> TrainState:
     """Train with the loop that the overrides correspond to, on the same samples in the same order."""
     experiment = build(settings(*overrides))
     n = experiment.settings.accum_steps
-    windows = list(training_windows(experiment))
+    windows = list(experiment.windows_from(0))
     per_epoch = len(windows) // EPOCHS
     criterion = nn.CrossEntropyLoss(reduction=reduction)
     for epoch in range(EPOCHS):
@@ -118,6 +117,6 @@ def test_the_seeds_loop_leaks_where_n_does_not_divide_the_epoch() -> None:
     overrides = (*STRANGER, "+data.train.samples=10", "data.micro_batch_size=2",
                  "data.global_batch_size=null", "accum.steps=4", "train.epochs=1")  # fmt: skip
     experiment, sink = trained(*overrides)
-    sizes = [len(m[1]) for w in training_windows(experiment) for m in w]
+    sizes = [len(m[1]) for w in experiment.windows_from(0) for m in w]
     assert sizes == [2, 2, 2, 2, 1, 1]  # two windows: a full one, and what is left as one of its own
     assert len(sink.curve("train/loss")) == 2

@@ -33,8 +33,10 @@ from gaccum_exp.memory.meter import Peak, TrackedWindow
 from gaccum_exp.memory.plan import size
 from gaccum_exp.memory.planner import knee
 from gaccum_exp.train.build import build, load
-from gaccum_exp.train.loop import train_step, training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.hooks import Hooks
+from gaccum_exp.train.memory_meters import MeteredStep
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import take_step
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
@@ -98,8 +100,8 @@ def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
     predicted = planning.predicted_peak(settings, loaded)
     assert predicted is not None
     experiment = build(settings, loaded)
-    windows = training_windows(experiment)
-    train_step(experiment, next(windows), 0)  # makes the optimizer's state
+    windows = experiment.windows_from(0)
+    take_step(experiment, next(windows))  # makes the optimizer's state
     measured, held = tracked(experiment, next(windows))
     row: dict[str, Any] = {
         "predicted_bytes": predicted.bytes, "tracked_bytes": measured.bytes,
@@ -116,23 +118,23 @@ def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
     return row
 
 
-def tracked(experiment: Experiment, window: Any) -> tuple[Peak, int]:
+def tracked(experiment: TrainState, window: Any) -> tuple[Peak, int]:
     """Return the tracked peak of a window, and what was held before it."""
     experiment.optimizer.zero_grad()
     follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
     before = follower.held_bytes
     with follower:
-        watched = replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn))
-        train_step(watched, window, 1, follower.phase)
+        watched = replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn), global_step=1)
+        take_step(watched, window, Hooks([MeteredStep(follower)]))
     peak = follower.peak()
     assert peak is not None
     return peak, before
 
 
-def step_alike(experiment: Experiment, window: Any) -> None:
+def step_alike(experiment: TrainState, window: Any) -> None:
     """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
     follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
-    train_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn)), window, 2)
+    take_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn), global_step=2), window)
 
 
 def frontier(arms: list[dict[str, str]]) -> str:

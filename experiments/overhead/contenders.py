@@ -30,8 +30,9 @@ from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.tracking.shipper import connect
 from gaccum_exp.tracking.sink import MlflowSink
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import train, train_step, training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.loop import hooks_of, train
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import take_step
 
 for _chatty in ("lightning", "lightning.pytorch", "lightning.fabric", "accelerate", "mlflow"):
     logging.getLogger(_chatty).setLevel(logging.ERROR)
@@ -61,7 +62,7 @@ class Block:
     settings: Settings
     uri: str
     """Of the contender's own store, which is there already."""
-    experiment: Experiment = field(init=False)
+    experiment: TrainState = field(init=False)
     stamps: list[float] = field(default_factory=list)
     """When each optimizer step was done, in seconds."""
 
@@ -96,7 +97,7 @@ class Block:
 
     def windows(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Return all windows, in memory and split."""
-        return [[self.pair(m) for m in window] for window in training_windows(self.experiment)]
+        return [[self.pair(m) for m in window] for window in self.experiment.windows_from(0)]
 
     def pair(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and targets as the model gets them."""
@@ -308,7 +309,8 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
         if log:
             store = connect(block.uri, "gaccum_exp")
             sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
-        train(block.experiment, sink, Quiet())
+        hooks, _ = hooks_of(block.experiment, sink, Quiet())
+        train(block.experiment, hooks)
         sink.close("FINISHED")
 
     return run
@@ -321,7 +323,7 @@ def gathered(block: Block) -> Callable[[], None]:
     parameters, n = block.parameters, block.n
 
     def run() -> None:
-        for window in training_windows(block.experiment):
+        for window in block.experiment.windows_from(0):
             optimizer.zero_grad()
             for inputs, targets in window:  # of digits
                 (criterion(model(inputs), targets) / n).backward()
@@ -333,11 +335,11 @@ def gathered(block: Block) -> Callable[[], None]:
 
 def steps(block: Block) -> Callable[[], None]:
     """gaccum_exp's optimizer steps on windows that lie in memory."""
-    windows = list(training_windows(block.experiment))
+    windows = list(block.experiment.windows_from(0))
 
     def run() -> None:
-        for step, window in enumerate(windows):
-            train_step(block.experiment, window, step)
+        for block.experiment.global_step, window in enumerate(windows):
+            take_step(block.experiment, window)
 
     return run
 
@@ -361,7 +363,7 @@ CONTENDERS: dict[str, Contender] = {
 PIECES: dict[str, Contender] = {
     "bare loop, micro-batches in memory": bare,
     "bare loop, windows fetched as gaccum_exp does": gathered,
-    "gaccum_exp's `train_step`, windows in memory": steps,
+    "gaccum_exp's `take_step`, windows in memory": steps,
     "gaccum_exp's whole training": ours,
     "the same, MLflow": lambda block: ours(block, log=True),
 }

@@ -23,11 +23,11 @@ from experiments.notebook import Quiet, composed, middle
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.tracking.metrics import Sink
-from gaccum_exp.train.build import Materials, build, load
+from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.evaluation import evaluate
-from gaccum_exp.train.loop import train_step, training_windows
 from gaccum_exp.train.stackable import stackable
-from gaccum_exp.train.stacked import StackedTraining, train_stacked
+from gaccum_exp.train.stacked import StackedState, train_stacked
+from gaccum_exp.train.step import take_step
 
 SEEDS = 16
 THREADS = 2
@@ -75,7 +75,7 @@ def settings_of(hidden: list[int], steps: int, seed: int) -> Settings:
     )  # fmt: skip
 
 
-def one_after_the_other(settings: list[Settings], loaded: Materials) -> float:
+def one_after_the_other(settings: list[Settings], loaded: TrainingData) -> float:
     """Return the seconds that a window of all seeds takes in the ordinary loop."""
     experiments = [build(one, loaded.of_seed(one.seed)) for one in settings]
     total = loaded.total_steps
@@ -83,8 +83,9 @@ def one_after_the_other(settings: list[Settings], loaded: Materials) -> float:
     def run() -> None:
         for experiment in experiments:
             sink = Sink()
-            for step, window in enumerate(training_windows(experiment), 1):
-                sink.record(step, train_step(experiment, window, step - 1))
+            for step, window in enumerate(experiment.windows_from(0), 1):
+                experiment.global_step = step - 1
+                sink.record(step, take_step(experiment, window))
                 if experiment.plan.ends_epoch(step - 1):
                     sink.record(step, evaluate(experiment))
             sink.deliver()
@@ -92,9 +93,9 @@ def one_after_the_other(settings: list[Settings], loaded: Materials) -> float:
     return seconds(run) / total
 
 
-def as_one(settings: list[Settings], loaded: Materials) -> float:
+def as_one(settings: list[Settings], loaded: TrainingData) -> float:
     """Return the seconds that a window of all seeds takes in the stacked loop."""
-    training = StackedTraining(stackable(settings, loaded))
+    training = StackedState(stackable(settings, loaded))
     sinks = [Sink() for _ in settings]
     return seconds(lambda: train_stacked(training, sinks, Quiet())) / loaded.total_steps
 

@@ -28,7 +28,7 @@ STAGES: dict[str, str] = {
     "model, loss, optimizer": "gaccum_exp.arms.life:build",
     "begin the run": "gaccum_exp.arms.life:start_run",
     "training, audits included": "gaccum_exp.arms.life:_train",
-    "audits": "gaccum_exp.train.audits:RunAudits.judge",
+    "audits": "gaccum_exp.train.audits:WindowAudits.judge",
     "evaluations": "gaccum_exp.train.loop:evaluate",
     "keep the weights": "gaccum_exp.arms.life:keep_weights",
     "predict its memory": "gaccum_exp.arms.plan:predicted_peak",

@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, provenance, run_study, spread, write_results
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.losses.criterion import count
+from gaccum_exp.core.losses.protocol import count
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 
 HERE = Path(__file__).resolve().parent
 STEPS = (1, 2, 8, 32, 64)
@@ -65,7 +64,7 @@ def measured() -> dict[tuple[str, int], Cell]:
         for steps in STEPS:
             chosen = "experiment=precision", f"seed={seed}", f"accum.steps={steps}"
             experiment = build(composed(*chosen, "runtime.device=cpu"))
-            window = next(training_windows(experiment))
+            window = next(experiment.windows_from(0))
             for buffer, errors in gradient_errors(experiment, window).items():
                 found.setdefault((buffer, steps), []).append(errors)
     return {
@@ -77,7 +76,7 @@ def measured() -> dict[tuple[str, int], Cell]:
     }
 
 
-def gradient_errors(experiment: Experiment, window: list) -> dict[str, tuple[float, float]]:
+def gradient_errors(experiment: TrainState, window: list) -> dict[str, tuple[float, float]]:
     """Return, for each buffer, how far its gradient is from the exact sum and from float64.
 
     The exact sum adds the same bfloat16 micro gradients up in float64; the other reference is the

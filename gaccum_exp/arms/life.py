@@ -34,10 +34,10 @@ from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.shipper import connect
 from gaccum_exp.tracking.sink import MlflowSink
 from gaccum_exp.train import audits as certify
-from gaccum_exp.train.build import Materials, build, load
-from gaccum_exp.train.datasets import Shared
-from gaccum_exp.train.loop import train, training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.build import TrainingData, build, load
+from gaccum_exp.train.datasets import DatasetCache
+from gaccum_exp.train.loop import hooks_of, train
+from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +132,9 @@ def refuse_arm(cfg: DictConfig, error: BadInputError) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def shared_data(sweep_id: str) -> Shared:
+def shared_data(sweep_id: str) -> DatasetCache:
     """Return the data sets that the arms of a sweep share in this process; the last sweep's are kept."""
-    return Shared()
+    return DatasetCache()
 
 
 def run_name(settings: Settings) -> str:
@@ -163,7 +163,7 @@ def start_run(settings: Settings, cfg: DictConfig, name: str, role: Mapping[str,
 
 def _run(
     settings: Settings,
-    loaded: Materials | None,
+    loaded: TrainingData | None,
     name: str,
     sink: MlflowSink,
     folder: Path,
@@ -183,11 +183,11 @@ def _run(
     if settings.runtime.memory_budget_gib is not None:
         predicted = planning.predicted_peak(settings, loaded)
         planning.require_room(settings, loaded, predicted, budget)
-    experiment = _build(settings, loaded, sink)
-    if predicted is None and budget is not None and not planning.plainly_fits(experiment, budget):
+    state = _build(settings, loaded, sink)
+    if predicted is None and budget is not None and not planning.plainly_fits(state, budget):
         predicted = planning.predicted_peak(settings, loaded)
         planning.require_room(settings, loaded, predicted, budget)
-    worst = _train(experiment, name, sink, budget)
+    worst = _train(state, name, sink, budget)
     predicted = predicted or planning.predicted_peak(settings, loaded)
     if predicted is not None:
         whole = predicted.bytes + planning.held_by_libraries(loaded.device)
@@ -196,41 +196,40 @@ def _run(
     return replace(outcome, verdict=None if worst is None else worst.verdict, objective=objective)
 
 
-def _build(settings: Settings, loaded: Materials, sink: MlflowSink) -> Experiment:
+def _build(settings: Settings, loaded: TrainingData, sink: MlflowSink) -> TrainState:
     """Build, and say what was built."""
-    experiment = build(settings, loaded)
-    describe(experiment, sink)
+    state = build(settings, loaded)
+    describe(state, sink)
     sink.ready()
-    return experiment
+    return state
 
 
-def describe(experiment: Experiment, sink: MlflowSink) -> None:
+def describe(state: TrainState, sink: MlflowSink) -> None:
     """Say what a run is made from, once it is built."""
-    data = dataset_records(experiment)
+    data = dataset_records(state)
     digests = {"data_digest": " ".join(record.digest for record in data)}
-    sink.describe(device_tags(experiment.device) | digests)
+    sink.describe(device_tags(state.device) | digests)
     sink.log_datasets(data)
 
 
-def _train(
-    experiment: Experiment, name: str, sink: MlflowSink, budget: int | None = None
-) -> Audit | None:
+def _train(state: TrainState, name: str, sink: MlflowSink, budget: int | None = None) -> Audit | None:
     """Train, keep the weights, and return the worst audit."""
     alone = "Basic" in HydraConfig.get().launcher._target_
-    with Progress(name, experiment.total_steps, alone=alone) as progress:
-        worst = train(experiment, sink, progress, budget)
-    keep_weights(experiment, sink)
-    return worst
+    with Progress(name, state.total_steps, alone=alone) as progress:
+        hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget)
+        train(state, hooks)
+    keep_weights(state, sink)
+    return audits.worst
 
 
-def keep_weights(experiment: Experiment, sink: MlflowSink) -> None:
+def keep_weights(state: TrainState, sink: MlflowSink) -> None:
     """Store what was trained, where that is asked for."""
-    if experiment.settings.tracking.log_weights:
-        named = experiment.modules.named_parameters()
+    if state.settings.tracking.log_weights:
+        named = state.modules.named_parameters()
         sink.keep_weights({name: p for name, p in named if p.requires_grad})
 
 
-def _plan(settings: Settings, loaded: Materials, name: str, sink: MlflowSink, folder: Path) -> None:
+def _plan(settings: Settings, loaded: TrainingData, name: str, sink: MlflowSink, folder: Path) -> None:
     """Predict the memory of every N; record it, draw it and print it."""
     from gaccum_exp.report.figures.draw import save_plan  # with matplotlib, which no training waits for
 
@@ -248,11 +247,11 @@ def _plan(settings: Settings, loaded: Materials, name: str, sink: MlflowSink, fo
     print(f"Written: {folder / planning.PLAN}, and its figure beside it")
 
 
-def _audit(experiment: Experiment, name: str, sink: MlflowSink, folder: Path) -> Audit:
+def _audit(state: TrainState, name: str, sink: MlflowSink, folder: Path) -> Audit:
     """Judge a window at the initial weights; record it and print it."""
-    audits = certify.RunAudits(experiment, sink)
-    step = certify.telling_window(experiment)
-    found = audits.judge(next(training_windows(experiment, step)), step)
+    audits = certify.WindowAudits(state, sink)
+    step = certify.telling_window(state)
+    found = audits.judge(next(state.windows_from(step)), step)
     sink.keep_file(audit_files.write(found, folder))
     audit_files.show(name, found)
     return found

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.modes import eagerly, evaluation_mode
+from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import free_bytes
@@ -27,11 +28,12 @@ from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPla
 from gaccum_exp.memory.planner import Planner, source_of, with_advice
 from gaccum_exp.memory.predict import Predicted, Subject, telling
 from gaccum_exp.memory.storages import Made
-from gaccum_exp.train.build import Materials, build
+from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.first_samples import first_samples
-from gaccum_exp.train.loop import train_step
-from gaccum_exp.train.memory_meters import RunMeters
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.hooks import Hooks
+from gaccum_exp.train.memory_meters import MeteredStep, measured_windows
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import take_step
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"
@@ -67,7 +69,7 @@ def held_by_libraries(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def planner_of(settings: Settings, loaded: Materials, samples: int) -> Planner:
+def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planner:
     """Return what predicts the peaks of windows of so many samples for every N.
 
     Raises:
@@ -76,11 +78,13 @@ def planner_of(settings: Settings, loaded: Materials, samples: int) -> Planner:
     source, notes = source_of(
         lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
-    return Planner(source, samples, even=settings.accum.reduction == "mean", notes=notes)
+    return Planner(
+        source, samples, even=reduction_named(settings.accum.reduction).needs_equal_parts, notes=notes
+    )
 
 
 @nothing_left_behind()
-def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
+def plan(settings: Settings, loaded: TrainingData) -> MemoryPlan:
     """Plan the memory of a window for every N, against the budget."""
     asked, held = loaded.plan.largest_batch, loaded.plan.full_window
     planner = planner_of(settings, loaded, asked)
@@ -100,7 +104,7 @@ def plan(settings: Settings, loaded: Materials) -> MemoryPlan:
 
 
 @nothing_left_behind()
-def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings, str]:
+def with_fitting_steps(settings: Settings, loaded: TrainingData) -> tuple[Settings, str]:
     """Return the settings with the smallest N that fits the budget, and that in words.
 
     Raises:
@@ -129,27 +133,27 @@ def with_fitting_steps(settings: Settings, loaded: Materials) -> tuple[Settings,
     )
 
 
-def plainly_fits(experiment: Experiment, budget: int) -> bool:
+def plainly_fits(state: TrainState, budget: int) -> bool:
     """Whether a run needs so little that nobody has to predict how much before it begins.
 
     Six times the weights, and, four times over, all that any operator makes in a forward pass of two
     samples, in proportion to the micro-batch. A prediction is far closer, and first takes importing
     torch's compiler, which is as long as importing torch.
     """
-    given = first_samples(experiment.train_data, experiment.plan)
-    model, settings = experiment.model, experiment.settings
+    given = first_samples(state.train_data, state.plan)
+    model, settings = state.model, state.settings
     try:
         with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), Made() as made:
-            experiment.loss_fn(model, given)
+            state.loss_fn(model, given)
     except Exception:  # whatever it is, the prediction is there
         return False
     micro = max(-(-stage.global_batch_size // stage.accum_steps) for stage in settings.stages)
-    weights = sum(p.nbytes for p in experiment.modules.parameters())
+    weights = sum(p.nbytes for p in state.modules.parameters())
     return bool(6 * weights + 4 * made.bytes * micro / max(1, samples_in(given)) < budget)
 
 
 @nothing_left_behind()
-def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
+def predicted_peak(settings: Settings, loaded: TrainingData) -> Peak | None:
     """Return the peak predicted for the windows whose memory is measured; None where it needs values."""
     try:
         subject = _fake(settings, loaded)
@@ -162,7 +166,7 @@ def predicted_peak(settings: Settings, loaded: Materials) -> Peak | None:
 
 
 def require_room(
-    settings: Settings, loaded: Materials, predicted: Peak | None, budget: int | None
+    settings: Settings, loaded: TrainingData, predicted: Peak | None, budget: int | None
 ) -> None:
     """Refuse a run that is predicted to be larger than the budget, and say which N would fit.
 
@@ -208,13 +212,13 @@ def write(planned: MemoryPlan, folder: Path) -> Path:
     return path
 
 
-def _fake(settings: Settings, loaded: Materials) -> Subject:
+def _fake(settings: Settings, loaded: TrainingData) -> Subject:
     mode = fake_mode()
     with random_state_kept():
         return _subject(build(settings, loaded, fake=mode), mode)
 
 
-def _changed(settings: Settings, loaded: Materials, change: Change) -> Subject | None:
+def _changed(settings: Settings, loaded: TrainingData, change: Change) -> Subject | None:
     """Return the experiment with something else changed than N; None where it is so already."""
     runtime = settings.runtime
     if change == CHECKPOINTING and not runtime.activation_checkpointing:
@@ -228,22 +232,20 @@ def _changed(settings: Settings, loaded: Materials, change: Change) -> Subject |
     return _fake(settings, loaded)
 
 
-def _subject(experiment: Experiment, mode: FakeTensorMode | None) -> Subject:
+def _subject(state: TrainState, mode: FakeTensorMode | None) -> Subject:
     """Return the experiment's own step, on its own windows or on such as these."""
-    shaped = _WindowsLike(experiment)
+    shaped = _WindowsLike(state)
 
     @contextmanager
     def entered() -> Iterator[None]:
         with random_state_kept(), eagerly(), mode or nullcontext():
             yield
 
-    def take_step(window: list[Any], tracked: TrackedWindow) -> None:
-        watched = replace(experiment, loss_fn=tracked.loss_fn(experiment.loss_fn))
-        train_step(watched, window, shaped.global_step, tracked.phase)
+    def step(window: list[Any], tracked: TrackedWindow) -> None:
+        metered = replace(state, loss_fn=tracked.loss_fn(state.loss_fn), global_step=shaped.global_step)
+        take_step(metered, window, Hooks([MeteredStep(tracked)]))
 
-    return Subject(
-        experiment.modules, experiment.optimizer, experiment.device, shaped, take_step, entered
-    )
+    return Subject(state.modules, state.optimizer, state.device, shaped, step, entered)
 
 
 class _WindowsLike:
@@ -254,12 +256,12 @@ class _WindowsLike:
     window whose memory is measured in training.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._data, self._plan = experiment.train_data, experiment.plan
+    def __init__(self, state: TrainState) -> None:
+        self._data, self._plan = state.train_data, state.plan
         own = hasattr(self._data, "gather") or hasattr(self._data, "collate_fn")
         stacked = type(self._data) is TensorDataset or not own
         self._two = first_samples(self._data, self._plan) if stacked else None
-        self.global_step = max(RunMeters(experiment).due, default=0)
+        self.global_step = max(measured_windows(state), default=0)
 
     def __call__(self, sizes: Sequence[int]) -> list[Any]:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""

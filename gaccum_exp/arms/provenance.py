@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.core.seeding import seed_host
 from gaccum_exp.tracking.records import DatasetRecord
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 
 PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
 
@@ -37,12 +37,12 @@ def device_tags(device: torch.device) -> dict[str, str]:
     return {"device": name, "threads": str(torch.get_num_threads())}
 
 
-def dataset_records(experiment: Experiment) -> list[DatasetRecord]:
+def dataset_records(state: TrainState) -> list[DatasetRecord]:
     """Describe the data of a run."""
-    data = experiment.settings.data
-    sets = [("training", experiment.train_data, data.train)]
-    if experiment.eval_data is not None and data.eval is not None:
-        sets.append(("evaluation", experiment.eval_data, data.eval))
+    data = state.settings.data
+    sets = [("training", state.train_data, data.train)]
+    if state.eval_data is not None and data.eval is not None:
+        sets.append(("evaluation", state.eval_data, data.eval))
     return [
         DatasetRecord(
             name=str(node["_target_"]),

@@ -39,10 +39,10 @@ from gaccum_exp.memory.plan import size
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import MlflowSink
-from gaccum_exp.train.build import Materials, load
+from gaccum_exp.train.build import TrainingData, load
 from gaccum_exp.train.stackable import NotStackableError, stackable
-from gaccum_exp.train.stacked import End, StackedTraining, train_stacked
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.stacked import End, StackedState, train_stacked
+from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 KEY = "sweep.vectorize=seed"
@@ -116,7 +116,7 @@ def jobs_of(cfg: DictConfig) -> list[Job]:
     return jobs
 
 
-def _experiments(settings: Sequence[Settings]) -> list[Experiment]:
+def _experiments(settings: Sequence[Settings]) -> list[TrainState]:
     """Build the experiments of seeds that can be trained as one.
 
     Raises:
@@ -135,7 +135,7 @@ def _experiments(settings: Sequence[Settings]) -> list[Experiment]:
     return experiments
 
 
-def _require_room(experiments: Sequence[Experiment], loaded: Materials, budget: int) -> None:
+def _require_room(experiments: Sequence[TrainState], loaded: TrainingData, budget: int) -> None:
     seeds = len(experiments)
     if planning.plainly_fits(experiments[0], budget // seeds):
         return
@@ -152,7 +152,7 @@ class _Run:
     """The run of one seed among those that are trained as one."""
 
     job: Job
-    experiment: Experiment
+    experiment: TrainState
     sink: MlflowSink | None = None
     status: str | None = None
     """How it ended; None: it is not over."""
@@ -223,7 +223,7 @@ def _train_together(runs: Sequence[_Run]) -> None:
         sinks += [run.begin(len(runs)) for run in runs[1:]]
         name = f"{runs[0].name} and {len(runs) - 1} more seeds"
         with Progress(name, first.total_steps, alone=alone) as progress:
-            ends = train_stacked(StackedTraining([run.experiment for run in runs]), sinks, progress)
+            ends = train_stacked(StackedState([run.experiment for run in runs]), sinks, progress)
         for run, end in zip(runs, ends, strict=True):
             run.end(end)
     except Exception as error:

@@ -1,8 +1,8 @@
 """The audit of one window of a configured experiment."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,11 @@ from gaccum_exp.audit.rerun.samples import NotJoinableError, joined, picked, siz
 from gaccum_exp.audit.rerun.sandbox import Parts, modules_in
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import scale_of
-from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
-from gaccum_exp.core.losses.criterion import LossFn, as_loss_fn, count
+from gaccum_exp.core.accumulate import accumulate_gradients
+from gaccum_exp.core.losses.criterion import as_loss_fn
+from gaccum_exp.core.losses.placement import on_device
+from gaccum_exp.core.losses.protocol import LossFn, LossWrapper
+from gaccum_exp.core.reductions import ReductionName
 from gaccum_exp.core.seeding import random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
@@ -30,7 +33,7 @@ def audit_window(
     loss_fn: LossFn | nn.Module,
     window: Sequence[Any],
     *,
-    reduction: Reduction = "global_mean",
+    reduction: ReductionName = "global_mean",
     sum_divisor: float = 1.0,
     buffer_dtype: torch.dtype | None = None,
     loss_scale: float = 1.0,
@@ -101,7 +104,7 @@ def _said(detail: str | None, where: str, elsewhere: str) -> str | None:
 class Accumulation:
     """How a window is accumulated, in the words of `accumulate_gradients`."""
 
-    reduction: Reduction
+    reduction: ReductionName
     sum_divisor: float = 1.0
     buffer_dtype: torch.dtype | None = None
     loss_scale: float = 1.0
@@ -116,7 +119,7 @@ class ConfiguredWindow:
         self.parts = Parts(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
         self.how = how
-        self._model, self._loss_fn = model, getattr(loss_fn, "where_it_is", loss_fn)
+        self._model, self._loss_fn = model, on_device(loss_fn)
         self._micro_batches = list(micro_batches)
         self._whole = joined(self._micro_batches, self.sizes)
 
@@ -173,20 +176,18 @@ class ConfiguredWindow:
         )
 
 
-class _Following:
+class _Following(LossWrapper):
     """The loss function, saying when a micro-batch's forward pass begins and ends."""
 
     def __init__(self, loss_fn: LossFn, around: Around) -> None:
-        self._loss_fn, self._around, self._next = loss_fn, around, 0
-        self.criterion = getattr(loss_fn, "criterion", None)
+        super().__init__(loss_fn)
+        self._around, self._next = around, 0
 
-    def count(self, micro_batch: Any) -> Any:
-        return count(self._loss_fn, micro_batch)
-
-    def __call__(self, model: nn.Module, micro_batch: Any) -> Any:
+    @contextmanager
+    def around(self, micro_batch: Any) -> Iterator[Any]:
         index, self._next = self._next, self._next + 1
         with self._around(index):
-            return self._loss_fn(model, micro_batch)
+            yield micro_batch
 
 
 def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:

@@ -1,4 +1,4 @@
-"""Which parts of a model are its blocks: what it is built of again and again."""
+"""The blocks of a model: the modules that it repeats, or the segments of one long Sequential."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ PLAIN_CLASS = "_class_without_checkpointing"
 
 
 class Block(NamedTuple):
-    """A block, or a stage of one long Sequential."""
+    """A block, or a segment of one long Sequential."""
 
     name: str
-    """Dotted; a stage's ends in the slice that it is, e.g. `features[0:3]`."""
+    """Dotted; a segment's ends in the slice that it is, e.g. `features[0:3]`."""
     module: nn.Module
     """Itself, or the Sequential."""
-    is_stage: bool = False
+    is_segment: bool = False
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -41,16 +41,15 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def pieces(layers: Sequence[nn.Module]) -> list[slice]:
-    """Cut before every layer with a matrix or kernel of weights."""
+    """Cut a Sequential before every layer with a matrix or kernel of weights."""
     heavy = [i for i, layer in enumerate(layers) if _is_heavy(layer)]
     return [slice(start, stop) for start, stop in pairwise([0, *heavy, len(layers)])]
 
 
-def is_stage(piece: Sequence[nn.Module]) -> bool:
-    """Whether a piece is a block: one layer by itself would save nothing.
-
-    What precedes the first heavy layer may write to its input, as the dropout of many a classifier does.
-    """
+def is_segment(piece: Sequence[nn.Module]) -> bool:
+    """Whether a piece of a Sequential is to be checkpointed."""
+    # One layer by itself would save nothing, and what precedes the first heavy layer may write to its
+    # input, as the dropout of many a classifier does.
     return len(piece) > 1 and _is_heavy(piece[0])
 
 
@@ -70,8 +69,8 @@ class _Search:
         if isinstance(module, nn.Sequential) and _is_cut(module):
             layers = list(module)
             for piece in pieces(layers):
-                if is_stage(layers[piece]):
-                    yield Block(f"{prefix}[{piece.start}:{piece.stop}]", module, is_stage=True)
+                if is_segment(layers[piece]):
+                    yield Block(f"{prefix}[{piece.start}:{piece.stop}]", module, is_segment=True)
             return
         for name, child in _submodules(module).items():
             yield from self._of(child, f"{prefix}.{name}".lstrip("."), isinstance(module, CONTAINERS))
@@ -102,7 +101,7 @@ def _is_cut(module: nn.Sequential) -> bool:
 
 
 def _is_flat(module: nn.Module) -> bool:
-    """Whether none of its submodules has submodules."""
+    """Whether no submodule has submodules."""
     return not any(map(_submodules, module.children()))
 
 

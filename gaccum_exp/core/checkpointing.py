@@ -1,9 +1,9 @@
-"""Activation checkpointing: a block keeps its input alone, and runs again in the backward pass.
+"""Activation checkpointing: keep a block's input alone, and run it again in the backward pass.
 
-Chen et al. 2016 (arXiv 1604.06174), by way of `torch.utils.checkpoint`, which holds torch's random
-numbers and autocast as they were. What that leaves open is held here: a block runs again on copies of
-its buffers, in the mode and with the random numbers of Python and NumPy with which it ran first, and
-then all is put back. So BatchNorm's running statistics move once, and no result changes by a bit.
+Chen et al. 2016 (arXiv 1604.06174), by way of `torch.utils.checkpoint`, which restores torch's random
+numbers and autocast. What it leaves open is restored here: a block runs again on copies of its buffers,
+in the mode and with the random numbers of Python and NumPy of its first run, and then all is put back.
+So BatchNorm's running statistics move once, and no result changes by a bit.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from gaccum_exp.core.blocks import PLAIN_CLASS, find_blocks, is_stage, pieces, plain_class
+from gaccum_exp.core.blocks import PLAIN_CLASS, find_blocks, is_segment, pieces, plain_class
 from gaccum_exp.errors import BadInputError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -28,7 +28,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def checkpoint_blocks(model: nn.Module) -> list[str]:
     """Make every repeated block keep only its input; return their dotted names.
 
-    What a block is: `core/blocks.py`. The modules stay the same objects with the same parameters,
+    `core/blocks.py` says what a block is. The modules stay the same objects with the same parameters,
     buffers, hooks, state dict and class name; their class becomes a subclass of what it was. Copies and
     pickles are checkpointed too, and a second call changes nothing. Whether a block is in training mode
     does not matter, only whether gradients are enabled.
@@ -37,8 +37,9 @@ def checkpoint_blocks(model: nn.Module) -> list[str]:
         model: on any device, `meta` included; changed in place.
 
     Returns:
-        The names, in the order of the modules; none where the model has no block. Stages of a Sequential
-        are slices (`features[0:3]`), which keep as much as ever where a model calls layer by layer.
+        The names, in the order of the modules; none where the model has no block. Segments of a
+        Sequential are slices (`features[0:3]`), which keep as much as ever where a model calls its
+        layers one by one.
 
     Beside its input a block keeps a copy of its buffers. Not held are a generator of its own that it
     draws from, and what it leaves in plain attributes. Forward hooks on modules inside a block run again
@@ -50,48 +51,48 @@ def checkpoint_blocks(model: nn.Module) -> list[str]:
     blocks = find_blocks(model)
     for block in blocks:
         kind: Any = plain_class(block.module)
-        block.module.__class__ = _checkpointed_class(kind, block.is_stage)
+        block.module.__class__ = _checkpointed_class(kind, block.is_segment)
     return [block.name for block in blocks]
 
 
 @functools.cache
-def _checkpointed_class(kind: Any, in_stages: bool) -> Any:
-    """Return a subclass whose instances are checkpointed, whole or (a Sequential) stage by stage."""
+def _checkpointed_class(kind: Any, in_segments: bool) -> Any:
+    """Return a subclass whose instances are checkpointed, whole or (a Sequential) by segments."""
 
     @functools.wraps(kind.forward)
     def whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _checkpointed(functools.partial(kind.forward, self), [self], (args, kwargs))
 
     @functools.wraps(kind.forward)
-    def staged(self: nn.Sequential, input: Any) -> Any:
+    def segmented(self: nn.Sequential, input: Any) -> Any:
         layers = list(self)
         for piece in (layers[cut] for cut in pieces(layers)):
             run = functools.partial(_in_turn, piece)
-            input = _checkpointed(run, piece, ((input,), {})) if is_stage(piece) else run(input)
+            input = _checkpointed(run, piece, ((input,), {})) if is_segment(piece) else run(input)
         return input
 
     def reduced(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # As one of the plain class would be: this one has no place that it could be imported from.
         make, arguments, *rest = super(made, self).__reduce_ex__(protocol)
         plain = tuple(kind if argument is made else argument for argument in arguments)
-        return (_made_again, (kind, in_stages, make, plain), *rest)
+        return (_made_again, (kind, in_segments, make, plain), *rest)
 
     namespace = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__reduce_ex__": reduced,
-        "forward": staged if in_stages else whole,
+        "forward": segmented if in_segments else whole,
         PLAIN_CLASS: kind,
     }
     made: Any = type(kind)(kind.__name__, (kind,), namespace)
     return made
 
 
-def _made_again(kind: Any, in_stages: bool, make: Any, arguments: tuple[Any, ...]) -> Any:
-    """Return what was copied or pickled."""
+def _made_again(kind: Any, in_segments: bool, make: Any, arguments: tuple[Any, ...]) -> Any:
+    """Rebuild a module that was copied or pickled."""
     module = make(*arguments)
-    module.__class__ = _checkpointed_class(kind, in_stages)
+    module.__class__ = _checkpointed_class(kind, in_segments)
     return module
 
 
@@ -102,7 +103,7 @@ def _in_turn(layers: Sequence[nn.Module], input: Any) -> Any:
 
 
 def _checkpointed(run: Callable[..., Any], modules: Sequence[nn.Module], arguments: Arguments) -> Any:
-    """Return what `run` returns, and keep nothing of what these modules compute in it."""
+    """Call `run` on these modules, and keep nothing of what they compute in it."""
     args, kwargs = arguments
     caches = [a for a in (*args, *kwargs.values()) if _is_cache(a)]
     if not torch.is_grad_enabled() or not all(map(_is_empty, caches)):
@@ -111,7 +112,7 @@ def _checkpointed(run: Callable[..., Any], modules: Sequence[nn.Module], argumen
         args = tuple(None if _is_cache(a) else a for a in args)
         kwargs = {name: None if _is_cache(a) else a for name, a in kwargs.items()}
     leaves, structure = tree_flatten((args, kwargs))
-    call = _Call(run, modules, (args, kwargs), structure)
+    call = _Recomputation(run, modules, (args, kwargs), structure)
     if torch.compiler.is_compiling():
         return checkpoint(call, *leaves, use_reentrant=False)
     versions = list(map(_version, leaves))
@@ -142,8 +143,8 @@ def _is_empty(cache: Any) -> bool:
         return False
 
 
-class _Call:
-    """A call on some modules that can be made again as it was made first.
+class _Recomputation:
+    """A call on some modules that runs a second time as it ran first.
 
     It takes its arguments one by one, however deep they are in tuples, lists and dicts, so that
     `checkpoint` knows their devices and notices those that have been written to in between.
@@ -158,27 +159,27 @@ class _Call:
     ) -> None:
         self._run, self._modules, self._structure = run, modules, structure
         self._first = [arguments]
-        self._began: _AsNow | None = None
+        self._began: _Snapshot | None = None
 
     def __call__(self, *leaves: Any) -> Any:
         if self._first and not torch.compiler.is_compiling():
             # The very lists and dicts, for it may be meant to change them; but only once.
             args, kwargs = self._first.pop()
-            self._began = _AsNow(self._modules)
+            self._began = _Snapshot(self._modules)
             return self._run(*args, **kwargs)
         args, kwargs = tree_unflatten(leaves, self._structure)
         with self._began or nullcontext():  # compiled, it is a function that changes nothing
             return self._run(*args, **kwargs)
 
 
-class _State(NamedTuple):
+class _ModuleState(NamedTuple):
     module: nn.Module
     training: bool
     parameters: dict[str, Any]
     buffers: dict[str, Any]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "_State":
+    def of(cls, module: nn.Module) -> "_ModuleState":
         return cls(module, module.training, dict(module._parameters), dict(module._buffers))
 
     def put_back(self) -> None:
@@ -191,18 +192,18 @@ class _State(NamedTuple):
             registry.update(before)
 
 
-class _AsNow:
-    """While entered, some modules and the host's generators are as they were when it was made."""
+class _Snapshot:
+    """Modules and the host's generators as they are now; entered, they are so again for a while."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         every = {id(m): m for module in modules for m in module.modules()}
-        self._made = [_State.of(module) for module in every.values()]
+        self._made = [_ModuleState.of(module) for module in every.values()]
         buffers = (b for state in self._made for b in state.buffers.values() if b is not None)
         self._values = {id(b): _clone(b) for b in buffers}
         self._random = _random_state()
 
     def __enter__(self) -> None:
-        self._before = [_State.of(state.module) for state in self._made]
+        self._before = [_ModuleState.of(state.module) for state in self._made]
         # Not in place: autograd may have saved the buffers themselves.
         clones = {of: _clone(value) for of, value in self._values.items()}
         for state in self._made:

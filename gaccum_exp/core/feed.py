@@ -1,4 +1,4 @@
-"""Windows of real micro-batches, in order, on the host.
+"""The feed: windows of real micro-batches, in order, on the host.
 
 Two ways to fetch, with the same samples in the same micro-batches. What lies in memory is gathered by
 index, a micro-batch at a time, which is the fast way: the tensors of a TensorDataset, and data sets with
@@ -74,9 +74,10 @@ def windows(
 
 @contextmanager
 def _host_generators_kept() -> Iterator[None]:
-    """Fetching in this process seeds Python and NumPy; a model that draws from them must not notice.
+    """Restore Python's and NumPy's generators, which fetching in this process seeds.
 
-    Else its draws would depend on the number of workers. torch's generator is seeded before every pass.
+    Else what a model draws from them would depend on the number of workers. torch's generator is seeded
+    before every pass.
     """
     states = random.getstate(), np.random.get_state()
     try:
@@ -87,7 +88,7 @@ def _host_generators_kept() -> Iterator[None]:
 
 
 def _by_index(dataset: Dataset[Any], pin: bool) -> Callable[[Tensor, list[int]], Window] | None:
-    """Return what fetches a window by samples and micro-batches' sizes; None where nothing does."""
+    """Return a function of indices and micro-batch sizes that fetches a window; None: there is none."""
     if type(dataset) is TensorDataset:
 
         def rows(indices: Tensor, sizes: list[int]) -> Window:
@@ -115,7 +116,7 @@ def _rows(tensor: Tensor, indices: Tensor, pin: bool) -> Tensor:
 
 
 class _Collate:
-    """Makes a micro-batch of samples; of transformers' BatchEncoding, the dictionary that it wraps."""
+    """Collates samples into a micro-batch; of transformers' BatchEncoding, the dictionary inside it."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
@@ -126,7 +127,7 @@ class _Collate:
 
 
 class SeededSamples(Dataset[Any]):
-    """A data set whose every draw of a sample is seeded by where in the run it happens."""
+    """A data set that seeds each draw of a sample by its place in the run."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset = dataset
@@ -142,7 +143,7 @@ class SeededSamples(Dataset[Any]):
 def _micro_batch_keys(
     plan: WindowPlan, sizes: Callable[[int], list[int]], global_steps: range
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """The DataLoader's batch sampler: for each micro-batch, where in the run its samples are drawn."""
+    """Yield, for the DataLoader, where in the run the samples of each micro-batch are drawn."""
     for global_step in global_steps:
         places = plan.positions(global_step).tolist(), plan.indices(global_step).tolist()
         keys = [(global_step, position, index) for position, index in zip(*places, strict=True)]

@@ -1,4 +1,4 @@
-"""How a model's parts run: in training or evaluation mode, compiled or not."""
+"""The modes in which a model runs: training or evaluation, compiled or eager."""
 
 import sys
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's metaclass
-    """A dispatch mode that is never compiled, so that nobody has to keep torch's compiler out of it.
+    """A dispatch mode that torch need not keep its compiler out of.
 
-    torch would do so at every operator, and import the compiler for it: as long as importing torch.
+    torch would do so at every operator, and import the compiler for it, which takes as long as importing
+    torch itself.
     """
 
     @classmethod

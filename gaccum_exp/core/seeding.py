@@ -1,9 +1,9 @@
-"""Random streams that do not depend on how a window is split.
+"""Seeds: random streams that do not depend on how a window is split.
 
-Every draw of a run is keyed by what it is for and when (the epoch's order, the step's dropout, the
-augmentation of the j-th sample of window k), never by how many draws came before it. That is what
-lets arms with different N, reduction or number of workers see the same samples, the same initial
-weights and the same augmentation.
+Every draw of a run is keyed by its purpose and its position (the epoch's order, the step's dropout, the
+augmentation of the j-th sample of window k), never by how many draws came before it. So arms with
+different N, reduction or number of workers see the same samples, the same initial weights and the same
+augmentation.
 """
 
 import hashlib
@@ -18,26 +18,22 @@ from torch.utils._pytree import tree_leaves
 
 
 def derive_seed(seed: int, purpose: str, *position: int) -> int:
-    """Return a 63-bit seed for one purpose at one position of a run's seed.
-
-    A hash and not a sum, so that (seed 0, step 1) and (seed 1, step 0) share nothing.
-    """
+    """Derive a 63-bit seed for one purpose at one position from a run's seed."""
+    # A hash and not a sum, so that (seed 0, step 1) and (seed 1, step 0) share nothing.
     key = f"{seed}/{purpose}/" + "/".join(map(str, position))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_host(seed: int) -> None:
-    """Seed what code on the host draws from: torch's CPU generator, `random` and NumPy."""
+    """Seed the generators of the host: torch's for the CPU, Python's and NumPy's."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 
 
 def seed_model(seed: int, device: torch.device) -> None:
-    """Seed what a model draws from in its forward pass: the CPU's generator and its device's.
-
-    Cheaper than `torch.manual_seed`, which visits every backend; this runs once per window.
-    """
+    """Seed torch's generators that a forward pass draws from: the CPU's and the device's."""
+    # Cheaper than `torch.manual_seed`, which visits every backend; this runs in every window.
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
@@ -45,7 +41,7 @@ def seed_model(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Give torch, Python and NumPy their random state back at the end."""
+    """Restore the random state of torch, Python and NumPy at the end."""
     states = random_states()
     try:
         yield

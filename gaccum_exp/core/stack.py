@@ -1,14 +1,8 @@
 """Models of one architecture trained as one: every parameter has a leading seed dimension, (seeds, ...).
 
 A pass is vmapped over the seeds. They share nothing, so the gradient of the sum of their losses holds
-each seed's own gradient, and the arithmetic is that of `core/accumulate.py` seed by seed: for seed s and
-micro-batches i = 1..N with loss sums Sₛᵢ and denominators nₛᵢ, nₛ = Σᵢ nₛᵢ,
-
-    global mean   gₛ = (1/nₛ) Σᵢ ∇Sₛᵢ
-    mean          gₛ = (1/N) Σᵢ ∇(Sₛᵢ/nₛᵢ)
-    sum           gₛ = (1/dₛ) Σᵢ ∇Sₛᵢ          dₛ: the seed's own constant
-
-Whether a model may be trained so is not asked here: `gaccum_exp/train/stackable.py` measures it.
+each seed's own gradient, and the arithmetic is that of `core/accumulate.py` and `core/reductions.py`
+seed by seed. Whether a model may be trained so is measured in `train/stackable.py`.
 """
 
 import warnings
@@ -22,7 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
+from gaccum_exp.core.losses.protocol import LossFn, count, loss_sum
+from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.window import WindowPlan, split_sizes
 
 
@@ -46,6 +41,11 @@ class StackedLoss(NamedTuple):
     """On the models' device, detached."""
     denominators: Tensor
     """On the host; 0 where nothing in a seed's window counts, and then that seed got no gradient."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Each seed's loss over all that counts in its window, (seeds,)."""
+        return self.loss_sums / self.denominators.to(self.loss_sums)
 
 
 class Stack:
@@ -84,18 +84,18 @@ class Stack:
             function: called once; what it returns that is no tensor is the same for every seed.
             arguments: pytrees of tensors (seeds, ...). What all seeds share belongs into the function.
         """
-        told: list[Any] = []
+        structure: list[Any] = []
 
         def of_a_seed(state: Any, arguments: Any) -> list[Tensor]:
             leaves, spec = tree_flatten(functional_call(self._holder, state, (function, *arguments)))
-            told[:] = spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            structure[:] = spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         with warnings.catch_warnings():
-            # An operator that cannot be batched is run seed by seed: right, and as fast as alone.
+            # An operator that cannot be batched runs seed by seed: correct, and as fast as alone.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             tensors = iter(vmap(of_a_seed)(self._state, arguments))
-        spec, plain = told
+        spec, plain = structure
         return tree_unflatten([next(tensors) if leaf is None else leaf for leaf in plain], spec)
 
     def losses(self, loss_fn: LossFn, micro_batches: MicroBatches) -> Tensor:
@@ -164,12 +164,7 @@ def stacked_windows(
 
 
 def accumulate_stacked(
-    stack: Stack,
-    loss_fn: LossFn,
-    window: StackedWindow,
-    *,
-    reduction: str,
-    sum_divisors: Sequence[float],
+    stack: Stack, loss_fn: LossFn, window: StackedWindow, reduction: Reduction
 ) -> StackedLoss:
     """Add the gradient of every seed's window to the stacked parameters' `.grad`.
 
@@ -177,27 +172,22 @@ def accumulate_stacked(
         stack: the models.
         loss_fn: as in `core.accumulate`; it can count a micro-batch without the model.
         window: the seeds' micro-batches.
-        reduction: `global_mean`, `mean` or `sum`.
-        sum_divisors: of each seed, what `sum` divides by.
+        reduction: of all seeds, as `core.reductions.stacked` makes it of theirs.
 
     Raises:
         ValueError: a denominator is known only after the forward pass.
     """
-    told = [[count(loss_fn, micro_batch) for micro_batch in part.each] for part in window]
-    if any(n is None for counts in told for n in counts):
+    known = [[count(loss_fn, micro_batch) for micro_batch in part.each] for part in window]
+    if any(n is None for counts in known for n in counts):
         raise ValueError("what its loss divides by is known only after the forward pass")
-    counts = torch.tensor(told, dtype=torch.float64)  # (N, seeds)
+    counts = torch.tensor(known, dtype=torch.float64)  # (N, seeds)
     totals = counts.sum(0)
-    by = {
-        "global_mean": totals.expand_as(counts),
-        "mean": len(window) * counts,
-        "sum": torch.tensor(sum_divisors, dtype=torch.float64).expand_as(counts),
-    }[reduction]
-    by = torch.where(counts == 0, torch.inf, by)  # x / inf is the zero that zero elements give
     loss_sums = []
-    for part, divisors in zip(window, by, strict=True):
+    for part, of_seeds in zip(window, counts, strict=True):
+        by = torch.as_tensor(reduction.divisor(of_seeds, totals, len(window)))
+        by = torch.where(of_seeds == 0, torch.inf, by)  # x / inf is the zero that zero elements give
         losses = stack.losses(loss_fn, part)
-        torch.autograd.backward((losses / divisors.to(losses)).sum())
+        torch.autograd.backward((losses / by.to(losses)).sum())
         loss_sums.append(losses.detach())
     return StackedLoss(torch.stack(loss_sums).sum(0), totals)
 

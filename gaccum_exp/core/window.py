@@ -1,4 +1,4 @@
-"""Which samples feed which optimizer step, and how a window is split into micro-batches.
+"""The plan of a training's windows: which samples feed which optimizer step, and how they are split.
 
 A window is cut from the epoch's samples at the global batch size *before* it is split. Which samples
 feed global step k is therefore a function of the seed, the data set's size, the global batch size and
@@ -32,8 +32,8 @@ def split_sizes(samples: int, accum_steps: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """From some point of training on, windows of one size."""
+class BatchStage:
+    """A part of the training whose windows have one size."""
 
     start: int
     """The epoch, or the global step, from which it holds; the first stage's is 0."""
@@ -41,7 +41,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _StageStart:
     """Where in the epochs a stage begins."""
 
     first_step: int
@@ -60,8 +60,8 @@ class WindowPlan:
         global_batch_size: of every window, or the stages of a batch that changes in training (batch
             warm-up): in the order of their starts, the first at 0.
         seed: of the epochs' orders.
-        partial_window: what becomes of the samples left when the global batch does not divide the
-            epoch: `exact` steps on what there is, `drop` leaves them out (other ones every epoch),
+        partial_window: how the samples are used that are left where the global batch does not divide
+            the epoch: `exact` steps on what there is, `drop` leaves them out (other ones every epoch),
             `carry` completes them with the next epoch's first samples, `error` refuses.
         shuffle: every epoch in an order of its own.
         control_seed: permutes the samples inside each window, under this number; None leaves them. The
@@ -72,27 +72,27 @@ class WindowPlan:
     """
 
     samples: int
-    global_batch_size: int | Sequence[Stage]
+    global_batch_size: int | Sequence[BatchStage]
     seed: int
     partial_window: PartialWindow = "exact"
     shuffle: bool = True
     control_seed: int | None = None
     lengths: torch.Tensor | None = None
     by_step: bool = False
-    stages: Sequence[Stage] = field(init=False, repr=False)
+    stages: Sequence[BatchStage] = field(init=False, repr=False)
     """One, unless the global batch changes in training."""
     largest_batch: int = field(init=False, repr=False)
     """The global batch size of the largest stage."""
     stage_starts: list[int] = field(init=False, repr=False)
     """The first window of every stage."""
-    _places: list[_Place] = field(init=False, repr=False)
+    _places: list[_StageStart] = field(init=False, repr=False)
     _order: tuple[int, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise BadInputError("data.train is empty: it holds 0 samples")
         asked = self.global_batch_size
-        self.stages = (Stage(0, asked),) if isinstance(asked, int) else asked
+        self.stages = (BatchStage(0, asked),) if isinstance(asked, int) else asked
         self.largest_batch = max(stage.global_batch_size for stage in self.stages)
         for size in {stage.global_batch_size for stage in self.stages}:
             self._check(size)
@@ -122,8 +122,8 @@ class WindowPlan:
         """Whether the next window begins in a later epoch."""
         return self._locate(global_step + 1)[0] > self._locate(global_step)[0]
 
-    def is_full(self, global_step: int) -> bool:
-        """Whether this window is as large as they get; a partial one is no measure of time or memory."""
+    def is_largest(self, global_step: int) -> bool:
+        """Whether no window of any stage is larger; a smaller one is no measure of time or memory."""
         return self.size(global_step) == self.full_window
 
     def steps_in(self, *, epochs: int | None = None, samples: int | None = None) -> int:
@@ -202,20 +202,20 @@ class WindowPlan:
         epoch, window = divmod(windows - first, self._windows_in(self.samples, size))
         return place.epoch + 1 + epoch, window * size, size
 
-    def _begin(self, stage: Stage) -> _Place:
+    def _begin(self, stage: BatchStage) -> _StageStart:
         """Return where a stage begins, given those before it."""
         if not self._places:
-            return _Place(0, 0, 0, stage.global_batch_size)
+            return _StageStart(0, 0, 0, stage.global_batch_size)
         before = self._places[-1]
         if self.by_step:
-            return _Place(stage.start, *self._end_before(stage.start), stage.global_batch_size)
+            return _StageStart(stage.start, *self._end_before(stage.start), stage.global_batch_size)
         if self.partial_window == "carry":  # the first window that begins in that epoch
             left = (stage.start - before.epoch) * self.samples - before.offset
             step = before.first_step + max(0, math.ceil(left / before.size))
         else:
             step = before.first_step + self._steps_to(before, stage.start)
         epoch, offset, _ = self._locate(step)
-        return _Place(step, epoch, offset, stage.global_batch_size)
+        return _StageStart(step, epoch, offset, stage.global_batch_size)
 
     def _end_before(self, global_step: int) -> tuple[int, int]:
         """Return epoch and offset at which the window before ends: a smaller one may still fit in."""
@@ -225,14 +225,14 @@ class WindowPlan:
         epoch, offset, _ = self._locate(global_step - 1)
         return divmod(epoch * self.samples + offset + self.size(global_step - 1), self.samples)
 
-    def _steps_to(self, place: _Place, epoch: int) -> int:
+    def _steps_to(self, place: _StageStart, epoch: int) -> int:
         """Return the windows from a place to the beginning of a later epoch."""
         if epoch <= place.epoch:
             return 0
         first = self._windows_in(self.samples - place.offset, place.size)
         return first + (epoch - place.epoch - 1) * self._windows_in(self.samples, place.size)
 
-    def _steps_of(self, place: _Place, samples: int) -> int:
+    def _steps_of(self, place: _StageStart, samples: int) -> int:
         """Return how many windows from a place on hold so many samples at most."""
         n, size = self.samples, place.size
         if self.partial_window != "exact":
@@ -261,7 +261,7 @@ class WindowPlan:
                 f"than data.global_batch_size={size}"
             )
 
-    def _check_rest(self, place: _Place) -> None:
+    def _check_rest(self, place: _StageStart) -> None:
         left, size = self.samples - place.offset, place.size
         if self.partial_window == "error" and left % size:
             raise BadInputError(

@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gaccum_exp.core.losses.criterion import LossFn, loss_sum
-from gaccum_exp.core.losses.denominator import Denominator
+from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
 
 _CACHED = type(functools.lru_cache(len))
 _settled: list[weakref.ref[Any]] = []
@@ -134,12 +133,11 @@ def samples_in(micro_batch: Any) -> int:
     return 0 if first is None else int(first.shape[0])
 
 
-class SizesOnly:
+class SizesOnly(LossWrapper):
     """A loss function of which nothing but the sizes counts: no value is read, so nothing is counted."""
 
     def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
-        self._loss_fn = loss_fn
-        self.criterion = getattr(loss_fn, "criterion", None)
+        super().__init__(loss_fn)
         # What a loss function would find out by looking at values.
         assume = getattr(loss_fn, "assume", None)
         if assume is not None:
@@ -148,10 +146,6 @@ class SizesOnly:
     def count(self, micro_batch: Any) -> Denominator:
         """Return a denominator, which one does not matter."""
         return 1.0
-
-    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
-        """Run the model on one micro-batch."""
-        return loss_sum(self._loss_fn, model, micro_batch)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
-from gaccum_exp.core.losses.denominator import Denominator
-from gaccum_exp.core.losses.placement import Placed
+from gaccum_exp.core.losses.placement import Placed, on_device
+from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper, count
 from gaccum_exp.memory.storages import (
     GRADIENTS,
     INPUTS,
@@ -134,33 +133,24 @@ class TrackedWindow:
             self._tracker.file([parameter.grad], GRADIENTS)
 
 
-class _Followed:
+class _Followed(LossWrapper):
     """Places micro-batches as the loss function would, and says of the copies that they are inputs."""
 
     def __init__(self, loss_fn: LossFn, tracker: StorageTracker) -> None:
-        self._counting = loss_fn
+        super().__init__(on_device(loss_fn))
+        self._from_host = loss_fn
         self._placement = loss_fn.placement if isinstance(loss_fn, Placed) else None
-        self._loss_fn = loss_fn.where_it_is if isinstance(loss_fn, Placed) else loss_fn
         self._tracker = tracker
-        self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Denominator | None:
         self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at
         try:
-            return count(self._counting, micro_batch)
+            return count(self._from_host, micro_batch)
         finally:
             self._tracker.paused = False
 
-    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
-        with self._forward(micro_batch) as here:
-            return loss_sum(self._loss_fn, model, here)
-
-    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        with self._forward(micro_batch) as here:
-            return self._loss_fn(model, here)
-
     @contextmanager
-    def _forward(self, micro_batch: Any) -> Iterator[Any]:
+    def around(self, micro_batch: Any) -> Iterator[Any]:
         # What an earlier backward pass has left behind are gradients, in whatever buffers they are kept.
         self._tracker.refile(TEMPORARIES, GRADIENTS)
         placed = micro_batch if self._placement is None else self._placement.place(micro_batch)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
+from gaccum_exp.core.accumulate import accumulate_gradients
 from gaccum_exp.core.checkpointing import checkpoint_blocks
-from gaccum_exp.core.losses.criterion import LossFn, as_loss_fn
+from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import Placed, Placement
+from gaccum_exp.core.losses.protocol import LossFn
 from gaccum_exp.core.modes import eagerly
+from gaccum_exp.core.reductions import ReductionName, reduction_named
 from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.memory.fake import (
     SizesOnly,
@@ -41,7 +43,7 @@ def plan_memory(
     *,
     batch_size: int | None = None,
     budget_bytes: int | None = None,
-    reduction: Reduction = "global_mean",
+    reduction: ReductionName = "global_mean",
     buffer_dtype: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Predict the peak memory of accumulation for every N, without running anything.
@@ -82,7 +84,7 @@ def plan_memory(
     tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
     real = None if any(t.is_meta for t in tensors) else step.real
     source, notes = source_of(step.fake, real, samples)
-    plan = Planner(source, samples, even=reduction == "mean", notes=notes).plan(
+    plan = Planner(source, samples, even=reduction_named(reduction).needs_equal_parts, notes=notes).plan(
         str(device), budget_bytes
     )
     return with_advice(plan, step.changed) if isinstance(source, Predicted) else plan
@@ -96,7 +98,7 @@ class _Step:
     loss_fn: LossFn | nn.Module
     batch: Any
     optimizer: torch.optim.Optimizer | OptimizerOf
-    reduction: Reduction
+    reduction: ReductionName
     buffer_dtype: torch.dtype | None
     device: torch.device
 

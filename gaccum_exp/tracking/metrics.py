@@ -65,36 +65,54 @@ class Sink:
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         """The last delivered value of each metric."""
-        self._buffer: list[tuple[int, int, Mapping[str, float | Tensor]]] = []
+        self._recorded: list[tuple[int, int, Mapping[str, float | Tensor]]] = []
+        self._read: list[Point] = []
+        self._not_finite: NonFiniteLossError | None = None
         self._last_delivery_s = time.monotonic()
 
     @property
     def due(self) -> bool:
         """Whether it is time for a delivery."""
         waited = time.monotonic() - self._last_delivery_s
-        return waited > DELIVERY_INTERVAL_S or len(self._buffer) >= DELIVERY_WINDOWS
+        return waited > DELIVERY_INTERVAL_S or len(self._recorded) >= DELIVERY_WINDOWS
 
-    def record(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+    def record(self, global_step: int, values: Mapping[str, float | Tensor]) -> None:
         """Take the metrics of a global step: numbers, or 0-dim tensors that are read later."""
-        self._buffer.append((step, time.time_ns() // 1_000_000, values))
+        self._recorded.append((global_step, time.time_ns() // 1_000_000, values))
 
     def deliver(self) -> list[Point]:
         """Send what was recorded since the last delivery, and return it.
 
-        Raises:
-            NonFiniteLossError: after sending everything up to the step where the loss was not finite.
+        The curve ends with the first loss that is not finite, however late somebody asks for it.
         """
-        points = _read(self._buffer)
-        self._buffer = []
-        bad = next((i for i, p in enumerate(points) if not _finite(p)), None)
-        points = points if bad is None else points[: bad + 1]
+        self._read_recorded()
+        points, self._read = self._read, []
         for point in points:
             self.last |= point.values
         self.send(points)
         self._last_delivery_s = time.monotonic()
-        if bad is not None:
-            raise NonFiniteLossError(points[bad].step, points[bad].values[TRAIN_LOSS])
         return points
+
+    def require_finite(self) -> None:
+        """Look at every loss recorded so far.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite; the curve up to it has been delivered.
+        """
+        self._read_recorded()
+        if self._not_finite is not None:
+            self.deliver()
+            raise self._not_finite
+
+    def _read_recorded(self) -> None:
+        """Bring what was recorded to the host, up to the first loss that is not finite."""
+        points, self._recorded = _on_host(self._recorded), []
+        for point in points:
+            if self._not_finite is None:
+                self._read.append(point)
+                loss = point.values.get(TRAIN_LOSS, 0.0)
+                if not math.isfinite(loss):
+                    self._not_finite = NonFiniteLossError(point.step, loss)
 
     def send(self, points: list[Point]) -> None:
         """Bring points to where they are kept."""
@@ -106,10 +124,10 @@ class Sink:
         """End the run: FINISHED, FAILED (with the reason) or KILLED."""
 
 
-def _read(buffer: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[Point]:
+def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[Point]:
     """Bring all tensors to the host with one copy for each device and type, not one a value."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for _, _, values in buffer:
+    for _, _, values in recorded:
         for value in values.values():
             if isinstance(value, Tensor):
                 alike[value.device, value.dtype].append(value.detach())
@@ -120,9 +138,5 @@ def _read(buffer: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[P
 
     return [
         Point(step, time_ms, {key: number(value) for key, value in values.items()})
-        for step, time_ms, values in buffer
+        for step, time_ms, values in recorded
     ]
-
-
-def _finite(point: Point) -> bool:
-    return math.isfinite(point.values.get(TRAIN_LOSS, 0.0))

@@ -3,13 +3,12 @@
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from gaccum_exp.tracking.metrics import NonFiniteLossError, Point, Sink
+from gaccum_exp.tracking.metrics import Point, Sink
 from gaccum_exp.tracking.records import DatasetRecord
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ class MlflowSink(Sink):
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Deliver what is left and end the run with its status."""
-        with suppress(NonFiniteLossError):  # whoever closes knows how the run went
-            self.deliver()
+        self.deliver()
         self.run.end(status, failure)
 
 

@@ -1,7 +1,4 @@
-"""What an audit becomes in a run: metrics and tags.
-
-The audit itself knows nothing of runs; here it is put to a run's own model, loss and windows.
-"""
+"""The hook that audits a training's windows, and an audit's metrics and tags."""
 
 import logging
 import math
@@ -12,27 +9,28 @@ from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.metrics import Sink
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.hooks import Hook
+from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 TAGS = ("verdict", "culprit", "culprit_type", "cause", "remedy", "detail")
 
 
-def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
-    """Judge one window of a run at the run's present weights, and leave the run as it was.
+def audit(state: TrainState, window: Window, global_step: int) -> Audit:
+    """Audit one window of a training at its present weights, and leave the training as it was.
 
-    Whatever goes wrong in it is no more than an inconclusive verdict.
+    An audit that fails is an inconclusive one.
     """
-    settings = experiment.settings
+    settings, reduction = state.settings, state.reduction_at(global_step)
     try:
         return audit_window(
-            experiment.model,
-            experiment.loss_fn,
+            state.model,
+            state.loss_fn,
             window,
-            reduction=settings.accum.reduction,  # type: ignore[arg-type]  # validated
-            sum_divisor=experiment.divisor(global_step),
-            buffer_dtype=experiment.buffer_dtype,
-            loss_scale=1.0 if experiment.scaler is None else experiment.scaler.get_scale(),
+            reduction=reduction.name,
+            sum_divisor=getattr(reduction, "constant", 1.0),
+            buffer_dtype=getattr(state.strategy, "dtype", None),
+            loss_scale=1.0 if state.scaler is None else state.scaler.get_scale(),
             seed=derive_seed(settings.seed, "model", global_step),  # as the step's own passes
         )
     except Exception as error:  # the run goes on without it
@@ -41,50 +39,62 @@ def audit(experiment: Experiment, window: Window, global_step: int) -> Audit:
         return Audit("inconclusive", len(window), settings.accum.reduction, detail=reason)
 
 
-def first_full(experiment: Experiment, windows: range) -> int:
-    """Return the first of a stage's windows that is as large as they get."""
-    return next((step for step in windows if experiment.is_full(step)), windows[0])
+def first_full(state: TrainState, windows: range) -> int:
+    """Return the first full window of a stage; the stage's very first may be the rest of an epoch."""
+    return next((step for step in windows if state.is_full(step)), windows[0])
 
 
-def telling_window(experiment: Experiment) -> int:
-    """Return the window to judge where one is to stand for all: of the stage with the most passes."""
-    steps = [first_full(experiment, windows) for windows in experiment.stage_windows]
-    return max(steps, key=experiment.accum_steps)
+def telling_window(state: TrainState) -> int:
+    """Return the window to audit where one stands for all: of the stage with the most passes."""
+    steps = [first_full(state, windows) for windows in state.stage_windows]
+    return max(steps, key=state.accum_steps)
 
 
-class RunAudits:
-    """The audits of one training run: which of its windows, and what they say of the run."""
+class WindowAudits(Hook):
+    """Audits the first full window of every stage, and windows at intervals.
 
-    def __init__(self, experiment: Experiment, sink: Sink) -> None:
-        self._experiment, self._sink = experiment, sink
+    Args:
+        state: of the training.
+        sink: takes the numbers of each audit, and in words the worst one so far.
+    """
+
+    def __init__(self, state: TrainState, sink: Sink) -> None:
+        self._state, self._sink = state, sink
+        self._judged: tuple[int, int] | None = None
         self.worst: Audit | None = None
-        """Of the windows judged so far."""
-        # No window of a stage is larger; its first may be the rest of an epoch.
-        self._of_stages = {first_full(experiment, windows) for windows in experiment.stage_windows}
+        """Of the windows audited so far."""
+        self._of_stages = {first_full(state, windows) for windows in state.stage_windows}
 
     def due(self, global_step: int) -> bool:
-        """Whether the window of this global step is to be judged."""
-        when = self._experiment.settings.audit
+        """Whether the window of this global step is to be audited."""
+        when = self._state.settings.audit
         if when.control_seed is not None:
             return False
         if when.every_steps is not None and global_step % when.every_steps == 0:
             return True
         return when.at_start and global_step in self._of_stages
 
+    def before(self, state: TrainState, window: Window) -> None:
+        """Audit a window that is about to be used, once for each way to split it."""
+        split = state.global_step, state.split_factor
+        if self.due(state.global_step) and self._judged != split:
+            self._judged = split
+            self.judge(window, state.global_step)
+
     def judge(self, window: Window, global_step: int) -> Audit:
-        """Judge a window that is about to be used; its numbers stand beside its own train/loss."""
-        found = audit(self._experiment, window, global_step)
+        """Audit a window that is about to be used; its numbers stand beside its own train/loss."""
+        found = audit(self._state, window, global_step)
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])
-        if self.worst is not before:  # said at once: a run that fails later keeps it
-            told = set() if before is None else set(tags(before))
-            self._sink.describe(dict.fromkeys(told, "") | tags(self.worst))
+        if self.worst is not before:  # tagged at once: a run that fails later keeps it
+            replaced = set() if before is None else set(tags(before))
+            self._sink.describe(dict.fromkeys(replaced, "") | tags(self.worst))
         return found
 
 
 def numbers(audit: Audit) -> dict[str, float]:
-    """Return an audit's metrics, those that could be had."""
+    """Return an audit's metrics, those that are finite."""
     values = {
         metrics.AUDIT_E64: audit.e64,
         metrics.AUDIT_E: audit.e,
@@ -94,6 +104,6 @@ def numbers(audit: Audit) -> dict[str, float]:
 
 
 def tags(audit: Audit) -> dict[str, str]:
-    """Return what an audit says in words, as far as it says it."""
+    """Return an audit's words as tags, those that it has."""
     words = {key: getattr(audit, key) for key in TAGS}
     return {key: value for key, value in words.items() if value is not None}

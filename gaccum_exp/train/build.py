@@ -1,4 +1,4 @@
-"""Settings in, an experiment out: model, loss, optimizer and schedule around the data."""
+"""Build a training from settings: model, loss, optimizer and schedule around the data."""
 
 import copy
 import inspect
@@ -18,26 +18,29 @@ from gaccum_exp.config.schema import Settings
 from gaccum_exp.config.targets import checked, import_target, instantiate, parameter_names
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.losses.criterion import CriterionLoss, LossFn, count
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_LABEL, is_kind
 from gaccum_exp.core.losses.micro_batch import tokens_in
 from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.losses.placement import placed
+from gaccum_exp.core.losses.protocol import LossFn, count
+from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.seeding import derive_seed, seed_host
-from gaccum_exp.core.window import Stage, WindowPlan
+from gaccum_exp.core.strategies import Buffered, InPlace
+from gaccum_exp.core.window import BatchStage, WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
-from gaccum_exp.train.datasets import Shared, lengths_of
+from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.first_samples import first_samples, try_first_samples
 from gaccum_exp.train.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Materials:
-    """What a training is made from beside its model: the same for every N."""
+class TrainingData:
+    """The device, the data and the plan of a training: the same for every N."""
 
     device: torch.device
     train_data: Dataset[Any]
@@ -45,40 +48,40 @@ class Materials:
     plan: WindowPlan
     total_steps: int
     drawn: bool
-    """Whether random numbers went into the data sets, so that another seed has others."""
+    """Whether random numbers were drawn as the data sets were built: another seed has others."""
 
-    def of_seed(self, seed: int) -> "Materials":
-        """Return the same for another seed: the same data in another order."""
+    def of_seed(self, seed: int) -> "TrainingData":
+        """Return the same data in another seed's order."""
         return replace(self, plan=replace(self.plan, seed=seed))
 
 
-def load(settings: Settings, shared: Shared | None = None) -> Materials:
+def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
     """Prepare the runtime, and build the data sets.
 
     Args:
-        settings: what of.
-        shared: takes data sets from an earlier arm, and keeps them for the next; None: there is none.
+        settings: of the run.
+        cache: gives the data sets of the arm before, and keeps these for the next; None: builds them.
 
     Raises:
         BadInputError: anything in the configuration of these that cannot be used.
     """
     device = prepare_runtime(settings)
     seed = settings.seed
-    data = shared or Shared()
-    train = data.load("data.train", settings.data.train, seed)
+    cache = cache or DatasetCache()
+    train = cache.load("data.train", settings.data.train, seed)
     held_out = None
     if settings.data.eval is not None and settings.task != "plan":
-        held_out = data.load("data.eval", settings.data.eval, seed)
+        held_out = cache.load("data.eval", settings.data.eval, seed)
     train_data = train.dataset
     plan = WindowPlan(
         len(train_data),  # type: ignore[arg-type]  # checked to be map-style
-        [Stage(stage.start, stage.global_batch_size) for stage in settings.stages],
+        [BatchStage(stage.start, stage.global_batch_size) for stage in settings.stages],
         settings.seed,
         settings.accum.partial_window,  # type: ignore[arg-type]  # checked to be one of these
         lengths=lengths_of(train_data) if settings.data.sort_by_length else None,
         by_step=settings.accum.schedule_by == "step",
     )
-    return Materials(
+    return TrainingData(
         device=device,
         train_data=train_data,
         eval_data=None if held_out is None else held_out.dataset,
@@ -89,19 +92,19 @@ def load(settings: Settings, shared: Shared | None = None) -> Materials:
 
 
 def build(
-    settings: Settings, materials: Materials | None = None, fake: FakeTensorMode | None = None
-) -> Experiment:
-    """Build an experiment.
+    settings: Settings, loaded: TrainingData | None = None, fake: FakeTensorMode | None = None
+) -> TrainState:
+    """Build a training at its first global step.
 
     Args:
-        settings: what it is.
-        materials: as loaded for these settings, or for the same with another N; None: load them.
-        fake: build it without memory, to be used inside this mode: for what its passes would hold.
+        settings: of the run.
+        loaded: for these settings, or for the same with another N; None: load them.
+        fake: build it without memory, to be used inside this mode, which predicts what passes hold.
 
     Raises:
-        BadInputError: anything in the configuration that does not lead to a runnable experiment.
+        BadInputError: anything in the configuration that does not lead to a runnable training.
     """
-    loaded = materials or load(settings)
+    loaded = loaded or load(settings)
     device, train_data, plan = loaded.device, loaded.train_data, loaded.plan
     placement = placement_of(settings, device)
     first = first_samples(train_data, plan)
@@ -129,9 +132,12 @@ def build(
             raise BadInputError("model: it has no parameter that requires a gradient")
         optimizer = _optimizer(settings, parameters)
     from_host = placed(loss_fn, placement)
-    scaled = settings.accum.reduction == "sum" and settings.accum.sum_scale == "constant"
-    divisor = nominal_denominator(model, from_host, train_data, plan) if scaled and not fake else 1.0
-    return Experiment(
+    criterion = None if criterion_loss is None else criterion_loss.criterion
+    ignored = getattr(criterion, "ignore_index", None)
+    reduction = reduction_named(settings.accum.reduction)
+    if isinstance(reduction, Sum) and settings.accum.sum_scale == "constant" and fake is None:
+        reduction = Sum(nominal_denominator(model, from_host, train_data, plan))
+    return TrainState(
         model=model,
         loss_fn=from_host,
         criterion_loss=criterion_loss,
@@ -142,37 +148,39 @@ def build(
         eval_data=loaded.eval_data,
         plan=plan,
         total_steps=loaded.total_steps,
-        sum_divisor=divisor,
+        reduction=reduction,
+        strategy=Buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else InPlace(),
         device=device,
         placement=placement,
-        # Under a scaler the step reads what fake tensors have not; it holds a few bytes.
+        # A scaler's step reads values, which fake tensors do not have; it holds a few bytes.
         scaler=None if fake else scaler_of(settings, optimizer, device),
-        buffer_dtype=torch.float32 if settings.accum.buffer_dtype == "float32" else None,
-        counts_tokens=tokens_in(first) is not None and _labels_tokens(criterion_loss),
-        ignore_index=_ignore_index(criterion_loss),
+        # A loss function of the user's own is taken to count every integer of a target as a label.
+        counts_tokens=tokens_in(first) is not None
+        and (criterion is None or is_kind(criterion, PER_LABEL)),
+        ignore_index=-100 if ignored is None else int(ignored),
         settings=settings,
     )
 
 
 def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
-    """Build the model for its sizes, on `meta`; one whose constructor reads values, with memory."""
+    """Build the model without memory, on `meta`; one whose constructor reads values, with memory."""
     try:
         with nothing_left_behind(), torch.device("meta"):
             return _model(settings, train_data)
-    except Exception:  # it is said by the second attempt, if it is not for want of values
+    except Exception:  # where values are not what is missing, the second attempt raises the same
         return _model(settings, train_data)
 
 
 def nominal_denominator(
     model: nn.Module, loss_fn: LossFn, train_data: Dataset[Any], plan: WindowPlan
 ) -> float:
-    """Return the denominator of a full window: that of the run's first window, scaled to full size.
+    """Return the denominator of a full window, the same for every N.
 
-    The same for every N. A loss function that cannot count beforehand is run once, on a copy of the
-    model, so that nothing of the run moves.
+    It is that of the run's first window, scaled to full size. A loss function that cannot count
+    beforehand is run once, on a copy of the model, so that nothing of the run moves.
     """
     samples = len(plan.indices(0))
-    # One sample at a time where the model must run, so that this never needs more memory than training.
+    # One sample at a time where the model must run: this never takes more memory than training does.
     window = next(windows(train_data, plan, accum_steps=samples, global_steps=range(1)))
     counts = [count(loss_fn, micro_batch) for micro_batch in window]
     if any(n is None for n in counts):
@@ -206,16 +214,6 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
     if left > 0:
         log.warning("accum.partial_window=carry: %d samples are left of the last epoch", left)
     return total
-
-
-def _labels_tokens(loss: CriterionLoss | None) -> bool:
-    """Whether each integer of a target is a label; of a loss function nothing else is known."""
-    return loss is None or is_kind(loss.criterion, PER_LABEL)
-
-
-def _ignore_index(loss: CriterionLoss | None) -> int:
-    ignored = None if loss is None else getattr(loss.criterion, "ignore_index", None)
-    return -100 if ignored is None else int(ignored)
 
 
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
@@ -257,7 +255,7 @@ def _loss(
     settings: Settings, model: nn.Module, device: torch.device
 ) -> tuple[CriterionLoss | None, LossFn]:
     node = settings.criterion
-    # On the command line a tensor can only be a list; torch's criteria call such arguments so.
+    # On the command line a tensor can only be a list; these are torch's names for such arguments.
     tensors = {
         key: torch.tensor(value, dtype=torch.float32)
         for key, value in node.items()

@@ -3,9 +3,18 @@
 import statistics
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+
+from gaccum_exp.core.feed import Window
+from gaccum_exp.core.losses.micro_batch import tokens_in
+from gaccum_exp.tracking import metrics
+from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.train.hooks import WINDOW, Hook, Values
+from gaccum_exp.train.state import TrainState
 
 WARMUP_WINDOWS = 5
 """Not counted: kernels are chosen, caches filled and optimizer state made in the first windows."""
@@ -13,34 +22,76 @@ KEPT_WINDOWS = 1000
 """The latest ones stand for a longer run, so that the clock does not grow with it."""
 
 
-class WindowClock:
-    """Times windows on the host, or on an accelerator by events in its stream, read at the end."""
+class Disturbing(Protocol):
+    """A hook that makes some windows slower than they are."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def due(self, global_step: int) -> bool:
+        """Whether the window of this global step is one of them."""
+
+
+class StepClock(Hook):
+    """Times windows on the host, or on an accelerator by events in its stream, read at the end.
+
+    A window's time runs from the end of the one before, so that fetching it counts. Full windows in the
+    N that the run is named after are timed, unless another hook disturbs them.
+
+    Args:
+        device: the run's.
+        sink: takes the medians at the end.
+        disturbed_by: hooks that slow windows down.
+    """
+
+    phases = frozenset({WINDOW})
+
+    def __init__(
+        self, device: torch.device, sink: Sink, disturbed_by: Sequence[Disturbing] = ()
+    ) -> None:
+        self._device, self._sink, self._disturbed_by = device, sink, disturbed_by
+        self._start: Any = None
         self._warmup_left = WARMUP_WINDOWS
         self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
 
-    def now(self) -> Any:
-        """Return the present: in seconds, or as an event in the device's stream."""
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event
+    def begin(self, state: TrainState) -> None:
+        """Start the first window's time."""
+        self._start = self._now()
 
-    def count_window(self, start: Any) -> None:
-        """Take a window that began at `start`, which `now` gave, and has just ended."""
-        end = self.now()
+    @contextmanager
+    def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
+        """Take a window that is a measure of time; the time of an attempt that failed begins anew."""
+        global_step = state.global_step
+        timed = self._is_measure(state) and not any(h.due(global_step) for h in self._disturbed_by)
+        try:
+            yield
+        except Exception:
+            self._start = self._now()
+            raise
+        if not timed:
+            return
+        end = self._now()
+        counts = (tokens_in(m, state.ignore_index) for m in window) if state.counts_tokens else ()
+        self.count(self._start, end, sum(int(n) for n in counts if n is not None))
+
+    def after(self, state: TrainState, window: Window, values: Values) -> None:
+        """Start the next window's time, when all other hooks are done with this one."""
+        self._start = self._now()
+
+    def end(self, state: TrainState) -> None:
+        """Record the medians."""
+        step_s = self.step_time_s()
+        if step_s is None:
+            return
+        recorded = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: state.plan.full_window / step_s}
+        tokens_per_s = self.tokens_per_s()
+        if tokens_per_s:
+            recorded[metrics.TOKENS_PER_S] = tokens_per_s
+        self._sink.record(state.global_step, recorded)
+
+    def count(self, start: Any, end: Any, tokens: int = 0) -> None:
+        """Take the time of one window, and how many tokens it held."""
         if self._warmup_left >= 0:
             # Of a run no longer than the warm-up, its last window is kept.
             self._warmup_left -= 1
             self._windows.clear()
-        self._windows.append((start, end, 0))
-
-    def count_tokens(self, tokens: int) -> None:
-        """Say how many tokens the window held that was timed last."""
-        start, end, _ = self._windows.pop()
         self._windows.append((start, end, tokens))
 
     def step_time_s(self) -> float | None:
@@ -56,6 +107,20 @@ class WindowClock:
         return statistics.median(
             tokens / self._seconds(start, end) for start, end, tokens in self._windows
         )
+
+    def _is_measure(self, state: TrainState) -> bool:
+        """Whether the window is full, and in as many micro-batches as the run is named after."""
+        stage = state.settings.stages[state.plan.stage_of(state.global_step)]
+        named = stage.accum_steps == state.settings.accum_steps
+        return named and state.plan.is_largest(state.global_step)
+
+    def _now(self) -> Any:
+        """Return the present: in seconds, or as an event in the device's stream."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
 
     def _seconds(self, start: Any, end: Any) -> float:
         if self._device.type == "cpu":

@@ -20,7 +20,9 @@ from gaccum_exp.core.seeding import derive_seed, random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.train.hooks import Hook
+from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 CANARIES = 3
@@ -29,7 +31,18 @@ TELLING = 0.1
 """Relative: where rounding explains more than this, a window does not tell a wrong gradient."""
 
 
-def check_compiled(experiment: Experiment) -> dict[str, float]:
+class CompiledCheck(Hook):
+    """Compares compiled and eager gradients before the training begins."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def begin(self, state: TrainState) -> None:
+        """Record how close they are; refuse what `check_compiled` refuses."""
+        self._sink.record(0, check_compiled(state))
+
+
+def check_compiled(state: TrainState) -> dict[str, float]:
     """Compare compiled and eager gradients; the model and every random state stay as they were.
 
     The windows are of the stage with the most micro-batches. A model that draws random numbers is
@@ -44,8 +57,8 @@ def check_compiled(experiment: Experiment) -> dict[str, float]:
     """
     compared: list[tuple[float, float]] = []
     with random_state_kept():  # which fetching a window moves as well
-        for window in _canaries(experiment):
-            compared += _compared(experiment, window)
+        for window in _canaries(state):
+            compared += _compared(state, window)
             if compared and compared[-1][0] <= compared[-1][1] <= TELLING:
                 break
     telling = [pair for pair in compared if pair[1] <= TELLING] or compared
@@ -62,48 +75,53 @@ def check_compiled(experiment: Experiment) -> dict[str, float]:
     return {}
 
 
-def _canaries(experiment: Experiment) -> Iterator[Window]:
+def _canaries(state: TrainState) -> Iterator[Window]:
     """Yield the first windows of the stage with the most micro-batches."""
-    stage = max(experiment.stage_windows, key=lambda steps: experiment.accum_steps(steps[0]))
-    data, plan, n = experiment.train_data, experiment.plan, experiment.accum_steps
+    stage = max(state.stage_windows, key=lambda steps: state.accum_steps(steps[0]))
+    data, plan, n = state.train_data, state.plan, state.accum_steps
     yield from windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES])
 
 
-def _compared(experiment: Experiment, window: Window) -> list[tuple[float, float]]:
+def _compared(state: TrainState, window: Window) -> list[tuple[float, float]]:
     """Return how far the compiled gradient lies from float64, and how far rounding may put it.
 
     An empty list where they are not finite: training will say so.
     """
-    configured, (eager, exact, drawn) = _run_eagerly(experiment, window)
+    configured, (eager, exact, drawn) = _run_eagerly(state, window)
     mode: AbstractContextManager[None] = nullcontext()
     if drawn:
         log.warning("the model draws random numbers: compiled and eager are compared in evaluation mode")
-        mode = evaluation_mode(experiment.model)
+        mode = evaluation_mode(state.model)
     with mode:
         if drawn:
-            eager, exact, drawn = _eager(experiment, configured)
+            eager, exact, drawn = _eager(state, configured)
         if drawn:
             raise BadInputError(
                 "runtime.compile=true: the model draws random numbers in evaluation mode too, so its "
                 "compiled gradient cannot be compared with the eager one; use runtime.compile=false"
             )
-        compiled = _compiled(experiment, configured)
+        compiled = _compiled(state, configured)
     if not finite(exact) or not finite(eager):
         return []
     return [(distance(compiled, exact), max(RANGE * distance(eager, exact), ROUNDING64))]
 
 
 def _run_eagerly(
-    experiment: Experiment, window: Window
+    state: TrainState, window: Window
 ) -> tuple[ConfiguredWindow, tuple[Gradient, Gradient, bool]]:
     """Run a window, or less of it where float64 does not fit, at a loss scale that does not overflow."""
-    reduction: Any = experiment.settings.accum.reduction
-    scale = 1.0 if experiment.scaler is None else experiment.scaler.get_scale()
-    how = Accumulation(reduction, experiment.sum_divisor, experiment.buffer_dtype, scale)
-    configured = ConfiguredWindow(experiment.model, experiment.loss_fn, window, how)
+    reduction: Any = state.reduction
+    scale = 1.0 if state.scaler is None else state.scaler.get_scale()
+    how = Accumulation(
+        reduction.name,
+        getattr(reduction, "constant", 1.0),
+        getattr(state.strategy, "dtype", None),
+        scale,
+    )
+    configured = ConfiguredWindow(state.model, state.loss_fn, window, how)
     while True:
         try:
-            found = _eager(experiment, configured)
+            found = _eager(state, configured)
         except Exception as error:
             if not out_of_memory(error) or max(configured.sizes) < 2:
                 raise
@@ -114,24 +132,24 @@ def _run_eagerly(
         configured = configured.descaled()
 
 
-def _eager(experiment: Experiment, window: ConfiguredWindow) -> tuple[Gradient, Gradient, bool]:
+def _eager(state: TrainState, window: ConfiguredWindow) -> tuple[Gradient, Gradient, bool]:
     """Return the eager gradient, the same in float64, and whether random numbers were drawn."""
     with random_state_kept():
-        seed_model(derive_seed(experiment.settings.seed, "model", 0), experiment.device)
-        trial = Trial(window, device=experiment.device)
+        seed_model(derive_seed(state.settings.seed, "model", 0), state.device)
+        trial = Trial(window, device=state.device)
         return trial.record(), trial.accumulated(float64=True), trial.draws.any
 
 
-def _compiled(experiment: Experiment, window: ConfiguredWindow) -> Gradient:
+def _compiled(state: TrainState, window: ConfiguredWindow) -> Gradient:
     """Accumulate on the model itself, and leave nothing behind."""
     parameters = window.parts.parameters()
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
-    buffers = [(buffer, buffer.clone()) for buffer in experiment.modules.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in state.modules.buffers()]
     for parameter in parameters.values():
         parameter.grad = None
     try:
         with random_state_kept():
-            window.accumulate(lambda index: nullcontext(), experiment.placement.place)
+            window.accumulate(lambda index: nullcontext(), state.placement.place)
         return gradient_of(parameters)
     finally:
         for buffer, before in buffers:

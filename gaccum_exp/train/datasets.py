@@ -1,4 +1,4 @@
-"""The data sets of an experiment, and those that the arms of a sweep share."""
+"""The data sets of a training, and a cache of those that the arms of a sweep share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,49 +14,49 @@ from gaccum_exp.errors import BadInputError
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A data set, and what it came from."""
+class LoadedDataset:
+    """A data set, and what it was built from."""
 
     dataset: Dataset[Any]
     drawn: bool
-    """Whether random numbers were drawn when it was made, so that another seed has another."""
+    """Whether random numbers were drawn as it was built, so that another seed gives another one."""
     node: Mapping[str, Any]
     """Its configuration."""
     seed: int
     """The run's."""
 
     @property
-    def unchanging(self) -> bool:
-        """Whether it is known to be the same after a training as before: tensors, or one of ours."""
+    def reusable(self) -> bool:
+        """Whether it is certain to be the same after a training as before: tensors, or one of ours."""
         ours = str(self.node["_target_"]).startswith("gaccum_exp.data.")
         return ours or type(self.dataset) is TensorDataset
 
     def serves(self, node: Mapping[str, Any], seed: int) -> bool:
-        """Whether loading this again would give the same."""
+        """Whether building it again would give the same."""
         return node == self.node and (not self.drawn or seed == self.seed)
 
 
 @dataclass(slots=True)
-class Shared:
-    """What one arm has loaded, for the next one that asks for the same; nothing older is kept.
+class DatasetCache:
+    """Keeps the data sets of one arm for the next one, if that asks for the same; nothing older.
 
-    A stranger's data set is not: it might be another one after a training.
+    A data set of the user's own is not kept: a training might change it.
     """
 
-    _kept: dict[str, Loaded] = field(default_factory=dict)
+    _kept: dict[str, LoadedDataset] = field(default_factory=dict)
 
-    def load(self, key: str, node: Mapping[str, Any], seed: int) -> Loaded:
+    def load(self, key: str, node: Mapping[str, Any], seed: int) -> LoadedDataset:
         """Return the data set of this key, loaded or kept; as `load_dataset`."""
         found = self._kept.pop(key, None)
         if found is None or not found.serves(node, seed):
-            del found  # two of them need not fit
+            del found  # two of them may not fit into memory
             found = load_dataset(key, node, seed)
-        if found.unchanging:
+        if found.reusable:
             self._kept[key] = found
         return found
 
 
-def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> Loaded:
+def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> LoadedDataset:
     """Build a data set.
 
     Args:
@@ -69,7 +69,7 @@ def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> Loaded:
     """
     import_target(node)
     key_seed = derive_seed(seed, key)
-    seed_host(key_seed)  # data may be drawn when the set is made: the same for every arm
+    seed_host(key_seed)  # data may be drawn at random as the set is built: the same for every arm
     dataset: Dataset[Any] = instantiate(key, node)
     drawn = drawn_since(key_seed)
     if isinstance(dataset, IterableDataset) or not all(
@@ -81,14 +81,14 @@ def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> Loaded:
         )
     if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen
         raise BadInputError(f"{key} is empty: it holds 0 samples")
-    return Loaded(dataset, drawn, node, seed)
+    return LoadedDataset(dataset, drawn, node, seed)
 
 
 def lengths_of(dataset: Dataset[Any]) -> Tensor:
-    """Return how long each sample is, (samples,), as the data set says.
+    """Return the data set's own lengths of its samples, (samples,).
 
     Raises:
-        BadInputError: it does not say.
+        BadInputError: it has none.
     """
     lengths = getattr(dataset, "lengths", None)
     if lengths is None or len(lengths) != len(dataset):  # type: ignore[arg-type]  # checked to be map-style

@@ -7,63 +7,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.accumulate import WindowLoss
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.tracking import metrics
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.train.hooks import Hook, Values
+from gaccum_exp.train.state import TrainState
 
 Sums = tuple[Tensor, Any, Any, Any]
 """Of a batch: loss sum, denominator, right answers and labels asked for."""
+Over = Callable[[Callable[[nn.Module], Sums]], Sums]
+"""Calls a function of a model with a model."""
 
 
-def evaluate(
-    experiment: Experiment, over: Callable[[Callable[[nn.Module], Sums]], Sums] | None = None
-) -> dict[str, float | Tensor]:
+class Evaluation(Hook):
+    """Evaluates a training at intervals, and at its end.
+
+    Args:
+        sink: takes loss and accuracy.
+        of: whose settings and data; of models trained as one, the first's.
+        over: as `evaluate` has it.
+    """
+
+    def __init__(self, sink: Sink, of: TrainState, over: Over | None = None) -> None:
+        self._sink, self._of, self._over = sink, of, over
+
+    def after(self, state: Any, window: Any, values: Values) -> None:
+        """Evaluate if it is time."""
+        of, global_step = self._of, state.global_step
+        every = of.settings.train.eval_every_steps
+        due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
+        if of.eval_data is not None and (due or state.done):
+            self._sink.record(global_step, evaluate(of, self._over))
+
+
+def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | Tensor]:
     """Return loss and, for class labels, accuracy over the whole evaluation set.
 
     Batches of `data.eval_batch_size`, the same for every N; the model's modes are left as they were.
 
     Args:
-        experiment: its model and its data.
-        over: calls the function that it is given with a model; None: with the experiment's.
+        state: its model and its data.
+        over: calls the function that it is given with a model; None: with the state's.
     """
     loss_sum: Any = 0.0
     denominator: Any = 0.0
     right: Any = 0
     labels: Any = 0
-    seed_model(derive_seed(experiment.settings.seed, "evaluation"), experiment.device)
-    with torch.no_grad(), evaluation_mode(experiment.model):
-        for batch in _batches(experiment):
-            of_model = partial(_sums, experiment, batch)
-            loss, n, hits, counted = over(of_model) if over else of_model(experiment.model)
+    seed_model(derive_seed(state.settings.seed, "evaluation"), state.device)
+    with torch.no_grad(), evaluation_mode(state.model):
+        for batch in _batches(state):
+            of_model = partial(_sums, state, batch)
+            loss, n, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted
             # In half precision a long sum loses its last batches.
             wide = torch.promote_types(loss.dtype, torch.float32)
             loss_sum, denominator = loss_sum + loss.to(wide), denominator + n
-    loss = torch.as_tensor(loss_sum / denominator)
+    loss = torch.as_tensor(WindowLoss(loss_sum, denominator).mean)
     values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss}
-    if experiment.counts_tokens:
+    if state.counts_tokens:
         values[metrics.EVAL_PERPLEXITY] = loss.exp()
     if isinstance(labels, Tensor):
         values[metrics.EVAL_ACCURACY] = right / labels
     return values
 
 
-def _sums(experiment: Experiment, batch: Any, model: nn.Module) -> Sums:
-    if experiment.criterion_loss is None:
-        return *experiment.loss_fn(model, batch), 0, 0
-    inputs, targets = split_micro_batch(experiment.placement.place(batch))
-    with experiment.placement.passes():
+def _sums(state: TrainState, batch: Any, model: nn.Module) -> Sums:
+    if state.criterion_loss is None:
+        return *state.loss_fn(model, batch), 0, 0
+    inputs, targets = split_micro_batch(state.placement.place(batch))
+    with state.placement.passes():
         outputs = run_model(model, inputs)
-        loss, n = experiment.criterion_loss.of_outputs(outputs, targets)
-    return loss, n, *_hits(outputs, targets, experiment.criterion_loss.criterion)
+        loss, n = state.criterion_loss.of_outputs(outputs, targets)
+    return loss, n, *_hits(outputs, targets, state.criterion_loss.criterion)
 
 
-def _batches(experiment: Experiment) -> Iterator[Any]:
-    data, settings = experiment.eval_data, experiment.settings
+def _batches(state: TrainState) -> Iterator[Any]:
+    data, settings = state.eval_data, state.settings
     assert data is not None
     plan = WindowPlan(
         len(data),  # type: ignore[arg-type]  # checked to be map-style

@@ -1,4 +1,4 @@
-"""Model and loss meet two samples before anything else: what does not fit is said at once."""
+"""A first pass on two samples, so that a model and a loss that do not fit are refused at once."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.losses.criterion import CriterionLoss, LossFn
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
 from gaccum_exp.core.losses.placement import Placement
+from gaccum_exp.core.losses.protocol import LossFn
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
@@ -31,9 +32,12 @@ def try_first_samples(
     micro_batch: Any,
     placement: Placement,
 ) -> None:
-    """Let model and loss meet two samples: what does not fit is said now, and with its shapes.
+    """Run model and loss on two samples.
 
-    It also makes a model's lazy parameters, and inspects a loss of which nothing is known.
+    It also materialises a model's lazy parameters, and inspects an unknown loss.
+
+    Raises:
+        BadInputError: they fail, with the shapes.
     """
     outputs: Any = None
     try:
@@ -47,7 +51,7 @@ def try_first_samples(
             criterion.of_outputs(outputs, targets)
     except BadInputError:
         raise
-    except Exception as error:  # a stranger's model or criterion fails in its own way
+    except Exception as error:  # the user's model or criterion fails in its own way
         shapes = tree_map(
             lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, (micro_batch, outputs)
         )
@@ -63,7 +67,7 @@ def try_first_samples(
 
 
 def _hint(outputs: Any, micro_batch: Any) -> str:
-    """Say what is meant where logits have their classes in the last dimension."""
+    """Name the criterion for logits that have their classes in the last dimension."""
     if outputs is None:
         return ""
     _, targets = split_micro_batch(micro_batch)

@@ -1,7 +1,17 @@
-"""Which windows of a training have their memory measured, and with what; and what is recorded of it."""
+"""The hook that measures the memory of some windows, and holds all of them to a budget on a CPU."""
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gaccum_exp.core.feed import Window
+from gaccum_exp.core.modes import eagerly
 from gaccum_exp.memory.meter import (
     AllocatedWindow,
     Meter,
@@ -12,54 +22,139 @@ from gaccum_exp.memory.meter import (
 )
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.metrics import Sink
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, WINDOW, Hook, Values
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import moves_weights
 
+log = logging.getLogger(__name__)
 MEASURED_WINDOW = 2
 """Windows before the one whose memory is measured: the optimizer's state is made in the first."""
+Shapes = tuple[tuple[int, ...], ...]
+"""Of a micro-batch's tensors."""
 
 
-@dataclass(slots=True)
-class RunMeters:
-    """The meters of one training run, by the global step whose window they are for.
+class MeteredStep(Hook):
+    """Measures the phases of each window with one meter."""
+
+    phases = frozenset({PASSES, OPTIMIZER_STEP})
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def around(self, phase: str, state: Any, window: Any) -> AbstractContextManager[None]:
+        """Measure a phase."""
+        return self._meter.phase(phase)
+
+
+class MemoryMeters(Hook):
+    """Measures the peak memory of one window with each meter that the device has.
 
     The device's own counters come first where it has them. Windows are full ones in the steady state,
     where there are such, of the stage with the largest micro-batches. A control is there for its loss
     curve alone.
+
+    Args:
+        state: of the training.
+        sink: takes what was measured, at the end.
+        budget_bytes: what a window may hold on a CPU under `accum.on_oom=increase_steps`: a window that
+            holds a micro-batch larger in some dimension than those before it is then metered as well,
+            and ends with an out-of-memory error beyond the budget. None: no limit.
     """
 
-    experiment: Experiment
-    due: dict[int, type[Meter]] = field(init=False)
-    _peaks: list[Peak] = field(default_factory=list, init=False)
-    _resident: int | None = field(default=None, init=False)
+    phases = frozenset({WINDOW, PASSES, OPTIMIZER_STEP})
 
-    def __post_init__(self) -> None:
-        kinds: list[type[Meter]] = [TrackedWindow]
-        if has_counters(self.experiment.device):
-            kinds.insert(0, AllocatedWindow)
-        if self.experiment.settings.audit.control_seed is not None:
-            kinds = []
-        full = self.experiment.is_full
-        early = self._windows()[: 2 * (MEASURED_WINDOW + len(kinds))]
-        best = sorted(early, key=lambda k: (not full(k), max(0, MEASURED_WINDOW - k), k))
-        self.due = dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))
+    def __init__(self, state: TrainState, sink: Sink, budget_bytes: int | None = None) -> None:
+        self._sink = sink
+        enforced = state.settings.accum.on_oom == "increase_steps" and state.device.type == "cpu"
+        self._budget_bytes = budget_bytes if enforced else None
+        self._due = measured_windows(state)
+        self._meter: Meter | None = None
+        """Of the window in hand."""
+        self._peak: Peak | None = None
+        """Of the window in hand, once it has ended."""
+        self._failure: Exception | None = None
+        """What a meter failed with."""
+        self._unmeasurable: int | None = None
+        """The global step of a window that no meter can follow."""
+        self._peaks: list[Peak] = []
+        self._resident: int | None = None
+        self._has_stepped = False
+        self._split_factor = state.split_factor
+        self._largest: dict[bool, list[Shapes]] = {False: [], True: []}
+        """The micro-batches held to the budget so far, without and with optimizer state."""
 
-    def postpone(self, global_step: int) -> None:
-        """Measure a later window in place of this one, if it was to be measured and there is one."""
-        if global_step not in self.due:
-            return
-        windows = (k for k in self._windows() if k > global_step and k not in self.due)
-        later = next((k for k in windows if self.experiment.is_full(k)), None)
-        if later is not None:
-            self.due[later] = self.due.pop(global_step)
+    def due(self, global_step: int) -> bool:
+        """Whether the memory of this window is to be measured."""
+        return global_step in self._due
 
-    def take(self, peak: Peak) -> None:
+    def before(self, state: TrainState, window: Window) -> None:
+        """Wait for the steady state: before the first step there is no optimizer state."""
+        if not self._has_stepped and state.global_step >= MEASURED_WINDOW:
+            self._postpone(state, state.global_step)
+
+    def around(self, phase: str, state: TrainState, window: Window) -> AbstractContextManager[None]:
+        """Meter the window, and each of its phases."""
+        if phase != WINDOW:
+            return nullcontext() if self._meter is None else self._meter.phase(phase)
+        self._peak = None
+        if state.global_step == self._unmeasurable:
+            return nullcontext()
+        kind: Any = self._due.get(state.global_step)
+        if kind is None and not self.could_exceed_budget(state, window):
+            return nullcontext()
+        if kind in (None, TrackedWindow):
+            kind = partial(TrackedWindow, budget_bytes=self._budget_bytes)
+        return self._metered(state, kind)
+
+    @contextmanager
+    def _metered(self, state: TrainState, kind: Any) -> Iterator[None]:
+        buffers = [(buffer, buffer.clone()) for buffer in state.modules.buffers()]
+        loss_fn = state.loss_fn
+        try:
+            self._meter = meter = kind(state.modules, state.optimizer, state.device)
+            # A tracker does not see into compiled kernels.
+            with meter, eagerly() if isinstance(meter, TrackedWindow) else nullcontext():
+                state.loss_fn = meter.loss_fn(loss_fn)
+                yield
+            self._peak = meter.peak()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Once the optimizer step has begun, weights may have moved already.
+            if self._meter is None or OPTIMIZER_STEP not in self._meter.begun:
+                self._failure = error
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise
+        finally:
+            state.loss_fn, self._meter = loss_fn, None
+
+    def redo(self, state: TrainState, window: Window, error: Exception) -> bool:
+        """Have a window again without a meter, where it failed under one.
+
+        Either the tracker cannot follow this model, or the step itself fails and will do so again.
+        """
+        if error is not self._failure:
+            return False
+        self._unmeasurable = state.global_step
+        log.warning("memory was not measured: %s: %s", type(error).__name__, error)
+        return True
+
+    def after(self, state: TrainState, window: Window, values: Values) -> None:
         """Keep what was measured; on a CPU, beside it, what the process holds in all."""
-        self._peaks.append(peak)
-        if self.experiment.device.type == "cpu":
-            self._resident = resident_set_bytes()
+        self._has_stepped |= moves_weights(values)
+        global_step = state.global_step - 1
+        if global_step not in self._due:
+            return
+        if not moves_weights(values):
+            self._postpone(state, global_step)
+        elif self._peak is not None:
+            self._peaks.append(self._peak)
+            if state.device.type == "cpu":
+                self._resident = resident_set_bytes()
 
-    def record(self, sink: Sink) -> None:
-        """The device's own peak is the one to compare; the tracker's split is recorded beside it."""
+    def end(self, state: TrainState) -> None:
+        """Record the peaks: the device's own is the one to compare, the tracker's split beside it."""
         if not self._peaks:
             return
         tracked = next((peak for peak in self._peaks if peak.parts), None)
@@ -71,18 +166,62 @@ class RunMeters:
         values |= {f"memory/{name}_bytes": size for name, size in compared.counters.items()}
         if self._resident is not None:
             values[metrics.RESIDENT_SET_BYTES] = self._resident
-        sink.record(self.experiment.total_steps, values)
+        self._sink.record(state.global_step, values)
         source = "tracker" if compared.parts else "allocator"
-        sink.describe({"memory.peak_phase": compared.phase, "memory.source": source})
+        self._sink.describe({"memory.peak_phase": compared.phase, "memory.source": source})
 
-    def _windows(self) -> range:
-        """Return those of the stage with the largest micro-batches, of such stages the one with most.
+    def _postpone(self, state: TrainState, global_step: int) -> None:
+        """Measure a later window in place of this one, if it was to be measured and there is one."""
+        if global_step in self._due:
+            windows = (k for k in _telling_stage(state) if k > global_step and k not in self._due)
+            later = next((k for k in windows if state.is_full(k)), None)
+            if later is not None:
+                self._due[later] = self._due.pop(global_step)
 
-        From the second micro-batch on the gradients are there beside the activations.
-        """
+    def could_exceed_budget(self, state: TrainState, window: Window) -> bool:
+        """Whether a window could hold more than any before it, where there is a budget."""
+        if self._budget_bytes is None:
+            return False
+        if self._split_factor != state.split_factor:
+            self._split_factor, self._largest = state.split_factor, {False: [], True: []}
+        largest = self._largest[bool(state.optimizer.state)]
+        before = len(largest)
+        for micro_batch in window:
+            leaves = tree_leaves(micro_batch)
+            shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+            if not any(_covers(larger, shapes) for larger in largest):
+                largest.append(shapes)
+        return len(largest) > before
 
-        def size(windows: range) -> tuple[int, int]:
-            stage = self.experiment.settings.stages[self.experiment.plan.stage_of(windows[0])]
-            return -(-stage.global_batch_size // stage.accum_steps), stage.accum_steps
 
-        return max(self.experiment.stage_windows, key=size)
+def measured_windows(state: TrainState) -> dict[int, type[Meter]]:
+    """Return the meters of a training by the global step whose window each is for."""
+    if state.settings.audit.control_seed is not None:
+        return {}
+    kinds: list[type[Meter]] = [TrackedWindow]
+    if has_counters(state.device):
+        kinds.insert(0, AllocatedWindow)
+    early = _telling_stage(state)[: 2 * (MEASURED_WINDOW + len(kinds))]
+    best = sorted(early, key=lambda k: (not state.is_full(k), max(0, MEASURED_WINDOW - k), k))
+    return dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))
+
+
+def _telling_stage(state: TrainState) -> range:
+    """Return the windows of the stage with the largest micro-batches, of such stages that with most.
+
+    From the second micro-batch on the gradients are there beside the activations.
+    """
+
+    def size(windows: range) -> tuple[int, int]:
+        stage = state.settings.stages[state.plan.stage_of(windows[0])]
+        return -(-stage.global_batch_size // stage.accum_steps), stage.accum_steps
+
+    return max(state.stage_windows, key=size)
+
+
+def _covers(larger: Shapes, shapes: Shapes) -> bool:
+    """Whether every tensor is as large in every dimension: fewer elements, but longer, may hold more."""
+    return len(larger) == len(shapes) and all(
+        len(ours) == len(theirs) and all(n >= m for n, m in zip(ours, theirs, strict=True))
+        for ours, theirs in zip(larger, shapes, strict=True)
+    )

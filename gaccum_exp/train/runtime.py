@@ -1,4 +1,4 @@
-"""What a run runs on: the device, its precision, and what is global to the process."""
+"""The runtime of a training: device, precision, and the settings that are global to the process."""
 
 import inspect
 import os
@@ -17,7 +17,7 @@ DEFAULT_THREADS = torch.get_num_threads()
 
 
 def prepare_runtime(settings: Settings) -> torch.device:
-    """Set what is global to the process, or set it back after another arm; return the device."""
+    """Apply the settings that are global to the process, and return the device."""
     runtime = settings.runtime
     torch.set_num_threads(runtime.threads or DEFAULT_THREADS)
     if runtime.deterministic:
@@ -33,7 +33,7 @@ def prepare_runtime(settings: Settings) -> torch.device:
 
 
 def _limit_memory(device: torch.device, budget_gib: float | None) -> None:
-    """Let the allocator enforce the budget, where it can; without one, all of the device is free."""
+    """Let the allocator enforce the budget, where it can; without a budget it may use all."""
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         share = 1.0 if budget_gib is None else min(1.0, budget_gib / whole)
@@ -57,7 +57,7 @@ def _device(name: str) -> torch.device:
 
 
 def placement_of(settings: Settings, device: torch.device) -> Placement:
-    """Return what the runtime's precision means for micro-batches and weights."""
+    """Return the placement of micro-batches and weights that the settings ask for."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
     pure = settings.runtime.weight_dtype == "same"
     return Placement(
@@ -70,17 +70,21 @@ def placement_of(settings: Settings, device: torch.device) -> Placement:
 
 
 def placed_weights(model: nn.Module, settings: Settings, placement: Placement) -> nn.Module:
-    """Bring the weights where, and into what, the placement asks for."""
+    """Move the weights to the placement's device and type."""
     model = model.to(device=placement.device, dtype=placement.dtype)
     if settings.audit.control_precision and settings.runtime.weight_dtype == "same":
-        model = model.to(torch.bfloat16).float()  # it begins where its reference does
+        model = model.to(torch.bfloat16).float()  # a control begins at its reference's weights
     return model
 
 
 def scaler_of(
     settings: Settings, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> torch.amp.GradScaler | None:
-    """Return the scaler of the loss, where passes compute in float16."""
+    """Make the scaler of the loss, where passes compute in float16.
+
+    Raises:
+        BadInputError: the optimizer evaluates a window several times in a step.
+    """
     if settings.precision != "fp16":
         return None
     if needs_closure(type(optimizer).step):

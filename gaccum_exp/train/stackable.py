@@ -9,6 +9,7 @@ otherwise, and a model that cannot be vmapped says so by itself.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from gaccum_exp.core.seeding import (
     seed_model,
 )
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.train.build import Materials, build
+from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.evaluation import evaluate
-from gaccum_exp.train.loop import train_step, training_windows
+from gaccum_exp.train.hooks import Values
 from gaccum_exp.train.runtime import needs_closure
-from gaccum_exp.train.stacked import StackedTraining
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.stacked import StackedState, take_stacked_step
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import NO_HOOKS, take_step
 
 CANARIES = 2
 """Windows: the second is trained from weights and optimizer state that the first has moved."""
@@ -44,7 +46,7 @@ class NotStackableError(Exception):
     """The seeds have to be trained one after the other; the message says why."""
 
 
-def stackable(settings: Sequence[Settings], loaded: Materials) -> list[Experiment]:
+def stackable(settings: Sequence[Settings], loaded: TrainingData) -> list[TrainState]:
     """Build the experiments of an arm's seeds, once it is seen that they can be trained as one.
 
     Args:
@@ -89,7 +91,7 @@ def _more_than_the_seed(settings: Sequence[Settings]) -> str | None:
     return None
 
 
-def _try_out(settings: Sequence[Settings], loaded: Materials) -> None:
+def _try_out(settings: Sequence[Settings], loaded: TrainingData) -> None:
     exact = [replace(one, runtime=replace(one.runtime, precision="fp64")) for one in settings]
     try:
         alone = [_alone(one, loaded) for one in exact]
@@ -109,51 +111,51 @@ def _try_out(settings: Sequence[Settings], loaded: Materials) -> None:
         )
 
 
-def _alone(settings: Settings, loaded: Materials, *, backwards: bool = False) -> Trace:
+def _alone(settings: Settings, loaded: TrainingData, *, backwards: bool = False) -> Trace:
     """Train a seed's first windows the ordinary way, or with the samples of micro-batches reversed."""
-    experiment = build(settings, loaded.of_seed(settings.seed))
-    if needs_closure(type(experiment.optimizer).step):
-        name = type(experiment.optimizer).__name__
+    state = build(settings, loaded.of_seed(settings.seed))
+    if needs_closure(type(state.optimizer).step):
+        name = type(state.optimizer).__name__
         raise NotStackableError(f"{name} evaluates a window several times in a step")
-    before, curves = _weights(experiment), []
-    buffers = {name: buffer.clone() for name, buffer in experiment.modules.named_buffers()}
-    for step, window in zip(range(CANARIES), training_windows(experiment), strict=False):
-        curves.append(_quiet_step(experiment, _reversed(window) if backwards else window, step))
-    for name, buffer in experiment.modules.named_buffers():
+    before, curves = _weights(state), []
+    buffers = {name: buffer.clone() for name, buffer in state.modules.named_buffers()}
+    for window in islice(state.windows_from(0), CANARIES):
+        curves.append(_quiet_step(state, _reversed(window) if backwards else window))
+        state.global_step += 1
+    for name, buffer in state.modules.named_buffers():
         if not torch.equal(buffer, buffers[name]):
             raise NotStackableError(f"passes change its buffer {name.partition('.')[2]}")
-    if experiment.eval_data is not None:
-        curves.append(evaluate(experiment))
-    return _trace(experiment, before, curves)
+    if state.eval_data is not None:
+        curves.append(evaluate(state))
+    return _trace(state, before, curves)
 
 
-def _quiet_step(
-    experiment: Experiment, window: Window, global_step: int
-) -> Mapping[str, float | Tensor]:
-    seed_model(derive_seed(experiment.settings.seed, "model", global_step), experiment.device)
-    states = random_states()
-    values = train_step(experiment, window, global_step)
-    if not same_states(states, random_states()):
+def _quiet_step(state: TrainState, window: Window) -> Values:
+    """Take a step that may draw nothing, on a window in which something counts."""
+    seed_model(derive_seed(state.settings.seed, "model", state.global_step), state.device)
+    generators = random_states()
+    values = take_step(state, window)
+    if not same_states(generators, random_states()):
         raise NotStackableError("its passes draw random numbers")
     if not values:
         raise NotStackableError("there are windows in which nothing counts")
     return values
 
 
-def _together(settings: Sequence[Settings], loaded: Materials) -> list[Trace]:
+def _together(settings: Sequence[Settings], loaded: TrainingData) -> list[Trace]:
     """Train the seeds' first windows as one."""
-    experiments = [build(one, loaded.of_seed(one.seed)) for one in settings]
-    training = StackedTraining(experiments)
-    before, curves = [_weights(experiment) for experiment in experiments], []
-    for step, window in zip(range(CANARIES), training.windows(), strict=False):
+    state = StackedState([build(one, loaded.of_seed(one.seed)) for one in settings])
+    before, curves = [_weights(seed) for seed in state.seeds], []
+    for window in islice(state.windows_from(0), CANARIES):
         if any(part.together is None for part in window):
             raise NotStackableError("the micro-batches of its seeds differ in shape")
-        curves.append(training.step(window, step)[0])
-    if experiments[0].eval_data is not None:
-        curves.append(training.evaluate())
+        curves.append(take_stacked_step(state, window, NO_HOOKS))
+        state.global_step += 1
+    if state.seeds[0].eval_data is not None:
+        curves.append(state.evaluate())
     return [
-        _trace(experiment, before[number], [_of(number, values) for values in curves])
-        for number, experiment in enumerate(experiments)
+        _trace(seed, before[number], [_of(number, values) for values in curves])
+        for number, seed in enumerate(state.seeds)
     ]
 
 
@@ -161,14 +163,12 @@ def _of(number: int, values: Mapping[str, float | Tensor]) -> dict[str, float | 
     return {k: v[number] if isinstance(v, Tensor) and v.ndim else v for k, v in values.items()}
 
 
-def _weights(experiment: Experiment) -> Gradient:
-    return {name: p.detach().clone() for name, p in experiment.modules.named_parameters()}
+def _weights(state: TrainState) -> Gradient:
+    return {name: p.detach().clone() for name, p in state.modules.named_parameters()}
 
 
-def _trace(
-    experiment: Experiment, before: Gradient, curves: Sequence[Mapping[str, float | Tensor]]
-) -> Trace:
-    now = _weights(experiment)
+def _trace(state: TrainState, before: Gradient, curves: Sequence[Mapping[str, float | Tensor]]) -> Trace:
+    now = _weights(state)
     trace = {"weights": {name: now[name] - weight for name, weight in before.items()}}
     for at, values in enumerate(curves):
         trace |= {f"{key} {at}": {key: torch.as_tensor(value)} for key, value in values.items()}

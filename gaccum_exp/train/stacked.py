@@ -4,14 +4,17 @@ Each seed has its own weights, its own samples and its own sink, and gets the cu
 What is not measured here is time and memory: those of one seed alone cannot be seen.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.core.reductions import stacked
 from gaccum_exp.core.stack import (
+    MicroBatches,
     Stack,
     StackedWindow,
     accumulate_stacked,
@@ -21,83 +24,152 @@ from gaccum_exp.core.stack import (
 )
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import NonFiniteLossError, Sink
+from gaccum_exp.tracking.metrics import NonFiniteLossError, Point, Sink
 from gaccum_exp.tracking.progress import Progress
-from gaccum_exp.train.audits import RunAudits
+from gaccum_exp.train.audits import WindowAudits
 from gaccum_exp.train.build import optimizer_of
-from gaccum_exp.train.evaluation import Sums, evaluate
-from gaccum_exp.train.loop import rates_scaled
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.evaluation import Evaluation, Over, Sums, evaluate
+from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hook, Hooks, Values
+from gaccum_exp.train.loop import train
+from gaccum_exp.train.recording import recording_hooks
+from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.step import rates_scaled
 
-OfSeeds = Mapping[str, float | Tensor]
-"""Metrics of all seeds: (seeds,), or a number where all have the same."""
 
-
-class StackedTraining:
-    """Experiments that differ in their seed, trained as one.
+class StackedState:
+    """The state of trainings that differ in their seed, trained as one: values are (seeds,).
 
     Args:
-        experiments: one for each seed. Their models are trained, and can be read at any time; their
-            optimizers and schedules stay as they are, since one of each is built for all.
+        seeds: the state of each. Their models are trained, and can be read at any time; their optimizers
+            and schedules stay as they are, since one of each is built for all.
     """
 
-    def __init__(self, experiments: Sequence[Experiment]) -> None:
-        self.experiments = experiments
-        self._first = first = experiments[0]
-        self._stack = Stack([experiment.modules for experiment in experiments])
-        self._trained = self._stack.trained
-        self._optimizer, self._scheduler = optimizer_of(first.settings, self._trained, first.total_steps)
+    split_factor = 1
 
-    def windows(self) -> Iterator[StackedWindow]:
-        """Yield the windows of all seeds for every step of the training."""
-        first = self._first
+    def __init__(self, seeds: Sequence[TrainState]) -> None:
+        self.seeds = seeds
+        self.errors: list[Exception | None] = [None for _ in seeds]
+        """Of each seed, what ended it before its time; the others go on."""
+        first = seeds[0]
+        self.total_steps = first.total_steps
+        self.stack = Stack([seed.modules for seed in seeds])
+        self.trained = self.stack.trained
+        self.optimizer, self.scheduler = optimizer_of(first.settings, self.trained, first.total_steps)
+
+    @property
+    def global_step(self) -> int:
+        """Windows used so far, by every seed."""
+        return self.seeds[0].global_step
+
+    @global_step.setter
+    def global_step(self, global_step: int) -> None:
+        for seed in self.seeds:
+            seed.global_step = global_step
+
+    @property
+    def done(self) -> bool:
+        """Whether no window is left, or no seed."""
+        return self.global_step >= self.total_steps or all(self.errors)
+
+    def windows_from(self, first: int) -> Iterator[StackedWindow]:
+        """Yield the windows of all seeds in order, from a global step on."""
         return stacked_windows(
-            first.train_data,
-            [experiment.plan for experiment in self.experiments],
-            accum_steps=first.accum_steps,
-            global_steps=range(first.total_steps),
+            self.seeds[0].train_data,
+            [seed.plan for seed in self.seeds],
+            accum_steps=self.seeds[0].accum_steps,
+            global_steps=range(first, self.total_steps),
         )
 
-    def step(self, window: StackedWindow, global_step: int) -> tuple[OfSeeds, list[int]]:
-        """Take one optimizer step.
+    def over(self, of_model: Any) -> Sums:
+        """Return what a function of a model gives for each seed, in one pass."""
+        sums: Sums = self.stack(of_model)
+        return sums
 
-        Returns:
-            Its metrics, and the numbers of the seeds in whose window nothing counts: alone they would
-            have taken no step, and here they have taken one with a gradient of zero.
-        """
-        accum, optimizer = self._first.settings.accum, self._optimizer
-        for parameter in self._trained:
-            parameter.grad = None
-        with rates_scaled(optimizer, self._first.rate_factor(global_step)):
-            rate = optimizer.param_groups[0]["lr"]
-            loss = accumulate_stacked(
-                self._stack,
-                self._first.loss_fn,
-                window,
-                reduction=accum.reduction,
-                sum_divisors=[experiment.divisor(global_step) for experiment in self.experiments],
-            )
-            norms = gradient_norms(self._trained)
-            if accum.max_grad_norm is not None:
-                clip_gradients(self._trained, accum.max_grad_norm, norms)
-            optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
-        values: OfSeeds = {
-            metrics.TRAIN_LOSS: loss.loss_sums / loss.denominators.to(loss.loss_sums),
-            metrics.LEARNING_RATE: rate,
-            metrics.GRADIENT_NORM: norms,
-        }
-        return values, (loss.denominators == 0).nonzero().flatten().tolist()
-
-    def evaluate(self) -> OfSeeds:
+    def evaluate(self) -> Values:
         """Return each seed's metrics on the held-out data, in one pass over them."""
+        over: Over = self.over
+        return evaluate(self.seeds[0], over)
 
-        def over(of_model: Any) -> Sums:
-            sums: Sums = self._stack(of_model)
-            return sums
 
-        return evaluate(self._first, over)
+def take_stacked_step(state: StackedState, window: StackedWindow, hooks: Hooks) -> Values:
+    """Take one optimizer step of all seeds; return its metrics, (seeds,) or a number for all."""
+    first, optimizer, global_step = state.seeds[0], state.optimizer, state.global_step
+    for parameter in state.trained:
+        parameter.grad = None
+    factor = first.rate_factor(global_step)
+    with nullcontext() if factor == 1.0 else rates_scaled(optimizer, factor):
+        rate = optimizer.param_groups[0]["lr"]
+        with hooks.around(PASSES, state, window):
+            reduction = stacked([seed.reduction_at(global_step) for seed in state.seeds])
+            loss = accumulate_stacked(state.stack, first.loss_fn, window, reduction)
+            norms = gradient_norms(state.trained)
+            limit = first.settings.accum.max_grad_norm
+            if limit is not None:
+                clip_gradients(state.trained, limit, norms)
+        with hooks.around(OPTIMIZER_STEP, state, window):
+            optimizer.step()
+    if state.scheduler is not None:
+        state.scheduler.step()
+    for number in (loss.denominators == 0).nonzero().flatten().tolist():
+        # Alone it would go on, one step behind the others in its schedule and its optimizer's state.
+        state.errors[number] = state.errors[number] or BadInputError(
+            f"sweep.vectorize=seed: nothing in the window of step {global_step + 1} counts under "
+            f"seed={state.seeds[number].settings.seed}, which cannot be trained beside others; train it "
+            "without sweep.vectorize"
+        )
+    return {
+        metrics.TRAIN_LOSS: loss.mean,
+        metrics.LEARNING_RATE: rate,
+        metrics.GRADIENT_NORM: norms,
+    }
+
+
+class OfEachSeed(Hook):
+    """Lifts a hook of one training over those of the seeds: each looks at its own windows beforehand."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = hooks
+
+    def before(self, state: StackedState, window: Sequence[MicroBatches]) -> None:
+        """Let each seed that goes on look at its own micro-batches."""
+        for number, (seed, hook) in enumerate(zip(state.seeds, self._hooks, strict=True)):
+            if state.errors[number] is None:
+                hook.before(seed, [part.each[number] for part in window])
+
+
+class StackedSink(Sink):
+    """Takes metrics of all seeds, and gives each seed that goes on its own."""
+
+    def __init__(self, sinks: Sequence[Sink], state: StackedState) -> None:
+        super().__init__()
+        self._sinks, self._errors = sinks, state.errors
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a delivery of any."""
+        return any(self._sinks[number].due for number in self._going_on())
+
+    def record(self, global_step: int, values: Values) -> None:
+        """Take the metrics of a global step: (seeds,), or a number where all agree."""
+        columns = {k: v.unbind() if isinstance(v, Tensor) and v.ndim else v for k, v in values.items()}
+        for number in self._going_on():
+            own = {k: v[number] if isinstance(v, tuple) else v for k, v in columns.items()}
+            self._sinks[number].record(global_step, own)
+
+    def deliver(self) -> list[Point]:
+        """Deliver of each; return all."""
+        return [point for number in self._going_on() for point in self._sinks[number].deliver()]
+
+    def require_finite(self) -> None:
+        """End the seeds whose loss is not finite."""
+        for number in self._going_on():
+            try:
+                self._sinks[number].require_finite()
+            except NonFiniteLossError as error:
+                self._errors[number] = error
+
+    def _going_on(self) -> list[int]:
+        return [number for number, error in enumerate(self._errors) if error is None]
 
 
 @dataclass(slots=True)
@@ -110,70 +182,15 @@ class End:
     """The worst of its windows."""
 
 
-def train_stacked(training: StackedTraining, sinks: Sequence[Sink], progress: Progress) -> list[End]:
+def train_stacked(state: StackedState, sinks: Sequence[Sink], progress: Progress) -> list[End]:
     """Train to the end; what is measured of a seed goes to its sink.
 
     Returns:
         How each seed ended: one whose loss is not finite has its curve up to there delivered.
     """
-    first, total = training.experiments[0], training.experiments[0].total_steps
-    every = first.settings.train.eval_every_steps
-    seeds = [
-        _Seed(experiment.settings.seed, sink, RunAudits(experiment, sink))
-        for experiment, sink in zip(training.experiments, sinks, strict=True)
-    ]
-    for step, window in enumerate(training.windows(), 1):
-        for number, seed in enumerate(seeds):
-            if seed.goes_on and seed.audits.due(step - 1):
-                seed.audits.judge([part.each[number] for part in window], step - 1)
-        values, empty = training.step(window, step - 1)
-        for number in empty:
-            seeds[number].end_without_step(step)
-        _record(seeds, step, values)
-        due = step % every == 0 if every else first.plan.ends_epoch(step - 1)
-        if first.eval_data is not None and (due or step == total):
-            _record(seeds, step, training.evaluate())
-        if step == total or any(seed.sink.due for seed in seeds if seed.goes_on):
-            for seed in seeds:
-                seed.deliver(progress)
-            if not any(seed.goes_on for seed in seeds):
-                break
-        progress.advance(step)
-    return [End(seed.error, seed.audits.worst) for seed in seeds]
-
-
-@dataclass(slots=True)
-class _Seed:
-    """One seed while it is trained beside others."""
-
-    seed: int
-    sink: Sink
-    audits: RunAudits
-    error: Exception | None = None
-
-    @property
-    def goes_on(self) -> bool:
-        return self.error is None
-
-    def deliver(self, progress: Progress) -> None:
-        if not self.goes_on:
-            return
-        try:
-            progress.note(self.sink.deliver())
-        except NonFiniteLossError as error:
-            self.error = error
-
-    def end_without_step(self, step: int) -> None:
-        """Alone it would go on, one step behind the others in its schedule and its optimizer's state."""
-        self.error = self.error or BadInputError(
-            f"sweep.vectorize=seed: nothing in the window of step {step} counts under seed={self.seed}, "
-            "which cannot be trained beside others; train it without sweep.vectorize"
-        )
-
-
-def _record(seeds: Sequence[_Seed], step: int, values: OfSeeds) -> None:
-    columns = {k: v.unbind() if isinstance(v, Tensor) and v.ndim else v for k, v in values.items()}
-    for number, seed in enumerate(seeds):
-        if seed.goes_on:
-            own = {k: v[number] if isinstance(v, tuple) else v for k, v in columns.items()}
-            seed.sink.record(step, own)
+    sink = StackedSink(sinks, state)
+    audits = [WindowAudits(seed, own) for seed, own in zip(state.seeds, sinks, strict=True)]
+    evaluation = Evaluation(sink, state.seeds[0], state.over)
+    hooks = Hooks([*recording_hooks(sink, progress, evaluation), OfEachSeed(audits)])
+    train(state, hooks, take_stacked_step)
+    return [End(error, own.worst) for error, own in zip(state.errors, audits, strict=True)]

@@ -1,6 +1,7 @@
-"""What one training run works with."""
+"""The state of a training: what it was built from, and what its steps move."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,23 +10,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from gaccum_exp.config.schema import Settings
-from gaccum_exp.core.losses.criterion import CriterionLoss, LossFn
+from gaccum_exp.core.feed import Window, windows
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.placement import Placement
+from gaccum_exp.core.losses.protocol import LossFn
+from gaccum_exp.core.reductions import Reduction
+from gaccum_exp.core.strategies import AccumulatorState, InPlace
 from gaccum_exp.core.window import WindowPlan
 
 
 @dataclass(slots=True)
-class Splitting:
-    """How much finer windows are split than was asked for."""
+class TrainState:
+    """One training at one global step."""
 
-    factor: int = 1
-    """Times as many micro-batches: it grows where memory runs out."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """The built objects of one arm, and the settings that they were built from."""
-
+    settings: Settings
     model: nn.Module
     loss_fn: LossFn
     """Takes micro-batches from the host."""
@@ -34,47 +32,39 @@ class Experiment:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
+    scaler: torch.amp.GradScaler | None
+    """Of the loss, where passes compute in float16."""
     train_data: Dataset[Any]
     eval_data: Dataset[Any] | None
     plan: WindowPlan
     total_steps: int
-    sum_divisor: float
-    """What the reduction `sum` divides by at the largest global batch."""
+    reduction: Reduction
+    """At the largest global batch."""
+    strategy: InPlace
     device: torch.device
     placement: Placement
     """What is done to micro-batches from the host; `loss_fn` does it by itself."""
-    scaler: torch.amp.GradScaler | None
-    """Of the loss, where passes compute in float16."""
-    buffer_dtype: torch.dtype | None
-    """In what micro gradients are added up; None: as the weights."""
     counts_tokens: bool
     """Whether a target is a sequence of labels, (batch, length)."""
     ignore_index: int
     """Of labels that do not count."""
-    settings: Settings
-    splitting: Splitting = field(default_factory=Splitting)
+    global_step: int = 0
+    """Windows used so far; each was an optimizer step, unless nothing in it counted."""
+    split_factor: int = 1
+    """Times as many micro-batches as was asked for: it grows where memory runs out."""
+    begun: AccumulatorState | None = None
+    """Of the window at `global_step`, where it was interrupted after a micro-batch and is to go on."""
 
-    def accum_steps(self, global_step: int) -> int:
-        """Return N, the micro-batches of a window."""
-        stage = self.settings.stages[self.plan.stage_of(global_step)]
-        if self.splitting.factor == 1:
-            return stage.accum_steps
-        size = stage.global_batch_size
-        finer = min(stage.accum_steps * self.splitting.factor, size)
-        if self.settings.accum.reduction == "mean":  # of means: on unequal micro-batches it is biased
-            return next(n for n in range(finer, size + 1) if size % n == 0)
-        return finer
+    @property
+    def done(self) -> bool:
+        """Whether no window is left."""
+        return self.global_step >= self.total_steps
 
-    def divisor(self, global_step: int) -> float:
-        """Return what the reduction `sum` divides by: a constant of the stage, as its batch is."""
-        return self.sum_divisor * self._share(global_step) if self.sum_divisor != 1.0 else 1.0
-
-    def is_full(self, global_step: int) -> bool:
-        """Whether a window is as large as those of its stage get."""
-        plan = self.plan
-        asked = plan.stages[plan.stage_of(global_step)].global_batch_size
-        carried = plan.partial_window == "carry"
-        return plan.size(global_step) == (asked if carried else min(asked, plan.samples))
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The model, and the criterion where that is a module: it may have parameters as well."""
+        criterion = self.criterion_loss.criterion if self.criterion_loss else None
+        return nn.ModuleList([self.model] if criterion is None else [self.model, criterion])
 
     @property
     def stage_windows(self) -> list[range]:
@@ -83,23 +73,49 @@ class Experiment:
         ends = [min(end, self.total_steps) for end in starts[1:]]
         return [range(*stage) for stage in zip(starts, ends, strict=False) if stage[0] < stage[1]]
 
+    def windows_from(self, first: int) -> Iterator[Window]:
+        """Yield the windows of the training in order, from a global step on."""
+        return windows(
+            self.train_data,
+            replace(self.plan, control_seed=self.settings.audit.control_seed),
+            accum_steps=self.accum_steps,
+            global_steps=range(first, self.total_steps),
+            workers=self.settings.data.workers,
+            pin=self.device.type != "cpu",
+        )
+
+    def accum_steps(self, global_step: int) -> int:
+        """Return N, the micro-batches of a window."""
+        stage = self.settings.stages[self.plan.stage_of(global_step)]
+        if self.split_factor == 1:
+            return stage.accum_steps
+        size = stage.global_batch_size
+        finer = min(stage.accum_steps * self.split_factor, size)
+        if self.reduction.needs_equal_parts:
+            return next(n for n in range(finer, size + 1) if size % n == 0)
+        return finer
+
+    def is_full(self, global_step: int) -> bool:
+        """Whether a window is as large as those of its stage get."""
+        plan = self.plan
+        asked = plan.stages[plan.stage_of(global_step)].global_batch_size
+        carried = plan.partial_window == "carry"
+        return plan.size(global_step) == (asked if carried else min(asked, plan.samples))
+
+    def reduction_at(self, global_step: int) -> Reduction:
+        """Return the reduction of a window: its constant is of its stage, as its batch is."""
+        return self.reduction.at_batch_share(self._batch_share(global_step))
+
+    def rate_factor(self, global_step: int) -> float:
+        """Return what the learning rate is multiplied by while the schedule keeps the batch small."""
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.settings.accum.schedule_lr]
+        return float(self._batch_share(global_step) ** power)
+
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a micro-batch's share of the loss."""
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
-    def rate_factor(self, global_step: int) -> float:
-        """Return what the learning rate is multiplied by while the schedule keeps the batch small."""
-        share = self._share(global_step)
-        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.settings.accum.schedule_lr]
-        return float(share**power)
-
-    @property
-    def modules(self) -> nn.ModuleList:
-        """The model, and the criterion where that is a module: it may have parameters as well."""
-        criterion = self.criterion_loss.criterion if self.criterion_loss else None
-        return nn.ModuleList([self.model] if criterion is None else [self.model, criterion])
-
-    def _share(self, global_step: int) -> float:
+    def _batch_share(self, global_step: int) -> float:
         """Return the global batch now over the largest of the schedule."""
         now = self.plan.stages[self.plan.stage_of(global_step)].global_batch_size
         return now / self.plan.largest_batch

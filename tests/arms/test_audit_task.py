@@ -3,7 +3,8 @@
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from gaccum_exp.core.seeding import seed_host
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
-from gaccum_exp.train.clock import WindowClock
-from gaccum_exp.train.loop import measured_step, training_windows
+from gaccum_exp.train.clock import StepClock
+from gaccum_exp.train.memory_meters import MemoryMeters
 from tests.program import Program
 from tests.strangers import Net, NumpyNoise
 from tests.support import STRANGER, settings, trained
@@ -267,7 +268,7 @@ def state(overrides: tuple[str, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_training_is_bit_identical_with_and_without_audits(optimizer: str) -> None:
     """Weights, running statistics, gradients, optimizer state, curves, the generator's state."""
-    common = (*STRANGER, "model._target_=tests.test_audit_task.Normed", f"optimizer={optimizer}",
+    common = (*STRANGER, "model._target_=tests.arms.test_audit_task.Normed", f"optimizer={optimizer}",
               "+data.train.noise=0.1", "data.global_batch_size=8", "accum.steps=3", "train.steps=7",
               "data.workers=0")  # fmt: skip
     bare, audited = (
@@ -280,9 +281,9 @@ def test_a_training_is_bit_identical_with_and_without_audits(optimizer: str) -> 
 def test_an_audit_leaves_every_generator_where_it_was() -> None:
     """torch's, Python's and NumPy's, with a model that draws from all three."""
     experiment = build(
-        settings(*STRANGER, "model._target_=tests.test_audit_task.Drawing", "accum.steps=3")
+        settings(*STRANGER, "model._target_=tests.arms.test_audit_task.Drawing", "accum.steps=3")
     )
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     seed_host(7)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     audit(experiment, window, 0)
@@ -292,40 +293,38 @@ def test_an_audit_leaves_every_generator_where_it_was() -> None:
 
 def test_an_audit_is_no_part_of_step_time_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No window is on the clock or at the meter while it is judged, nor on the clock afterwards."""
-    observed: list[str] = []
-    timed: list[int] = []
-
-    class Clock(WindowClock):
-        def now(self) -> Any:
-            observed.append("clock")
-            return super().now()
-
-        def count_window(self, start: Any) -> None:
-            super().count_window(start)
-            timed.append(len(judged))
-            observed.clear()
-
-    def measured(*args: Any) -> Any:
-        observed.append("meter")
-        try:
-            return measured_step(*args)
-        finally:
-            observed.pop()
-
+    metered: list[str] = []
+    timed: list[tuple[int, int]] = []
     judged: list[list[str]] = []
 
+    class Clock(StepClock):
+        def _now(self) -> Any:
+            return len(judged)  # a window in which nothing is judged ends when it began
+
+        def count(self, start: Any, end: Any, tokens: int = 0) -> None:
+            super().count(start, end, tokens)
+            timed.append((start, end))
+
+    plain = MemoryMeters._metered
+
+    @contextmanager
+    def noted(*args: Any) -> Iterator[None]:
+        metered.append("meter")
+        with plain(*args):
+            yield
+        metered.pop()
+
     def audit_window(*args: Any, **kwargs: Any) -> Audit:
-        judged.append(list(observed))
+        judged.append(list(metered))
         return Audit("equivalent", 2, "global_mean")
 
-    monkeypatch.setattr("gaccum_exp.train.loop.WindowClock", Clock)
-    monkeypatch.setattr("gaccum_exp.train.loop.measured_step", measured)
+    monkeypatch.setattr("gaccum_exp.train.loop.StepClock", Clock)
+    monkeypatch.setattr(MemoryMeters, "_metered", noted)
     monkeypatch.setattr(ENGINE, audit_window)
     _, sink = trained(*STRANGER, "data.global_batch_size=8", "accum.steps=2", "train.steps=9",
                       "audit.every_steps=2")  # fmt: skip
     assert judged == [[]] * 5  # at 0, 2, 4, 6 and 8; the memory of 2 is measured
-    assert timed == [1, 2, 3, 4][: len(timed)]
-    assert len(timed) == 4  # 1, 3, 5 and 7
+    assert timed == [(1, 1), (2, 2), (3, 3), (4, 4)]  # the windows 1, 3, 5 and 7
     assert sink.last["memory/peak_bytes"] > 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +16,10 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.build import build, load
-from gaccum_exp.train.loop import train
-from gaccum_exp.train.out_of_memory import MemoryGuard
+from gaccum_exp.train.memory_meters import MemoryMeters
 from tests import strangers
 from tests.program import Program
-from tests.support import STRANGER, Collected, settings, trained
+from tests.support import STRANGER, Collected, settings, train_to_end, trained
 
 WIDE = ("model=mlp", "model.hidden=[256]", "data.global_batch_size=1024", "runtime.device=cpu")
 SHORT = (*WIDE, "train.steps=4", "audit.at_start=false")
@@ -35,7 +35,7 @@ def within(budget_bytes: int, *overrides: str) -> tuple[Any, Collected]:
     call = (*SHORT, "accum.on_oom=increase_steps", *overrides)
     experiment, sink = build(settings(*call)), Collected()
     with Progress("test", experiment.total_steps) as progress:
-        train(experiment, sink, progress, budget_bytes)
+        train_to_end(experiment, sink, progress, budget_bytes)
     return experiment, sink
 
 
@@ -223,7 +223,7 @@ def test_a_window_out_of_memory_is_repeated_as_if_n_had_been_so_from_the_start()
     """Bit for bit, with the event recorded; the budget holds from then on."""
     budget = peak_of(*SHORT, "accum.steps=4")
     experiment, sink = within(budget)
-    assert experiment.splitting.factor == 4
+    assert experiment.split_factor == 4
     assert torch.equal(weights(experiment), weights(trained(*SHORT, "accum.steps=4")[0]))
     assert sink.last["memory/peak_bytes"] <= budget
     assert sink.curve("memory/oom_events")[-1] == 2
@@ -241,7 +241,7 @@ def test_under_mean_a_finer_split_is_an_even_one() -> None:
     )
     found = []
     for factor in (1, 2, 4, 8):
-        experiment.splitting.factor = factor
+        experiment.split_factor = factor
         found.append(experiment.accum_steps(0))
     assert found == [3, 6, 18, 18]
 
@@ -270,7 +270,7 @@ def test_running_statistics_are_those_of_one_attempt() -> None:
     )
     experiment, sink = build(settings(*call, "accum.on_oom=increase_steps")), Collected()
     with Progress("test", experiment.total_steps) as progress:
-        train(experiment, sink, progress, peak_of(*call, "accum.steps=2"))
+        train_to_end(experiment, sink, progress, peak_of(*call, "accum.steps=2"))
     assert sink.tags["accum.steps_used"] == "2"
     plain = trained(*call, "accum.steps=2")[0]
     ours, theirs = (e.model.state_dict().values() for e in (experiment, plain))
@@ -323,7 +323,7 @@ def test_python_running_out_of_memory_is_met_as_well() -> None:
     experiment.model.layers = RunsOut().layers
     sink = Collected()
     with Progress("test", 2) as progress:
-        train(experiment, sink, progress)
+        train_to_end(experiment, sink, progress)
     assert sink.tags["accum.steps_used"] == "4"
 
 
@@ -413,24 +413,26 @@ def test_out_of_memory_in_the_optimizer_step_is_no_matter_of_n(monkeypatch: pyte
         Progress("test", 4) as progress,
         pytest.raises(BadInputError, match=r"optimizer step, which no N makes smaller \(no room\)"),
     ):
-        train(experiment, Collected(), progress)
+        train_to_end(experiment, Collected(), progress)
 
 
 def test_only_windows_that_could_hold_more_are_followed() -> None:
     """The first without and the first with optimizer state, and any with a larger micro-batch."""
     experiment = build(settings(*SHORT, "accum.on_oom=increase_steps"))
-    guard = MemoryGuard(experiment, Collected(), 10**9)
+    meters = MemoryMeters(experiment, Collected(), 10**9)
+    follows = partial(meters.could_exceed_budget, experiment)
     small, large = [(torch.zeros(4, 3),)], [(torch.zeros(5, 3),)]
-    assert [guard.follows(w) for w in (small, small, large, small)] == [True, False, True, False]
+    assert [follows(w) for w in (small, small, large, small)] == [True, False, True, False]
     experiment.optimizer.state[experiment.parameters[0]] = {"step": 1}
-    assert [guard.follows(w) for w in (small, large, large)] == [True, True, False]
-    assert not MemoryGuard(build(settings(*SHORT)), Collected(), 10**9).follows(small)
+    assert [follows(w) for w in (small, large, large)] == [True, True, False]
+    free = build(settings(*SHORT))
+    assert not MemoryMeters(free, Collected(), 10**9).could_exceed_budget(free, small)
 
 
 def test_a_longer_micro_batch_is_followed_though_it_has_fewer_elements() -> None:
     """Attention grows with the square of the length; and one that shows no tensors is followed once."""
     experiment = build(settings(*SHORT, "accum.on_oom=increase_steps"))
-    guard = MemoryGuard(experiment, Collected(), 10**9)
+    follows = partial(MemoryMeters(experiment, Collected(), 10**9).could_exceed_budget, experiment)
     wide, long, short = (([(torch.zeros(*shape),)]) for shape in ((16, 100), (4, 350), (4, 100)))
-    assert [guard.follows(w) for w in (wide, long, short, long)] == [True, True, False, False]
-    assert [guard.follows(w) for w in ([object()], [object()])] == [True, False]
+    assert [follows(w) for w in (wide, long, short, long)] == [True, True, False, False]
+    assert [follows(w) for w in ([object()], [object()])] == [True, False]

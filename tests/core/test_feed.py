@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp import accumulate_gradients
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.window import Stage, WindowPlan, split_sizes
+from gaccum_exp.core.window import BatchStage, WindowPlan, split_sizes
 from gaccum_exp.data.sequences import TokenSequences
 from gaccum_exp.errors import BadInputError
 
@@ -114,7 +114,7 @@ def test_n_may_be_a_function_of_the_global_step(behind: bool, workers: int) -> N
     """By index and through the loader, while windows grow; later windows need no earlier ones."""
     data = tokens()
     dataset: Any = Behind(data, data.collate_fn) if behind else data
-    plan = WindowPlan(SAMPLES, [Stage(0, 3), Stage(4, 12)], 0, by_step=True)
+    plan = WindowPlan(SAMPLES, [BatchStage(0, 3), BatchStage(4, 12)], 0, by_step=True)
     steps_of = lambda step: 1 if step < 2 else 1 + step % 3  # noqa: E731
     found = list(windows(dataset, plan, accum_steps=steps_of, global_steps=STEPS, workers=workers))
     for step, window in enumerate(found):

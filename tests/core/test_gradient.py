@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.gradient_norm import gradient_norm
+from gaccum_exp.core.gradient import gradient_norm
 
 
 def parameters(*gradients: Tensor) -> list[nn.Parameter]:

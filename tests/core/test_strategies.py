@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.buffers import GradientBuffers
+from gaccum_exp.core.strategies import AccumulatorState, Buffered
 
 HALVES = (torch.bfloat16, torch.float16)
 REDUCTIONS = ("global_mean", "mean", "sum")
@@ -270,7 +270,8 @@ def test_a_buffer_no_wider_than_the_parameters_changes_nothing(
 def test_only_narrower_parameters_get_a_buffer() -> None:
     """A model of two precisions: its float32 part is added up by autograd, its bfloat16 part is not."""
     of = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).bfloat16())
-    with GradientBuffers(of.parameters(), torch.float32):
+    parameters, state = list(of.parameters()), AccumulatorState([1])
+    with Buffered(torch.float32).collecting(state, parameters, rescaled=False):
         assert [len(p._post_accumulate_grad_hooks or ()) for p in of.parameters()] == [0, 0, 1, 1]
     assert hooks_on(of) == 0
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gaccum_exp.core.window import Stage, WindowPlan, split_sizes
+from gaccum_exp.core.window import BatchStage, WindowPlan, split_sizes
 from gaccum_exp.errors import BadInputError
 
 RULES = ("exact", "drop", "carry")
@@ -130,7 +130,7 @@ class Walked:
 
 
 def walk(
-    samples: int, stages: list[Stage], rule: str, by_step: bool, order: Any, windows: int
+    samples: int, stages: list[BatchStage], rule: str, by_step: bool, order: Any, windows: int
 ) -> list[Walked]:
     """Go through a training's windows one by one: each begins where the one before it ended.
 
@@ -167,11 +167,11 @@ STAGES = st.tuples(
 )
 
 
-def staged(drawn: tuple[list[int], list[int]], largest: float) -> list[Stage]:
+def staged(drawn: tuple[list[int], list[int]], largest: float) -> list[BatchStage]:
     """Stages of some sizes, the first from 0 on; of those that begin together the last holds."""
     sizes, starts = drawn
     pairs = zip([0, *sorted(starts)], sizes, strict=False)
-    return [Stage(start, int(min(size, largest))) for start, size in pairs]
+    return [BatchStage(start, int(min(size, largest))) for start, size in pairs]
 
 
 WINDOWS = 40
@@ -222,20 +222,20 @@ def test_stages_of_equal_size_change_nothing(
 ) -> None:
     """Window for window the plan without stages, and as many of them."""
     assume(rule != "drop" or size <= samples)
-    stages = [Stage(start, size) for start in [0, *sorted(starts)]]
+    stages = [BatchStage(start, size) for start in [0, *sorted(starts)]]
     plan = WindowPlan(samples, size, 0, rule)  # type: ignore[arg-type]
     in_stages = replace(plan, global_batch_size=stages, by_step=by_step)
     for step in range(25):
         assert torch.equal(plan.indices(step), in_stages.indices(step))
         assert plan.ends_epoch(step) == in_stages.ends_epoch(step)
-        assert plan.is_full(step) == in_stages.is_full(step)
+        assert plan.is_largest(step) == in_stages.is_largest(step)
         assert plan.steps_in(samples=10 * step) == in_stages.steps_in(samples=10 * step)
         assert plan.steps_in(epochs=step) == in_stages.steps_in(epochs=step)
 
 
 def test_a_batch_that_grows_is_worked_out_by_hand() -> None:
     """10 samples: two epochs at 4, then at 8; exact, dropped and carried."""
-    stages = [Stage(0, 4), Stage(2, 8)]
+    stages = [BatchStage(0, 4), BatchStage(2, 8)]
     sizes = {
         rule: [WindowPlan(10, stages, 0, rule).size(k) for k in range(9)]  # type: ignore[arg-type]
         for rule in RULES
@@ -250,7 +250,7 @@ def test_a_batch_that_grows_is_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_any_window_of_stages_can_be_asked_for_first(rule: str) -> None:
     """In any order the same, which is what resuming needs."""
-    stages = [Stage(0, 3), Stage(5, 7), Stage(9, 2)]
+    stages = [BatchStage(0, 3), BatchStage(5, 7), BatchStage(9, 2)]
     plan = WindowPlan(11, stages, 0, rule, by_step=True)  # type: ignore[arg-type]
     in_order = [plan.indices(step) for step in range(20)]
     for step in (17, 3, 11, 5, 0):
@@ -260,10 +260,10 @@ def test_any_window_of_stages_can_be_asked_for_first(rule: str) -> None:
 
 def test_the_full_window_is_that_of_the_largest_stage() -> None:
     """Windows of a smaller stage are no measure of time; an epoch bounds them where none is carried."""
-    stages = [Stage(0, 4), Stage(1, 8), Stage(2, 2)]
+    stages = [BatchStage(0, 4), BatchStage(1, 8), BatchStage(2, 2)]
     plan = WindowPlan(16, stages, 0)
     assert plan.largest_batch == plan.full_window == 8
-    assert [plan.is_full(k) for k in range(8)] == [False] * 4 + [True, True] + [False] * 2
+    assert [plan.is_largest(k) for k in range(8)] == [False] * 4 + [True, True] + [False] * 2
     assert WindowPlan(5, stages, 0).full_window == 5
     assert WindowPlan(5, stages, 0, "carry").full_window == 8
 
@@ -275,7 +275,7 @@ def test_samples_sorted_by_length_stay_in_their_window(rule: str, data: st.DataO
     samples = data.draw(st.integers(4, 24))
     size = data.draw(st.integers(1, samples))
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 5), min_size=samples, max_size=samples)))
-    plan = WindowPlan(samples, [Stage(0, size), Stage(2, samples)], 0, rule)  # type: ignore[arg-type]
+    plan = WindowPlan(samples, [BatchStage(0, size), BatchStage(2, samples)], 0, rule)  # type: ignore[arg-type]
     ordered = replace(plan, lengths=lengths)
     control = replace(ordered, control_seed=3)
     for step in range(6):
@@ -302,11 +302,11 @@ def test_a_control_of_a_sorted_window_is_permuted() -> None:
 
 def test_a_stage_that_leaves_a_partial_window_is_refused_where_none_is_allowed() -> None:
     """12 samples: 2 and 4 both divide them, and yet the epoch in which 2 becomes 4 has 2 left over."""
-    by_epoch = WindowPlan(12, [Stage(0, 2), Stage(1, 4)], 0, "error")
+    by_epoch = WindowPlan(12, [BatchStage(0, 2), BatchStage(1, 4)], 0, "error")
     assert [by_epoch.size(k) for k in (5, 6)] == [2, 4]
-    by_step = WindowPlan(12, [Stage(0, 2), Stage(2, 4)], 0, "error", by_step=True)
+    by_step = WindowPlan(12, [BatchStage(0, 2), BatchStage(2, 4)], 0, "error", by_step=True)
     assert [by_step.size(k) for k in range(4)] == [2, 2, 4, 4]
     with pytest.raises(BadInputError, match=r"step 1, .* becomes 4, .* 10 samples, .*\(2 are left over"):
-        WindowPlan(12, [Stage(0, 2), Stage(1, 4)], 0, "error", by_step=True)
+        WindowPlan(12, [BatchStage(0, 2), BatchStage(1, 4)], 0, "error", by_step=True)
     with pytest.raises(BadInputError, match=r"12 samples.*batch_size=5 "):
-        WindowPlan(12, [Stage(0, 2), Stage(1, 5)], 0, "error")
+        WindowPlan(12, [BatchStage(0, 2), BatchStage(1, 5)], 0, "error")

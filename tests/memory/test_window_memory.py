@@ -15,9 +15,8 @@ from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
 from gaccum_exp.memory.storages import ACTIVATIONS, INPUTS
 from gaccum_exp.models.cnn import CNN
-from gaccum_exp.train.loop import train_step, training_windows
 from tests.memory.hand_written import CPU, hand_written_peak
-from tests.support import build, settings
+from tests.support import build, settings, step_at
 
 SIZE = 16
 """Samples of a micro-batch."""
@@ -162,13 +161,13 @@ def test_a_training_step_holds_no_more_than_the_window_alone() -> None:
         *("accum.steps=4", "runtime.device=cpu", "accum.max_grad_norm=1.0", "scheduler=cosine"),
     )
     experiment = build(settings(*call))
-    window = next(training_windows(experiment))
-    train_step(experiment, window, 0)
+    window = next(experiment.windows_from(0))
+    step_at(experiment, window, 0)
     by_hand = hand_written_peak(experiment.model, experiment.optimizer, window, 64)
     tracked = TrackedWindow(experiment.modules, experiment.optimizer, CPU)
     watched = replace(experiment, loss_fn=tracked.loss_fn(experiment.loss_fn))
     with tracked:
-        train_step(watched, window, 1, tracked.phase)
+        step_at(watched, window, 1, tracked.phase)
     peak = tracked.peak()
     assert peak is not None
     assert peak.bytes <= 1.02 * by_hand

@@ -14,9 +14,8 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import train_step, training_windows
-from gaccum_exp.train.state import Experiment
-from tests.support import STRANGER, settings, trained
+from gaccum_exp.train.state import TrainState
+from tests.support import STRANGER, settings, step_at, trained
 
 UNEVEN = (*STRANGER, "+data.train.samples=23", "data.global_batch_size=7", "train.epochs=3")
 PURE = ("runtime.precision=bf16", "runtime.weight_dtype=same")
@@ -24,15 +23,15 @@ MANY = (*STRANGER, *PURE, "model._target_=tests.strangers.Loud", "+data.train.sa
         "data.global_batch_size=256")  # fmt: skip
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in experiment.parameters])
 
 
-def by_hand(experiment: Experiment, limit: float, *, each: bool) -> tuple[Tensor, list[float]]:
+def by_hand(experiment: TrainState, limit: float, *, each: bool) -> tuple[Tensor, list[float]]:
     """Train with torch's own clipping: of the large batch, or of every micro-batch's share."""
     optimizer, parameters = experiment.optimizer, experiment.parameters
     norms = []
-    for window in training_windows(experiment):
+    for window in experiment.windows_from(0):
         total = [torch.zeros_like(p) for p in parameters]
         samples = sum(len(y) for _, y in window)
         for x, y in window if each else [joined(window)]:
@@ -92,7 +91,7 @@ def test_what_is_clipped_is_what_the_optimizer_gets() -> None:
     experiment = build(settings(*summed))
     mean = build(settings(*UNEVEN, "accum.max_grad_norm=0.1"))
     norms = [
-        float(train_step(e, next(training_windows(e)), 0)["optim/grad_norm"]) for e in (experiment, mean)
+        float(step_at(e, next(e.windows_from(0)), 0)["optim/grad_norm"]) for e in (experiment, mean)
     ]
     assert norms[0] == pytest.approx(7 * norms[1], rel=1e-12)
     for e in (experiment, mean):
@@ -111,7 +110,7 @@ def error_of(buffer_dtype: str, n: int) -> tuple[float, float]:
     """Return how far the gradients of N passes and of one lie from float64."""
     experiment = build(settings(*MANY, f"accum.buffer_dtype={buffer_dtype}", f"accum.steps={n}"))
     how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
     accumulated, exact = trial.record(), trial.one_pass(float64=True)
     assert {g.dtype for g in accumulated.values()} == {torch.bfloat16}
@@ -135,7 +134,7 @@ def test_the_audit_tells_a_sum_in_bfloat16_from_one_in_float32() -> None:
     for buffer_dtype in ("same", "float32"):
         overrides = (*MANY, f"accum.buffer_dtype={buffer_dtype}", "accum.steps=64")
         experiment = build(settings(*overrides))
-        found = audit(experiment, next(training_windows(experiment)), 0)
+        found = audit(experiment, next(experiment.windows_from(0)), 0)
         verdicts[buffer_dtype] = (found.sound, found.verdict, found.cause)
         assert found.e64 is not None
         assert found.e64 < 1e-12

@@ -24,8 +24,7 @@ from gaccum_exp.train import compiled
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
 from gaccum_exp.train.compiled import check_compiled
-from gaccum_exp.train.loop import training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 from tests.audit.test_untouched import same
 from tests.strangers import Net
 from tests.support import STRANGER, settings, trained
@@ -62,7 +61,7 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in experiment.parameters])
 
 
@@ -122,7 +121,7 @@ class Stateful(Net):
         return super().forward(self.norm(x))
 
 
-def state_of(experiment: Experiment) -> list[Any]:
+def state_of(experiment: TrainState) -> list[Any]:
     model = experiment.model
     gradients = [None if p.grad is None else p.grad.clone() for p in experiment.parameters]
     draws = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
@@ -141,7 +140,7 @@ def test_a_wrong_compiler_is_refused_and_nothing_has_moved(
 ) -> None:
     """Gradients a thousandth too large, zero for one parameter, those of another micro-batch, or NaN."""
     compiling(monkeypatch, wrong(FAULTS[fault]()))
-    model = "tests.test_compiled.Stateful" if dropout == 0 else "tests.strangers.Net"
+    model = "tests.train.test_compiled.Stateful" if dropout == 0 else "tests.strangers.Net"
     more = () if dropout == 0 else (f"+model.dropout={dropout}",)
     experiment = build(settings(*POINTS, COMPILED, f"model._target_={model}", *more))
     for p in experiment.parameters:
@@ -157,7 +156,7 @@ def test_a_wrong_compiler_is_refused_and_nothing_has_moved(
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("model", ["tests.test_compiled.Stateful", "tests.strangers.Net"])
+@pytest.mark.parametrize("model", ["tests.train.test_compiled.Stateful", "tests.strangers.Net"])
 def test_a_sound_compiler_passes_and_nothing_has_moved(model: str) -> None:
     """Weights, running statistics, gradients, modes and every random state, bit for bit."""
     more = ("+model.dropout=0.5",) if model.endswith("Net") else ()
@@ -185,7 +184,7 @@ def test_a_model_with_dropout_is_compared_in_evaluation_mode(caplog: pytest.LogC
     experiment = build(settings(*POINTS, COMPILED, "+model.dropout=0.5"))
     assert check_compiled(experiment)["compile/error"] <= 1e-10
     assert "in evaluation mode" in caplog.text
-    noisy = build(settings(*POINTS, COMPILED, "model._target_=tests.test_compiled.AlwaysNoisy"))
+    noisy = build(settings(*POINTS, COMPILED, "model._target_=tests.train.test_compiled.AlwaysNoisy"))
     with pytest.raises(BadInputError, match="draws random numbers in evaluation mode too"):
         check_compiled(noisy)
 
@@ -296,7 +295,7 @@ def test_the_real_compiler_trains_as_eager_within_rounding(
     common = (*overrides, f"runtime.precision={precision}", "train.steps=4", "data.eval._target_=null")
     eager, _ = trained(*common)
     run, sink = trained(*common, COMPILED)
-    found = audit(eager, next(training_windows(eager)), 0)
+    found = audit(eager, next(eager.windows_from(0)), 0)
     assert found.floor is not None
     assert sink.last["compile/error"] <= sink.last["compile/floor"] <= 16 * found.floor
     assert (weights(run) - weights(eager)).norm() <= 16 * found.floor * weights(eager).norm()

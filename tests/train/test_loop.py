@@ -17,9 +17,8 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import StorageTracker
 from gaccum_exp.tracking.metrics import NonFiniteLossError
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import train_step, training_windows
 from tests.strangers import Points
-from tests.support import SMALL, STRANGER, Collected, settings, trained
+from tests.support import SMALL, STRANGER, Collected, settings, step_at, train_to_end, trained
 
 
 def weights(experiment: Any) -> Tensor:
@@ -31,7 +30,7 @@ def fetched(*overrides: str) -> list[tuple[Tensor, Tensor]]:
     experiment = build(settings(*STRANGER, *overrides))
     return [
         tuple(torch.cat(parts) for parts in zip(*window, strict=True))
-        for window in training_windows(experiment)
+        for window in experiment.windows_from(0)
     ]  # type: ignore[misc]
 
 
@@ -241,12 +240,12 @@ def test_the_reported_loss_is_the_windows_and_the_norm_is_of_what_the_optimizer_
     """Against one pass over the same window, computed here."""
     experiment = build(settings(*STRANGER, "data.global_batch_size=7", "accum.steps=3"))
     twin = build(settings(*STRANGER, "data.global_batch_size=7"))
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     x, y = (torch.cat(parts) for parts in zip(*window, strict=True))
     loss = torch.nn.functional.cross_entropy(twin.model(x), y)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in twin.parameters if p.grad is not None]).norm()
-    values = train_step(experiment, window, 0)
+    values = step_at(experiment, window, 0)
     assert float(values["train/loss"]) == pytest.approx(loss.item(), rel=1e-12)
     assert float(values["optim/grad_norm"]) == pytest.approx(float(norm), rel=1e-12)
 
@@ -255,11 +254,10 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_its_step() -> None:
     """And the curve up to there is kept."""
     experiment = build(settings(*STRANGER, "model._target_=tests.strangers.Diverging", "train.steps=9"))
     from gaccum_exp.tracking.progress import Progress
-    from gaccum_exp.train.loop import train
 
     sink = Collected()
     with pytest.raises(NonFiniteLossError, match="nan at step 4"), Progress("test", 9) as progress:
-        train(experiment, sink, progress)
+        train_to_end(experiment, sink, progress)
     curve = sink.curve("train/loss")
     assert len(curve) == 4
     assert [math.isnan(v) for v in curve] == [False, False, False, True]
@@ -294,8 +292,8 @@ def test_measuring_memory_changes_no_result() -> None:
     )
     measured = trained(*common)[0]
     bare = build(settings(*common))
-    for step, window in enumerate(training_windows(bare)):
-        train_step(bare, window, step)
+    for step, window in enumerate(bare.windows_from(0)):
+        step_at(bare, window, step)
     assert torch.equal(weights(measured), weights(bare))
 
 
@@ -386,8 +384,8 @@ def test_a_model_that_cannot_be_tracked_is_trained_all_the_same(
     experiment, sink = trained(*overrides)
     assert "memory/peak_bytes" not in sink.last
     bare = build(settings(*overrides))
-    for step, window in enumerate(training_windows(bare)):
-        train_step(bare, window, step)
+    for step, window in enumerate(bare.windows_from(0)):
+        step_at(bare, window, step)
     assert torch.equal(weights(experiment), weights(bare))
     means = [e.model.norm.running_mean for e in (experiment, bare)]  # type: ignore[union-attr]
     assert torch.equal(*means)  # type: ignore[arg-type]
@@ -477,12 +475,12 @@ def test_where_nothing_counts_there_is_no_training_that_could_be_called_finished
 
 def test_the_clock_keeps_its_size_and_forgets_the_warm_up() -> None:
     """A long run is timed by its latest windows, a very short one by its last."""
-    from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, WindowClock
+    from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, StepClock
 
-    clock = WindowClock(torch.device("cpu"))
+    clock = StepClock(torch.device("cpu"), Collected())
     assert clock.step_time_s() is None
     for done in range(1, WARMUP_WINDOWS + KEPT_WINDOWS + 10):
-        clock.count_window(clock.now())
+        clock.count(0.0, 1.0)
         assert len(clock._windows) == min(max(1, done - WARMUP_WINDOWS), KEPT_WINDOWS)
 
 
@@ -506,10 +504,10 @@ def test_no_value_is_read_between_two_deliveries(reduction: str) -> None:
     """
     experiment = build(settings(*SMALL, f"accum.reduction={reduction}", "accum.steps=3",
                                 "accum.max_grad_norm=1"))  # fmt: skip
-    feed, sink = training_windows(experiment), Collected()
+    feed, sink = experiment.windows_from(0), Collected()
     with Readings() as readings:
         for step in range(6):
-            sink.record(step + 1, train_step(experiment, next(feed), step))
+            sink.record(step + 1, step_at(experiment, next(feed), step))
         assert readings.count == 0
         sink.deliver()
     assert len(sink.curve("train/loss")) == 6

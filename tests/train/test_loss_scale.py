@@ -15,10 +15,9 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import train, train_step, training_windows
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.state import TrainState
 from tests.audit.test_untouched import same
-from tests.support import STRANGER, Collected, settings, trained
+from tests.support import STRANGER, Collected, settings, step_at, train_to_end, trained
 
 FP16 = "runtime.precision=fp16"
 POINTS = (*STRANGER, "data.global_batch_size=8")
@@ -29,17 +28,17 @@ HOPELESS = (*POINTS, "model._target_=tests.strangers.Loud", "+model.amplitude=1e
 """Its inputs are infinite in float16, whatever the loss is scaled by."""
 
 
-def weights(experiment: Experiment) -> list[Tensor]:
+def weights(experiment: TrainState) -> list[Tensor]:
     return [p.detach().clone() for p in experiment.parameters]
 
 
-def steps_of(*overrides: str) -> tuple[list[Mapping[str, Any]], list[bool], Experiment]:
+def steps_of(*overrides: str) -> tuple[list[Mapping[str, Any]], list[bool], TrainState]:
     """Train window by window; return each one's metrics, and whether it moved any weight."""
     experiment = build(settings(*overrides))
     values, moved = [], []
-    for step, window in enumerate(training_windows(experiment)):
+    for step, window in enumerate(experiment.windows_from(0)):
         before = weights(experiment)
-        values.append(train_step(experiment, window, step))
+        values.append(step_at(experiment, window, step))
         moved.append(not all(map(torch.equal, before, weights(experiment))))
     return values, moved, experiment
 
@@ -49,7 +48,7 @@ def run(*overrides: str) -> Collected:
     experiment, sink = build(settings(*overrides)), Collected()
     with Progress("test", experiment.total_steps) as progress:
         try:
-            train(experiment, sink, progress)
+            train_to_end(experiment, sink, progress)
         finally:
             sink.deliver()
     return sink
@@ -128,7 +127,7 @@ def test_the_gradient_is_unscaled_once_a_window_and_before_it_is_clipped(n: int,
     before = torch.cat([p.flatten() for p in weights(exact)])
     steps, norms = [], []
     for experiment in (exact, half):
-        norms.append(train_step(experiment, next(training_windows(experiment)), 0)["optim/grad_norm"])
+        norms.append(step_at(experiment, next(experiment.windows_from(0)), 0)["optim/grad_norm"])
         steps.append(torch.cat([p.flatten() for p in weights(experiment)]) - before)
     assert float(norms[1]) == pytest.approx(float(norms[0]), rel=2e-3)
     assert (steps[1] - steps[0]).norm() < 2e-3 * steps[0].norm()
@@ -158,19 +157,19 @@ def test_an_audit_whose_gradient_overflows_takes_a_smaller_loss_scale_and_says_s
         (1, None),
     ):
         experiment = build(settings(*LOUD, f"model.amplitude={amplitude}", "accum.steps=3"))
-        found = audit(experiment, next(training_windows(experiment)), 0)
+        found = audit(experiment, next(experiment.windows_from(0)), 0)
         assert (found.verdict, found.detail) == ("equivalent", said)
         assert found.e64 is not None
         assert found.e64 < 1e-12
         twin = build(settings(*LOUD, f"model.amplitude={amplitude}", "runtime.precision=fp32"))
-        norm = float(train_step(twin, next(training_windows(twin)), 0)["optim/grad_norm"])
+        norm = float(step_at(twin, next(twin.windows_from(0)), 0)["optim/grad_norm"])
         assert math.hypot(*(row.norm for row in found.parameters)) == pytest.approx(norm, rel=1e-2)
 
 
 def test_an_audit_of_what_overflows_at_any_scale_is_inconclusive() -> None:
     """And ends."""
     experiment = build(settings(*HOPELESS, "accum.steps=2"))
-    found = audit(experiment, next(training_windows(experiment)), 0)
+    found = audit(experiment, next(experiment.windows_from(0)), 0)
     assert (found.verdict, found.detail) == ("inconclusive", "the gradient is not finite")
 
 
@@ -181,7 +180,7 @@ PRECISIONS = {
 }
 
 
-def state_of(experiment: Experiment) -> list[Any]:
+def state_of(experiment: TrainState) -> list[Any]:
     """Everything that an audit could have moved."""
     scaler = {} if experiment.scaler is None else experiment.scaler.state_dict()
     states = [dict(experiment.model.state_dict()), experiment.optimizer.state_dict(), scaler]
@@ -193,7 +192,7 @@ def state_of(experiment: Experiment) -> list[Any]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_training_in_half_precision_ends_bit_for_bit_as_without_its_audits(precision: str) -> None:
     """Weights, statistics, optimizer, loss scale and growth tracker, gradients and random state."""
-    common = (*POINTS, "model._target_=tests.test_loss_scale.Disturbed", *PRECISIONS[precision],
+    common = (*POINTS, "model._target_=tests.train.test_loss_scale.Disturbed", *PRECISIONS[precision],
               "train.steps=7", "accum.steps=3", "optimizer=adamw")  # fmt: skip
     ends, curves = [], []
     for audits in ("audit.at_start=false", "audit.at_start=true", "audit.every_steps=1"):
@@ -208,7 +207,7 @@ def test_a_training_in_half_precision_ends_bit_for_bit_as_without_its_audits(pre
     if precision == "fp16":
         halved = int(math.log2(65536 / ends[0][2]["scale"]))
         assert ends[0][2]["_growth_tracker"] == 7 - halved < 7
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     before = state_of(experiment)
     assert audit(experiment, window, 0).e64 is not None
     assert same(state_of(experiment), before)

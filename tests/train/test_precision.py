@@ -16,9 +16,8 @@ from gaccum_exp.report.compare.envelope import envelope_of, stand
 from gaccum_exp.tracking.records import Curve, RunRecord
 from gaccum_exp.train.build import build
 from gaccum_exp.train.evaluation import evaluate
-from gaccum_exp.train.loop import train_step, training_windows
-from gaccum_exp.train.state import Experiment
-from tests.support import SMALL, STRANGER, settings, trained
+from gaccum_exp.train.state import TrainState
+from tests.support import SMALL, STRANGER, settings, step_at, trained
 
 BF16, FP16, FP64 = (f"runtime.precision={p}" for p in ("bf16", "fp16", "fp64"))
 PURE = (BF16, "runtime.weight_dtype=same")
@@ -27,7 +26,7 @@ SMOOTH = ("model=mlp", "model.hidden=[16]", "model.activation=tanh", *DIGITS)
 CONVOLUTIONS = ("model=cnn", "model.width=2", *DIGITS)
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in experiment.parameters])
 
 
@@ -45,7 +44,7 @@ class Seen:
         self.autocast.append(torch.is_autocast_enabled("cpu"))
 
 
-def spied(experiment: Experiment) -> tuple[Seen, Seen]:
+def spied(experiment: TrainState) -> tuple[Seen, Seen]:
     """Return what will be seen of the whole model, and of its linear layers."""
     whole, layers = Seen(), Seen()
     experiment.model.register_forward_hook(whole.note)
@@ -79,7 +78,7 @@ def test_passes_compute_in_what_was_asked_and_weights_are_kept_in_what_was_asked
     experiment = build(settings(*SMALL, *DIGITS, *overrides, "accum.steps=3"))
     whole, layers = spied(experiment)
     if task == "training":
-        train_step(experiment, next(training_windows(experiment)), 0)
+        step_at(experiment, next(experiment.windows_from(0)), 0)
         assert {p.grad.dtype for p in experiment.parameters if p.grad is not None} == {kept}
     else:
         assert evaluate(experiment)["eval/loss"].dtype == torch.promote_types(kept, torch.float32)  # type: ignore[union-attr]
@@ -157,7 +156,7 @@ class HalfLoss:
 def test_evaluation_adds_its_batches_up_in_float32() -> None:
     """Of bfloat16 losses, 45 batches of them: in bfloat16 a sum of 512 swallows what is below 2."""
     overrides = (*SMALL, *DIGITS, *PURE, "criterion=custom", "data.eval_batch_size=8",
-                 "criterion._target_=tests.test_precision.HalfLoss")  # fmt: skip
+                 "criterion._target_=tests.train.test_precision.HalfLoss")  # fmt: skip
     experiment = build(settings(*overrides))
     losses = []
     loss_fn = experiment.loss_fn
@@ -172,9 +171,9 @@ def test_evaluation_adds_its_batches_up_in_float32() -> None:
     assert float(values["eval/loss"]) == pytest.approx(expected, rel=1e-6)
 
 
-def gradients(experiment: Experiment, order: Tensor | None = None) -> tuple[Any, Any, Any]:
+def gradients(experiment: TrainState, order: Tensor | None = None) -> tuple[Any, Any, Any]:
     """Return the first window's gradient in N passes, in one pass (in this order), and in float64."""
-    window = next(training_windows(experiment))
+    window = next(experiment.windows_from(0))
     how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
     trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
     accumulated = trial.record()

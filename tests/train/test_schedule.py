@@ -12,22 +12,21 @@ from gaccum_exp.audit.result import Audit
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train import audits as certify
 from gaccum_exp.train.build import build
-from gaccum_exp.train.loop import training_windows
-from gaccum_exp.train.state import Experiment
-from tests.support import STRANGER, Collected, settings, trained
+from gaccum_exp.train.state import TrainState
+from tests.support import STRANGER, Collected, settings, step_at, trained
 
 MICRO_OF_4 = ("data.global_batch_size=null", "data.micro_batch_size=4", "+data.train.samples=22")
 GROWING = (*MICRO_OF_4, "accum.schedule={0:1,2:2,4:4}")
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in experiment.parameters])
 
 
 def seen(*overrides: str) -> list[list[int]]:
     """The sizes of every window's micro-batches."""
     experiment = build(settings(*STRANGER, *overrides))
-    return [[len(y) for _, y in window] for window in training_windows(experiment)]
+    return [[len(y) for _, y in window] for window in experiment.windows_from(0)]
 
 
 def test_where_micro_batches_are_fixed_the_global_batch_grows_with_n() -> None:
@@ -74,7 +73,7 @@ def test_the_learning_rate_follows_the_global_batch_as_asked(rule: str, schedule
     model = copy.deepcopy(twin.model)
     rates = []
     stages = [4] * 12 + [8] * 6 + [16] * 2
-    for step, (window, size) in enumerate(zip(training_windows(twin), stages, strict=True)):
+    for step, (window, size) in enumerate(zip(twin.windows_from(0), stages, strict=True)):
         cosine = 0.5 + math.cos(math.pi * step / 20) / 2 if scheduler == "cosine" else 1.0
         rates.append(0.1 * cosine * FACTORS[rule](size / 16))
         x, y = (torch.cat(parts) for parts in zip(*window, strict=True))
@@ -94,7 +93,6 @@ def test_the_learning_rate_follows_the_global_batch_as_asked(rule: str, schedule
 
 def test_every_group_of_parameters_follows_and_has_its_own_rate_back() -> None:
     """Muon's matrices and AdamW's biases; also where the step fails."""
-    from gaccum_exp.train.loop import train_step
 
     common = (*STRANGER, *GROWING, "optimizer=muon", "accum.schedule_lr=linear", "train.epochs=6")
     experiment = build(settings(*common))
@@ -103,12 +101,12 @@ def test_every_group_of_parameters_follows_and_has_its_own_rate_back() -> None:
     experiment.model.register_forward_pre_hook(
         lambda *_: during.append([group["lr"] for group in experiment.optimizer.param_groups])
     )
-    window = next(training_windows(experiment))
-    train_step(experiment, window, 0)
+    window = next(experiment.windows_from(0))
+    step_at(experiment, window, 0)
     assert during == [[rate / 4 for rate in rates]]
     assert [group["lr"] for group in experiment.optimizer.param_groups] == rates
     with pytest.raises(RuntimeError):
-        train_step(experiment, [(torch.ones(1, 7), torch.ones(1))], 0)
+        step_at(experiment, [(torch.ones(1, 7), torch.ones(1))], 0)
     assert [group["lr"] for group in experiment.optimizer.param_groups] == rates
 
 
@@ -116,7 +114,7 @@ def audited(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[int,
     """Train; return the windows that were audited, and their micro-batches' sizes."""
     found = []
 
-    def note(experiment: Experiment, window: list[tuple[Tensor, Tensor]], global_step: int) -> Audit:
+    def note(experiment: TrainState, window: list[tuple[Tensor, Tensor]], global_step: int) -> Audit:
         found.append((global_step, [len(y) for _, y in window]))
         return Audit("equivalent", len(window), "global_mean")
 
@@ -221,9 +219,9 @@ def test_memory_of_equal_micro_batches_is_measured_where_gradients_lie_beside_th
 
 def test_time_is_that_of_full_windows_of_the_largest_n(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen samples a window, however long the smaller ones took."""
-    from gaccum_exp.train.clock import WindowClock
+    from gaccum_exp.train.clock import StepClock
 
-    monkeypatch.setattr(WindowClock, "step_time_s", lambda self: 2.0 if self._windows else None)
+    monkeypatch.setattr(StepClock, "step_time_s", lambda self: 2.0 if self._windows else None)
     sink: Collected
     _, sink = trained(*STRANGER, *GROWING, "train.epochs=6", "audit.at_start=false")
     assert sink.last["throughput/samples_per_s"] == 8.0
@@ -244,7 +242,11 @@ def test_a_sum_is_divided_by_what_a_full_window_of_its_own_stage_counts(reductio
     common = tuple(o for o in common if o != "+data.train.samples=22")
     experiment, _ = trained(*common, f"accum.reduction={reduction}", "accum.schedule_lr=linear")
     if reduction == "sum":
-        assert [experiment.divisor(step) for step in experiment.plan.stage_starts] == [4, 8, 16]
+        assert [experiment.reduction_at(step).constant for step in experiment.plan.stage_starts] == [
+            4,
+            8,
+            16,
+        ]
     expected, _ = trained(*common, "accum.reduction=global_mean", "accum.schedule_lr=linear")
     assert torch.allclose(weights(experiment), weights(expected), rtol=1e-12)
 
@@ -253,4 +255,4 @@ def test_an_audit_alone_judges_the_stage_with_the_most_micro_batches() -> None:
     """N = 1 at the beginning is the large batch by itself, and says nothing."""
     experiment = build(settings(*STRANGER, *GROWING, "train.epochs=6", "task=audit"))
     step = certify.telling_window(experiment)
-    assert [len(y) for _, y in next(training_windows(experiment, step))] == [4, 4, 4, 4]
+    assert [len(y) for _, y in next(experiment.windows_from(step))] == [4, 4, 4, 4]

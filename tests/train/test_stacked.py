@@ -12,19 +12,19 @@ from torch import Tensor
 from gaccum_exp.audit.verdict import RANGE
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core import stack
+from gaccum_exp.core.reductions import Sum
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.metrics import NonFiniteLossError
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.build import build, load
-from gaccum_exp.train.loop import train
 from gaccum_exp.train.stackable import NotStackableError, stackable
-from gaccum_exp.train.stacked import End, StackedTraining, train_stacked
-from gaccum_exp.train.state import Experiment
+from gaccum_exp.train.stacked import End, StackedState, train_stacked
+from gaccum_exp.train.state import TrainState
 from tests.program import Program, in_a_process
 from tests.strangers import Points
-from tests.support import STRANGER, Collected, settings
+from tests.support import STRANGER, Collected, settings, train_to_end
 
 EXACT = "runtime.precision=fp64"
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
@@ -38,36 +38,41 @@ POINTS = (*STRANGER, "data.global_batch_size=7", "train.steps=9")
 WEIGHTED = "+criterion.weight=[1,2,1,3,1,1,1,0.5,1,1]"
 
 
+def own(model: str) -> tuple[str, str]:
+    """Choose a model of this file."""
+    return "model=custom", f"model._target_=tests.train.test_stacked.{model}"
+
+
 def seeds_of(*overrides: str, seeds: Sequence[int] = (0, 1, 5)) -> list[Settings]:
     return [settings(*overrides, f"seed={seed}") for seed in seeds]
 
 
-def stacked(*overrides: str) -> tuple[list[Experiment], list[Collected], list[End]]:
+def stacked(*overrides: str) -> tuple[list[TrainState], list[Collected], list[End]]:
     """Train three seeds as one."""
     of_seeds = seeds_of(*overrides)
-    training = StackedTraining(stackable(of_seeds, load(of_seeds[0])))
+    training = StackedState(stackable(of_seeds, load(of_seeds[0])))
     sinks = [Collected() for _ in of_seeds]
-    with Progress("test", training.experiments[0].total_steps) as progress:
+    with Progress("test", training.seeds[0].total_steps) as progress:
         ends = train_stacked(training, sinks, progress)
-    return list(training.experiments), sinks, ends
+    return list(training.seeds), sinks, ends
 
 
-def alone(one: Settings) -> tuple[Experiment, Collected, Exception | None]:
+def alone(one: Settings) -> tuple[TrainState, Collected, Exception | None]:
     """Train a seed the ordinary way; return also what ended it."""
     experiment, sink = build(one), Collected()
     try:
         with Progress("test", experiment.total_steps) as progress:
-            train(experiment, sink, progress)
+            train_to_end(experiment, sink, progress)
     except NonFiniteLossError as error:
         return experiment, sink, error
     return experiment, sink, None
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in experiment.modules.parameters()])
 
 
-def distance(one: Experiment, other: Experiment) -> float:
+def distance(one: TrainState, other: TrainState) -> float:
     return float((weights(one) - weights(other)).norm() / weights(other).norm())
 
 
@@ -92,8 +97,8 @@ def gap(one: Collected, other: Collected) -> float:
         (*MLP, "accum.schedule={0:1,1:3}", "data.micro_batch_size=50", "data.global_batch_size=null",
          "accum.schedule_lr=linear"),
         (*MLP, "accum.steps=3", "criterion=mse", "data=custom", "model.num_classes=1",
-         "model.input_shape=[2]", "data.train._target_=tests.test_stacked.line",
-         "data.eval._target_=tests.test_stacked.line"),
+         "model.input_shape=[2]", "data.train._target_=tests.train.test_stacked.line",
+         "data.eval._target_=tests.train.test_stacked.line"),
         (*GPT, "accum.steps=3", "accum.max_grad_norm=0.5"),
         ("model=cnn", "model.width=2", "runtime.device=cpu", "train.steps=3", "accum.steps=2"),
     ],
@@ -164,14 +169,14 @@ def test_windows_whose_shapes_part_ways_later_are_trained_all_the_same() -> None
     overrides = (*POINTS, "model._target_=tests.strangers.OfSequences", "accum.steps=2",
                  "data.train._target_=tests.strangers.Padded", EXACT)  # fmt: skip
     of_seeds = seeds_of(*overrides, seeds=late(seeds=3))
-    training = StackedTraining(stackable(of_seeds, load(of_seeds[0])))
+    training = StackedState(stackable(of_seeds, load(of_seeds[0])))
     apart = [any(part.together is None for part in window) for window in training.windows()]
     assert True in apart
     assert False in apart
     sinks = [Collected() for _ in of_seeds]
     with Progress("test", 9) as progress:
         train_stacked(training, sinks, progress)
-    for one, experiment, sink in zip(of_seeds, training.experiments, sinks, strict=True):
+    for one, experiment, sink in zip(of_seeds, training.seeds, sinks, strict=True):
         reference, curves, _ = alone(one)
         assert sink.curve("train/loss") == pytest.approx(curves.curve("train/loss"), rel=1e-12)
         assert distance(experiment, reference) < 1e-12
@@ -189,9 +194,9 @@ def late(seeds: int) -> list[int]:
     [
         (("model=cnn", "model.norm=batch", "model.width=2"), "passes change its buffer .*running_mean"),
         (("model.dropout=0.1",), "its passes draw random numbers"),
-        (("model=custom", "model._target_=tests.test_stacked.Noisy"), "its passes draw random numbers"),
-        (("model=custom", "model._target_=tests.test_stacked.Branching"), "data-dependent control flow"),
-        (("model=custom", "model._target_=tests.test_stacked.Projected"), "come out otherwise together"),
+        (own("Noisy"), "its passes draw random numbers"),
+        (own("Branching"), "data-dependent control flow"),
+        (own("Projected"), "come out otherwise together"),
         (("optimizer=muon",), "otherwise together than alone"),
         (("optimizer=custom", "optimizer._target_=torch.optim.Adafactor"), "otherwise together"),
         (("optimizer=custom", "optimizer._target_=torch.optim.LBFGS"), "LBFGS evaluates a window"),
@@ -291,8 +296,8 @@ def test_a_planted_fault_is_found_before_training(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(loop, "gradient_norms", lambda p: plain[1](p).norm().expand(2))
     elif fault == "divisors":
 
-        def reversed_divisors(*args: Any, sum_divisors: Any, **kwargs: Any) -> Any:
-            return plain[2](*args, sum_divisors=sum_divisors[::-1], **kwargs)
+        def reversed_divisors(of: Any, loss_fn: Any, window: Any, reduction: Sum) -> Any:
+            return plain[2](of, loss_fn, window, Sum(reduction.constant.flip(0)))
 
         monkeypatch.setattr(loop, "accumulate_stacked", reversed_divisors)
     else:
@@ -327,9 +332,9 @@ class RarelyCounted(Points):
 
 def test_a_seed_with_a_window_in_which_nothing_counts_ends_with_the_reason() -> None:
     """Alone it would take no step there, and be one step behind the others from then on."""
-    overrides = (*POINTS, "data.train._target_=tests.test_stacked.RarelyCounted", EXACT)
+    overrides = (*POINTS, "data.train._target_=tests.train.test_stacked.RarelyCounted", EXACT)
     of_seeds = [settings(*overrides, f"seed={seed}") for seed in late(3)]
-    training = StackedTraining(stackable(of_seeds, load(of_seeds[0])))
+    training = StackedState(stackable(of_seeds, load(of_seeds[0])))
     sinks = [Collected() for _ in of_seeds]
     with Progress("test", 9) as progress:
         ends = train_stacked(training, sinks, progress)

@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 from gaccum_exp.core.losses.micro_batch import tokens_in
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train.build import build
-from gaccum_exp.train.clock import WARMUP_WINDOWS, WindowClock
+from gaccum_exp.train.clock import WARMUP_WINDOWS, StepClock
 from gaccum_exp.train.evaluation import evaluate
-from gaccum_exp.train.loop import train_step, training_windows
-from gaccum_exp.train.state import Experiment
-from tests.support import SMALL, STRANGER, settings, trained
+from gaccum_exp.train.state import TrainState
+from tests.support import SMALL, STRANGER, settings, step_at, trained
 
 TOKENS = (
     "model=gpt", "model.layers=1", "model.width=8", "model.heads=2", "criterion=token_cross_entropy",
@@ -27,11 +26,11 @@ TOKENS = (
 TEXT = "\n\n".join(f"one {i} line, and then {'more ' * (i % 4)}" for i in range(12))
 
 
-def weights(experiment: Experiment) -> Tensor:
+def weights(experiment: TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in experiment.parameters])
 
 
-def summed(experiment: Experiment, micro_batch: dict[str, Tensor]) -> tuple[float, int]:
+def summed(experiment: TrainState, micro_batch: dict[str, Tensor]) -> tuple[float, int]:
     """Return the loss sum of what is to be predicted, and how many tokens that is, token by token."""
     total, tokens = 0.0, 0
     logits = experiment.model(micro_batch["input_ids"])
@@ -48,7 +47,7 @@ def test_losses_are_per_token(n: int) -> None:
     experiment = build(settings(*TOKENS, f"accum.steps={n}"))
     assert experiment.eval_data is not None
     with torch.no_grad():
-        window = next(training_windows(experiment))
+        window = next(experiment.windows_from(0))
         sums = [summed(experiment, micro_batch) for micro_batch in window]
         held_out = [summed(experiment, {k: v[None] for k, v in sample.items()})
                     for sample in (experiment.eval_data[i] for i in range(9))]  # fmt: skip
@@ -56,18 +55,18 @@ def test_losses_are_per_token(n: int) -> None:
     values = evaluate(experiment)
     assert float(values["eval/loss"]) == pytest.approx(on_held_out, rel=1e-12)
     assert float(values["eval/perplexity"]) == pytest.approx(math.exp(on_held_out), rel=1e-12)
-    assert float(train_step(experiment, window, 0)["train/loss"]) == pytest.approx(expected, rel=1e-12)
+    assert float(step_at(experiment, window, 0)["train/loss"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_tokens_are_those_to_be_predicted_by_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding is none; the median over full windows after the warm-up, each taken to last 2 s here."""
-    monkeypatch.setattr(WindowClock, "_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(StepClock, "_seconds", lambda *_: 2.0)
     common = (*TOKENS, "accum.steps=4", "train.steps=15")
     _, sink = trained(*common)
     experiment = build(settings(*common))
     tokens = [
         sum(int((micro_batch["labels"] != -100).sum()) for micro_batch in window)
-        for step, window in enumerate(training_windows(experiment))
+        for step, window in enumerate(experiment.windows_from(0))
         if experiment.is_full(step) and step != 2  # whose memory is measured
     ]
     counted = sorted(tokens[WARMUP_WINDOWS:])
@@ -91,7 +90,7 @@ def test_a_window_sorted_by_length_holds_the_same_samples(n: int) -> None:
     common = (*TOKENS, f"accum.steps={n}", "train.epochs=2")
     plain, in_order = (build(settings(*common, f"data.sort_by_length={on}")) for on in ("false", "true"))
     padded = [0, 0]
-    for pair in zip(training_windows(plain), training_windows(in_order), strict=True):
+    for pair in zip(plain.windows_from(0), in_order.windows_from(0), strict=True):
         contents: list[list[Any]] = []
         for i, window in enumerate(pair):
             rows = [row for micro_batch in window for row in zip(*micro_batch.values(), strict=True)]
@@ -150,13 +149,13 @@ def test_transformers_own_model_and_loss_train_as_the_large_batch(tmp_path: Path
 def test_only_labels_that_count_are_tokens() -> None:
     """Not those that the criterion ignores by another index, nor a set of classes for each sample."""
     ignoring = build(settings(*TOKENS, "+criterion.ignore_index=3", "data.length_cv=0.0"))
-    window = next(training_windows(ignoring))
+    window = next(ignoring.windows_from(0))
     counted = [tokens_in(micro_batch, ignoring.ignore_index) for micro_batch in window]
     assert [int(n) for n in counted if n is not None] == [
         int((micro_batch["labels"] != 3).sum()) for micro_batch in window
     ]
     several = build(settings(*STRANGER, "criterion._target_=torch.nn.MultiLabelMarginLoss",
-                             "data.train._target_=tests.test_tokens.Several"))  # fmt: skip
+                             "data.train._target_=tests.train.test_tokens.Several"))  # fmt: skip
     assert not several.counts_tokens
 
 

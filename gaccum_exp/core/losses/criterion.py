@@ -1,14 +1,7 @@
-"""The one contract of the core: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`.
-
-A micro-batch is any pytree. A loss function that can tell a micro-batch's denominator without running
-the model also has `count(micro_batch)`, and then a window is counted before its first backward pass;
-with `loss_sum(model, micro_batch)` it need not count again in its forward pass. A `torch.nn` criterion
-becomes a loss function through `CriterionLoss`, for micro-batches `(input, target)`, `(input, *targets)`
-where the criterion takes several, or mappings whose target is called `labels` (`micro_batch.py`).
-"""
+"""A `torch.nn` criterion as a loss function."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +10,7 @@ from torch import Tensor, nn
 from gaccum_exp.core.losses.denominator import (
     NOT_A_RATIO,
     PER_ELEMENT,
-    Denominator,
-    Place,
+    ArgumentsFor,
     Probe,
     ReducedAs,
     Refusal,
@@ -27,9 +19,10 @@ from gaccum_exp.core.losses.denominator import (
     is_kind,
 )
 from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.core.losses.protocol import Denominator, LossFn
+from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.errors import BadInputError
 
-LossFn = Callable[[nn.Module, Any], tuple[Tensor, Denominator]]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -58,7 +51,7 @@ class CriterionLoss:
                 "reduction='sum', or a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
             )
         self.criterion = criterion
-        self._reduction = reduction
+        self._reduction = reduction_named(reduction)
         self._own = getattr(criterion, "denominator", None)
         self._of_target = None if self._own else closed_form(criterion)
         self._elementwise = self._of_target is not None and is_kind(criterion, PER_ELEMENT)
@@ -106,30 +99,33 @@ class CriterionLoss:
             return self._of_target(counted)
         if self._probe is not None:
             self._require_tensors(outputs)
-            place = self._placing(targets)
-            refusal = self._probe.refusal(outputs, place)
+            arguments_for = self._arguments_for(targets)
+            refusal = self._probe.refusal(outputs, arguments_for)
             if refusal is not None:
                 self._refuse(refusal)
             elif self._own is not None:
                 own: Denominator = self._own(*self._arguments(outputs, targets))
                 return own
             else:
-                return self._probe.denominator(outputs, place)
+                return self._probe.denominator(outputs, arguments_for)
         return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
 
     def _refuse(self, refusal: Refusal) -> None:
-        if self._reduction == "global_mean" or (self._reduction == "sum" and not refusal.has_sum):
+        reduction = self._reduction
+        own_mean = reduction.criterion_reduction == "mean"
+        if not own_mean and (reduction.needs_window_count or not refusal.has_sum):
             others = "accum.reduction=sum, or " if refusal.has_sum else ""
             raise BadInputError(
-                f"accum.reduction={self._reduction} is refused for criterion {self._name}: "
+                f"accum.reduction={reduction.name} is refused for criterion {self._name}: "
                 f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean"
             )
         self._probe = None
-        self._own_mean = self._reduction == "mean"
-        self._reduced = ReducedAs(self.criterion, self._reduction)
+        self._own_mean = own_mean
+        self._reduced = ReducedAs(self.criterion, reduction.criterion_reduction)
 
     def _refuse_broadcast(self, output: Tensor, target: Tensor) -> None:
-        """(64, 1) against (64,) is (64, 64) elements: it mixes samples and nobody means it."""
+        """Refuse shapes that differ."""
+        # (64, 1) against (64,) is (64, 64) elements: it mixes samples, and nobody means it.
         if output.shape != target.shape:
             raise BadInputError(
                 f"criterion {self._name} would broadcast the model's output {tuple(output.shape)} "
@@ -144,35 +140,21 @@ class CriterionLoss:
             )
 
     def _arguments(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
-        """Outputs and targets in forward's own order, e.g. GaussianNLL's (mean, target, variance)."""
+        """Return outputs and targets in forward's own order, e.g. (mean, target, variance)."""
         if len(outputs) < 2 or not targets:
             return [*outputs, *targets]
         names = inspect.signature(self.criterion.forward).parameters
         at = next((i for i, name in enumerate(names) if name.startswith("target")), len(outputs))
         return [*outputs[:at], *targets, *outputs[at:]]
 
-    def _placing(self, targets: Sequence[Any]) -> Place:
+    def _arguments_for(self, targets: Sequence[Any]) -> ArgumentsFor:
         tensors = [as_probed(t) if isinstance(t, Tensor) else t for t in targets]
 
-        def place(outputs: Sequence[Tensor], rows: slice) -> list[Any]:
+        def arguments(outputs: Sequence[Tensor], rows: slice) -> list[Any]:
             here = [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in tensors]
             return self._arguments(outputs, here)
 
-        return place
-
-
-def count(loss_fn: LossFn, micro_batch: Any) -> Denominator | None:
-    """Return a micro-batch's denominator if the loss function can tell it without a forward pass."""
-    counter = getattr(loss_fn, "count", None)
-    n: Denominator | None = None if counter is None else counter(micro_batch)
-    return n.item() if isinstance(n, Tensor) and n.device.type == "cpu" else n
-
-
-def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:
-    """Return the loss sum alone, of a loss function whose micro-batch has been counted already."""
-    method = getattr(loss_fn, "loss_sum", None)
-    result: Tensor = loss_fn(model, micro_batch)[0] if method is None else method(model, micro_batch)
-    return result
+        return arguments
 
 
 def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:

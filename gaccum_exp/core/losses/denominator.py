@@ -1,4 +1,4 @@
-"""What a criterion divides by for its mean.
+"""Denominators: the numbers that criteria divide by for their means.
 
 `global_mean` needs, for every micro-batch, the loss sum Sᵢ and the number nᵢ by which the criterion
 itself would divide it: samples, elements, tokens not ignored, or a sum of class weights. torch does not
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.losses.criteria import TokenCrossEntropy
+from gaccum_exp.core.losses.protocol import Denominator
 
-Denominator = float | Tensor
-"""A number of samples, elements or tokens, or a sum of class weights; a 0-dim tensor on a device."""
-
-Place = Callable[[Sequence[Tensor], slice], list[Any]]
-"""Gives a criterion's arguments for some outputs and those rows of the targets."""
+ArgumentsFor = Callable[[Sequence[Tensor], slice], list[Any]]
+"""Gives a criterion's arguments for some outputs and these rows of the targets."""
 
 PER_ELEMENT: tuple[type[nn.Module], ...] = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
@@ -51,12 +49,13 @@ NOT_A_RATIO: dict[type[nn.Module], str] = {
 
 
 def is_kind(criterion: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
-    """Whether the criterion averages as one of these: a forward of its own may do as it likes."""
+    """Whether the criterion averages as one of these do."""
+    # A subclass with a forward of its own may average as it likes.
     return any(type(criterion).forward is kind.forward for kind in kinds)
 
 
 def closed_form(criterion: nn.Module) -> Callable[[Tensor], Denominator] | None:
-    """Return the denominator as a function of the target alone, or None where it is not known.
+    """Return the denominator as a function of the target alone, or None where there is no such form.
 
     The triplet losses have no target; any one of their inputs serves, since only the batch counts.
     """
@@ -70,7 +69,7 @@ def closed_form(criterion: nn.Module) -> Callable[[Tensor], Denominator] | None:
 
 
 class ReducedAs:
-    """Lets a criterion reduce in another way for the length of a `with` block.
+    """Makes a criterion reduce in another way for the length of a `with` block.
 
     A criterion inside it follows if it reduces as the outer one does (a wrapper hands its `reduction`
     on); one that gives single losses for the outer one to weigh and reduce (`none`) stays as it is.
@@ -79,7 +78,7 @@ class ReducedAs:
     def __init__(self, criterion: nn.Module, reduction: str) -> None:
         outer: Any = criterion.reduction
         inner = [m for m in criterion.modules() if getattr(m, "reduction", None) == outer]
-        # By way of __dict__, because nn.Module's own assignment is slow and this runs at every pass.
+        # By way of __dict__: nn.Module's own assignment is slow, and this runs in every pass.
         self._attributes = [vars(m) for m in (inner if outer != "none" else [criterion])]
         self._before, self._reduction = outer, reduction
 
@@ -93,7 +92,7 @@ class ReducedAs:
 
 
 class _LabelCount:
-    """Labels that are not ignored, or the sum of their class weights; soft targets: all of them."""
+    """Counts labels that are not ignored, or sums their class weights; of soft targets it counts all."""
 
     def __init__(self, criterion: nn.Module) -> None:
         self._criterion: Any = criterion
@@ -108,7 +107,7 @@ class _LabelCount:
         ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
         weighted = self._weight is not None
         if not weighted and type(target) is Tensor and target.is_cpu:
-            # NumPy, for the same reason: it takes a quarter of torch's time.
+            # NumPy takes a quarter of torch's time, and this runs for every micro-batch too.
             return float(np.count_nonzero(target.numpy() != ignored))
         counted = valid = target != ignored
         if weighted:
@@ -124,7 +123,7 @@ class _LabelCount:
             return self._criterion.weight
 
     def _weight_on(self, device: torch.device) -> Tensor:
-        """Windows are counted on the host while the criterion lives elsewhere: keep a copy."""
+        """Return the class weights on a device, copied once: windows are counted on the host."""
         weight = self._weight
         source, copied = self._copies.get(device, (None, weight))
         if source is not weight:
@@ -142,7 +141,7 @@ class Refusal(NamedTuple):
 
 
 class Probe:
-    """The denominator of a criterion of which nothing is known but that it has a `reduction`.
+    """Infers the denominator of an unknown criterion by probing it.
 
     Whether there is such a number at all is checked once, on the first micro-batch of two samples or
     more: the gradients of its sum and its mean must be parallel, their ratio must not depend on the
@@ -158,58 +157,62 @@ class Probe:
         self._own = getattr(self._criterion, "denominator", None)
         self._inspected = False
 
-    def denominator(self, outputs: Sequence[Tensor], place: Place) -> float:
+    def denominator(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> float:
         """Return what the mean divides by, for outputs of these shapes; their values are not used."""
-        return self._denominator(_random_like(outputs, seed=0), place, slice(None))
+        return self._denominator(_random_like(outputs, seed=0), arguments_for, slice(None))
 
-    def refusal(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+    def refusal(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> Refusal | None:
         """Return why there is no denominator, or None."""
         if self._inspected or outputs[0].shape[0] < 2:
             return None
         self._inspected = True
         try:
-            return self._inspect(outputs, place)
-        except Exception as error:  # a stranger's code, on values it has not seen before
+            return self._inspect(outputs, arguments_for)
+        except Exception as error:  # the user's code, on values that it has not seen before
             first = (str(error).splitlines() or [""])[0]
             return Refusal(
                 f"it could not be asked for its denominator ({type(error).__name__}: {first})"
             )
 
-    def _inspect(self, outputs: Sequence[Tensor], place: Place) -> Refusal | None:
+    def _inspect(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> Refusal | None:
         batch = outputs[0].shape[0]
         xs, every = _random_like(outputs, seed=0), slice(None)
-        n = self._denominator(xs, place, every)
-        total = self._reduced("sum", xs, place, every)
-        if _close(total, self._reduced("mean", xs, place, every)):
+        n = self._denominator(xs, arguments_for, every)
+        total = self._reduced("sum", xs, arguments_for, every)
+        if _close(total, self._reduced("mean", xs, arguments_for, every)):
             return Refusal("its `reduction` changes nothing", has_sum=False)
         if self._own is None:
-            other = self._denominator(_random_like(outputs, seed=1), place, every)
-            if not _close(n, other) or not self._gradients_parallel(xs, place, n):
+            other = self._denominator(_random_like(outputs, seed=1), arguments_for, every)
+            if not _close(n, other) or not self._gradients_parallel(xs, arguments_for, n):
                 return Refusal("its mean is not its sum divided by a count")
         halves = [slice(0, batch // 2), slice(batch // 2, batch)]
-        parts = [([x[rows] for x in xs], place, rows) for rows in halves]
+        parts = [([x[rows] for x in xs], arguments_for, rows) for rows in halves]
         if not _close(sum(self._reduced("sum", *part) for part in parts), total):
             return Refusal("its sum over a batch is not the sum over the batch's parts")
         if not _close(sum(self._denominator(*part) for part in parts), n):
             return Refusal("its denominator over a batch is not the sum over the batch's parts")
         return None
 
-    def _denominator(self, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
+    def _denominator(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, rows: slice) -> float:
         if self._own is not None:
-            return float(self._own(*place(outputs, rows)))
-        mean = self._reduced("mean", outputs, place, rows)
-        return self._reduced("sum", outputs, place, rows) / mean if mean else 0.0
+            return float(self._own(*arguments_for(outputs, rows)))
+        mean = self._reduced("mean", outputs, arguments_for, rows)
+        return self._reduced("sum", outputs, arguments_for, rows) / mean if mean else 0.0
 
-    def _reduced(self, reduction: str, outputs: Sequence[Tensor], place: Place, rows: slice) -> float:
+    def _reduced(
+        self, reduction: str, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, rows: slice
+    ) -> float:
         with torch.no_grad(), ReducedAs(self._criterion, reduction):
-            return float(self._criterion(*place(outputs, rows)))
+            return float(self._criterion(*arguments_for(outputs, rows)))
 
-    def _gradients_parallel(self, outputs: Sequence[Tensor], place: Place, n: float) -> bool:
+    def _gradients_parallel(
+        self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, n: float
+    ) -> bool:
         leaves = [t.clone().requires_grad_() for t in outputs]
         gradients = []
         for reduction in ("sum", "mean"):
             with torch.enable_grad(), ReducedAs(self._criterion, reduction):
-                value = self._criterion(*place(leaves, slice(None)))
+                value = self._criterion(*arguments_for(leaves, slice(None)))
                 gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
         return all(
             torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
@@ -224,7 +227,7 @@ def as_probed(tensor: Tensor) -> Tensor:
 
 
 def _random_like(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Values in (0.05, 0.95): inside the domain of probabilities and of logits alike."""
+    """Draw values in (0.05, 0.95), inside the domain of probabilities and of logits alike."""
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.rand(t.shape, generator=generator, dtype=torch.float64) for t in outputs)
     return [draw * 0.9 + 0.05 for draw in draws]

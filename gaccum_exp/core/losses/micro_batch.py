@@ -1,4 +1,4 @@
-"""A micro-batch taken apart: what the model is called with, and what its output is held against."""
+"""The parts of a micro-batch: the model's inputs, and the targets of its outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from gaccum_exp.errors import BadInputError
 
 TARGETS = ("labels", "label", "targets", "target")
-"""Under which key a micro-batch that is a mapping has its target, the first that is there."""
+"""The keys under which a mapping has its target, the first that is there."""
 
 
 class Keywords(dict[str, Any]):
-    """The arguments that a model is called with by name."""
+    """Arguments that a model is called with by name."""
 
 
 def split_micro_batch(micro_batch: Any) -> tuple[Any, list[Any]]:
-    """Return what the model is called with, and the targets.
+    """Split a micro-batch into the model's inputs and the targets.
 
     Of `(input, target)`, `(input, *targets)` and `(input, (target, ...))` that is the first part and
     the rest. Of a mapping, e.g. `{"input_ids": …, "attention_mask": …, "labels": …}`, the target is the
@@ -52,7 +52,7 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def tokens_in(micro_batch: Any, ignore_index: int = -100) -> Tensor | None:
-    """Return how many labels are asked for, 0-dim; None where a target is no sequence of labels.
+    """Count the labels that are not ignored, 0-dim; None where the target is not a sequence of labels.
 
     Sequences of labels are integers, (batch, length).
     """
@@ -67,7 +67,7 @@ def tokens_in(micro_batch: Any, ignore_index: int = -100) -> Tensor | None:
 
 
 def outputs_in(outputs: Any) -> list[Any]:
-    """Return what a model puts out as a list; of an object with `logits`, as in transformers, those.
+    """Return a model's outputs as a list; of an object with `logits`, as in transformers, those.
 
     A tuple with names stays a tuple: torchvision's Inception puts out auxiliary logits beside `logits`.
     """

@@ -1,4 +1,4 @@
-"""The loss that a model computes itself, as those of transformers do."""
+"""The loss that a model computes itself, as the models of transformers do."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.losses.denominator import Denominator
-from gaccum_exp.core.losses.model_probe import HALF, Asking, Counter, examine
+from gaccum_exp.core.losses.model_probe import HALF, Counter, LossQuery, infer_counters
+from gaccum_exp.core.losses.protocol import Denominator
+from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.errors import BadInputError
 
 
@@ -17,9 +18,9 @@ class ModelLoss:
     Such a loss is a mean, over the labels that are not ignored, or, where the model shifts the labels
     itself, over all of these but the first of each sequence. Where the model takes the window's count
     (`num_items_in_batch`) it is asked for a sum, and its loss is not divided a second time; else its
-    mean is multiplied by what it counts. Which of this holds is not taken from a name: it is found out
-    on the first samples, and a loss that is no mean over its labels is refused, but under `mean`. Only
-    with two samples in the first micro-batch is it seen whether the loss of one depends on the other.
+    mean is multiplied by what it counts. Which of these holds is inferred from the first samples
+    (`model_probe`), and a loss that is not a mean over its labels is refused, except under `mean`. It
+    takes two samples in the first micro-batch to see whether the loss of one depends on the other.
 
     Args:
         labels: the key of the labels.
@@ -35,62 +36,60 @@ class ModelLoss:
         ignore_index: int = -100,
         reduction: str = "global_mean",
     ) -> None:
-        self._asking = Asking(labels, count_argument, ignore_index)
+        self._query = LossQuery(labels, count_argument, ignore_index)
         self.reduction = reduction
         self._takes_count = False
         self._counter: Counter | None = None
 
     def assume(self, micro_batch: Any) -> None:
-        """Take it that the loss is a mean over all labels, where values cannot be looked at.
-
-        What its passes hold does not depend on it.
-        """
+        """Assume a mean over all labels where values cannot be read: passes hold the same memory."""
         if self._counter is None:
-            self._counter = self._asking.counters(micro_batch[self._asking.labels])[0]
+            self._counter = self._query.counters(micro_batch[self._query.labels])[0]
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Return the micro-batch's denominator; None before the model has been seen."""
         if self._counter is None:
             return None
-        n = self._counter(micro_batch[self._asking.labels])
+        n = self._counter(micro_batch[self._query.labels])
         return float(n) if n.device.type == "cpu" else n
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim, in float32 at least."""
         if self._takes_count:
-            return _wide(self._asking.loss(model, micro_batch, 1))
+            return _wide(self._query.loss(model, micro_batch, 1))
         assert self._counter is not None
-        labels = micro_batch[self._asking.labels]
+        labels = micro_batch[self._query.labels]
         n = self._counter(labels)
         if not labels.is_floating_point():
             # The mean of nothing is NaN, and so may be its gradient: let all count, and times 0.
-            counting = torch.where(n > 0, labels, self._asking.label_other_than())
-            micro_batch = {**micro_batch, self._asking.labels: counting}
-        loss = _wide(self._asking.loss(model, micro_batch))
+            counting = torch.where(n > 0, labels, self._query.label_other_than())
+            micro_batch = {**micro_batch, self._query.labels: counting}
+        loss = _wide(self._query.loss(model, micro_batch))
         return loss * n.to(loss.device)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch; return its loss sum and denominator.
 
         Raises:
-            BadInputError: the first time, where the model's loss is no mean over its labels.
+            BadInputError: the first time, where the model's loss is not a mean over its labels.
         """
         if self._counter is None:
-            self._find_out(model, micro_batch)
+            self._infer_counter(model, micro_batch)
         denominator = self.count(micro_batch)
         assert denominator is not None
         return self.loss_sum(model, micro_batch), denominator
 
-    def _find_out(self, model: nn.Module, micro_batch: Any) -> None:
-        key = self._asking.labels
+    def _infer_counter(self, model: nn.Module, micro_batch: Any) -> None:
+        key = self._query.labels
         if not isinstance(micro_batch, Mapping) or not isinstance(micro_batch.get(key), Tensor):
             keys = ", ".join(map(str, micro_batch)) if isinstance(micro_batch, Mapping) else "none"
             raise BadInputError(
                 f"a model's own loss needs micro-batches that are mappings with a tensor {key!r} (their "
                 f"keys are: {keys})"
             )
-        found = examine(model, self._asking, micro_batch)
-        if not found.counters and self.reduction != "mean":
+        found = infer_counters(model, self._query, micro_batch)
+        own_mean = reduction_named(self.reduction).criterion_reduction == "mean"
+        if not found.counters and not own_mean:
             raise BadInputError(
                 f"accum.reduction={self.reduction} is refused for the loss of {type(model).__name__}: "
                 f"{found.why}; use accum.reduction=mean, or a "
@@ -98,9 +97,9 @@ class ModelLoss:
             )
         # Under `mean` it may be the mean of the model's own means, whatever those divide by.
         self._takes_count = found.takes_count and bool(found.counters)
-        self._counter = (*found.counters, *self._asking.counters(micro_batch[key]))[0]
+        self._counter = (*found.counters, *self._query.counters(micro_batch[key]))[0]
 
 
 def _wide(loss: Tensor) -> Tensor:
-    """A count of 257 is none in bfloat16, and a sum beyond 65,504 none in float16."""
+    # Half precision has no count of 257 (bfloat16) and no sum beyond 65,504 (float16).
     return loss.float() if loss.dtype in HALF else loss

@@ -1,8 +1,8 @@
-"""What a model's own loss is a mean over, found out on two of its samples.
+"""What a model's own loss is a mean over, inferred by probing it on two samples.
 
 The labels of a probe are ignored but for three: one in the first sample, and in the second the first of
 the sequence and another one. Asked for the loss of the one, of the others, and of all three, on inputs
-that stay the same, a mean over labels says what it counts: m = (n₁ m₁ + n₂ m₂) / (n₁ + n₂). Labels that
+that stay the same, a mean over labels shows what it counts: m = (n₁ m₁ + n₂ m₂) / (n₁ + n₂). Labels that
 cannot be ignored, one for each sample or numbers, are left out with their sample.
 """
 
@@ -24,26 +24,25 @@ COARSE = 2.0**-11
 FEW = 8
 """Roundings by which the same number may differ when the same kernels saw the same inputs."""
 
-MicroBatch = Mapping[str, Any]
 Counter = Callable[[Tensor], Tensor]
 """Gives how many labels count, 0-dim, of a micro-batch's labels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class LossQuery:
     """How a model is asked for its loss."""
 
     labels: str
     """The key of the labels."""
     count_argument: str
-    """By which the model takes the count."""
+    """The name under which the model takes the count."""
     ignore_index: int
     """Of labels that do not count."""
 
     def loss(
         self,
         model: nn.Module,
-        micro_batch: MicroBatch,
+        micro_batch: Mapping[str, Any],
         n: int | None = None,
         tensors: dict[str, Tensor] | None = None,
     ) -> Tensor:
@@ -76,8 +75,8 @@ class Asking:
         return next(label for label in range(3) if label not in (*labels, self.ignore_index))
 
 
-class Finding(NamedTuple):
-    """What has been found out of a model's loss."""
+class CountFinding(NamedTuple):
+    """The ways of counting that agree with a model's loss."""
 
     counters: Sequence[Counter]
     """What its mean may divide by: none, where it is no mean over its labels."""
@@ -86,39 +85,41 @@ class Finding(NamedTuple):
     """In words that follow the model's name, why there are none."""
 
 
-def examine(model: nn.Module, asking: Asking, micro_batch: MicroBatch) -> Finding:
-    """Find out what a model's loss is a mean over; the model is left as it was."""
-    device = micro_batch[asking.labels].device
+def infer_counters(model: nn.Module, query: LossQuery, micro_batch: Mapping[str, Any]) -> CountFinding:
+    """Infer what a model's loss is a mean over; the model is left as it was."""
+    device = micro_batch[query.labels].device
     with torch.no_grad(), evaluation_mode(model), torch.autocast(device.type, enabled=False):
-        probe = _probe(asking, micro_batch)
-        finding = _look(model, asking, probe, None)
+        probe = _probe(query, micro_batch)
+        finding = _agreeing_counters(model, query, probe, None)
         if len(finding.counters) == 1:
             return finding
         # Losses that ought to be alike differ, perhaps by rounding; or those that ought to differ are
         # alike, for want of digits, or because all weights of the last layer are zero.
         alike = len(finding.counters) > 1
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        with suppress(Exception):  # a stranger's model, in a precision that it may not know
-            closer = _look(model, asking, probe.lifted(dtype), _lifted(model, dtype, moved=alike))
+        with suppress(Exception):  # the user's model, in a precision that it may not support
+            closer = _agreeing_counters(
+                model, query, probe.in_dtype(dtype), _tensors_in(model, dtype, moved=alike)
+            )
             if len(closer.counters) == 1:
                 return closer
     why = "the losses of different labels are too much alike to tell what it is a mean over"
-    return Finding([], why=why) if alike else finding
+    return CountFinding([], why=why) if alike else finding
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
     """Two samples, and parts of their labels."""
 
-    every: MicroBatch
-    one: MicroBatch
-    others: MicroBatch
-    twins: MicroBatch
+    every: Mapping[str, Any]
+    one: Mapping[str, Any]
+    others: Mapping[str, Any]
+    twins: Mapping[str, Any]
     """As `one`, with that sample in the other's place as well."""
     apart: bool = False
     """`one` and `others` are single samples: other kernels may compute them."""
 
-    def lifted(self, dtype: torch.dtype) -> "_Probe":
+    def in_dtype(self, dtype: torch.dtype) -> "_Probe":
         """Return the same with all inputs that are not integers in one type."""
         every, one, others, twins = (
             {key: _cast(value, dtype) for key, value in part.items()}
@@ -127,11 +128,13 @@ class _Probe:
         return _Probe(every, one, others, twins, self.apart)
 
 
-def _look(model: nn.Module, asking: Asking, probe: _Probe, tensors: dict[str, Tensor] | None) -> Finding:
+def _agreeing_counters(
+    model: nn.Module, query: LossQuery, probe: _Probe, tensors: dict[str, Tensor] | None
+) -> CountFinding:
     """Return the ways of counting that agree with the model's losses."""
 
-    def loss(micro_batch: MicroBatch, n: int | None = None) -> Tensor:
-        return asking.loss(model, micro_batch, n, tensors)
+    def loss(micro_batch: Mapping[str, Any], n: int | None = None) -> Tensor:
+        return query.loss(model, micro_batch, n, tensors)
 
     value = loss(probe.every)
     every, one, others, twins = map(float, (value, *map(loss, (probe.one, probe.others, probe.twins))))
@@ -142,36 +145,42 @@ def _look(model: nn.Module, asking: Asking, probe: _Probe, tensors: dict[str, Te
     within = size * FEW * eps
     if probe.apart:
         within = size * math.sqrt(of_model if value.device.type == "cpu" else max(of_model, COARSE))
-    told = _told(loss, probe.every)
-    if told is not None and told.partly:
-        return Finding([], why=f"only a part of it is divided by {asking.count_argument}")
+    effect = _count_effect(loss, probe.every)
+    if effect is not None and effect.divides_part:
+        return CountFinding([], why=f"only a part of it is divided by {query.count_argument}")
     if abs(twins - one) > size * FEW * of_model:
         seen = f"{one:.6g} beside one sample and {twins:.6g} beside another"
-        return Finding([], why=f"it depends on what else is in a batch (the same labels have {seen})")
+        return CountFinding(
+            [], why=f"it depends on what else is in a batch (the same labels have {seen})"
+        )
     fitting = []
-    for counter in asking.counters(probe.every[asking.labels]):
-        n, of_one = (float(counter(part[asking.labels])) for part in (probe.every, probe.one))
+    for counter in query.counters(probe.every[query.labels]):
+        n, of_one = (float(counter(part[query.labels])) for part in (probe.every, probe.one))
         agrees = n > 0 and abs((of_one * one + (n - of_one) * others) / n - every) <= within
-        if agrees and (told is None or not told.wholly or abs(told.total / n - every) <= within):
+        if agrees and (
+            effect is None or not effect.divides_all or abs(effect.total / n - every) <= within
+        ):
             fitting.append(counter)
     seen = f"some have {one:.4g}, others {others:.4g}, and all of these together {every:.4g}"
-    why = f"it is no mean over its {asking.labels} ({seen})"
-    return Finding(fitting, told is not None and told.wholly, why)
+    why = f"it is no mean over its {query.labels} ({seen})"
+    return CountFinding(fitting, effect is not None and effect.divides_all, why)
 
 
-class _Told(NamedTuple):
-    """What a count that the model is told does to its loss."""
+class _CountEffect(NamedTuple):
+    """How a model's loss depends on the count that it is given."""
 
     total: float
     """The loss under a count of one."""
-    wholly: bool
-    """It is divided by the count."""
-    partly: bool
-    """A part of it is."""
+    divides_all: bool
+    """Whether the whole loss is divided by the count."""
+    divides_part: bool
+    """Whether a part of it is."""
 
 
-def _told(loss: Callable[[MicroBatch, int], Tensor], micro_batch: MicroBatch) -> _Told | None:
-    """Return None where the model takes no count."""
+def _count_effect(
+    loss: Callable[[Mapping[str, Any], int], Tensor], micro_batch: Mapping[str, Any]
+) -> _CountEffect | None:
+    """Measure the effect of a count; None where the model takes none."""
     try:
         values = [loss(micro_batch, n) for n in (1, 2)]
     except TypeError:
@@ -179,31 +188,31 @@ def _told(loss: Callable[[MicroBatch, int], Tensor], micro_batch: MicroBatch) ->
     one, two = map(float, values)
     within = FEW * torch.finfo(values[0].dtype).eps * abs(one)
     wholly = one != 0 and abs(one - 2 * two) <= within
-    return _Told(one, wholly, not wholly and abs(one - two) > within)
+    return _CountEffect(one, wholly, not wholly and abs(one - two) > within)
 
 
-def _probe(asking: Asking, micro_batch: MicroBatch) -> _Probe:
+def _probe(query: LossQuery, micro_batch: Mapping[str, Any]) -> _Probe:
     """Return two samples with the labels that tell."""
-    key = asking.labels
+    key = query.labels
     labels = micro_batch[key]
     if labels.is_floating_point():
         return _apart(_rows(micro_batch, key, [0, len(labels) - 1]), key)
-    counting = labels != asking.ignore_index
+    counting = labels != query.ignore_index
     known = labels[counting]
-    a = int(known[0]) if len(known) else asking.label_other_than()
+    a = int(known[0]) if len(known) else query.label_other_than()
     unlike = known[known != a]
     # Another label, so that class weights show.
-    b = int(unlike[0]) if len(unlike) else asking.label_other_than(a)
+    b = int(unlike[0]) if len(unlike) else query.label_other_than(a)
     if labels.ndim < 2:
         both = _rows(micro_batch, key, [0, len(labels) - 1])
         return _apart({**both, key: labels.new_tensor([a, b])}, key)
     places = counting.flatten(2).any(2) if labels.ndim > 2 else counting
     first, second = _two_rows(places)
-    one = torch.full_like(labels[[first, second]], asking.ignore_index)
+    one = torch.full_like(labels[[first, second]], query.ignore_index)
     others = one.clone()
     one[0, _later_place(places[first])] = a
     others[1, [0, _later_place(places[second])]] = b
-    every = torch.where(one == asking.ignore_index, others, one)
+    every = torch.where(one == query.ignore_index, others, one)
     both, same = (_rows(micro_batch, key, rows) for rows in ([first, second], [first, first]))
     return _Probe({**both, key: every}, {**both, key: one}, {**both, key: others}, {**same, key: one})
 
@@ -228,7 +237,7 @@ def _later_place(places: Tensor) -> int:
     return 1 + int(later[0]) if len(later) else min(1, len(places) - 1)
 
 
-def _rows(micro_batch: MicroBatch, key: str, rows: list[int]) -> dict[str, Any]:
+def _rows(micro_batch: Mapping[str, Any], key: str, rows: list[int]) -> dict[str, Any]:
     """Return some of the samples."""
     size = len(micro_batch[key])
     return {
@@ -237,7 +246,7 @@ def _rows(micro_batch: MicroBatch, key: str, rows: list[int]) -> dict[str, Any]:
     }
 
 
-def _lifted(model: nn.Module, dtype: torch.dtype, moved: bool) -> dict[str, Tensor]:
+def _tensors_in(model: nn.Module, dtype: torch.dtype, moved: bool) -> dict[str, Tensor]:
     """Return the model's tensors in one type, and if asked its parameters moved at random.
 
     What a loss is a mean over does not depend on them.

@@ -1,15 +1,15 @@
-"""Where, and in which precision, micro-batches meet the model."""
+"""The device and precision in which micro-batches meet the model."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gaccum_exp.core.losses.criterion import LossFn, count, loss_sum
-from gaccum_exp.core.losses.denominator import Denominator
+from gaccum_exp.core.losses.protocol import LossFn, LossWrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Placement:
         return torch.autocast(self.device_type, dtype=self.autocast)
 
 
-class Placed:
+class Placed(LossWrapper):
     """A loss function that takes micro-batches from the host: counted there, moved one at a time.
 
     Only one micro-batch is on the device at once; a whole window there would spoil the memory that
@@ -62,29 +62,22 @@ class Placed:
     """
 
     def __init__(self, loss_fn: LossFn, placement: Placement) -> None:
-        self._loss_fn = loss_fn
+        super().__init__(loss_fn)
         self.placement = placement
         """What is done to a micro-batch before the loss function sees it."""
-        self.criterion = getattr(loss_fn, "criterion", None)
 
-    @property
-    def where_it_is(self) -> LossFn:
-        """The same for micro-batches that are on the model's device already."""
-        return Placed(self._loss_fn, replace(self.placement, device=None))
-
-    def count(self, micro_batch: Any) -> Denominator | None:
-        """Count on the host, where the micro-batch still is."""
-        return count(self._loss_fn, micro_batch)
-
-    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
-        """Place the micro-batch and compute its loss; nothing waits for the copy."""
+    @contextmanager
+    def around(self, micro_batch: Any) -> Iterator[Any]:
+        """Place the micro-batch, within the precision of the passes; nothing waits for the copy."""
         with self.placement.passes():
-            return loss_sum(self._loss_fn, model, self.placement.place(micro_batch))
+            yield self.placement.place(micro_batch)
 
-    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        """Place the micro-batch and compute loss and denominator."""
-        with self.placement.passes():
-            return self._loss_fn(model, self.placement.place(micro_batch))
+
+def on_device(loss_fn: LossFn) -> LossFn:
+    """Return the loss function for micro-batches that are on the model's device already."""
+    if isinstance(loss_fn, Placed):
+        return Placed(loss_fn.wrapped, replace(loss_fn.placement, device=None))
+    return loss_fn
 
 
 def placed(loss_fn: LossFn, placement: Placement) -> LossFn:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
 from gaccum_exp.core.losses.criterion import CriterionLoss
-from gaccum_exp.core.losses.placement import Placed, Placement, placed
+from gaccum_exp.core.losses.placement import Placed, Placement, on_device, placed
 
 META = torch.device("meta")
 """A device that is nowhere: shapes and types only, on any machine."""
@@ -174,7 +174,7 @@ def test_a_placed_loss_function_keeps_what_it_is_asked_for() -> None:
     assert bare.count(window()[0]) is None
 
 
-def test_where_it_is_casts_and_computes_alike_and_moves_nothing() -> None:
+def test_on_device_it_casts_and_computes_alike_and_moves_nothing() -> None:
     """For micro-batches that are with the model already, wherever that is."""
     placement = Placement(META, dtype=torch.bfloat16, autocast=torch.float16, compiled=True)
     wrapped: Any = Placed(CriterionLoss(nn.CrossEntropyLoss()), placement)
@@ -185,7 +185,7 @@ def test_where_it_is_casts_and_computes_alike_and_moves_nothing() -> None:
         return torch.zeros(len(x), 4)
 
     with torch.autocast("cpu", enabled=False):
-        wrapped.where_it_is(model, window()[0])
+        on_device(wrapped)(model, window()[0])
     assert seen == [("cpu", torch.bfloat16, torch.float16)]
     assert placement.device == META
 

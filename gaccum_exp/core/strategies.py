@@ -1,0 +1,168 @@
+"""Strategies: where a window's micro gradients are held until the optimizer steps, and how it steps.
+
+A strategy acts at four points: when a window begins, on each micro gradient, when the window ends, and
+at the optimizer step. All that it holds in between stands in the window's `AccumulatorState`, so that a
+window can be interrupted after any micro-batch and go on from there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.core.losses.protocol import Denominator
+from gaccum_exp.core.seeding import random_states
+
+
+@dataclass(slots=True)
+class AccumulatorState:
+    """What a window that has begun holds beside the parameters' `.grad`."""
+
+    counts: list[Denominator | None]
+    """Each micro-batch's denominator; None where it is known after its forward pass only."""
+    passes_done: int = 0
+    """Micro-batches whose gradient has been taken."""
+    loss_sum: Tensor | None = None
+    """Σ Sᵢ over these, 0-dim, detached; None before the first."""
+    denominator: Denominator = 0
+    """Σ nᵢ over these."""
+    provisional_divisor: float | None = None
+    """What stands in for a window's denominator that is not known before its end."""
+    buffers: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Gradients that are added up outside `.grad`."""
+    earlier: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Gradients that were in `.grad` before the window, and are kept out of its arithmetic."""
+    generators: list[Any] | None = None
+    """The random generators' states with which an interrupted window goes on; None: as they are."""
+
+    def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+        """Return a copy by parameter name, with the gradients in `.grad` and the generators' states."""
+        held = {"buffers": self.buffers, "earlier": self.earlier}
+        held["grad"] = {p: p.grad for p in names if p.grad is not None}
+        return {
+            "counts": list(self.counts),
+            "passes_done": self.passes_done,
+            "loss_sum": None if self.loss_sum is None else self.loss_sum.clone(),
+            "denominator": self.denominator,
+            "provisional_divisor": self.provisional_divisor,
+            "generators": random_states(),
+            **{key: {names[p]: t.clone() for p, t in of.items()} for key, of in held.items()},
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
+    ) -> "AccumulatorState":
+        """Return the state of a window that goes on, and put the gradients back into `.grad`."""
+        for name, parameter in parameters.items():
+            grad = state["grad"].get(name)
+            parameter.grad = None if grad is None else grad.clone()
+        tensors: dict[str, Any] = {
+            key: {parameters[name]: tensor.clone() for name, tensor in state[key].items()}
+            for key in ("buffers", "earlier")
+        }
+        plain = ("passes_done", "loss_sum", "denominator", "provisional_divisor", "generators")
+        values: dict[str, Any] = {key: state[key] for key in plain}
+        return cls(list(state["counts"]), **values, **tensors)
+
+
+class InPlace:
+    """Adds micro gradients up in `.grad`, as autograd does."""
+
+    def collecting(
+        self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
+    ) -> AbstractContextManager[None]:
+        """Enter around a window's passes.
+
+        Args:
+            state: of the window; one with passes done goes on.
+            parameters: all that may get a gradient.
+            rescaled: the window's gradient is to be rescaled at its end, so that no earlier one may be
+                among what it adds up.
+        """
+        return _collecting(state, parameters, None) if rescaled else nullcontext()
+
+    def rescale(
+        self, state: AccumulatorState, parameters: Iterable[nn.Parameter], factor: float
+    ) -> None:
+        """Multiply what the window has added up, before its end; by zero: drop it."""
+        for parameter in parameters:
+            grad = state.buffers.get(parameter, parameter.grad)
+            if factor and grad is not None:
+                grad *= factor
+            elif not factor:
+                state.buffers.pop(parameter, None)
+                parameter.grad = None
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer step on the window's gradient."""
+        optimizer.step()
+
+
+@dataclass(frozen=True, slots=True)
+class Buffered(InPlace):
+    """Adds micro gradients up in a wider type than the parameters', and rounds them once.
+
+    In bfloat16, 256 + 1 is 256: a parameter's own type loses what small micro gradients add to a large
+    sum. Each micro gradient moves into a buffer as soon as its backward pass has finished it. At the
+    window's end the buffer is added to what `.grad` held before, in place as autograd does, and rounded
+    to the parameter's type.
+    """
+
+    dtype: torch.dtype
+    """Of the buffers, for parameters of a narrower type."""
+
+    def collecting(
+        self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
+    ) -> AbstractContextManager[None]:
+        """Enter around a window's passes, as `InPlace.collecting`."""
+        narrower = [p for p in parameters if p.dtype.itemsize < self.dtype.itemsize]
+        return _collecting(state, parameters if rescaled else narrower, self.dtype)
+
+
+@contextmanager
+def _collecting(
+    state: AccumulatorState, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None
+) -> Iterator[None]:
+    """Keep earlier gradients apart, and buffer those of parameters of a narrower type than this."""
+
+    def take(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        if parameter in state.buffers:
+            state.buffers[parameter] += parameter.grad
+        else:
+            state.buffers[parameter] = parameter.grad.to(dtype)
+        parameter.grad = None
+
+    if state.passes_done == 0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                state.earlier[parameter] = parameter.grad
+                parameter.grad = None
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # torch's
+        for parameter in parameters
+        if parameter.requires_grad and dtype is not None and parameter.dtype.itemsize < dtype.itemsize
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for parameter in parameters:
+                added = state.buffers.pop(parameter, parameter.grad)
+                earlier = state.earlier.pop(parameter, None)
+                parameter.grad = earlier if added is None else _total(earlier, added, parameter.dtype)
+
+
+def _total(earlier: Tensor | None, added: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum, computed in the wider type of the two and then rounded."""
+    if added.is_sparse:  # a row may be listed more than once, and is to be rounded once
+        total = added if earlier is None else earlier + added
+        return (total.coalesce() if total.is_sparse else total).to(dtype)
+    return added.to(dtype) if earlier is None else earlier.add_(added)

@@ -1,0 +1,55 @@
+"""Where a training with a loss that is not finite stops, and what of its curve is kept."""
+
+import math
+
+import pytest
+
+from gaccum_exp.tracking.metrics import NonFiniteLossError
+from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.train.build import build
+from gaccum_exp.train.recording import FINITE_EVERY
+from tests.support import STRANGER, Collected, settings, train_to_end
+
+DIVERGING = (*STRANGER, "model._target_=tests.strangers.Diverging", "audit.at_start=false")
+
+
+class Eager(Collected):
+    """Is always due, as beside a store that takes every point at once."""
+
+    @property
+    def due(self) -> bool:
+        return True
+
+
+class Reluctant(Collected):
+    """Is never due, as beside a store that is slow."""
+
+    @property
+    def due(self) -> bool:
+        return False
+
+
+def stopped(sink: Collected, steps: int) -> tuple[int, list[float]]:
+    """Train until it is refused; return the global step reached, and the curve."""
+    state = build(settings(*DIVERGING, f"train.steps={steps}"))
+    with pytest.raises(NonFiniteLossError, match="nan at step 4"), Progress("test", steps) as progress:
+        train_to_end(state, sink, progress)
+    return state.global_step, sink.curve("train/loss")
+
+
+@pytest.mark.parametrize(("steps", "reached"), [(FINITE_EVERY + 9, FINITE_EVERY), (9, 9)])
+def test_where_it_stops_does_not_depend_on_the_store(steps: int, reached: int) -> None:
+    """At a fixed interval of global steps or at the end, with the curve up to the first NaN."""
+    for sink in (Eager(), Reluctant(), Collected()):
+        step, curve = stopped(sink, steps)
+        assert step == reached
+        assert [math.isnan(loss) for loss in curve] == [False, False, False, True]
+
+
+def test_nothing_is_recorded_after_a_loss_that_is_not_finite() -> None:
+    """Not the later windows', nor an evaluation's, however often it is delivered."""
+    sink = Eager()
+    stopped(sink, 9)
+    assert max(point.step for point in sink.points) == 4
+    sink.record(5, {"eval/loss": 1.0})
+    assert sink.deliver() == []
