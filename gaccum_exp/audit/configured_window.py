@@ -1,7 +1,7 @@
 """The audit of one window of a configured experiment."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.diagnose import NOT_FINITE, examine, first_line
-from gaccum_exp.audit.rerun.passes import Around, Trial
+from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, first_line
+from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.samples import NotJoinableError, joined, picked, size_of
-from gaccum_exp.audit.rerun.sandbox import Parts, modules_in
+from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import scale_of
 from gaccum_exp.core.accumulate import Reduction, accumulate_gradients
@@ -22,7 +22,7 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
 
 DESCENT = 16.0
-"""What the loss scale is divided by where a gradient overflows; a GradScaler takes smaller steps."""
+"""Divisor of the loss scale where a gradient overflows; a GradScaler takes smaller steps."""
 
 
 def audit_window(
@@ -50,39 +50,39 @@ def audit_window(
         seed: of what the model draws.
 
     Returns:
-        The verdict, never an error of the model's: what cannot be run is inconclusive, with the reason.
+        The verdict; an error of the model's is one too: inconclusive, with the reason.
 
     Raises:
         BadInputError: the criterion has no such reduction.
     """
     loss_fn = as_loss_fn(loss_fn, reduction)
     blank = Audit("inconclusive", len(window), reduction)
-    how = Accumulation(reduction, sum_divisor, buffer_dtype, loss_scale)
+    accumulation = Accumulation(reduction, sum_divisor, buffer_dtype, loss_scale)
     try:
-        configured = ConfiguredWindow(model, loss_fn, window, how)
+        configured = ConfiguredWindow(model, loss_fn, window, accumulation)
         with random_state_kept():
             return _where_it_fits(configured, blank, seed)
     except BadInputError:
         raise
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
-    except Exception as error:  # a stranger's model, on inputs and in a precision that it never met
+    except Exception as error:  # a user's model may fail on inputs or in a precision that it never met
         return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
 
 
 def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit:
     """Audit on the window's own device, else on the CPU, else on fewer and fewer of its samples."""
-    first = next(iter(window.parts.parameters().values()), torch.empty(0)).device
+    own = next(iter(window.modules.parameters().values()), torch.empty(0)).device
     host = torch.device("cpu")
-    told = ""
+    sliced = ""
     while True:
-        # float64 is not to be had on every kind of device.
-        for device in (host,) if first.type in ("cpu", "mps") else (first, host):
+        # Some kinds of device have no float64.
+        for device in (host,) if own.type in ("cpu", "mps") else (own, host):
             try:
-                seed_model(seed, first)
-                audit = _audited(window, blank, device)
-                where = f" on the {device.type}" if device != first else ""
-                return replace(audit, detail=_said(audit.detail, f"audited{told}{where}", told + where))
+                seed_model(seed, own)
+                audit = _at_a_fitting_loss_scale(window, blank, device)
+                elsewhere = sliced + (f" on the {device.type}" if device != own else "")
+                return _with_detail(audit, f"audited{elsewhere}") if elsewhere else audit
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -90,11 +90,43 @@ def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit
         if max(window.sizes) < 2:
             return replace(blank, detail=f"too large to be audited here: {refusal}")
         window = window.halved()
-        told = f" on a slice of {sum(window.sizes)} samples ({refusal})"
+        sliced = f" on a slice of {sum(window.sizes)} samples ({refusal})"
 
 
-def _said(detail: str | None, where: str, elsewhere: str) -> str | None:
-    return "; ".join(part for part in (detail, where if elsewhere else None) if part) or None
+def _at_a_fitting_loss_scale(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> Audit:
+    """Audit at the loss scale, or at a smaller one where the gradient overflows."""
+    audit, asked = _audited(window, blank, device), window.accumulation.loss_scale
+    while audit.detail == NOT_FINITE and window.accumulation.loss_scale > 1.0:
+        window = window.descaled()
+        audit = _audited(window, blank, device)
+    scale = window.accumulation.loss_scale
+    if scale != asked and audit.detail != NOT_FINITE:
+        used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
+        audit = _with_detail(audit, used)
+    rows = tuple(replace(row, norm=row.norm / scale) for row in audit.parameters)
+    return replace(audit, parameters=rows)
+
+
+def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> Audit:
+    rerun, accumulation = Rerun(window, device), window.accumulation
+    summed, divisor = accumulation.reduction == "sum", accumulation.sum_divisor
+    if len(window.sizes) == 1:  # the reference itself
+        rerun.gradient(RECORDING)
+        _, denominator = rerun.forward(ACCUMULATED64, None)
+        scale = denominator / divisor if summed else 1.0
+        return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
+    found = diagnose(rerun, None, blank)
+    audit = found.audit
+    if found.accumulated64 is None or found.one_pass64 is None or audit.denominator is None:
+        return audit
+    # One pass under `sum` is the mean gradient times denominator / divisor.
+    per_mean = audit.denominator / divisor if summed else 1.0
+    along = scale_of(found.accumulated64, found.one_pass64)
+    return replace(audit, scale=None if along is None else along * per_mean)
+
+
+def _with_detail(audit: Audit, detail: str) -> Audit:
+    return replace(audit, detail=f"{audit.detail}; {detail}" if audit.detail else detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +143,15 @@ class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any], how: Accumulation
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        micro_batches: Sequence[Any],
+        accumulation: Accumulation,
     ) -> None:
-        self.parts = Parts(model, *modules_in(loss_fn))
+        self.modules = NamedModules(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
-        self.how = how
+        self.accumulation = accumulation
         self._model, self._loss_fn = model, getattr(loss_fn, "where_it_is", loss_fn)
         self._micro_batches = list(micro_batches)
         self._whole = joined(self._micro_batches, self.sizes)
@@ -126,28 +162,27 @@ class ConfiguredWindow:
             picked(m, torch.arange(-(-size // 2)), size)
             for m, size in zip(self._micro_batches, self.sizes, strict=True)
         ]
-        return ConfiguredWindow(self._model, self._loss_fn, halves, self.how)
+        return ConfiguredWindow(self._model, self._loss_fn, halves, self.accumulation)
 
     def descaled(self) -> "ConfiguredWindow":
         """Return the window with a smaller loss scale, as a GradScaler takes when gradients overflow."""
-        how = replace(self.how, loss_scale=max(1.0, self.how.loss_scale / DESCENT))
-        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, how)
+        return self._accumulated_as(loss_scale=max(1.0, self.accumulation.loss_scale / DESCENT))
 
-    def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
+    def accumulate(self, forward_context: ForwardContext, cast: Cast) -> None:
         """Run as training does."""
-        self._run([lift(m) for m in self._micro_batches], around)
+        self._run([cast(m) for m in self._micro_batches], forward_context)
 
     def one_pass(
-        self, around: AbstractContextManager[None], lift: Callable[[Any], Any], order: Tensor | None
+        self, forward_context: AbstractContextManager[None], cast: Cast, order: Tensor | None
     ) -> None:
         """Run the same with N = 1."""
         whole = self._whole if order is None else picked(self._whole, order, sum(self.sizes))
-        self._run([lift(whole)], lambda index: around)
+        self._run([cast(whole)], lambda index: forward_context)
 
-    def forward(self, index: int | None, lift: Callable[[Any], Any]) -> tuple[Tensor, Any]:
+    def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return loss sum and denominator of one micro-batch, or of all samples."""
         micro_batch = self._whole if index is None else self._micro_batches[index]
-        return self._loss_fn(self._model, lift(micro_batch))
+        return self._loss_fn(self._model, cast(micro_batch))
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
         """Whether the micro-batches' loss sums add up."""
@@ -156,28 +191,31 @@ class ConfiguredWindow:
 
     def recounted(self, counts: Sequence[float]) -> "ConfiguredWindow | None":
         """Return the same window under the reduction that weighs by what each micro-batch counts."""
-        if self.how.reduction != "mean":
+        if self.accumulation.reduction != "mean":
             return None
-        how = replace(self.how, reduction="global_mean")
-        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, how)
+        return self._accumulated_as(reduction="global_mean")
 
-    def _run(self, micro_batches: list[Any], around: Around) -> None:
+    def _accumulated_as(self, **changes: Any) -> "ConfiguredWindow":
+        accumulation = replace(self.accumulation, **changes)
+        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, accumulation)
+
+    def _run(self, micro_batches: list[Any], forward_context: ForwardContext) -> None:
         accumulate_gradients(
             self._model,
-            _Following(self._loss_fn, around),
+            _Following(self._loss_fn, forward_context),
             micro_batches,
-            reduction=self.how.reduction,
-            sum_divisor=self.how.sum_divisor,
-            backward=lambda loss: torch.autograd.backward(loss * self.how.loss_scale),
-            buffer_dtype=self.how.buffer_dtype,
+            reduction=self.accumulation.reduction,
+            sum_divisor=self.accumulation.sum_divisor,
+            backward=lambda loss: torch.autograd.backward(loss * self.accumulation.loss_scale),
+            buffer_dtype=self.accumulation.buffer_dtype,
         )
 
 
 class _Following:
-    """The loss function, saying when a micro-batch's forward pass begins and ends."""
+    """A loss function whose calls each enter the context of their micro-batch."""
 
-    def __init__(self, loss_fn: LossFn, around: Around) -> None:
-        self._loss_fn, self._around, self._next = loss_fn, around, 0
+    def __init__(self, loss_fn: LossFn, forward_context: ForwardContext) -> None:
+        self._loss_fn, self._forward_context, self._next = loss_fn, forward_context, 0
         self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Any:
@@ -185,39 +223,5 @@ class _Following:
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> Any:
         index, self._next = self._next, self._next + 1
-        with self._around(index):
+        with self._forward_context(index):
             return self._loss_fn(model, micro_batch)
-
-
-def _audited(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:
-    """Audit at the loss scale, or at a smaller one where the gradient overflows."""
-    audit, asked = _audited_as_scaled(window, blank, device), window.how.loss_scale
-    while audit.detail == NOT_FINITE and window.how.loss_scale > 1.0:
-        window = window.descaled()
-        audit = _audited_as_scaled(window, blank, device)
-    scale = window.how.loss_scale
-    used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
-    overflowed = scale != asked and audit.detail != NOT_FINITE
-    return replace(
-        audit,
-        detail=_said(audit.detail, used, used if overflowed else ""),
-        parameters=tuple(replace(row, norm=row.norm / scale) for row in audit.parameters),
-    )
-
-
-def _audited_as_scaled(window: ConfiguredWindow, blank: Audit, device: torch.device) -> Audit:
-    trial = Trial(window, device=device)
-    if len(window.sizes) == 1:  # the reference itself
-        trial.record()
-        _, denominator = trial.loss_of_all()
-        scale = denominator / window.how.sum_divisor if window.how.reduction == "sum" else 1.0
-        return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
-    examined = examine(trial, None, blank)
-    audit = examined.audit
-    if examined.accumulated64 is None or examined.one_pass64 is None or audit.denominator is None:
-        return audit
-    # One pass under `sum` is the mean gradient times denominator / divisor.
-    summed = window.how.reduction == "sum"
-    per_mean = audit.denominator / window.how.sum_divisor if summed else 1.0
-    along = scale_of(examined.accumulated64, examined.one_pass64)
-    return replace(audit, scale=None if along is None else along * per_mean)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from gaccum_exp.audit.canary import AGAINST_FLOAT64, Canary
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
-from gaccum_exp.audit.verdict import RANGE, ROUNDING64
+from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
 from gaccum_exp.core.modes import evaluation_mode
@@ -42,18 +42,18 @@ def check_compiled(experiment: Experiment) -> dict[str, float]:
         BadInputError: the gradients differ by more than rounding on each of CANARIES windows; or they
             cannot be compared, since the model draws random numbers in evaluation mode as well.
     """
-    compared: list[tuple[float, float]] = []
+    compared: list[Canary] = []
     with random_state_kept():  # which fetching a window moves as well
         for window in _canaries(experiment):
             compared += _compared(experiment, window)
-            if compared and compared[-1][0] <= compared[-1][1] <= TELLING:
+            if compared and compared[-1].agrees and compared[-1].limit <= TELLING:
                 break
-    telling = [pair for pair in compared if pair[1] <= TELLING] or compared
-    for error, floor in telling:
-        if error <= floor:
-            return {metrics.COMPILED_ERROR: error, metrics.COMPILED_FLOOR: floor}
+    telling = [canary for canary in compared if canary.limit <= TELLING] or compared
+    for canary in telling:
+        if canary.agrees:
+            return {metrics.COMPILED_ERROR: canary.error, metrics.COMPILED_FLOOR: canary.limit}
     if telling:
-        said = ", ".join(f"{error:.2g} (rounding explains {floor:.2g})" for error, floor in telling)
+        said = ", ".join(f"{c.error:.2g} (rounding explains {c.limit:.2g})" for c in telling)
         raise BadInputError(
             "runtime.compile=true: the compiled gradient is not the eager one, relative distance "
             f"{said}; use runtime.compile=false"
@@ -69,8 +69,8 @@ def _canaries(experiment: Experiment) -> Iterator[Window]:
     yield from windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES])
 
 
-def _compared(experiment: Experiment, window: Window) -> list[tuple[float, float]]:
-    """Return how far the compiled gradient lies from float64, and how far rounding may put it.
+def _compared(experiment: Experiment, window: Window) -> list[Canary]:
+    """Compare the compiled gradient's distance from float64 with the eager one's.
 
     An empty list where they are not finite: training will say so.
     """
@@ -90,7 +90,7 @@ def _compared(experiment: Experiment, window: Window) -> list[tuple[float, float
         compiled = _compiled(experiment, configured)
     if not finite(exact) or not finite(eager):
         return []
-    return [(distance(compiled, exact), max(RANGE * distance(eager, exact), ROUNDING64))]
+    return [Canary(distance(compiled, exact), distance(eager, exact), AGAINST_FLOAT64)]
 
 
 def _run_eagerly(
@@ -99,8 +99,8 @@ def _run_eagerly(
     """Run a window, or less of it where float64 does not fit, at a loss scale that does not overflow."""
     reduction: Any = experiment.settings.accum.reduction
     scale = 1.0 if experiment.scaler is None else experiment.scaler.get_scale()
-    how = Accumulation(reduction, experiment.sum_divisor, experiment.buffer_dtype, scale)
-    configured = ConfiguredWindow(experiment.model, experiment.loss_fn, window, how)
+    accumulation = Accumulation(reduction, experiment.sum_divisor, experiment.buffer_dtype, scale)
+    configured = ConfiguredWindow(experiment.model, experiment.loss_fn, window, accumulation)
     while True:
         try:
             found = _eager(experiment, configured)
@@ -109,7 +109,7 @@ def _run_eagerly(
                 raise
             configured = configured.halved()
             continue
-        if finite(found[0]) or configured.how.loss_scale <= 1:
+        if finite(found[0]) or configured.accumulation.loss_scale <= 1:
             return configured, found
         configured = configured.descaled()
 
@@ -118,13 +118,13 @@ def _eager(experiment: Experiment, window: ConfiguredWindow) -> tuple[Gradient, 
     """Return the eager gradient, the same in float64, and whether random numbers were drawn."""
     with random_state_kept():
         seed_model(derive_seed(experiment.settings.seed, "model", 0), experiment.device)
-        trial = Trial(window, device=experiment.device)
-        return trial.record(), trial.accumulated(float64=True), trial.draws.any
+        rerun = Rerun(window, experiment.device)
+        return rerun.gradient(RECORDING), rerun.gradient(ACCUMULATED64), rerun.draws.any
 
 
 def _compiled(experiment: Experiment, window: ConfiguredWindow) -> Gradient:
     """Accumulate on the model itself, and leave nothing behind."""
-    parameters = window.parts.parameters()
+    parameters = window.modules.parameters()
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
     buffers = [(buffer, buffer.clone()) for buffer in experiment.modules.buffers()]
     for parameter in parameters.values():

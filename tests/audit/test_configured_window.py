@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.memory import available as room
+from gaccum_exp.memory import available
 from tests.audit.support import (
     CE,
     CLASSES,
@@ -257,7 +257,7 @@ def test_parameters_are_listed_by_their_part_in_the_difference() -> None:
 def test_one_micro_batch_is_identical() -> None:
     """N = 1 is the reference, BatchNorm or not."""
     found = audit_window(net(nn.BatchNorm1d(HIDDEN)), CE, window(5))
-    assert (found.verdict, found.steps, found.e64, found.e) == ("identical", 1, 0.0, 0.0)
+    assert (found.verdict, found.accum_steps, found.e64, found.e) == ("identical", 1, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_window_without_room_is_audited_on_fewer_samples(
     free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it needed and what there was is said; the verdict is of the slice."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr(available, "free_bytes", lambda device: free)
     found = audit_window(net(nn.BatchNorm1d(HIDDEN)), CE, window(400, 400, 300))
     assert (found.verdict, found.culprit_type) == ("biased", "BatchNorm1d")
     assert found.denominator is not None
@@ -306,7 +306,7 @@ def test_a_window_for_which_there_is_no_room_at_all_is_inconclusive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It never takes the run down."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(available, "free_bytes", lambda device: 100)
     found = audit_window(net(), CE, window(4, 4))
     assert found.verdict == "inconclusive"
     assert "GiB" in (found.detail or "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.core.gradient import distance
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import CATEGORIES
@@ -112,10 +112,10 @@ def error_of(buffer_dtype: str, n: int) -> tuple[float, float]:
     experiment = build(settings(*MANY, f"accum.buffer_dtype={buffer_dtype}", f"accum.steps={n}"))
     how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
     window = next(training_windows(experiment))
-    trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
-    accumulated, exact = trial.record(), trial.one_pass(float64=True)
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    accumulated, exact = rerun.gradient(RECORDING), rerun.gradient(ONE_PASS64)
     assert {g.dtype for g in accumulated.values()} == {torch.bfloat16}
-    return distance(accumulated, exact), distance(trial.one_pass(float64=False), exact)
+    return distance(accumulated, exact), distance(rerun.gradient(ONE_PASS), exact)
 
 
 def test_in_bfloat16_the_error_of_a_sum_grows_with_n_and_in_float32_buffers_it_does_not() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.config.schema import RuntimeConfig
 from gaccum_exp.core.gradient import distance
 from gaccum_exp.errors import BadInputError
@@ -176,9 +176,10 @@ def gradients(experiment: Experiment, order: Tensor | None = None) -> tuple[Any,
     """Return the first window's gradient in N passes, in one pass (in this order), and in float64."""
     window = next(training_windows(experiment))
     how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
-    trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
-    accumulated = trial.record()
-    return accumulated, trial.one_pass(float64=False, order=order), trial.one_pass(float64=True)
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    accumulated = rerun.gradient(RECORDING)
+    one_pass = rerun.gradient(replace(ONE_PASS, order=order))
+    return accumulated, one_pass, rerun.gradient(ONE_PASS64)
 
 
 @pytest.mark.parametrize("overrides", [(BF16,), PURE], ids=["bf16", "pure bf16"])

@@ -1,15 +1,15 @@
-"""Modules put on a bench: run on copies of their tensors, and put back as if nothing had happened.
+"""A sandbox for modules: they run on copies of their tensors, and are put back as they were.
 
-The modules themselves are used and not copied, since a loss function, a wrapper or a framework may hold
-them; what is exchanged for the length of a `with` block is every tensor in them. So nothing that a pass
-does (gradients, running statistics, counters, caches in plain attributes) is left behind.
+The modules themselves are not copied, since a loss function, a wrapper or a framework may hold them.
+Every tensor in them is exchanged for the length of a `with` block, so that nothing which a pass changes
+(gradients, running statistics, counters, caches in plain attributes) stays changed.
 """
 
 import copy
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,26 +21,32 @@ from torch import Tensor, nn
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
-class Parts:
-    """The model, and other modules beside it, under the names that the user knows.
+class NamedModules:
+    """The modules of the model and of its loss, each once, under dotted names.
 
     Args:
-        model: its modules and parameters keep their dotted names.
-        others: what its loss holds; their names are preceded by `criterion`.
+        model: its modules and parameters keep their names.
+        others: what the loss holds; their names are preceded by `criterion`.
+        compared: the parameters whose gradients are compared; None: all.
     """
 
-    def __init__(self, model: nn.Module, *others: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *others: nn.Module, compared: Iterable[Tensor] | None = None
+    ) -> None:
         inside = {id(module) for module in model.modules()}
-        apart = [module for module in others if id(module) not in inside]
-        numbered = {f"criterion.{i}": module for i, module in enumerate(apart)}
-        roots = {"": model, **({"criterion": apart[0]} if len(apart) == 1 else numbered)}
-        every = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
-        # By identity, for a module may hash by a state that moves (torchmetrics' do).
-        self.modules = list({id(module): module for _, module in every}.values())
-        """Each once."""
-        self._names = {id(module): name for name, module in reversed(every)}
-        self.judged: set[str] | None = None
-        """Names of the parameters whose gradients are compared; None: all."""
+        outside = [module for module in others if id(module) not in inside]
+        numbered = {f"criterion.{i}": module for i, module in enumerate(outside)}
+        roots = {"": model, **({"criterion": outside[0]} if len(outside) == 1 else numbered)}
+        named = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
+        # By identity, for a module may hash by a state that changes (torchmetrics' do).
+        self._each = list({id(module): module for _, module in named}.values())
+        self._names = {id(module): name for name, module in reversed(named)}
+        chosen = None if compared is None else {id(parameter) for parameter in compared}
+        self.compared = {n for n, p in self.parameters().items() if chosen is None or id(p) in chosen}
+        """Names of the parameters whose gradients are compared."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._each)
 
     def name(self, module: nn.Module) -> str:
         """Return a module's dotted name; the model's own is empty."""
@@ -50,7 +56,7 @@ class Parts:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters by name, each once."""
         found: dict[int, tuple[str, nn.Parameter]] = {}
-        for module in self.modules:
+        for module in self:
             prefix = self.name(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -72,28 +78,28 @@ def modules_in(function: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def on_bench(
-    parts: Parts,
+def sandbox(
+    modules: NamedModules,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    moved: Callable[[], None] = lambda: None,
+    drawn: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies.
 
     Args:
-        parts: what the pass will use.
+        modules: those that the pass will use.
         dtype: of floating-point copies; None: as they are.
         device: of the copies; None: where they are.
-        moved: called where a generator that a module holds has been drawn from.
+        drawn: called where a generator that a module holds has been drawn from.
 
     Yields:
         The copies of the parameters by name, without gradients.
     """
     copies = _Copies(dtype, device)
-    # Parameters that some code holds without registering them must keep their gradients as well.
-    gradients = [(p, p.grad) for p in parts.parameters().values()]
-    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in parts.modules]
+    # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
+    gradients = [(p, p.grad) for p in modules.parameters().values()]
+    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in modules]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -104,10 +110,10 @@ def on_bench(
             vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
             vars(module).update(_silenced(module))
         with _no_recomputation():
-            yield parts.parameters()
+            yield modules.parameters()
     finally:
         if copies.drawn_from():
-            moved()
+            drawn()
         copies.restore_objects()
         for module, parameters, buffers, attributes in before:
             _put_back(module._parameters, parameters)
@@ -145,7 +151,7 @@ class _Copies:
         return self._made[id(tensor)]
 
     def of_attribute(self, value: Any) -> Any:
-        """What code may change in place: tensors, containers, arrays, generators, plain objects."""
+        """Copy what code may change in place: tensors, containers, arrays, generators, plain objects."""
         if isinstance(value, Tensor):
             return self.of_tensor(value)
         if type(value) in (list, tuple, set):
@@ -158,14 +164,15 @@ class _Copies:
             self._generators.append((value, copied := _copied_generator(value)))
             return copied
         if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
-            # The object stays itself, since others may hold it; what is in it is put back.
+            # The object itself stays, since others may hold it; what is in it is put back.
             kept = dict(vars(value))
             self._objects.append((vars(value), kept))
             vars(value).update({k: self.of_attribute(v) for k, v in kept.items()})
         return value
 
     def drawn_from(self) -> bool:
-        """Whether a generator held by a module has moved; torch's are followed operator by operator."""
+        """Whether a generator of Python's or NumPy's that a module holds was drawn from."""
+        # Draws from torch's are recorded operator by operator.
         pairs = (p for p in self._generators if not isinstance(p[0], torch.Generator))
         return any(_state_of(before) != _state_of(after) for before, after in pairs)
 
@@ -193,7 +200,7 @@ def _copied_generator(generator: Any) -> Any:
 
 def _state_of(generator: Any) -> str:
     if isinstance(generator, random.SystemRandom):
-        return str(id(object()))  # it has none, and never repeats
+        return str(id(object()))  # the system's has no state, and never repeats
     if isinstance(generator, random.Random):
         return str(generator.getstate())
     if isinstance(generator, np.random.Generator):
@@ -202,7 +209,7 @@ def _state_of(generator: Any) -> str:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """An object of somebody's class, e.g. a meter; neither a module nor part of a framework."""
+    """Whether it is an object of the user's, e.g. a meter: no module and no part of a framework."""
     kind = type(value)
     if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
         return False
@@ -215,7 +222,7 @@ FRAMEWORKS = frozenset(
 
 
 def _silenced(module: nn.Module) -> dict[str, Any]:
-    """Lightning's modules log from within their steps, which a pass on the bench must not."""
+    """Return the attributes that keep a Lightning module from logging, as it does within its steps."""
     if not any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
         return {}
     return {"log": _nothing, "log_dict": _nothing}
@@ -236,7 +243,7 @@ def _put_back(registry: dict[str, Any], before: dict[str, Any]) -> None:
 
 @contextmanager
 def _no_recomputation() -> Iterator[None]:
-    """Checkpointing off: it would draw the random numbers of a pass a second time, in its backward."""
+    """Switch checkpointing off: its backward pass draws the random numbers of a pass a second time."""
 
     class Direct:
         @staticmethod
