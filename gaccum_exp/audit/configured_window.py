@@ -1,5 +1,6 @@
 """The audit of one window of a configured experiment."""
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -143,11 +144,7 @@ class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        micro_batches: Sequence[Any],
-        accumulation: Accumulation,
+        self, model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any], accumulation: Accumulation
     ) -> None:
         self.modules = NamedModules(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
@@ -168,16 +165,14 @@ class ConfiguredWindow:
         """Return the window with a smaller loss scale, as a GradScaler takes when gradients overflow."""
         return self._accumulated_as(loss_scale=max(1.0, self.accumulation.loss_scale / DESCENT))
 
-    def accumulate(self, forward_context: ForwardContext, cast: Cast) -> None:
+    def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run as training does."""
-        self._run([cast(m) for m in self._micro_batches], forward_context)
+        self._run([cast(m) for m in self._micro_batches], context)
 
-    def one_pass(
-        self, forward_context: AbstractContextManager[None], cast: Cast, order: Tensor | None
-    ) -> None:
+    def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run the same with N = 1."""
         whole = self._whole if order is None else picked(self._whole, order, sum(self.sizes))
-        self._run([cast(whole)], lambda index: forward_context)
+        self._run([cast(whole)], lambda index: context)
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return loss sum and denominator of one micro-batch, or of all samples."""
@@ -196,13 +191,14 @@ class ConfiguredWindow:
         return self._accumulated_as(reduction="global_mean")
 
     def _accumulated_as(self, **changes: Any) -> "ConfiguredWindow":
-        accumulation = replace(self.accumulation, **changes)
-        return ConfiguredWindow(self._model, self._loss_fn, self._micro_batches, accumulation)
+        other = copy.copy(self)
+        other.accumulation = replace(self.accumulation, **changes)
+        return other
 
-    def _run(self, micro_batches: list[Any], forward_context: ForwardContext) -> None:
+    def _run(self, micro_batches: list[Any], context: ForwardContext) -> None:
         accumulate_gradients(
             self._model,
-            _Following(self._loss_fn, forward_context),
+            _Following(self._loss_fn, context),
             micro_batches,
             reduction=self.accumulation.reduction,
             sum_divisor=self.accumulation.sum_divisor,
@@ -214,8 +210,8 @@ class ConfiguredWindow:
 class _Following:
     """A loss function whose calls each enter the context of their micro-batch."""
 
-    def __init__(self, loss_fn: LossFn, forward_context: ForwardContext) -> None:
-        self._loss_fn, self._forward_context, self._next = loss_fn, forward_context, 0
+    def __init__(self, loss_fn: LossFn, context: ForwardContext) -> None:
+        self._loss_fn, self._context, self._next = loss_fn, context, 0
         self.criterion = getattr(loss_fn, "criterion", None)
 
     def count(self, micro_batch: Any) -> Any:
@@ -223,5 +219,5 @@ class _Following:
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> Any:
         index, self._next = self._next, self._next + 1
-        with self._forward_context(index):
+        with self._context(index):
             return self._loss_fn(model, micro_batch)

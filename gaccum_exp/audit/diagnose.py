@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.canary import (
-    IN_FLOAT64,
-    IN_OWN_PRECISION,
-    NEVER_ROUNDING64,
-    Canary,
-)
+from gaccum_exp.audit.canary import IN_FLOAT64, IN_OWN_PRECISION, NEVER_ROUNDING64, Canary
 from gaccum_exp.audit.causes.batch_mixing import ForwardRuns, compare_forward
 from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED,

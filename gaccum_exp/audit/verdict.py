@@ -70,21 +70,16 @@ def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[Param
     )
 
 
-def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float | None:
-    """Return c where `gradient` = c × `reference` up to a relative tolerance, else None."""
-    size = norm(reference)
-    if size == 0:
-        return None
-    c = dot(gradient, reference) / size**2
-    if c == 0:
-        return None
-    return c if distance(gradient, reference, c) <= tolerance * abs(c) else None
-
-
 def scale_of(gradient: Gradient, mean_gradient: Gradient) -> float | None:
     """Return the gradient's component along the large batch's mean gradient, in units of that one."""
     size = norm(mean_gradient)
     return dot(gradient, mean_gradient) / size**2 if size > 0 else None
+
+
+def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float | None:
+    """Return c where `gradient` = c × `reference` up to a relative tolerance, else None."""
+    c = scale_of(gradient, reference)
+    return c if c and distance(gradient, reference, c) <= tolerance * abs(c) else None
 
 
 def remedy(

@@ -14,12 +14,7 @@ from gaccum_exp.audit.rerun.samples import mapped
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.modes import eagerly
-from gaccum_exp.core.seeding import (
-    random_state_kept,
-    random_states,
-    same_host_state,
-    set_random_states,
-)
+from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_state, set_random_states
 from gaccum_exp.memory.available import SavedForBackward, needed_bytes, require_memory
 
 T = TypeVar("T")
@@ -60,12 +55,10 @@ class RerunnableWindow(Protocol):
     modules: NamedModules
     """Everything with parameters or buffers that it uses."""
 
-    def accumulate(self, forward_context: ForwardContext, cast: Cast) -> None:
+    def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run all micro-batches forward and backward."""
 
-    def one_pass(
-        self, forward_context: AbstractContextManager[None], cast: Cast, order: Tensor | None
-    ) -> None:
+    def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run all samples at once forward and backward, in this order."""
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
@@ -143,7 +136,7 @@ class Rerun:
             states = [(buffer, buffer.clone()) for buffer in reset]
 
             @contextmanager
-            def forward_context(index: int) -> Iterator[None]:
+            def context(index: int) -> Iterator[None]:
                 if apart and index > 0:
                     taken.append(keep(self._taken(parameters)))
                 for buffer, state in states:
@@ -161,7 +154,7 @@ class Rerun:
                     why = "numbers come from Python's or NumPy's generator"
                     self.draws.refuse(why, foreign=True)
 
-            self.window.accumulate(forward_context, self._cast(how))
+            self.window.accumulate(context, self._cast(how))
             taken.append(keep(self._taken(parameters)))
         return taken
 

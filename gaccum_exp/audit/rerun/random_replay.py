@@ -39,7 +39,6 @@ DrawsAre = Literal["recorded", "replayed", "constant"]
 class Draw:
     """What one operator drew in one pass."""
 
-    operator: str
     module: str | None
     """Dotted name of the innermost module that drew it; None: outside of any."""
     value: Tensor | None
@@ -139,18 +138,19 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     def _drawn(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         before = _generator_states(args, kwargs)
         result = func(*args, **kwargs)
-        if kwargs.get("generator") is None and _same(before, _generator_states(args, kwargs)):
+        unmoved = all(map(torch.equal, before, _generator_states(args, kwargs)))
+        if kwargs.get("generator") is None and unmoved:
             return result  # tagged, and drew nothing: attention with a dropout of 0
         index, self._count = self._count, self._count + 1
         drawn = _draw_of(func, args, result)
         if self._draws_are == "recorded":
-            name = str(func.overloadpacket.__name__)
             if drawn is None:
-                self._draws.refuse(f"{name} cannot be replayed sample by sample", foreign=True)
+                why = f"{func.overloadpacket.__name__} cannot be replayed sample by sample"
+                self._draws.refuse(why, foreign=True)
             elif not drawn.is_floating_point():
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
-            self._draws.passes[-1].append(Draw(name, self._tracer.module, drawn))
+            self._draws.passes[-1].append(Draw(self._tracer.module, drawn))
             return result
         if self._draws_are == "constant" and drawn is not None:
             return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))
@@ -279,7 +279,3 @@ def _generator_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Te
     for device in devices - {torch.device("cpu")}:
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
-
-
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

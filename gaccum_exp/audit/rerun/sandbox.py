@@ -18,6 +18,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+FRAMEWORKS = frozenset(
+    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
+)
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
@@ -108,7 +112,9 @@ def sandbox(
             module._buffers.update({k: copies.of_tensor(b) for k, b in buffers.items()})
         for module, _, _, attributes in before:
             vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
-            vars(module).update(_silenced(module))
+            if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
+                # These log from within their steps, which a pass in the sandbox must not.
+                vars(module).update(log=_nothing, log_dict=_nothing)
         with _no_recomputation():
             yield modules.parameters()
     finally:
@@ -116,8 +122,10 @@ def sandbox(
             drawn()
         copies.restore_objects()
         for module, parameters, buffers, attributes in before:
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
+            pairs: Any = (module._parameters, parameters), (module._buffers, buffers)
+            for registry, then in pairs:
+                registry.clear()
+                registry.update(then)
             for added in _attributes(module).keys() - attributes.keys():
                 del vars(module)[added]
             vars(module).update(attributes)
@@ -135,13 +143,12 @@ class _Copies:
         self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def of_parameter(self, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or id(parameter) in self._made:
-            return None if parameter is None else self._made[id(parameter)]
-        made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
-        for hook in (parameter._backward_hooks or {}).values():  # part of what the gradient is
-            made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
-        self._made[id(parameter)] = made
-        return made
+        if parameter is not None and id(parameter) not in self._made:
+            made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
+            for hook in (parameter._backward_hooks or {}).values():  # they make the gradient, too
+                made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
+            self._made[id(parameter)] = made
+        return None if parameter is None else self._made[id(parameter)]
 
     def of_tensor(self, tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or (tensor.requires_grad and not tensor.is_leaf):
@@ -161,7 +168,11 @@ class _Copies:
         if isinstance(value, (deque, dict, np.ndarray)):
             return copy.copy(value)
         if isinstance(value, GENERATORS):
-            self._generators.append((value, copied := _copied_generator(value)))
+            if isinstance(value, torch.Generator):
+                copied: Any = value.clone_state()
+            else:  # the system's has no state to be copied
+                copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+            self._generators.append((value, copied))
             return copied
         if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
             # The object itself stays, since others may hold it; what is in it is put back.
@@ -177,7 +188,7 @@ class _Copies:
         return any(_state_of(before) != _state_of(after) for before, after in pairs)
 
     def restore_objects(self) -> None:
-        """Put back what plain objects held."""
+        """Put back the attributes of plain objects."""
         for of, kept in reversed(self._objects):
             of.clear()
             of.update(kept)
@@ -187,15 +198,6 @@ class _Copies:
         return tensor.detach().to(
             device=self._device or tensor.device, dtype=dtype or tensor.dtype, copy=True
         )
-
-
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-
-
-def _copied_generator(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.clone_state()
-    return copy.deepcopy(generator) if not isinstance(generator, random.SystemRandom) else generator
 
 
 def _state_of(generator: Any) -> str:
@@ -216,29 +218,12 @@ def _is_plain_object(value: Any) -> bool:
     return kind.__module__.partition(".")[0] not in FRAMEWORKS
 
 
-FRAMEWORKS = frozenset(
-    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
-)
-
-
-def _silenced(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes that keep a Lightning module from logging, as it does within its steps."""
-    if not any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
-        return {}
-    return {"log": _nothing, "log_dict": _nothing}
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in _REGISTRIES or k == "training"}
-
-
-def _put_back(registry: dict[str, Any], before: dict[str, Any]) -> None:
-    registry.clear()
-    registry.update(before)
 
 
 @contextmanager

@@ -26,9 +26,8 @@ from gaccum_exp.audit.rerun.samples import NotJoinableError
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import multiple, remedy, scale_of
-from gaccum_exp.audit.watch.observations import Observations
 from gaccum_exp.audit.watch.other_faults import other_faults
-from gaccum_exp.audit.watch.tape import TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
 from gaccum_exp.core.gradient import Gradient, difference, distance, norm, scaled
 from gaccum_exp.memory.available import out_of_memory
@@ -147,10 +146,7 @@ class _LoopWindow:
         return {name: g.to(self._device) for name, g in gradient.items()}
 
     def _rerun_of(
-        self,
-        window: TapedWindow,
-        micro_batches: Sequence[TapedMicroBatch],
-        draws: Draws | None = None,
+        self, window: TapedWindow, micro_batches: Sequence[TapedMicroBatch], draws: Draws | None = None
     ) -> Rerun:
         starts = [micro_batch.first.start for micro_batch in micro_batches]
         return Rerun(window, self._device, starts, Draws() if draws is None else draws)

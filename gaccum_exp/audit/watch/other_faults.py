@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from gaccum_exp.audit.result import Check
-from gaccum_exp.audit.watch.observations import Observations
-from gaccum_exp.audit.watch.tape import Tape, TapedCall, TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, Tape, TapedCall, TapedMicroBatch
 
 
 def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -> tuple[Check, ...]:

@@ -1,4 +1,4 @@
-"""A tape of what a loop does in one window: the calls as they happen, so that they can be run again.
+"""A tape of what a loop does in one window: its calls, which can be run again, and its gradients.
 
 A micro-batch is a connected piece of the tape: calls of the model, the operations between its outputs
 and the loss, and calls of the loss. Tensors that come from the model are recorded by where they come
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.samples import mapped, tensors_in
+from gaccum_exp.core.gradient import Gradient
 
 
 class OutputRef:
@@ -135,6 +136,39 @@ class Tape:
             losses = [*(earlier for g in sharing for earlier in g.losses), loss]
             groups.append(TapedMicroBatch(sorted(models, key=lambda c: c.order), losses))
         return sorted(groups, key=lambda g: g.first.order)
+
+
+@dataclass(slots=True)
+class Clipping:
+    """A call of `clip_grad_norm_` or `clip_grad_value_`."""
+
+    after_backward: int
+    """Backward passes of the window before it."""
+    before: Gradient
+    """The gradients that it was given."""
+    after: Gradient = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Observations:
+    """What was observed of one window."""
+
+    tape: Tape = field(default_factory=Tape)
+    at_start: Gradient = field(default_factory=dict)
+    """Gradients that were there before its first pass."""
+    accumulated: dict[int, Gradient] = field(default_factory=dict)
+    """Gradients right after the last backward pass: one entry, by the number of backward passes."""
+    between: list[tuple[int, str]] = field(default_factory=list)
+    """(backward passes so far, `zeroed` | `changed`), as found at the beginning of a later pass."""
+    clippings: list[Clipping] = field(default_factory=list)
+    scheduler_steps: list[int] = field(default_factory=list)
+    """Backward passes of the window before each step of the learning-rate schedule."""
+    unscaled: list[int] = field(default_factory=list)
+    """The same before each `unscale_` of a GradScaler."""
+    retained: list[bool] = field(default_factory=list)
+    """Whether each backward pass was told to keep its graph."""
+    loss_scale: float = 1.0
+    """The GradScaler's."""
 
 
 def leaves(value: Any) -> list[Any]:

@@ -93,20 +93,18 @@ class TapedWindow:
         other.coefficients = coefficients
         return other
 
-    def accumulate(self, forward_context: ForwardContext, cast: Cast) -> None:
+    def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run the micro-batches as the loop did."""
         for index, micro_batch in enumerate(self._micro_batches):
-            with forward_context(index):
+            with context(index):
                 losses = self._losses(micro_batch, cast)
             weight, units = self.weights[index], self._cotangents[index]
             cotangents = [u.to(x) * weight for u, x in zip(units, losses, strict=True)]
             torch.autograd.backward(losses, cotangents)
 
-    def one_pass(
-        self, forward_context: AbstractContextManager[None], cast: Cast, order: Tensor | None
-    ) -> None:
+    def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run all samples at once, through the loop's own model and loss."""
-        with forward_context:
+        with context:
             losses = self._whole_losses(cast, order)
         cotangents = [u * self.whole_weight for u in self._whole_cotangents(losses)]
         torch.autograd.backward(losses, cotangents)

@@ -12,9 +12,8 @@ from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit, Check, Verdict, worst
 from gaccum_exp.audit.watch.judge import judge
-from gaccum_exp.audit.watch.observations import Observations
 from gaccum_exp.audit.watch.other_faults import reported_loss
-from gaccum_exp.audit.watch.tape import TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_state_kept
