@@ -83,7 +83,7 @@ def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit
                 seed_model(seed, own)
                 audit = _at_a_fitting_loss_scale(window, blank, device)
                 elsewhere = sliced + (f" on the {device.type}" if device != own else "")
-                return _with_detail(audit, f"audited{elsewhere}") if elsewhere else audit
+                return audit.noting(f"audited{elsewhere}") if elsewhere else audit
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -103,7 +103,7 @@ def _at_a_fitting_loss_scale(window: "ConfiguredWindow", blank: Audit, device: t
     scale = window.accumulation.loss_scale
     if scale != asked and audit.detail != NOT_FINITE:
         used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
-        audit = _with_detail(audit, used)
+        audit = audit.noting(used)
     rows = tuple(replace(row, norm=row.norm / scale) for row in audit.parameters)
     return replace(audit, parameters=rows)
 
@@ -124,10 +124,6 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
     per_mean = audit.denominator / divisor if summed else 1.0
     along = scale_of(found.accumulated64, found.one_pass64)
     return replace(audit, scale=None if along is None else along * per_mean)
-
-
-def _with_detail(audit: Audit, detail: str) -> Audit:
-    return replace(audit, detail=f"{audit.detail}; {detail}" if audit.detail else detail)
 
 
 @dataclass(frozen=True, slots=True)

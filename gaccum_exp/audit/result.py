@@ -1,7 +1,7 @@
 """The result of an audit: verdict, cause, remedy, and the numbers that they rest on."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["identical", "equivalent", "stochastic", "biased", "inconclusive"]
@@ -97,6 +97,10 @@ class Audit:
     def sound(self) -> bool:
         """Whether it is the large batch's gradient, up to rounding, and no check found a fault."""
         return self.verdict in ("identical", "equivalent") and not self.checks
+
+    def noting(self, detail: str) -> "Audit":
+        """Return the audit with a further detail."""
+        return replace(self, detail=f"{self.detail}; {detail}" if self.detail else detail)
 
     def report(self) -> str:
         """Return the verdict in a few lines."""

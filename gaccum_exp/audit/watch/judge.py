@@ -56,8 +56,7 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
             if not out_of_memory(error) or own == host:
                 raise
         audit = _LoopWindow(seen, reached, modules, dim, blank, host).audit()
-        where = "run again on the CPU"
-        return replace(audit, detail=f"{audit.detail}; {where}" if audit.detail else where)
+        return audit.noting("run again on the CPU")
     except CouplingError as error:
         why = f"{error}: give watch the function that computes the whole loss"
         return replace(blank, cause=result.NOT_ADDITIVE, detail=why, remedy=remedy(result.NOT_ADDITIVE))

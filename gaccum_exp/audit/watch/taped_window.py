@@ -57,12 +57,11 @@ class TapedWindow:
     ) -> None:
         self.modules = modules
         self._dim = dim
-        self._micro_batches = list(micro_batches)
-        first = self._micro_batches[0]
-        if len({(len(m.models), len(m.losses)) for m in self._micro_batches}) != 1:
+        self._micro_batches = micro_batches
+        if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
-        self.sizes = [size_of(m.first.arguments, dim) for m in self._micro_batches]
-        cotangents = _with_common_ratios([_cotangents(m) for m in self._micro_batches])
+        self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
+        cotangents = _with_common_ratios([_cotangents(m) for m in micro_batches])
         self.weights = [weight for weight, _ in cotangents]
         """The loop's own, as its precision rounded them."""
         self._cotangents = [each for _, each in cotangents]
@@ -70,18 +69,13 @@ class TapedWindow:
         self.whole_weight = 1.0
         self.coefficients: list[float] | None = None
         """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
-        self.padded = ragged([m.first.arguments for m in self._micro_batches], dim)
+        self.padded = ragged([m.first.arguments for m in micro_batches], dim)
         """Whether joining the micro-batches pads their sequences."""
-        self._inputs = [
-            self._joined_constants([m.models[j] for m in self._micro_batches])
-            for j in range(len(first.models))
-        ]
-        self._loss_inputs = []
-        for j in range(len(first.losses)):
-            losses = [m.losses[j] for m in self._micro_batches]
-            of_model = any(loss.sources() for loss in losses)
-            self._loss_inputs.append(None if of_model else self._joined_constants(losses))
-        if couples_samples(first, self.sizes[0]):
+        models, losses = ([m.models for m in micro_batches], [m.losses for m in micro_batches])
+        self._models = [(calls, self._joined_constants(calls)) for calls in zip(*models, strict=True)]
+        self._losses = [(calls, self._joined_constants(calls)) for calls in zip(*losses, strict=True)]
+        """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
+        if couples_samples(micro_batches[0], self.sizes[0]):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
 
     def weighed(
@@ -97,7 +91,7 @@ class TapedWindow:
         """Run the micro-batches as the loop did."""
         for index, micro_batch in enumerate(self._micro_batches):
             with context(index):
-                losses = self._losses(micro_batch, cast)
+                losses = self._losses_of(micro_batch, cast)
             weight, units = self.weights[index], self._cotangents[index]
             cotangents = [u.to(x) * weight for u, x in zip(units, losses, strict=True)]
             torch.autograd.backward(losses, cotangents)
@@ -116,7 +110,7 @@ class TapedWindow:
             losses = self._whole_losses(cast, None)
             units, count = self._whole_cotangents(losses), math.nan if counts is None else sum(counts)
         else:
-            losses = self._losses(self._micro_batches[index], cast)
+            losses = self._losses_of(self._micro_batches[index], cast)
             units, count = self._cotangents[index], math.nan if counts is None else counts[index]
         total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
         assert isinstance(total, Tensor)
@@ -153,14 +147,14 @@ class TapedWindow:
         counted = torch.cat([units[0] != 0 for units in self._cotangents])
         return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
 
-    def _joined_constants(self, calls: list[TapedCall]) -> Any:
+    def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
         """Return the calls' arguments as one batch; None where some come from other calls."""
         given = [call.arguments for call in calls]
         if any(isinstance(leaf, OutputRef) for leaf in leaves(given)):
             return None
         return joined(given, [size_of(g, self._dim) for g in given], self._dim)
 
-    def _losses(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
+    def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
         for call in micro_batch.models:
             outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, cast)))
@@ -169,33 +163,28 @@ class TapedWindow:
         ]
 
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
-        """Run all samples at once; a micro-batch's own operations get its rows of the outputs."""
-        first = self._micro_batches[0]
+        """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
         each: list[Outputs] = [{} for _ in self._micro_batches]
 
-        def chosen(batch: Any) -> Any:
-            return cast(batch if order is None else picked(batch, order, sum(self.sizes), self._dim))
+        def run_whole(calls: Sequence[TapedCall], inputs: Any) -> Any:
+            if inputs is None:
+                done = zip(calls, each, strict=True)
+                given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
+                return run(calls[0], joined(given, [size_of(g) for g in given]))
+            whole = inputs if order is None else picked(inputs, order, sum(self.sizes), self._dim)
+            return run(calls[0], cast(whole))
 
-        def computed(calls: list[TapedCall]) -> Any:
-            given = [resolved(c.arguments, done, cast) for c, done in zip(calls, each, strict=True)]
-            return joined(given, [size_of(g) for g in given])
-
-        for j, call in enumerate(first.models):
-            calls = [m.models[j] for m in self._micro_batches]
-            inputs = self._inputs[j]
-            outputs = tensors_in(run(call, computed(calls) if inputs is None else chosen(inputs)))
-            for index, own in enumerate(calls):
-                each[index][own] = self._rows(own, outputs, index, order)
+        for calls, inputs in self._models:
+            outputs = tensors_in(run_whole(calls, inputs))
+            for index, call in enumerate(calls):
+                each[index][call] = self._rows(call, outputs, index, order)
         losses = []
-        for j, loss in enumerate(first.losses):
-            inputs = self._loss_inputs[j]
-            if inputs is not None:
-                losses.append(loss_of(run(loss, chosen(inputs))))
-            elif loss.function is models_own_loss:
-                losses.append(each[0][loss.refs()[0].call][loss.refs()[0].place])
+        for calls, inputs in self._losses:
+            if calls[0].function is models_own_loss:
+                ref = calls[0].refs()[0]
+                losses.append(each[0][ref.call][ref.place])
             else:
-                calls = [m.losses[j] for m in self._micro_batches]
-                losses.append(loss_of(run(loss, computed(calls))))
+                losses.append(loss_of(run_whole(calls, inputs)))
         return losses
 
     def _rows(
