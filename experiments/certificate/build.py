@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.certificate.expected import EXPECTED, FAMILIES, LEFT_OUT, Family
 from experiments.notebook import append_row, provenance, read_rows, write_results
 from gaccum_exp.arms.provenance import git_commit
+from gaccum_exp.audit.canary import ROUNDING64
 from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.audit.result import Audit, Culprit
-from gaccum_exp.audit.verdict import ROUNDING64
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.models.torchvision import TorchvisionModel
 
@@ -80,7 +80,7 @@ def named(name: str, shape: tuple[int, ...] = SHAPE) -> nn.Module:
 
 def audit(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]]) -> Audit:
     """Audit a model on a window of random images."""
-    return audit_window(model, nn.CrossEntropyLoss(), micro_batches, reduction="global_mean")
+    return audit_window(model, nn.CrossEntropyLoss(), micro_batches)
 
 
 def is_right(found: Audit, family: Family) -> bool:

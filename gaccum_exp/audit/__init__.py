@@ -1,5 +1,5 @@
-"""Is this gradient the large batch's, and if not, what breaks it?
+"""Audit of a gradient: is it the large batch's, and if not, what is the cause?
 
-The gradient of one window, accumulated, against that of the same samples in one pass at the same
-weights, judged by the rounding measured on the same model. Nothing here knows a configuration.
+The accumulated gradient of a window is compared with that of the same samples in one pass at the same
+weights, and judged by the rounding measured on the same model. Nothing here knows a configuration.
 """

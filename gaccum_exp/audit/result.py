@@ -1,7 +1,7 @@
-"""What an audit says."""
+"""The result of an audit: verdict, cause, remedy, and the numbers that they rest on."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["identical", "equivalent", "stochastic", "biased", "inconclusive"]
@@ -48,7 +48,7 @@ class Culprit:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A fault beside the gradient: in the schedule, the memory or the reported loss."""
+    """A fault that is not in the gradient: in the schedule, the memory or the reported loss."""
 
     name: str
     """schedule | memory | reported loss"""
@@ -64,10 +64,10 @@ class Audit:
     """
 
     verdict: Verdict
-    steps: int
+    accum_steps: int
     """N, micro-batches of the window."""
     reduction: str
-    """global_mean | mean | sum: what the gradients were accumulated under."""
+    """global_mean | mean | sum: how the gradients were accumulated."""
     e64: float | None = None
     """‖g_N − g_1‖ / ‖g_1‖ in float64; None where that could not be had."""
     e: float | None = None
@@ -98,11 +98,15 @@ class Audit:
         """Whether it is the large batch's gradient, up to rounding, and no check found a fault."""
         return self.verdict in ("identical", "equivalent") and not self.checks
 
+    def noting(self, detail: str) -> "Audit":
+        """Return the audit with a further detail."""
+        return replace(self, detail=f"{self.detail}; {detail}" if self.detail else detail)
+
     def report(self) -> str:
         """Return the verdict in a few lines."""
         numbers = {"e64": self.e64, "e": self.e, "floor": self.floor, "scale": self.scale}
         said = [f"{k} {v:.2g}" for k, v in numbers.items() if v is not None]
-        lines = [f"{self.verdict} (N = {self.steps}, {self.reduction}): {', '.join(said)}"]
+        lines = [f"{self.verdict} (N = {self.accum_steps}, {self.reduction}): {', '.join(said)}"]
         if self.cause is not None:
             at = (
                 f" at {self.culprit or 'the model itself'} ({self.culprit_type})"

@@ -1,21 +1,13 @@
-"""From what was measured to a verdict, its cause and what to do about it."""
+"""The verdict that follows from what was measured, and what to do about its cause."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gaccum_exp.audit import result
+from gaccum_exp.audit.canary import FAR, ROUNDING64, Canary
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
-
-ROUNDING64 = 1e-10
-"""The line between rounding in float64 (seen: 1e-16 to 1e-13) and bias (seen: 5e-3 to 1)."""
-FAR = 1e3
-"""How far above the measured float64 floor a difference is none of rounding any more."""
-NEVER_ROUNDING64 = 1e-7
-"""No difference above this is rounding in float64, however far another order of the samples moves it."""
-RANGE = 4.0
-"""How far e may exceed the floor, which as the largest of a few orders underestimates that of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,36 +15,38 @@ class Measured:
     """The distances that a verdict rests on."""
 
     identical: bool
-    e: float
-    """In the run's precision, draws held where they can be."""
-    floor: float
-    """How much of g_1 is rounding: its distance to other summation orders and to float64."""
-    e64: float
-    floor64: float
-    hidden64: bool = False
-    """Whether a parameter too small to be seen in e64 differs beyond its own rounding."""
+    """Whether the two gradients agree bit for bit in the run's precision."""
+    own: Canary
+    """In the run's precision, draws replayed where they can be; the floor is how much of g_1 is
+    rounding: its distance to other summation orders and to float64."""
+    float64: Canary
+    hidden64: bool
+    """Whether a parameter too small to show in float64's error differs beyond its own rounding."""
 
     @property
     def same_function(self) -> bool | None:
         """Whether the two gradients are equal but for rounding; None: not known."""
-        if not math.isfinite(self.e64):
+        if not math.isfinite(self.float64.error):
             return None
-        line = max(ROUNDING64, min(FAR * self.floor64, NEVER_ROUNDING64))
-        return self.e64 <= line and not self.hidden64
+        return self.float64.agrees and not self.hidden64
 
-    @property
-    def in_range(self) -> bool:
-        """Whether e is what rounding makes in this precision."""
-        return self.e <= self.limit
 
-    @property
-    def limit(self) -> float:
-        """The largest e that rounding explains."""
-        return RANGE * max(self.floor, 1e-15)
+def verdict_of(measured: Measured, draws: bool) -> Verdict:
+    """Return the verdict of the numbers alone, given whether the pass draws random numbers."""
+    same = measured.same_function
+    if measured.identical and not draws:
+        return "identical"
+    if same is None:
+        return "inconclusive"
+    if not same:
+        return "biased"
+    if draws:
+        return "stochastic"
+    return "equivalent" if measured.own.agrees else "biased"
 
 
 def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
-    """Return each parameter's part in the difference, the largest first."""
+    """Return each parameter's part in the difference of two gradients, the largest first."""
     total = norm(reference)
     rows = []
     for name, gap in gaps(one, reference):
@@ -63,9 +57,11 @@ def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError
 
 
 def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[ParameterError]) -> bool:
-    """Whether some parameter's gradient differs though its share in the whole is too small to show.
+    """Whether some parameter's gradient differs, though its share in the whole is too small to show.
 
-    errors: of the accumulated gradient; rounding: of the one pass in another order.
+    Args:
+        errors: of the accumulated gradient.
+        rounding: of the one pass in another order.
     """
     floors = {row.name: row.share for row in rounding}
     return any(
@@ -74,21 +70,16 @@ def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[Param
     )
 
 
-def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float | None:
-    """Return c where `gradient` = c × `reference` up to a relative tolerance, else None."""
-    size = norm(reference)
-    if size == 0:
-        return None
-    c = dot(gradient, reference) / size**2
-    if c == 0:
-        return None
-    return c if distance(gradient, reference, c) <= tolerance * abs(c) else None
-
-
 def scale_of(gradient: Gradient, mean_gradient: Gradient) -> float | None:
-    """Return the gradient's component along the large batch's mean gradient, in its units."""
+    """Return the gradient's component along the large batch's mean gradient, in units of that one."""
     size = norm(mean_gradient)
     return dot(gradient, mean_gradient) / size**2 if size > 0 else None
+
+
+def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float | None:
+    """Return c where `gradient` = c × `reference` up to a relative tolerance, else None."""
+    c = scale_of(gradient, reference)
+    return c if c and distance(gradient, reference, c) <= tolerance * abs(c) else None
 
 
 def remedy(
@@ -98,7 +89,7 @@ def remedy(
     counts: Sequence[float] = (),
     factor: float | None = None,
 ) -> str | None:
-    """Return what to do about it, in a sentence."""
+    """Return what to do about a cause, in a sentence."""
     first = culprits[0] if culprits else None
     if cause == result.BATCH_STATISTICS and first is not None:
         where = first.name or "the model's own forward pass"
@@ -109,7 +100,7 @@ def remedy(
             "batch: compute it sample by sample, or fix the statistics that it takes from the batch"
         )
     if cause == result.UNEQUAL_DENOMINATORS:
-        return f"micro-batches {_held(sizes, counts)}: use global_mean"
+        return f"micro-batches {_sizes_or_counts(sizes, counts)}: use global_mean"
     if cause == result.LOSS_SCALE and factor is not None:
         return f"gradient is {factor:.4g} × the large batch's: {_why_scaled(factor, len(sizes))}"
     if cause == result.NOT_ADDITIVE:
@@ -128,34 +119,16 @@ def remedy(
     return None
 
 
-def _held(sizes: Sequence[int], counts: Sequence[float]) -> str:
-    if counts and list(counts) != [float(size) for size in sizes]:
-        return f"count {_listed(counts)} in their loss"
-    return f"hold {_listed(sizes)} samples"
+def _sizes_or_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
+    counted = bool(counts) and list(counts) != [float(size) for size in sizes]
+    said = [f"{number:g}" for number in (counts if counted else sizes)]
+    listed = ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
+    return f"count {listed} in their loss" if counted else f"hold {listed} samples"
 
 
-def _listed(numbers: Sequence[float]) -> str:
-    said = [f"{number:g}" for number in numbers]
-    return ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
-
-
-def _why_scaled(factor: float, steps: int) -> str:
-    if steps > 1 and math.isclose(factor, steps, rel_tol=1e-3):
+def _why_scaled(factor: float, accum_steps: int) -> str:
+    if accum_steps > 1 and math.isclose(factor, accum_steps, rel_tol=1e-3):
         return "the loss is not divided by N"
-    if steps > 1 and math.isclose(factor, 1 / steps, rel_tol=1e-3):
+    if accum_steps > 1 and math.isclose(factor, 1 / accum_steps, rel_tol=1e-3):
         return "it is divided by N twice"
     return "divide the sum of the losses once by what the window counts"
-
-
-def judged(measured: Measured, draws: bool) -> Verdict:
-    """Return the verdict of the numbers alone, given whether the pass draws random numbers."""
-    same = measured.same_function
-    if measured.identical and not draws:
-        return "identical"
-    if same is None:
-        return "inconclusive"
-    if not same:
-        return "biased"
-    if draws:
-        return "stochastic"
-    return "equivalent" if measured.in_range else "biased"

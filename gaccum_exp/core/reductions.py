@@ -70,6 +70,9 @@ class GlobalMean(Reduction):
         return window_count
 
 
+GLOBAL_MEAN = GlobalMean()
+
+
 class Mean(Reduction):
     """The mean of the micro-batches' means: the plain loop with loss / N."""
 

@@ -102,6 +102,9 @@ class InPlace:
         optimizer.step()
 
 
+IN_PLACE = InPlace()
+
+
 @dataclass(frozen=True, slots=True)
 class Buffered(InPlace):
     """Adds micro gradients up in a wider type than the parameters', and rounds them once.

@@ -1,4 +1,4 @@
-"""The audit inside other people's frameworks: a callback each for Lightning and transformers, a fixture.
+"""The audit in other frameworks: a callback for Lightning, one for transformers, a pytest fixture.
 
 Nothing is imported here: each module needs its own framework and no other.
 """

@@ -1,4 +1,4 @@
-"""One window of a training that somebody else runs: watched from its first micro-batch to its step."""
+"""Watch windows of a training that a framework runs, each from its first micro-batch to its step."""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class BiasedAccumulationWarning(UserWarning):
 
 
 class DueWindows:
-    """Watches the windows that are due, and no others: between them, nothing of it is attached.
+    """Watches the windows that are due; between them nothing is attached to the model.
 
     Args:
         every_n_steps: a window is due where the number of optimizer steps taken before it is a multiple
@@ -35,7 +35,7 @@ class DueWindows:
         self._every = every_n_steps
         self._open: tuple[int, Watched, ExitStack] | None = None
         self._begun = -1
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def begin(
         self,
@@ -44,7 +44,7 @@ class DueWindows:
         criterion: Callable[..., Any] | None,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Before a micro-batch: watch, if it is the first of a window that is due."""
+        """Watch the window that begins with the next micro-batch, if it is due."""
         if global_step == self._begun or global_step % self._every:
             return
         self.abandon()
@@ -54,7 +54,7 @@ class DueWindows:
         self._open = global_step, watched, stack
 
     def end(self, global_step: int) -> None:
-        """After a micro-batch or a step: if the window's step was taken, keep its audit."""
+        """Keep the audit of a window whose step was taken; call it after each micro-batch or step."""
         if self._open is None or global_step == self._open[0]:
             return
         before, watched, _ = self._open
@@ -72,12 +72,12 @@ class DueWindows:
             self._open = None
 
     def restart(self) -> None:
-        """Forget which window was the last: a training begins."""
+        """Begin a training: forget which window was the last."""
         self.abandon()
         self._begun = -1
 
     def once(self, about: str, message: str, category: type[Warning] = UserWarning) -> None:
         """Warn, unless this has been warned about before."""
-        if about not in self._said:
-            self._said.add(about)
+        if about not in self._warned:
+            self._warned.add(about)
             warnings.warn(message, category, stacklevel=3)

@@ -17,8 +17,8 @@ class AuditCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         print(audit.audits[0][1])
 
     Nothing is logged; a window that is biased is warned about, once per cause. On several processes it
-    says so once and judges nothing: a window would be all ranks' micro-batches. The Trainer tells its
-    callbacks of no exception: after one inside a window, call `close`.
+    says so once and judges nothing: a window would be all ranks' micro-batches. The Trainer does not
+    report exceptions to its callbacks: after one inside a window, call `close`.
 
     Args:
         every_n_steps: how often; the first window is always judged. A window that is judged takes about

@@ -21,22 +21,20 @@ def audit(state: TrainState, window: Window, global_step: int) -> Audit:
 
     An audit that fails is an inconclusive one.
     """
-    settings, reduction = state.settings, state.reduction_at(global_step)
     try:
         return audit_window(
             state.model,
             state.loss_fn,
             window,
-            reduction=reduction.name,
-            sum_divisor=getattr(reduction, "constant", 1.0),
-            buffer_dtype=getattr(state.strategy, "dtype", None),
+            reduction=state.reduction_at(global_step),
+            strategy=state.strategy,
             loss_scale=1.0 if state.scaler is None else state.scaler.get_scale(),
-            seed=derive_seed(settings.seed, "model", global_step),  # as the step's own passes
+            seed=derive_seed(state.settings.seed, "model", global_step),  # as the step's own passes
         )
     except Exception as error:  # the run goes on without it
         reason = f"the audit failed: {type(error).__name__}: {error}"
         log.warning("%s", reason)
-        return Audit("inconclusive", len(window), settings.accum.reduction, detail=reason)
+        return Audit("inconclusive", len(window), state.reduction.name, detail=reason)
 
 
 def first_full(state: TrainState, windows: range) -> int:

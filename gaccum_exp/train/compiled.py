@@ -8,11 +8,10 @@ no further from float64 than rounding puts the eager one.
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
+from gaccum_exp.audit.canary import AGAINST_FLOAT64, Canary
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
-from gaccum_exp.audit.verdict import RANGE, ROUNDING64
+from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
 from gaccum_exp.core.modes import evaluation_mode
@@ -55,18 +54,18 @@ def check_compiled(state: TrainState) -> dict[str, float]:
         BadInputError: the gradients differ by more than rounding on each of CANARIES windows; or they
             cannot be compared, since the model draws random numbers in evaluation mode as well.
     """
-    compared: list[tuple[float, float]] = []
+    compared: list[Canary] = []
     with random_state_kept():  # which fetching a window moves as well
         for window in _canaries(state):
             compared += _compared(state, window)
-            if compared and compared[-1][0] <= compared[-1][1] <= TELLING:
+            if compared and compared[-1].agrees and compared[-1].limit <= TELLING:
                 break
-    telling = [pair for pair in compared if pair[1] <= TELLING] or compared
-    for error, floor in telling:
-        if error <= floor:
-            return {metrics.COMPILED_ERROR: error, metrics.COMPILED_FLOOR: floor}
+    telling = [canary for canary in compared if canary.limit <= TELLING] or compared
+    for canary in telling:
+        if canary.agrees:
+            return {metrics.COMPILED_ERROR: canary.error, metrics.COMPILED_FLOOR: canary.limit}
     if telling:
-        said = ", ".join(f"{error:.2g} (rounding explains {floor:.2g})" for error, floor in telling)
+        said = ", ".join(f"{c.error:.2g} (rounding explains {c.limit:.2g})" for c in telling)
         raise BadInputError(
             "runtime.compile=true: the compiled gradient is not the eager one, relative distance "
             f"{said}; use runtime.compile=false"
@@ -82,8 +81,8 @@ def _canaries(state: TrainState) -> Iterator[Window]:
     yield from windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES])
 
 
-def _compared(state: TrainState, window: Window) -> list[tuple[float, float]]:
-    """Return how far the compiled gradient lies from float64, and how far rounding may put it.
+def _compared(state: TrainState, window: Window) -> list[Canary]:
+    """Compare the compiled gradient's distance from float64 with the eager one's.
 
     An empty list where they are not finite: training will say so.
     """
@@ -103,22 +102,16 @@ def _compared(state: TrainState, window: Window) -> list[tuple[float, float]]:
         compiled = _compiled(state, configured)
     if not finite(exact) or not finite(eager):
         return []
-    return [(distance(compiled, exact), max(RANGE * distance(eager, exact), ROUNDING64))]
+    return [Canary(distance(compiled, exact), distance(eager, exact), AGAINST_FLOAT64)]
 
 
 def _run_eagerly(
     state: TrainState, window: Window
 ) -> tuple[ConfiguredWindow, tuple[Gradient, Gradient, bool]]:
     """Run a window, or less of it where float64 does not fit, at a loss scale that does not overflow."""
-    reduction: Any = state.reduction
     scale = 1.0 if state.scaler is None else state.scaler.get_scale()
-    how = Accumulation(
-        reduction.name,
-        getattr(reduction, "constant", 1.0),
-        getattr(state.strategy, "dtype", None),
-        scale,
-    )
-    configured = ConfiguredWindow(state.model, state.loss_fn, window, how)
+    accumulation = Accumulation(state.reduction, state.strategy, scale)
+    configured = ConfiguredWindow(state.model, state.loss_fn, window, accumulation)
     while True:
         try:
             found = _eager(state, configured)
@@ -127,7 +120,7 @@ def _run_eagerly(
                 raise
             configured = configured.halved()
             continue
-        if finite(found[0]) or configured.how.loss_scale <= 1:
+        if finite(found[0]) or configured.accumulation.loss_scale <= 1:
             return configured, found
         configured = configured.descaled()
 
@@ -136,13 +129,13 @@ def _eager(state: TrainState, window: ConfiguredWindow) -> tuple[Gradient, Gradi
     """Return the eager gradient, the same in float64, and whether random numbers were drawn."""
     with random_state_kept():
         seed_model(derive_seed(state.settings.seed, "model", 0), state.device)
-        trial = Trial(window, device=state.device)
-        return trial.record(), trial.accumulated(float64=True), trial.draws.any
+        rerun = Rerun(window, state.device)
+        return rerun.gradient(RECORDING), rerun.gradient(ACCUMULATED64), rerun.draws.any
 
 
 def _compiled(state: TrainState, window: ConfiguredWindow) -> Gradient:
     """Accumulate on the model itself, and leave nothing behind."""
-    parameters = window.parts.parameters()
+    parameters = window.modules.parameters()
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
     buffers = [(buffer, buffer.clone()) for buffer in state.modules.buffers()]
     for parameter in parameters.values():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gaccum_exp.audit.verdict import Measured
+from gaccum_exp.audit.canary import IN_FLOAT64, Canary
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.gradient import Gradient, distance
@@ -102,12 +102,11 @@ def _try_out(settings: Sequence[Settings], loaded: TrainingData) -> None:
     except Exception as error:  # whatever a model, a loss or an optimizer says to being stacked
         first = (str(error).splitlines() or [""])[0]
         raise NotStackableError(f"{type(error).__name__}: {first}") from error
-    e64, floor = _apart(together, alone), _apart(reordered, alone)
-    found = Measured(identical=False, e=e64, floor=floor, e64=e64, floor64=floor)
-    if not found.same_function:
+    canary = Canary(_apart(together, alone), _apart(reordered, alone), IN_FLOAT64)
+    if not canary.agrees:
         raise NotStackableError(
             f"in {CANARIES} windows the seeds' trainings come out otherwise together than alone, by "
-            f"{e64:.1g} in float64 (another order of the samples: {floor:.1g})"
+            f"{canary.error:.1g} in float64 (another order of the samples: {canary.floor:.1g})"
         )
 
 

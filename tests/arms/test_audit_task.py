@@ -25,8 +25,8 @@ from tests.program import Program
 from tests.strangers import Net, NumpyNoise
 from tests.support import STRANGER, settings, trained
 
-KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy", "steps",
-        "reduction", "denominator", "parameters"}  # fmt: skip
+KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy",
+        "accum_steps", "reduction", "denominator", "parameters"}  # fmt: skip
 STATUS = {"identical": 0, "equivalent": 0, "biased": 3, "stochastic": 4, "inconclusive": 5}
 ENGINE = "gaccum_exp.train.audits.audit_window"
 Engine = Callable[..., Audit]
@@ -40,8 +40,8 @@ def engine(verdict: Callable[[int], Verdict]) -> Engine:
         at_fault = found == "biased"
         return Audit(
             verdict=found,
-            steps=len(window),
-            reduction=how["reduction"],
+            accum_steps=len(window),
+            reduction=how["reduction"].name,
             e64=None if found == "inconclusive" else 0.5,
             e=0.25,
             floor=float("nan"),
@@ -118,7 +118,7 @@ def test_an_audit_leaves_audit_json_metrics_and_tags_and_trains_nothing(
     ended = program.tiny("task=audit", "accum.steps=4")
     told = strict((program.sweep_folder / "audit.json").read_text())
     assert told.keys() >= KEYS
-    assert (told["verdict"], told["steps"], told["floor"]) == ("biased", 4, None)
+    assert (told["verdict"], told["accum_steps"], told["floor"]) == ("biased", 4, None)
     assert told["parameters"][0] == {"name": "p0", "error": None, "share": 0.1, "norm": 0.0}
     (run,) = program.arms()
     assert dict(run.metrics) == {"audit/e64": 0.5, "audit/e": 0.25}
@@ -177,7 +177,7 @@ def test_a_sweep_of_audits_ends_with_a_table_and_the_worst_status(
     ended = program.tiny("-m", "task=audit", "accum.steps=1,2,4")
     assert ended.status == status
     told = [strict(p.read_text()) for p in sorted(program.sweep_folder.glob("*/audit.json"))]
-    assert [(audit["steps"], audit["verdict"]) for audit in told] == list(by_steps.items())
+    assert [(audit["accum_steps"], audit["verdict"]) for audit in told] == list(by_steps.items())
     table = ended.out.partition("Is the accumulated gradient the large batch's?")[2]
     for steps, verdict in by_steps.items():
         (line,) = [line for line in table.splitlines() if f"N={steps} " in line]

@@ -8,6 +8,7 @@ import pytest
 
 from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.core.reductions import reduction_named
 from tests.audit.configurations import ORDERED, Configuration, faulty, mixing, sound
 
 CASES = 200
@@ -21,7 +22,7 @@ def audit(configuration: Configuration) -> Audit:
             configuration.model,
             configuration.loss_fn,
             configuration.window,
-            reduction=configuration.reduction,  # type: ignore[arg-type]  # one of the three
+            reduction=reduction_named(configuration.reduction),
         )
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.memory import available as room
+from gaccum_exp.core.reductions import Sum, reduction_named
+from gaccum_exp.memory import available
 from tests.audit.support import (
     CE,
     CLASSES,
@@ -207,7 +208,7 @@ def test_e64_and_scale_of_each_reduction_are_those_of_a_naive_loop(reduction: st
     accumulated = naive(model, parts, weights[reduction])
     dot = sum(float((accumulated[k] * g).sum()) for k, g in mean_gradient.items())
     scale = dot / sum(float(g.square().sum()) for g in mean_gradient.values())
-    found = audit_window(model, CE, parts, reduction=reduction)  # type: ignore[arg-type]  # one of the three
+    found = audit_window(model, CE, parts, reduction=reduction_named(reduction))
     assert found.scale == pytest.approx(scale, rel=1e-9)
     assert found.denominator == n
     if reduction == "mean":
@@ -225,7 +226,7 @@ def test_e64_and_scale_of_each_reduction_are_those_of_a_naive_loop(reduction: st
 
 def test_the_divisor_of_the_sum_is_in_its_scale() -> None:
     """Divided by 8 where 11 samples count."""
-    found = audit_window(net(), CE, window(*SIZES), reduction="sum", sum_divisor=8.0)
+    found = audit_window(net(), CE, window(*SIZES), reduction=Sum(8.0))
     assert found.scale == pytest.approx(11 / 8, rel=1e-12)
 
 
@@ -257,7 +258,7 @@ def test_parameters_are_listed_by_their_part_in_the_difference() -> None:
 def test_one_micro_batch_is_identical() -> None:
     """N = 1 is the reference, BatchNorm or not."""
     found = audit_window(net(nn.BatchNorm1d(HIDDEN)), CE, window(5))
-    assert (found.verdict, found.steps, found.e64, found.e) == ("identical", 1, 0.0, 0.0)
+    assert (found.verdict, found.accum_steps, found.e64, found.e) == ("identical", 1, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_a_window_without_room_is_audited_on_fewer_samples(
     free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it needed and what there was is said; the verdict is of the slice."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr(available, "free_bytes", lambda device: free)
     found = audit_window(net(nn.BatchNorm1d(HIDDEN)), CE, window(400, 400, 300))
     assert (found.verdict, found.culprit_type) == ("biased", "BatchNorm1d")
     assert found.denominator is not None
@@ -306,7 +307,7 @@ def test_a_window_for_which_there_is_no_room_at_all_is_inconclusive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It never takes the run down."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(available, "free_bytes", lambda device: 100)
     found = audit_window(net(), CE, window(4, 4))
     assert found.verdict == "inconclusive"
     assert "GiB" in (found.detail or "")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.core.reductions import Mean, reduction_named
 from tests.audit.support import CE, CLASSES, FEATURES, HIDDEN, Fn, net, window
 
 SIZES = (4, 4, 3)
@@ -53,7 +54,7 @@ def test_the_same_micro_batch_again_and_again_is_a_window() -> None:
     """The very same tensors, as when one overfits a batch."""
     (part,) = window(4)
     for reduction in ("global_mean", "mean", "sum"):
-        found = audit_window(net(), CE, [part] * 3, reduction=reduction)  # type: ignore[arg-type]  # one of the three
+        found = audit_window(net(), CE, [part] * 3, reduction=reduction_named(reduction))
         assert found.verdict in SOUND, (reduction, found.report())
 
 
@@ -116,5 +117,5 @@ def test_a_module_that_changes_no_gradient_is_not_blamed_for_the_counts(
 ) -> None:
     """Unequal micro-batches under `mean` beside rows in another order, and a BatchNorm without use."""
     assert audit_window(net(middle()), CE, window(*SIZES)).verdict == "equivalent"
-    found = audit_window(net(middle()), CE, window(*SIZES), reduction="mean")
+    found = audit_window(net(middle()), CE, window(*SIZES), reduction=Mean())
     assert (found.verdict, found.cause) == ("biased", "unequal denominators")

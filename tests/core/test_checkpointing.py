@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from gaccum_exp.audit.configured_window import audit_window
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.memory.available import Saved
+from gaccum_exp.memory.available import SavedForBackward
 from gaccum_exp.models.cnn import CNN
 from gaccum_exp.models.gpt import GPT
 from gaccum_exp.models.mlp import MLP
@@ -163,7 +163,7 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def saved_bytes(model: nn.Module, inputs: Any) -> int:
-    saved = Saved()
+    saved = SavedForBackward()
     with saved.counted([*model.parameters(), *model.buffers()]):
         output(model, inputs)
     return saved.bytes

@@ -56,7 +56,7 @@ def test_equal_micro_batches_under_accumulate_are_equivalent(
 ) -> None:
     """Also under autocast to bfloat16, and where accelerate clips."""
     _, audit = trained(EQUAL, criterion=criterion, clip=clip, mixed_precision=precision)
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
     assert audit.sound
 
 
@@ -72,7 +72,7 @@ def test_a_partial_last_window_under_accumulate_has_the_wrong_size() -> None:
     """accelerate steps at the loader's end, on two micro-batches that were divided by four."""
     _, audit = trained(PARTIAL)
     assert [w.verdict for w in audit.windows] == ["equivalent", "biased"]
-    assert (audit.cause, audit.steps) == ("loss scale", 2)
+    assert (audit.cause, audit.accum_steps) == ("loss scale", 2)
     assert audit.scale == pytest.approx(0.5)
 
 

@@ -42,7 +42,7 @@ def trained(
 def test_equal_micro_batches_under_fabric_are_equivalent(criterion: Any, precision: str) -> None:
     """Model and optimizer as `setup` returns them."""
     _, audit = trained(EQUAL, criterion=criterion, precision=precision)
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
     assert audit.sound
 
 

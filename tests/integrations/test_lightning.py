@@ -104,7 +104,7 @@ def test_equal_micro_batches_of_a_trainer_are_equivalent(
 ) -> None:
     """`fit` as a whole inside the block, clipped, with a batch index and a log that is not replayed."""
     _, audit = fit(tmp_path, kind(), EQUAL, criterion=criterion, precision=precision)
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
     assert audit.sound
 
 
@@ -119,7 +119,7 @@ def test_a_partial_last_window_of_a_trainer_has_the_wrong_size(tmp_path: Path) -
     """Lightning steps at the epoch's end, on two micro-batches that were divided by four."""
     _, audit = fit(tmp_path, Lit(), PARTIAL, criterion=training_step)
     assert [w.verdict for w in audit.windows] == ["equivalent", "biased"], str(audit)
-    assert (audit.cause, audit.steps) == ("loss scale", 2)
+    assert (audit.cause, audit.accum_steps) == ("loss scale", 2)
     assert audit.scale == pytest.approx(0.5)
 
 
@@ -143,7 +143,7 @@ def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path, kind: Any)
     """Every second of four, each with its four micro-batches."""
     audit = integration.AuditCallback(every_n_steps=2)
     fit(tmp_path, kind(), [4] * 16, [audit])
-    found = [(step, a.verdict, a.steps) for step, a in audit.audits]
+    found = [(step, a.verdict, a.accum_steps) for step, a in audit.audits]
     assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
 
 

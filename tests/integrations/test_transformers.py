@@ -92,7 +92,7 @@ def trained(
 def test_equal_micro_batches_of_a_plain_model_are_equivalent(tmp_path: Path, precision: Any) -> None:
     """`train` as a whole inside the block: no verdict and no check against it."""
     _, audit = trained(tmp_path, WithLoss(), rows(32), **precision)
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4)] * 2, str(audit)
     assert audit.sound, str(audit.checks)
 
 
@@ -106,7 +106,7 @@ def test_a_short_last_micro_batch_of_a_plain_model_is_biased(tmp_path: Path, pre
 def test_a_partial_last_window_of_the_trainer_is_equivalent(tmp_path: Path) -> None:
     """The Trainer divides by the micro-batches that the window holds."""
     _, audit = trained(tmp_path, WithLoss(), rows(24))
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4), ("equivalent", 2)]
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4), ("equivalent", 2)]
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
@@ -115,7 +115,7 @@ def test_a_model_that_takes_the_count_is_equivalent_on_sentences_of_unequal_leng
 ) -> None:
     """Llama divides by `num_items_in_batch`, the tokens of the whole window."""
     _, audit = trained(tmp_path, llama(), sentences(), **precision)
-    assert [(w.verdict, w.steps) for w in audit.windows] == [("equivalent", 4)], str(audit)
+    assert [(w.verdict, w.accum_steps) for w in audit.windows] == [("equivalent", 4)], str(audit)
     assert audit.sound, str(audit.checks)
 
 
@@ -142,7 +142,7 @@ def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path) -> None:
     """Every second of four, each with its four micro-batches."""
     audit = integration.AuditCallback(every_n_steps=2)
     trained(tmp_path, WithLoss(), rows(64), watched=False, callbacks=[audit])
-    found = [(step, a.verdict, a.steps) for step, a in audit.audits]
+    found = [(step, a.verdict, a.accum_steps) for step, a in audit.audits]
     assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.core.gradient import distance
+from gaccum_exp.core.reductions import GLOBAL_MEAN
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.train.audits import audit
@@ -109,12 +110,12 @@ def test_a_norm_that_leaves_no_gradient_is_refused(value: str) -> None:
 def error_of(buffer_dtype: str, n: int) -> tuple[float, float]:
     """Return how far the gradients of N passes and of one lie from float64."""
     experiment = build(settings(*MANY, f"accum.buffer_dtype={buffer_dtype}", f"accum.steps={n}"))
-    how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
+    how = Accumulation(GLOBAL_MEAN, experiment.strategy)
     window = next(experiment.windows_from(0))
-    trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
-    accumulated, exact = trial.record(), trial.one_pass(float64=True)
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    accumulated, exact = rerun.gradient(RECORDING), rerun.gradient(ONE_PASS64)
     assert {g.dtype for g in accumulated.values()} == {torch.bfloat16}
-    return distance(accumulated, exact), distance(trial.one_pass(float64=False), exact)
+    return distance(accumulated, exact), distance(rerun.gradient(ONE_PASS), exact)
 
 
 def test_in_bfloat16_the_error_of_a_sum_grows_with_n_and_in_float32_buffers_it_does_not() -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
-from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.config.schema import RuntimeConfig
 from gaccum_exp.core.gradient import distance
+from gaccum_exp.core.reductions import GLOBAL_MEAN
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.report.compare.envelope import envelope_of, stand
 from gaccum_exp.tracking.records import Curve, RunRecord
@@ -174,10 +175,11 @@ def test_evaluation_adds_its_batches_up_in_float32() -> None:
 def gradients(experiment: TrainState, order: Tensor | None = None) -> tuple[Any, Any, Any]:
     """Return the first window's gradient in N passes, in one pass (in this order), and in float64."""
     window = next(experiment.windows_from(0))
-    how = Accumulation("global_mean", buffer_dtype=experiment.buffer_dtype)
-    trial = Trial(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
-    accumulated = trial.record()
-    return accumulated, trial.one_pass(float64=False, order=order), trial.one_pass(float64=True)
+    how = Accumulation(GLOBAL_MEAN, experiment.strategy)
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    accumulated = rerun.gradient(RECORDING)
+    one_pass = rerun.gradient(replace(ONE_PASS, order=order))
+    return accumulated, one_pass, rerun.gradient(ONE_PASS64)
 
 
 @pytest.mark.parametrize("overrides", [(BF16,), PURE], ids=["bf16", "pure bf16"])

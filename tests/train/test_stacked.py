@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.verdict import RANGE
+from gaccum_exp.audit.canary import RANGE
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core import stack
 from gaccum_exp.core.reductions import Sum

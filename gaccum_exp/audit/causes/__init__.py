@@ -1,1 +1,1 @@
-"""What makes an accumulated gradient another one than the large batch's."""
+"""Causes of a difference between the accumulated gradient and the large batch's."""

@@ -1,45 +1,51 @@
-"""Do the operations between a model's outputs and its loss mix samples?
+"""Find out whether the operations between a model's outputs and its loss mix samples.
 
-Tried on made-up outputs: some samples' are drawn anew, and the loss's arguments compared row by row.
+They are tried on random outputs: some samples' are drawn anew, and the loss's arguments compared row by
+row.
 """
 
 import torch
 from torch import Tensor
 
 from gaccum_exp.audit.rerun.samples import tensors_in
-from gaccum_exp.audit.watch.playback import Outputs, as_is, resolved
-from gaccum_exp.audit.watch.tape import Call, MicroBatch, leaves
+from gaccum_exp.audit.watch.playback import Outputs, resolved, uncast
+from gaccum_exp.audit.watch.tape import TapedCall, TapedMicroBatch, leaves
 
 
-def couples(unit: MicroBatch, size: int) -> bool:
-    """Whether the operations between model and loss mix samples, tried on made-up outputs."""
-    between = [loss for loss in unit.losses if any(r.call.kind == "between" for r in loss.refs())]
-    if size < 2 or not between:
+def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
+    """Whether the operations between model and loss mix a micro-batch's samples."""
+    losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
+    if size < 2 or not losses:
         return False
     generator = torch.Generator().manual_seed(0)
-    base: Outputs = {
-        call: [_made_up(s, d, generator) for s, d in zip(call.shapes, call.dtypes, strict=True)]
-        for call in unit.models
+    given = leaves([call.args for call in micro_batch.models])
+    device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), None)
+    outputs: Outputs = {
+        call: [
+            _random(shape, dtype, generator).to(device)
+            for shape, dtype in zip(call.shapes, call.dtypes, strict=True)
+        ]
+        for call in micro_batch.models
     }
-    device = next(
-        (leaf.device for leaf in leaves([c.args for c in unit.models]) if isinstance(leaf, Tensor)),
-        None,
-    )
-    base = {c: [t.to(device) for t in ts] for c, ts in base.items()}
     with torch.no_grad():
-        return any(_mixes(loss, base, size, generator) for loss in between)
+        return any(_mixes(loss, outputs, size, generator) for loss in losses)
 
 
-def _mixes(loss: Call, base: Outputs, size: int, generator: torch.Generator) -> bool:
+def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Generator) -> bool:
+    before = tensors_in(resolved(loss.arguments, dict(outputs), uncast))
+
     def rows_changed(chosen: Tensor) -> list[Tensor]:
-        moved = {c: [_moved(t, chosen, size, generator) for t in ts] for c, ts in base.items()}
-        after = tensors_in(resolved(loss.arguments, moved, as_is))
+        """Return which rows of the loss's arguments change with these samples' outputs."""
+        redrawn = {
+            call: [_redrawn(t, chosen, size, generator) for t in tensors]
+            for call, tensors in outputs.items()
+        }
+        after = tensors_in(resolved(loss.arguments, redrawn, uncast))
         return [
             (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
             for a, b in zip(after, before, strict=True)
         ]
 
-    before = tensors_in(resolved(loss.arguments, dict(base), as_is))
     numbers = torch.arange(size)
     for bit in range((size - 1).bit_length()):  # any two samples differ in a bit of their numbers
         chosen = (numbers >> bit) & 1 == 1
@@ -49,14 +55,14 @@ def _mixes(loss: Call, base: Outputs, size: int, generator: torch.Generator) -> 
     return False
 
 
-def _made_up(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _moved(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return made-up outputs with some samples' values drawn anew."""
+def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Return random outputs with the chosen samples' drawn anew."""
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
     if dim is None or not tensor.is_floating_point():
         return tensor

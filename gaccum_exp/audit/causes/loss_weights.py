@@ -1,8 +1,8 @@
-"""Each micro-batch's share in the large batch's gradient, found from the gradients alone.
+"""Fit each micro-batch's coefficient in the large batch's gradient, from the gradients alone.
 
-Where the one pass's gradient is a sum of the micro gradients, its coefficients say what the large batch
-gives to each micro-batch: nᵢ/n for a loss that is a mean, 1 for one that is a sum. Nobody has to say
-what the loss counts.
+Where the gradient of one pass is a linear combination of the micro gradients, its coefficients are what
+the large batch gives to each micro-batch: nᵢ/n for a loss that is a mean, 1 for one that is a sum. What
+the loss counts need not be known.
 """
 
 import math
@@ -12,12 +12,12 @@ import torch
 
 from gaccum_exp.core.gradient import Gradient
 
-AS_MEANT = 1e-5
+ROUNDED = 1e-5
 """How close a weight, seen in the loop's precision, is to the number that was meant."""
 RESIDUAL = 1e-6
-"""Of the one pass in terms of the micro gradients, relative, where it is a sum of theirs."""
+"""Of the fit, relative, where the one pass's gradient is a combination of the micro gradients."""
 MOST_ELEMENTS = 1_000_000
-"""Of each micro gradient so many are kept to find the shares; there are far fewer unknowns."""
+"""Elements kept of each micro gradient; the unknowns are far fewer."""
 
 
 def sampled(gradient: Gradient) -> dict[str, torch.Tensor]:
@@ -26,10 +26,10 @@ def sampled(gradient: Gradient) -> dict[str, torch.Tensor]:
     return {name: g.flatten()[:per].double().cpu() for name, g in gradient.items()}
 
 
-def fitted_shares(
+def fitted_coefficients(
     micro: Sequence[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]
 ) -> list[float] | None:
-    """Return the coefficients of `whole` in terms of the micro gradients, or None: it is no such sum."""
+    """Return the coefficients of `whole` in the micro gradients; None: it is no combination of them."""
     names = sorted({name for g in [*micro, whole] for name in g})
     size = {name: next(g[name].numel() for g in [*micro, whole] if name in g) for name in names}
 
@@ -47,49 +47,54 @@ def fitted_shares(
     return found.tolist() if residual <= RESIDUAL * length else None
 
 
-def reference_of_sum(
+def intended_weight(
     weights: Sequence[float], counts: Sequence[float] | None, sizes: Sequence[int]
 ) -> float:
-    """Return what a loop that back-propagates weighted sums meant to multiply the large batch's by.
+    """Return the weight that a loop of weighted loss sums means the whole window's sum to have.
 
     Args:
-        weights: what each micro-batch's loss sum was back-propagated with.
+        weights: of each micro-batch's loss sum, as back-propagated.
         counts: what each counts, where that is known.
         sizes: samples of each, which are no counts, but tell unequal micro-batches apart.
     """
     amounts = list(counts) if counts is not None else [float(size) for size in sizes]
-    n, steps = sum(amounts), len(weights)
+    n, accum_steps = sum(amounts), len(weights)
     means = [w * k for w, k in zip(weights, amounts, strict=True)]
     if not alike(weights):
-        # Each micro-batch's own mean, or something else that no large batch does.
-        return 1 / n if alike(means) else sum(weights) / steps
-    if steps > 1 and math.isclose(weights[0], 1 / steps, rel_tol=AS_MEANT):
+        # Each micro-batch's own mean, or weights that no large batch has.
+        return 1 / n if alike(means) else sum(weights) / accum_steps
+    if accum_steps > 1 and math.isclose(weights[0], 1 / accum_steps, rel_tol=ROUNDED):
         return 1.0  # a sum that counts already, divided by N once more
-    # Where counts are not known a constant is taken for what was meant.
-    own_mean = math.isclose(means[0], 1, rel_tol=AS_MEANT) and alike(means)
-    twice = math.isclose(weights[0] * n, 1 / steps, rel_tol=AS_MEANT)
+    # Where counts are not known, a constant is taken as it is.
+    own_mean = math.isclose(means[0], 1, rel_tol=ROUNDED) and alike(means)
+    twice = math.isclose(weights[0] * n, 1 / accum_steps, rel_tol=ROUNDED)
     return 1 / n if counts is not None and (own_mean or twice) else weights[0]
 
 
-def unrounded(weights: list[float], shares: list[float]) -> list[float]:
-    """Return the weights that the loop meant: seen in its precision, 1/3 is no third in float64."""
-    if not shares:
+def unrounded(weights: list[float], expected: list[float]) -> list[float]:
+    """Return the weights as meant: seen in float32, 1/3 is not the third of float64.
+
+    Args:
+        weights: as the loop's precision rounded them.
+        expected: the large batch's, in float64, up to a common factor; empty where not known.
+    """
+    if not expected:
         return weights
-    factor = sum(weights) / sum(shares)
-    factor = 1.0 if abs(factor - 1) < AS_MEANT else factor
-    meant = [share * factor for share in shares]
-    close = all(abs(w - m) <= AS_MEANT * abs(m) for w, m in zip(weights, meant, strict=True))
+    factor = sum(weights) / sum(expected)
+    factor = 1.0 if abs(factor - 1) < ROUNDED else factor
+    meant = [weight * factor for weight in expected]
+    close = all(abs(w - m) <= ROUNDED * abs(m) for w, m in zip(weights, meant, strict=True))
     return meant if close else weights
 
 
 def alike(numbers: Sequence[float]) -> bool:
     """Whether they are one number, but for the rounding of the loop's precision."""
-    return all(math.isclose(x, numbers[0], rel_tol=AS_MEANT) for x in numbers)
+    return all(math.isclose(x, numbers[0], rel_tol=ROUNDED) for x in numbers)
 
 
-def divided_by(weights: Sequence[float], summed: bool) -> int | None:
-    """Return the M of weights that are all 1/M, of mean losses."""
-    if summed or not alike(weights):
+def common_divisor(weights: Sequence[float]) -> int | None:
+    """Return the whole number M where all weights are 1/M."""
+    if not alike(weights):
         return None
     by = 1 / weights[0]
     return round(by) if by >= 1 and math.isclose(by, round(by), rel_tol=1e-4) else None

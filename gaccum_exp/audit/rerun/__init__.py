@@ -1,1 +1,1 @@
-"""One window, run again: on copies, in other orders and precisions, with its random draws replayed."""
+"""Runs of one window: on copies, in other orders and precisions, with its random draws replayed."""

@@ -1,272 +1,216 @@
-"""One window, run again and again: accumulated and in one pass, in its own precision and in float64."""
+"""One window, run again: what describes a pass over it, and the runs that such a description gives."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.causes.batch_mixing import Call, Follower, Mixing
-from gaccum_exp.audit.rerun.random_replay import Draws, Replay
+from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
+from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
 from gaccum_exp.audit.rerun.samples import mapped
-from gaccum_exp.audit.rerun.sandbox import Parts, on_bench
+from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.modes import eagerly
-from gaccum_exp.core.seeding import (
-    random_state_kept,
-    random_states,
-    same_host_state,
-    set_random_states,
-)
-from gaccum_exp.memory.available import Saved, needed_bytes, require
+from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_state, set_random_states
+from gaccum_exp.memory.available import SavedForBackward, needed_bytes, require_memory
 
 T = TypeVar("T")
-Around = Callable[[int], AbstractContextManager[None]]
-"""Entered around the forward pass of one micro-batch."""
+ForwardContext = Callable[[int], AbstractContextManager[None]]
+"""Gives what is entered for the forward pass of the micro-batch of this number."""
+Cast = Callable[[Any], Any]
+"""Brings a batch into the precision and onto the device of a pass."""
 
 
-class Window(Protocol):
-    """A window that can be run again. What it runs finds its tensors on the bench."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """A way to take a window's samples forward and backward."""
+
+    float64: bool = False
+    """In float64 throughout; else in the window's own precision."""
+    at_once: bool = False
+    """All samples in one pass; else in the window's micro-batches."""
+    order: Tensor | None = None
+    """Of the samples of one pass; None: as they come."""
+    draws: DrawsAre = "replayed"
+    """The random numbers: recorded, replayed from the recording, or each replaced by a constant."""
+    reset_buffers_of: Sequence[nn.Module] = ()
+    """Modules whose buffers are set back before the forward pass of each micro-batch."""
+    summed_in_float64: bool = False
+    """Each micro gradient is taken off and added in float64, whatever the passes run in."""
+
+
+RECORDING = Pass(draws="recorded")
+ACCUMULATED, ACCUMULATED64 = Pass(), Pass(float64=True)
+ONE_PASS, ONE_PASS64 = Pass(at_once=True), Pass(at_once=True, float64=True)
+
+
+class RerunnableWindow(Protocol):
+    """A window that can be run again. What it runs finds its tensors exchanged for copies."""
 
     sizes: list[int]
     """Samples of each micro-batch."""
-    parts: Parts
+    modules: NamedModules
     """Everything with parameters or buffers that it uses."""
 
-    def accumulate(self, around: Around, lift: Callable[[Any], Any]) -> None:
-        """Run all micro-batches forward and backward; `lift` brings a batch into the precision asked."""
+    def accumulate(self, context: ForwardContext, cast: Cast) -> None:
+        """Run all micro-batches forward and backward."""
 
-    def one_pass(
-        self, around: AbstractContextManager[None], lift: Callable[[Any], Any], order: Tensor | None
-    ) -> None:
+    def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run all samples at once forward and backward, in this order."""
 
-    def forward(self, index: int | None, lift: Callable[[Any], Any]) -> tuple[Tensor, Any]:
+    def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Run one micro-batch, or all samples (None), forward: loss sum and denominator."""
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
         """Whether the micro-batches' losses and gradients make those of all samples."""
 
-    def recounted(self, counts: Sequence[float]) -> "Window | None":
+    def recounted(self, counts: Sequence[float]) -> "RerunnableWindow | None":
         """Return the window with each micro-batch weighed by what it counts; None: it is so already."""
 
 
-class Trial:
-    """The runs of one window, from one random state.
+@dataclass(frozen=True, slots=True, eq=False)
+class Rerun:
+    """The runs of one window, all from one random state.
 
-    Args:
-        window: what is run.
-        starts: the random state in which each micro-batch began; None: each where the one before ended,
-            the first where the generators stand now.
-        device: where to run it; None: where its tensors are.
-
-    Every method may raise TooLargeError, before it begins.
+    Every run that takes the samples at once may raise TooLargeError, before it begins.
     """
 
-    def __init__(
-        self,
-        window: Window,
-        starts: Sequence[list[Any]] | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.window = window
-        self._device = device
-        self._saved = Saved()
-        self._starts = starts
-        self._begin = starts[0] if starts else random_states()
-        self.draws = Draws(window.sizes)
+    window: RerunnableWindow
+    device: torch.device | None = None
+    """Where to run it; None: where its tensors are."""
+    starts: Sequence[list[Any]] = field(default_factory=lambda: [random_states()])
+    """The random states in which its first micro-batches began, one at least."""
+    draws: Draws = field(default_factory=Draws)
+    saved: SavedForBackward = field(default_factory=SavedForBackward)
+    """Of the forward passes of all micro-batches, in the window's own precision."""
 
-    def record(self) -> Gradient:
-        """Accumulate in the window's own precision, recording what is drawn."""
-        return self._accumulated(record=True, float64=False)
-
-    def accumulated(self, *, float64: bool, apart: bool = False) -> Gradient:
-        """Accumulate with the recorded draws.
+    def gradient(self, how: Pass, *, held: int = 0) -> Gradient:
+        """Return the window's gradient.
 
         Args:
-            float64: in float64 throughout.
-            apart: take each micro gradient off and add them up in float64, whatever the passes run in.
+            how: RECORDING before any other.
+            held: gradients in the same precision that are held beside this one, and need memory too.
         """
-        return self._accumulated(record=False, float64=float64, apart=apart)
-
-    def one_pass(self, *, float64: bool, order: Tensor | None = None, beside: int = 0) -> Gradient:
-        """Take all samples at once, with each one's recorded draws.
-
-        Args:
-            float64: in float64 throughout.
-            order: of the samples; None: as they come.
-            beside: gradients in the same precision that will be held beside it: there must be room.
-        """
-        self._require_room(float64, beside)
-        with self._running(record=False, float64=float64) as (replay, follower, parameters):
-            follower.begin()
-            self.window.one_pass(replay.whole(order), self._lift(float64), order)
-            return self._gradient(parameters)
-
-    def forgetting(self, modules: Sequence[nn.Module]) -> Gradient:
-        """Accumulate in float64 with the buffers of some modules set back before every pass."""
-        return self._accumulated(record=False, float64=True, forgetting=modules)
-
-    def micro_gradients(self, keep: Callable[[Gradient], T]) -> list[T]:
-        """Return what `keep` makes of each micro-batch's own gradient, one by one, in float64."""
-        return self._each(keep, record=False, float64=True, apart=True)
-
-    def of(self, window: Window) -> Gradient:
-        """Accumulate another window of the same samples in float64, with the same draws."""
-        mine, self.window = self.window, window
-        try:
-            return self.accumulated(float64=True)
-        finally:
-            self.window = mine
-
-    def loss_of_all(self) -> tuple[float, float]:
-        """Return loss sum and denominator of all samples, in float64."""
-        return self._forward(None, None)
-
-    def losses(self) -> tuple[list[tuple[float, float]], tuple[float, float], list[str]]:
-        """Run forward in float64, comparing every module's output.
-
-        Returns:
-            Loss sum and denominator of each micro-batch; those of all samples at once; the names of the
-            modules that mix samples.
-        """
-        mixing = Mixing(self.window.sizes)
-        self._forward(0, mixing.see_shapes)
-        whole = self._forward(None, mixing.see_whole)
-        parts = []
-        for index in range(len(self.window.sizes)):
-            mixing.begin_part(index)
-            parts.append(self._forward(index, mixing.see_part))
-        return parts, whole, mixing.culprits()
-
-    def _forward(self, index: int | None, see: Callable[[Call], None] | None) -> tuple[float, float]:
-        running = self._running(record=False, float64=True, see=see)
-        with running as (replay, follower, _), torch.no_grad():
-            follower.begin()
-            with replay.whole(None) if index is None else replay.micro_batch(index):
-                loss, denominator = self.window.forward(index, self._lift(True))
-        return float(loss), float(denominator)
-
-    def _accumulated(
-        self,
-        *,
-        record: bool,
-        float64: bool,
-        apart: bool = False,
-        forgetting: Sequence[nn.Module] = (),
-    ) -> Gradient:
-        if not apart:
-            return self._each(
-                lambda whole: whole, record=record, float64=float64, forgetting=forgetting
-            )[0]
+        if how.at_once:
+            self._require_memory(how, held)
+            with self._running(how) as (replay, parameters):
+                self.window.one_pass(replay.whole(how.order), self._cast(how), how.order)
+                return self._taken(parameters)
+        if not how.summed_in_float64:
+            return self._accumulated(how, lambda gradient: gradient, apart=False)[0]
         total: Gradient = {}
-        self._each(
-            lambda micro: add(total, micro),
-            record=record,
-            float64=float64,
-            forgetting=forgetting,
-            apart=True,
-        )
+        self._accumulated(how, lambda micro: add(total, micro), apart=True)
         return total
 
-    def _each(
-        self,
-        keep: Callable[[Gradient], T],
-        *,
-        record: bool,
-        float64: bool,
-        apart: bool = False,
-        forgetting: Sequence[nn.Module] = (),
-    ) -> list[T]:
-        """Accumulate; hand the gradient to `keep`, or each micro-batch's apart."""
-        running = self._running(record=record, float64=float64)
-        taken: list[T] = []
-        with running as (replay, follower, parameters):
-            buffers = [b for m in forgetting for b in m._buffers.values() if b is not None]
-            states = [(buffer, buffer.clone()) for buffer in buffers]
+    def micro_gradients(self, how: Pass, keep: Callable[[Gradient], T]) -> list[T]:
+        """Return what `keep` makes of each micro-batch's own gradient, one by one."""
+        return self._accumulated(how, keep, apart=True)
+
+    def forward(
+        self, how: Pass, index: int | None, see: Callable[[ModuleCall], None] | None = None
+    ) -> tuple[float, float]:
+        """Run one micro-batch, or all samples (None), forward.
+
+        Args:
+            how: precision and draws.
+            index: of the micro-batch.
+            see: gets each call of a module.
+
+        Returns:
+            Loss sum and denominator.
+        """
+        with self._running(how, see) as (replay, _), torch.no_grad():
+            context = replay.whole(None) if index is None else replay.micro_batch(index)
+            with context:
+                loss, denominator = self.window.forward(index, self._cast(how))
+        return float(loss), float(denominator)
+
+    def _accumulated(self, how: Pass, keep: Callable[[Gradient], T], *, apart: bool) -> list[T]:
+        """Accumulate; give `keep` the window's gradient, or each micro-batch's own (`apart`)."""
+        recording, taken = how.draws == "recorded", []
+        with self._running(how) as (replay, parameters):
+            reset = [b for m in how.reset_buffers_of for b in m._buffers.values() if b is not None]
+            states = [(buffer, buffer.clone()) for buffer in reset]
 
             @contextmanager
-            def around(index: int) -> Iterator[None]:
+            def context(index: int) -> Iterator[None]:
                 if apart and index > 0:
-                    taken.append(keep(self._gradient(parameters)))
+                    taken.append(keep(self._taken(parameters)))
                 for buffer, state in states:
                     buffer.copy_(state)
-                follower.begin()
-                # Held numbers do not come from a generator; Python's and NumPy's begin anew each pass.
-                if self._starts is not None and record:
-                    set_random_states(self._starts[index])
-                elif not record:
-                    set_random_states(self._begin)
-                before = random_states() if record else None
-                saved = self._saved.counted(parameters.values()) if record else nullcontext()
+                if not recording:
+                    # torch's draws are replayed; Python's and NumPy's begin anew in each pass.
+                    set_random_states(self.starts[0])
+                elif index < len(self.starts):
+                    set_random_states(self.starts[index])
+                before = random_states() if recording else None
+                saved = self.saved.counted(parameters.values()) if recording else nullcontext()
                 with replay.micro_batch(index), saved:
                     yield
                 if before is not None and not same_host_state(before, random_states()):
                     why = "numbers come from Python's or NumPy's generator"
-                    self.draws.refuse(why, None, foreign=True)
+                    self.draws.refuse(why, foreign=True)
 
-            self.window.accumulate(around, self._lift(float64))
-            taken.append(keep(self._gradient(parameters)))
+            self.window.accumulate(context, self._cast(how))
+            taken.append(keep(self._taken(parameters)))
         return taken
 
-    def _kind(self) -> str:
-        parameters = self.window.parts.parameters().values()
-        return (self._device or next((p.device for p in parameters), torch.device("cpu"))).type
+    def _device_type(self) -> str:
+        parameters = self.window.modules.parameters().values()
+        return (self.device or next((p.device for p in parameters), torch.device("cpu"))).type
 
-    def _require_room(self, float64: bool, beside: int) -> None:
-        parameters: list[Tensor] = list(self.window.parts.parameters().values())
-        device = self._device or torch.device(self._kind())
-        what = f"one pass over {sum(self.window.sizes)} samples{' in float64' if float64 else ''}"
-        needed = needed_bytes(parameters, self._saved.bytes, float64=float64, beside=beside)
-        require(needed, device, what)
+    def _require_memory(self, how: Pass, held: int) -> None:
+        parameters: list[Tensor] = list(self.window.modules.parameters().values())
+        needed = needed_bytes(parameters, self.saved.bytes, float64=how.float64, held=held)
+        precision = " in float64" if how.float64 else ""
+        what = f"one pass over {sum(self.window.sizes)} samples{precision}"
+        require_memory(needed, self.device or torch.device(self._device_type()), what)
 
-    def _lift(self, float64: bool) -> Callable[[Any], Any]:
+    def _cast(self, how: Pass) -> Cast:
         def leaf(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            dtype = torch.float64 if float64 and value.is_floating_point() else value.dtype
-            return value.to(self._device or value.device, dtype)
+            dtype = torch.float64 if how.float64 and value.is_floating_point() else value.dtype
+            return value.to(self.device or value.device, dtype)
 
-        moves = float64 or self._device is not None
-        return (lambda batch: mapped(leaf, batch)) if moves else (lambda batch: batch)
+        changes = how.float64 or self.device is not None
+        return (lambda batch: mapped(leaf, batch)) if changes else (lambda batch: batch)
 
-    def _gradient(self, parameters: dict[str, nn.Parameter]) -> Gradient:
-        judged = self.window.parts.judged
-        return {k: g for k, g in gradient_of(parameters).items() if judged is None or k in judged}
+    def _taken(self, parameters: dict[str, nn.Parameter]) -> Gradient:
+        compared = self.window.modules.compared
+        return {name: g for name, g in gradient_of(parameters).items() if name in compared}
 
     @contextmanager
     def _running(
-        self, *, record: bool, float64: bool, see: Callable[[Call], None] | None = None
-    ) -> Iterator[tuple[Replay, Follower, dict[str, nn.Parameter]]]:
-        replay = Replay(self.draws, record=record, float64=float64)
-
-        def enter(name: str | None) -> None:
-            replay.module = name
-
-        follower = Follower(self.window.parts, see, enter)
-        dtype = torch.float64 if float64 else None
+        self, how: Pass, see: Callable[[ModuleCall], None] | None = None
+    ) -> Iterator[tuple[Replay, dict[str, nn.Parameter]]]:
+        modules, dtype = self.window.modules, torch.float64 if how.float64 else None
+        tracer = ModuleTracer(modules, see)
+        replay = Replay(self.draws, self.window.sizes, tracer, how.draws, float64=how.float64)
         default = torch.get_default_dtype()
-        outermost = not torch.is_autocast_enabled(self._kind())
+        outermost = not torch.is_autocast_enabled(self._device_type())
 
-        def moved() -> None:
-            self.draws.refuse("numbers come from a generator of the model's own", None, foreign=True)
+        def drawn() -> None:
+            self.draws.refuse("numbers come from a generator of the model's own", foreign=True)
 
-        bench = on_bench(self.window.parts, dtype=dtype, device=self._device, moved=moved)
-        with random_state_kept(), bench as parameters:
-            set_random_states(self._begin)
-            torch.set_default_dtype(torch.float64 if float64 else default)
+        copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
+        with random_state_kept(), copies as parameters:
+            set_random_states(self.starts[0])
+            torch.set_default_dtype(dtype or default)
             try:
-                with torch.enable_grad(), eagerly(), follower(), replay, _math_attention():
-                    yield replay, follower, parameters
+                with torch.enable_grad(), eagerly(), tracer(), replay, _unfused_attention():
+                    yield replay, parameters
             finally:
                 torch.set_default_dtype(default)
-                if outermost:  # else the loop's own cache is in it, which is the loop's affair
+                if outermost:  # inside the loop's own autocast the cache is the loop's
                     torch.clear_autocast_cache()
 
 
-def _math_attention() -> AbstractContextManager[Any]:
-    """Fused attention draws inside itself; written out, its dropout is an operator like any other."""
+def _unfused_attention() -> AbstractContextManager[Any]:
+    """Write attention out, so that its dropout is an operator; the fused kernel draws inside itself."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH) if torch.accelerator.is_available() else nullcontext()

@@ -1,17 +1,18 @@
-"""The same pass again: in float64 throughout, and with the random numbers that another run has drawn.
+"""A pass run again: in float64 throughout, and with the random numbers that another run has drawn.
 
-Both are done below autograd, where every operator of a model passes by whatever code calls it.
+Both are done below autograd, where every operator of a model is seen, whatever code calls it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gaccum_exp.audit.rerun.module_calls import ModuleTracer
 from gaccum_exp.audit.rerun.samples import sample_dim
 from gaccum_exp.core.modes import EagerMode
 
@@ -27,15 +28,17 @@ _PURE = frozenset(
     )
     if (packet := getattr(aten, name, None)) is not None
 )
-"""Operators whose result is their draw; those that compute with it are taken one by one."""
+"""Operators whose result is their draw; those that compute with it are handled one by one."""
 _DROPOUT = (aten.native_dropout, getattr(aten, "_fused_dropout", None))
+_RRELU = (aten.rrelu_with_noise, aten.rrelu_with_noise_)
+DrawsAre = Literal["recorded", "replayed", "constant"]
+"""What is done with the random numbers of a pass."""
 
 
 @dataclass(slots=True)
 class Draw:
     """What one operator drew in one pass."""
 
-    op: str
     module: str | None
     """Dotted name of the innermost module that drew it; None: outside of any."""
     value: Tensor | None
@@ -46,24 +49,18 @@ class Draw:
 class Draws:
     """The random numbers of a window's passes, by micro-batch and in order."""
 
-    sizes: list[int]
-    """Samples of each micro-batch."""
     passes: list[list[Draw]] = field(default_factory=list)
-    not_held: list[str] = field(default_factory=list)
+    not_replayed: list[str] = field(default_factory=list)
     """What could not be replayed sample by sample, a clause each."""
-    first_not_held: str | None = None
-    """The module whose draw that was first."""
     foreign: bool = False
-    """Whether some come from where they can neither be held nor made constant."""
-    neutral: bool = False
-    """Replace every draw by a constant, to see what remains without randomness."""
+    """Whether some can be neither replayed nor made constant."""
     shared: set[int] = field(default_factory=set)
     """Which draws of a pass are noise that all its samples share: the first pass's hold for all."""
 
     @property
     def any(self) -> bool:
         """Whether anything was drawn at all."""
-        return any(self.passes) or bool(self.not_held)
+        return any(self.passes) or bool(self.not_replayed)
 
     @property
     def modules(self) -> list[str]:
@@ -71,57 +68,69 @@ class Draws:
         named = (d.module for p in self.passes for d in p if d.module is not None)
         return list(dict.fromkeys(named))
 
-    def refuse(self, why: str, module: str | None, *, foreign: bool = False) -> None:
-        """Note that something cannot be held."""
+    def refuse(self, why: str, *, foreign: bool = False) -> None:
+        """Note that something cannot be replayed."""
         self.foreign |= foreign
-        if not self.not_held:
-            self.first_not_held = module
-        if why not in self.not_held:
-            self.not_held.append(why)
+        if why not in self.not_replayed:
+            self.not_replayed.append(why)
 
 
 class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Runs operators as they are, in float64 if asked for, with draws recorded or given.
+    """Runs operators as they are, or in float64, with draws recorded, replayed or constant.
 
     Args:
         draws: of the window.
-        record: note what is drawn; else hold it.
-        float64: undo casts to lower precision, and lift what is of lower precision beside float64.
+        sizes: samples of each micro-batch.
+        tracer: of the modules that draw.
+        draws_are: what is done with the random numbers.
+        float64: undo casts to lower precision, and promote what meets float64 in lower precision.
     """
 
-    def __init__(self, draws: Draws, *, record: bool, float64: bool) -> None:
+    def __init__(
+        self,
+        draws: Draws,
+        sizes: Sequence[int],
+        tracer: ModuleTracer,
+        draws_are: DrawsAre,
+        *,
+        float64: bool,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self._draws, self._record, self._float64 = draws, record, float64
+        self._draws, self._sizes, self._tracer = draws, sizes, tracer
+        self._draws_are, self._float64 = draws_are, float64
         self._pass: int | None = None
         self._order: Tensor | None = None
         self._count = 0
-        self.module: str | None = None
-        """Set by whoever follows the modules as they run."""
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Run the forward pass of one micro-batch."""
-        self._pass, self._order, self._count = index, None, 0
-        if self._record:
+        self._begin(index, None)
+        recording = self._draws_are == "recorded"
+        if recording:
             self._draws.passes.append([])
         yield
-        if not self._record and self._count < len(self._draws.passes[index]):
-            self._draws.refuse("a pass drew fewer random numbers when it was run again", None)
+        if not recording and self._count < len(self._draws.passes[index]):
+            self._draws.refuse("a pass drew fewer random numbers when it was run again")
 
     @contextmanager
     def whole(self, order: Tensor | None) -> Iterator[None]:
         """Run the forward pass of all samples at once, in this order."""
-        self._pass, self._order, self._count = None, order, 0
+        self._begin(None, order)
         yield
         if self._count < len(self._draws.passes[0]):
-            self._draws.refuse("the one pass drew fewer random numbers than a micro-batch", None)
+            self._draws.refuse("the one pass drew fewer random numbers than a micro-batch")
+
+    def _begin(self, index: int | None, order: Tensor | None) -> None:
+        self._pass, self._order, self._count = index, order, 0
+        self._tracer.begin()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if self._float64:
-            args, kwargs = _lifted(func, args, kwargs)
+            args, kwargs = _promoted(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         return self._drawn(func, args, kwargs)
@@ -129,41 +138,41 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     def _drawn(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         before = _generator_states(args, kwargs)
         result = func(*args, **kwargs)
-        if kwargs.get("generator") is None and _same(before, _generator_states(args, kwargs)):
+        unmoved = all(map(torch.equal, before, _generator_states(args, kwargs)))
+        if kwargs.get("generator") is None and unmoved:
             return result  # tagged, and drew nothing: attention with a dropout of 0
         index, self._count = self._count, self._count + 1
-        if self._record:
-            draw = Draw(str(func.overloadpacket.__name__), self.module, _draw_of(func, args, result))
-            if draw.value is None or not draw.value.is_floating_point():
-                constant = func.overloadpacket in _DROPOUT
-                why = f"{draw.op} cannot be replayed sample by sample"
-                if draw.value is None:
-                    self._draws.refuse(why, self.module, foreign=True)
-                self._draws.foreign |= not constant
-            self._draws.passes[-1].append(draw)
-            return result
         drawn = _draw_of(func, args, result)
-        if self._draws.neutral and drawn is not None:
+        if self._draws_are == "recorded":
+            if drawn is None:
+                why = f"{func.overloadpacket.__name__} cannot be replayed sample by sample"
+                self._draws.refuse(why, foreign=True)
+            elif not drawn.is_floating_point():
+                # No constant stands for integers; for the mask of a dropout it does.
+                self._draws.foreign |= func.overloadpacket not in _DROPOUT
+            self._draws.passes[-1].append(Draw(self._tracer.module, drawn))
+            return result
+        if self._draws_are == "constant" and drawn is not None:
             return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))
-        held = self._held(index, drawn)
-        return result if held is None else _with_draw(func, args, result, held)
+        replayed = self._replayed(index, drawn)
+        return result if replayed is None else _with_draw(func, args, result, replayed)
 
-    def _held(self, index: int, drawn: Tensor | None) -> Tensor | None:
+    def _replayed(self, index: int, drawn: Tensor | None) -> Tensor | None:
         """Return the recorded numbers in the shape of what was just drawn."""
-        every = [p[index].value if index < len(p) else None for p in self._draws.passes]
-        if drawn is None or any(value is None for value in every):
-            if any(index >= len(p) for p in self._draws.passes):
-                self._draws.refuse("passes drew different numbers of random numbers", self.module)
+        passes = self._draws.passes
+        values = [p[index].value if index < len(p) else None for p in passes]
+        known = [value for value in values if value is not None]
+        if drawn is None or len(known) < len(values):
+            if any(index >= len(p) for p in passes):
+                self._draws.refuse("passes drew different numbers of random numbers")
             return None
-        values = [v for v in every if v is not None]
         if self._pass is not None:
-            value = values[0 if index in self._draws.shared else self._pass]
-            return value if value.shape == drawn.shape else self._shared(index, values, drawn)
-        return self._joined(index, values, drawn)
+            value = known[0 if index in self._draws.shared else self._pass]
+            return value if value.shape == drawn.shape else self._shared(index, known, drawn)
+        return self._joined(index, known, drawn)
 
     def _joined(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
-        sizes = self._draws.sizes
-        total = sum(sizes)
+        sizes, total = self._sizes, sum(self._sizes)
         if len(sizes) == 1:  # nothing grows that would tell which dimension counts samples
             grown = next((d for d, n in enumerate(drawn.shape) if n % total == 0), None)
             if values[0].shape != drawn.shape or grown is None or self._order is None:
@@ -178,8 +187,8 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         return whole if self._order is None else picked_rows(whole, dim, self._order, total)
 
     def _shared(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
-        """Noise that is no sample's own: the first pass's holds for all, where it has one shape."""
-        self._draws.refuse("noise is shared by all samples of a pass", self.module)
+        """Return noise that all samples share: the first pass's, where all passes' have one shape."""
+        self._draws.refuse("noise is shared by all samples of a pass")
         self._draws.shared.add(index)
         return values[0] if values[0].shape == drawn.shape else None
 
@@ -200,20 +209,17 @@ def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:
     if packet in _DROPOUT:
         mask: Tensor = result[1]
         return mask.detach().clone()
-    if packet in (aten.rrelu_with_noise, aten.rrelu_with_noise_):
+    if packet in _RRELU:
         noise: Tensor = args[1]
         return noise.detach().clone()
     return None
 
 
 def _constant(func: Any, drawn: Tensor) -> float:
-    """Return what stands for a draw: what is kept, the middle of an interval, the mean."""
+    """Return the constant for a draw: a mask keeps all, an interval its middle, a normal its mean."""
     name = func.overloadpacket.__name__
-    if (
-        "normal" in name
-        or "randn" in name
-        or not (drawn.is_floating_point() or drawn.dtype == torch.bool)
-    ):
+    integers = not drawn.is_floating_point() and drawn.dtype != torch.bool
+    if integers or "normal" in name or "randn" in name:
         return 0
     return 0.5 if "uniform" in name or name in ("rand", "rand_like") else 1
 
@@ -223,7 +229,7 @@ def _with_draw(func: Any, args: Sequence[Any], result: Any, held: Tensor) -> Any
     if packet in _PURE:
         result.copy_(held)
         return result
-    if packet in (aten.rrelu_with_noise, aten.rrelu_with_noise_):
+    if packet in _RRELU:
         noise = args[1]
         noise.copy_(held)
         scaled = args[0] * noise  # noise is 1 where the input is not negative
@@ -233,29 +239,29 @@ def _with_draw(func: Any, args: Sequence[Any], result: Any, held: Tensor) -> Any
     return args[0] * mask * scale, mask
 
 
-def _lifted(
+def _promoted(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     asked = kwargs.get("dtype")
     if asked is not None and asked.is_floating_point:
         tensors = _tensors(args, kwargs)
-        # A cast of float64, or a new tensor; a cast of anything else (labels, images) may stay.
+        # A cast of float64, or a new tensor; a cast of something else (labels, images) stays.
         if not tensors or any(t.dtype == torch.float64 for t in tensors):
             kwargs["dtype"] = torch.float64
     kinds = {t.dtype for t in _tensors(args, kwargs) if t.is_floating_point()}
     if len(kinds) < 2 or torch.float64 not in kinds:
         return args, kwargs
-    # An operator writes to its first argument where it changes one in place; that one must stay itself.
+    # An in-place operator writes to its first argument, which must stay the same tensor.
     keep = args[0] if args and func._schema.is_mutable else None
 
-    def lift(tensor: Tensor) -> Tensor:
+    def promote(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() and tensor is not keep else tensor
 
-    return tree_map_only(Tensor, lift, tuple(args)), tree_map_only(Tensor, lift, kwargs)
+    return tree_map_only(Tensor, promote, tuple(args)), tree_map_only(Tensor, promote, kwargs)
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Operators take tensors, and flat lists of them."""
+    """Return the tensors among an operator's arguments: it takes tensors, and flat lists of them."""
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -273,7 +279,3 @@ def _generator_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Te
     for device in devices - {torch.device("cpu")}:
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
-
-
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,8 +1,8 @@
-"""Micro-batches joined into the large batch that they were cut from, and samples picked out of it.
+"""Join micro-batches to the large batch that they were cut from, and pick samples out of it.
 
 A micro-batch is any nesting of mappings, lists, tuples and data classes around tensors whose dimension
-`dim` counts samples. What does not count samples (a mask that all share, a number) has to be the same in
-every micro-batch.
+`dim` counts samples. What does not grow with the samples (a mask that all share, a number) has to be the
+same in every micro-batch.
 """
 
 import copy
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
-"""With what tensors of such names are padded, the first that fits."""
+"""The value that pads a tensor whose name holds one of these words; the first that fits."""
 
 
 class NotJoinableError(ValueError):
-    """These micro-batches do not make one batch, in words."""
+    """Micro-batches that do not make one batch; the message says why."""
 
 
 def size_of(value: Any, dim: int = 0) -> int:
@@ -48,8 +48,8 @@ def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
     """Return one batch of all micro-batches' samples, in order.
 
     Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are padded
-    at the end, where their name says with what: labels with -100, masks with what stands for padding,
-    token ids and the like with 0.
+    at the end, with the value that belongs to their name: labels with -100, masks with what stands for
+    padding, token ids and embeddings with 0.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -145,14 +145,14 @@ def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
     padded = []
     for tensor in parts:
         shape = [tensor.shape[d] if d == dim else longest[d] for d in range(tensor.ndim)]
-        room = tensor.new_full(shape, fill)
-        room[tuple(slice(length) for length in tensor.shape)] = tensor
-        padded.append(room)
+        longer = tensor.new_full(shape, fill)
+        longer[tuple(slice(length) for length in tensor.shape)] = tensor
+        padded.append(longer)
     return padded
 
 
 def _is_sample_list(value: Any, size: int) -> bool:
-    """A list with an entry per sample, e.g. of names, or of images of different sizes."""
+    """Whether it is a list with an entry per sample, e.g. of names, or of images of several sizes."""
     if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
         return False
     return not any(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
@@ -179,7 +179,7 @@ def _rebuilt(like: Any, children: Sequence[Any]) -> Any:
             return dict(zip(like, children, strict=True))
         clone = copy.copy(like)
         for key, child in zip(list(like), children, strict=True):
-            clone[key] = child  # type: ignore[index]  # what a batch is kept in can be written to
+            clone[key] = child  # type: ignore[index]  # batches come in mutable mappings
         return clone
     if isinstance(like, tuple) and hasattr(like, "_fields"):
         return type(like)(*children)

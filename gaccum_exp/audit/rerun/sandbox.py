@@ -1,15 +1,15 @@
-"""Modules put on a bench: run on copies of their tensors, and put back as if nothing had happened.
+"""A sandbox for modules: they run on copies of their tensors, and are put back as they were.
 
-The modules themselves are used and not copied, since a loss function, a wrapper or a framework may hold
-them; what is exchanged for the length of a `with` block is every tensor in them. So nothing that a pass
-does (gradients, running statistics, counters, caches in plain attributes) is left behind.
+The modules themselves are not copied, since a loss function, a wrapper or a framework may hold them.
+Every tensor in them is exchanged for the length of a `with` block, so that nothing which a pass changes
+(gradients, running statistics, counters, caches in plain attributes) stays changed.
 """
 
 import copy
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,29 +18,39 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+FRAMEWORKS = frozenset(
+    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
+)
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
-class Parts:
-    """The model, and other modules beside it, under the names that the user knows.
+class NamedModules:
+    """The modules of the model and of its loss, each once, under dotted names.
 
     Args:
-        model: its modules and parameters keep their dotted names.
-        others: what its loss holds; their names are preceded by `criterion`.
+        model: its modules and parameters keep their names.
+        others: what the loss holds; their names are preceded by `criterion`.
+        compared: the parameters whose gradients are compared; None: all.
     """
 
-    def __init__(self, model: nn.Module, *others: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *others: nn.Module, compared: Iterable[Tensor] | None = None
+    ) -> None:
         inside = {id(module) for module in model.modules()}
-        apart = [module for module in others if id(module) not in inside]
-        numbered = {f"criterion.{i}": module for i, module in enumerate(apart)}
-        roots = {"": model, **({"criterion": apart[0]} if len(apart) == 1 else numbered)}
-        every = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
-        # By identity, for a module may hash by a state that moves (torchmetrics' do).
-        self.modules = list({id(module): module for _, module in every}.values())
-        """Each once."""
-        self._names = {id(module): name for name, module in reversed(every)}
-        self.judged: set[str] | None = None
-        """Names of the parameters whose gradients are compared; None: all."""
+        outside = [module for module in others if id(module) not in inside]
+        numbered = {f"criterion.{i}": module for i, module in enumerate(outside)}
+        roots = {"": model, **({"criterion": outside[0]} if len(outside) == 1 else numbered)}
+        named = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
+        # By identity, for a module may hash by a state that changes (torchmetrics' do).
+        self._each = list({id(module): module for _, module in named}.values())
+        self._names = {id(module): name for name, module in reversed(named)}
+        chosen = None if compared is None else {id(parameter) for parameter in compared}
+        self.compared = {n for n, p in self.parameters().items() if chosen is None or id(p) in chosen}
+        """Names of the parameters whose gradients are compared."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._each)
 
     def name(self, module: nn.Module) -> str:
         """Return a module's dotted name; the model's own is empty."""
@@ -50,7 +60,7 @@ class Parts:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters by name, each once."""
         found: dict[int, tuple[str, nn.Parameter]] = {}
-        for module in self.modules:
+        for module in self:
             prefix = self.name(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -72,28 +82,28 @@ def modules_in(function: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def on_bench(
-    parts: Parts,
+def sandbox(
+    modules: NamedModules,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    moved: Callable[[], None] = lambda: None,
+    drawn: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies.
 
     Args:
-        parts: what the pass will use.
+        modules: those that the pass will use.
         dtype: of floating-point copies; None: as they are.
         device: of the copies; None: where they are.
-        moved: called where a generator that a module holds has been drawn from.
+        drawn: called where a generator that a module holds has been drawn from.
 
     Yields:
         The copies of the parameters by name, without gradients.
     """
     copies = _Copies(dtype, device)
-    # Parameters that some code holds without registering them must keep their gradients as well.
-    gradients = [(p, p.grad) for p in parts.parameters().values()]
-    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in parts.modules]
+    # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
+    gradients = [(p, p.grad) for p in modules.parameters().values()]
+    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in modules]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -102,16 +112,20 @@ def on_bench(
             module._buffers.update({k: copies.of_tensor(b) for k, b in buffers.items()})
         for module, _, _, attributes in before:
             vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
-            vars(module).update(_silenced(module))
+            if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
+                # These log from within their steps, which a pass in the sandbox must not.
+                vars(module).update(log=_nothing, log_dict=_nothing)
         with _no_recomputation():
-            yield parts.parameters()
+            yield modules.parameters()
     finally:
         if copies.drawn_from():
-            moved()
+            drawn()
         copies.restore_objects()
         for module, parameters, buffers, attributes in before:
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
+            pairs: Any = (module._parameters, parameters), (module._buffers, buffers)
+            for registry, then in pairs:
+                registry.clear()
+                registry.update(then)
             for added in _attributes(module).keys() - attributes.keys():
                 del vars(module)[added]
             vars(module).update(attributes)
@@ -129,13 +143,12 @@ class _Copies:
         self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def of_parameter(self, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or id(parameter) in self._made:
-            return None if parameter is None else self._made[id(parameter)]
-        made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
-        for hook in (parameter._backward_hooks or {}).values():  # part of what the gradient is
-            made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
-        self._made[id(parameter)] = made
-        return made
+        if parameter is not None and id(parameter) not in self._made:
+            made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
+            for hook in (parameter._backward_hooks or {}).values():  # they make the gradient, too
+                made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
+            self._made[id(parameter)] = made
+        return None if parameter is None else self._made[id(parameter)]
 
     def of_tensor(self, tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or (tensor.requires_grad and not tensor.is_leaf):
@@ -145,7 +158,7 @@ class _Copies:
         return self._made[id(tensor)]
 
     def of_attribute(self, value: Any) -> Any:
-        """What code may change in place: tensors, containers, arrays, generators, plain objects."""
+        """Copy what code may change in place: tensors, containers, arrays, generators, plain objects."""
         if isinstance(value, Tensor):
             return self.of_tensor(value)
         if type(value) in (list, tuple, set):
@@ -155,22 +168,27 @@ class _Copies:
         if isinstance(value, (deque, dict, np.ndarray)):
             return copy.copy(value)
         if isinstance(value, GENERATORS):
-            self._generators.append((value, copied := _copied_generator(value)))
+            if isinstance(value, torch.Generator):
+                copied: Any = value.clone_state()
+            else:  # the system's has no state to be copied
+                copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+            self._generators.append((value, copied))
             return copied
         if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
-            # The object stays itself, since others may hold it; what is in it is put back.
+            # The object itself stays, since others may hold it; what is in it is put back.
             kept = dict(vars(value))
             self._objects.append((vars(value), kept))
             vars(value).update({k: self.of_attribute(v) for k, v in kept.items()})
         return value
 
     def drawn_from(self) -> bool:
-        """Whether a generator held by a module has moved; torch's are followed operator by operator."""
+        """Whether a generator of Python's or NumPy's that a module holds was drawn from."""
+        # Draws from torch's are recorded operator by operator.
         pairs = (p for p in self._generators if not isinstance(p[0], torch.Generator))
         return any(_state_of(before) != _state_of(after) for before, after in pairs)
 
     def restore_objects(self) -> None:
-        """Put back what plain objects held."""
+        """Put back the attributes of plain objects."""
         for of, kept in reversed(self._objects):
             of.clear()
             of.update(kept)
@@ -182,18 +200,9 @@ class _Copies:
         )
 
 
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-
-
-def _copied_generator(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.clone_state()
-    return copy.deepcopy(generator) if not isinstance(generator, random.SystemRandom) else generator
-
-
 def _state_of(generator: Any) -> str:
     if isinstance(generator, random.SystemRandom):
-        return str(id(object()))  # it has none, and never repeats
+        return str(id(object()))  # the system's has no state, and never repeats
     if isinstance(generator, random.Random):
         return str(generator.getstate())
     if isinstance(generator, np.random.Generator):
@@ -202,23 +211,11 @@ def _state_of(generator: Any) -> str:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """An object of somebody's class, e.g. a meter; neither a module nor part of a framework."""
+    """Whether it is an object of the user's, e.g. a meter: no module and no part of a framework."""
     kind = type(value)
     if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
         return False
     return kind.__module__.partition(".")[0] not in FRAMEWORKS
-
-
-FRAMEWORKS = frozenset(
-    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
-)
-
-
-def _silenced(module: nn.Module) -> dict[str, Any]:
-    """Lightning's modules log from within their steps, which a pass on the bench must not."""
-    if not any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
-        return {}
-    return {"log": _nothing, "log_dict": _nothing}
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -229,14 +226,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in _REGISTRIES or k == "training"}
 
 
-def _put_back(registry: dict[str, Any], before: dict[str, Any]) -> None:
-    registry.clear()
-    registry.update(before)
-
-
 @contextmanager
 def _no_recomputation() -> Iterator[None]:
-    """Checkpointing off: it would draw the random numbers of a pass a second time, in its backward."""
+    """Switch checkpointing off: its backward pass draws the random numbers of a pass a second time."""
 
     class Direct:
         @staticmethod

@@ -1,1 +1,1 @@
-"""The audit of anyone's training loop: its window is taped, played back and judged."""
+"""Audit of any training loop: its windows are taped, played back and judged."""

@@ -1,7 +1,7 @@
-"""Python functions seen as they are called, whoever calls them and under whatever name.
+"""Report the calls of Python functions as they happen, from wherever and under whatever name.
 
-A loss, a clipping function or a scheduler's step may have been imported anywhere before; so the
-interpreter is asked (`sys.setprofile`), which changes nothing in what it runs.
+A loss, a clipping function or a scheduler's step may have been imported anywhere before. So the
+interpreter reports their calls (`sys.setprofile`), which changes nothing in what it runs.
 """
 
 import functools
@@ -12,24 +12,24 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-Seen = Callable[[str, FrameType, Any], None]
-"""Called with `call` or `return`, the frame, and what is returned."""
+OnCall = Callable[[str, FrameType, Any], None]
+"""Takes `call` or `return`, the frame, and what is returned."""
 
 
 @contextmanager
-def frames_seen(by_code: dict[CodeType, Seen], by_name: dict[str, Seen]) -> Iterator[None]:
+def calls_reported(by_code: dict[CodeType, OnCall], by_name: dict[str, OnCall]) -> Iterator[None]:
     """Report every call of these code objects, and of functions of these names."""
     before = sys.getprofile()
     # By identity: code that torch.compile makes may hold constants that have no hash.
-    watched = {id(code): seen for code, seen in by_code.items()}
+    of_code = {id(code): report for code, report in by_code.items()}
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
         if before is not None:
             before(frame, event, arg)  # type: ignore[arg-type]  # passed on as it came
         if event in ("call", "return"):
-            seen = watched.get(id(frame.f_code)) or by_name.get(frame.f_code.co_name)
-            if seen is not None:
-                seen(event, frame, arg)
+            report = of_code.get(id(frame.f_code)) or by_name.get(frame.f_code.co_name)
+            if report is not None:
+                report(event, frame, arg)
 
     sys.setprofile(profile)
     try:
@@ -61,7 +61,7 @@ def bound_to(function: Any) -> Any:
 def arguments_of(frame: FrameType, *, bound: bool) -> tuple[list[Any], dict[str, Any]]:
     """Return positional and keyword arguments of a call that has just begun.
 
-    By name where the function allows it, since a name may tell what a number is (`batch_idx`).
+    By name where the function allows it, since a name may say what a number is (`batch_idx`).
 
     Args:
         frame: of the call.

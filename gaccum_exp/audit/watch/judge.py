@@ -1,4 +1,4 @@
-"""The verdict on one window of somebody's loop.
+"""Judge one window of a loop.
 
 The gradient that reached the optimizer is compared with the one pass; what the loop did on the way (the
 weight of each micro-batch, gradients left over, zeroed, clipped or unscaled) is compared with what its
@@ -13,22 +13,22 @@ import torch
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import (
-    divided_by,
-    fitted_shares,
-    reference_of_sum,
+    common_divisor,
+    fitted_coefficients,
+    intended_weight,
     sampled,
     unrounded,
 )
-from gaccum_exp.audit.diagnose import Examined, examine, first_line
-from gaccum_exp.audit.rerun.passes import Trial
+from gaccum_exp.audit.diagnose import Diagnosis, diagnose, first_line
+from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
+from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.rerun.samples import NotJoinableError
-from gaccum_exp.audit.rerun.sandbox import Parts
+from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import multiple, remedy, scale_of
-from gaccum_exp.audit.watch.observations import Sight
-from gaccum_exp.audit.watch.other_faults import beside_the_gradient
-from gaccum_exp.audit.watch.tape import MicroBatch
-from gaccum_exp.audit.watch.taped_window import CouplingError, RecordedWindow
+from gaccum_exp.audit.watch.other_faults import other_faults
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
 from gaccum_exp.core.gradient import Gradient, difference, distance, norm, scaled
 from gaccum_exp.memory.available import out_of_memory
 
@@ -36,195 +36,196 @@ AS_REPLAYED = 1e-4
 """How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
 
 
-def judge(sight: Sight, reached: Gradient, parts: Parts, dim: int) -> Audit:
-    """Return the verdict on a window, given the gradient that reached the optimizer."""
-    units = sight.tape.micro_batches()
-    blank = Audit("inconclusive", len(units), "mean", checks=beside_the_gradient(sight, units))
-    if not units:
+def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int) -> Audit:
+    """Return the verdict on a window, given the gradient that reached the optimizer.
+
+    It is judged where it ran; on the CPU where that has no memory left or no float64.
+    """
+    micro_batches = seen.tape.micro_batches()
+    checks = other_faults(seen, micro_batches)
+    blank = Audit("inconclusive", len(micro_batches), "mean", checks=checks)
+    if not micro_batches:
         why = "no backward pass through a loss of this model was seen before the optimizer's step"
         return replace(blank, detail=f"{why}: is the criterion the one that the loop calls?")
-    first = next(iter(reached.values()), torch.empty(0)).device
+    own, host = next(iter(reached.values()), torch.empty(0)).device, torch.device("cpu")
     try:
-        return _on_device_or_host(sight, reached, parts, dim, blank, first)
+        try:
+            if own.type != "mps":
+                return _LoopWindow(seen, reached, modules, dim, blank, own).audit()
+        except Exception as error:
+            if not out_of_memory(error) or own == host:
+                raise
+        audit = _LoopWindow(seen, reached, modules, dim, blank, host).audit()
+        return audit.noting("run again on the CPU")
     except CouplingError as error:
         why = f"{error}: give watch the function that computes the whole loss"
         return replace(blank, cause=result.NOT_ADDITIVE, detail=why, remedy=remedy(result.NOT_ADDITIVE))
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
-    except Exception as error:  # a stranger's loop; it must not notice
+    except Exception as error:  # the user's loop must go on, whatever happens here
         return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
 
 
-def _on_device_or_host(
-    sight: Sight, reached: Gradient, parts: Parts, dim: int, blank: Audit, first: torch.device
-) -> Audit:
-    """Judge it where it ran; on the CPU where there is no room or no float64."""
-    host = torch.device("cpu")
-    try:
-        if first.type != "mps":
-            return _Loop(sight, reached, parts, dim, blank, first).audit()
-    except Exception as error:
-        if not out_of_memory(error) or first == host:
-            raise
-    audit = _Loop(sight, reached, parts, dim, blank, host).audit()
-    where = "run again on the CPU"
-    return replace(audit, detail=f"{audit.detail}; {where}" if audit.detail else where)
-
-
-class _Loop:
-    """One window, being judged."""
+class _LoopWindow:
+    """One window of a loop, on one device: what reached the optimizer, and its passes run again."""
 
     def __init__(
         self,
-        sight: Sight,
+        seen: Observations,
         reached: Gradient,
-        parts: Parts,
+        modules: NamedModules,
         dim: int,
         blank: Audit,
         device: torch.device,
     ) -> None:
-        self._device = device
-        reached = {name: g.to(device) for name, g in reached.items()}
-        self._sight, self._reached, self._parts, self._dim = sight, reached, parts, dim
-        self._units = self._since_dropped(sight.tape.micro_batches())
-        self._blank = replace(blank, steps=len(self._units))
-        self._window = RecordedWindow(parts, self._units, dim)
-        self._trial = self._run_again(self._window, self._units)
-        self._loss_scale = sight.loss_scale
-        clip = sight.clips[-1] if sight.clips else None
-        self._clip = clip if clip is not None and clip.after_backward == sight.tape.backwards else None
-        before = {} if self._clip is None else self._clip.before
-        self._accumulated = {name: g.to(device) for name, g in before.items()} or reached
+        self._seen, self._modules, self._dim, self._device = seen, modules, dim, device
+        self._loss_scale = seen.loss_scale
+        self._reached = self._here(reached)
+        last = seen.clippings[-1] if seen.clippings else None
+        at_end = last is not None and last.after_backward == seen.tape.backwards
+        self._clipping = last if at_end else None
+        before = {} if self._clipping is None else self._here(self._clipping.before)
+        self._observed = before or self._reached
+        """The accumulated gradient: what reached the optimizer, before clipping, at the loss's scale."""
+        if self._loss_scale != 1:
+            self._observed = scaled(self._observed, self._loss_scale)
+        self._micro_batches = self._since_dropped(seen.tape.micro_batches())
+        self._blank = replace(blank, accum_steps=len(self._micro_batches))
+        self._window = TapedWindow(modules, self._micro_batches, dim)
+        self._rerun = self._rerun_of(self._window, self._micro_batches)
 
     def audit(self) -> Audit:
         """Run the experiments."""
-        replayed = self._trial.record()
-        observed = self._accumulated
-        if self._loss_scale != 1:
-            observed = scaled(observed, self._loss_scale)
+        observed, loss_scale = self._observed, self._loss_scale
+        replayed = self._rerun.gradient(RECORDING)
         factor = multiple(observed, replayed, AS_REPLAYED)
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
-        weights = [w / self._loss_scale for w in self._window.weights]
-        summed = self._find_shares()
-        given = [w * (factor or 1.0) for w in weights]
+        weights = [weight / loss_scale for weight in self._window.weights]
+        coefficients, summed = self._coefficients()
+        given = [weight * (factor or 1.0) for weight in weights]
         counts, sizes = self._window.counts(), self._window.sizes
-        reference = reference_of_sum(given, counts, sizes) if summed else 1.0
-        shares = [share * reference for share in self._window.shares or []]
-        exact = unrounded(given, shares)
-        self._window.weights = [w * self._loss_scale for w in exact]
-        self._window.reference = reference * self._loss_scale
-        blank = replace(self._blank, reduction=self._named(reference, summed))
+        whole_weight = intended_weight(given, counts, sizes) if summed else 1.0
+        exact = unrounded(given, [c * whole_weight for c in coefficients or []])
+        window = self._window.weighed(
+            [weight * loss_scale for weight in exact], whole_weight * loss_scale, coefficients
+        )
+        blank = self._blank
+        if summed:
+            counted = math.isclose(whole_weight * sum(counts or map(float, sizes)), 1, rel_tol=1e-5)
+            blank = replace(blank, reduction="global_mean" if counted else "sum")
         if factor is not None and factor != 1:
             replayed = scaled(replayed, factor)
-        examined = examine(self._trial, observed, blank, replayed)
-        audit = self._with_scale(examined, reference if summed else None)
-        if examined.measured is None:
+        found = diagnose(replace(self._rerun, window=window), observed, blank, replayed)
+        audit = self._with_scale(found, whole_weight if summed else None)
+        if found.measured is None:
             return audit
-        sound = examined.measured.in_range
-        if (
-            factor is None
-            and not sound
-            and (fault := self._fault(audit, observed, replayed)) is not None
-        ):
+        if factor is None and not found.measured.own.agrees:
+            fault = self._changed_in_between(audit, replayed)
+            if fault is not None:
+                return fault
+        fault = self._changed_after_clipping(audit)
+        if fault is not None:
             return fault
-        if self._clip is not None and (fault := self._after_clipping(audit)) is not None:
-            return fault
-        return self._unless_padded(self._reworded(audit, weights, factor, summed))
-
-    def _unless_padded(self, audit: Audit) -> Audit:
-        """Padding may change what a model computes; where the weights explain all, it has not."""
+        if audit.cause == result.UNEQUAL_DENOMINATORS and coefficients:
+            audit = self._with_coefficients(audit, coefficients)
+        elif audit.cause == result.LOSS_SCALE:
+            audit = self._with_factor(audit, weights, factor or 1.0, whole_weight if summed else None)
+        # Padding may change what a model computes; where the weights explain all, it has not.
         proven = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
-        if audit.verdict != "biased" or audit.cause in proven or not self._window.padded:
-            return audit
-        why = "micro-batches of different lengths were padded to one, which may change what is computed"
-        return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
+        if audit.verdict == "biased" and audit.cause not in proven and window.padded:
+            why = (
+                "micro-batches of different lengths were padded to one, which may change what is "
+                "computed"
+            )
+            return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
+        return audit
 
-    def _run_again(self, window: RecordedWindow, units: Sequence[MicroBatch]) -> Trial:
-        return Trial(window, [_start(unit) for unit in units], self._device)
+    def _here(self, gradient: Gradient) -> Gradient:
+        return {name: g.to(self._device) for name, g in gradient.items()}
 
-    def _since_dropped(self, units: list[MicroBatch]) -> list[MicroBatch]:
+    def _rerun_of(
+        self, window: TapedWindow, micro_batches: Sequence[TapedMicroBatch], draws: Draws | None = None
+    ) -> Rerun:
+        starts = [micro_batch.first.start for micro_batch in micro_batches]
+        return Rerun(window, self._device, starts, Draws() if draws is None else draws)
+
+    def _since_dropped(self, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
         """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
-        zeroed = [k for k, what in self._sight.between if what == "zeroed"]
+        zeroed = [k for k, what in self._seen.between if what == "zeroed"]
         if len(zeroed) != 1:
-            return units
-        kept = [u for u in units if _last_backward(u) >= zeroed[0]]
-        return kept if len(units) - len(kept) < len(kept) else units
+            return micro_batches
+        kept = [m for m in micro_batches if m.last_backward >= zeroed[0]]
+        return kept if len(micro_batches) - len(kept) < len(kept) else micro_batches
 
-    def _find_shares(self) -> bool:
-        """Find each micro gradient's share in the one pass; return whether that is their plain sum."""
-        window, units = self._window, self._units
-        if len(units) == 1:  # one micro-batch and its double: a sum doubles, a mean does not
-            window = RecordedWindow(self._parts, [units[0], units[0]], self._dim)
-        trial = self._run_again(window, [*units, *units][: len(window.sizes)])
-        trial.draws = self._trial.draws if window is self._window else trial.draws
-        if window is not self._window:
-            trial.record()
-        kept = window.weights, window.reference
-        window.weights, window.reference = [1.0] * len(window.sizes), 1.0
-        try:
-            micro = trial.micro_gradients(sampled)
-            whole = sampled(trial.one_pass(float64=True))
-        finally:
-            window.weights, window.reference = kept
-        shares = fitted_shares(micro, whole)
-        if shares is None:
-            return window.sums
-        self._window.shares = shares if window is self._window else [1.0]
-        return all(abs(share - 1) < 1e-3 for share in shares)
+    def _coefficients(self) -> tuple[list[float] | None, bool]:
+        """Fit the micro gradients' coefficients in the one pass; return whether it is their sum, too."""
+        window, micro_batches, draws = self._window, self._micro_batches, self._rerun.draws
+        alone = len(micro_batches) == 1
+        if alone:  # one micro-batch and its double: a sum doubles, a mean does not
+            micro_batches = [*micro_batches, *micro_batches]
+            window = TapedWindow(self._modules, micro_batches, self._dim)
+        window = window.weighed([1.0] * len(window.sizes), 1.0)
+        rerun = self._rerun_of(window, micro_batches, None if alone else draws)
+        if alone:
+            rerun.gradient(RECORDING)
+        micro = rerun.micro_gradients(ACCUMULATED64, sampled)
+        coefficients = fitted_coefficients(micro, sampled(rerun.gradient(ONE_PASS64)))
+        if coefficients is None:
+            return None, window.sums
+        summed = all(abs(coefficient - 1) < 1e-3 for coefficient in coefficients)
+        return [1.0] if alone else coefficients, summed
 
-    def _named(self, reference: float, summed: bool) -> str:
-        if not summed:
-            return "mean"
-        counts = self._window.counts() or [float(size) for size in self._window.sizes]
-        return "global_mean" if math.isclose(reference * sum(counts), 1, rel_tol=1e-5) else "sum"
+    def _with_scale(self, found: Diagnosis, whole_weight: float | None) -> Audit:
+        """Return the audit with the gradient's scale, in units of the large batch's mean gradient.
 
-    def _with_scale(self, examined: Examined, reference: float | None) -> Audit:
-        audit = examined.audit
-        known = audit.denominator is not None
-        if examined.one_pass64 is None or (reference is not None and not known):
+        Args:
+            found: by running the window again.
+            whole_weight: of the window's loss sum; None: the loss is a mean.
+        """
+        audit = found.audit
+        if found.one_pass64 is None or (whole_weight is not None and audit.denominator is None):
             return audit
-        observed = scaled(self._accumulated, self._loss_scale)
-        along = scale_of(observed, examined.one_pass64)
-        per_mean = 1.0 if reference is None else reference * (audit.denominator or 1.0)
+        along = scale_of(self._observed, found.one_pass64)
+        per_mean = 1.0 if whole_weight is None else whole_weight * (audit.denominator or 1.0)
         return replace(audit, scale=None if along is None else along * per_mean)
 
-    def _fault(self, audit: Audit, observed: Gradient, replayed: Gradient) -> Audit | None:
-        """The gradient is not what its passes add up to: what came in between?"""
-        sight = self._sight
+    def _changed_in_between(self, audit: Audit, replayed: Gradient) -> Audit | None:
+        """Find what came in between where the gradient is not what its passes add up to."""
+        seen, observed = self._seen, self._observed
         audit = replace(audit, verdict="biased", culprit=None, culprit_type=None, culprits=())
-        if sight.at_start:
+        if seen.at_start:
             extra = difference(observed, replayed)
-            start = {name: g.to(self._device) for name, g in sight.at_start.items()}
-            left = multiple(extra, scaled(start, self._loss_scale), 1e-2)
-            if left is not None:
-                size = norm(sight.at_start) * self._loss_scale / max(norm(replayed), 1e-300)
+            left_over = scaled(self._here(seen.at_start), self._loss_scale)
+            if multiple(extra, left_over, 1e-2) is not None:
+                size = norm(seen.at_start) * self._loss_scale / max(norm(replayed), 1e-300)
                 return _stale(
                     audit, "call zero_grad before the window's first backward pass",
                     f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
                 )  # fmt: skip
-        inside = [c for c in sight.clips if c.after_backward < sight.tape.backwards]
+        inside = [c for c in seen.clippings if c.after_backward < seen.tape.backwards]
         if inside:
             return replace(
                 audit, cause=result.LOSS_SCALE,
                 remedy="clip once, after the window's last backward pass, not after each micro-batch",
                 detail=f"gradients were clipped {len(inside)} times before the last backward pass",
             )  # fmt: skip
-        if any(k < sight.tape.backwards for k in sight.unscaled):
+        if any(k < seen.tape.backwards for k in seen.unscaled):
             return _stale(
                 audit, "unscale_ once, after the window's last backward pass",
                 "gradients were unscaled inside the window, and later ones added at full scale",
             )  # fmt: skip
-        zeroed = [k for k, what in sight.between if what == "zeroed"]
-        if zeroed and self._matches_since(zeroed[-1], observed):
-            lost = sum(_last_backward(u) < zeroed[-1] for u in self._units)
+        zeroed = [k for k, what in seen.between if what == "zeroed"]
+        if zeroed and self._is_sum_since(zeroed[-1]):
+            lost = sum(m.last_backward < zeroed[-1] for m in self._micro_batches)
+            missing = f"{lost} of {len(self._micro_batches)} micro-batches are missing"
             return _stale(
                 audit, "call zero_grad once per optimizer step, not inside the window",
-                f"zero_grad inside the window: {lost} of {len(self._units)} micro-batches are missing",
+                f"zero_grad inside the window: {missing}",
             )  # fmt: skip
         if distance(observed, replayed) < 0.1:
-            return None  # close: digits were lost, and that is examined
-        if any(what == "changed" for _, what in sight.between):
+            return None  # so close that digits were lost, which has been examined
+        if any(what == "changed" for _, what in seen.between):
             return _stale(
                 audit, "leave .grad alone until the window's last backward pass",
                 "something changed the gradients between the window's passes",
@@ -236,79 +237,72 @@ class _Loop:
         )
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
 
-    def _matches_since(self, backward: int, observed: Gradient) -> bool:
-        kept = [u for u in self._units if _last_backward(u) >= backward]
+    def _is_sum_since(self, backward: int) -> bool:
+        """Whether the gradient is a multiple of the sum of the passes from this one on."""
+        kept = [m for m in self._micro_batches if m.last_backward >= backward]
         if not kept:
             return False
-        window = RecordedWindow(self._parts, kept, self._dim)
-        again = self._run_again(window, kept).record()
-        return multiple(observed, again, AS_REPLAYED) is not None
+        window = TapedWindow(self._modules, kept, self._dim)
+        again = self._rerun_of(window, kept).gradient(RECORDING)
+        return multiple(self._observed, again, AS_REPLAYED) is not None
 
-    def _after_clipping(self, audit: Audit) -> Audit | None:
+    def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         """Clipping is the last thing that may happen to a gradient."""
-        assert self._clip is not None
-        after = {name: g.to(self._device) for name, g in self._clip.after.items()}
-        factor = multiple(self._reached, after, AS_REPLAYED)
-        if factor is None or abs(factor - 1) < AS_REPLAYED or audit.verdict == "biased":
+        if self._clipping is None or audit.verdict == "biased":
             return None
-        said = (
-            f"gradients were multiplied by {factor:.4g} after clipping: {self._unscaled_twice(factor)}"
-        )
+        factor = multiple(self._reached, self._here(self._clipping.after), AS_REPLAYED)
+        if factor is None or abs(factor - 1) < AS_REPLAYED:
+            return None
+        twice = self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3)
+        why = "they were unscaled twice" if twice else "scale the loss, not the gradients"
+        said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
 
-    def _unscaled_twice(self, factor: float) -> str:
-        twice = self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3)
-        return "they were unscaled twice" if twice else "scale the loss, not the gradients"
-
-    def _reworded(self, audit: Audit, weights: list[float], factor: float | None, summed: bool) -> Audit:
-        """Say it in the loop's own terms."""
-        shares, sizes = self._window.shares, self._window.sizes
-        uncounted = self._window.counts() is None and len(set(sizes)) == 1
-        if audit.cause == result.UNEQUAL_DENOMINATORS and shares and uncounted:
-            said = ", ".join(f"{100 * share / sum(shares):.3g} %" for share in shares[:8])
-            what = f"micro-batches make up {said} of what the window counts: use global_mean"
-            return replace(audit, remedy=what)
-        if audit.cause != result.LOSS_SCALE:
+    def _with_coefficients(self, audit: Audit, coefficients: list[float]) -> Audit:
+        """Say how unequal micro-batches are that are of one size, where what they count is not known."""
+        if self._window.counts() is not None or len(set(self._window.sizes)) > 1:
             return audit
-        steps, gone = len(weights), factor or 1.0
-        whole = divided_by(weights, summed)
-        total = gone * sum(weights) / (1 if not summed else self._window.reference / self._loss_scale)
-        said = f"gradient is {total:.4g} × the large batch's: "
-        if self._loss_scale != 1 and math.isclose(gone, 1 / self._loss_scale, rel_tol=1e-3):
-            said = f"gradient is {gone:.4g} × the large batch's: it was unscaled twice"
+        said = ", ".join(f"{100 * c / sum(coefficients):.3g} %" for c in coefficients[:8])
+        what = f"micro-batches make up {said} of what the window counts: use global_mean"
+        return replace(audit, remedy=what)
+
+    def _with_factor(
+        self, audit: Audit, weights: list[float], factor: float, whole_weight: float | None
+    ) -> Audit:
+        """Say where a factor comes from, in the loop's own terms.
+
+        Args:
+            audit: that found it.
+            weights: of the micro-batches' losses.
+            factor: that the gradient was multiplied by after its last backward pass.
+            whole_weight: of the window's loss sum; None: the loss is a mean.
+        """
+        accum_steps = len(weights)
+        divisor = common_divisor(weights) if whole_weight is None else None
+        total = factor * sum(weights) / (1 if whole_weight is None else whole_weight)
+        if self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3):
+            said = f"gradient is {factor:.4g} × the large batch's: it was unscaled twice"
             return replace(audit, remedy=said)
-        if gone != 1 and not _round(gone) and abs(total / gone - 1) < AS_REPLAYED:
+        # A division by a whole number, or a multiplication, is none that clipping makes.
+        whole = factor > 1 or math.isclose(1 / factor, round(1 / factor), rel_tol=1e-5)
+        if not whole and abs(total / factor - 1) < AS_REPLAYED:
             why = (
-                f"gradients were multiplied by {gone:.4g} after the last backward pass by code "
+                f"gradients were multiplied by {factor:.4g} after the last backward pass by code "
                 "not known here; clipping by torch.nn.utils.clip_grad_norm_ would be known"
             )
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
-        if gone == 1 and whole is not None and steps > whole > 1:
-            why = f"{steps} micro-batches reached this step, each divided by {whole}"
+        if factor != 1 or divisor is None:
+            return audit
+        if accum_steps > divisor > 1:
+            why = f"{accum_steps} micro-batches reached this step, each divided by {divisor}"
             said = "call zero_grad where the epoch begins, or take the step on what is left: an earlier"
             return _stale(audit, f"{said} window's gradients were left over", why)
-        if gone == 1 and whole is not None and steps < whole:
-            why = f"{steps} micro-batches, each divided by {whole}: divide by the number in this window"
-            return replace(audit, remedy=said + why)
+        if accum_steps < divisor:
+            said = f"gradient is {total:.4g} × the large batch's: {accum_steps} micro-batches, each"
+            what = f"{said} divided by {divisor}: divide by the number in this window"
+            return replace(audit, remedy=what)
         return audit
 
 
-def _round(factor: float) -> bool:
-    """Whether a factor is that of a division by a whole number, as no clipping makes it."""
-    return factor > 1 or math.isclose(1 / factor, round(1 / factor), rel_tol=1e-5)
-
-
-def _stale(audit: Audit, what_to_do: str, seen: str) -> Audit:
-    return replace(
-        audit, verdict="biased", cause=result.STALE_OR_MISSING, remedy=what_to_do, detail=seen
-    )
-
-
-def _start(unit: MicroBatch) -> list[object]:
-    start = unit.first.start
-    assert start is not None
-    return start
-
-
-def _last_backward(unit: MicroBatch) -> int:
-    return max(loss.backward or 0 for loss in unit.losses)
+def _stale(audit: Audit, what_to_do: str, why: str) -> Audit:
+    return replace(audit, verdict="biased", cause=result.STALE_OR_MISSING, remedy=what_to_do, detail=why)

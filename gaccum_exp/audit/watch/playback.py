@@ -1,28 +1,27 @@
-"""Calls of a tape, made again."""
+"""Play calls of a tape back, with other arguments and in another precision."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.audit.rerun.samples import NotJoinableError, mapped, tensors_in
-from gaccum_exp.audit.watch.tape import Call, Ref, loss_in
+from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, loss_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
 
-Lift = Callable[[Any], Any]
-"""Brings constants into the precision and onto the device of a run."""
-Outputs = dict[Call, list[Tensor]]
+Outputs = dict[TapedCall, list[Tensor]]
 """What calls have put out in this run."""
 
 
-def itself(loss: Tensor, place: int) -> Tensor:
-    """Return the loss that the model has put out; `place` is where among its outputs."""
+def models_own_loss(loss: Tensor, place: int) -> Tensor:
+    """Return the loss that the model has put out, at this place among its outputs."""
     return loss
 
 
-def run(call: Call, arguments: Mapping[int | str, Any]) -> Any:
-    """Call it with other arguments, under the same autocast."""
+def run(call: TapedCall, arguments: Mapping[int | str, Any]) -> Any:
+    """Call the function again with these arguments, under the same autocast."""
     device = next((t.device.type for t in tensors_in(arguments)), "cpu")
     args = [value for key, value in arguments.items() if isinstance(key, int)]
     kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
@@ -40,53 +39,50 @@ def run(call: Call, arguments: Mapping[int | str, Any]) -> Any:
 
 def loss_of(output: Any) -> Tensor:
     """Return the loss in what a call has put out."""
-    loss = loss_in(output) if torch.is_grad_enabled() else _value_in(output)
+    if not torch.is_grad_enabled():
+        if isinstance(output, Tensor):
+            return output
+        with torch.enable_grad():  # the loss among outputs is found by its graph
+            output = mapped(_with_graph, output)
+    loss = loss_in(output)
     if loss is None:
         raise NotJoinableError("run again, the loss has no gradient")
     return loss
 
 
-def _value_in(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    with torch.enable_grad():
-        marked = mapped(
-            lambda x: (
-                x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-            ),
-            output,
-        )
-        return loss_in(marked)
+def _with_graph(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.clone().requires_grad_() if floating else value
 
 
-def resolved(value: Any, outputs: Outputs, lift: Lift) -> Any:
-    """Return arguments with every reference replaced by the tensor that it stands for."""
+def resolved(value: Any, outputs: Outputs, cast: Cast) -> Any:
+    """Return arguments with every reference replaced by its tensor, and all others cast."""
 
     def leaf(x: Any) -> Any:
-        if not isinstance(x, Ref):
-            return lift(x)
+        if not isinstance(x, OutputRef):
+            return cast(x)
         if x.call not in outputs:
-            arguments = resolved(x.call.arguments, outputs, lift)
+            arguments = resolved(x.call.arguments, outputs, cast)
             outputs[x.call] = tensors_in(run(x.call, arguments))
         return outputs[x.call][x.place]
 
     return mapped(leaf, value)
 
 
-def as_is(value: Any) -> Any:
-    """Lift nothing."""
+def uncast(value: Any) -> Any:
+    """Return the value as it is, where nothing is to be cast."""
     return value
 
 
-def reduction_of(loss: Call) -> str | None:
+def reduction_of(loss: TapedCall) -> str | None:
     """Return the `reduction` that a call of a loss was given, or its criterion has."""
     then = loss.attributes[0][1] if loss.attributes else {}
     given = loss.kwargs.get("reduction", then.get("reduction"))
     return given if isinstance(given, str) else None
 
 
-def count_of(loss: Call) -> float | None:
-    """Return what one call of a criterion counts, if that is one of torch's."""
+def count_of(loss: TapedCall) -> float | None:
+    """Return the denominator of one call of a criterion, if that is one of torch's."""
     criterion = loss.function
     if criterion is nn.functional.cross_entropy:
         names = ("weight", "ignore_index")

@@ -1,8 +1,8 @@
-"""What a loop does in one window, noted as it happens: a tape that can be run again.
+"""A tape of what a loop does in one window: its calls, which can be run again, and its gradients.
 
 A micro-batch is a connected piece of the tape: calls of the model, the operations between its outputs
-and the loss, and calls of the loss. Tensors that come from the model are noted by where they come from,
-all others (inputs, targets, masks) by value.
+and the loss, and calls of the loss. Tensors that come from the model are recorded by where they come
+from, all others (inputs, targets, masks) by value.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +14,21 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.samples import mapped, tensors_in
+from gaccum_exp.core.gradient import Gradient
 
 
-class Ref:
-    """A tensor that a noted call has put out: its place among that call's tensors."""
+class OutputRef:
+    """A tensor that a taped call has put out: its place among that call's tensors."""
 
+    # No data class, for those are containers to `mapped`, and this is a leaf.
     __slots__ = ("call", "place")
 
-    def __init__(self, call: "Call", place: int) -> None:
+    def __init__(self, call: "TapedCall", place: int) -> None:
         self.call, self.place = call, place
 
 
 @dataclass(eq=False, slots=True)
-class Call:
+class TapedCall:
     """One call of the model, of an operation between model and loss, or of the loss."""
 
     kind: str
@@ -36,21 +38,21 @@ class Call:
     kwargs: Mapping[str, Any]
     order: int
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
-    """Of a criterion and what is in it: their `vars`, and the plain ones' values at the call."""
+    """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
-    start: list[Any] | None = None
-    """The random state before it; None for operations between."""
+    start: list[Any] = field(default_factory=list)
+    """The random states before it; empty for operations between."""
     cotangent: Tensor | None = None
     """Of a loss: d(what was back-propagated) / d(this loss). None: no backward pass went through it."""
     backward: int | None = None
-    """Which backward pass of the window that was."""
+    """Number of that backward pass in the window."""
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     """Of the tensors that it put out."""
     dtypes: list[torch.dtype] = field(default_factory=list)
-    graph: bool = False
+    has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     read: bool = False
-    """Whether the loop looked at this loss, or at something made of it."""
+    """Whether the loop read this loss's value, or that of something made of it."""
 
     @property
     def arguments(self) -> dict[int | str, Any]:
@@ -58,85 +60,115 @@ class Call:
         by_position: dict[int | str, Any] = dict(enumerate(self.args))
         return by_position | dict(self.kwargs)
 
-    def refs(self) -> list[Ref]:
+    def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
-        return [leaf for leaf in leaves([self.args, self.kwargs]) if isinstance(leaf, Ref)]
+        return [leaf for leaf in leaves([self.args, self.kwargs]) if isinstance(leaf, OutputRef)]
 
-    def sources(self) -> set["Call"]:
+    def sources(self) -> set["TapedCall"]:
         """Return the model's calls that it depends on."""
-        found: set[Call] = set()
+        found: set[TapedCall] = set()
         for ref in self.refs():
             found |= {ref.call} if ref.call.kind == "model" else ref.call.sources()
         return found
 
 
 @dataclass(slots=True)
-class MicroBatch:
+class TapedMicroBatch:
     """One micro-batch on the tape."""
 
-    models: list[Call]
-    losses: list[Call]
+    models: list[TapedCall]
+    losses: list[TapedCall]
 
     @property
-    def first(self) -> Call:
+    def first(self) -> TapedCall:
         """The call that it began with."""
         return min([*self.models, *self.losses], key=lambda call: call.order)
+
+    @property
+    def last_backward(self) -> int:
+        """Number of its last backward pass in the window."""
+        return max(loss.backward or 0 for loss in self.losses)
 
 
 @dataclass(slots=True)
 class Tape:
     """The calls of one window, in order."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[TapedCall] = field(default_factory=list)
     backwards: int = 0
-    _made: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """Backward passes so far."""
+    _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
-    def noted(self, value: Any) -> Any:
+    def recorded(self, value: Any) -> Any:
         """Return arguments to keep: references, or copies, since a loop may reuse its tensors."""
 
         def leaf(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            made = self._made.get(x)  # type: ignore[no-untyped-call]  # torch's own
-            return x.detach().clone() if made is None else made
+            origin = self.origin(x)
+            return x.detach().clone() if origin is None else origin
 
         return mapped(leaf, value)
 
-    def origin(self, tensor: Tensor) -> Ref | None:
+    def origin(self, tensor: Tensor) -> OutputRef | None:
         """Return the call that made this tensor, if it is on the tape."""
-        found: Ref | None = self._made.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
+        found: OutputRef | None = self._origins.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
         return found
 
-    def add(self, call: Call, output: Any) -> None:
-        """Note a call and what it put out."""
+    def add(self, call: TapedCall, output: Any) -> None:
+        """Record a call and what it put out."""
         self.calls.append(call)
         for place, tensor in enumerate(tensors_in(output)):
-            call.graph |= tensor.requires_grad
-            self._made[tensor] = Ref(call, place)
+            call.has_graph |= tensor.requires_grad
+            self._origins[tensor] = OutputRef(call, place)
             call.shapes.append(tuple(tensor.shape))
             call.dtypes.append(tensor.dtype)
 
-    def micro_batches(self) -> list[MicroBatch]:
-        """Return the losses that were back-propagated, with the model's calls they share."""
-        groups: list[MicroBatch] = []
+    def micro_batches(self) -> list[TapedMicroBatch]:
+        """Return the losses that were back-propagated, with the model's calls that they share."""
+        groups: list[TapedMicroBatch] = []
         for loss in (c for c in self.calls if c.kind == "loss" and c.cotangent is not None):
             sources = loss.sources()
-            mine = [g for g in groups if sources & set(g.models)]
-            for group in mine:
+            sharing = [g for g in groups if sources & set(g.models)]
+            for group in sharing:
                 groups.remove(group)
-            models = {*sources, *(m for g in mine for m in g.models)}
-            groups.append(
-                MicroBatch(
-                    sorted(models, key=lambda c: c.order),
-                    [*(old for g in mine for old in g.losses), loss],
-                )
-            )
+            models = {*sources, *(m for g in sharing for m in g.models)}
+            losses = [*(earlier for g in sharing for earlier in g.losses), loss]
+            groups.append(TapedMicroBatch(sorted(models, key=lambda c: c.order), losses))
         return sorted(groups, key=lambda g: g.first.order)
 
-    @property
-    def model_calls(self) -> list[Call]:
-        """Every call of the model."""
-        return [call for call in self.calls if call.kind == "model"]
+
+@dataclass(slots=True)
+class Clipping:
+    """A call of `clip_grad_norm_` or `clip_grad_value_`."""
+
+    after_backward: int
+    """Backward passes of the window before it."""
+    before: Gradient
+    """The gradients that it was given."""
+    after: Gradient = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Observations:
+    """What was observed of one window."""
+
+    tape: Tape = field(default_factory=Tape)
+    at_start: Gradient = field(default_factory=dict)
+    """Gradients that were there before its first pass."""
+    accumulated: dict[int, Gradient] = field(default_factory=dict)
+    """Gradients right after the last backward pass: one entry, by the number of backward passes."""
+    between: list[tuple[int, str]] = field(default_factory=list)
+    """(backward passes so far, `zeroed` | `changed`), as found at the beginning of a later pass."""
+    clippings: list[Clipping] = field(default_factory=list)
+    scheduler_steps: list[int] = field(default_factory=list)
+    """Backward passes of the window before each step of the learning-rate schedule."""
+    unscaled: list[int] = field(default_factory=list)
+    """The same before each `unscale_` of a GradScaler."""
+    retained: list[bool] = field(default_factory=list)
+    """Whether each backward pass was told to keep its graph."""
+    loss_scale: float = 1.0
+    """The GradScaler's."""
 
 
 def leaves(value: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """A taped window that can be run again: in its micro-batches, and with all samples at once."""
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.causes.loss_coupling import couples
-from gaccum_exp.audit.rerun.passes import Around
+from gaccum_exp.audit.causes.loss_coupling import couples_samples
+from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.samples import (
     NotJoinableError,
     joined,
@@ -19,28 +20,31 @@ from gaccum_exp.audit.rerun.samples import (
     size_of,
     tensors_in,
 )
-from gaccum_exp.audit.rerun.sandbox import Parts
+from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.playback import (
-    Lift,
     Outputs,
     count_of,
-    itself,
     loss_of,
+    models_own_loss,
     reduction_of,
     resolved,
     run,
 )
-from gaccum_exp.audit.watch.tape import Call, MicroBatch, Ref, leaves
+from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, leaves
 
 
-class RecordedWindow:
-    """The micro-batches of a tape as a `Window`.
+class CouplingError(NotJoinableError):
+    """The loop mixes samples outside of model and loss."""
 
-    Each micro-batch's loss ℓᵢ is the loop's own, and `weights[i]` what the loop back-propagated it with;
-    the one pass is `reference` × ℓ of all samples.
+
+class TapedWindow:
+    """The micro-batches of a tape as a `RerunnableWindow`.
+
+    Each micro-batch's loss ℓᵢ is the loop's own, back-propagated with `weights[i]`; the one pass
+    back-propagates ℓ of all samples with `whole_weight`.
 
     Args:
-        parts: the modules.
+        modules: of model and loss.
         micro_batches: of the tape.
         dim: the dimension of the model's inputs that counts samples.
 
@@ -48,157 +52,144 @@ class RecordedWindow:
         NotJoinableError: they do not make one batch.
     """
 
-    def __init__(self, parts: Parts, micro_batches: Sequence[MicroBatch], dim: int) -> None:
-        self.parts = parts
+    def __init__(
+        self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], dim: int
+    ) -> None:
+        self.modules = modules
         self._dim = dim
-        self._units = list(micro_batches)
-        if len({(len(u.models), len(u.losses)) for u in self._units}) != 1:
+        self._micro_batches = micro_batches
+        if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
-        self.sizes = [size_of(u.first.arguments, dim) for u in self._units]
-        self._bases = [self._base(unit) for unit in self._units]
-        self._bases = _as_one(self._bases)
-        self.weights = [base[0] for base in self._bases]
-        self.padded = ragged([unit.first.arguments for unit in self._units], dim)
+        self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
+        cotangents = _with_common_ratios([_cotangents(m) for m in micro_batches])
+        self.weights = [weight for weight, _ in cotangents]
+        """The loop's own, as its precision rounded them."""
+        self._cotangents = [each for _, each in cotangents]
+        """Of each micro-batch's losses, in units of its weight."""
+        self.whole_weight = 1.0
+        self.coefficients: list[float] | None = None
+        """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
+        self.padded = ragged([m.first.arguments for m in micro_batches], dim)
         """Whether joining the micro-batches pads their sequences."""
-        self.reference = 1.0
-        self.shares: list[float] | None = None
-        """What of the one pass's gradient each ∇ℓᵢ makes; None: it is no sum of theirs."""
-        columns = range(len(self._units[0].models))
-        self._inputs = [self._constants([u.models[j] for u in self._units]) for j in columns]
-        columns = range(len(self._units[0].losses))
-        self._raw = [self._raw_inputs([u.losses[j] for u in self._units]) for j in columns]
-        if couples(self._units[0], self.sizes[0]):
+        models, losses = ([m.models for m in micro_batches], [m.losses for m in micro_batches])
+        self._models = [(calls, self._joined_constants(calls)) for calls in zip(*models, strict=True)]
+        self._losses = [(calls, self._joined_constants(calls)) for calls in zip(*losses, strict=True)]
+        """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
+        if couples_samples(micro_batches[0], self.sizes[0]):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
 
-    def accumulate(self, around: Around, lift: Lift) -> None:
+    def weighed(
+        self, weights: Sequence[float], whole_weight: float, coefficients: list[float] | None = None
+    ) -> "TapedWindow":
+        """Return the same window under other weights."""
+        other = copy.copy(self)
+        other.weights, other.whole_weight = list(weights), whole_weight
+        other.coefficients = coefficients
+        return other
+
+    def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run the micro-batches as the loop did."""
-        for index, unit in enumerate(self._units):
-            with around(index):
-                losses = self._losses(unit, lift)
-            weight = self.weights[index]
-            cotangents = [b.to(x) * weight for b, x in zip(self._bases[index][1], losses, strict=True)]
+        for index, micro_batch in enumerate(self._micro_batches):
+            with context(index):
+                losses = self._losses_of(micro_batch, cast)
+            weight, units = self.weights[index], self._cotangents[index]
+            cotangents = [u.to(x) * weight for u, x in zip(units, losses, strict=True)]
             torch.autograd.backward(losses, cotangents)
 
-    def one_pass(self, around: AbstractContextManager[None], lift: Lift, order: Tensor | None) -> None:
+    def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run all samples at once, through the loop's own model and loss."""
-        with around:
-            losses = self._whole_losses(lift, order)
-        bases = self._whole_bases(losses, order)
-        torch.autograd.backward(losses, [b * self.reference for b in bases])
+        with context:
+            losses = self._whole_losses(cast, order)
+        cotangents = [u * self.whole_weight for u in self._whole_cotangents(losses)]
+        torch.autograd.backward(losses, cotangents)
 
-    def forward(self, index: int | None, lift: Lift) -> tuple[Tensor, Any]:
+    def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return the loss, and what it counts where the criterion says so (NaN else)."""
-        if index is None:
-            losses = self._whole_losses(lift, None)
-            bases = self._whole_bases(losses, None)
-            counts = self.counts()
-            return _weighed(losses, bases), math.nan if counts is None else sum(counts)
-        losses = self._losses(self._units[index], lift)
         counts = self.counts()
-        return _weighed(losses, self._bases[index][1]), math.nan if counts is None else counts[index]
+        if index is None:
+            losses = self._whole_losses(cast, None)
+            units, count = self._whole_cotangents(losses), math.nan if counts is None else sum(counts)
+        else:
+            losses = self._losses_of(self._micro_batches[index], cast)
+            units, count = self._cotangents[index], math.nan if counts is None else counts[index]
+        total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
+        assert isinstance(total, Tensor)
+        return total, count
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
-        """Whether the one pass's gradient is a sum of the micro-batches' gradients."""
-        return self.shares is not None
+        """Whether the one pass's gradient is a combination of the micro-batches' gradients."""
+        return self.coefficients is not None
 
-    def recounted(self, counts: Sequence[float]) -> "RecordedWindow | None":
-        """Return the window with each micro-batch's share as its weight."""
-        if self.shares is None:
+    def recounted(self, counts: Sequence[float]) -> "TapedWindow | None":
+        """Return the window with the large batch's weight for each micro-batch."""
+        if self.coefficients is None:
             return None
-        other = RecordedWindow(self.parts, self._units, self._dim)
-        other.weights = [share * self.reference for share in self.shares]
-        other.reference, other.shares = self.reference, self.shares
-        return other
+        weights = [coefficient * self.whole_weight for coefficient in self.coefficients]
+        return self.weighed(weights, self.whole_weight, self.coefficients)
 
     def counts(self) -> list[float] | None:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
-        if len(self._units[0].losses) != 1:
+        if len(self._micro_batches[0].losses) != 1:
             return None
-        found = [count_of(unit.losses[0]) for unit in self._units]
+        found = [count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
         known = [n for n in found if n is not None]
         return known if len(known) == len(found) else None
 
     @property
     def sums(self) -> bool:
-        """Whether the loss says that it is a sum."""
-        return all(reduction_of(unit.losses[0]) == "sum" for unit in self._units)
+        """Whether the loss was told to reduce by a sum."""
+        return all(reduction_of(m.losses[0]) == "sum" for m in self._micro_batches)
 
-    def _base(self, unit: MicroBatch) -> tuple[float, list[Tensor]]:
-        """Return weight and unit cotangents: weight × cotangents is what the loop back-propagated."""
-        given = [loss.cotangent for loss in unit.losses if loss.cotangent is not None]
-        first = given[0]
-        if first.ndim == 0:
-            weight = float(first) or 1.0
-            return weight, [c.double() / weight for c in given]
-        counted = first != 0
-        values = first[counted]
-        if (
-            len(given) > 1
-            or not values.numel()
-            or bool((values - values[0]).abs().max() > 1e-5 * values[0].abs())
-        ):
-            raise NotJoinableError(
-                "the loss's elements are weighed one by one: give watch the whole loss as a function"
-            )
-        n = int(counted.sum())
-        return float(values[0]) * n, [counted.double() / n]
-
-    def _whole_bases(self, losses: list[Tensor], order: Tensor | None) -> list[Tensor]:
-        first = self._bases[0][1]
+    def _whole_cotangents(self, losses: list[Tensor]) -> list[Tensor]:
+        first = self._cotangents[0]
         if first[0].ndim == 0:
-            return [base.to(x) for base, x in zip(first, losses, strict=True)]
-        counted = torch.cat([(bases[0] != 0) for _, bases in self._bases])
+            return [unit.to(x) for unit, x in zip(first, losses, strict=True)]
+        counted = torch.cat([units[0] != 0 for units in self._cotangents])
         return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
 
-    def _constants(self, calls: list[Call]) -> Any:
+    def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
+        """Return the calls' arguments as one batch; None where some come from other calls."""
         given = [call.arguments for call in calls]
-        if any(isinstance(leaf, Ref) for leaf in leaves(given)):
+        if any(isinstance(leaf, OutputRef) for leaf in leaves(given)):
             return None
-        sizes = [size_of(g, self._dim) for g in given]
-        return joined(given, sizes, self._dim)
+        return joined(given, [size_of(g, self._dim) for g in given], self._dim)
 
-    def _raw_inputs(self, calls: list[Call]) -> Any:
-        return None if any(call.sources() for call in calls) else self._constants(calls)
-
-    def _losses(self, unit: MicroBatch, lift: Lift) -> list[Tensor]:
+    def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
-        for call in unit.models:
-            outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, lift)))
-        return [loss_of(run(loss, resolved(loss.arguments, outputs, lift))) for loss in unit.losses]
+        for call in micro_batch.models:
+            outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, cast)))
+        return [
+            loss_of(run(loss, resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
+        ]
 
-    def _whole_losses(self, lift: Lift, order: Tensor | None) -> list[Tensor]:
-        first, total = self._units[0], sum(self.sizes)
-        each: list[Outputs] = [{} for _ in self._units]
-        for j, call in enumerate(first.models):
-            inputs = self._inputs[j]
+    def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
+        """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
+        each: list[Outputs] = [{} for _ in self._micro_batches]
+
+        def run_whole(calls: Sequence[TapedCall], inputs: Any) -> Any:
             if inputs is None:
-                inputs = self._joined_inputs([u.models[j] for u in self._units], each, lift)
-                outputs = tensors_in(run(call, inputs))
-            else:
-                chosen = inputs if order is None else picked(inputs, order, total, self._dim)
-                outputs = tensors_in(run(call, lift(chosen)))
-            for index, unit in enumerate(self._units):
-                each[index][unit.models[j]] = self._rows(unit.models[j], outputs, index, order)
+                done = zip(calls, each, strict=True)
+                given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
+                return run(calls[0], joined(given, [size_of(g) for g in given]))
+            whole = inputs if order is None else picked(inputs, order, sum(self.sizes), self._dim)
+            return run(calls[0], cast(whole))
+
+        for calls, inputs in self._models:
+            outputs = tensors_in(run_whole(calls, inputs))
+            for index, call in enumerate(calls):
+                each[index][call] = self._rows(call, outputs, index, order)
         losses = []
-        for j, loss in enumerate(first.losses):
-            raw = self._raw[j]
-            if raw is not None:
-                chosen = raw if order is None else picked(raw, order, total, self._dim)
-                losses.append(loss_of(run(loss, lift(chosen))))
-            elif loss.function is itself:
-                losses.append(each[0][loss.refs()[0].call][loss.refs()[0].place])
+        for calls, inputs in self._losses:
+            if calls[0].function is models_own_loss:
+                ref = calls[0].refs()[0]
+                losses.append(each[0][ref.call][ref.place])
             else:
-                inputs = self._joined_inputs([u.losses[j] for u in self._units], each, lift)
-                losses.append(loss_of(run(loss, inputs)))
+                losses.append(loss_of(run_whole(calls, inputs)))
         return losses
 
-    def _joined_inputs(self, calls: list[Call], each: list[Outputs], lift: Lift) -> Any:
-        given = [
-            resolved(call.arguments, outputs, lift) for call, outputs in zip(calls, each, strict=True)
-        ]
-        return joined(given, [size_of(g) for g in given])
-
-    def _rows(self, call: Call, whole: list[Tensor], index: int, order: Tensor | None) -> list[Tensor]:
+    def _rows(
+        self, call: TapedCall, whole: list[Tensor], index: int, order: Tensor | None
+    ) -> list[Tensor]:
         """Return a micro-batch's own rows of what the model put out for all samples."""
         start, size, total = sum(self.sizes[:index]), self.sizes[index], sum(self.sizes)
         where = torch.arange(total) if order is None else torch.argsort(order)
@@ -206,34 +197,46 @@ class RecordedWindow:
         for tensor, shape in zip(whole, call.shapes, strict=True):
             if len(self.sizes) > 1:
                 dim = sample_dim(tuple(tensor.shape), shape, total, size)
-            else:  # nothing grows that would tell
+            else:  # nothing grows that would tell which dimension counts samples
                 dim = next((d for d, n in enumerate(shape) if n == total), None)
             if dim is None:
                 rows.append(tensor)
                 continue
             per = tensor.shape[dim] // total
-            mine = where[start : start + size, None] * per + torch.arange(per)
-            rows.append(tensor.index_select(dim, mine.flatten().to(tensor.device)))
+            own = where[start : start + size, None] * per + torch.arange(per)
+            rows.append(tensor.index_select(dim, own.flatten().to(tensor.device)))
         return rows
 
 
-def _as_one(bases: list[tuple[float, list[Tensor]]]) -> list[tuple[float, list[Tensor]]]:
-    """A loop weighs several losses alike in every micro-batch, but for its own precision's rounding."""
-    first = bases[0][1]
-    for _, base in bases:
-        if len(base) < 2 or not all(
-            b.ndim == 0 and torch.isclose(b, f, rtol=1e-5, atol=0.0)
-            for b, f in zip(base, first, strict=True)
+def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:
+    """Return a weight, and cotangents: the loop back-propagated their product with the weight.
+
+    Raises:
+        NotJoinableError: a loss with a value per element, and not all of one weight.
+    """
+    given = [loss.cotangent for loss in micro_batch.losses if loss.cotangent is not None]
+    first = given[0]
+    if first.ndim == 0:
+        weight = float(first) or 1.0
+        return weight, [c.double() / weight for c in given]
+    counted = first != 0
+    values, n = first[counted], int(counted.sum())
+    if len(given) > 1 or not n or bool((values - values[0]).abs().max() > 1e-5 * values[0].abs()):
+        raise NotJoinableError(
+            "the loss's elements are weighed one by one: give watch the whole loss as a function"
+        )
+    return float(values[0]) * n, [counted.double() / n]
+
+
+def _with_common_ratios(
+    cotangents: list[tuple[float, list[Tensor]]],
+) -> list[tuple[float, list[Tensor]]]:
+    """Give all micro-batches the first one's ratios of several losses, where rounding alone differs."""
+    first = cotangents[0][1]
+    for _, units in cotangents:
+        if len(units) < 2 or not all(
+            u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0)
+            for u, f in zip(units, first, strict=True)
         ):
-            return bases
-    return [(weight, first) for weight, _ in bases]
-
-
-class CouplingError(NotJoinableError):
-    """The loop mixes samples outside of model and loss."""
-
-
-def _weighed(losses: list[Tensor], bases: list[Tensor]) -> Tensor:
-    total = sum((x.double() * b.to(x.device)).sum() for x, b in zip(losses, bases, strict=True))
-    assert isinstance(total, Tensor)
-    return total
+            return cotangents
+    return [(weight, first) for weight, _ in cotangents]

@@ -1,4 +1,4 @@
-"""Eyes on a loop: hooks on the model, the criterion, the optimizer and the parameters, and on functions.
+"""Trace a loop: by hooks on model, criterion, optimizer and parameters, and by the functions it calls.
 
 Nothing here changes a number of the loop's: hooks return nothing, operations are passed on as they are.
 """
@@ -17,10 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
 from gaccum_exp.audit.rerun.samples import tensors_in
-from gaccum_exp.audit.watch.function_calls import Seen, arguments_of, bound_to, code_of, frames_seen
-from gaccum_exp.audit.watch.observations import Clip, Sight
-from gaccum_exp.audit.watch.playback import itself
-from gaccum_exp.audit.watch.tape import Call, Tape, loss_in
+from gaccum_exp.audit.watch.function_calls import OnCall, arguments_of, bound_to, calls_reported, code_of
+from gaccum_exp.audit.watch.playback import models_own_loss
+from gaccum_exp.audit.watch.tape import Clipping, Observations, Tape, TapedCall, loss_in
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_states
 
@@ -31,10 +30,353 @@ LOSSES = frozenset(
     and callable(function := getattr(F, name))
 )
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
+"""Operations by which a loop reads a value."""
+
+
+class LoopTracer:
+    """Traces a loop, and hands each window over when its gradient reaches the optimizer.
+
+    Args:
+        model: called by the loop, or by its loss function.
+        criterion: a module; a function of the model's outputs, or of raw data; None: any loss of
+            `torch.nn.functional`, or the model's own.
+        optimizer: whose steps end windows.
+        parameters: by name, those whose gradients are judged.
+        reached: gets what was observed of a window, and the gradient that reached the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Any,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        reached: Callable[[Observations, Gradient], None],
+    ) -> None:
+        self._model, self._criterion, self._optimizer = model, criterion, optimizer
+        self._parameters, self._reached = parameters, reached
+        self._loss_code = None if isinstance(criterion, nn.Module) else code_of(criterion)
+        self._device_type = next((p.device.type for p in parameters.values()), "cpu")
+        self.seen = Observations()
+        """Of the window in progress."""
+        self.past = Tape()
+        """Of the window before: its losses may be read after its step."""
+        self._order = 0
+        self._inside: list[TapedCall] = []
+        """The call of model or loss that is running, if any."""
+        self._frames: list[tuple[FrameType, TapedCall]] = []
+        self._judging = False
+        self._stepping = False
+        self._counting = False
+        """Whether the backward pass that is running reaches the parameters."""
+        self._global_step = self._step_before_scaler = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Trace for the length of the block."""
+        with ExitStack() as stack:
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            stack.enter_context(_Operations(self))
+            stack.enter_context(calls_reported(self._functions(), {"step": self._on_step}))
+            yield
+
+    @property
+    def idle(self) -> bool:
+        """Whether operations are passed on unseen: inside model, loss or step, or while judging."""
+        return self._judging or self._stepping or bool(self._inside)
+
+    def _hooks(self) -> Iterator[Any]:
+        called = [("model", self._model)]
+        if isinstance(self._criterion, nn.Module):
+            called.append(("loss", self._criterion))
+        for kind, module in called:
+            before, after = self._around_module(kind, module)
+            yield module.register_forward_pre_hook(_Hook(before), with_kwargs=True)
+            yield module.register_forward_hook(_Hook(after), with_kwargs=True)
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and parameter.is_leaf:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                yield register(self._on_accumulation(name))
+        yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
+        yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
+
+    def _functions(self) -> dict[CodeType, OnCall]:
+        found: dict[CodeType, OnCall] = {
+            GradScaler.scale.__code__: self._on_scale,
+            GradScaler.unscale_.__code__: self._on_unscale,
+            GradScaler.step.__code__: self._on_scaler_step,
+            torch.autograd.backward.__code__: self._on_backward,
+            torch.autograd.grad.__code__: self._on_backward,
+        }
+        for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
+            found[inspect.unwrap(clip).__code__] = self._on_clipping
+        if self._loss_code is not None:
+            found[self._loss_code] = self._on_loss
+        return found
+
+    # Calls of model and loss.
+
+    def _around_module(self, kind: str, module: nn.Module) -> tuple[Callable[..., None], ...]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.idle and torch.is_grad_enabled():
+                self._begin(kind, module, args, kwargs)
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._inside and self._inside[-1].function is module and not self._judging:
+                self._end(self._inside[-1], output)
+
+        return before, after
+
+    def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
+        self._look_at_gradients()
+        self._order += 1
+        tape = self.seen.tape
+        call = TapedCall(
+            kind, function, tape.recorded(list(args)), tape.recorded(dict(kwargs)), self._order,
+            autocast=self._autocast(), start=random_states(),
+            attributes=_plain_attributes(function) if kind == "loss" else [],
+        )  # fmt: skip
+        self._inside.append(call)
+        return call
+
+    def _end(self, call: TapedCall, output: Any) -> None:
+        self._inside.remove(call)
+        self.seen.tape.add(call, output)
+        if call.kind == "loss":
+            self._follow_loss(call, loss_in(output))
+        elif self._criterion is None and (own := loss_in(output)) is not None and own.ndim == 0:
+            # The model computes its loss itself: one of its outputs.
+            place = next(i for i, t in enumerate(tensors_in(output)) if t is own)
+            self._order += 1
+            origin = self.seen.tape.origin(own)
+            loss = TapedCall("loss", models_own_loss, [origin], {"place": place}, self._order)
+            self.seen.tape.calls.append(loss)
+            self._follow_loss(loss, own)
+
+    def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
+        """Record with what cotangent the loss is back-propagated."""
+        if loss is None:
+            return
+        seen = self.seen
+
+        def back_propagated(cotangent: Tensor) -> None:
+            if self._counting and not self._judging and not self._stepping:
+                before = call.cotangent
+                call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
+                call.backward = seen.tape.backwards
+
+        loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
+
+    def _autocast(self) -> tuple[bool, torch.dtype]:
+        kind = self._device_type
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
+        if self._judging:
+            return
+        if event == "return":
+            if self._frames and self._frames[-1][0] is frame:
+                self._end(self._frames.pop()[1], value)
+            return
+        if self.idle or not torch.is_grad_enabled():
+            return
+        owner = bound_to(self._criterion)
+        first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else None
+        if owner is not None and first is not None and frame.f_locals[first] is not owner:
+            return  # the same method of another object
+        args, kwargs = arguments_of(frame, bound=owner is not None)
+        function = self._criterion
+        while hasattr(function, "func"):
+            function = function.func  # a partial's own arguments are among those seen
+        self._frames.append((frame, self._begin("loss", function, args, kwargs)))
+
+    def operation(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation of the loop's own, outside of model and loss."""
+        tensors = tensors_in([args, kwargs])
+        name = getattr(function, "__name__", "")
+        if name in READS:
+            self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
+        tape = self.seen.tape
+        origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
+        if not origins:
+            return function(*args, **kwargs)
+        if function in LOSSES and self._criterion in (None, function) and torch.is_grad_enabled():
+            call = self._begin("loss", function, args, kwargs)
+            try:
+                output = function(*args, **kwargs)
+            except BaseException:
+                self._inside.remove(call)
+                raise
+            self._end(call, output)
+            return output
+        if name in READS:
+            self._note_reading(origins)
+        args_then, kwargs_then = tape.recorded([list(args), dict(kwargs)])
+        output = function(*args, **kwargs)
+        if any(t.requires_grad or name in READS for t in tensors_in(output)):
+            self._order += 1
+            autocast = self._autocast()
+            between = TapedCall(
+                "between", function, args_then, kwargs_then, self._order, autocast=autocast
+            )
+            tape.add(between, output)
+        return output
+
+    def _note_reading(self, origins: list[Any]) -> None:
+        for ref in origins:
+            if ref.call.kind == "loss":
+                ref.call.read = True
+            elif ref.call.kind == "between":
+                self._note_reading(ref.call.refs())
+
+    # Gradients, and the optimizer's step.
+
+    def _on_accumulation(self, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if not self._judging and not self._stepping and parameter.grad is not None:
+                kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
+                kept[name] = parameter.grad.detach().clone()
+
+        return hook
+
+    def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
+        """Count backward passes, and keep the gradients after the last one."""
+        if self._judging or self._stepping:
+            return
+        seen = self.seen
+        if event == "call":
+            # The gradient of an attack on the inputs, or of a penalty, reaches no parameter.
+            inputs = frame.f_locals.get("inputs")
+            asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
+            judged = {id(p) for p in self._parameters.values()}
+            self._counting = inputs is None or any(id(t) in judged for t in asked)
+            if self._counting:
+                seen.retained.append(bool(frame.f_locals.get("retain_graph")))
+            return
+        counted, self._counting = self._counting, False
+        if not counted:
+            return
+        seen.tape.backwards += 1
+        last = seen.accumulated.get(seen.tape.backwards - 1)
+        seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+
+    def _look_at_gradients(self) -> None:
+        """Compare the gradients, before a pass, with those that the pass before left."""
+        seen, now = self.seen, self._gradients()
+        backwards = seen.tape.backwards
+        if not seen.tape.calls:
+            seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
+            return
+        last = seen.accumulated.get(backwards)
+        if last is None or not any(bool(g.any()) for g in last.values()):
+            return
+        found = None
+        if not any(bool(g.any()) for g in now.values()):
+            found = backwards, "zeroed"
+        elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
+            found = backwards, "changed"
+        if found is not None and found not in seen.between:
+            seen.between.append(found)
+
+    def _gradients(self) -> Gradient:
+        return {
+            name: p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
+            for name, p in self._parameters.items()
+            if p.grad is not None
+        }
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if self._judging:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
+        if closure is None:
+            self._hand_over()
+            return None
+        first = True
+
+        def traced(*a: Any, **k: Any) -> Any:
+            nonlocal first
+            value = closure(*a, **k)
+            if first:
+                self._hand_over()
+            first = False
+            return value
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": traced}
+        return (args[0], traced, *args[2:]), kwargs
+
+    def _hand_over(self) -> None:
+        """Hand the window over: the optimizer's step begins."""
+        self._global_step += 1
+        self._stepping = self._judging = True
+        try:
+            # A fused optimizer unscales by itself, in its step.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            by = float(scale) if isinstance(scale, Tensor) else 1.0
+            now = {k: g.clone() / by if by != 1 else g.clone() for k, g in self._gradients().items()}
+            self._reached(self.seen, now)
+        finally:
+            self._judging = False
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # What a closure has run again within the step is no window of its own.
+        if self._stepping:
+            self._begin_window()
+            self._stepping = False
+
+    def _begin_window(self) -> None:
+        self.past, self.seen = self.seen.tape, Observations()
+
+    # Functions that the loop calls between passes.
+
+    def _on_clipping(self, event: str, frame: FrameType, value: Any) -> None:
+        if self._judging:
+            return
+        now = {k: g.clone() for k, g in self._gradients().items()}
+        if event == "call":
+            self.seen.clippings.append(Clipping(self.seen.tape.backwards, now))
+        elif self.seen.clippings:
+            self.seen.clippings[-1].after = now
+
+    def _on_step(self, event: str, frame: FrameType, value: Any) -> None:
+        scheduler = isinstance(frame.f_locals.get("self"), LRScheduler)
+        if event == "call" and scheduler and not self._judging:
+            self.seen.scheduler_steps.append(self.seen.tape.backwards)
+
+    def _on_scaler_step(self, event: str, frame: FrameType, value: Any) -> None:
+        """Give a window up where a gradient overflowed: the scaler skips its step."""
+        if event == "call":
+            self._step_before_scaler = self._global_step
+        elif self._global_step == self._step_before_scaler and not self._judging:
+            self._begin_window()
+
+    def _on_scale(self, event: str, frame: FrameType, value: Any) -> None:
+        if event == "return" and not self._judging:
+            self.seen.loss_scale = float(frame.f_locals["self"].get_scale())
+
+    def _on_unscale(self, event: str, frame: FrameType, value: Any) -> None:
+        if event == "call" and not self._judging:
+            self.seen.unscaled.append(self.seen.tape.backwards)
+
+
+class _Operations(TorchFunctionMode):
+    """Shows the tracer every operation on tensors that the loop asks for."""
+
+    def __init__(self, tracer: LoopTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._tracer.idle:
+            return func(*args, **kwargs)
+        return self._tracer.operation(func, args, kwargs)
 
 
 class _Hook:
-    """A hook that stays behind where its module is copied or stored."""
+    """A hook that does nothing on a copy of its module, or once that is stored and loaded."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -53,351 +395,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-class Observer:
-    """Watches a loop and hands over each window when its gradient reaches the optimizer.
-
-    Args:
-        model: called by the loop, or by its loss function.
-        criterion: a module; a function of the model's outputs, or of raw data; None: any loss of
-            `torch.nn.functional`, or the model's own.
-        optimizer: whose steps end windows.
-        parameters: by name, those whose gradients are judged.
-        reached: gets what was seen of a window, and the gradient that reached the optimizer.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Any,
-        optimizer: torch.optim.Optimizer,
-        parameters: dict[str, nn.Parameter],
-        reached: Callable[[Sight, Gradient], None],
-    ) -> None:
-        self._model, self._criterion, self._optimizer = model, criterion, optimizer
-        self._parameters, self._reached = parameters, reached
-        self._loss_code = None if isinstance(criterion, nn.Module) else code_of(criterion)
-        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
-        self.sight = Sight()
-        """The window in progress."""
-        self._order = 0
-        self._inside: list[Call] = []
-        self._frames: list[tuple[FrameType, Call]] = []
-        self._paused = False
-        self._stepping = False
-        self._counting = False
-        self._steps = self._steps_before = 0
-        self.past = Tape()
-        """Of the window before: its losses may be looked at after its step."""
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Watch for the length of the block."""
-        with ExitStack() as stack:
-            for handle in self._hooks():
-                stack.callback(handle.remove)
-            stack.enter_context(_Operations(self))
-            stack.enter_context(frames_seen(self._codes(), {"step": self._saw_step}))
-            yield
-
-    @property
-    def idle(self) -> bool:
-        """Whether operations are to be passed on unseen: inside model or loss, or while judging."""
-        return self._paused or self._stepping or bool(self._inside)
-
-    def _hooks(self) -> Iterator[Any]:
-        model, criterion = self._model, self._criterion
-        yield model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True)
-        yield model.register_forward_hook(_Hook(self._after_model), with_kwargs=True)
-        if isinstance(criterion, nn.Module):
-            yield criterion.register_forward_pre_hook(_Hook(self._before_criterion), with_kwargs=True)
-            yield criterion.register_forward_hook(_Hook(self._after_criterion), with_kwargs=True)
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad and parameter.is_leaf:
-                register: Any = parameter.register_post_accumulate_grad_hook
-                yield register(self._accumulated(name))
-        yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
-        yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
-
-    def _codes(self) -> dict[CodeType, Seen]:
-        clipping = {
-            inspect.unwrap(f).__code__: self._saw_clipping
-            for f in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_)
-        }
-        scaling = {
-            GradScaler.scale.__code__: self._saw_scale,
-            GradScaler.unscale_.__code__: self._saw_unscale,
-        }
-        scaling[GradScaler.step.__code__] = self._saw_scaler_step
-        for function in (torch.autograd.backward, torch.autograd.grad):
-            scaling[function.__code__] = self._saw_backward
-        loss = {self._loss_code: self._saw_loss} if self._loss_code is not None else {}
-        return clipping | scaling | loss
-
-    # Calls of model and loss.
-
-    def _begun(self, kind: str, function: Any, args: Any, kwargs: Any) -> Call:
-        self._look_at_gradients()
-        self._order += 1
-        tape = self.sight.tape
-        call = Call(
-            kind, function, tape.noted(list(args)), tape.noted(dict(kwargs)), self._order,
-            autocast=self._autocast(), start=random_states(),
-            attributes=_plain_attributes(kind, function),
-        )  # fmt: skip
-        self._inside.append(call)
-        return call
-
-    def _ended(self, call: Call, output: Any) -> None:
-        self._inside.remove(call)
-        self.sight.tape.add(call, output)
-        if call.kind == "loss":
-            self._follow_loss(call, loss_in(output))
-        elif self._criterion is None and (own := loss_in(output)) is not None and own.ndim == 0:
-            # The model computes its loss itself: an output of it is the loss.
-            place = next(i for i, t in enumerate(tensors_in(output)) if t is own)
-            self._order += 1
-            loss = Call("loss", itself, [self.sight.tape.origin(own)], {"place": place}, self._order)
-            self.sight.tape.calls.append(loss)
-            self._follow_loss(loss, own)
-
-    def _follow_loss(self, call: Call, loss: Tensor | None) -> None:
-        if loss is None:
-            return
-        sight = self.sight
-
-        def back_propagated(cotangent: Tensor) -> None:
-            if self._counting and not self._paused and not self._stepping:
-                before = call.cotangent
-                call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
-                call.backward = sight.tape.backwards
-
-        loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
-
-    def _autocast(self) -> tuple[bool, torch.dtype]:
-        kind = self._device.type
-        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.idle and torch.is_grad_enabled():
-            self._begun("model", module, args, kwargs)
-
-    def _after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._inside and self._inside[-1].kind == "model" and not self._paused:
-            self._ended(self._inside[-1], output)
-
-    def _before_criterion(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.idle and torch.is_grad_enabled():
-            self._begun("loss", module, args, kwargs)
-
-    def _after_criterion(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._inside and self._inside[-1].function is module and not self._paused:
-            self._ended(self._inside[-1], output)
-
-    def _saw_loss(self, event: str, frame: FrameType, value: Any) -> None:
-        if self._paused:
-            return
-        if event == "return":
-            if self._frames and self._frames[-1][0] is frame:
-                call = self._frames.pop()[1]
-                self._ended(call, value)
-            return
-        owner = bound_to(self._criterion)
-        first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else None
-        if self.idle or not torch.is_grad_enabled():
-            return
-        if owner is not None and first is not None and frame.f_locals[first] is not owner:
-            return  # the same method of another object
-        args, kwargs = arguments_of(frame, bound=owner is not None)
-        function = self._criterion
-        while hasattr(function, "func"):
-            function = function.func  # a partial's own arguments are among those seen
-        self._frames.append((frame, self._begun("loss", function, args, kwargs)))
-
-    def operation(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation of the loop's own, outside of model and loss."""
-        tensors = tensors_in([args, kwargs])
-        name = getattr(function, "__name__", "")
-        if name in READS:
-            self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
-        origins = [self.sight.tape.origin(t) for t in tensors]
-        if not any(origins):
-            return function(*args, **kwargs)
-        if function in LOSSES and self._criterion in (None, function) and torch.is_grad_enabled():
-            return self._functional_loss(function, args, kwargs)
-        if name in READS:
-            self._note_reading([o for o in origins if o is not None])
-        kept = self.sight.tape.noted([list(args), dict(kwargs)])
-        output = function(*args, **kwargs)
-        if any(t.requires_grad or name in READS for t in tensors_in(output)):
-            self._order += 1
-            between = Call("between", function, kept[0], kept[1], self._order, autocast=self._autocast())
-            self.sight.tape.add(between, output)
-        return output
-
-    def _functional_loss(self, function: Any, args: Any, kwargs: Any) -> Any:
-        call = self._begun("loss", function, args, kwargs)
-        try:
-            output = function(*args, **kwargs)
-        except BaseException:
-            self._inside.remove(call)
-            raise
-        self._ended(call, output)
-        return output
-
-    def _note_reading(self, origins: list[Any]) -> None:
-        for ref in origins:
-            call = ref.call
-            if call.kind == "loss":
-                call.read = True
-            elif call.kind == "between":
-                self._note_reading(call.refs())
-
-    # Gradients and the step.
-
-    def _accumulated(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if not self._paused and not self._stepping and parameter.grad is not None:
-                kept = self.sight.accumulated.setdefault(self.sight.tape.backwards, {})
-                kept[name] = parameter.grad.detach().clone()
-
-        return hook
-
-    def _saw_backward(self, event: str, frame: FrameType, value: Any) -> None:
-        """Count backward passes; of the gradients, those after the last one matter."""
-        if self._paused or self._stepping:
-            return
-        sight = self.sight
-        if event == "call":
-            # Of an attack on the inputs, or a penalty, no parameter gets anything.
-            inputs = frame.f_locals.get("inputs")
-            asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
-            judged = {id(p) for p in self._parameters.values()}
-            self._counting = inputs is None or any(id(t) in judged for t in asked)
-            if self._counting:
-                sight.retained.append(bool(frame.f_locals.get("retain_graph")))
-            return
-        counted, self._counting = self._counting, False
-        if not counted:
-            return
-        sight.tape.backwards += 1
-        last = sight.accumulated.get(sight.tape.backwards - 1)
-        sight.accumulated = {} if last is None else {sight.tape.backwards: last}
-
-    def _look_at_gradients(self) -> None:
-        """Before a pass: are the gradients what the pass before left?"""
-        sight = self.sight
-        now = self._gradients()
-        if not sight.tape.calls:
-            sight.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
-            return
-        last = sight.accumulated.get(sight.tape.backwards)
-        if last is None or not any(bool(g.any()) for g in last.values()):
-            return
-        found = None
-        if not any(bool(g.any()) for g in now.values()):
-            found = sight.tape.backwards, "zeroed"
-        elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
-            found = sight.tape.backwards, "changed"
-        if found is not None and found not in sight.between:
-            sight.between.append(found)
-
-    def _gradients(self) -> Gradient:
-        return {
-            name: p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
-            for name, p in self._parameters.items()
-            if p.grad is not None
-        }
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        if self._paused:
-            return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
-        if closure is None:
-            self._step_begins()
-            return None
-        first = True
-
-        def watched(*a: Any, **k: Any) -> Any:
-            nonlocal first
-            value = closure(*a, **k)
-            if first:
-                self._step_begins()
-            first = False
-            return value
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": watched}
-        return (args[0], watched, *args[2:]), kwargs
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """What a closure runs again within the step is no window of its own."""
-        if self._stepping:
-            self.past, self.sight, self._stepping = self.sight.tape, Sight(), False
-
-    def _step_begins(self) -> None:
-        sight = self.sight
-        self._steps += 1
-        self._stepping = self._paused = True
-        try:
-            # Fused optimizers unscale by themselves, in their step.
-            scale = getattr(self._optimizer, "grad_scale", None)
-            by = float(scale) if isinstance(scale, Tensor) else 1.0
-            self._reached(
-                sight,
-                {k: g.clone() / by if by != 1 else g.clone() for k, g in self._gradients().items()},
-            )
-        finally:
-            self._paused = False
-
-    # Functions that the loop calls between passes.
-
-    def _saw_clipping(self, event: str, frame: FrameType, value: Any) -> None:
-        if self._paused:
-            return
-        now = {k: g.clone() for k, g in self._gradients().items()}
-        if event == "call":
-            self.sight.clips.append(Clip(self.sight.tape.backwards, now))
-        elif self.sight.clips:
-            self.sight.clips[-1].after = now
-
-    def _saw_step(self, event: str, frame: FrameType, value: Any) -> None:
-        if event == "call" and not self._paused and isinstance(frame.f_locals.get("self"), LRScheduler):
-            self.sight.scheduler_steps.append(self.sight.tape.backwards)
-
-    def _saw_scaler_step(self, event: str, frame: FrameType, value: Any) -> None:
-        """A scaler skips the step where a gradient overflowed: that window is given up."""
-        if event == "call":
-            self._steps_before = self._steps
-        elif self._steps == self._steps_before and not self._paused:
-            self.past, self.sight = self.sight.tape, Sight()
-
-    def _saw_scale(self, event: str, frame: FrameType, value: Any) -> None:
-        if event == "return" and not self._paused:
-            self.sight.loss_scale = float(frame.f_locals["self"].get_scale())
-
-    def _saw_unscale(self, event: str, frame: FrameType, value: Any) -> None:
-        if event == "call" and not self._paused:
-            self.sight.unscaled.append(self.sight.tape.backwards)
-
-
-def _plain_attributes(kind: str, function: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """A criterion may be told before each call how to reduce."""
-    if kind != "loss" or not isinstance(function, nn.Module):
+def _plain_attributes(criterion: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the plain attributes of a criterion, which a loop may set before each call."""
+    if not isinstance(criterion, nn.Module):
         return []
     plain = (str, int, float, bool, type(None))
-    every = [vars(module) for module in function.modules()]
+    every = [vars(module) for module in criterion.modules()]
     return [(of, {k: v for k, v in of.items() if isinstance(v, plain)}) for of in every]
-
-
-class _Operations(TorchFunctionMode):
-    """Sees every operation on tensors that the loop asks for."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self._observer = observer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._observer.idle:
-            return func(*args, **kwargs)
-        return self._observer.operation(func, args, kwargs)

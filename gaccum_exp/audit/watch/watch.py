@@ -1,4 +1,4 @@
-"""`watch`: the audit of any training loop, from outside."""
+"""`watch`: audit any training loop from outside."""
 
 from collections.abc import Callable, Container
 from contextlib import ExitStack
@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.rerun.sandbox import Parts, modules_in
+from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit, Check, Verdict, worst
 from gaccum_exp.audit.watch.judge import judge
-from gaccum_exp.audit.watch.observations import Sight
 from gaccum_exp.audit.watch.other_faults import reported_loss
-from gaccum_exp.audit.watch.tape import MicroBatch
-from gaccum_exp.audit.watch.tracer import Observer
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_state_kept
 
@@ -28,11 +27,11 @@ WRAPPERS = {
     "_FabricOptimizer": "optimizer",
     "LightningOptimizer": "_optimizer",
 }
-"""What wraps a module or an optimizer, by class name, and where it keeps it."""
+"""Wrappers of a module or an optimizer, by class name, and the attribute that holds it."""
 
 
 class Watched:
-    """What was found, window by window; its attributes are those of the worst."""
+    """The audits, window by window; other attributes are those of the worst."""
 
     def __init__(self) -> None:
         self.windows: list[Audit] = []
@@ -56,7 +55,7 @@ class Watched:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The faults beside the gradient, of all windows, each once."""
+        """The faults outside the gradient, of all windows, each once."""
         return tuple({c.name: c for audit in self.windows for c in audit.checks}.values())
 
     @property
@@ -108,39 +107,38 @@ class watch:  # noqa: N801  # used as a function
         batch_dim: int = 0,
     ) -> None:
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
-        self._parts = Parts(model, *modules_in(criterion))
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._parts.judged = {n for n, p in self._parts.parameters().items() if id(p) in stepped}
-        judged = {n: p for n, p in self._parts.parameters().items() if n in self._parts.judged}
-        self._observer = Observer(model, criterion, optimizer, judged, self._reached)
-        self._steps, self._dim = steps, batch_dim
-        self._taken = 0
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        self._modules = NamedModules(model, *modules_in(criterion), compared=stepped)
+        compared = {n: p for n, p in self._modules.parameters().items() if n in self._modules.compared}
+        self._tracer = LoopTracer(model, criterion, optimizer, compared, self._reached)
+        self._judged, self._dim = steps, batch_dim
+        self._global_step = 0
         self._watched = Watched()
-        self._unreported: list[MicroBatch] = []
+        self._unreported: list[TapedMicroBatch] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Watched:
-        self._stack.enter_context(self._observer())
+        self._stack.enter_context(self._tracer())
         return self._watched
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
         self._close_reports()
-        self._watched.left_over = self._observer.sight.tape.backwards
-        self._observer.sight = Sight()
+        self._watched.left_over = self._tracer.seen.tape.backwards
+        self._tracer.seen = Observations()  # which holds gradients
 
-    def _reached(self, sight: Sight, gradient: Gradient) -> None:
-        number, self._taken = self._taken, self._taken + 1
+    def _reached(self, seen: Observations, gradient: Gradient) -> None:
+        global_step, self._global_step = self._global_step, self._global_step + 1
         self._close_reports()
-        if self._steps is None or number in self._steps:
+        if self._judged is None or global_step in self._judged:
             with random_state_kept():
-                self._watched.windows.append(judge(sight, gradient, self._parts, self._dim))
-            self._unreported = sight.tape.micro_batches()
+                self._watched.windows.append(judge(seen, gradient, self._modules, self._dim))
+            self._unreported = seen.tape.micro_batches()
 
     def _close_reports(self) -> None:
-        """A loop reports a window's loss after its step: until the next, it may still be looked at."""
-        units, self._unreported = self._unreported, []
-        found = reported_loss(units)
+        # A loop reports a window's loss after its step: until the next one, it may still be read.
+        micro_batches, self._unreported = self._unreported, []
+        found = reported_loss(micro_batches)
         if found is not None:
             last = self._watched.windows[-1]
             self._watched.windows[-1] = replace(last, checks=(*last.checks, found))

@@ -253,5 +253,5 @@ def test_a_window_that_the_scaler_gave_up_is_no_part_of_the_next() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with watch(model, None, optimizer) as audit:
         loop(model, optimizer, window(4, 4))
-    assert [found.steps for found in audit.windows] == [2, 2], "the first of three was skipped"
+    assert [found.accum_steps for found in audit.windows] == [2, 2], "the first of three was skipped"
     assert audit.verdict in SOUND, str(audit)

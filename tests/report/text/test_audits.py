@@ -9,7 +9,7 @@ from gaccum_exp.audit.result import Audit, Check, Culprit, ParameterError
 from gaccum_exp.report.text.audits import arm_table, block, parameter_table
 
 BIASED = Audit(
-    verdict="biased", steps=4, reduction="global_mean", e64=1.1, e=1.1, floor=2e-6, scale=0.3,
+    verdict="biased", accum_steps=4, reduction="global_mean", e64=1.1, e=1.1, floor=2e-6, scale=0.3,
     cause="batch statistics", culprit="net.bn1", culprit_type="BatchNorm2d",
     remedy="replace BatchNorm2d by GroupNorm",
     culprits=(Culprit("net.bn1", "BatchNorm2d", "batch statistics"),) * 3,
@@ -45,7 +45,7 @@ def test_the_worst_parameters_come_first_and_the_rest_is_counted() -> None:
     said = shown(parameter_table(BIASED))
     assert [f"layer{i}.weight" in said for i in (0, 9, 10)] == [True, True, False]
     assert "and 2 more" in said
-    few: dict[str, Any] = {"verdict": "biased", "steps": 1, "reduction": "sum"}
+    few: dict[str, Any] = {"verdict": "biased", "accum_steps": 1, "reduction": "sum"}
     assert "more" not in shown(parameter_table(Audit(**few, parameters=BIASED.parameters[:10])))
 
 
