@@ -29,7 +29,7 @@ from experiments.notebook import (
     write_results,
 )
 from gaccum_exp.arms import plan as planning
-from gaccum_exp.memory.meter import Peak, TrackedWindow
+from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.plan import size
 from gaccum_exp.memory.planner import knee
 from gaccum_exp.train.build import build, load
@@ -119,7 +119,7 @@ def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
 def tracked(experiment: Experiment, window: Any) -> tuple[Peak, int]:
     """Return the tracked peak of a window, and what was held before it."""
     experiment.optimizer.zero_grad()
-    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    follower = TensorMeter(experiment.modules, experiment.optimizer, experiment.device)
     before = follower.held_bytes
     with follower:
         watched = replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn))
@@ -131,7 +131,7 @@ def tracked(experiment: Experiment, window: Any) -> tuple[Peak, int]:
 
 def step_alike(experiment: Experiment, window: Any) -> None:
     """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
-    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    follower = TensorMeter(experiment.modules, experiment.optimizer, experiment.device)
     train_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn)), window, 2)
 
 

@@ -22,11 +22,11 @@ from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import free_bytes
 from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samples_in
-from gaccum_exp.memory.meter import Peak, TrackedWindow, highest
+from gaccum_exp.memory.meter import Peak, TensorMeter, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
-from gaccum_exp.memory.planner import Planner, source_of, with_advice
-from gaccum_exp.memory.predict import Predicted, Subject, telling
-from gaccum_exp.memory.storages import Made
+from gaccum_exp.memory.planner import Planner, peak_source, with_advice
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
+from gaccum_exp.memory.storages import OutputBytes
 from gaccum_exp.train.build import Materials, build
 from gaccum_exp.train.first_samples import first_samples
 from gaccum_exp.train.loop import train_step
@@ -73,10 +73,10 @@ def planner_of(settings: Settings, loaded: Materials, samples: int) -> Planner:
     Raises:
         BadInputError: model, loss and data do not fit together.
     """
-    source, notes = source_of(
+    source, notes = peak_source(
         lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
-    return Planner(source, samples, even=settings.accum.reduction == "mean", notes=notes)
+    return Planner(source, samples, equal_parts=settings.accum.reduction == "mean", notes=notes)
 
 
 @nothing_left_behind()
@@ -139,13 +139,19 @@ def plainly_fits(experiment: Experiment, budget: int) -> bool:
     given = first_samples(experiment.train_data, experiment.plan)
     model, settings = experiment.model, experiment.settings
     try:
-        with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), Made() as made:
+        with (
+            random_state_kept(),
+            eagerly(),
+            evaluation_mode(model),
+            torch.no_grad(),
+            OutputBytes() as outputs,
+        ):
             experiment.loss_fn(model, given)
     except Exception:  # whatever it is, the prediction is there
         return False
     micro = max(-(-stage.global_batch_size // stage.accum_steps) for stage in settings.stages)
     weights = sum(p.nbytes for p in experiment.modules.parameters())
-    return bool(6 * weights + 4 * made.bytes * micro / max(1, samples_in(given)) < budget)
+    return bool(6 * weights + 4 * outputs.bytes * micro / max(1, samples_in(given)) < budget)
 
 
 @nothing_left_behind()
@@ -208,13 +214,13 @@ def write(planned: MemoryPlan, folder: Path) -> Path:
     return path
 
 
-def _fake(settings: Settings, loaded: Materials) -> Subject:
+def _fake(settings: Settings, loaded: Materials) -> MeteredStep:
     mode = fake_mode()
     with random_state_kept():
         return _subject(build(settings, loaded, fake=mode), mode)
 
 
-def _changed(settings: Settings, loaded: Materials, change: Change) -> Subject | None:
+def _changed(settings: Settings, loaded: Materials, change: Change) -> MeteredStep | None:
     """Return the experiment with something else changed than N; None where it is so already."""
     runtime = settings.runtime
     if change == CHECKPOINTING and not runtime.activation_checkpointing:
@@ -228,21 +234,21 @@ def _changed(settings: Settings, loaded: Materials, change: Change) -> Subject |
     return _fake(settings, loaded)
 
 
-def _subject(experiment: Experiment, mode: FakeTensorMode | None) -> Subject:
+def _subject(experiment: Experiment, mode: FakeTensorMode | None) -> MeteredStep:
     """Return the experiment's own step, on its own windows or on such as these."""
     shaped = _WindowsLike(experiment)
 
     @contextmanager
-    def entered() -> Iterator[None]:
+    def context() -> Iterator[None]:
         with random_state_kept(), eagerly(), mode or nullcontext():
             yield
 
-    def take_step(window: list[Any], tracked: TrackedWindow) -> None:
+    def take_step(window: list[Any], tracked: TensorMeter) -> None:
         watched = replace(experiment, loss_fn=tracked.loss_fn(experiment.loss_fn))
         train_step(watched, window, shaped.global_step, tracked.phase)
 
-    return Subject(
-        experiment.modules, experiment.optimizer, experiment.device, shaped, take_step, entered
+    return MeteredStep(
+        experiment.modules, experiment.optimizer, experiment.device, shaped, take_step, context
     )
 
 
@@ -264,12 +270,18 @@ class _WindowsLike:
     def __call__(self, sizes: Sequence[int]) -> list[Any]:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
-            return [resized(self._two, samples, torch.device("cpu")) for samples in telling(sizes)]
+            return [
+                resized(self._two, samples, torch.device("cpu")) for samples in decisive_sizes(sizes)
+            ]
         plan = replace(self._plan, global_batch_size=sum(sizes))
         steps = range(self.global_step, self.global_step + 1)
         with random_state_kept():
             first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=steps))
-        return [first, *sorted(others, key=_elements)[-1:], *others[-1:][: len(telling(sizes)) - 2]]
+        return [
+            first,
+            *sorted(others, key=_elements)[-1:],
+            *others[-1:][: len(decisive_sizes(sizes)) - 2],
+        ]
 
 
 def _elements(micro_batch: Any) -> int:

@@ -126,3 +126,8 @@ def _read(buffer: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[P
 
 def _finite(point: Point) -> bool:
     return math.isfinite(point.values.get(TRAIN_LOSS, 0.0))
+
+
+def memory_part(name: str) -> str:
+    """Return the metric of a part of the memory, in bytes: `activations`, `allocator_reserved`."""
+    return f"memory/{name}_bytes"

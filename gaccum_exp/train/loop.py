@@ -23,7 +23,7 @@ from gaccum_exp.memory.meter import (
     OPTIMIZER_STEP,
     Meter,
     Peak,
-    TrackedWindow,
+    TensorMeter,
 )
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.metrics import Sink
@@ -346,7 +346,7 @@ def _observed_step(
     if global_step not in meters.due:
         return _guarded_step(experiment, window, global_step, guard)
     kind = meters.due[global_step]
-    meter = guard.tracked if kind is TrackedWindow else kind
+    meter = guard.tracked if kind is TensorMeter else kind
     values, peak = measured_step(experiment, window, global_step, meter)
     if not _is_step(values):
         meters.postpone(global_step)
@@ -364,7 +364,7 @@ def measured_step(
     try:
         meter = kind(experiment.modules, experiment.optimizer, experiment.device)
         # A tracker does not see into compiled kernels.
-        with meter, eagerly() if isinstance(meter, TrackedWindow) else nullcontext():
+        with meter, eagerly() if isinstance(meter, TensorMeter) else nullcontext():
             watched = replace(experiment, loss_fn=meter.loss_fn(experiment.loss_fn))
             values = train_step(watched, window, global_step, meter.phase)
         return values, meter.peak()

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from gaccum_exp.memory.meter import (
-    AllocatedWindow,
+    AllocatorMeter,
     Meter,
     Peak,
-    TrackedWindow,
+    TensorMeter,
     has_counters,
     resident_set_bytes,
 )
@@ -33,9 +33,9 @@ class RunMeters:
     _resident: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        kinds: list[type[Meter]] = [TrackedWindow]
+        kinds: list[type[Meter]] = [TensorMeter]
         if has_counters(self.experiment.device):
-            kinds.insert(0, AllocatedWindow)
+            kinds.insert(0, AllocatorMeter)
         if self.experiment.settings.audit.control_seed is not None:
             kinds = []
         full = self.experiment.is_full

@@ -21,7 +21,7 @@ from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import random_states, set_random_states
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.memory.meter import TrackedWindow
+from gaccum_exp.memory.meter import TensorMeter
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.train.state import Experiment
@@ -50,9 +50,9 @@ class MemoryGuard:
         """The micro-batches followed so far, without and with optimizer state."""
 
     @property
-    def tracked(self) -> partial[TrackedWindow]:
+    def tracked(self) -> partial[TensorMeter]:
         """What follows a window, and ends it beyond the budget."""
-        return partial(TrackedWindow, budget_bytes=self._budget_bytes)
+        return partial(TensorMeter, budget_bytes=self._budget_bytes)
 
     def follows(self, window: Window) -> bool:
         """Whether a window has to be followed, since it could hold more than any before it."""

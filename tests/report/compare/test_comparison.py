@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaccum_exp.report.compare.comparison import CSV_COLUMNS, compare, weight_distance, write_csv
+from gaccum_exp.report.compare.comparison import CSV_COLUMNS, compare, write_csv
+from gaccum_exp.report.compare.distances import weight_distance
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 Arm = Callable[..., RunRecord]
 
 CONTRACT = [
-    *("run_id", "role", "steps", "micro_batch_size", "global_batch_size", "reduction"),
+    *("run_id", "role", "accum_steps", "micro_batch_size", "global_batch_size", "reduction"),
     *("train_loss", "eval_loss", "eval_accuracy", "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
@@ -154,7 +155,7 @@ def test_a_run_without_anything_recorded_keeps_a_row() -> None:
     """A run that died before its config was recorded is a row with its status and nothing else."""
     empty = RunRecord("r", "1", "dead", "FAILED", 0, {}, {}, {})
     (row,) = compare([empty]).rows
-    assert (row.run_id, row.status, row.steps, row.train_loss) == ("r", "FAILED", None, None)
+    assert (row.run_id, row.status, row.accum_steps, row.train_loss) == ("r", "FAILED", None, None)
 
 
 def test_infinite_losses_and_times_do_not_crash(arm: Arm) -> None:
