@@ -177,8 +177,8 @@ def curves(arms: list[dict[str, str]]) -> dict[str, list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for word, value in (("no", "False"), ("yes", "True")):
         mine = [row for row in arms if f"activation_checkpointing={value}" in row["differs"]]
-        for steps in sorted({int(row["steps"]) for row in mine}):
-            rows = [row for row in mine if int(row["steps"]) == steps]
+        for steps in sorted({int(row["accum_steps"]) for row in mine}):
+            rows = [row for row in mine if int(row["accum_steps"]) == steps]
             cell = Cell(
                 steps,
                 int(rows[0]["micro_batch_size"]),

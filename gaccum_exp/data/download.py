@@ -1,4 +1,4 @@
-"""Finding torchvision's data sets on this machine, or fetching them.
+"""Find torchvision's data sets on this machine, or download them.
 
 torchvision reports a missing data set in several ways, and without a network it may first wait for
 minutes. Here every case ends in one line that says what is missing, where it was looked for and how

@@ -1,4 +1,4 @@
-"""What a model must know of its data, checked where the model is built."""
+"""Check what a model is told of its data: input shape and number of classes."""
 
 from collections.abc import Sequence
 

@@ -14,8 +14,6 @@ from matplotlib.legend import Legend
 from rich.console import Console
 
 from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
-from gaccum_exp.report.compare.distances import loss_gaps
-from gaccum_exp.report.compare.pairing import shared_config
 from gaccum_exp.report.figures.curve_rows import curve_range
 from gaccum_exp.report.figures.draw import FIGURES
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
@@ -199,27 +197,3 @@ def test_n_are_spread_by_ratio(most: int) -> None:
         assert (chosen[0], chosen[-1]) == (every[0], every[-1])
         assert chosen == sorted(set(chosen))
         assert set(chosen) <= set(every)
-
-
-def test_gaps_are_those_of_the_shared_steps(arm: Arm) -> None:
-    """Whatever the order; of a step that was recorded twice the last value counts."""
-    ours = Curve((1, 2, 2, 5, 7), (1.0, 9.0, 2.0, 3.0, 4.0))
-    theirs = Curve((2, 3, 5, 8), (2.5, 0.0, 3.25, 1.0))
-    one, other = (dataclasses.replace(arm(2), curves={"train/loss": c}) for c in (ours, theirs))
-    steps, gaps = loss_gaps(one, other)
-    assert steps.tolist() == [2, 5]
-    assert gaps.tolist() == [0.5, 0.25]
-    empty = dataclasses.replace(one, curves={})
-    assert [part.size for part in loss_gaps(one, empty)] == [0, 0]
-
-
-def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
-    """Neither the reduction, which another mean's reference may differ in, nor what cannot be quoted."""
-    runs = [
-        arm(n, reduction=r, params={"data.name": "it's", "model.depth": "3", "optimizer.lr": rate})
-        for n, r, rate in ((2, "mean", "0.1"), (4, "sum", "0.2"))
-    ]
-    asked = shared_config(runs)
-    assert asked["seed"] == "0"
-    assert asked["model.depth"] == "3"
-    assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()

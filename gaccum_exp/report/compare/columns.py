@@ -32,12 +32,12 @@ class Measured:
 
     run: RunRecord
     group: Group
-    loss_gap: float | None
-    common_steps: int
-    weight_distance: float | None
-    envelope: Envelope | None
+    loss_gap: float | None = None
+    common_steps: int = 0
+    weight_distance: float | None = None
+    envelope: Envelope | None = None
     """Of the reference's controls; None for the reference itself."""
-    standing: Standing
+    standing: Standing = Standing()
 
     @property
     def role(self) -> str:

@@ -82,9 +82,8 @@ def compare(
         measured = [ComparisonRow.of(arm) for arm in _measure(group, envelope, weights)]
         rows += sorted(measured, key=lambda row: row.role not in ("reference", "stand-in"))
         if group.source is Source.STORED and group.reference is not None:
-            gap, common = largest_loss_gap(group.reference, group.reference)
-            reference = Measured(group.reference, group, gap, common, 0.0, None, Standing())
-            stored_rows.append(ComparisonRow.of(reference))
+            itself = largest_loss_gap(group.reference, group.reference)
+            stored_rows.append(ComparisonRow.of(Measured(group.reference, group, *itself, 0.0)))
             stored_runs[group.reference.run_id] = group.reference
     return Comparison(
         rows=tuple(rows),
@@ -111,16 +110,16 @@ def _measure(group: Group, envelope: Envelope | None, weights: WeightsOf) -> Ite
     """Hold the arms of a group against its reference, with the weights of one at a time in memory."""
     reference = group.reference
     if reference is None:
-        yield from (Measured(arm, group, None, 0, None, None, Standing()) for arm in group.arms)
+        yield from (Measured(arm, group) for arm in group.arms)
         return
     others = [arm for arm in group.arms if arm.run_id != reference.run_id]
     theirs = weights(reference.run_id) if any(arm.finished for arm in others) else None
     for arm in group.arms:
-        gap, common = largest_loss_gap(arm, reference)
+        gap = largest_loss_gap(arm, reference)
         if arm.run_id == reference.run_id:
-            yield Measured(arm, group, gap, common, 0.0, None, Standing())
+            yield Measured(arm, group, *gap, 0.0)
             continue
         standing = stand(arm, reference, envelope) if envelope else Standing()
         ours = weights(arm.run_id) if arm.finished and theirs is not None else None
         distance = None if ours is None or theirs is None else weight_distance(ours, theirs)
-        yield Measured(arm, group, gap, common, distance, envelope, standing)
+        yield Measured(arm, group, *gap, distance, envelope, standing)

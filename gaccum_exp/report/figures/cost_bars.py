@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.cost_rows import CATEGORIES, Bar, BarRows, memory_rows, step_time_rows
-from gaccum_exp.report.figures.sheet import Sheet
+from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.report.text.wording import say_ratio
 from gaccum_exp.tracking.records import RunRecord
 
@@ -46,12 +46,12 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
     ]
     if rows.phases - _PHASES.keys():
         legend.append(_marker(_UNKNOWN_PHASE, "total"))
-    sheet = _sheet(rows, 3.0, legend)
-    for (_, bars), axes in zip(rows.panels, sheet.axes[0], strict=True):
+    figure, all_axes = _lay_out(rows, 3.0, legend)
+    for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
         for position, bar in enumerate(bars):
             if bar.each:
                 _draw_peak(axes, position, bar)
-    return sheet.figure
+    return figure
 
 
 def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
@@ -63,8 +63,8 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
     ]
     if rows.are_repeated:
         legend.append(_marker("o", "each of the repeated runs; the bar is their median", "black"))
-    sheet = _sheet(rows, 2.6, legend)
-    for (_, bars), axes in zip(rows.panels, sheet.axes[0], strict=True):
+    figure, all_axes = _lay_out(rows, 2.6, legend)
+    for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
         for position, bar in enumerate(bars):
             if bar.each:
                 color, hatch = _TIME_BARS["reference" if bar.is_reference else "candidate"]
@@ -74,7 +74,7 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
                 )  # fmt: skip
             if len(bar.each) > 1:
                 axes.plot([position] * len(bar.each), bar.each, "o", color="black", markersize=3)
-    return sheet.figure
+    return figure
 
 
 def _draw_peak(axes: Axes, position: int, bar: Bar) -> None:
@@ -94,10 +94,10 @@ def _draw_peak(axes: Axes, position: int, bar: Bar) -> None:
     )  # fmt: skip
 
 
-def _sheet(rows: BarRows, height: float, legend: Sequence[Artist]) -> Sheet:
+def _lay_out(rows: BarRows, height: float, legend: Sequence[Artist]) -> tuple[Figure, list[Axes]]:
     """Lay out a figure of bars: axes from zero, N below them, ratios above the bars."""
     most = max(len(bars) for _, bars in rows.panels)
-    sheet = Sheet(
+    figure, (all_axes,) = lay_out(
         rows.title,
         [title for title, _ in rows.panels],
         level_heights=(height,),
@@ -105,7 +105,7 @@ def _sheet(rows: BarRows, height: float, legend: Sequence[Artist]) -> Sheet:
         legend=legend,
         notes=rows.notes,
     )
-    for (_, bars), axes in zip(rows.panels, sheet.axes[0], strict=True):
+    for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
         rotation = 90 if len(bars) > _MOST_UPRIGHT_LABELS else 0
         for position, bar in enumerate(bars):
             if bar.missing:
@@ -128,9 +128,9 @@ def _sheet(rows: BarRows, height: float, legend: Sequence[Artist]) -> Sheet:
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     # Above the bars stand their ratios, upright where there are many.
     factor = 1.3 if most > _MOST_UPRIGHT_LABELS else 1.18
-    sheet.axes[0][0].set_ylim(0, rows.highest * factor or 1.0)
-    sheet.axes[0][0].set_ylabel(rows.axis, fontsize=9)
-    return sheet
+    all_axes[0].set_ylim(0, rows.highest * factor or 1.0)
+    all_axes[0].set_ylabel(rows.axis, fontsize=9)
+    return figure, all_axes
 
 
 def _marker(marker: str, label: str, face: str = "white") -> Line2D:

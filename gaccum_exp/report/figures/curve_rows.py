@@ -64,9 +64,8 @@ class LossRows:
     """What the figure shows."""
 
     title: str
-    labels: Mapping[Group, str]
-    references: frozenset[Group]
-    """The groups that a reference is among."""
+    groups: Mapping[Group, tuple[str, bool]]
+    """What a legend says of those that are drawn alike, and whether a reference is among them."""
     is_crowded: bool
     controls: str
     """How many controls the envelopes are of, in words; empty: none."""
@@ -105,10 +104,10 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
     prepare = _ranges if crowded else _each
     return LossRows(
         title=f"Train loss: {subject(list(runs.values()), comparison.shown)}",
-        labels={group: label_of(group, panels) for group in groups},
-        references=frozenset(
-            group for group in groups if any(row.is_reference for row in rows_of(group, panels))
-        ),
+        groups={
+            group: (label_of(group, panels), any(row.is_reference for row in rows_of(group, panels)))
+            for group in groups
+        },
         is_crowded=crowded,
         controls=say_controls(controls) if controls else "",
         panels=tuple(

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
 from gaccum_exp.report.figures.curve_rows import CurveRow, Group, LossRows, loss_rows
-from gaccum_exp.report.figures.sheet import Sheet
+from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.tracking.records import RunRecord
 
 # Distinct without colour: the pair repeats only after 4 × 7 values of N.
@@ -66,8 +66,8 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     as their median and their range. `runs` must hold the stored references too.
     """
     rows = loss_rows(comparison, runs)
-    styles = _styles(list(rows.labels))
-    sheet = Sheet(
+    styles = _styles(list(rows.groups))
+    figure, (losses_axes, gaps_axes) = lay_out(
         rows.title,
         [panel.title for panel in rows.panels],
         level_heights=(2.6, 1.7 if len(styles) <= _MOST_UNCROWDED else 3.4),
@@ -77,15 +77,15 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     )
     losses: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
-    for panel, top, bottom in zip(rows.panels, *sheet.axes, strict=True):
+    for panel, top, bottom in zip(rows.panels, losses_axes, gaps_axes, strict=True):
         losses += _draw_curves(top, panel.losses, styles)
         gaps += _draw_curves(bottom, panel.gaps, styles)
         gaps += _draw_envelopes(bottom, panel.envelopes)
         bottom.set_xlabel("optimizer step", fontsize=9)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _scale_losses(sheet.axes[0], np.concatenate([*losses, np.empty(0)]))
-    _scale_gaps(sheet.axes[1], np.concatenate([*gaps, np.empty(0)]))
-    return sheet.figure
+    _scale_losses(losses_axes, np.concatenate([*losses, np.empty(0)]))
+    _scale_gaps(gaps_axes, np.concatenate([*gaps, np.empty(0)]))
+    return figure
 
 
 def _styles(groups: Sequence[Group]) -> dict[Group, _Style]:
@@ -105,8 +105,8 @@ def _styles(groups: Sequence[Group]) -> dict[Group, _Style]:
 
 def _legend(rows: LossRows, styles: Mapping[Group, _Style]) -> list[Artist]:
     legend: list[Artist] = [
-        Line2D([], [], label=label, **styles[group].line(group in rows.references, 0))
-        for group, label in rows.labels.items()
+        Line2D([], [], label=label, **styles[group].line(is_reference, 0))
+        for group, (label, is_reference) in rows.groups.items()
     ]
     if rows.is_crowded:
         legend.append(Patch(label="line: median; shade: range", **_RANGE, color="black"))

@@ -5,6 +5,7 @@ The same sentence about several settings is said once, with the settings in fron
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.text.wording import MOST_NUMBERS, say_numbers
@@ -31,18 +32,95 @@ def reference_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 
 def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
-    arms = [(group, arm) for group in groups for arm in group.arms]
-    notes = _uneven_splits([arm for _, arm in arms])
-    for about in (
-        *(_about_data, _about_memory_source, _about_step_time),
-        *(_about_growth, _about_chosen_n, _about_finer_splits, _about_skipped, _about_vectorized),
-        _about_status,
-    ):
-        notes += _merged(((about(group, arm), group) for group, arm in arms), len(groups))
-    return tuple(notes)
+    arms = [(arm, group) for group in groups for arm in group.arms]
+    found = [(*note, group) for arm, group in arms for note in _about_arm(arm, group).items()]
+    # The same kind of note is said of all arms before the next kind is.
+    sentences = ((sentence, group) for _, sentence, group in sorted(found, key=itemgetter(0)))
+    return (*_uneven_splits([arm for arm, _ in arms]), *_merged(sentences, len(groups)))
 
 
-def describe_end(run: RunRecord) -> str:
+def _about_reference(group: Group) -> str | None:
+    reference = group.reference
+    ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
+    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+    if group.source is Source.STORED and reference is not None:
+        day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
+        return (
+            f"the one-pass reference is the stored run {reference.name!r} of {day} "
+            f"({reference.run_id}), because {why}."
+        )
+    if group.source is Source.OTHER_REDUCTION and reference is not None:
+        ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
+        return (
+            f"the reference is the one-pass arm of {theirs}, because {why} for {ours}; in one pass the "
+            "two are the same gradient."
+        )
+    if group.source is Source.STAND_IN and reference is not None:
+        return (
+            f"N = {reference.accum_steps}, the arm with the largest micro-batch, stands in for the "
+            f"one-pass reference, because {why} and the store holds none."
+        )
+    if group.source is Source.NONE and not group.n_multiplies:
+        return (
+            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
+            "stand in."
+        )
+    return None
+
+
+def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
+    """Return sentences about an arm by their place among all notes."""
+    said: dict[int, str] = {}
+    n, ours = f"N = {arm.accum_steps}", arm.tags
+    theirs = group.reference.tags if group.reference else {}
+
+    def differ(*tags: str) -> bool:
+        known = all(of.get(tag) is not None for of in (ours, theirs) for tag in tags)
+        return known and any(ours[tag] != theirs[tag] for tag in tags)
+
+    if differ("data_digest"):
+        said[0] = f"{n} was fed other data than its reference: their curves are no pair."
+    if differ("memory.source"):
+        said[1] = (
+            f"the peak memory of {n} is from the {ours['memory.source']}, its reference's from the "
+            f"{theirs['memory.source']}: they have no ratio."
+        )
+    if differ("device", "threads"):
+        said[2] = (
+            f"{n} ran on {_machine(ours)}, its reference on {_machine(theirs)}: their step times have "
+            "no ratio."
+        )
+    if "global_batches" in ours:
+        said[3] = (
+            f"the global batch of {n} changes with its schedule ({ours['global_batches']} samples): its "
+            "audits compare each stage with one pass over the same batch."
+        )
+    if "accum.auto" in ours:
+        said[4] = f"the choice of accum.steps=auto: {ours['accum.auto']}."
+    events = [ours[f"oom.{i}"] for i in range(1, 100) if f"oom.{i}" in ours]
+    if events:
+        more = f", and {len(events) - 1} times more" if len(events) > 1 else ""
+        said[5] = (
+            f"{n} began with N = {arm.params['accum.steps']} ({events[0]}{more}); the samples of its "
+            "windows are the same."
+        )
+    skipped = arm.metrics.get(SKIPPED_WINDOWS)
+    if skipped:
+        said[6] = (
+            f"{n} took no step on {skipped:.0f} windows, whose float16 gradient was not finite at the "
+            "loss scale of the time."
+        )
+    if "vectorized" in ours:
+        said[7] = (
+            f"{ours['vectorized']} were trained as one (sweep.vectorize=seed): what each alone takes in "
+            "memory and time was not measured."
+        )
+    if not arm.finished:
+        said[8] = f"{f'run {arm.name!r}' if arm.accum_steps is None else n} {_end_of(arm)}."
+    return said
+
+
+def _end_of(run: RunRecord) -> str:
     """Say how an unfinished run ended: `failed (out of memory)`."""
     words = {"FAILED": "failed", "KILLED": "was interrupted", "RUNNING": "is still running"}
     reason = run.tags.get("failure")
@@ -50,36 +128,9 @@ def describe_end(run: RunRecord) -> str:
     return f"{ended} ({reason})" if reason else ended
 
 
-def _about_reference(group: Group) -> str | None:
-    reference = group.reference
-    if group.source is Source.STORED and reference is not None:
-        day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
-        return (
-            f"the one-pass reference is the stored run {reference.name!r} of {day} "
-            f"({reference.run_id}), because {_why_no_reference(group)}."
-        )
-    if group.source is Source.OTHER_REDUCTION and reference is not None:
-        ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
-        return (
-            f"the reference is the one-pass arm of {theirs}, because {_why_no_reference(group)} "
-            f"for {ours}; in one pass the two are the same gradient."
-        )
-    if group.source is Source.STAND_IN and reference is not None:
-        return (
-            f"N = {reference.accum_steps}, the arm with the largest micro-batch, stands in for the "
-            f"one-pass reference, because {_why_no_reference(group)} and the store holds none."
-        )
-    if group.source is Source.NONE and not group.n_multiplies:
-        return (
-            f"nothing is compared, because {_why_no_reference(group)}, the store holds none, and "
-            "no second finished arm can stand in."
-        )
-    return None
-
-
-def _why_no_reference(group: Group) -> str:
-    ends = sorted({describe_end(arm) for arm in group.arms if arm.accum_steps == 1})
-    return f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+def _machine(tags: Mapping[str, str]) -> str:
+    threads = tags["threads"]
+    return f"{tags['device']} with {threads} thread{'' if threads == '1' else 's'}"
 
 
 def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
@@ -112,95 +163,6 @@ def _spell(sizes: tuple[int, ...]) -> str:
         return ", ".join(map(str, sizes))
     counts = {size: sizes.count(size) for size in sizes}
     return " and ".join(f"{count} × {size}" for size, count in counts.items())
-
-
-def _about_memory_source(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = _tags(group, arm, "memory.source")
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    return (
-        f"the peak memory of N = {arm.accum_steps} is from the {ours}, its reference's from the "
-        f"{theirs}: they have no ratio."
-    )
-
-
-def _about_chosen_n(group: Group, arm: RunRecord) -> str | None:
-    why = arm.tags.get("accum.auto")
-    return None if why is None else f"the choice of accum.steps=auto: {why}."
-
-
-def _about_finer_splits(group: Group, arm: RunRecord) -> str | None:
-    """Say where memory ran out, and what N the arm began with."""
-    events = [arm.tags[f"oom.{i}"] for i in range(1, 100) if f"oom.{i}" in arm.tags]
-    if not events:
-        return None
-    more = f", and {len(events) - 1} times more" if len(events) > 1 else ""
-    return (
-        f"N = {arm.accum_steps} began with N = {arm.params['accum.steps']} ({events[0]}{more}); the "
-        "samples of its windows are the same."
-    )
-
-
-def _about_data(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = _tags(group, arm, "data_digest")
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    return f"N = {arm.accum_steps} was fed other data than its reference: their curves are no pair."
-
-
-def _about_step_time(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = zip(_tags(group, arm, "device"), _tags(group, arm, "threads"), strict=True)
-    if None in (*ours, *theirs) or ours == theirs:
-        return None
-    return (
-        f"N = {arm.accum_steps} ran on {_machine(ours)}, its reference on {_machine(theirs)}: "
-        "their step times have no ratio."
-    )
-
-
-def _about_growth(_: Group, arm: RunRecord) -> str | None:
-    batches = arm.tags.get("global_batches")
-    if batches is None:
-        return None
-    return (
-        f"the global batch of N = {arm.accum_steps} changes with its schedule ({batches} samples): its "
-        "audits compare each stage with one pass over the same batch."
-    )
-
-
-def _about_skipped(_: Group, arm: RunRecord) -> str | None:
-    skipped = arm.metrics.get(SKIPPED_WINDOWS)
-    if not skipped:
-        return None
-    return (
-        f"N = {arm.accum_steps} took no step on {skipped:.0f} windows, whose float16 gradient was not "
-        "finite at the loss scale of the time."
-    )
-
-
-def _about_vectorized(_: Group, arm: RunRecord) -> str | None:
-    together = arm.tags.get("vectorized")
-    if together is None:
-        return None
-    return (
-        f"{together} were trained as one (sweep.vectorize=seed): what each alone takes in memory and "
-        "time was not measured."
-    )
-
-
-def _about_status(_: Group, arm: RunRecord) -> str | None:
-    who = f"run {arm.name!r}" if arm.accum_steps is None else f"N = {arm.accum_steps}"
-    return None if arm.finished else f"{who} {describe_end(arm)}."
-
-
-def _machine(device_and_threads: tuple[str | None, ...]) -> str:
-    device, threads = device_and_threads
-    return f"{device} with {threads} thread{'' if threads == '1' else 's'}"
-
-
-def _tags(group: Group, arm: RunRecord, tag: str) -> tuple[str | None, str | None]:
-    reference = group.reference
-    return arm.tags.get(tag), reference.tags.get(tag) if reference else None
 
 
 def _merged(sentences: Iterable[tuple[str | None, Group]], n_groups: int) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from gaccum_exp.report.compare.comparison import Comparison, compare
+from gaccum_exp.report.compare.pairing import shared_config
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
@@ -175,3 +176,15 @@ def test_rows_come_by_group_then_reference_then_steps(arm: Arm) -> None:
     assert found == [(f"seed={s}", n) for s in (2, 10) for n in (1, 2, 16)]
     stand_in = [arm(1, status="FAILED"), arm(2), arm(4)]
     assert [row.accum_steps for row in compare(stand_in).rows] == [2, 1, 4]
+
+
+def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
+    """Neither the reduction, which another mean's reference may differ in, nor what cannot be quoted."""
+    runs = [
+        arm(n, reduction=r, params={"data.name": "it's", "model.depth": "3", "optimizer.lr": rate})
+        for n, r, rate in ((2, "mean", "0.1"), (4, "sum", "0.2"))
+    ]
+    asked = shared_config(runs)
+    assert asked["seed"] == "0"
+    assert asked["model.depth"] == "3"
+    assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()
