@@ -47,7 +47,7 @@ class MeteredStep:
 
 
 class Predicted:
-    """Peaks of a step on fake tensors."""
+    """Predict the peaks of a step by taking it on fake tensors."""
 
     extrapolated_from: tuple[int, ...] = ()
 
@@ -61,9 +61,9 @@ class Predicted:
 
 
 class Extrapolated:
-    """Peaks of real steps on two small micro-batches, continued on a straight line.
+    """Extrapolate the peaks of real steps on two small micro-batches along a straight line.
 
-    What grows with the micro-batch grows in proportion to it, beside what does not grow.
+    The peak is a constant and a part in proportion to the micro-batch.
     """
 
     def __init__(self, step: MeteredStep, samples: int) -> None:

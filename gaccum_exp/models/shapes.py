@@ -1,4 +1,4 @@
-"""Check what a model is told of its data: input shape and number of classes."""
+"""Check the input shape and the number of classes that a model is built for."""
 
 from collections.abc import Sequence
 

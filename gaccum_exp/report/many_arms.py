@@ -14,6 +14,7 @@ from gaccum_exp.report.compare.columns import ComparisonRow
 MOST_ARMS = 48
 MOST_SETTINGS = 6
 MOST_NOTES = 16
+"""Notes below a table; how many more there are is said."""
 
 
 def by_setting(rows: Sequence[ComparisonRow], merged: str) -> dict[str, list[ComparisonRow]]:

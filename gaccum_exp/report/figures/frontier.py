@@ -68,7 +68,7 @@ def draw_plan(plan: MemoryPlan) -> Figure:
 
 
 def _draw_budget(axes: Axes, budget_bytes: int, unit_bytes: float) -> None:
-    """Draw the budget, or say that it is outside: room for all of it may leave none for the peaks."""
+    """Draw the budget, or say that it is outside: an axis that holds it may flatten the peaks."""
     height, (low, high) = budget_bytes / unit_bytes, axes.get_ylim()
     if low < height <= 2 * high:
         axes.set_ylim(low, max(high, 1.1 * height))

@@ -85,7 +85,7 @@ def render(comparison: Comparison) -> Table:
 
 
 def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[str]:
-    """Return the columns that tell something: what is the same for all arms takes no room."""
+    """Return the columns to be printed: those that are the same for all arms are left out."""
     several = len(_reductions(rows)) > 1
     differs = any(row.differs for row in rows)
     any_verdict = any(row.verdict for row in rows)
@@ -94,7 +94,7 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "accum_steps": True,
         "runs": bool(counts),
         "verdict": any_verdict,
-        # It makes room for the others: it is the global batch over N, and uneven splits have a note.
+        # Left out where space is short: it is the global batch over N, and uneven splits have a note.
         "micro_batch_sizes": not ((counts or any_verdict) and several and differs),
         "global_batch_size": len({row.global_batch_size for row in rows}) > 1 and not batch_is_said,
         "reduction": several,
