@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number_fails_its_run_with_the_step_and_keeps_the_curv
     failed, finished = sorted(program.arms(), key=lambda run: run.status)
     assert (failed.status, finished.status) == ("FAILED", "FINISHED")
     assert failed.tags["failure"] == "train/loss is nan at step 4"
-    steps, values = failed.curves["train/loss"].steps, failed.curves["train/loss"].values
+    steps, values = failed.curves["train/loss"].global_steps, failed.curves["train/loss"].values
     assert steps == (1, 2, 3, 4)
     assert values[:3] == finished.curves["train/loss"].values[:3]
     assert values[3] != values[3]
@@ -185,7 +185,7 @@ def test_a_program_error_is_a_failed_run_whose_traceback_is_kept(program: Progra
     assert "with details" in (program.sweep_folder / "traceback.txt").read_text()
     (run,) = program.arms()
     assert (run.status, run.tags["failure"]) == ("FAILED", "RuntimeError: a fault of its own")
-    assert run.curves["train/loss"].steps == (1, 2, 3)
+    assert run.curves["train/loss"].global_steps == (1, 2, 3)
 
 
 def test_an_interrupted_run_is_killed(program: Program) -> None:
@@ -195,7 +195,7 @@ def test_an_interrupted_run_is_killed(program: Program) -> None:
     assert "Traceback" not in ended.plain
     (run,) = program.arms()
     assert run.status == "KILLED"
-    assert run.curves["train/loss"].steps == (1, 2, 3)
+    assert run.curves["train/loss"].global_steps == (1, 2, 3)
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_ctrl_c_kills_the_running_arm_and_compares_what_there_is(tmp_path: Path)
     assert "Traceback" not in (tmp_path / "err").read_text()
     (table,) = (tmp_path / "multirun").rglob("comparison.csv")
     with table.open() as file:
-        rows = {row["steps"]: row for row in csv.DictReader(file)}
+        rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
     assert {steps: row["status"] for steps, row in rows.items()} == {"1": "FINISHED", "2": "KILLED"}
     assert int(rows["2"]["common_steps"]) >= 200
     assert "N = 2 was interrupted" in " ".join((tmp_path / "out").read_text().split())

@@ -55,5 +55,5 @@ def test_a_study_runs_shortened(slug: str, tmp_path: Path) -> None:
     (table,) = tmp_path.glob("multirun/*/comparison.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["steps"] for row in rows] == ["1", "2"]
+    assert [row["accum_steps"] for row in rows] == ["1", "2"]
     assert all(row["status"] == "FINISHED" for row in rows)

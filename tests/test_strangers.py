@@ -52,7 +52,7 @@ def test_a_package_in_the_working_directory_is_swept_and_compared(tmp_path: Path
     (table,) = (tmp_path / "multirun").rglob("comparison.csv")
     with table.open() as file:
         reference, arm = csv.DictReader(file)
-    assert (reference["steps"], arm["steps"]) == ("1", "5")
+    assert (reference["accum_steps"], arm["accum_steps"]) == ("1", "5")
     assert reference["eval_loss"]
     assert not reference["eval_accuracy"]  # there are no classes
     assert float(arm["max_loss_gap"]) < 1e-3 * float(reference["train_loss"])
@@ -67,5 +67,5 @@ def test_evaluation_is_optional(program: Program, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(program.folder)
     assert program(*CALL, MEAN_SQUARE, *SHORT).status == 0
     (run,) = program.arms()
-    assert len(run.curves["train/loss"].steps) == 12
+    assert len(run.curves["train/loss"].global_steps) == 12
     assert not any(key.startswith("eval/") for key in run.metrics)

@@ -29,8 +29,8 @@ def average(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
     """Return mean and standard deviation over seeds, by reduction and N."""
     cells: dict[tuple[str, int], Cell] = {}
     for reduction in STYLES:
-        for steps in sorted({int(row["steps"]) for row in rows}):
-            arms = [r for r in rows if r["reduction"] == reduction and int(r["steps"]) == steps]
+        for steps in sorted({int(row["accum_steps"]) for row in rows}):
+            arms = [r for r in rows if r["reduction"] == reduction and int(r["accum_steps"]) == steps]
             assert arms, f"no arm with N = {steps} under {reduction}"
             columns = (*MEASURES, "eval_accuracy")
             cells[reduction, steps] = {c: spread(float(r[c]) for r in arms) for c in columns}

@@ -29,12 +29,12 @@ from experiments.notebook import (
     write_results,
 )
 from gaccum_exp.arms import plan as planning
-from gaccum_exp.memory.meter import Peak, TrackedWindow
+from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.plan import size
 from gaccum_exp.memory.planner import knee
 from gaccum_exp.train.build import build, load
 from gaccum_exp.train.hooks import Hooks
-from gaccum_exp.train.memory_meters import MeteredStep
+from gaccum_exp.train.memory_meters import MeterPhases
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
 
@@ -121,11 +121,11 @@ def judge(overrides: tuple[str, ...], kind: tuple[str, int]) -> dict[str, Any]:
 def tracked(experiment: TrainState, window: Any) -> tuple[Peak, int]:
     """Return the tracked peak of a window, and what was held before it."""
     experiment.optimizer.zero_grad()
-    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    follower = TensorMeter(experiment.modules, experiment.optimizer, experiment.device)
     before = follower.held_bytes
     with follower:
         watched = replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn), global_step=1)
-        take_step(watched, window, Hooks([MeteredStep(follower)]))
+        take_step(watched, window, Hooks([MeterPhases(follower)]))
     peak = follower.peak()
     assert peak is not None
     return peak, before
@@ -133,7 +133,7 @@ def tracked(experiment: TrainState, window: Any) -> tuple[Peak, int]:
 
 def step_alike(experiment: TrainState, window: Any) -> None:
     """Take a step that copies its micro-batches as a tracked one does, and is not tracked."""
-    follower = TrackedWindow(experiment.modules, experiment.optimizer, experiment.device)
+    follower = TensorMeter(experiment.modules, experiment.optimizer, experiment.device)
     take_step(replace(experiment, loss_fn=follower.loss_fn(experiment.loss_fn), global_step=2), window)
 
 

@@ -35,7 +35,7 @@ def average(rows: list[dict[str, str]]) -> Cells:
     for row in rows:
         said = dict(part.split("=") for part in row["differs"].split(", "))
         padding = f"padding={said['padding']}, sort_by_length={said['sort_by_length']}"
-        by_arm[padding, int(row["steps"]), said["seed"]] = row
+        by_arm[padding, int(row["accum_steps"]), said["seed"]] = row
     seeds = sorted({seed for _, _, seed in by_arm})
     cells: Cells = {}
     for label, padding in PADDINGS.items():

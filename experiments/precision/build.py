@@ -47,7 +47,7 @@ def trained(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
     for row in rows:
         buffer = re.search(r"buffer_dtype=(\w+)", row["differs"])
         assert buffer is not None, row["differs"]
-        found.setdefault((buffer[1], int(row["steps"])), []).append(row)
+        found.setdefault((buffer[1], int(row["accum_steps"])), []).append(row)
     return {
         key: {
             "loss": spread(float(row["eval_loss"]) for row in arms),

@@ -57,7 +57,7 @@ def average(rows: list[Row], varied: str) -> dict[tuple[str, float, int], Cell]:
             "shift": float(row["eval_loss"]) - losses[row["reference_run_id"]],
             "loss": float(row["eval_loss"]),
         }
-        key = row["reduction"], float(value[1]), int(row["steps"])
+        key = row["reduction"], float(value[1]), int(row["accum_steps"])
         found.setdefault(key, []).append(measured)
     return {
         key: {name: spread(m[name] for m in measured) for name in measured[0]}

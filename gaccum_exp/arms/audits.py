@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.report.text import audits as verdicts
+from gaccum_exp.report.text import audit_printout
 
 AUDIT = "audit.json"
 """The audit of an arm, in the arm's folder."""
@@ -23,12 +23,12 @@ def write(audit: Audit, folder: Path) -> Path:
 
 def show(name: str, audit: Audit) -> None:
     """Print an audit for people."""
-    verdicts.print_audit(name, audit)
+    audit_printout.print_audit(name, audit)
 
 
 def show_sweep(outcomes: Sequence[Mapping[str, Any]]) -> None:
     """Print the verdicts of a sweep's arms, from how they ended and what they have written."""
-    verdicts.print_table([(str(o["name"]), _told(o)) for o in outcomes])
+    audit_printout.print_table([(str(o["name"]), _told(o)) for o in outcomes])
 
 
 def _told(outcome: Mapping[str, Any]) -> Audit | str:

@@ -236,7 +236,7 @@ def _plan(settings: Settings, loaded: TrainingData, name: str, sink: MlflowSink,
     planned = planning.plan(settings, loaded)
     for row in planned.rows:
         sizes = {key: value for key, value in row.as_dict().items() if key.endswith("_bytes")}
-        sink.record(row.steps, {f"plan/{key}": value for key, value in sizes.items()})
+        sink.record(row.accum_steps, {f"plan/{key}": value for key, value in sizes.items()})
     chosen = {"plan.chosen_steps": planned.chosen_steps, "plan.knee_steps": planned.knee_steps}
     sink.describe(device_tags(loaded.device) | {k: str(v) for k, v in chosen.items() if v is not None})
     for path in (planning.write(planned, folder), *save_plan(planned, folder)):

@@ -23,15 +23,15 @@ from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import free_bytes
 from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samples_in
-from gaccum_exp.memory.meter import Peak, TrackedWindow, highest
+from gaccum_exp.memory.meter import Peak, TensorMeter, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
-from gaccum_exp.memory.planner import Planner, source_of, with_advice
-from gaccum_exp.memory.predict import Predicted, Subject, telling
-from gaccum_exp.memory.storages import Made
+from gaccum_exp.memory.planner import Planner, peak_source, with_advice
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
+from gaccum_exp.memory.storages import OutputBytes
 from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.first_samples import first_samples
 from gaccum_exp.train.hooks import Hooks
-from gaccum_exp.train.memory_meters import MeteredStep, measured_windows
+from gaccum_exp.train.memory_meters import MeterPhases, measured_windows
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
 
@@ -75,11 +75,14 @@ def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planne
     Raises:
         BadInputError: model, loss and data do not fit together.
     """
-    source, notes = source_of(
+    source, notes = peak_source(
         lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
     return Planner(
-        source, samples, even=reduction_named(settings.accum.reduction).needs_equal_parts, notes=notes
+        source,
+        samples,
+        equal_parts=reduction_named(settings.accum.reduction).needs_equal_parts,
+        notes=notes,
     )
 
 
@@ -143,13 +146,19 @@ def plainly_fits(state: TrainState, budget: int) -> bool:
     given = first_samples(state.train_data, state.plan)
     model, settings = state.model, state.settings
     try:
-        with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), Made() as made:
+        with (
+            random_state_kept(),
+            eagerly(),
+            evaluation_mode(model),
+            torch.no_grad(),
+            OutputBytes() as outputs,
+        ):
             state.loss_fn(model, given)
     except Exception:  # whatever it is, the prediction is there
         return False
     micro = max(-(-stage.global_batch_size // stage.accum_steps) for stage in settings.stages)
     weights = sum(p.nbytes for p in state.modules.parameters())
-    return bool(6 * weights + 4 * made.bytes * micro / max(1, samples_in(given)) < budget)
+    return bool(6 * weights + 4 * outputs.bytes * micro / max(1, samples_in(given)) < budget)
 
 
 @nothing_left_behind()
@@ -212,13 +221,13 @@ def write(planned: MemoryPlan, folder: Path) -> Path:
     return path
 
 
-def _fake(settings: Settings, loaded: TrainingData) -> Subject:
+def _fake(settings: Settings, loaded: TrainingData) -> MeteredStep:
     mode = fake_mode()
     with random_state_kept():
         return _subject(build(settings, loaded, fake=mode), mode)
 
 
-def _changed(settings: Settings, loaded: TrainingData, change: Change) -> Subject | None:
+def _changed(settings: Settings, loaded: TrainingData, change: Change) -> MeteredStep | None:
     """Return the experiment with something else changed than N; None where it is so already."""
     runtime = settings.runtime
     if change == CHECKPOINTING and not runtime.activation_checkpointing:
@@ -232,20 +241,20 @@ def _changed(settings: Settings, loaded: TrainingData, change: Change) -> Subjec
     return _fake(settings, loaded)
 
 
-def _subject(state: TrainState, mode: FakeTensorMode | None) -> Subject:
+def _subject(state: TrainState, mode: FakeTensorMode | None) -> MeteredStep:
     """Return the experiment's own step, on its own windows or on such as these."""
     shaped = _WindowsLike(state)
 
     @contextmanager
-    def entered() -> Iterator[None]:
+    def context() -> Iterator[None]:
         with random_state_kept(), eagerly(), mode or nullcontext():
             yield
 
-    def step(window: list[Any], tracked: TrackedWindow) -> None:
+    def step(window: list[Any], tracked: TensorMeter) -> None:
         metered = replace(state, loss_fn=tracked.loss_fn(state.loss_fn), global_step=shaped.global_step)
-        take_step(metered, window, Hooks([MeteredStep(tracked)]))
+        take_step(metered, window, Hooks([MeterPhases(tracked)]))
 
-    return Subject(state.modules, state.optimizer, state.device, shaped, step, entered)
+    return MeteredStep(state.modules, state.optimizer, state.device, shaped, step, context)
 
 
 class _WindowsLike:
@@ -266,12 +275,18 @@ class _WindowsLike:
     def __call__(self, sizes: Sequence[int]) -> list[Any]:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
-            return [resized(self._two, samples, torch.device("cpu")) for samples in telling(sizes)]
+            return [
+                resized(self._two, samples, torch.device("cpu")) for samples in decisive_sizes(sizes)
+            ]
         plan = replace(self._plan, global_batch_size=sum(sizes))
         steps = range(self.global_step, self.global_step + 1)
         with random_state_kept():
             first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=steps))
-        return [first, *sorted(others, key=_elements)[-1:], *others[-1:][: len(telling(sizes)) - 2]]
+        return [
+            first,
+            *sorted(others, key=_elements)[-1:],
+            *others[-1:][: len(decisive_sizes(sizes)) - 2],
+        ]
 
 
 def _elements(micro_batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""A text's documents: read from files or from Python's own library, and split into two parts."""
+"""Read a text's documents from files or from Python's own library, and split them into two parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from gaccum_exp.errors import BadInputError
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What is read of a text."""
+    """A text as it was read."""
 
     documents: tuple[str, ...]
     """At least one, none of them blank."""
@@ -20,11 +20,16 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file as it is now: one that has changed since is read again."""
+    """A file with its size and time: one that has changed since is read again."""
 
     path: Path
     size_bytes: int
     modified_ns: int
+
+    @classmethod
+    def at(cls, path: Path) -> "_File":
+        state = path.stat()
+        return cls(path, state.st_size, state.st_mtime_ns)
 
 
 def read_corpus(root: str | None, separator: str) -> Corpus:
@@ -46,10 +51,13 @@ def read_corpus(root: str | None, separator: str) -> Corpus:
     try:
         if path.is_dir():
             below = sorted(path.rglob("*"), key=lambda found: found.relative_to(path).as_posix())
-            shown = (found for found in below if not _hidden(found.relative_to(path)))
-            files = tuple(_as_it_is(found) for found in shown if found.is_file())
+            files = tuple(
+                _File.at(found)
+                for found in below
+                if found.is_file() and not any(p.startswith(".") for p in found.relative_to(path).parts)
+            )
             return _read(path, files, separator, one_each=True)
-        return _read(path, (_as_it_is(path),), separator, one_each=False)
+        return _read(path, (_File.at(path),), separator, one_each=False)
     except FileNotFoundError:
         raise BadInputError(
             f"data.root={root}: there is no file or folder {path.resolve()}; give a UTF-8 text or a "
@@ -91,15 +99,6 @@ def parts(document: str, separator: str) -> list[str]:
     """Return what stands between the separators, blank parts left out; all of it if there is none."""
     found = document.split(separator) if separator else [document]
     return [part for part in found if part.strip()]
-
-
-def _hidden(below: Path) -> bool:
-    return any(part.startswith(".") for part in below.parts)
-
-
-def _as_it_is(path: Path) -> _File:
-    state = path.stat()
-    return _File(path, state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)

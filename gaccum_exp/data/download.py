@@ -1,4 +1,4 @@
-"""Finding torchvision's data sets on this machine, or fetching them.
+"""Find torchvision's data sets on this machine, or download them.
 
 torchvision reports a missing data set in several ways, and without a network it may first wait for
 minutes. Here every case ends in one line that says what is missing, where it was looked for and how
@@ -116,25 +116,25 @@ def _ask_servers(source: Source) -> None:
 
 
 def _unpack(source: Source, folder: Path) -> None:
-    """Let torchvision download and unpack in a folder beside, then move each file into place.
+    """Let torchvision download and unpack in a folder of its own, then move each file into place.
 
     Arms that run at the same time may all be doing this. A file is whole when it is moved, and
     theirs are the same, so that none ever reads a file that another is still writing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
+    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
         for path, md5 in _archives(source):
             if check_integrity(folder / path, md5):
-                (Path(beside) / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / path, Path(beside) / path)
+                (Path(unpacked) / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, Path(unpacked) / path)
         before_s = socket.getdefaulttimeout()
         socket.setdefaulttimeout(ANSWER_TIMEOUT_S)
         try:
-            source(beside, download=True)
+            source(unpacked, download=True)
         finally:
             socket.setdefaulttimeout(before_s)
-        for file in Path(beside).rglob("*"):
+        for file in Path(unpacked).rglob("*"):
             if file.is_file():
-                target = folder / file.relative_to(beside)
+                target = folder / file.relative_to(unpacked)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)

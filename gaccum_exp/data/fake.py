@@ -1,4 +1,4 @@
-"""Images of noise in any size and number, the same every time: for memory, speed and tests."""
+"""Noise images of any size and number, the same every time: for memory, speed and tests."""
 
 from collections.abc import Sequence
 from typing import Any

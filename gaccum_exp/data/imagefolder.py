@@ -1,4 +1,4 @@
-"""Images of the user's own, one sub folder per class.
+"""Read the user's own images, one sub folder per class.
 
 Both splits must number the classes alike. torchvision numbers the sub folders that it finds, so
 that a class without held-out images would shift every later one; here the held-out split is given
@@ -38,10 +38,10 @@ class _Folder(ImageFolder):  # type: ignore[misc]  # torchvision has no annotati
         known = _sub_folders(self.classes_from)
         if not known:
             raise BadInputError(f"image folder {self.classes_from} has no sub folders, one per class")
-        strangers = [name for name in _sub_folders(Path(directory)) if name not in known]
-        if strangers:
+        unknown = [name for name in _sub_folders(Path(directory)) if name not in known]
+        if unknown:
             raise BadInputError(
-                f"image folder {directory} has a class {strangers[0]!r} that {self.classes_from} has not"
+                f"image folder {directory} has a class {unknown[0]!r} that {self.classes_from} has not"
             )
         return known, {name: index for index, name in enumerate(known)}
 

@@ -1,7 +1,7 @@
-"""Made-up token sequences whose spread of lengths is chosen: for studies in which it is the variable.
+"""Synthetic token sequences with a chosen spread of lengths: for studies of that spread.
 
-Tokens follow a fixed Markov chain of first order: there is something to learn, and it is known how
-little the loss can become.
+Tokens follow a fixed Markov chain of first order: there is something to learn, and the least possible
+loss is known.
 """
 
 import math

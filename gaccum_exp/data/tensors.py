@@ -1,4 +1,4 @@
-"""Images that are held in memory: ready to be fetched by index, or augmented one at a time."""
+"""Hold images in memory: to be fetched by index, or augmented one at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

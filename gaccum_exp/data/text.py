@@ -1,4 +1,4 @@
-"""Text as tokens: characters or bytes of a file, a folder, or the reference that comes with Python.
+"""Tokenize a text: characters or bytes of a file, a folder, or the reference that comes with Python.
 
 Packed blocks are all of one length, and every one of them counts alike. Documents and paragraphs by
 themselves are of unequal lengths, so that micro-batches hold unequal numbers of tokens, which is where

@@ -1,7 +1,7 @@
-"""Models, optimizers and micro-batches that have sizes and no memory.
+"""Copy models, optimizers and micro-batches onto fake tensors, which have sizes and no memory.
 
-torch's FakeTensorMode runs an operator for the shapes alone. What a step holds at once can so be found
-out for batches that no device here could hold, with the very code that trains.
+torch's FakeTensorMode runs an operator for the shapes alone. So the memory of a step is predicted with
+the code that trains, for batches that no device here could hold.
 """
 
 import copy
@@ -28,11 +28,11 @@ from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
 
 _CACHED = type(functools.lru_cache(len))
 _settled: list[weakref.ref[Any]] = []
-"""What could hold something that is left behind, among the objects that are frozen."""
+"""Those of the frozen objects that can hold a fake tensor."""
 
 
 def fake_mode() -> FakeTensorMode:
-    """Return a mode in which real tensors are taken for fake ones where they turn up."""
+    """Return a mode in which real tensors are treated as fake ones where they occur."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -48,13 +48,17 @@ def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.de
     optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
     leaves = tree_leaves([(list(o.state.values()), o.param_groups) for o in optimizers])
     # A count of steps, or a learning rate, is read by the step: it keeps its value.
-    numbers = [(leaf, leaf.item()) for leaf in leaves if _is_number(leaf)]
+    scalars = (t for t in leaves if isinstance(t, Tensor) and t.ndim == 0 and t.device.type == "cpu")
+    numbers = [(t, t.item()) for t in scalars if not isinstance(t, nn.Parameter)]
     with mode:
         for module in (m for o in objects if isinstance(o, nn.Module) for m in o.modules()):
             # Parameters, buffers, and what lies in attributes, in lists and dictionaries as well.
             for tensor in tree_leaves(vars(module)):
                 if isinstance(tensor, Tensor) and not is_lazy(tensor) and id(tensor) not in memo:
-                    memo[id(tensor)] = _emptied(tensor, device)
+                    empty = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    memo[id(tensor)] = empty
         for tensor, value in numbers:
             memo[id(tensor)] = torch.tensor(value, dtype=tensor.dtype)
     with FakeCopyMode(mode):
@@ -74,10 +78,10 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
 
 
 def settle() -> None:
-    """Collect garbage, and leave what there is out of all later collections and searches.
+    """Collect garbage, then exclude all objects from later garbage collections and searches.
 
-    It is what was imported, and what a sweep keeps of its arms: most of what a process holds, and it
-    stays. To be called when nothing else is held: cycles that become garbage later are never collected.
+    These are what was imported, and what a sweep keeps of its arms: most of a process's memory, and it
+    stays. Call it when nothing else is held: cycles that become garbage later are never collected.
     """
     if _settled:  # before the first time there is next to no garbage
         gc.collect()
@@ -88,10 +92,10 @@ def settle() -> None:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """At the end take back what was left outside of fake copies, where it would meet real tensors.
+    """Clear fake tensors left outside of the fake copies, where they would meet real tensors.
 
-    That is what the caches of functools hold, as a mask that is computed once, and gradients of
-    parameters that only a loss function knows.
+    They lie in the caches of functools, as a mask that is computed once, and in gradients of parameters
+    that only a loss function holds.
     """
     try:
         yield
@@ -99,14 +103,15 @@ def nothing_left_behind() -> Iterator[None]:
         settled = (found for found in (reference() for reference in _settled) if found is not None)
         for found in (*gc.get_objects(), *settled):
             if type(found) is _CACHED:
-                if any(map(_has_no_memory, tree_leaves(gc.get_referents(found)))):
+                held = tree_leaves(gc.get_referents(found))
+                if any(isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta) for t in held):
                     found.cache_clear()
             elif _is_real_parameter(found) and isinstance(found.grad, FakeTensor):
                 found.grad = None
 
 
 def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
-    """Return a micro-batch as the given one, with another number of samples and no memory of its own.
+    """Return a micro-batch like the given one, with another number of samples and no memory of its own.
 
     Args:
         micro_batch: a pytree whose tensors have samples in their first dimension, as many as the first
@@ -134,17 +139,17 @@ def samples_in(micro_batch: Any) -> int:
 
 
 class SizesOnly(LossWrapper):
-    """A loss function of which nothing but the sizes counts: no value is read, so nothing is counted."""
+    """Runs a loss function for its sizes alone: no value is read, so nothing is counted."""
 
     def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
         super().__init__(loss_fn)
-        # What a loss function would find out by looking at values.
+        # What a loss function would infer from values.
         assume = getattr(loss_fn, "assume", None)
         if assume is not None:
             assume(micro_batch)
 
     def count(self, micro_batch: Any) -> Denominator:
-        """Return a denominator, which one does not matter."""
+        """Return any denominator."""
         return 1.0
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
@@ -153,7 +158,7 @@ class SizesOnly(LossWrapper):
 
 
 def needs_values(error: Exception) -> bool:
-    """Whether an operator asked for what fake tensors have not."""
+    """Whether an operator needed values, which fake tensors lack."""
     return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
 
 
@@ -161,19 +166,3 @@ def _is_real_parameter(found: Any) -> bool:
     if not issubclass(type(found), Tensor) or issubclass(type(found), FakeTensor):
         return False
     return bool(found.requires_grad and found.is_leaf)
-
-
-def _has_no_memory(value: Any) -> bool:
-    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta)
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, Tensor) and value.ndim == 0 and not isinstance(value, nn.Parameter)
-    return number and value.device.type == "cpu"
-
-
-def _emptied(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty_like(tensor, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty

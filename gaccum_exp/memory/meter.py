@@ -1,16 +1,16 @@
-"""The peak of one window, measured while it trains.
+"""Measure the peak memory of one window while it trains.
 
 Two sources, never mixed in a ratio. `tracker` follows every tensor's storage (`memory/storages.py`) and
-says what the bytes are; it works on a CPU, where no allocator keeps count, and leaves the window's
+tells what the bytes are for; it works on a CPU, where no allocator keeps count, and leaves the window's
 result unchanged, but slows it down. `allocator` is an accelerator's own peak counter, which also sees
 workspace inside operators, and what rounding and fragmentation cost.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +41,50 @@ class Peak:
     parts: dict[str, int]
     """Bytes by category at that moment; empty where the source does not tell."""
     counters: dict[str, int] = field(default_factory=dict)
-    """What the allocator, or the system, counts beside; by name, in bytes."""
+    """The allocator's own counters, by name, in bytes."""
 
 
-class TrackedWindow:
-    """Follows one window's tensors.
+class Meter:
+    """Measure the peak of one window, phase by phase."""
 
-        tracked = TrackedWindow(model, optimizer, device)
-        with tracked:
-            with tracked.phase("forward/backward"):
-                accumulate_gradients(model, tracked.loss_fn(loss_fn), window)
-            with tracked.phase("optimizer step"):
+    def __init__(
+        self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self._device = device
+        self._optimizer = optimizer
+        self.peaks: dict[str, Peak] = {}
+        """Of each phase that has ended, by its name."""
+        self.begun: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Measure no longer."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measure a block as a phase of its own."""
+        raise NotImplementedError
+
+    def loss_fn(self, loss_fn: LossFn) -> LossFn:
+        """Return what is to be called in place of the loss function."""
+        return loss_fn
+
+    def peak(self) -> Peak | None:
+        """Return the window's peak, that of its highest phase; None where none has ended."""
+        return highest(self.peaks)
+
+
+class TensorMeter(Meter):
+    """Follow one window's tensors.
+
+        meter = TensorMeter(model, optimizer, device)
+        with meter:
+            with meter.phase("forward/backward"):
+                accumulate_gradients(model, meter.loss_fn(loss_fn), window)
+            with meter.phase("optimizer step"):
                 optimizer.step()
-        tracked.peak()
+        meter.peak()
 
     Parameters, gradients and optimizer state count if they are on `device`, wherever they were made;
     everything else counts if it is made inside. Micro-batches are copied to the device one at a time, on
@@ -74,20 +105,16 @@ class TrackedWindow:
         device: torch.device,
         budget_bytes: int | None = None,
     ) -> None:
-        self._device = device
+        super().__init__(modules, optimizer, device)
         self._parameters = list(modules.parameters())
-        self._optimizer = optimizer
         self._tracker = StorageTracker(device, budget_bytes)
-        self._tracker.file([*self._parameters, *modules.buffers()], PARAMETERS)
-        self._tracker.file((p.grad for p in self._parameters if p.grad is not None), GRADIENTS)
-        self._tracker.file(_state(optimizer), OPTIMIZER_STATE)
-        self.peaks: dict[str, Peak] = {}
-        """Of each phase that has ended, by its name."""
-        self.begun: set[str] = set()
+        self._tracker.assign([*self._parameters, *modules.buffers()], PARAMETERS)
+        self._tracker.assign((p.grad for p in self._parameters if p.grad is not None), GRADIENTS)
+        self._tracker.assign(_state(optimizer), OPTIMIZER_STATE)
 
-    def __enter__(self) -> "TrackedWindow":
+    def __enter__(self) -> Self:
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]  # torch's
+            parameter.register_post_accumulate_grad_hook(self._assign_gradient)  # type: ignore[no-untyped-call]  # torch's
             for parameter in self._parameters
             if parameter.requires_grad
         ]
@@ -104,12 +131,12 @@ class TrackedWindow:
         """Measure a block as a phase of its own."""
         self.begun.add(name)
         tracker = self._tracker
-        tracker.begin()
+        tracker.reset_peak()
         kept = tracker.held[OPTIMIZER_STATE]
         yield
         parts = dict(tracker.at_peak)
         # State that this step has made was among its temporaries when it was made.
-        tracker.file(_state(self._optimizer), OPTIMIZER_STATE)
+        tracker.assign(_state(self._optimizer), OPTIMIZER_STATE)
         made = min(tracker.held[OPTIMIZER_STATE] - kept, parts[TEMPORARIES])
         parts[OPTIMIZER_STATE] += made
         parts[TEMPORARIES] -= made
@@ -124,17 +151,13 @@ class TrackedWindow:
         """Return the loss function with its micro-batch's own copy followed, pass by pass."""
         return _Followed(loss_fn, self._tracker)
 
-    def peak(self) -> Peak | None:
-        """Return the window's peak, that of its highest phase; None where none has ended."""
-        return highest(self.peaks)
-
-    def _take(self, parameter: Tensor) -> None:
+    def _assign_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:  # a hook before this one may have taken it away
-            self._tracker.file([parameter.grad], GRADIENTS)
+            self._tracker.assign([parameter.grad], GRADIENTS)
 
 
 class _Followed(LossWrapper):
-    """Places micro-batches as the loss function would, and says of the copies that they are inputs."""
+    """Places micro-batches as the loss function would, and counts the copies as inputs."""
 
     def __init__(self, loss_fn: LossFn, tracker: StorageTracker) -> None:
         super().__init__(on_device(loss_fn))
@@ -152,11 +175,11 @@ class _Followed(LossWrapper):
     @contextmanager
     def around(self, micro_batch: Any) -> Iterator[Any]:
         # What an earlier backward pass has left behind are gradients, in whatever buffers they are kept.
-        self._tracker.refile(TEMPORARIES, GRADIENTS)
+        self._tracker.reassign(TEMPORARIES, GRADIENTS)
         placed = micro_batch if self._placement is None else self._placement.place(micro_batch)
         host = {id(leaf) for leaf in tree_leaves(micro_batch)}
         here = tree_map_only(Tensor, lambda t: t.clone() if id(t) in host else t, placed)
-        self._tracker.file((t for t in tree_leaves(here) if isinstance(t, Tensor)), INPUTS)
+        self._tracker.assign((t for t in tree_leaves(here) if isinstance(t, Tensor)), INPUTS)
         self._tracker.in_forward = True
         try:
             yield here
@@ -164,21 +187,8 @@ class _Followed(LossWrapper):
             self._tracker.in_forward = False
 
 
-class AllocatedWindow:
-    """Reads the accelerator's own counters around one window; used as TrackedWindow is."""
-
-    def __init__(
-        self, modules: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-    ) -> None:
-        self._device = device
-        self.peaks: dict[str, Peak] = {}
-        self.begun: set[str] = set()
-
-    def __enter__(self) -> "AllocatedWindow":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Nothing to end: the counters run on."""
+class AllocatorMeter(Meter):
+    """Read the accelerator's own counters around one window, of whatever loss function."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -190,17 +200,6 @@ class AllocatedWindow:
         torch.accelerator.synchronize(self._device)
         peak = torch.accelerator.max_memory_allocated(self._device)
         self.peaks[name] = Peak(peak, name, {}, allocator_counters(self._device))
-
-    def loss_fn(self, loss_fn: LossFn) -> LossFn:
-        """Return it as it is: the counters see everything."""
-        return loss_fn
-
-    def peak(self) -> Peak | None:
-        """Return the window's peak, that of its highest phase; None where none has ended."""
-        return highest(self.peaks)
-
-
-Meter = TrackedWindow | AllocatedWindow
 
 
 def highest(peaks: Mapping[str, Peak]) -> Peak | None:
@@ -233,7 +232,7 @@ def allocator_counters(device: torch.device) -> dict[str, int]:
 
 
 def resident_set_bytes() -> int | None:
-    """Return the memory of this process that is in RAM, code and libraries included; None: not told."""
+    """Return the memory of this process that is in RAM, code and libraries included; None: unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

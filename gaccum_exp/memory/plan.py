@@ -1,4 +1,4 @@
-"""A memory plan: what N buys, before anything is trained; as data and as text."""
+"""A memory plan as data and as text: what each N needs, before anything is trained."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from gaccum_exp.memory.meter import OPTIMIZER_STEP, Peak
 from gaccum_exp.memory.storages import CATEGORIES
 
 FIXED = ("parameters", "gradients", "optimizer_state")
-"""What no N makes smaller."""
+"""Categories that no N makes smaller."""
 FLAT = 0.01
 """A peak within this of the smallest counts as no larger, and a saving below it as none."""
 _HEADS = (
@@ -22,7 +22,7 @@ _HEADS = (
 class Row:
     """The predicted peak of one N."""
 
-    steps: int
+    accum_steps: int
     """N, micro-batches per window."""
     micro_batch_size: int
     """Samples of the largest."""
@@ -32,16 +32,17 @@ class Row:
         """Return it flat, sizes in bytes."""
         parts = {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
         whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
-        return {"steps": self.steps, "micro_batch_size": self.micro_batch_size, **whole, **parts}
+        n = {"accum_steps": self.accum_steps, "micro_batch_size": self.micro_batch_size}
+        return {**n, **whole, **parts}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something else than N that could save memory."""
+    """A change of something else than N that could save memory."""
 
     name: str
     override: str
-    """What makes it, on the command line."""
+    """Its argument on the command line."""
 
 
 FUSED = Change("a fused optimizer", "+optimizer.fused=true")
@@ -54,14 +55,19 @@ class Advice:
     """What a change would save at one N, predicted."""
 
     change: Change
-    steps: int
+    accum_steps: int
     peak_bytes: int
     saved_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return it flat, sizes in bytes."""
-        what = {"change": self.change.name, "override": self.change.override, "steps": self.steps}
-        return {**what, "peak_bytes": self.peak_bytes, "saved_bytes": self.saved_bytes}
+        what = {"change": self.change.name, "override": self.change.override}
+        return {
+            **what,
+            "accum_steps": self.accum_steps,
+            "peak_bytes": self.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +88,11 @@ class MemoryPlan:
     extrapolated_from: tuple[int, ...] = ()
     """Micro-batch sizes that were run, where the peaks could not be predicted without values."""
     notes: tuple[str, ...] = ()
-    """What else has to be known, a sentence each."""
+    """Other remarks, a sentence each."""
 
-    def row(self, steps: int) -> Row:
+    def row(self, accum_steps: int) -> Row:
         """Return the row of one N."""
-        return next(row for row in self.rows if row.steps == steps)
+        return next(row for row in self.rows if row.accum_steps == accum_steps)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `plan.json` holds."""
@@ -120,10 +126,10 @@ class MemoryPlan:
     def sentences(self) -> Iterator[str]:
         """Yield what the rows mean, the most important first."""
         yield self._fit()
-        yield self._past_the_knee()
+        yield self._knee()
         if self.advice:
             each = (f"{a.change.name} {size(a.saved_bytes)} ({a.change.override})" for a in self.advice)
-            yield f"At N = {self.advice[0].steps} would save besides: {', '.join(each)}."
+            yield f"At N = {self.advice[0].accum_steps} would save besides: {', '.join(each)}."
         if self.extrapolated_from:
             sizes = " and ".join(map(str, self.extrapolated_from))
             yield (
@@ -133,15 +139,20 @@ class MemoryPlan:
         yield from self.notes
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        mark = "*" if row.steps == self.chosen_steps else ""
+        mark = "*" if row.accum_steps == self.chosen_steps else ""
         ratio = row.peak.bytes / self.rows[0].peak.bytes
         parts = (size(row.peak.parts[part]) for part in CATEGORIES)
-        leading = f"{mark}{row.steps}", str(row.micro_batch_size), size(row.peak.bytes), f"{ratio:.2f}"
+        leading = (
+            f"{mark}{row.accum_steps}",
+            str(row.micro_batch_size),
+            size(row.peak.bytes),
+            f"{ratio:.2f}",
+        )
         return (*leading, *parts, row.peak.phase)
 
     def _fit(self) -> str:
         least = min(self.rows, key=lambda row: row.peak.bytes)
-        smallest = f"the smallest peak is {size(least.peak.bytes)}, at N = {least.steps}"
+        smallest = f"the smallest peak is {size(least.peak.bytes)}, at N = {least.accum_steps}"
         if self.budget_bytes is None:
             return f"There is no budget; {smallest}."
         budget = f"the budget of {size(self.budget_bytes)}"
@@ -150,35 +161,32 @@ class MemoryPlan:
         peak, one = size(self.row(self.chosen_steps).peak.bytes), self.rows[0]
         if self.chosen_steps == 1:
             return f"One pass fits {budget}: its peak is {peak}. Memory asks for no accumulation."
-        whole = f", and one pass takes {size(one.peak.bytes)}" if one.steps == 1 else ""
+        whole = f", and one pass takes {size(one.peak.bytes)}" if one.accum_steps == 1 else ""
         return f"N = {self.chosen_steps} is the smallest that fits {budget}: its peak is {peak}{whole}."
 
-    def _past_the_knee(self) -> str:
+    def _knee(self) -> str:
         row = self.row(self.knee_steps)
         if len(self.rows) == 1:
-            return f"There is no other N than {row.steps} to compare with."
+            return f"There is no other N than {row.accum_steps} to compare with."
         if row is self.rows[-1]:
-            return (
-                f"The peak shrinks up to N = {row.steps}, with micro-batches of {row.micro_batch_size}."
-            )
-        said = f"Past N = {row.steps} nothing shrinks: "
+            micro = row.micro_batch_size
+            return f"The peak shrinks up to N = {row.accum_steps}, with micro-batches of {micro}."
+        past = f"Past N = {row.accum_steps} nothing shrinks: "
         if row.peak.phase == OPTIMIZER_STEP:
+            # From this N on, up to the knee and past it, the peak is in the optimizer step.
+            others = [r.accum_steps for r in self.rows if r.peak.phase != OPTIMIZER_STEP]
+            before = max((n for n in others if n < self.knee_steps), default=0)
+            first = next(r.accum_steps for r in self.rows if r.accum_steps > before)
             return (
-                f"{said}from N = {self._optimizer_from()} the optimizer step is the peak, with "
+                f"{past}from N = {first} the optimizer step is the peak, with "
                 f"{size(row.peak.parts['temporaries'])} of temporaries beside parameters, gradients and "
                 "optimizer state."
             )
         fixed = sum(row.peak.parts[part] for part in FIXED)
         return (
-            f"{said}{size(fixed)} of the {size(row.peak.bytes)} are parameters, gradients and optimizer "
+            f"{past}{size(fixed)} of the {size(row.peak.bytes)} are parameters, gradients and optimizer "
             "state, which no N makes smaller."
         )
-
-    def _optimizer_from(self) -> int:
-        """Return the N from which on, up to the knee and past it, the peak is in the optimizer step."""
-        others = [row.steps for row in self.rows if row.peak.phase != OPTIMIZER_STEP]
-        before = max((steps for steps in others if steps < self.knee_steps), default=0)
-        return next(row.steps for row in self.rows if row.steps > before)
 
 
 def size(number: int) -> str:
@@ -195,4 +203,4 @@ def knee(peaks: Mapping[int, float]) -> int:
     peaks: bytes by N.
     """
     least = min(peaks.values())
-    return min(steps for steps, peak in peaks.items() if peak <= (1 + FLAT) * least)
+    return min(n for n, peak in peaks.items() if peak <= (1 + FLAT) * least)

@@ -1,12 +1,13 @@
-"""A memory plan for anyone's model, without a configuration."""
+"""Plan the memory of any model and optimizer, without a configuration."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from gaccum_exp.core.accumulate import accumulate_gradients
@@ -26,10 +27,10 @@ from gaccum_exp.memory.fake import (
     resized,
     samples_in,
 )
-from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
-from gaccum_exp.memory.planner import Planner, source_of, with_advice
-from gaccum_exp.memory.predict import Predicted, Subject, telling
+from gaccum_exp.memory.planner import Planner, peak_source, with_advice
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -83,16 +84,16 @@ def plan_memory(
     step = _Step(model, loss_fn, batch, optimizer, reduction, buffer_dtype, device)
     tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
     real = None if any(t.is_meta for t in tensors) else step.real
-    source, notes = source_of(step.fake, real, samples)
-    plan = Planner(source, samples, even=reduction_named(reduction).needs_equal_parts, notes=notes).plan(
-        str(device), budget_bytes
-    )
+    source, notes = peak_source(step.fake, real, samples)
+    equal_parts = reduction_named(reduction).needs_equal_parts
+    planner = Planner(source, samples, equal_parts=equal_parts, notes=notes)
+    plan = planner.plan(str(device), budget_bytes)
     return with_advice(plan, step.changed) if isinstance(source, Predicted) else plan
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a step is made of, to be copied."""
+    """What a step needs, to be copied."""
 
     model: nn.Module
     loss_fn: LossFn | nn.Module
@@ -102,74 +103,63 @@ class _Step:
     buffer_dtype: torch.dtype | None
     device: torch.device
 
-    def fake(self) -> Subject:
-        """Return the step without memory."""
-        subject = self.changed(None)
-        assert subject is not None
-        return subject
+    def fake(self) -> MeteredStep:
+        """Return the step on copies without memory."""
+        step = self.changed(None)
+        assert step is not None
+        return step
 
-    def changed(self, change: Change | None) -> Subject | None:
-        """Return the step without memory and with a change; None where that does not apply."""
-        mode = fake_mode()
-        made = fake_copies(mode, (self.model, self.loss_fn, self.optimizer), self.device)
-
-        @contextmanager
-        def entered() -> Iterator[None]:
-            with random_state_kept(), eagerly(), mode:
-                yield
-
-        with entered():
-            return self._subject(made, entered, change)
-
-    def real(self) -> Subject:
+    def real(self) -> MeteredStep:
         """Return the step on copies."""
+        step = self._on(copies((self.model, self.loss_fn, self.optimizer), {}), None, None)
+        assert step is not None
+        return step
 
+    def changed(self, change: Change | None) -> MeteredStep | None:
+        """Return the step on copies without memory and with a change; None where that does not apply."""
+        mode = fake_mode()
+        copied = fake_copies(mode, (self.model, self.loss_fn, self.optimizer), self.device)
+        return self._on(copied, mode, change)
+
+    def _on(
+        self, copied: tuple[Any, ...], mode: FakeTensorMode | None, change: Change | None
+    ) -> MeteredStep | None:
         @contextmanager
-        def entered() -> Iterator[None]:
-            with random_state_kept(), eagerly():
+        def context() -> Iterator[None]:
+            with random_state_kept(), eagerly(), mode or nullcontext():
                 yield
 
-        made = copies((self.model, self.loss_fn, self.optimizer), {})
-        subject = self._subject(made, entered, None)
-        assert subject is not None
-        return subject
-
-    def _subject(
-        self,
-        made: tuple[Any, ...],
-        entered: Callable[[], AbstractContextManager[None]],
-        change: Change | None,
-    ) -> Subject | None:
-        model, loss_fn, optimizer = made
+        model, loss_fn, optimizer = copied
         modules = nn.ModuleList([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer([p for p in modules.parameters() if p.requires_grad])
-        if change == FUSED and not _fuse(optimizer):
-            return None
-        if change == CHECKPOINTING and not checkpoint_blocks(model):
-            return None
-        half = torch.bfloat16 if change == BF16 else None
-        placement = Placement(self.device, autocast=half, device_type=self.device.type)
-        sizes_only = Placed(SizesOnly(as_loss_fn(loss_fn, self.reduction), self.batch), placement)
+        with context():
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                optimizer = optimizer([p for p in modules.parameters() if p.requires_grad])
+            if change == FUSED and not _fuse(optimizer):
+                return None
+            if change == CHECKPOINTING and not checkpoint_blocks(model):
+                return None
+            half = torch.bfloat16 if change == BF16 else None
+            placement = Placement(self.device, autocast=half, device_type=self.device.type)
+            sizes_only = Placed(SizesOnly(as_loss_fn(loss_fn, self.reduction), self.batch), placement)
 
-        def take_step(window: list[Any], tracked: TrackedWindow) -> None:
+        def take(window: list[Any], meter: TensorMeter) -> None:
             optimizer.zero_grad()
-            with tracked.phase(FORWARD_BACKWARD):
+            with meter.phase(FORWARD_BACKWARD):
                 accumulate_gradients(
                     model,
-                    tracked.loss_fn(sizes_only),
+                    meter.loss_fn(sizes_only),
                     window,
                     reduction=self.reduction,
                     buffer_dtype=self.buffer_dtype,
                 )
-            with tracked.phase(OPTIMIZER_STEP):
+            with meter.phase(OPTIMIZER_STEP):
                 optimizer.step()
 
         def window(sizes: Sequence[int]) -> list[Any]:
-            with entered():  # what is on meta becomes fake, or memory
-                return [resized(self.batch, size, self.device) for size in telling(sizes)]
+            with context():  # what is on meta becomes fake, or memory
+                return [resized(self.batch, size, self.device) for size in decisive_sizes(sizes)]
 
-        return Subject(modules, optimizer, self.device, window, take_step, entered)
+        return MeteredStep(modules, optimizer, self.device, window, take, context)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,5 +1,6 @@
-"""Which N fits, and past which N nothing shrinks."""
+"""Find the smallest N that fits a budget, and the N past which nothing shrinks."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -17,36 +18,36 @@ from gaccum_exp.memory.plan import (
     Row,
     knee,
 )
-from gaccum_exp.memory.predict import Extrapolated, Predicted, Source, Subject
+from gaccum_exp.memory.predict import Extrapolated, MeteredStep, PeakSource, Predicted
 
 
 @dataclass(slots=True)
 class Planner:
-    """Predicts the peak of every N that is asked for, each once, and decides.
+    """Predict the peak of every N that is asked for, each once, and choose among them.
 
     Args:
         source: of the peaks.
         samples: of a window, the global batch.
-        even: only an N that divides the window will do, as a mean of means asks for.
+        equal_parts: whether N has to divide the window, as a mean of means needs.
     """
 
-    source: Source
+    source: PeakSource
     samples: int
-    even: bool = False
+    equal_parts: bool = False
     notes: list[str] = field(default_factory=list)
     _rows: dict[int, Row | None] = field(default_factory=dict)
 
-    def row(self, steps: int) -> Row | None:
+    def row(self, accum_steps: int) -> Row | None:
         """Return the prediction for one N; None where the model refuses micro-batches of that size."""
-        if steps not in self._rows:
-            self._rows[steps] = self._predicted(steps)
-        return self._rows[steps]
+        if accum_steps not in self._rows:
+            self._rows[accum_steps] = self._predicted(accum_steps)
+        return self._rows[accum_steps]
 
     def candidates(self) -> list[int]:
         """Return every N that is of use: powers of two, and of those with the same first and second
         micro-batch, on which a peak depends, the smallest; or the divisors of the global batch.
         """
-        if self.even:
+        if self.equal_parts:
             return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
         first_two = {
             (-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)
@@ -55,25 +56,25 @@ class Planner:
 
     def ladder(self) -> list[int]:
         """Return the N of the table: powers of two up to one sample a micro-batch, or the divisors."""
-        return [n for n in self.candidates() if self.even or n & (n - 1) == 0 or n == self.samples]
+        return [
+            n for n in self.candidates() if self.equal_parts or n & (n - 1) == 0 or n == self.samples
+        ]
 
     def smallest_fitting(self, budget_bytes: int) -> int | None:
         """Return the smallest N whose peak is within the budget; None where no peak is."""
         ladder = self.ladder()
-        fitting = next((n for n in ladder if self._fits(n, budget_bytes)), None)
+
+        def fits(n: int) -> bool:
+            row = self.row(n)
+            return row is not None and row.peak.bytes <= budget_bytes
+
+        fitting = next((n for n in ladder if fits(n)), None)
         if fitting is None or fitting == ladder[0]:
             return fitting
         # From N = 2 on, more micro-batches never hold more.
         below = ladder[ladder.index(fitting) - 1]
-        inside = [n for n in self.candidates() if below < n <= fitting]
-        low, high = 0, len(inside) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._fits(inside[middle], budget_bytes):
-                high = middle
-            else:
-                low = middle + 1
-        return inside[high]
+        between = [n for n in self.candidates() if below < n <= fitting]
+        return between[bisect_left(between, True, hi=len(between) - 1, key=fits)]
 
     def plan(self, device: str, budget_bytes: int | None) -> MemoryPlan:
         """Return the plan, without advice."""
@@ -86,41 +87,37 @@ class Planner:
             rows=tuple(rows),
             budget_bytes=budget_bytes,
             chosen_steps=chosen,
-            knee_steps=knee({row.steps: row.peak.bytes for row in rows}),
+            knee_steps=knee({row.accum_steps: row.peak.bytes for row in rows}),
             extrapolated_from=self.source.extrapolated_from,
             notes=tuple(self.notes),
         )
 
-    def _fits(self, steps: int, budget_bytes: int) -> bool:
-        row = self.row(steps)
-        return row is not None and row.peak.bytes <= budget_bytes
-
-    def _predicted(self, steps: int) -> Row | None:
-        sizes = split_sizes(self.samples, steps)
+    def _predicted(self, accum_steps: int) -> Row | None:
+        sizes = split_sizes(self.samples, accum_steps)
         size = sizes[0]
         try:
-            peak = highest(self.source.peaks(self.samples, steps))
+            peak = highest(self.source.peaks(self.samples, accum_steps))
         except Exception as error:  # a model may refuse a single sample, or an odd number of them
-            if steps == 1:
+            if accum_steps == 1:
                 raise
-            said = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
+            several = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
             why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            self.notes.append(f"N = {steps} is left out, with micro-batches of {said}: {why}.")
+            self.notes.append(f"N = {accum_steps} is left out, with micro-batches of {several}: {why}.")
             return None
         assert peak is not None
-        return Row(steps, size, peak)
+        return Row(accum_steps, size, peak)
 
 
-def source_of(
-    fake: Callable[[], Subject], real: Callable[[], Subject] | None, samples: int
-) -> tuple[Source, list[str]]:
+def peak_source(
+    fake: Callable[[], MeteredStep], real: Callable[[], MeteredStep] | None, samples: int
+) -> tuple[PeakSource, list[str]]:
     """Return predictions, or, where the step needs values, an extrapolation and why it is one.
 
-    real: None where there are no values. Then what went wrong is raised as it is.
+    real: None where there are no values. Then the error is raised as it is.
     """
     try:
         return Predicted(fake(), samples), []
-    except Exception as error:  # a stranger's forward pass fails on fake tensors in its own way
+    except Exception as error:  # each model fails on fake tensors in its own way
         if real is None:
             error.add_note(
                 "Planned without values, model or batch being on `meta`. If the step depends on values, "
@@ -135,17 +132,17 @@ def source_of(
     return found, [f"This model's step {what} ({why}): it was run on small micro-batches."]
 
 
-def with_advice(plan: MemoryPlan, changed: Callable[[Change], Subject | None]) -> MemoryPlan:
+def with_advice(plan: MemoryPlan, changed: Callable[[Change], MeteredStep | None]) -> MemoryPlan:
     """Return the plan with what other changes would save at the N that matters in it."""
-    steps = plan.chosen_steps or plan.knee_steps
-    before, samples = plan.row(steps).peak.bytes, plan.global_batch_size
+    n = plan.chosen_steps or plan.knee_steps
+    before, samples = plan.row(n).peak.bytes, plan.global_batch_size
     found = []
     for change in (FUSED, CHECKPOINTING, BF16):
         try:
-            subject = changed(change)
-            peak = subject and highest(Predicted(subject, samples).peaks(samples, steps))
+            step = changed(change)
+            peak = step and highest(Predicted(step, samples).peaks(samples, n))
         except Exception:  # what this model or optimizer cannot do is no advice
             continue
         if peak and before - peak.bytes > FLAT * before:
-            found.append(Advice(change, steps, peak.bytes, before - peak.bytes))
+            found.append(Advice(change, n, peak.bytes, before - peak.bytes))
     return replace(plan, advice=tuple(sorted(found, key=lambda advice: -advice.saved_bytes)))

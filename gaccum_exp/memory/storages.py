@@ -1,9 +1,9 @@
-"""What every tensor's storage is for, and how much there is of it, operator by operator.
+"""Follow every tensor's storage, operator by operator: what it is for, and how much there is of it.
 
 A dispatch mode sees the result of every operator, above autograd's kernels and below nothing else, and
 follows the storages in it until they die. It works with real tensors, and with fake ones (torch's
 FakeTensorMode), which have a size and no memory: that is how a peak is predicted. Workspace inside
-operators is not seen, nor are tensors that were made outside and never told of.
+operators is not seen, nor are tensors that were made outside and assigned to no category.
 """
 
 import weakref
@@ -38,7 +38,7 @@ class _Storage:
 
 
 class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
-    """Follows the storages on one device.
+    """Follow the storages on one device.
 
     Args:
         device: others' storages are not counted.
@@ -58,22 +58,26 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
         self.at_peak = dict(self.held)
         """Bytes by category when most was held."""
         self.paused = False
-        """Whether nothing is followed for now."""
+        """Whether results of operators are not followed for now."""
         self.in_forward = False
         """Whether what is made without gradients, as a custom Function does, is of a forward pass."""
 
-    def begin(self) -> None:
+    def reset_peak(self) -> None:
         """Forget the peak: the next one is of what follows."""
         self.peak, self.at_peak = self.total, dict(self.held)
 
-    def file(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Say what tensors are for; those that are not followed yet are from now on."""
+    def assign(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Assign tensors to a category; those that are not followed yet are from now on."""
         for tensor in tensors:
             for storage in storages(tensor):
-                self._file(storage, tensor.device, category)
+                entry = self._storages.get(storage._cdata)
+                if entry is not None:
+                    self._move(entry, category)
+                else:
+                    self._add(storage, tensor.device, category)
 
-    def refile(self, old: str, new: str) -> None:
-        """Give all that is held in one category to another."""
+    def reassign(self, old: str, new: str) -> None:
+        """Move all that is held in one category to another."""
         for entry in self._storages.values():
             if entry.category == old:
                 self._move(entry, new)
@@ -89,33 +93,24 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 for storage in storages(leaf):
-                    self._follow(storage, leaf.device, category)
+                    entry = self._storages.get(storage._cdata)
+                    if entry is not None:
+                        self._resize(entry, storage.nbytes())
+                    else:
+                        self._add(storage, leaf.device, category)
         return result
-
-    def _follow(self, storage: Any, device: torch.device, category: str) -> None:
-        entry = self._storages.get(storage._cdata)
-        if entry is not None:
-            self._resize(entry, self._rounded(storage.nbytes()))
-        else:
-            self._add(storage, device, category)
-
-    def _file(self, storage: Any, device: torch.device, category: str) -> None:
-        entry = self._storages.get(storage._cdata)
-        if entry is not None:
-            self._move(entry, category)
-        else:
-            self._add(storage, device, category)
 
     def _add(self, storage: Any, device: torch.device, category: str) -> None:
         if device.type != self._device.type:
             return
         entry = _Storage(0, category)
         key = storage._cdata
-        entry.reference = weakref.ref(storage, partial(self._died, key))
+        entry.reference = weakref.ref(storage, partial(self._free, key))
         self._storages[key] = entry
-        self._resize(entry, self._rounded(storage.nbytes()))
+        self._resize(entry, storage.nbytes())
 
-    def _resize(self, entry: _Storage, size: int) -> None:
+    def _resize(self, entry: _Storage, requested: int) -> None:
+        size = -(-requested // self._block) * self._block
         if size == entry.bytes:
             return
         self.held[entry.category] += size - entry.bytes
@@ -133,17 +128,14 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
         self.held[category] += entry.bytes
         entry.category = category
 
-    def _died(self, key: int, _: Any) -> None:
+    def _free(self, key: int, _: Any) -> None:
         entry = self._storages.pop(key)
         self.held[entry.category] -= entry.bytes
         self.total -= entry.bytes
 
-    def _rounded(self, size: int) -> int:
-        return -(-size // self._block) * self._block
 
-
-class Made(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
-    """Adds up all that operators return, whether it is kept or not, and also where it is a view."""
+class OutputBytes(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
+    """Add up all that operators return, whether it is kept or not, and also where it is a view."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own

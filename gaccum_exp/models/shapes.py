@@ -1,4 +1,4 @@
-"""What a model must know of its data, checked where the model is built."""
+"""Check the input shape and the number of classes that a model is built for."""
 
 from collections.abc import Sequence
 

@@ -60,7 +60,7 @@ class TorchvisionModel(nn.Module):
             the published one then (224 for most). The first two can be built for another.
 
     Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on a name, weights
-    or a size that torchvision has not.
+    or a size that torchvision does not have.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Optimizers that torch.optim does not have in one piece."""
+"""Combine Muon and AdamW into one optimizer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,16 +34,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         params = list(params)
         matrices = [p for p in params if p.ndim == 2]
         others = [p for p in params if p.ndim != 2]
-        self._parts: list[torch.optim.Optimizer] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self._parts.append(
+            self._optimizers.append(
                 torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
             )
         if others:
-            self._parts.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
+            self._optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
         super().__init__(params, {})
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
-        self._share()
+        self.param_groups = [group for inner in self._optimizers for group in inner.param_groups]
+        self._share_state()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of both; the closure, if any, is evaluated once."""
@@ -51,16 +51,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        for inner in self._optimizers:
+            inner.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state, and let both parts see them."""
+        """Load groups and state, and share them between both optimizers."""
         super().load_state_dict(state_dict)
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        for part, group in zip(self._parts, self.param_groups, strict=True):
-            part.param_groups = [group]
-            part.state = self.state
+    def _share_state(self) -> None:
+        for inner, group in zip(self._optimizers, self.param_groups, strict=True):
+            inner.param_groups = [group]
+            inner.state = self.state

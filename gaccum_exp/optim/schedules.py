@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine(optimizer: Optimizer, total_steps: int, final_ratio: float = 0.0) -> LambdaLR:
-    """Half a cosine from 1 down to `final_ratio` (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    """Fall by half a cosine from 1 to `final_ratio` (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     return warmup_cosine(optimizer, total_steps, warmup_ratio=0.0, final_ratio=final_ratio)
 
 
@@ -22,10 +22,10 @@ def warmup_cosine(
     """Rise linearly over the first `warmup_ratio` of training, then fall by half a cosine."""
     warmup = round(warmup_ratio * total_steps)
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, total_steps - warmup)
+    def factor(global_step: int) -> float:
+        if global_step < warmup:
+            return (global_step + 1) / (warmup + 1)
+        done = (global_step - warmup) / max(1, total_steps - warmup)
         return final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     return LambdaLR(optimizer, factor)
@@ -39,7 +39,7 @@ def multistep(
 ) -> LambdaLR:
     """Multiply by `gamma` after each milestone, a fraction of training."""
 
-    def factor(step: int) -> float:
-        return float(gamma ** sum(step >= milestone * total_steps for milestone in milestones))
+    def factor(global_step: int) -> float:
+        return float(gamma ** sum(global_step >= milestone * total_steps for milestone in milestones))
 
     return LambdaLR(optimizer, factor)

@@ -140,3 +140,8 @@ def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> l
         Point(step, time_ms, {key: number(value) for key, value in values.items()})
         for step, time_ms, values in recorded
     ]
+
+
+def memory_part(name: str) -> str:
+    """Return the metric of a part of the memory, in bytes: `activations`, `allocator_reserved`."""
+    return f"memory/{name}_bytes"

@@ -1,14 +1,24 @@
-"""What a stored run is, once read back: plain values, nothing of the store they came from."""
+"""Stored runs as plain values, and what follows from these; nothing of the store they came from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Keys that say how the batch is split, or what a store calls it: none changes what is trained.
+_SPLITTING = frozenset(
+    {
+        *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
+        *("data.micro_batch_size", "data.global_batch_size", "sweep_id"),
+    }
+)
+# Nor does how it is audited, a control's seed being such a key, or what else was trained with it.
+_BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.")
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One metric over training: `values[i]` was measured after `steps[i]` optimizer steps."""
+    """One metric over training: `values[i]` was measured after `global_steps[i]` optimizer steps."""
 
-    steps: tuple[int, ...]
+    global_steps: tuple[int, ...]
     values: tuple[float, ...]
 
 
@@ -33,6 +43,66 @@ class RunRecord:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """The metrics that were recorded at every optimizer step or evaluation."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run trained to its end."""
+        return self.status == "FINISHED"
+
+    @property
+    def accum_steps(self) -> int | None:
+        """N, micro-batches per window; None when the run ended before its config was recorded.
+
+        Of a run whose windows had to be split finer, the N that it ended with.
+        """
+        return _integer(self.tags.get("accum.steps_used") or self.params.get("accum.steps"))
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples per window: as recorded, else N × micro-batch."""
+        recorded = _integer(self.params.get("data.global_batch_size"))
+        n, micro = self.accum_steps, _integer(self.params.get("data.micro_batch_size"))
+        return n * micro if recorded is None and n is not None and micro is not None else recorded
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """The sizes of a full window's micro-batches, largest first; empty when unknown.
+
+        As tagged by the run, else the global batch split as evenly as possible.
+        """
+        tagged = map(_integer, self.tags.get("micro_batch_sizes", "").split(","))
+        sizes = [size for size in tagged if size is not None]
+        n, total = self.accum_steps, self.global_batch_size
+        if not sizes and n and total is not None:
+            small, larger = divmod(total, n)
+            sizes = [small + 1] * larger + [small] * (n - larger)
+        return tuple(sorted(sizes, reverse=True))
+
+    @property
+    def control_seed(self) -> int | None:
+        """What the order inside a control's windows was drawn from."""
+        return _integer(self.params.get("audit.control_seed"))
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run shows what rounding alone does: it is no arm, and no reference."""
+        return self.tags.get("role") == "control" or self.control_seed is not None
+
+    @property
+    def training_config(self) -> dict[str, str]:
+        """The parameters that decide what is trained, without how its batch is split and bookkeeping."""
+        # A schedule under which the global batch stays what it is decides no more than how it is split.
+        splitting = _SPLITTING if "global_batches" in self.tags else _SPLITTING | {"accum.schedule"}
+        return {
+            key: value
+            for key, value in self.params.items()
+            if key not in splitting and not key.startswith(_BOOKKEEPING)
+        }
+
+    def last(self, metric: str) -> float | None:
+        """Return the last value of a metric; None where it was never recorded."""
+        curve = self.curves.get(metric)
+        return self.metrics.get(metric, curve.values[-1] if curve and curve.values else None)
+
 
 @dataclass(frozen=True, slots=True)
 class DatasetRecord:
@@ -43,3 +113,11 @@ class DatasetRecord:
     samples: int
     context: str
     """training | evaluation"""
+
+
+def _integer(text: str | None) -> int | None:
+    """Read an integer from a stored parameter; None for `None`, `null`, absent or unreadable."""
+    try:
+        return int(text) if text is not None else None
+    except ValueError:
+        return None

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.memory.meter import (
-    AllocatedWindow,
+    AllocatorMeter,
     Meter,
     Peak,
-    TrackedWindow,
+    TensorMeter,
     has_counters,
     resident_set_bytes,
 )
@@ -33,7 +33,7 @@ Shapes = tuple[tuple[int, ...], ...]
 """Of a micro-batch's tensors."""
 
 
-class MeteredStep(Hook):
+class MeterPhases(Hook):
     """Measures the phases of each window with one meter."""
 
     phases = frozenset({PASSES, OPTIMIZER_STEP})
@@ -102,8 +102,8 @@ class MemoryMeters(Hook):
         kind: Any = self._due.get(state.global_step)
         if kind is None and not self.could_exceed_budget(state, window):
             return nullcontext()
-        if kind in (None, TrackedWindow):
-            kind = partial(TrackedWindow, budget_bytes=self._budget_bytes)
+        if kind in (None, TensorMeter):
+            kind = partial(TensorMeter, budget_bytes=self._budget_bytes)
         return self._metered(state, kind)
 
     @contextmanager
@@ -113,7 +113,7 @@ class MemoryMeters(Hook):
         try:
             self._meter = meter = kind(state.modules, state.optimizer, state.device)
             # A tracker does not see into compiled kernels.
-            with meter, eagerly() if isinstance(meter, TrackedWindow) else nullcontext():
+            with meter, eagerly() if isinstance(meter, TensorMeter) else nullcontext():
                 state.loss_fn = meter.loss_fn(loss_fn)
                 yield
             self._peak = meter.peak()
@@ -162,8 +162,8 @@ class MemoryMeters(Hook):
         values: dict[str, float] = {metrics.PEAK_BYTES: compared.bytes}
         if tracked is not None:
             values[metrics.TRACKED_PEAK_BYTES] = tracked.bytes
-            values |= {f"memory/{part}_bytes": size for part, size in tracked.parts.items()}
-        values |= {f"memory/{name}_bytes": size for name, size in compared.counters.items()}
+            values |= {metrics.memory_part(part): size for part, size in tracked.parts.items()}
+        values |= {metrics.memory_part(name): size for name, size in compared.counters.items()}
         if self._resident is not None:
             values[metrics.RESIDENT_SET_BYTES] = self._resident
         self._sink.record(state.global_step, values)
@@ -198,9 +198,9 @@ def measured_windows(state: TrainState) -> dict[int, type[Meter]]:
     """Return the meters of a training by the global step whose window each is for."""
     if state.settings.audit.control_seed is not None:
         return {}
-    kinds: list[type[Meter]] = [TrackedWindow]
+    kinds: list[type[Meter]] = [TensorMeter]
     if has_counters(state.device):
-        kinds.insert(0, AllocatedWindow)
+        kinds.insert(0, AllocatorMeter)
     early = _telling_stage(state)[: 2 * (MEASURED_WINDOW + len(kinds))]
     best = sorted(early, key=lambda k: (not state.is_full(k), max(0, MEASURED_WINDOW - k), k))
     return dict(zip(sorted(best[: len(kinds)]), kinds, strict=False))

@@ -118,14 +118,14 @@ def test_a_plan_is_printed_written_and_recorded(program: Program) -> None:
     ended = program("task=plan", *call)
     assert ended.status == 0, ended.err
     plan = json.loads((program.sweep_folder / "plan.json").read_text())
-    assert [row["steps"] for row in plan["rows"]] == [1, 2, 3, *(2**i for i in range(2, 11))]
+    assert [row["accum_steps"] for row in plan["rows"]] == [1, 2, 3, *(2**i for i in range(2, 11))]
     for row in plan["rows"]:
         assert row["peak_bytes"] == sum(row[f"{part}_bytes"] for part in CATEGORIES)
-        assert row["micro_batch_size"] == split_sizes(1024, row["steps"])[0]
+        assert row["micro_batch_size"] == split_sizes(1024, row["accum_steps"])[0]
         assert row["peak_phase"] in ("forward/backward", "optimizer step")
-    fitting = [r["steps"] for r in plan["rows"] if r["peak_bytes"] <= plan["budget_bytes"]]
+    fitting = [r["accum_steps"] for r in plan["rows"] if r["peak_bytes"] <= plan["budget_bytes"]]
     assert plan["chosen_steps"] == min(fitting) == 3
-    assert plan["knee_steps"] in [row["steps"] for row in plan["rows"]]
+    assert plan["knee_steps"] in [row["accum_steps"] for row in plan["rows"]]
     assert all(a["saved_bytes"] > 0 for a in plan["advice"])
     chosen = plan["chosen_steps"]
     assert f"N = {chosen} is the smallest that fits the budget of" in ended.plain
@@ -138,7 +138,7 @@ def test_a_plan_is_printed_written_and_recorded(program: Program) -> None:
     assert run.tags["plan.chosen_steps"] == str(chosen)
     recorded = MlflowClient(program.uri).get_metric_history(run.run_id, "plan/peak_bytes")
     by_steps = {metric.step: metric.value for metric in recorded}
-    assert by_steps == {row["steps"]: row["peak_bytes"] for row in plan["rows"]}
+    assert by_steps == {row["accum_steps"]: row["peak_bytes"] for row in plan["rows"]}
 
 
 @pytest.mark.parametrize(

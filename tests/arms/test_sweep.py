@@ -15,7 +15,7 @@ from gaccum_exp.tracking.records import RunRecord
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
 
 CONTRACT = (
-    "run_id,role,steps,micro_batch_size,global_batch_size,reduction,train_loss,eval_loss,eval_accuracy,"
+    "run_id,role,accum_steps,micro_batch_size,global_batch_size,reduction,train_loss,eval_loss,eval_accuracy,"
     "max_loss_gap,weight_distance,peak_bytes,peak_ratio,step_s,step_ratio"
 )
 LAUNCHERS = {
@@ -52,7 +52,7 @@ def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
     header = (program.sweep_folder / "comparison.csv").read_text().splitlines()[0]
     assert header.startswith(CONTRACT + ",")
     rows = table(program.sweep_folder)
-    assert [(row["role"], row["steps"], row["micro_batch_size"]) for row in rows] == [
+    assert [(row["role"], row["accum_steps"], row["micro_batch_size"]) for row in rows] == [
         ("reference", "1", "256"), ("candidate", "2", "128"), ("candidate", "4", "64"),
     ]  # fmt: skip
     assert all(row[column] for row in rows for column in CONTRACT.split(","))
@@ -92,7 +92,7 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launche
     assert ended.status == 1, ended.err
     assert "Traceback" not in ended.err
     rows = table(tmp_path / "multirun")
-    finished = [(row["steps"], row["role"]) for row in rows if row["status"] == "FINISHED"]
+    finished = [(row["accum_steps"], row["role"]) for row in rows if row["status"] == "FINISHED"]
     assert finished == [("1", "reference"), ("2", "candidate")]
     assert [row["failure"] for row in rows if row["status"] == "FAILED"] == [
         "accum.steps=0: must be at least 1"
@@ -126,7 +126,7 @@ def test_sweeps_begun_at_the_same_time_do_not_mix(tmp_path: Path, empty_store: P
     ended = [Ended(process.returncode, *said) for process, said in zip(pair, streams, strict=True)]
     assert [e.status for e in ended] == [0, 0], [e.err for e in ended]
     folders = [path for path in (tmp_path / "multirun").iterdir() if path.is_dir()]
-    compared = sorted([row["steps"] for row in table(folder)] for folder in folders)
+    compared = sorted([row["accum_steps"] for row in table(folder)] for folder in folders)
     assert compared == [["1", "2"], ["1", "4"]]
 
 
@@ -173,7 +173,7 @@ def test_where_nothing_ran_in_one_pass_the_largest_micro_batch_stands_in(program
     """And table and note say so."""
     ended = program.tiny("-m", "accum.steps=2,4,8")
     rows = table(program.sweep_folder)
-    assert [(row["steps"], row["role"]) for row in rows] == [
+    assert [(row["accum_steps"], row["role"]) for row in rows] == [
         ("2", "stand-in"), ("4", "candidate"), ("8", "candidate"),
     ]  # fmt: skip
     assert "stands in for the one-pass reference" in " ".join(ended.out.split())

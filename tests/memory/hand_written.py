@@ -19,13 +19,13 @@ def hand_written_peak(
 ) -> int:
     """Return the tracked peak of one window of a hand-written loop, in bytes."""
     tracker = StorageTracker(CPU)
-    tracker.file([*model.parameters(), *model.buffers()], PARAMETERS)
+    tracker.assign([*model.parameters(), *model.buffers()], PARAMETERS)
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-    tracker.file(state, OPTIMIZER_STATE)
-    tracker.file((p.grad for p in model.parameters() if p.grad is not None), GRADIENTS)
+    tracker.assign(state, OPTIMIZER_STATE)
+    tracker.assign((p.grad for p in model.parameters() if p.grad is not None), GRADIENTS)
     with tracker:
         optimizer.zero_grad()
-        tracker.begin()
+        tracker.reset_peak()
         for inputs, targets in micro_batches:
             one_pass(model, inputs.clone(), targets.clone(), samples, tracker)
         optimizer.step()
@@ -36,5 +36,5 @@ def one_pass(
     model: nn.Module, inputs: Tensor, targets: Tensor, samples: int, tracker: StorageTracker
 ) -> None:
     """Forward and backward of one micro-batch, nothing of which is left at the end."""
-    tracker.file([inputs, targets], INPUTS)
+    tracker.assign([inputs, targets], INPUTS)
     (F.cross_entropy(model(inputs), targets, reduction="sum") / samples).backward()

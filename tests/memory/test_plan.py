@@ -20,7 +20,7 @@ from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory import fake
 from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, settle
-from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TrackedWindow
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, Peak, TensorMeter
 from gaccum_exp.memory.plan import FLAT, MemoryPlan, knee, size
 from gaccum_exp.memory.planner import Planner
 from gaccum_exp.memory.storages import CATEGORIES
@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "fused adamw": lambda p: torch.optim.AdamW(p, fused=True),
 }
-Made = tuple[nn.Module, torch.optim.Optimizer]
+Pair = tuple[nn.Module, torch.optim.Optimizer]
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def images(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 3, 32, 32, generator=generator), labels
 
 
-def a_cnn(optimizer: str = "sgd") -> Made:
+def a_cnn(optimizer: str = "sgd") -> Pair:
     torch.manual_seed(0)
     model = CNN(input_shape=(3, 32, 32), num_classes=10)
     return model, OPTIMIZERS[optimizer](model.parameters())
@@ -55,7 +55,7 @@ def measured(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, ste
     window = list(zip(*(t.split(sizes) for t in batch), strict=True))
     for _ in range(2):
         optimizer.zero_grad()
-        tracked = TrackedWindow(model, optimizer, CPU)
+        tracked = TensorMeter(model, optimizer, CPU)
         with tracked:
             with tracked.phase(FORWARD_BACKWARD):
                 loss_fn = tracked.loss_fn(CRITERION)
@@ -76,9 +76,9 @@ def test_the_predicted_peak_is_the_measured_one(optimizer: str) -> None:
     model, made = a_cnn(optimizer)
     batch = images(37)
     plan = plan_memory(model, nn.CrossEntropyLoss(), batch, made)
-    assert [row.steps for row in plan.rows] == [1, 2, 4, 8, 16, 32, 37]
+    assert [row.accum_steps for row in plan.rows] == [1, 2, 4, 8, 16, 32, 37]
     for row in plan.rows:
-        real = measured(model, made, batch, row.steps)
+        real = measured(model, made, batch, row.accum_steps)
         assert row.peak.bytes == pytest.approx(real.bytes, rel=0.01)
         assert row.peak.phase == real.phase
         for part in CATEGORIES:
@@ -186,7 +186,7 @@ def test_the_chosen_n_is_the_smallest_that_fits(
 ) -> None:
     """As trying every N finds it; and it is found without trying every N."""
     source = Synthetic(fixed, per_sample, step)
-    planner = Planner(source, samples, even=even)  # type: ignore[arg-type]
+    planner = Planner(source, samples, equal_parts=even)  # type: ignore[arg-type]
     plan = planner.plan("cpu", budget)
     tried = len(source.asked)
 
@@ -196,8 +196,8 @@ def test_the_chosen_n_is_the_smallest_that_fits(
     every = [n for n in range(1, samples + 1) if samples % n == 0 or not even]
     assert plan.chosen_steps == next((n for n in every if fits(n)), None)
     assert tried <= (len(planner.ladder()) + 10)
-    assert len({row.steps for row in plan.rows}) == len(plan.rows)
-    peaks = {row.steps: row.peak.bytes for row in plan.rows}
+    assert len({row.accum_steps for row in plan.rows}) == len(plan.rows)
+    peaks = {row.accum_steps: row.peak.bytes for row in plan.rows}
     assert all(peaks[n] > (1 + FLAT) * min(peaks.values()) for n in peaks if n < plan.knee_steps)
     assert peaks[plan.knee_steps] <= (1 + FLAT) * min(peaks.values())
 
@@ -257,7 +257,7 @@ def test_a_model_that_depends_on_values_is_extrapolated_and_it_is_said() -> None
     assert "Extrapolated, not predicted: measured on micro-batches of 4 and 8 samples" in said
     assert "This model's step depends on values (aten._local_scalar_dense.default)" in said
     for row in plan.rows:
-        real = measured(model, optimizer, images(64), row.steps)
+        real = measured(model, optimizer, images(64), row.accum_steps)
         assert row.peak.bytes == pytest.approx(real.bytes, rel=0.05)
 
 
@@ -294,7 +294,7 @@ def test_an_n_that_the_model_refuses_is_left_out_and_said() -> None:
     layers = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
     model = nn.Sequential(nn.Flatten(), *layers)
     plan = plan_memory(model, nn.CrossEntropyLoss(), images(8), torch.optim.SGD, budget_bytes=1)
-    assert [row.steps for row in plan.rows] == [1, 2, 4]
+    assert [row.accum_steps for row in plan.rows] == [1, 2, 4]
     assert any("N = 8 is left out" in note and "more than 1 value" in note for note in plan.notes)
     assert plan.chosen_steps is None
     assert "No N fits the budget of 1 B" in str(plan)
@@ -411,7 +411,7 @@ def test_an_n_whose_last_micro_batch_is_refused_is_left_out() -> None:
     layers = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
     model = nn.Sequential(nn.Flatten(), *layers)
     plan = plan_memory(model, nn.CrossEntropyLoss(), images(6), torch.optim.SGD)
-    assert [row.steps for row in plan.rows] == [1, 2]
+    assert [row.accum_steps for row in plan.rows] == [1, 2]
     assert any("N = 4 is left out, with micro-batches of 2 and 1:" in note for note in plan.notes)
 
 
@@ -431,7 +431,7 @@ def test_an_n_that_the_model_refuses_in_its_own_way_is_left_out_too() -> None:
     """Twelve samples in eight micro-batches are odd numbers of them."""
     batch = torch.randn(12, 3), torch.zeros(12, dtype=torch.int64)
     plan = plan_memory(Pairs(), nn.CrossEntropyLoss(), batch, torch.optim.SGD)
-    assert [row.steps for row in plan.rows] == [1, 2]
+    assert [row.accum_steps for row in plan.rows] == [1, 2]
     assert "N = 4 is left out, with micro-batches of 3: shape '[-1, 2, 10]' is invalid" in str(plan)
 
 

@@ -65,8 +65,8 @@ def test_the_total_is_that_of_torchs_own_tracker(name: str) -> None:
     (peak,) = (s["Total"] for d, s in theirs.get_tracker_snapshot("peak").items() if d.type == "cpu")
 
     ours = StorageTracker(CPU)
-    ours.file([*model.parameters(), *model.buffers()], PARAMETERS)
-    ours.file((t for s in optimizer.state.values() for t in s.values()), "optimizer_state")
+    ours.assign([*model.parameters(), *model.buffers()], PARAMETERS)
+    ours.assign((t for s in optimizer.state.values() for t in s.values()), "optimizer_state")
     with ours:
         one_step(model, inputs, optimizer)
     assert ours.peak == peak
@@ -77,12 +77,12 @@ def test_bytes_are_filed_under_what_they_are_for() -> None:
     """A linear layer's, counted by hand, at the peak of its forward and backward pass."""
     weight = torch.randn(20, 10, requires_grad=True)
     tracker = StorageTracker(CPU)
-    tracker.file([weight], PARAMETERS)
-    tracker.file([torch.zeros(3)], INPUTS)  # dies at once
-    weight.register_post_accumulate_grad_hook(lambda p: tracker.file([p.grad], GRADIENTS))  # type: ignore[list-item]
+    tracker.assign([weight], PARAMETERS)
+    tracker.assign([torch.zeros(3)], INPUTS)  # dies at once
+    weight.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], GRADIENTS))  # type: ignore[list-item]
     with tracker:
         inputs = torch.ones(5, 10)
-        tracker.file([inputs], INPUTS)
+        tracker.assign([inputs], INPUTS)
         outputs = inputs @ weight.T  # (5, 20)
         assert tracker.held == dict.fromkeys(CATEGORIES, 0) | {
             PARAMETERS: 800, INPUTS: 200, ACTIVATIONS: 400,
@@ -158,12 +158,12 @@ def test_sparse_gradients_are_counted() -> None:
     """Those of an embedding: indices and rows, not the whole table."""
     table = nn.Embedding(1000, 10, sparse=True)
     tracker = StorageTracker(CPU)
-    tracker.file(table.parameters(), PARAMETERS)
+    tracker.assign(table.parameters(), PARAMETERS)
     with tracker:
         table(torch.tensor([1, 2, 3])).sum().backward()
         gradient = table.weight.grad
         assert gradient is not None
-        tracker.file([gradient], GRADIENTS)
+        tracker.assign([gradient], GRADIENTS)
     assert 3 * 10 * 4 <= tracker.held[GRADIENTS] <= 3 * (10 * 4 + 8) + 100
 
 

@@ -12,7 +12,7 @@ from torchvision.models import get_model
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
 from gaccum_exp.core.accumulate import accumulate_gradients
 from gaccum_exp.core.losses.criterion import CriterionLoss
-from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TrackedWindow
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS, INPUTS
 from gaccum_exp.models.cnn import CNN
 from tests.memory.hand_written import CPU, hand_written_peak
@@ -49,7 +49,7 @@ def our_peak(
 ) -> tuple[int, dict[str, int]]:
     """Return the tracked peak of a window in bytes, and its parts."""
     loss = loss or CriterionLoss(nn.CrossEntropyLoss(), reduction)
-    tracked = TrackedWindow(model, optimizer, CPU)
+    tracked = TensorMeter(model, optimizer, CPU)
     optimizer.zero_grad()
     with tracked:
         with tracked.phase(FORWARD_BACKWARD):
@@ -85,7 +85,7 @@ def test_a_second_witness_saw_the_same_peak(name: str, count: int) -> None:
         our_peak(model, optimizer, window, loss=loss)
         tracked = our_peak(model, optimizer, window, loss=loss)[0]
         optimizer.zero_grad()
-        before = TrackedWindow(model, optimizer, CPU)
+        before = TensorMeter(model, optimizer, CPU)
         followed = before.loss_fn(loss)  # copies its micro-batches, and is followed by nobody
 
         def step() -> None:
@@ -134,7 +134,7 @@ def test_nothing_of_a_micro_batch_is_there_when_the_next_begins(
 ) -> None:
     """Neither its graph, its copy on the device nor its outputs."""
     model, made = model_and_optimizer("sgd")
-    tracked = TrackedWindow(model, made, CPU)
+    tracked = TensorMeter(model, made, CPU)
     held: list[dict[str, int]] = []
     criterion = CriterionLoss(nn.CrossEntropyLoss(), reduction)
 
@@ -164,7 +164,7 @@ def test_a_training_step_holds_no_more_than_the_window_alone() -> None:
     window = next(experiment.windows_from(0))
     step_at(experiment, window, 0)
     by_hand = hand_written_peak(experiment.model, experiment.optimizer, window, 64)
-    tracked = TrackedWindow(experiment.modules, experiment.optimizer, CPU)
+    tracked = TensorMeter(experiment.modules, experiment.optimizer, CPU)
     watched = replace(experiment, loss_fn=tracked.loss_fn(experiment.loss_fn))
     with tracked:
         step_at(watched, window, 1, tracked.phase)

@@ -117,7 +117,7 @@ def make_control(reference: RunRecord, seed: int, gap: float, **changes: Any) ->
         "name": f"{reference.name} · control {seed}",
         "params": {**reference.params, "audit.control_seed": str(seed)},
         "tags": {**reference.tags, "role": "control", "control_of": reference.name},
-        "curves": {"train/loss": Curve(curve.steps, values)},
+        "curves": {"train/loss": Curve(curve.global_steps, values)},
     }
     return replace(reference, **(told | changes))
 

@@ -14,13 +14,12 @@ from matplotlib.legend import Legend
 from rich.console import Console
 
 from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
-from gaccum_exp.report.compare.gaps import loss_gaps
-from gaccum_exp.report.compare.pairing import shared_config
-from gaccum_exp.report.figures.crowd import MOST_CURVES, crowd_of, groups_of, is_crowded
+from gaccum_exp.report.figures.curve_rows import curve_range
 from gaccum_exp.report.figures.draw import FIGURES
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
-from gaccum_exp.report.figures.panels import panels_of, spread, thinned
-from gaccum_exp.report.text.condensed import MOST_ROWS, condense
+from gaccum_exp.report.figures.panels import groups_of, is_crowded, panels_of, thinned
+from gaccum_exp.report.many_arms import MOST_ARMS, spread
+from gaccum_exp.report.text.fewer_lines import lines_of
 from gaccum_exp.report.text.table import render
 from gaccum_exp.tracking.records import Curve, RunRecord
 
@@ -46,27 +45,27 @@ def printed(comparison: Comparison) -> str:
 
 def test_few_arms_have_a_line_each(arm: Arm) -> None:
     """Nothing is summed up and nothing is said."""
-    rows = compare(of_seeds(arm, MOST_ROWS // 4)).rows
-    condensed = condense(rows)
+    rows = compare(of_seeds(arm, MOST_ARMS // 4)).rows
+    condensed = lines_of(rows)
     assert list(condensed.rows) == list(rows)
-    assert (condensed.counts, condensed.said) == ({}, "")
+    assert (condensed.counts, condensed.note) == ({}, "")
 
 
 def test_arms_that_differ_in_the_seed_share_a_line(arm: Arm) -> None:
     """Medians of losses and times, the largest gap and peak; one line for each N."""
     rows = compare(of_seeds(arm)).rows
-    condensed = condense(rows)
-    assert [row.steps for row in condensed.rows] == [1, 2, 4, 8]
+    condensed = lines_of(rows)
+    assert [row.accum_steps for row in condensed.rows] == [1, 2, 4, 8]
     assert [condensed.counts[row.run_id] for row in condensed.rows] == [50] * 4
     assert [row.is_reference for row in condensed.rows] == [True, False, False, False]
     for line in condensed.rows:
-        alike = [row for row in rows if row.steps == line.steps]
+        alike = [row for row in rows if row.accum_steps == line.accum_steps]
         for name in ("train_loss", "eval_loss", "step_s"):
             assert getattr(line, name) == statistics.median(getattr(row, name) for row in alike)
         assert line.peak_bytes == max(row.peak_bytes or 0 for row in alike)
         gaps = [row.max_loss_gap for row in alike if row.max_loss_gap is not None]
         assert line.max_loss_gap == max(gaps, default=None)
-    assert "200 arms on 4 lines" in condensed.said
+    assert "200 arms on 4 lines" in condensed.note
 
 
 def test_what_stands_out_among_repetitions_is_what_their_line_shows(
@@ -78,9 +77,9 @@ def test_what_stands_out_among_repetitions_is_what_their_line_shows(
     runs[at[17, 4]] = audited(runs[at[17, 4]], "biased", cause="BatchNorm")
     runs[at[30, 2]] = dataclasses.replace(runs[at[30, 2]], status="FAILED")
     curve = runs[at[31, 8]].curves["train/loss"]
-    lost = Curve(curve.steps, (*curve.values[:-1], math.nan))
+    lost = Curve(curve.global_steps, (*curve.values[:-1], math.nan))
     runs[at[31, 8]] = dataclasses.replace(runs[at[31, 8]], curves={"train/loss": lost})
-    lines = {row.steps: row for row in condense(compare(runs).rows).rows}
+    lines = {row.accum_steps: row for row in lines_of(compare(runs).rows).rows}
     assert (lines[4].verdict, lines[4].cause) == ("biased", "BatchNorm")
     assert lines[2].status == "FAILED"
     gap = lines[8].max_loss_gap
@@ -94,14 +93,14 @@ def test_of_too_many_n_the_reference_and_what_stands_out_are_kept(
     """And it is said how many are not shown."""
     runs = [audited(run, "equivalent") for run in of_splits(arm)]
     runs[149] = audited(runs[149], "biased", cause="BatchNorm")
-    condensed = condense(compare(runs).rows)
-    shown = [row.steps for row in condensed.rows]
-    assert len(shown) == MOST_ROWS
+    condensed = lines_of(compare(runs).rows)
+    shown = [row.accum_steps for row in condensed.rows]
+    assert len(shown) == MOST_ARMS
     assert {1, 150} <= set(shown)
     assert shown == sorted(shown, key=lambda n: n or 0)
-    assert f"{200 - MOST_ROWS} of 200 arms are left out" in condensed.said
-    by_gap = sorted((row.max_loss_gap or 0, row.steps) for row in compare(runs).rows)
-    assert {steps for _, steps in by_gap[-40:]} <= set(shown)
+    assert f"{200 - MOST_ARMS} of 200 arms are left out" in condensed.note
+    by_gap = sorted((row.max_loss_gap or 0, row.accum_steps) for row in compare(runs).rows)
+    assert {steps for _, steps in by_gap[-MOST_ARMS + 8 :]} <= set(shown)
 
 
 def test_many_arms_make_a_table_that_fits_a_terminal_and_a_csv_that_has_them_all(
@@ -112,7 +111,7 @@ def test_many_arms_make_a_table_that_fits_a_terminal_and_a_csv_that_has_them_all
         comparison = compare(runs)
         lines = printed(comparison).splitlines()
         assert max(map(len, lines)) <= 80
-        assert len(lines) < MOST_ROWS + 30
+        assert len(lines) < MOST_ARMS + 30
         with write_csv(comparison, tmp_path / "comparison.csv").open() as file:
             assert len(list(csv.DictReader(file))) == 200
     assert " 50 " in printed(compare(of_seeds(arm)))
@@ -125,8 +124,8 @@ def test_a_crowd_is_its_median_and_range_where_there_are_values() -> None:
         (np.array([1, 2, 3]), np.array([3.0, math.inf, math.nan])),
         (np.array([1, 2, 4]), np.array([8.0, -math.inf, 2.0])),
     ]
-    crowd = crowd_of(curves)
-    assert crowd.steps.tolist() == [1, 2, 3, 4]
+    crowd = curve_range(curves)
+    assert crowd.global_steps.tolist() == [1, 2, 3, 4]
     np.testing.assert_array_equal(crowd.low, [1, 5, math.nan, 2])
     np.testing.assert_array_equal(crowd.median, [3, 5, math.nan, 2])
     np.testing.assert_array_equal(crowd.high, [8, 5, math.nan, 2])
@@ -136,15 +135,15 @@ def test_a_crowds_median_is_the_plain_one() -> None:
     """Of an even and of an odd number of curves."""
     steps, values = np.arange(1, 30), np.random.default_rng(0).normal(size=(6, 29))
     for count in (5, 6):
-        crowd = crowd_of([(steps, line) for line in values[:count]])
+        crowd = curve_range([(steps, line) for line in values[:count]])
         np.testing.assert_allclose(crowd.median, np.median(values[:count], axis=0), rtol=1e-15)
 
 
 def test_neighbouring_n_share_a_style_where_there_are_too_many(arm: Arm) -> None:
     """Every N is in one group, the least one alone."""
-    few, many = panels_of(compare(of_splits(arm, MOST_CURVES))), panels_of(compare(of_splits(arm)))
+    few, many = panels_of(compare(of_splits(arm, MOST_ARMS))), panels_of(compare(of_splits(arm)))
     assert not is_crowded(few)
-    assert groups_of(few) == [(n,) for n in range(1, MOST_CURVES + 1)]
+    assert groups_of(few) == [(n,) for n in range(1, MOST_ARMS + 1)]
     assert is_crowded(many)
     groups = groups_of(many)
     assert groups[0] == (1,)
@@ -182,10 +181,10 @@ def test_of_many_bars_some_are_drawn_the_references_among_them(arm: Arm) -> None
     """And it is said how many."""
     (panel,) = panels_of(compare(of_splits(arm)))
     (thinner,), (said,) = thinned([panel], 48)
-    assert 1 in thinner.steps
-    assert 200 in thinner.steps
-    assert len(thinner.steps) <= 48
-    assert said == f"Of 200 N, {len(thinner.steps)} are drawn; comparison.csv has all of them."
+    assert 1 in thinner.by_n
+    assert 200 in thinner.by_n
+    assert len(thinner.by_n) <= 48
+    assert said == f"Of 200 N, {len(thinner.by_n)} are drawn; comparison.csv has all of them."
     assert thinned([panel], 200) == ([panel], ())
 
 
@@ -198,27 +197,3 @@ def test_n_are_spread_by_ratio(most: int) -> None:
         assert (chosen[0], chosen[-1]) == (every[0], every[-1])
         assert chosen == sorted(set(chosen))
         assert set(chosen) <= set(every)
-
-
-def test_gaps_are_those_of_the_shared_steps(arm: Arm) -> None:
-    """Whatever the order; of a step that was recorded twice the last value counts."""
-    ours = Curve((1, 2, 2, 5, 7), (1.0, 9.0, 2.0, 3.0, 4.0))
-    theirs = Curve((2, 3, 5, 8), (2.5, 0.0, 3.25, 1.0))
-    one, other = (dataclasses.replace(arm(2), curves={"train/loss": c}) for c in (ours, theirs))
-    steps, gaps = loss_gaps(one, other)
-    assert steps.tolist() == [2, 5]
-    assert gaps.tolist() == [0.5, 0.25]
-    empty = dataclasses.replace(one, curves={})
-    assert [part.size for part in loss_gaps(one, empty)] == [0, 0]
-
-
-def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
-    """Neither the reduction, which another mean's reference may differ in, nor what cannot be quoted."""
-    runs = [
-        arm(n, reduction=r, params={"data.name": "it's", "model.depth": "3", "optimizer.lr": rate})
-        for n, r, rate in ((2, "mean", "0.1"), (4, "sum", "0.2"))
-    ]
-    asked = shared_config(runs)
-    assert asked["seed"] == "0"
-    assert asked["model.depth"] == "3"
-    assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()

@@ -127,10 +127,10 @@ def test_metrics_come_every_step_at_evaluations_and_once_per_run(program: Progra
     program.tiny("train.eval_every_steps=3", "train.steps=7", "accum.steps=2", "scheduler=cosine")
     (run,) = program.arms()
     for key in EVERY_STEP:
-        assert run.curves[key].steps == (1, 2, 3, 4, 5, 6, 7)
+        assert run.curves[key].global_steps == (1, 2, 3, 4, 5, 6, 7)
     assert run.curves["optim/lr"].values[0] > run.curves["optim/lr"].values[-1] > 0
     for key in ("eval/loss", "eval/accuracy"):
-        assert run.curves[key].steps == (3, 6, 7)
+        assert run.curves[key].global_steps == (3, 6, 7)
     once = {"memory/predicted_peak_bytes", "memory/resident_set_bytes", "memory/peak_bytes"}
     once |= {"memory/tracked_peak_bytes", "time/step_s", "throughput/samples_per_s"}
     parts = ("parameters", "gradients", "optimizer_state", "activations", "temporaries", "inputs")
@@ -216,7 +216,7 @@ def test_a_long_history_reads_back_whole_and_in_order(program: Program) -> None:
     sink.send(points(1000))
     sink.close("FINISHED")
     (run,) = store.sweep("a")
-    assert run.curves["train/loss"].steps == tuple(range(1, 2301))
+    assert run.curves["train/loss"].global_steps == tuple(range(1, 2301))
     assert run.curves["train/loss"].values == tuple(k / 7 for k in range(1, 2301))
 
 
@@ -336,8 +336,8 @@ def test_curves_read_from_the_file_are_those_that_mlflow_gives(
     history = MlflowClient(store.uri).get_metric_history(run.run_id, "train/loss")
     given = sorted((metric.step, metric.value) for metric in history)
     curve = run.curves["train/loss"]
-    assert repr(list(zip(curve.steps, curve.values, strict=True))) == repr(given)
-    assert curve.steps == (1, 2, 3, 4, 5, 6, 6)
+    assert repr(list(zip(curve.global_steps, curve.values, strict=True))) == repr(given)
+    assert curve.global_steps == (1, 2, 3, 4, 5, 6, 6)
     assert math.isnan(curve.values[1])
 
 

@@ -13,7 +13,7 @@ from gaccum_exp.config.schema import RuntimeConfig
 from gaccum_exp.core.gradient import distance
 from gaccum_exp.core.reductions import GLOBAL_MEAN
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.report.compare.envelope import envelope_of, stand
+from gaccum_exp.report.compare.rounding_envelope import envelope_of, stand
 from gaccum_exp.tracking.records import Curve, RunRecord
 from gaccum_exp.train.build import build
 from gaccum_exp.train.evaluation import evaluate

@@ -382,13 +382,13 @@ def test_a_sweep_over_seeds_and_n_ends_as_the_ordinary_one(program: Program) -> 
         said, as_before = (set(one.tags["overrides"].split()) for one in (run, other))
         assert said == as_before | {VECTORIZED}
         for metric in CURVES:
-            assert run.curves[metric].steps == other.curves[metric].steps
+            assert run.curves[metric].global_steps == other.curves[metric].global_steps
             assert run.curves[metric].values == pytest.approx(other.curves[metric].values, rel=1e-12)
         assert not {"time/step_s", "memory/peak_bytes"} & run.metrics.keys()
     for row, as_before in zip(rows(program.sweep_folder), table, strict=True):
         assert not any(row[column] for column in MEASURED)
-        assert [row[k] for k in ("role", "steps", "differs", "verdict", "status")] == [
-            as_before[k] for k in ("role", "steps", "differs", "verdict", "status")
+        assert [row[k] for k in ("role", "accum_steps", "differs", "verdict", "status")] == [
+            as_before[k] for k in ("role", "accum_steps", "differs", "verdict", "status")
         ]
         assert float(row["train_loss"]) == pytest.approx(float(as_before["train_loss"]), rel=1e-12)
         assert float(row["weight_distance"]) < 1e-12
@@ -452,7 +452,7 @@ def test_a_failing_seed_is_recorded_as_it_would_be_alone(program: Program) -> No
         assert run.tags["vectorized"] == "3 seeds"
         assert run.status == expected[name].status
         assert run.tags.get("failure") == expected[name].tags.get("failure")
-        assert run.curves["train/loss"].steps == expected[name].curves["train/loss"].steps
+        assert run.curves["train/loss"].global_steps == expected[name].curves["train/loss"].global_steps
 
 
 def test_bad_input_is_refused_seed_by_seed(program: Program) -> None:
@@ -515,6 +515,6 @@ def test_arms_of_seeds_run_side_by_side_under_joblib(tmp_path: Path) -> None:
     ended = in_a_process(tmp_path, *arguments)
     assert ended.status == 0, ended.err
     (folder,) = (tmp_path / "multirun").iterdir()
-    found = [(row["steps"], row["differs"], row["status"]) for row in rows(folder)]
+    found = [(row["accum_steps"], row["differs"], row["status"]) for row in rows(folder)]
     assert found == [(steps, f"seed={seed}", "FINISHED") for seed in ("0", "1") for steps in ("1", "2")]
     assert not any(row["step_s"] for row in rows(folder))

@@ -1,7 +1,7 @@
-"""The comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
+"""Draw a comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
 
-To be imported when something is drawn: matplotlib takes a third of a second, for which nobody should
-wait who begins to train.
+To be imported when something is drawn: matplotlib takes a third of a second, which no training waits
+for.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from gaccum_exp.memory.plan import MemoryPlan
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.figures.costs import draw_memory, draw_step_time
+from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
 from gaccum_exp.report.figures.frontier import draw_frontier, draw_plan
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.tracking.records import RunRecord
@@ -43,7 +43,7 @@ def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> lis
         runs: the arms of the sweep, as given to `compare`.
         folder: made if it does not exist; older figures in it are replaced.
     """
-    if all(row.steps is None for row in comparison.rows):
+    if all(row.accum_steps is None for row in comparison.rows):
         return []
     records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
     paths: list[Path] = []

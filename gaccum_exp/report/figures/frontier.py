@@ -1,51 +1,32 @@
-"""What N buys and what it costs: peak memory, measured and predicted, and step time, against N.
+"""Draw what N buys and what it costs: peak memory, measured and predicted, and step time, against N.
 
 The same axes show a plan, which has predictions alone, and a budget to be kept.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gaccum_exp.memory.plan import MemoryPlan, knee, size
+from gaccum_exp.memory.plan import MemoryPlan, size
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.row import ComparisonRow
-from gaccum_exp.report.figures.costs import CATEGORIES
-from gaccum_exp.report.figures.panels import MOST_PANELS, panels_of, spread, subject
+from gaccum_exp.report.figures.cost_bars import LOOKS
+from gaccum_exp.report.figures.cost_rows import CostCurve, frontier_rows, plan_rows
+from gaccum_exp.report.figures.panels import subject
+from gaccum_exp.report.many_arms import MOST_ARMS, spread
 from gaccum_exp.report.text.wording import byte_unit, time_unit
 from gaccum_exp.tracking.records import RunRecord
 
 _COLORS = ("#22577a", "#d1495b", "#2e8b57", "#8a5a9e", "#b07d2b", "#4d4d4d")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TICK_RATIO = 1.4
-_MOST_MARKERS = 48
 _N = "N, micro-batches per window"
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One setting's numbers by N."""
-
-    label: str
-    measured_bytes: Mapping[int, float]
-    predicted_bytes: Mapping[int, float]
-    step_s: Mapping[int, float]
-
-    @property
-    def knee(self) -> int | None:
-        """The N past which nothing shrinks, by what was measured, else by what was predicted."""
-        peaks = self.measured_bytes or self.predicted_bytes
-        return knee(peaks) if len(peaks) > 1 else None
 
 
 def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure | None:
     """Draw memory and time against N, a curve for each setting; None where no peak was predicted."""
-    panels = [panel for panel in panels_of(comparison) if len(panel.steps) > 1][:MOST_PANELS]
-    curves = [_curve(panel.title, panel.rows) for panel in panels]
+    curves = frontier_rows(comparison)
     if not any(curve.predicted_bytes for curve in curves):
         return None
     source = next((row.memory_source for row in comparison.shown if row.memory_source), "tracker")
@@ -64,8 +45,7 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
 def draw_plan(plan: MemoryPlan) -> Figure:
     """Draw a plan: the predicted peak against N, its knee and the budget."""
     how = "extrapolated" if plan.extrapolated_from else "predicted"
-    peaks = {row.steps: float(row.peak.bytes) for row in plan.rows}
-    curve = Curve("", {}, peaks, {})
+    curve = plan_rows(plan)
     figure = Figure(figsize=(7.5, 6.8), layout="constrained")
     axes, shares = figure.subplots(2, 1, height_ratios=(3, 2))
     figure.suptitle(
@@ -88,7 +68,7 @@ def draw_plan(plan: MemoryPlan) -> Figure:
 
 
 def _draw_budget(axes: Axes, budget_bytes: int, unit_bytes: float) -> None:
-    """Draw the budget, or say that it is outside: room for all of it may leave none for the peaks."""
+    """Draw the budget, or say that it is outside: an axis that holds it may flatten the peaks."""
     height, (low, high) = budget_bytes / unit_bytes, axes.get_ylim()
     if low < height <= 2 * high:
         axes.set_ylim(low, max(high, 1.1 * height))
@@ -108,44 +88,20 @@ def _draw_shares(axes: Axes, plan: MemoryPlan) -> None:
     """Draw what each peak is made of."""
     places = range(len(plan.rows))
     bottom = [0.0] * len(plan.rows)
-    for name, color, hatch in CATEGORIES:
+    for name, (color, hatch) in LOOKS.items():
         heights = [row.peak.parts[name] / row.peak.bytes for row in plan.rows]
         axes.bar(
             places, heights, bottom=bottom, color=color, hatch=hatch, edgecolor="black",
             linewidth=0.5, label=name.replace("_", " "),
         )  # fmt: skip
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set_xticks(places, [str(row.steps) for row in plan.rows], fontsize=8)
+    axes.set_xticks(places, [str(row.accum_steps) for row in plan.rows], fontsize=8)
     axes.set_xlabel(_N, fontsize=9)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of the peak", fontsize=9)
 
 
-def _curve(label: str, rows: Sequence[ComparisonRow]) -> Curve:
-    measured: dict[int, list[float]] = {}
-    predicted: dict[int, list[float]] = {}
-    times: dict[int, list[float]] = {}
-    for row in rows:
-        if row.steps is None:
-            continue
-        values = (
-            (measured, row.peak_bytes),
-            (predicted, row.predicted_peak_bytes),
-            (times, row.step_s),
-        )
-        for into, value in values:
-            if value is not None:
-                into.setdefault(row.steps, []).append(value)
-    # Of repeated runs: the largest peaks, and the median of times.
-    return Curve(
-        label,
-        {steps: max(values) for steps, values in sorted(measured.items())},
-        {steps: max(values) for steps, values in sorted(predicted.items())},
-        {steps: statistics.median(values) for steps, values in sorted(times.items())},
-    )
-
-
-def _draw_memory(axes: Axes, curves: Sequence[Curve], label: str) -> float:
+def _draw_memory(axes: Axes, curves: Sequence[CostCurve], label: str) -> float:
     """Draw the peaks, a star where they stop shrinking; return the unit in bytes."""
     every = [b for c in curves for b in (*c.measured_bytes.values(), *c.predicted_bytes.values())]
     unit_bytes, unit = byte_unit(max(every, default=1))
@@ -156,13 +112,12 @@ def _draw_memory(axes: Axes, curves: Sequence[Curve], label: str) -> float:
             ("predicted", curve.predicted_bytes, {"linestyle": "--", "marker": "x", "markersize": 9}),
         ):
             if peaks:
-                told = f"{curve.label}, {kind}" if curve.label else kind
+                label_of = f"{curve.label}, {kind}" if curve.label else kind
                 heights = [b / unit_bytes for b in peaks.values()]
-                axes.plot(list(peaks), heights, color=color, label=told, **look, **_markers(peaks))
-        peaks = curve.measured_bytes or curve.predicted_bytes
-        if curve.knee is not None and curve.knee != max(peaks):
+                axes.plot(list(peaks), heights, color=color, label=label_of, **look, **_markers(peaks))
+        if curve.knee is not None and curve.knee != max(curve.peaks):
             axes.plot(
-                curve.knee, peaks[curve.knee] / unit_bytes, "*", markersize=16, color=color,
+                curve.knee, curve.peaks[curve.knee] / unit_bytes, "*", markersize=16, color=color,
                 markeredgecolor="black", label=f"shrinks no further from N = {curve.knee} on",
             )  # fmt: skip
     if max(every, default=1) > 8 * min(every, default=1):
@@ -174,7 +129,7 @@ def _draw_memory(axes: Axes, curves: Sequence[Curve], label: str) -> float:
     return unit_bytes
 
 
-def _draw_time(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw_time(axes: Axes, curves: Sequence[CostCurve]) -> None:
     times = [s for curve in curves for s in curve.step_s.values()]
     unit_s, unit = time_unit(max(times, default=1.0))
     for index, curve in enumerate(curves):
@@ -189,10 +144,10 @@ def _draw_time(axes: Axes, curves: Sequence[Curve]) -> None:
 def _markers(values: Mapping[int, float]) -> dict[str, Any]:
     """Mark every N, or as many as can be told apart."""
     every = list(values)
-    if len(every) <= _MOST_MARKERS:
+    if len(every) <= MOST_ARMS:
         return {}
-    marked = set(spread(every, _MOST_MARKERS))
-    return {"markevery": [place for place, steps in enumerate(every) if steps in marked]}
+    marked = set(spread(every, MOST_ARMS))
+    return {"markevery": [place for place, n in enumerate(every) if n in marked]}
 
 
 def _add_legend(figure: Figure, *axes: Axes) -> None:
@@ -200,12 +155,12 @@ def _add_legend(figure: Figure, *axes: Axes) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
-def _finish(axes: Axes, curves: Sequence[Curve]) -> None:
-    steps = sorted({n for curve in curves for n in (*curve.measured_bytes, *curve.predicted_bytes)})
+def _finish(axes: Axes, curves: Sequence[CostCurve]) -> None:
+    every = sorted({n for curve in curves for n in (*curve.measured_bytes, *curve.predicted_bytes)})
     axes.set_xscale("log", base=2)
     # Labels that would touch are left out.
-    labelled = [steps[0]]
-    for n in steps:
+    labelled = [every[0]]
+    for n in every:
         if n >= _TICK_RATIO * labelled[-1]:
             labelled.append(n)
     axes.set_xticks(labelled, [str(n) for n in labelled])

@@ -1,34 +1,20 @@
-"""The sheet that every figure is drawn on: a panel per setting, a legend and the notes below.
+"""Sort arms into the panels of a figure, and name them in titles and legends."""
 
-Figures are built from `matplotlib.figure.Figure` alone: no window system, no state shared with a
-caller's own plots.
-"""
-
-import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+import numpy as np
 
+from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.pairing import micro_batches_of
-from gaccum_exp.report.compare.row import ComparisonRow
-from gaccum_exp.report.text.findings import SOUND
+from gaccum_exp.report.many_arms import MOST_ARMS, by_n, by_setting, spread
+from gaccum_exp.report.text.verdict_notes import SOUND
 from gaccum_exp.report.text.wording import say_list
 from gaccum_exp.tracking.records import RunRecord
 
-MOST_PANELS = 6
 PANELS_PER_ROW = 3
-_MOST_NOTE_LINES = 10
-_NOTE_POINTS = 8
-_LEAST_WIDTH_INCHES = 7.5
-_LEGEND_ROW_INCHES, _NOTE_LINE_INCHES = 0.19, 0.145
-_LEGEND_STYLE = {"fontsize": 8, "frameon": False, "handlelength": 3.2, "columnspacing": 1.4}
-
+_MOST_GROUPS = 12
 _ROLE_WORDS = {
     "reference": "reference",
     "stand-in": "stand-in reference",
@@ -43,73 +29,63 @@ class Panel:
     title: str
     rows: tuple[ComparisonRow, ...]
 
-    @property
-    def steps(self) -> list[int]:
-        """The N of its arms, ascending."""
-        return sorted(self._by_steps)
-
-    def at(self, steps: int) -> list[ComparisonRow]:
-        """Return the arms with this N."""
-        return self._by_steps.get(steps, [])
-
     @cached_property
-    def _by_steps(self) -> dict[int, list[ComparisonRow]]:
-        found: dict[int, list[ComparisonRow]] = {}
-        for row in self.rows:
-            if row.steps is not None:
-                found.setdefault(row.steps, []).append(row)
-        return found
+    def by_n(self) -> dict[int, list[ComparisonRow]]:
+        """Its arms by N, ascending."""
+        return by_n(self.rows)
 
 
 def panels_of(comparison: Comparison) -> list[Panel]:
     """Sort arms and stored references into panels: one per setting, or per reduction if too many."""
-    rows = [row for row in comparison.shown if row.steps is not None]
-    fine = _sort(rows, [row.setting.repeated_label for row in rows])
-    if len(fine) <= MOST_PANELS:
-        return fine
-    count = Counter(setting.reduction for setting in {row.setting for row in rows})
-    return _sort(rows, [f"{row.reduction}, {count[row.reduction]} settings" for row in rows])
+    rows = [row for row in comparison.shown if row.accum_steps is not None]
+    settings = by_setting(rows, "{reduction}, {settings} settings")
+    return [Panel(title, tuple(members)) for title, members in sorted(settings.items())]
 
 
-def thinned(panels: Sequence[Panel], most: int) -> tuple[list[Panel], tuple[str, ...]]:
+def thinned(panels: Sequence[Panel], most: int = MOST_ARMS) -> tuple[list[Panel], tuple[str, ...]]:
     """Return panels that hold about so many N side by side at most, and what to say of the others.
 
     Those of references are among them, whatever they are.
     """
     each = most // max(1, min(len(panels), PANELS_PER_ROW))
-    thinner, said = [], []
+    thinner, notes = [], []
     for panel in panels:
-        every = panel.steps
+        every = list(panel.by_n)
         if len(every) > each:
             kept = set(spread(every, each))
-            kept |= {row.steps for row in panel.rows if row.is_reference and row.steps is not None}
-            said.append(f"Of {len(every)} N, {len(kept)} are drawn; comparison.csv has all of them.")
-            panel = Panel(panel.title, tuple(row for row in panel.rows if row.steps in kept))
+            kept |= {n for n, rows in panel.by_n.items() if any(row.is_reference for row in rows)}
+            notes.append(f"Of {len(every)} N, {len(kept)} are drawn; comparison.csv has all of them.")
+            panel = Panel(panel.title, tuple(row for row in panel.rows if row.accum_steps in kept))
         thinner.append(panel)
-    return thinner, tuple(dict.fromkeys(said))
+    return thinner, tuple(dict.fromkeys(notes))
 
 
-def spread(every: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of these N, ascending: the least, the greatest, and by ratio between."""
-    if len(every) <= most:
-        return list(every)
-    chosen, ratio = [every[0]], (every[-1] / every[0]) ** (1 / (most - 2))
-    for steps in every[1:-1]:
-        if steps >= ratio * chosen[-1]:
-            chosen.append(steps)
-    return [*chosen, every[-1]]
+def is_crowded(panels: Sequence[Panel]) -> bool:
+    """Whether the arms are too many for a curve each, or the N for a legend."""
+    every = {n for panel in panels for n in panel.by_n}
+    return len(every) > MOST_ARMS or any(len(panel.rows) > MOST_ARMS for panel in panels)
 
 
-def _sort(rows: Sequence[ComparisonRow], titles: Sequence[str]) -> list[Panel]:
-    sorted_rows: dict[str, list[ComparisonRow]] = {title: [] for title in sorted(titles)}
-    for row, title in zip(rows, titles, strict=True):
-        sorted_rows[title].append(row)
-    return [Panel(title, tuple(members)) for title, members in sorted_rows.items()]
+def groups_of(panels: Sequence[Panel]) -> list[tuple[int, ...]]:
+    """Return which N are drawn alike, ascending: each by itself, unless they are crowded and many.
+
+    The least N is the reference, as a rule, and stays by itself; of the others neighbours are together.
+    """
+    every = sorted({n for panel in panels for n in panel.by_n})
+    if len(every) <= _MOST_GROUPS or not is_crowded(panels):
+        return [(n,) for n in every]
+    others = np.array_split(np.array(every[1:]), _MOST_GROUPS - 1)
+    return [(every[0],), *(tuple(part.tolist()) for part in others)]
 
 
-def label_steps(group: Sequence[int], panels: Sequence[Panel]) -> str:
+def rows_of(group: Sequence[int], panels: Sequence[Panel]) -> list[ComparisonRow]:
+    """Return the arms with one of these N, over all panels."""
+    return [row for panel in panels for n in group for row in panel.by_n.get(n, [])]
+
+
+def label_of(group: Sequence[int], panels: Sequence[Panel]) -> str:
     """Say for a legend what the arms with this N, or these, are: `N = 2 (stand-in reference)`."""
-    rows = [row for panel in panels for steps in group for row in panel.at(steps)]
+    rows = rows_of(group, panels)
     said = []
     for role in dict.fromkeys(row.role for row in rows if row.is_reference):
         everywhere = all(row.role == role for row in rows)
@@ -141,72 +117,6 @@ def _named(runs: Sequence[RunRecord], *keys: str) -> str:
     found = {
         next((run.params[key].rpartition(".")[2] for key in keys if run.params.get(key)), "")
         for run in runs
-        if micro_batches_of(run)
+        if run.micro_batch_sizes
     } - {""}
     return say_list(sorted(found)) if len(found) <= 3 else f"{len(found)} kinds"
-
-
-class Sheet:
-    """A figure with a grid of panels above a strip that holds the legend and the notes.
-
-    `axes[level][i]` belongs to panel i; a panel's axes lie one above the other, and those at the
-    same level share their y scale, so that panels can be compared by eye.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        panels: Sequence[Panel],
-        level_heights: Sequence[float],
-        panel_width: float,
-        legend: Sequence[Artist],
-        notes: Sequence[str],
-    ) -> None:
-        """Lay out the sheet; widths and heights are in inches."""
-        columns = min(len(panels), PANELS_PER_ROW)
-        rows = -(-len(panels) // columns)
-        width = max(_LEAST_WIDTH_INCHES, columns * panel_width + 0.6)
-        lines = _wrap(notes, width)
-        legend_columns = _legend_columns(legend, width)
-        legend_rows = -(-len(legend) // legend_columns)
-        strip = 0.1 + _LEGEND_ROW_INCHES * (legend_rows + 0.7) + _NOTE_LINE_INCHES * len(lines)
-        main = rows * (sum(level_heights) + 0.75) + 0.4
-        self.figure = Figure(figsize=(width, main + strip), layout="constrained")
-        halves = self.figure.subfigures(2, 1, squeeze=False, height_ratios=[main, strip])
-        above, below = halves[:, 0]
-        above.suptitle("\n".join(textwrap.wrap(title, int(width * 11))), fontsize=11)
-        below.legend(handles=legend, loc="upper center", ncols=legend_columns, **_LEGEND_STYLE)
-        below.text(0.015, 0.05 / strip, "\n".join(lines), va="bottom", fontsize=_NOTE_POINTS)
-        self.axes = _grid(above, len(panels), rows, columns, level_heights)
-        for panel, axes in zip(panels, self.axes[0], strict=True):
-            axes.set_title("\n".join(textwrap.wrap(panel.title, int(panel_width * 9))), fontsize=10)
-
-
-def _grid(
-    figure: SubFigure, n_panels: int, rows: int, columns: int, level_heights: Sequence[float]
-) -> list[list[Axes]]:
-    levels = len(level_heights)
-    grid = figure.add_gridspec(rows * levels, columns, height_ratios=list(level_heights) * rows)
-    made: list[list[Axes]] = [[] for _ in range(levels)]
-    for index in range(n_panels):
-        row, column = divmod(index, columns)
-        for level in range(levels):
-            first = made[level][0] if made[level] else None
-            above = made[0][index] if level else None
-            axes = figure.add_subplot(grid[row * levels + level, column], sharey=first, sharex=above)
-            axes.tick_params(labelsize=8, labelleft=column == 0, labelbottom=level == levels - 1)
-            axes.spines[["top", "right"]].set_visible(False)
-            made[level].append(axes)
-    return made
-
-
-def _legend_columns(legend: Sequence[Artist], width: float) -> int:
-    longest = max((len(str(artist.get_label())) for artist in legend), default=1)
-    return max(1, min(len(legend), int(width / (0.5 + 0.06 * longest))))
-
-
-def _wrap(notes: Sequence[str], width: float) -> list[str]:
-    lines = [line for note in notes for line in textwrap.wrap(note, int(width * 15))]
-    if len(lines) > _MOST_NOTE_LINES:
-        return [*lines[: _MOST_NOTE_LINES - 1], "… and more: see the comparison's notes."]
-    return lines

@@ -1,49 +1,126 @@
-"""What a reader must be told beside the numbers, a sentence each.
+"""Say what the numbers alone do not: references borrowed, splits, what was not compared, failed arms.
 
 The same sentence about several settings is said once, with the settings in front.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 
-from gaccum_exp.report.compare.pairing import Group, Source, global_batch_of, micro_batches_of, steps_of
-from gaccum_exp.report.compare.swept_keys import Swept
+from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.text.wording import MOST_NUMBERS, say_numbers
+from gaccum_exp.tracking.metrics import SKIPPED_WINDOWS
 from gaccum_exp.tracking.records import RunRecord
-
-Labelled = Sequence[tuple[Group, Swept]]
 
 _MOST_SIZES_SPELT_OUT = 12
 _MOST_SPLITS_SPELT_OUT = 4
 _MOST_SETTINGS_NAMED = 3
 
 
-def reference_notes(groups: Labelled) -> tuple[str, ...]:
+def reference_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say for every group whose reference is not its own N = 1 arm what it is compared with."""
-    said = _merge(((_about_reference(group), setting) for group, setting in groups), len(groups))
-    batches = sorted({batch for group, _ in groups if group.n_multiplies and (batch := _batch(group))})
+    notes = _merged(((_about_reference(group), group) for group in groups), len(groups))
+    multiplied = (group.arms[0].global_batch_size for group in groups if group.n_multiplies)
+    batches = sorted({batch for batch in multiplied if batch})
     if batches:
-        said.append(
+        notes.append(
             f"The micro-batch is fixed, so N multiplies the global batch ({_list(batches)} "
             "samples): N = 1 is a small batch there and no reference for the other arms."
         )
-    return tuple(said)
+    return tuple(notes)
 
 
-def other_notes(groups: Labelled) -> tuple[str, ...]:
+def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
-    arms = [(group, arm, setting) for group, setting in groups for arm in group.arms]
-    said = _uneven_splits([arm for _, arm, _ in arms])
-    for sentence in (
-        *(_about_data, _about_memory_source, _about_step_time),
-        *(_about_growth, _about_chosen_steps, _about_finer_splits, _about_skipped, _about_vectorized),
-        _about_status,
-    ):
-        said += _merge(((sentence(group, arm), setting) for group, arm, setting in arms), len(groups))
-    return tuple(said)
+    arms = [(arm, group) for group in groups for arm in group.arms]
+    found = [(*note, group) for arm, group in arms for note in _about_arm(arm, group).items()]
+    # The same kind of note is said of all arms before the next kind is.
+    sentences = ((sentence, group) for _, sentence, group in sorted(found, key=itemgetter(0)))
+    return (*_uneven_splits([arm for arm, _ in arms]), *_merged(sentences, len(groups)))
 
 
-def describe_end(run: RunRecord) -> str:
+def _about_reference(group: Group) -> str | None:
+    reference = group.reference
+    ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
+    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+    if group.source is Source.STORED and reference is not None:
+        day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
+        return (
+            f"the one-pass reference is the stored run {reference.name!r} of {day} "
+            f"({reference.run_id}), because {why}."
+        )
+    if group.source is Source.OTHER_REDUCTION and reference is not None:
+        ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
+        return (
+            f"the reference is the one-pass arm of {theirs}, because {why} for {ours}; in one pass the "
+            "two are the same gradient."
+        )
+    if group.source is Source.STAND_IN and reference is not None:
+        return (
+            f"N = {reference.accum_steps}, the arm with the largest micro-batch, stands in for the "
+            f"one-pass reference, because {why} and the store holds none."
+        )
+    if group.source is Source.NONE and not group.n_multiplies:
+        return (
+            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
+            "stand in."
+        )
+    return None
+
+
+def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
+    """Return sentences about an arm by their place among all notes."""
+    said: dict[int, str] = {}
+    n, ours = f"N = {arm.accum_steps}", arm.tags
+    theirs = group.reference.tags if group.reference else {}
+
+    def differ(*tags: str) -> bool:
+        known = all(of.get(tag) is not None for of in (ours, theirs) for tag in tags)
+        return known and any(ours[tag] != theirs[tag] for tag in tags)
+
+    if differ("data_digest"):
+        said[0] = f"{n} was fed other data than its reference: their curves are no pair."
+    if differ("memory.source"):
+        said[1] = (
+            f"the peak memory of {n} is from the {ours['memory.source']}, its reference's from the "
+            f"{theirs['memory.source']}: they have no ratio."
+        )
+    if differ("device", "threads"):
+        said[2] = (
+            f"{n} ran on {_machine(ours)}, its reference on {_machine(theirs)}: their step times have "
+            "no ratio."
+        )
+    if "global_batches" in ours:
+        said[3] = (
+            f"the global batch of {n} changes with its schedule ({ours['global_batches']} samples): its "
+            "audits compare each stage with one pass over the same batch."
+        )
+    if "accum.auto" in ours:
+        said[4] = f"the choice of accum.steps=auto: {ours['accum.auto']}."
+    events = [ours[f"oom.{i}"] for i in range(1, 100) if f"oom.{i}" in ours]
+    if events:
+        more = f", and {len(events) - 1} times more" if len(events) > 1 else ""
+        said[5] = (
+            f"{n} began with N = {arm.params['accum.steps']} ({events[0]}{more}); the samples of its "
+            "windows are the same."
+        )
+    skipped = arm.metrics.get(SKIPPED_WINDOWS)
+    if skipped:
+        said[6] = (
+            f"{n} took no step on {skipped:.0f} windows, whose float16 gradient was not finite at the "
+            "loss scale of the time."
+        )
+    if "vectorized" in ours:
+        said[7] = (
+            f"{ours['vectorized']} were trained as one (sweep.vectorize=seed): what each alone takes in "
+            "memory and time was not measured."
+        )
+    if not arm.finished:
+        said[8] = f"{f'run {arm.name!r}' if arm.accum_steps is None else n} {_end_of(arm)}."
+    return said
+
+
+def _end_of(run: RunRecord) -> str:
     """Say how an unfinished run ended: `failed (out of memory)`."""
     words = {"FAILED": "failed", "KILLED": "was interrupted", "RUNNING": "is still running"}
     reason = run.tags.get("failure")
@@ -51,36 +128,9 @@ def describe_end(run: RunRecord) -> str:
     return f"{ended} ({reason})" if reason else ended
 
 
-def _about_reference(group: Group) -> str | None:
-    reference = group.reference
-    if group.source is Source.STORED and reference is not None:
-        day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
-        return (
-            f"the one-pass reference is the stored run {reference.name!r} of {day} "
-            f"({reference.run_id}), because {_why_no_reference(group)}."
-        )
-    if group.source is Source.OTHER_REDUCTION and reference is not None:
-        ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
-        return (
-            f"the reference is the one-pass arm of {theirs}, because {_why_no_reference(group)} "
-            f"for {ours}; in one pass the two are the same gradient."
-        )
-    if group.source is Source.STAND_IN and reference is not None:
-        return (
-            f"N = {steps_of(reference)}, the arm with the largest micro-batch, stands in for the "
-            f"one-pass reference, because {_why_no_reference(group)} and the store holds none."
-        )
-    if group.source is Source.NONE and not group.n_multiplies:
-        return (
-            f"nothing is compared, because {_why_no_reference(group)}, the store holds none, and "
-            "no second finished arm can stand in."
-        )
-    return None
-
-
-def _why_no_reference(group: Group) -> str:
-    ends = sorted({describe_end(arm) for arm in group.arms if steps_of(arm) == 1})
-    return f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+def _machine(tags: Mapping[str, str]) -> str:
+    threads = tags["threads"]
+    return f"{tags['device']} with {threads} thread{'' if threads == '1' else 's'}"
 
 
 def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
@@ -88,24 +138,24 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
     splits: dict[tuple[int, int], tuple[int, ...]] = {}
     weighs_unequally = False
     for arm in arms:
-        steps, total, micro = steps_of(arm), global_batch_of(arm), micro_batches_of(arm)
-        if steps is not None and total is not None and len(set(micro)) > 1:
-            splits[total, steps] = micro
+        n, total, sizes = arm.accum_steps, arm.global_batch_size, arm.micro_batch_sizes
+        if n is not None and total is not None and len(set(sizes)) > 1:
+            splits[total, n] = sizes
             weighs_unequally |= arm.params.get("accum.reduction") == "mean"
     if len(splits) <= _MOST_SPLITS_SPELT_OUT:
-        said = [
-            f"N = {steps} splits {total} samples into {_spell(micro)}."
-            for (total, steps), micro in sorted(splits.items())
+        notes = [
+            f"N = {n} splits {total} samples into {_spell(sizes)}."
+            for (total, n), sizes in sorted(splits.items())
         ]
     else:
-        said = [
+        notes = [
             f"{total} samples are split unevenly, into micro-batches that differ by one sample, "
-            f"by N = {_list(sorted(steps for batch, steps in splits if batch == total))}."
+            f"by N = {_list(sorted(n for batch, n in splits if batch == total))}."
             for total in sorted({total for total, _ in splits})
         ]
     if weighs_unequally:
-        said.append("On unequal micro-batches mean weighs the samples of the smaller ones more.")
-    return said
+        notes.append("On unequal micro-batches mean weighs the samples of the smaller ones more.")
+    return notes
 
 
 def _spell(sizes: tuple[int, ...]) -> str:
@@ -115,106 +165,12 @@ def _spell(sizes: tuple[int, ...]) -> str:
     return " and ".join(f"{count} × {size}" for size, count in counts.items())
 
 
-def _about_memory_source(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = _tags(group, arm, "memory.source")
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    return (
-        f"the peak memory of N = {steps_of(arm)} is from the {ours}, its reference's from the "
-        f"{theirs}: they have no ratio."
-    )
-
-
-def _about_chosen_steps(group: Group, arm: RunRecord) -> str | None:
-    why = arm.tags.get("accum.auto")
-    return None if why is None else f"the choice of accum.steps=auto: {why}."
-
-
-def _about_finer_splits(group: Group, arm: RunRecord) -> str | None:
-    """Say where memory ran out, and what N the arm began with."""
-    events = [arm.tags[f"oom.{i}"] for i in range(1, 100) if f"oom.{i}" in arm.tags]
-    if not events:
-        return None
-    more = f", and {len(events) - 1} times more" if len(events) > 1 else ""
-    return (
-        f"N = {steps_of(arm)} began with N = {arm.params['accum.steps']} ({events[0]}{more}); the "
-        "samples of its windows are the same."
-    )
-
-
-def _about_data(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = _tags(group, arm, "data_digest")
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    return f"N = {steps_of(arm)} was fed other data than its reference: their curves are no pair."
-
-
-def _about_step_time(group: Group, arm: RunRecord) -> str | None:
-    ours, theirs = zip(_tags(group, arm, "device"), _tags(group, arm, "threads"), strict=True)
-    if None in (*ours, *theirs) or ours == theirs:
-        return None
-    return (
-        f"N = {steps_of(arm)} ran on {_machine(ours)}, its reference on {_machine(theirs)}: "
-        "their step times have no ratio."
-    )
-
-
-def _about_growth(_: Group, arm: RunRecord) -> str | None:
-    batches = arm.tags.get("global_batches")
-    if batches is None:
-        return None
-    return (
-        f"the global batch of N = {steps_of(arm)} changes with its schedule ({batches} samples): its "
-        "audits compare each stage with one pass over the same batch."
-    )
-
-
-def _about_skipped(_: Group, arm: RunRecord) -> str | None:
-    skipped = arm.metrics.get("train/skipped_windows")
-    if not skipped:
-        return None
-    return (
-        f"N = {steps_of(arm)} took no step on {skipped:.0f} windows, whose float16 gradient was not "
-        "finite at the loss scale of the time."
-    )
-
-
-def _about_vectorized(_: Group, arm: RunRecord) -> str | None:
-    together = arm.tags.get("vectorized")
-    if together is None:
-        return None
-    return (
-        f"{together} were trained as one (sweep.vectorize=seed): what each alone takes in memory and "
-        "time was not measured."
-    )
-
-
-def _about_status(_: Group, arm: RunRecord) -> str | None:
-    steps = steps_of(arm)
-    who = f"N = {steps}" if steps is not None else f"run {arm.name!r}"
-    return None if arm.status == "FINISHED" else f"{who} {describe_end(arm)}."
-
-
-def _machine(device_and_threads: tuple[str | None, ...]) -> str:
-    device, threads = device_and_threads
-    return f"{device} with {threads} thread{'' if threads == '1' else 's'}"
-
-
-def _tags(group: Group, arm: RunRecord, tag: str) -> tuple[str | None, str | None]:
-    reference = group.reference
-    return arm.tags.get(tag), reference.tags.get(tag) if reference else None
-
-
-def _batch(group: Group) -> int | None:
-    return global_batch_of(group.arms[0])
-
-
-def _merge(said: Iterable[tuple[str | None, Swept]], n_groups: int) -> list[str]:
+def _merged(sentences: Iterable[tuple[str | None, Group]], n_groups: int) -> list[str]:
     """Say equal sentences once; settings are named only where there are several groups."""
     settings: dict[str, list[str]] = {}
-    for sentence, setting in said:
+    for sentence, group in sentences:
         if sentence is not None:
-            settings.setdefault(sentence, []).append(setting.label)
+            settings.setdefault(sentence, []).append(group.setting.label)
     return list(with_settings(settings, n_groups))
 
 

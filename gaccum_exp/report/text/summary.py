@@ -1,4 +1,4 @@
-"""The comparison in words: the verdicts, then numbers and which arm is the furthest.
+"""Sum up a comparison in sentences: the verdicts, then numbers and which arm is the furthest.
 
 Repetitions that differ in the seed alone are summed up together by their worst verdict and their largest
 values. The verdict is the audit's, on the gradient. Whether a gap between two loss curves is rounding or
@@ -6,15 +6,17 @@ a fault is said where controls show what rounding alone makes of it, and nowhere
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.row import ComparisonRow
-from gaccum_exp.report.text.findings import say_verdicts
+from gaccum_exp.report.many_arms import by_n, by_setting
+from gaccum_exp.report.text.verdict_notes import say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
 
-_MOST_LINES = 6
-
+_MOST_N_LISTED = 8
+_NO_OTHER = "There is only the reference, and no other arm to compare with it."
+_NO_REFERENCE = "No finished arm could be compared with a reference."
 _REFERENCE_NAMES = {
     "own": "the one-pass arm",
     "other reduction": "the one-pass arm",
@@ -30,25 +32,10 @@ def summary(comparison: Comparison) -> str:
     """
     if not comparison.rows:
         return "There are no runs to compare."
-    lines = _sort(comparison.rows, lambda row: row.setting.repeated_label)
-    if len(lines) == 1:
+    if len({row.setting.repeated_label for row in comparison.rows}) == 1:
         return _say_setting(comparison.rows)
-    if len(lines) > _MOST_LINES:
-        lines = _sort(comparison.rows, lambda row: f"{row.reduction}, over all settings")
-    return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in lines.items())
-
-
-_NO_OTHER = "There is only the reference, and no other arm to compare with it."
-_NO_REFERENCE = "No finished arm could be compared with a reference."
-
-
-def _sort(
-    rows: Sequence[ComparisonRow], label_of: Callable[[ComparisonRow], str]
-) -> dict[str, list[ComparisonRow]]:
-    labelled: dict[str, list[ComparisonRow]] = {}
-    for row in rows:
-        labelled.setdefault(label_of(row), []).append(row)
-    return labelled
+    settings = by_setting(comparison.rows, "{reduction}, over all settings")
+    return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in settings.items())
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:
@@ -58,7 +45,10 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
     unfinished = sum(not row.finished for row in rows)
     verdicts = say_verdicts(rows)
     if measured:
-        parts = [_lead(verdicts, _say_distance(measured)), _say_cost(measured)]
+        distance = _say_distance(measured)
+        if verdicts and distance:
+            distance = f"{verdicts}: {distance[0].lower()}{distance[1:]}"
+        parts = [distance or (verdicts and f"{verdicts}."), _say_cost(measured)]
     else:
         alone = all(row.is_reference for row in rows)
         judged = any(row.verdict for row in rows)
@@ -69,29 +59,22 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _lead(verdicts: str, distance: str) -> str:
-    """Put the verdicts in front of the sentence about the distances."""
-    if not verdicts or not distance:
-        return distance or (verdicts and f"{verdicts}.")
-    return f"{verdicts}: {distance[0].lower()}{distance[1:]}"
-
-
 def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     with_gap = [row for row in rows if row.max_loss_gap is not None]
     if not with_gap:
         return ""
-    steps = sorted({row.steps or 0 for row in with_gap})
+    every = sorted({row.accum_steps or 0 for row in with_gap})
     furthest = max(with_gap, key=lambda row: _nan_last(row.max_loss_gap))
-    who = f"N = {say_list(steps)}" if len(steps) <= 8 else f"N = {steps[0]} to {steps[-1]}"
+    who = say_list(every) if len(every) <= _MOST_N_LISTED else f"{every[0]} to {every[-1]}"
     curve = (
-        f"The train loss of {who} stays within {say_gap(furthest.max_loss_gap)} of that of "
+        f"The train loss of N = {who} stays within {say_gap(furthest.max_loss_gap)} of that of "
         f"{_name_reference(with_gap)} at {_say_common_steps(with_gap)}"
     )
     if not math.isfinite(furthest.max_loss_gap or 0.0):
-        curve = f"The train loss of N = {furthest.steps} or of its reference is not finite"
-    elif len(steps) > 1 and furthest.max_loss_gap:
-        curve += f", N = {furthest.steps} being the furthest"
-    return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(steps) > 1)}."
+        curve = f"The train loss of N = {furthest.accum_steps} or of its reference is not finite"
+    elif len(every) > 1 and furthest.max_loss_gap:
+        curve += f", N = {furthest.accum_steps} being the furthest"
+    return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(every) > 1)}."
 
 
 def _say_control(rows: Sequence[ComparisonRow]) -> str:
@@ -99,14 +82,14 @@ def _say_control(rows: Sequence[ComparisonRow]) -> str:
     judged = [row for row in rows if row.control is not None]
     if not judged:
         return ""
-    every = sorted({row.steps or 0 for row in judged})
-    outside = sorted({row.steps or 0 for row in judged if row.control == "outside"})
+    every = sorted({row.accum_steps or 0 for row in judged})
+    outside = sorted({row.accum_steps or 0 for row in judged if row.control == "outside"})
     said = [
-        f"N = {say_numbers(steps)} {word}" if len(every) > 1 and outside else word
-        for word, steps in (("inside", [n for n in every if n not in outside]), ("outside", outside))
-        if steps
+        f"N = {say_numbers(some)} {word}" if len(every) > 1 and outside else word
+        for word, some in (("inside", [n for n in every if n not in outside]), ("outside", outside))
+        if some
     ]
-    return f", {say_list(said)} the envelope of {say_controls(judged)}"
+    return f", {say_list(said)} the envelope of {say_controls(row.controls for row in judged)}"
 
 
 def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
@@ -115,7 +98,7 @@ def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
         return ""
     furthest = max(with_weights, key=lambda row: _nan_last(row.weight_distance))
     distance = furthest.weight_distance
-    named = f" (N = {furthest.steps})" if name_furthest and distance else ""
+    named = f" (N = {furthest.accum_steps})" if name_furthest and distance else ""
     return f"; the final weights are within {say_gap(distance)} of its, relative to their norm{named}"
 
 
@@ -135,14 +118,13 @@ def _name_reference(rows: Sequence[ComparisonRow]) -> str:
 
 def _say_cost(rows: Sequence[ComparisonRow]) -> str:
     """Say the largest saving of memory, and the step time of the arm that makes it."""
-    peaks = _worst_by_steps(rows, lambda row: row.peak_ratio)
-    times = _worst_by_steps(rows, lambda row: row.step_ratio)
+    peaks, times = _largest_by_n(rows, "peak_ratio"), _largest_by_n(rows, "step_ratio")
     if not peaks:
         if not times:
             return ""
-        slowest = max(times, key=lambda steps: times[steps])
+        slowest = max(times, key=lambda n: times[n])
         return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest})."
-    least = min(peaks, key=lambda steps: peaks[steps])
+    least = min(peaks, key=lambda n: peaks[n])
     verb = "falls to" if round(peaks[least], 2) < 1 else "does not fall: it is"
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
@@ -150,16 +132,13 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
     return f"{memory}; a step there takes {say_ratio(times[least])} × as long."
 
 
-def _worst_by_steps(
-    rows: Sequence[ComparisonRow], value_of: Callable[[ComparisonRow], float | None]
-) -> dict[int, float]:
+def _largest_by_n(rows: Sequence[ComparisonRow], ratio: str) -> dict[int, float]:
     """Return the largest value at every N, over the seeds."""
-    worst: dict[int, float] = {}
-    for row in rows:
-        value = value_of(row)
-        if value is not None and row.steps is not None and math.isfinite(value):
-            worst[row.steps] = max(value, worst.get(row.steps, value))
-    return worst
+    known = {
+        n: [v for v in (getattr(row, ratio) for row in repeated) if v is not None and math.isfinite(v)]
+        for n, repeated in by_n(rows).items()
+    }
+    return {n: max(values) for n, values in known.items() if values}
 
 
 def _nan_last(value: float | None) -> float:

@@ -1,12 +1,12 @@
-"""How numbers are written in tables, sentences and figures."""
+"""Write numbers and lists as tables, sentences and figures have them."""
 
 import math
 from collections.abc import Iterable, Sequence
 
-from gaccum_exp.report.compare.row import ComparisonRow
-
 MISSING = "–"
+NOT_AUDITED = "not audited"
 MOST_NUMBERS = 30
+"""So many numbers are still listed in a sentence."""
 
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -33,7 +33,10 @@ def say_loss(value: float | None) -> str:
 
 def say_scaled(value: float | None, unit_size: float) -> str:
     """`6.84`: three digits of a quantity whose unit stands in the header."""
-    return MISSING if value is None else _three_digits(value / unit_size)
+    if value is None:
+        return MISSING
+    scaled = value / unit_size
+    return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}"
 
 
 def say_gap(value: float | None) -> str:
@@ -50,12 +53,21 @@ def say_ratio(value: float | None) -> str:
     return f"{value:.2f}" if value >= 0.095 or not math.isfinite(value) else f"{value:.2g}"
 
 
-def say_micro_batches(row: ComparisonRow) -> str:
-    """`64`, or `36-37` where the micro-batches are not equal."""
-    sizes = row.micro_batch_sizes
+def say_sizes(sizes: Sequence[int]) -> str:
+    """`64`, or `36-37` where micro-batches are not equal; the largest comes first."""
     if not sizes:
         return MISSING
     return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
+
+
+def say_word(value: object) -> str:
+    """The value as it is, a dash for what is not known."""
+    return MISSING if value in (None, "") else str(value)
+
+
+def say_verdict(verdict: str | None) -> str:
+    """An arm without a verdict was not audited, and is never passed off as sound."""
+    return verdict or NOT_AUDITED
 
 
 def say_list(items: Iterable[object]) -> str:
@@ -71,13 +83,8 @@ def say_numbers(numbers: Sequence[int]) -> str:
     return f"{', '.join(map(str, numbers[:3]))}, … and {numbers[-1]} ({len(numbers)} values)"
 
 
-def say_controls(counts: int | Iterable[ComparisonRow]) -> str:
-    """`3 controls`, or `2 to 3 controls` where the rows' envelopes are of different numbers."""
-    numbers = {counts} if isinstance(counts, int) else {row.controls for row in counts}
+def say_controls(counts: Iterable[int]) -> str:
+    """`3 controls`, or `2 to 3 controls` where envelopes are of different numbers."""
+    numbers = set(counts)
     least, most = min(numbers), max(numbers)
     return f"{least if least == most else f'{least} to {most}'} control{'s' if most > 1 else ''}"
-
-
-def _three_digits(value: float) -> str:
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f}"

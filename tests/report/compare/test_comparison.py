@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaccum_exp.report.compare.comparison import CSV_COLUMNS, compare, weight_distance, write_csv
+from gaccum_exp.report.compare.comparison import CSV_COLUMNS, compare, write_csv
+from gaccum_exp.report.compare.distances import loss_gaps, weight_distance
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 Arm = Callable[..., RunRecord]
 
 CONTRACT = [
-    *("run_id", "role", "steps", "micro_batch_size", "global_batch_size", "reduction"),
+    *("run_id", "role", "accum_steps", "micro_batch_size", "global_batch_size", "reduction"),
     *("train_loss", "eval_loss", "eval_accuracy", "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
     *("name", "status", "failure", "differs", "reference_run_id", "reference_source"),
@@ -46,6 +47,18 @@ def test_loss_gap_matches_curves_by_step_and_not_by_position(arm: Arm) -> None:
     object.__setattr__(reference, "curves", {"train/loss": Curve((1, 2, 3), (9.0, 5.0, 1.0))})
     object.__setattr__(other, "curves", {"train/loss": Curve((2, 3, 4), (5.5, 1.25, 100.0))})
     assert compare([reference, other]).rows[1].max_loss_gap == 0.5
+
+
+def test_gaps_are_those_of_the_shared_steps(arm: Arm) -> None:
+    """Whatever the order; of a step that was recorded twice the last value counts."""
+    ours = Curve((1, 2, 2, 5, 7), (1.0, 9.0, 2.0, 3.0, 4.0))
+    theirs = Curve((2, 3, 5, 8), (2.5, 0.0, 3.25, 1.0))
+    one, other = (dataclasses.replace(arm(2), curves={"train/loss": c}) for c in (ours, theirs))
+    steps, gaps = loss_gaps(one, other)
+    assert steps.tolist() == [2, 5]
+    assert gaps.tolist() == [0.5, 0.25]
+    empty = dataclasses.replace(one, curves={})
+    assert [part.size for part in loss_gaps(one, empty)] == [0, 0]
 
 
 def test_weight_distance_is_the_naive_float64_norm(arm: Arm) -> None:
@@ -154,7 +167,7 @@ def test_a_run_without_anything_recorded_keeps_a_row() -> None:
     """A run that died before its config was recorded is a row with its status and nothing else."""
     empty = RunRecord("r", "1", "dead", "FAILED", 0, {}, {}, {})
     (row,) = compare([empty]).rows
-    assert (row.run_id, row.status, row.steps, row.train_loss) == ("r", "FAILED", None, None)
+    assert (row.run_id, row.status, row.accum_steps, row.train_loss) == ("r", "FAILED", None, None)
 
 
 def test_infinite_losses_and_times_do_not_crash(arm: Arm) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from gaccum_exp.report.compare.comparison import Comparison, compare
+from gaccum_exp.report.compare.pairing import shared_config
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
@@ -47,7 +48,7 @@ def test_bookkeeping_and_splitting_do_not_separate_arms(arm: Arm) -> None:
 def test_any_other_config_key_separates_arms(arm: Arm, key: str) -> None:
     """An arm that was trained otherwise is not compared, even if it is the only one."""
     comparison = compare([arm(1), arm(4, params={key: "7"})])
-    (four,) = (row for row in comparison.rows if row.steps == 4)
+    (four,) = (row for row in comparison.rows if row.accum_steps == 4)
     assert (four.reference_run_id, four.max_loss_gap) == (None, None)
 
 
@@ -171,7 +172,19 @@ def test_order_of_runs_does_not_matter(arm: Arm) -> None:
 def test_rows_come_by_group_then_reference_then_steps(arm: Arm) -> None:
     """Seeds are ordered as numbers, the reference opens its group, N ascends."""
     runs = [arm(n, seed=s) for n in (16, 1, 2) for s in (10, 2)]
-    found = [(row.differs, row.steps) for row in compare(runs).rows]
+    found = [(row.differs, row.accum_steps) for row in compare(runs).rows]
     assert found == [(f"seed={s}", n) for s in (2, 10) for n in (1, 2, 16)]
     stand_in = [arm(1, status="FAILED"), arm(2), arm(4)]
-    assert [row.steps for row in compare(stand_in).rows] == [2, 1, 4]
+    assert [row.accum_steps for row in compare(stand_in).rows] == [2, 1, 4]
+
+
+def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
+    """Neither the reduction, which another mean's reference may differ in, nor what cannot be quoted."""
+    runs = [
+        arm(n, reduction=r, params={"data.name": "it's", "model.depth": "3", "optimizer.lr": rate})
+        for n, r, rate in ((2, "mean", "0.1"), (4, "sum", "0.2"))
+    ]
+    asked = shared_config(runs)
+    assert asked["seed"] == "0"
+    assert asked["model.depth"] == "3"
+    assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()

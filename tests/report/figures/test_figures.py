@@ -15,8 +15,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from gaccum_exp.report.compare.comparison import compare
-from gaccum_exp.report.figures import FIGURES, draw
-from gaccum_exp.report.figures.costs import draw_memory, draw_step_time
+from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
+from gaccum_exp.report.figures.draw import FIGURES, draw
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.tracking.records import RunRecord
 

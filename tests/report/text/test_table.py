@@ -125,7 +125,7 @@ def test_summary_gives_the_numbers_and_the_furthest_arm(arm: Arm) -> None:
     weights = {f"mean-256-s0-n{n}": {"w": torch.tensor([1.0 + n / 100])} for n in (1, 2, 4, 8)}
     comparison = compare([arm(n) for n in (1, 2, 4, 8)], weights=weights.get)
     said = summary(comparison)
-    gaps = {row.steps: row.max_loss_gap or 0.0 for row in comparison.rows}
+    gaps = {row.accum_steps: row.max_loss_gap or 0.0 for row in comparison.rows}
     assert f"N = 2, 4 and 8 stays within {max(gaps.values()):.1e}" in said
     assert "each of 140 steps, N = 8 being the furthest" in said
     assert f"within {0.07 / 1.01:.1e} of its" in said

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gaccum_exp.report.compare.comparison import compare
-from gaccum_exp.report.compare.envelope import MARGIN, envelope_of, stand
+from gaccum_exp.report.compare.rounding_envelope import MARGIN, envelope_of, stand
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 Arm = Callable[..., RunRecord]
@@ -18,7 +18,7 @@ def away(reference: RunRecord, gaps: list[float], run_id: str = "candidate", **t
     """Return a run whose loss is so far above the reference's at its first steps."""
     curve = reference.curves["train/loss"]
     values = tuple(value + gap for value, gap in zip(curve.values, gaps, strict=False))
-    moved = {"train/loss": Curve(curve.steps[: len(values)], values)}
+    moved = {"train/loss": Curve(curve.global_steps[: len(values)], values)}
     return dataclasses.replace(reference, run_id=run_id, curves=moved, tags={**reference.tags, **tags})
 
 
@@ -102,7 +102,7 @@ def test_rows_say_inside_and_outside(arm: Arm, control: Arm, audited: Arm) -> No
     controls = [control(reference, seed, gap) for seed, gap in ((1, 1e-7), (2, -3e-7), (3, 2e-7))]
     biased = audited(arm(8, noise=0.1), "biased")
     rows = compare([reference, arm(2), biased, *controls]).rows
-    assert [(row.steps, row.control, row.controls) for row in rows] == [
+    assert [(row.accum_steps, row.control, row.controls) for row in rows] == [
         (1, None, 0), (2, "inside", 3), (8, "outside", 3)
     ]  # fmt: skip
     assert [row.left_at for row in rows] == [None, None, 1]
@@ -183,7 +183,7 @@ def test_each_group_has_its_own_envelope(arm: Arm, control: Arm) -> None:
     references = [arm(1, seed=s) for s in (0, 1)]
     controls = [control(references[0], 1, 1e-7), control(references[1], 1, 1e-2)]
     rows = compare([*references, *(arm(8, seed=s, noise=1e-3) for s in (0, 1)), *controls]).rows
-    assert {(r.differs, r.control) for r in rows if r.steps == 8} == {
+    assert {(r.differs, r.control) for r in rows if r.accum_steps == 8} == {
         ("seed=0", "outside"), ("seed=1", "inside")
     }  # fmt: skip
 
@@ -192,10 +192,10 @@ def test_a_borrowed_one_pass_reference_brings_its_controls(arm: Arm, control: Ar
     """The other mean's one-pass arm is the same training, and so are its controls."""
     reference = arm(1, reduction="global_mean")
     comparison = compare([reference, arm(2, reduction="mean"), control(reference, 1, 1e-7)])
-    row = next(row for row in comparison.rows if row.steps == 2)
+    row = next(row for row in comparison.rows if row.accum_steps == 2)
     assert (row.reference_source, row.control) == ("other reduction", "inside")
     both = compare([reference, *(arm(n) for n in (1, 2)), control(reference, 1, 1e-7)]).rows
-    assert [row.control for row in both if row.steps == 2] == ["inside"]
+    assert [row.control for row in both if row.accum_steps == 2] == ["inside"]
 
 
 def test_how_a_run_is_audited_does_not_separate_it(arm: Arm) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from gaccum_exp.audit.result import Audit, Check, Culprit, ParameterError
-from gaccum_exp.report.text.audits import arm_table, block, parameter_table
+from gaccum_exp.report.text.audit_printout import arm_table, block, parameter_table
 
 BIASED = Audit(
     verdict="biased", accum_steps=4, reduction="global_mean", e64=1.1, e=1.1, floor=2e-6, scale=0.3,

@@ -1,4 +1,4 @@
-"""How far rounding alone drives loss curves apart, and which curves go further.
+"""Bound how far rounding alone drives loss curves apart, by controls, and judge which go further.
 
 A control is the reference trained again with only the order of the samples inside each window permuted:
 the same gradients, summed in another order. With m controls,
@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-from gaccum_exp.report.compare.gaps import loss_curve, loss_gaps
+from gaccum_exp.report.compare.distances import loss_curve, loss_gaps
 from gaccum_exp.tracking.records import RunRecord
 
 MARGIN = 64.0
@@ -47,12 +47,12 @@ is not given away again: it keeps three controls' errors below 1 % for gaps as h
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What m controls of one reference show; the sequences run over `steps`."""
+    """What m controls of one reference show; the sequences run over `global_steps`."""
 
     reference_run_id: str
     controls: int
     """m"""
-    steps: tuple[int, ...]
+    global_steps: tuple[int, ...]
     """Optimizer steps that the reference and at least one control have, ascending."""
     values: tuple[float, ...]
     """envelope(k), never falling."""
@@ -87,14 +87,14 @@ def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope
         largest[places] = np.maximum(largest[places], np.where(np.isfinite(gaps), gaps, 0.0))
     if not seen.any():
         return None
-    steps = every[seen]
+    global_steps = every[seen]
     running = np.maximum.accumulate(largest[seen])
-    values = running[np.searchsorted(steps, 2 * steps, side="right") - 1]
+    values = running[np.searchsorted(global_steps, 2 * global_steps, side="right") - 1]
     limits = MARGIN * np.fmax(values, _spacing(losses[seen]))
     return Envelope(
         reference.run_id,
         len(controls),
-        *(tuple(column.tolist()) for column in (steps, values, limits)),
+        *(tuple(column.tolist()) for column in (global_steps, values, limits)),
     )
 
 
@@ -104,14 +104,14 @@ def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:
     A gap of NaN is outside. What is inside so far but lacks steps that the envelope has, as an arm
     that was interrupted, is neither.
     """
-    steps, gaps = loss_gaps(run, reference)
+    global_steps, gaps = loss_gaps(run, reference)
     judged, places, where = np.intersect1d(
-        steps, envelope.steps, assume_unique=True, return_indices=True
+        global_steps, envelope.global_steps, assume_unique=True, return_indices=True
     )
     outside = ~(gaps[places] <= np.array(envelope.limits)[where])
     if outside.any():
         return Standing("outside", int(judged[outside][0]))
-    return Standing("inside") if judged.size == len(envelope.steps) else Standing()
+    return Standing("inside") if judged.size == len(envelope.global_steps) else Standing()
 
 
 def _spacing(losses: np.ndarray) -> np.ndarray:

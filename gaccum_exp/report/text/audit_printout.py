@@ -1,4 +1,4 @@
-"""Audits on a terminal: one with its numbers, its remedy and its parameters, or a line for each arm."""
+"""Print audits on a terminal: one with its numbers and remedy, or a line for each arm of a sweep."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _OPEN = "yellow"
 
 
 def print_audit(name: str, audit: Audit) -> None:
-    """Print one audit: verdict and numbers, then what each parameter has to do with it."""
+    """Print one audit: verdict and numbers, then the parameters with the largest errors."""
     console = _console()
     console.print(Text(f"\n{name}", style="bold"))
     console.print(Padding(block(audit), (0, 0, 0, 2), expand=False))
@@ -34,14 +34,29 @@ def print_table(arms: Sequence[tuple[str, Audit | str]]) -> None:
 
 
 def block(audit: Audit) -> RenderableType:
-    """Return verdict, numbers and remedy, a line each; what is not known is not mentioned."""
+    """Return verdict, numbers and remedy, a line each, as far as they are known."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(overflow="fold")
     verdict = Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}")
     grid.add_row("verdict", verdict)
-    for label, said in _lines(audit):
-        grid.add_row(label, Text(said))
+    for label, number, say, meaning in (
+        ("e64", audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
+        ("e", audit.e, say_gap, "the same in the run's own precision"),
+        ("floor", audit.floor, say_gap, "how far rounding alone moves the one-pass gradient there"),
+        ("scale", audit.scale, say_ratio, "× the large batch's mean gradient"),
+    ):
+        if number is not None:
+            grid.add_row(label, Text(f"{say(number):<9}{meaning}"))
+    for label, words in (
+        ("cause", audit.cause),
+        ("culprit", _culprit(audit)),
+        ("remedy", audit.remedy),
+        ("detail", audit.detail),
+        *((check.name, check.finding) for check in audit.checks),
+    ):
+        if words:
+            grid.add_row(label, Text(words))
     return grid
 
 
@@ -65,7 +80,7 @@ def parameter_table(audit: Audit) -> Table:
 
 def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
     """Return the verdicts of a sweep's arms, with a note below for each arm that has none."""
-    notes = [f"- {name}: {told}" for name, told in arms if isinstance(told, str)]
+    notes = [f"- {name}: {outcome}" for name, outcome in arms if isinstance(outcome, str)]
     table = Table(
         title="Is the accumulated gradient the large batch's?",
         caption=Text(
@@ -83,37 +98,15 @@ def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
         table.add_column(f" {header}", justify="right", no_wrap=True)
     table.add_column(" cause", overflow="fold")
     table.add_column(" culprit", overflow="fold")
-    for name, told in arms:
-        if isinstance(told, str):
+    for name, outcome in arms:
+        if isinstance(outcome, str):
             table.add_row(Text(name), f" {MISSING}", style="dim")
             continue
-        verdict = Text(f" {told.verdict}", style=_STYLES.get(told.verdict, _OPEN))
-        numbers = (f" {say_gap(number)}" for number in (told.e64, told.e, told.floor))
-        cause = Text(f" {told.cause or MISSING}")
-        table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(told) or MISSING}"))
+        verdict = Text(f" {outcome.verdict}", style=_STYLES.get(outcome.verdict, _OPEN))
+        numbers = (f" {say_gap(number)}" for number in (outcome.e64, outcome.e, outcome.floor))
+        cause = Text(f" {outcome.cause or MISSING}")
+        table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(outcome) or MISSING}"))
     return table
-
-
-def _lines(audit: Audit) -> list[tuple[str, str]]:
-    numbers = {
-        "e64": (audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
-        "e": (audit.e, say_gap, "the same in the run's own precision"),
-        "floor": (audit.floor, say_gap, "how far rounding alone moves the one-pass gradient there"),
-        "scale": (audit.scale, say_ratio, "× the large batch's mean gradient"),
-    }
-    lines = [
-        (label, f"{say(number):<9}{meaning}")
-        for label, (number, say, meaning) in numbers.items()
-        if number is not None
-    ]
-    words = [
-        ("cause", audit.cause),
-        ("culprit", _culprit(audit)),
-        ("remedy", audit.remedy),
-        ("detail", audit.detail),
-        *((check.name, check.finding) for check in audit.checks),
-    ]
-    return lines + [(label, said) for label, said in words if said]
 
 
 def _culprit(audit: Audit) -> str | None:

@@ -1,0 +1,215 @@
+"""The columns of a comparison, each declared once: its name, how an arm is measured, how it is printed.
+
+The values of an arm are a `ComparisonRow`; the table and the CSV file are made from the declarations.
+"""
+# ruff: noqa: RUF009  # `column` returns what `dataclasses.field` does, as a dataclass wants it
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from gaccum_exp.report.compare.pairing import Group, Source
+from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
+from gaccum_exp.report.compare.swept_keys import Setting
+from gaccum_exp.report.text.wording import (
+    byte_unit,
+    say_gap,
+    say_loss,
+    say_ratio,
+    say_sizes,
+    say_verdict,
+    say_word,
+    time_unit,
+)
+from gaccum_exp.tracking import metrics
+from gaccum_exp.tracking.records import RunRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An arm and what was found by holding it against its group's reference."""
+
+    run: RunRecord
+    group: Group
+    loss_gap: float | None = None
+    common_steps: int = 0
+    weight_distance: float | None = None
+    envelope: Envelope | None = None
+    """Of the reference's controls; None for the reference itself."""
+    standing: Standing = Standing()
+
+    @property
+    def role(self) -> str:
+        """`reference` for the run that the group is compared with, and for no other, whatever its N."""
+        if self.group.reference is None or self.run.run_id != self.group.reference.run_id:
+            return "candidate"
+        names = {Source.STAND_IN: "stand-in", Source.STORED: "stored reference"}
+        return names.get(self.group.source, "reference")
+
+    def ratio(self, metric: str, *alike: str) -> float | None:
+        """Return a cost over the reference's; None unless these tags, which it depends on, agree."""
+        run, reference = self.run, self.group.reference
+        if reference is None:
+            return None
+        same = all(run.tags.get(tag) and run.tags[tag] == reference.tags.get(tag) for tag in alike)
+        ours, theirs = _cost(run, metric), _cost(reference, metric)
+        return ours / theirs if (same or run is reference) and ours is not None and theirs else None
+
+
+class Column(NamedTuple):
+    """One column: its name is that of the row's attribute and of the CSV file's column."""
+
+    name: str
+    read: Callable[[Measured], Any]
+    header: str
+    """The table's, `{unit}` standing for the unit that suits all arms; empty: not in the table."""
+    say: Callable[[Any], str]
+    unit: Callable[[float], tuple[float, str]] | None
+    """Of the largest value: the unit's size and name."""
+    in_csv: bool
+
+
+def column(
+    read: Callable[[Measured], Any],
+    header: str = "",
+    say: Callable[[Any], str] = say_word,
+    unit: Callable[[float], tuple[float, str]] | None = None,
+    in_csv: bool = True,
+) -> Any:
+    """Declare a column of `ComparisonRow`."""
+    return field(metadata={"column": (read, header, say, unit, in_csv)})
+
+
+def _cost(run: RunRecord, metric: str) -> float | None:
+    value = run.metrics.get(metric)
+    return value if value is not None and math.isfinite(value) else None  # else it was not measured
+
+
+def _whole_cost(run: RunRecord, metric: str) -> int | None:
+    value = _cost(run, metric)
+    return None if value is None else int(value)
+
+
+def _predicted_peak(run: RunRecord) -> int | None:
+    # For the N that the run began with: where it ended with another, nothing was predicted.
+    value = None if "accum.steps_used" in run.tags else run.last(metrics.PREDICTED_PEAK_BYTES)
+    return None if value is None else int(value)
+
+
+def _last(metric: str) -> Callable[[Measured], float | None]:
+    return lambda arm: arm.run.last(metric)
+
+
+def _tag(name: str) -> Callable[[Measured], str | None]:
+    # A tag that was taken back is an empty one.
+    return lambda arm: arm.run.tags.get(name) or None
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One arm; None stands for what was not measured or cannot be compared.
+
+    The order of the columns in the CSV file is a contract, as their names are: new ones go below.
+    """
+
+    run_id: str = column(lambda arm: arm.run.run_id)
+    role: str = column(lambda arm: arm.role)
+    """`reference`, `stand-in`, `stored reference` (the run that the group is compared with) or
+    `candidate`; an N = 1 arm that failed is no reference."""
+    accum_steps: int | None = column(lambda arm: arm.run.accum_steps, "N")
+    """N, micro-batches per window."""
+    micro_batch_size: int | None = column(lambda arm: next(iter(arm.run.micro_batch_sizes), None))
+    """Samples in the largest micro-batch of a full window."""
+    global_batch_size: int | None = column(lambda arm: arm.run.global_batch_size, "global\nbatch")
+    reduction: str | None = column(lambda arm: arm.run.params.get("accum.reduction"), "\nreduction")
+    train_loss: float | None = column(_last(metrics.TRAIN_LOSS), "train\nloss", say_loss)
+    """The last one recorded, as are the evaluation's."""
+    eval_loss: float | None = column(_last(metrics.EVAL_LOSS), "eval\nloss", say_loss)
+    eval_accuracy: float | None = column(_last(metrics.EVAL_ACCURACY), "eval\nacc.", say_loss)
+    max_loss_gap: float | None = column(lambda arm: arm.loss_gap, "loss\ngap", say_gap)
+    """Largest |train loss − reference's| over the steps that both have."""
+    weight_distance: float | None = column(lambda arm: arm.weight_distance, "weight\ndist.", say_gap)
+    """‖w − w_ref‖₂ / ‖w_ref‖₂ at the end of training; None unless both finished."""
+    peak_bytes: int | None = column(
+        lambda arm: _whole_cost(arm.run, metrics.PEAK_BYTES), "peak\n{unit}", unit=byte_unit
+    )
+    peak_ratio: float | None = column(
+        lambda arm: arm.ratio(metrics.PEAK_BYTES, "memory.source"), "\n×", say_ratio
+    )
+    step_s: float | None = column(
+        lambda arm: _cost(arm.run, metrics.STEP_TIME_S), "step\n{unit}", unit=time_unit
+    )
+    """Median seconds of an optimizer step."""
+    step_ratio: float | None = column(
+        lambda arm: arm.ratio(metrics.STEP_TIME_S, "device", "threads"), "\n×", say_ratio
+    )
+    name: str = column(lambda arm: arm.run.name)
+    status: str = column(lambda arm: arm.run.status)
+    failure: str | None = column(lambda arm: arm.run.tags.get("failure"))
+    differs: str = column(lambda arm: arm.group.setting.text, "also\nvaried")
+    """Other swept keys with this arm's values: `norm=batch, seed=1`; empty if there are none."""
+    reference_run_id: str | None = column(
+        lambda arm: arm.group.reference.run_id if arm.group.reference else None
+    )
+    reference_source: str = column(lambda arm: arm.group.source.value)
+    """`own`, `other reduction`, `stored`, `stand-in` or `none`."""
+    common_steps: int = column(lambda arm: arm.common_steps)
+    """Optimizer steps that `max_loss_gap` was taken over."""
+    peak_phase: str | None = column(lambda arm: arm.run.tags.get("memory.peak_phase"))
+    memory_source: str | None = column(lambda arm: arm.run.tags.get("memory.source"))
+    device: str | None = column(lambda arm: arm.run.tags.get("device"))
+    threads: str | None = column(lambda arm: arm.run.tags.get("threads"))
+    verdict: str | None = column(_tag("verdict"), "\nverdict", say_verdict)
+    """The worst audit's: `identical`, `equivalent`, `stochastic`, `biased` or `inconclusive`; None
+    where the arm was not audited."""
+    cause: str | None = column(_tag("cause"))
+    culprit: str | None = column(_tag("culprit"))
+    """A module's dotted name."""
+    e64: float | None = column(_last(metrics.AUDIT_E64))
+    """‖g_N − g_1‖ / ‖g_1‖ in float64, as last audited; `e` in the run's own precision."""
+    e: float | None = column(_last(metrics.AUDIT_E))
+    floor: float | None = column(_last(metrics.AUDIT_FLOOR))
+    """What summation order alone makes of `e`."""
+    control: str | None = column(lambda arm: arm.standing.word)
+    """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
+    envelope: float | None = column(lambda arm: arm.envelope.largest if arm.envelope else None)
+    """The largest gap that the controls' envelope reaches."""
+    eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY))
+    """exp(eval loss), where the loss counts tokens."""
+    tokens_per_s: float | None = column(_last(metrics.TOKENS_PER_S))
+    """Median over windows, where the loss counts tokens."""
+    skipped_windows: float | None = column(_last(metrics.SKIPPED_WINDOWS))
+    """Windows whose float16 gradient was not finite, so that no step was taken; None: none."""
+    predicted_peak_bytes: int | None = column(lambda arm: _predicted_peak(arm.run))
+    """What was predicted before the run, for the N that it ended with."""
+
+    setting: Setting = column(lambda arm: arm.group.setting, in_csv=False)
+    """Reduction and what else was swept, with this arm's values."""
+    micro_batch_sizes: tuple[int, ...] = column(
+        lambda arm: arm.run.micro_batch_sizes, "micro\nbatch", say_sizes, in_csv=False
+    )
+    """The micro-batches of a full window, largest first."""
+    left_at: int | None = column(lambda arm: arm.standing.left_at, in_csv=False)
+    """The first optimizer step at which the loss curve is outside the envelope."""
+    controls: int = column(lambda arm: arm.envelope.controls if arm.envelope else 0, in_csv=False)
+    """How many controls the envelope is of."""
+
+    @classmethod
+    def of(cls, arm: Measured) -> "ComparisonRow":
+        """Fill in every column."""
+        return cls(**{name: column.read(arm) for name, column in COLUMNS.items()})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the arm trained to its end."""
+        return self.status == "FINISHED"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the other arms of its group are compared with this one."""
+        return self.role != "candidate"
+
+
+COLUMNS = {f.name: Column(f.name, *f.metadata["column"]) for f in fields(ComparisonRow)}
+"""Every column by name; the CSV file's in its order."""

@@ -1,0 +1,77 @@
+"""How far two trainings lie apart, in their loss curves and in their final weights.
+
+gap(k)   = |train loss of the one − train loss of the other| after optimizer step k
+distance = ‖w − w_ref‖₂ / ‖w_ref‖₂ over all parameters at the end of training, in float64
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from gaccum_exp.tracking.metrics import TRAIN_LOSS
+from gaccum_exp.tracking.records import RunRecord
+
+Parameters = Mapping[str, torch.Tensor]
+
+
+def largest_loss_gap(run: RunRecord, reference: RunRecord) -> tuple[float | None, int]:
+    """Return the largest |train loss − reference's| over the steps that both have, and their number.
+
+    NaN when a difference is NaN (a loss of NaN, or both infinite); None when no step is shared.
+    """
+    global_steps, gaps = loss_gaps(run, reference)
+    return (float(np.max(gaps)) if global_steps.size else None), int(global_steps.size)
+
+
+def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Return the optimizer steps that both runs have, ascending, and |train loss difference|.
+
+    Returns:
+        global_steps: (shared,) int64; gaps: (shared,) float64.
+    """
+    (our_steps, ours), (their_steps, theirs) = loss_curve(run), loss_curve(reference)
+    global_steps = our_steps
+    if not np.array_equal(our_steps, their_steps):
+        global_steps, our_places, their_places = np.intersect1d(
+            our_steps, their_steps, assume_unique=True, return_indices=True
+        )
+        ours, theirs = ours[our_places], theirs[their_places]
+    with np.errstate(invalid="ignore"):  # inf − inf is NaN, which is what it should be
+        return global_steps, np.abs(ours - theirs)
+
+
+def loss_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    """Return the optimizer steps with a train loss, ascending, and the loss; both empty without any.
+
+    Returns:
+        global_steps: (steps,) int64; losses: (steps,) float64.
+    """
+    curve = run.curves.get(TRAIN_LOSS)
+    global_steps = np.array(curve.global_steps if curve else (), dtype=np.int64)
+    losses = np.array(curve.values if curve else (), dtype=np.float64)
+    if np.all(global_steps[1:] > global_steps[:-1]):
+        return global_steps, losses
+    # Of several values of a step the last one counts, which is the first from behind.
+    global_steps, places = np.unique(global_steps[::-1], return_index=True)
+    return global_steps, losses[::-1][places]
+
+
+def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
+    """Return ‖w − w_ref‖₂ / ‖w_ref‖₂ over all parameters, accumulated in float64.
+
+    None when names or shapes differ: the two are not the same model. From a reference of zero
+    norm the distance is 0 or infinite.
+    """
+    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
+        return None
+    difference = _norm(ours[name].double() - theirs[name].double() for name in theirs)
+    norm = _norm(tensor.double() for tensor in theirs.values())
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / norm
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))

@@ -1,0 +1,178 @@
+"""Prepare what the figure of loss curves shows, as plain curves.
+
+Each arm has its own; of too many arms, those with the same N are one, their median and range at each
+step, and where there are more N than a legend can name, neighbouring N are.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gaccum_exp.report.compare.columns import ComparisonRow
+from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.distances import loss_curve, loss_gaps
+from gaccum_exp.report.compare.rounding_envelope import Envelope
+from gaccum_exp.report.figures.panels import (
+    Panel,
+    groups_of,
+    is_crowded,
+    label_of,
+    panels_of,
+    rows_of,
+    subject,
+)
+from gaccum_exp.report.text.wording import say_controls
+from gaccum_exp.tracking.metrics import TRAIN_LOSS
+from gaccum_exp.tracking.records import RunRecord
+
+Group = tuple[int, ...]
+"""The N that are drawn alike."""
+Points = tuple[np.ndarray, np.ndarray]
+"""Optimizer steps, ascending, and values at them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveRow:
+    """A curve: an arm's, or what several have in common. All arrays are (steps,)."""
+
+    group: Group
+    name: str
+    """The run's id, or `median-N` with the least N of several runs."""
+    is_reference: bool
+    global_steps: np.ndarray
+    values: np.ndarray
+    range: Points | None = None
+    """The least and the greatest value of several runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PanelRows:
+    """What one panel shows."""
+
+    title: str
+    losses: tuple[CurveRow, ...]
+    gaps: tuple[CurveRow, ...]
+    """|difference to the reference|, of all but references."""
+    envelopes: tuple[Envelope, ...]
+    """What rounding alone makes of the panel's references."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossRows:
+    """What the figure shows."""
+
+    title: str
+    groups: Mapping[Group, tuple[str, bool]]
+    """What a legend says of those that are drawn alike, and whether a reference is among them."""
+    is_crowded: bool
+    controls: str
+    """How many controls the envelopes are of, in words; empty: none."""
+    panels: tuple[PanelRows, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CurveRange:
+    """Several curves by step; NaN where none of them has a finite value. All are (steps,)."""
+
+    global_steps: np.ndarray
+    low: np.ndarray
+    median: np.ndarray
+    high: np.ndarray
+
+
+def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows:
+    """Prepare the loss figure; `runs`, by id, must hold the stored references too."""
+    panels = panels_of(comparison)
+    crowded = is_crowded(panels)
+    groups = groups_of(panels)
+    controls = [row.controls for row in comparison.rows if row.controls]
+
+    def loss_of(row: ComparisonRow) -> Points:
+        curve = runs[row.run_id].curves.get(TRAIN_LOSS)
+        if crowded or curve is None:
+            return loss_curve(runs[row.run_id])
+        return np.array(curve.global_steps), np.array(curve.values)
+
+    def gap_of(row: ComparisonRow) -> Points | None:
+        if row.is_reference or row.reference_run_id is None:
+            return None
+        return loss_gaps(runs[row.run_id], runs[row.reference_run_id])
+
+    prepare = _ranges if crowded else _each
+    return LossRows(
+        title=f"Train loss: {subject(list(runs.values()), comparison.shown)}",
+        groups={
+            group: (label_of(group, panels), any(row.is_reference for row in rows_of(group, panels)))
+            for group in groups
+        },
+        is_crowded=crowded,
+        controls=say_controls(controls) if controls else "",
+        panels=tuple(
+            PanelRows(
+                panel.title,
+                prepare(panel, groups, loss_of),
+                prepare(panel, groups, gap_of),
+                _envelopes(panel, comparison, crowded),
+            )
+            for panel in panels
+        ),
+        notes=comparison.reference_notes,
+    )
+
+
+def curve_range(curves: Sequence[Points]) -> CurveRange:
+    """Sum up curves, each given by its steps, ascending, and its values at them.
+
+    A value that is not finite counts as missing.
+    """
+    global_steps = np.unique(np.concatenate([steps for steps, _ in curves]))
+    values = np.full((len(curves), global_steps.size), np.nan)
+    for line, (at, of) in zip(values, curves, strict=True):
+        line[np.searchsorted(global_steps, at)] = np.where(np.isfinite(of), of, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of steps at which every value is missing
+        summed = (of(values, axis=0) for of in (np.nanmin, np.nanmedian, np.nanmax))
+        return CurveRange(global_steps, *summed)
+
+
+def _each(
+    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
+) -> tuple[CurveRow, ...]:
+    """Return the panel's curves one by one, those of references first."""
+    group_of = {n: group for group in groups for n in group}
+    return tuple(
+        CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points)
+        for row in sorted(panel.rows, key=lambda row: not row.is_reference)
+        if (points := points_of(row)) is not None
+    )
+
+
+def _ranges(
+    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
+) -> tuple[CurveRow, ...]:
+    """Return the curves that are drawn alike as one."""
+    found = []
+    for group in groups:
+        rows = rows_of(group, [panel])
+        curves = [points for row in rows if (points := points_of(row)) is not None]
+        if curves:
+            many = curve_range(curves)
+            is_reference = any(row.is_reference for row in rows)
+            line = many.global_steps, many.median, (many.low, many.high)
+            found.append(CurveRow(group, f"median-{group[0]}", is_reference, *line))
+    return tuple(found)
+
+
+def _envelopes(panel: Panel, comparison: Comparison, crowded: bool) -> tuple[Envelope, ...]:
+    """Return the envelopes of the panel's references; of too many arms the widest at each step."""
+    compared_with = {row.reference_run_id for row in panel.rows}
+    envelopes = [e for e in comparison.envelopes if e.reference_run_id in compared_with]
+    if not crowded or not envelopes:
+        return tuple(envelopes)
+    values = curve_range([(np.array(e.global_steps), np.array(e.values)) for e in envelopes])
+    limits = curve_range([(np.array(e.global_steps), np.array(e.limits)) for e in envelopes])
+    widest = (tuple(column.tolist()) for column in (values.global_steps, values.high, limits.high))
+    return (Envelope("widest", max(e.controls for e in envelopes), *widest),)

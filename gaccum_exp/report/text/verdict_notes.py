@@ -1,0 +1,167 @@
+"""Say which N have which verdict, what is to blame, and which loss curves left their envelope.
+
+What an audit found is read from the run's tags.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gaccum_exp.audit.result import SEVERITY
+from gaccum_exp.report.compare.columns import ComparisonRow
+from gaccum_exp.report.compare.pairing import Group, Source
+from gaccum_exp.report.compare.swept_keys import Setting
+from gaccum_exp.report.many_arms import by_n
+from gaccum_exp.report.text.notes import with_settings
+from gaccum_exp.report.text.wording import NOT_AUDITED, say_controls, say_list, say_numbers
+
+SOUND = ("identical", "equivalent")
+_MOST_FINDINGS = 6
+_MOST_OUTSIDE = 12
+_WORST_FIRST: tuple[str | None, ...] = (
+    *(verdict for verdict in reversed(SEVERITY) if verdict not in SOUND),
+    None,  # what was not audited comes after what is known to be wrong
+    *(verdict for verdict in reversed(SEVERITY) if verdict in SOUND),
+)
+_SAID: Mapping[str | None, str] = {
+    "identical": "identical to the large batch",
+    "equivalent": "equivalent to the large batch",
+    None: NOT_AUDITED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What an audit blames, and what it advises."""
+
+    verdict: str
+    cause: str | None
+    culprit: str | None
+    culprit_type: str | None
+    remedy: str | None
+
+    @property
+    def text(self) -> str:
+        """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
+        kind = f" ({self.culprit_type})" if self.culprit_type else ""
+        where = f" at {self.culprit}{kind}" if self.culprit else ""
+        remedy = f": {self.remedy.rstrip('.')}" if self.remedy else ""
+        return f"{_blame(self.verdict, self.cause)}{where}{remedy}."
+
+
+def say_verdicts(rows: Iterable[ComparisonRow]) -> str:
+    """Say which N have which verdict, the worst first: `N = 8 is biased; N = 2 and 4 are …`.
+
+    Of repetitions the worst counts. One pass over the window is the large batch itself, and is left
+    out where nothing is wrong with it; so is an arm that ended before it was audited.
+    """
+    judged = [
+        row
+        for row in rows
+        if (row.verdict or row.finished) and not (row.accum_steps == 1 and row.verdict in (None, *SOUND))
+    ]
+    said: dict[str, list[int]] = {}
+    worst_of_n = {n: min(map(rank, repeated)) for n, repeated in by_n(judged).items()}
+    for n, repeated in sorted(by_n(judged).items(), key=lambda item: (worst_of_n[item[0]], item[0])):
+        verdict = _WORST_FIRST[worst_of_n[n]]
+        causes = {row.cause for row in repeated if row.verdict == verdict}
+        words = _SAID.get(verdict) or _blame(str(verdict), causes.pop() if len(causes) == 1 else None)
+        said.setdefault(words, []).append(n)
+    return "; ".join(
+        f"N = {say_numbers(every)} {'are' if len(every) > 1 else 'is'} {words}"
+        for words, every in said.items()
+    )
+
+
+def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Say for every distinct finding that is not sound which N it concerns, and what to do."""
+    found: dict[_Finding, dict[str, set[int]]] = {}
+    for group in groups:
+        for arm in group.arms:
+            verdict, cause, culprit, culprit_type, remedy, detail = (
+                arm.tags.get(key) or None
+                for key in ("verdict", "cause", "culprit", "culprit_type", "remedy", "detail")
+            )
+            if verdict and verdict not in SOUND and arm.accum_steps is not None:
+                finding = _Finding(verdict, cause, culprit, culprit_type, remedy or detail)
+                arms = found.setdefault(finding, {}).setdefault(group.setting.label, set())
+                arms.add(arm.accum_steps)
+    notes: list[str] = []
+    for finding, of_setting in sorted(_fewer(found).items(), key=lambda item: _order(*item)):
+        every = sorted(set().union(*of_setting.values()))
+        sentence = f"N = {say_numbers(every)}: {finding.text}"
+        notes += with_settings({sentence: list(of_setting)}, len(groups))
+    return tuple(notes)
+
+
+def control_notes(groups: Sequence[Group], rows: Sequence[ComparisonRow]) -> tuple[str, ...]:
+    """Say which curves left their envelope, and which controls could not be used."""
+    left: dict[str, list[str]] = {}
+    rows_outside: dict[Setting, list[ComparisonRow]] = {}
+    for row in rows:
+        if row.control == "outside":
+            rows_outside.setdefault(row.setting, []).append(row)
+    for group in groups:
+        outside = rows_outside.get(group.setting, [])
+        if outside:
+            arms = [f"N = {row.accum_steps} from step {row.left_at}" for row in outside]
+            if len(arms) > _MOST_OUTSIDE:
+                arms[_MOST_OUTSIDE:] = [f"{len(arms) - _MOST_OUTSIDE} more"]
+            controls = say_controls(row.controls for row in outside)
+            sentence = f"outside the envelope of {controls}: {say_list(arms)}."
+            if any(row.verdict in SOUND for row in outside):
+                sentence += (
+                    " Where the audit is sound, a window that it did not judge may be at fault, as "
+                    "the partial one that ends an epoch (audit.every_steps=1 tells), or rounding leapt "
+                    "(more controls tell)."
+                )
+            left.setdefault(sentence, []).append(group.setting.label)
+        unused = _say_unused(group)
+        if unused:
+            left.setdefault(unused, []).append(group.setting.label)
+    return tuple(with_settings(left, len(groups)))
+
+
+def _say_unused(group: Group) -> str | None:
+    unused = len(group.controls) - len(group.usable_controls)
+    if not unused:
+        return None
+    if group.source in (Source.STAND_IN, Source.NONE):
+        return "the controls bound nothing, because there is no one-pass reference to hold them against."
+    return (
+        f"{unused} of {say_controls([len(group.controls)])} did not finish, or ran on another device or "
+        "other data than the reference, and bound nothing."
+    )
+
+
+def _fewer(found: dict[_Finding, dict[str, set[int]]]) -> dict[_Finding, dict[str, set[int]]]:
+    """Let one finding stand for all of a cause where remedies differ in numbers for each N."""
+    if len(found) <= _MOST_FINDINGS:
+        return found
+    merged: dict[_Finding, dict[str, set[int]]] = {}
+    first_of: dict[_Finding, _Finding] = {}
+    for finding, of_setting in sorted(found.items(), key=lambda item: _order(*item)):
+        first = first_of.setdefault(replace(finding, remedy=None), finding)
+        for label, every in of_setting.items():
+            merged.setdefault(first, {}).setdefault(label, set()).update(every)
+    return merged
+
+
+def _order(finding: _Finding, of_setting: Mapping[str, set[int]]) -> tuple[object, ...]:
+    words = (finding.cause or "", finding.culprit or "", finding.remedy or "")
+    return _rank(finding.verdict), min(map(min, of_setting.values())), words
+
+
+def _blame(verdict: str, cause: str | None) -> str:
+    if cause is None:
+        return verdict
+    return f"{verdict} by {cause}" if verdict == "biased" else f"{verdict} because of {cause}"
+
+
+def rank(row: ComparisonRow) -> int:
+    """Order rows by their verdict, the worst first."""
+    return _rank(row.verdict)
+
+
+def _rank(verdict: str | None) -> int:
+    # A verdict that this version does not know settles nothing.
+    return _WORST_FIRST.index(verdict if verdict in _WORST_FIRST else "inconclusive")
