@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_dir
 
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
-from gaccum_exp.tracking.metrics import Point, Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import Point, Sink
 from gaccum_exp.train.build import build
 from gaccum_exp.train.loop import train
 from gaccum_exp.train.state import Experiment

@@ -26,8 +26,8 @@ from gaccum_exp.memory.meter import (
     TrackedWindow,
 )
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.audits import RunAudits
 from gaccum_exp.train.clock import WindowClock
 from gaccum_exp.train.compiled import check_compiled

@@ -11,7 +11,7 @@ from gaccum_exp.memory.meter import (
     resident_set_bytes,
 )
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.state import Experiment
 
 MEASURED_WINDOW = 2

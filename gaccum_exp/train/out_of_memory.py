@@ -23,7 +23,7 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import TrackedWindow
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.state import Experiment
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class MemoryGuard:
         now = experiment.accum_steps(global_step)
         said = f"step {global_step + 1}: out of memory at N = {before}, repeated with N = {now}"
         log.warning("%s (%s)", said, reason)
-        self._sink.record(global_step + 1, {metrics.OOM_EVENTS: self._events, metrics.STEPS_NOW: now})
+        values = {metrics.OOM_EVENTS: self._events, metrics.ACCUM_STEPS_NOW: now}
+        self._sink.record(global_step + 1, values)
         # Of a schedule its largest, as where nothing had to be split finer.
         used = max(experiment.accum_steps(windows[0]) for windows in experiment.stage_windows)
         sizes = split_sizes(experiment.settings.data.global_batch_size, used)

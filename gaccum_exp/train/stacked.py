@@ -21,8 +21,8 @@ from gaccum_exp.core.stack import (
 )
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import NonFiniteLossError, Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import NonFiniteLossError, Sink
 from gaccum_exp.train.audits import RunAudits
 from gaccum_exp.train.build import optimizer_of
 from gaccum_exp.train.evaluation import Sums, evaluate

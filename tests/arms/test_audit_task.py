@@ -267,7 +267,7 @@ def state(overrides: tuple[str, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_training_is_bit_identical_with_and_without_audits(optimizer: str) -> None:
     """Weights, running statistics, gradients, optimizer state, curves, the generator's state."""
-    common = (*STRANGER, "model._target_=tests.test_audit_task.Normed", f"optimizer={optimizer}",
+    common = (*STRANGER, "model._target_=tests.arms.test_audit_task.Normed", f"optimizer={optimizer}",
               "+data.train.noise=0.1", "data.global_batch_size=8", "accum.steps=3", "train.steps=7",
               "data.workers=0")  # fmt: skip
     bare, audited = (
@@ -280,7 +280,7 @@ def test_a_training_is_bit_identical_with_and_without_audits(optimizer: str) -> 
 def test_an_audit_leaves_every_generator_where_it_was() -> None:
     """torch's, Python's and NumPy's, with a model that draws from all three."""
     experiment = build(
-        settings(*STRANGER, "model._target_=tests.test_audit_task.Drawing", "accum.steps=3")
+        settings(*STRANGER, "model._target_=tests.arms.test_audit_task.Drawing", "accum.steps=3")
     )
     window = next(training_windows(experiment))
     seed_host(7)

@@ -141,7 +141,7 @@ def test_a_wrong_compiler_is_refused_and_nothing_has_moved(
 ) -> None:
     """Gradients a thousandth too large, zero for one parameter, those of another micro-batch, or NaN."""
     compiling(monkeypatch, wrong(FAULTS[fault]()))
-    model = "tests.test_compiled.Stateful" if dropout == 0 else "tests.strangers.Net"
+    model = "tests.train.test_compiled.Stateful" if dropout == 0 else "tests.strangers.Net"
     more = () if dropout == 0 else (f"+model.dropout={dropout}",)
     experiment = build(settings(*POINTS, COMPILED, f"model._target_={model}", *more))
     for p in experiment.parameters:
@@ -157,7 +157,7 @@ def test_a_wrong_compiler_is_refused_and_nothing_has_moved(
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("model", ["tests.test_compiled.Stateful", "tests.strangers.Net"])
+@pytest.mark.parametrize("model", ["tests.train.test_compiled.Stateful", "tests.strangers.Net"])
 def test_a_sound_compiler_passes_and_nothing_has_moved(model: str) -> None:
     """Weights, running statistics, gradients, modes and every random state, bit for bit."""
     more = ("+model.dropout=0.5",) if model.endswith("Net") else ()
@@ -185,7 +185,7 @@ def test_a_model_with_dropout_is_compared_in_evaluation_mode(caplog: pytest.LogC
     experiment = build(settings(*POINTS, COMPILED, "+model.dropout=0.5"))
     assert check_compiled(experiment)["compile/error"] <= 1e-10
     assert "in evaluation mode" in caplog.text
-    noisy = build(settings(*POINTS, COMPILED, "model._target_=tests.test_compiled.AlwaysNoisy"))
+    noisy = build(settings(*POINTS, COMPILED, "model._target_=tests.train.test_compiled.AlwaysNoisy"))
     with pytest.raises(BadInputError, match="draws random numbers in evaluation mode too"):
         check_compiled(noisy)
 

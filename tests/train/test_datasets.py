@@ -44,7 +44,7 @@ class Counted(Points):
 
 
 def sweep(program: Program, dataset: str, *arguments: str) -> None:
-    target = f"data.train._target_=tests.test_datasets.{dataset}"
+    target = f"data.train._target_=tests.train.test_datasets.{dataset}"
     done = program("-m", *STRANGER, target, "data.global_batch_size=8", "train.steps=1", *arguments)
     assert done.status == 0, done.err
 
@@ -83,8 +83,8 @@ class WritesOnItsInput(Net):
 
 def test_what_a_model_does_to_its_input_is_not_done_to_the_next_arms_data(program: Program) -> None:
     """The same arm alone and last of three has the same curves: micro-batches are copies."""
-    model = "model._target_=tests.test_datasets.WritesOnItsInput"
-    evaluated = "data.eval._target_=tests.test_datasets.tensors"
+    model = "model._target_=tests.train.test_datasets.WritesOnItsInput"
+    evaluated = "data.eval._target_=tests.train.test_datasets.tensors"
     sweep(program, "tensors", model, evaluated, "train.steps=6")
     (alone,) = program.arms()
     sweep(program, "tensors", model, evaluated, "train.steps=6", "optimizer.lr=0.4,0.2,0.1")

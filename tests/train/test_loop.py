@@ -15,7 +15,7 @@ from gaccum_exp.core.feed import windows
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import StorageTracker
-from gaccum_exp.tracking.metrics import NonFiniteLossError
+from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build
 from gaccum_exp.train.loop import train_step, training_windows
 from tests.strangers import Points

@@ -193,7 +193,7 @@ def state_of(experiment: Experiment) -> list[Any]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_training_in_half_precision_ends_bit_for_bit_as_without_its_audits(precision: str) -> None:
     """Weights, statistics, optimizer, loss scale and growth tracker, gradients and random state."""
-    common = (*POINTS, "model._target_=tests.test_loss_scale.Disturbed", *PRECISIONS[precision],
+    common = (*POINTS, "model._target_=tests.train.test_loss_scale.Disturbed", *PRECISIONS[precision],
               "train.steps=7", "accum.steps=3", "optimizer=adamw")  # fmt: skip
     ends, curves = [], []
     for audits in ("audit.at_start=false", "audit.at_start=true", "audit.every_steps=1"):

@@ -157,7 +157,7 @@ class HalfLoss:
 def test_evaluation_adds_its_batches_up_in_float32() -> None:
     """Of bfloat16 losses, 45 batches of them: in bfloat16 a sum of 512 swallows what is below 2."""
     overrides = (*SMALL, *DIGITS, *PURE, "criterion=custom", "data.eval_batch_size=8",
-                 "criterion._target_=tests.test_precision.HalfLoss")  # fmt: skip
+                 "criterion._target_=tests.train.test_precision.HalfLoss")  # fmt: skip
     experiment = build(settings(*overrides))
     losses = []
     loss_fn = experiment.loss_fn

@@ -14,9 +14,9 @@ from gaccum_exp.config.schema import Settings
 from gaccum_exp.core import stack
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.tracking.metrics import NonFiniteLossError
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build, load
 from gaccum_exp.train.loop import train
 from gaccum_exp.train.stackable import NotStackableError, stackable
@@ -40,6 +40,11 @@ WEIGHTED = "+criterion.weight=[1,2,1,3,1,1,1,0.5,1,1]"
 
 def seeds_of(*overrides: str, seeds: Sequence[int] = (0, 1, 5)) -> list[Settings]:
     return [settings(*overrides, f"seed={seed}") for seed in seeds]
+
+
+def own(model: str) -> tuple[str, str]:
+    """Choose a model of this file."""
+    return "model=custom", f"model._target_=tests.train.test_stacked.{model}"
 
 
 def stacked(*overrides: str) -> tuple[list[Experiment], list[Collected], list[End]]:
@@ -92,8 +97,8 @@ def gap(one: Collected, other: Collected) -> float:
         (*MLP, "accum.schedule={0:1,1:3}", "data.micro_batch_size=50", "data.global_batch_size=null",
          "accum.schedule_lr=linear"),
         (*MLP, "accum.steps=3", "criterion=mse", "data=custom", "model.num_classes=1",
-         "model.input_shape=[2]", "data.train._target_=tests.test_stacked.line",
-         "data.eval._target_=tests.test_stacked.line"),
+         "model.input_shape=[2]", "data.train._target_=tests.train.test_stacked.line",
+         "data.eval._target_=tests.train.test_stacked.line"),
         (*GPT, "accum.steps=3", "accum.max_grad_norm=0.5"),
         ("model=cnn", "model.width=2", "runtime.device=cpu", "train.steps=3", "accum.steps=2"),
     ],
@@ -189,9 +194,9 @@ def late(seeds: int) -> list[int]:
     [
         (("model=cnn", "model.norm=batch", "model.width=2"), "passes change its buffer .*running_mean"),
         (("model.dropout=0.1",), "its passes draw random numbers"),
-        (("model=custom", "model._target_=tests.test_stacked.Noisy"), "its passes draw random numbers"),
-        (("model=custom", "model._target_=tests.test_stacked.Branching"), "data-dependent control flow"),
-        (("model=custom", "model._target_=tests.test_stacked.Projected"), "come out otherwise together"),
+        (own("Noisy"), "its passes draw random numbers"),
+        (own("Branching"), "data-dependent control flow"),
+        (own("Projected"), "come out otherwise together"),
         (("optimizer=muon",), "otherwise together than alone"),
         (("optimizer=custom", "optimizer._target_=torch.optim.Adafactor"), "otherwise together"),
         (("optimizer=custom", "optimizer._target_=torch.optim.LBFGS"), "LBFGS evaluates a window"),
@@ -327,7 +332,7 @@ class RarelyCounted(Points):
 
 def test_a_seed_with_a_window_in_which_nothing_counts_ends_with_the_reason() -> None:
     """Alone it would take no step there, and be one step behind the others from then on."""
-    overrides = (*POINTS, "data.train._target_=tests.test_stacked.RarelyCounted", EXACT)
+    overrides = (*POINTS, "data.train._target_=tests.train.test_stacked.RarelyCounted", EXACT)
     of_seeds = [settings(*overrides, f"seed={seed}") for seed in late(3)]
     training = StackedTraining(stackable(of_seeds, load(of_seeds[0])))
     sinks = [Collected() for _ in of_seeds]

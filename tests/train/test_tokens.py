@@ -156,7 +156,7 @@ def test_only_labels_that_count_are_tokens() -> None:
         int((micro_batch["labels"] != 3).sum()) for micro_batch in window
     ]
     several = build(settings(*STRANGER, "criterion._target_=torch.nn.MultiLabelMarginLoss",
-                             "data.train._target_=tests.test_tokens.Several"))  # fmt: skip
+                             "data.train._target_=tests.train.test_tokens.Several"))  # fmt: skip
     assert not several.counts_tokens
 
 
