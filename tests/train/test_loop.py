@@ -328,9 +328,9 @@ def test_evaluation_comes_at_its_interval_and_at_the_end() -> None:
     """Every third of eight steps, and after the last; or once an epoch."""
     common = (*STRANGER, "data.eval._target_=tests.strangers.Points", "data.global_batch_size=8")
     _, sink = trained(*common, "train.steps=8", "train.eval_every_steps=3")
-    assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6, 8]
+    assert [p.global_step for p in sink.points if "eval/loss" in p.values] == [3, 6, 8]
     _, sink = trained(*common, "train.epochs=2")
-    assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6]
+    assert [p.global_step for p in sink.points if "eval/loss" in p.values] == [3, 6]
 
 
 def stranger(name: str) -> str:
