@@ -6,116 +6,173 @@ decided at the end, from what the arms have left: the first of 1, 3, 5, 4 that a
 """
 
 import gc
+import logging
 import os
 import sys
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gaccum_exp.arms import callback as sweep
+from gaccum_exp.arms.context import ArmContext, Command, Launch, current_command, in_command_process
+from gaccum_exp.arms.outcome import BAD_INPUT, INTERRUPTED, OK, RUN_FAILED, exit_status, read_outcomes
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
 
-SWEEP_ID = "GACCUM_EXP_SWEEP_ID"
-OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; leave the process as it was.
+
+    Args:
+        arguments: what follows the program's name; None: those of this process.
+
+    Raises:
+        Exception: whatever stopped Hydra and is not about the configuration, e.g. a sweeper's own error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with _process_restored():
+        # Imports leave next to no garbage, and the search for it takes a sixth of their time. An arm
+        # turns it on again.
+        gc.disable()
+        try:
+            if given[:1] == ["report"]:
+                from gaccum_exp.arms.report import main as report
+
+                return report(given[1:])
+            return _run(given)
+        except KeyboardInterrupt:  # while comparing
+            return INTERRUPTED
+        except SystemExit as end:  # of --help, of a wrong flag, of a configuration that was refused
+            if isinstance(end.code, str):
+                raise
+            return end.code or OK
 
 
-def main() -> int:
-    """Run the command line and return its exit status."""
-    if sys.argv[1:2] == ["report"]:
-        from gaccum_exp.arms.report import main as report
+@contextmanager
+def _process_restored() -> Iterator[None]:
+    """Put back what a command changes of the process, torch's settings and Hydra's singletons too."""
+    argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
+    loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]
+    hydra_before, job_before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    # Without waiting for torch, where no arm has needed it.
+    life = sys.modules.get("gaccum_exp.arms.life")
+    of_torch = None if life is None else life.process_settings()
+    GlobalHydra.instance().clear()  # or Hydra refuses to begin
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
+        life = sys.modules.get("gaccum_exp.arms.life")
+        if life is not None:
+            life.set_process_settings(of_torch or life.BEFORE_ANY_ARM)
+        for logger, handlers, level in loggers:
+            for handler in set(logger.handlers) - set(handlers):
+                handler.close()
+            logger.handlers = handlers
+            logger.setLevel(level)
+        sys.argv = argv
+        for key in os.environ.keys() - environment.keys():
+            del os.environ[key]
+        os.environ.update(environment)
+        if collects:
+            gc.enable()
+        else:
+            gc.disable()
 
-        return report(sys.argv[2:])
-    gc.disable()  # importing leaves next to no garbage, and the search for it takes a sixth of the time
-    os.environ[SWEEP_ID] = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+def _run(given: list[str]) -> int:
+    """Run what Hydra makes of the arguments, then compare what there is."""
+    config.register(f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}")
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    config.register()
     # Hydra reads `accum.steps=1,2 -m seed=0` as two lists of overrides and refuses the second.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    try:
-        return _end(_run(raw))
-    except KeyboardInterrupt:  # while comparing
-        return INTERRUPTED
-
-
-def _run(raw: bool) -> int:
-    """Run what Hydra makes of the command line; what an arm fails of is not seen here."""
+    flags_first = sorted(given, key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv = [sys.argv[0], *flags_first]
+    command, status = Command(), OK
+    token = current_command.set(command)
     try:
         task()
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        line = explain.one_line(error, sys.argv[1:])
+        status = INTERRUPTED
+    except Exception as error:  # of Hydra, its sweeper or launcher; an arm ends by itself
+        line = explain.one_line(error, given)
         if raw or line is None:
-            _end(RUN_FAILED)  # a sweeper or launcher gave up; its arms are there to be compared
+            _end(command.launch, RUN_FAILED)  # the arms that have ended are there to be compared
             raise
         print(f"gaccum_exp: {line}", file=sys.stderr)
-        return BAD_INPUT
-    return OK
+        status = BAD_INPUT
+    finally:
+        current_command.reset(token)
+        config.register()  # without this command's id
+    return _end(command.launch, status)
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
 def task(cfg: DictConfig) -> float | None:
-    """Run one arm; what it returns is for sweepers that minimise something."""
-    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    """Run one job; what it returns is for sweepers that minimise something."""
+    job = HydraConfig.get()
+    context = ArmContext(
+        config=cfg,
+        folder=Path(job.runtime.output_dir),
+        overrides=tuple(job.overrides.task),
+        choices=dict(job.runtime.choices),
+        swept_keys=tuple(job.callbacks.get("sweep", {}).get("swept_keys", ())),
+        multirun=job.mode == RunMode.MULTIRUN,
+        owns_terminal=in_command_process(),
+    )
     try:
         settings = config.validate(cfg)
     except BadInputError as error:
-        if not multirun:  # answered at once, without waiting for torch and MLflow
+        if not context.multirun:  # answered at once, without waiting for torch and MLflow
             print(f"gaccum_exp: {error}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
         from gaccum_exp.arms.seeds import refuse_seeds
 
-        refuse_seeds(cfg, error)
+        refuse_seeds(context, error)
         return None
     if settings.sweep.seeds is not None:
         from gaccum_exp.arms.seeds import run_seeds
 
-        run_seeds(cfg)
+        run_seeds(context)
         return None
     from gaccum_exp.arms.life import run_arm
 
     # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
-    return run_arm(settings, cfg).objective
+    return run_arm(context, settings).objective
 
 
-def _end(status: int) -> int:
-    """Compare what there is, and let the arms' outcomes decide the status."""
-    if not sweep.begun:
+def _end(launch: Launch | None, status: int) -> int:
+    """Compare what the arms have left, and let their outcomes decide the status."""
+    outcomes = {} if launch is None else read_outcomes(launch.folder, launch.sweep_id)
+    if launch is None or not outcomes:
         return status
-    current = sweep.begun[-1]
-    ended = sweep.outcomes(current)
-    if not ended:
-        return status
-    audited = [outcome for outcome in ended if outcome["task"] == "audit"]
-    if audited and current.multirun:
-        from gaccum_exp.arms.audits import show_sweep
+    earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
+    audited = {folder: outcome for folder, outcome in outcomes.items() if outcome.task == "audit"}
+    if audited and launch.multirun:
+        from gaccum_exp.arms.audits import print_audits
 
-        show_sweep(audited)
-    if any(outcome["task"] == "train" for outcome in ended) and not _compared(current, status):
-        status = status or RUN_FAILED
-    return status or sweep.exit_status(current)
+        print_audits(audited)
+    if any(outcome.task == "train" for outcome in outcomes.values()):
+        from gaccum_exp.arms.report import report_sweep, show_run
+        from gaccum_exp.tracking.shipper import connect
 
-
-def _compared(current: sweep.Begun, status: int) -> bool:
-    """Compare the arms that trained, or one run with what the store holds; False where it cannot be."""
-    from gaccum_exp.arms.report import report_sweep, show_run
-    from gaccum_exp.tracking.shipper import connect
-
-    store = connect(current.tracking_uri, current.experiment_name)
-    try:
-        if current.multirun:
-            report_sweep(store, current.sweep_id, current.folder)
-        elif status == OK and sweep.exit_status(current) not in (RUN_FAILED, BAD_INPUT):
-            show_run(store, current.sweep_id)
-    except (BadInputError, TrackingError) as error:
-        print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
-        return False
-    return True
+        store = connect(launch.tracking_uri, launch.experiment_name)
+        try:
+            if launch.multirun:
+                report_sweep(store, launch.sweep_id, launch.folder)
+            elif status == OK and earned not in (RUN_FAILED, BAD_INPUT):
+                show_run(store, launch.sweep_id)
+        except (BadInputError, TrackingError) as error:
+            print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
+            status = status or RUN_FAILED
+    return status or earned

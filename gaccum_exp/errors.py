@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend, told apart from the program's own."""
+"""Errors that the user can mend, as against faults of the program."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ class BadInputError(ValueError):
 
 
 class TrackingError(RuntimeError):
-    """What a run records could not be written, or not be read."""
+    """A record of a run could not be written, or not be read."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -24,7 +24,5 @@ def program(
     """Return the program in a new working directory that holds an empty store."""
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gaccum_exp.arms.callback.begun", [])
-    for variable in ("GACCUM_EXP_SWEEP_ID", "GACCUM_EXP_SWEPT_KEYS", "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(variable, "")  # so that what the program sets there is undone
-    return Program(tmp_path, monkeypatch, capfd)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return Program(tmp_path, capfd)

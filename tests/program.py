@@ -4,24 +4,19 @@
 only that can show (signals, what is imported, another working directory).
 """
 
-import logging
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from mlflow import MlflowClient
 from torch import Tensor
 
 from gaccum_exp import cli
-from gaccum_exp.arms import callback as sweep
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
 from tests.strangers import Net
@@ -54,20 +49,17 @@ class Ended:
 class Program:
     """Runs the program in this process and in a folder of its own, and looks into what it has left."""
 
-    def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         # Absolute: MLflow keeps a connection for every address that this process has ever opened.
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
-        self._monkeypatch = monkeypatch
         self._capfd = capfd
 
     def __call__(self, *arguments: str) -> Ended:
         """Run `python -m gaccum_exp` with these arguments, recording in this folder."""
         located = any(a.startswith("tracking.uri=") for a in arguments)
         uri = () if located else (f"tracking.uri={self.uri}",)
-        return self._call("gaccum_exp", cli.main, (*arguments, *uri))
+        return self._call(*arguments, *uri)
 
     def tiny(self, *arguments: str) -> Ended:
         """Run it on a model of a few hundred parameters for four steps."""
@@ -75,7 +67,7 @@ class Program:
 
     def report(self, *arguments: str) -> Ended:
         """Run `python -m gaccum_exp report` with these arguments."""
-        return self._call("gaccum_exp", cli.main, ("report", *arguments, "--uri", self.uri))
+        return self._call("report", *arguments, "--uri", self.uri)
 
     def store(self) -> Store:
         """Open the store of the runs."""
@@ -83,28 +75,27 @@ class Program:
 
     @property
     def sweep_id(self) -> str:
-        """The id of the run or sweep begun last."""
-        return sweep.begun[-1].sweep_id
+        """The id of the run or sweep whose arm ended last."""
+        return str(json.loads(self._last_outcome.read_text())["sweep_id"])
 
     @property
     def sweep_folder(self) -> Path:
         """Where it wrote."""
-        return sweep.begun[-1].folder
+        sweeps = (f for f in self._last_outcome.parents if (f / "multirun.yaml").exists())
+        return next(sweeps, self._last_outcome.parent)
+
+    @property
+    def _last_outcome(self) -> Path:
+        return max(self.folder.rglob("arm.json"), key=lambda path: path.stat().st_mtime_ns)
 
     def arms(self) -> list[RunRecord]:
         """Return its runs, by N."""
         runs = self.store().sweep(self.sweep_id)
         return sorted(runs, key=lambda run: int(run.params.get("accum.steps", 0)))
 
-    def _call(self, name: str, main: Any, arguments: tuple[str, ...]) -> Ended:
+    def _call(self, *arguments: str) -> Ended:
         self._capfd.readouterr()
-        self._monkeypatch.setattr(sys, "argv", [name, *arguments])
-        with _logging_restored(), _threads_restored():
-            try:
-                status = main()
-            except SystemExit as end:
-                status = end.code
-        return Ended(int(status or 0), *self._capfd.readouterr())
+        return Ended(cli.main(arguments), *self._capfd.readouterr())
 
 
 def in_a_process(folder: Path, *arguments: str, module: str = "gaccum_exp") -> Ended:
@@ -118,8 +109,7 @@ def in_a_process(folder: Path, *arguments: str, module: str = "gaccum_exp") -> E
 
 def environment() -> dict[str, str]:
     """Return this process's environment with this checkout importable, on one thread."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GACCUM_EXP")}
-    inherited.pop("HYDRA_FULL_ERROR", None)
+    inherited = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
     return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -158,25 +148,3 @@ class Broken(Ending):
 
     def happen(self) -> None:
         raise RuntimeError("a fault of its own\nwith details")
-
-
-@contextmanager
-def _logging_restored() -> Iterator[None]:
-    """Take Hydra's handlers off again: they hold this test's stderr and files."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        for handler in set(root.handlers) - set(handlers):
-            handler.close()
-        root.handlers, root.level = handlers, level
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

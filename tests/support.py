@@ -8,8 +8,8 @@ from gaccum_exp.audit.result import Audit
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.feed import Window
-from gaccum_exp.tracking.metrics import Point, Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import Point, Sink
 from gaccum_exp.train.build import build
 from gaccum_exp.train.hooks import Values
 from gaccum_exp.train.loop import hooks_of, train

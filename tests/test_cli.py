@@ -1,6 +1,10 @@
 """The command line: what bad input is answered with, and how a run or a sweep ends."""
 
 import csv
+import gc
+import logging
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -8,21 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
+from gaccum_exp import cli
 from tests.program import PATIENCE_S, TINY, Program, environment
 
 POINTS = ("data=custom", "data.train._target_=tests.strangers.Points", "data.global_batch_size=8",
           "runtime.device=cpu")  # fmt: skip
 LAZY = """
-import os, sys
+import sys
 from gaccum_exp.cli import main
 for arguments in {calls}:
-    sys.argv = ["gaccum_exp", *arguments]
-    os.environ.pop("HYDRA_FULL_ERROR", None)  # as main leaves it, for a process of its own
-    try:
-        status = main()
-    except SystemExit as end:
-        status = end.code or 0
+    status = main(arguments)
     print("ENDED", status, *sorted({{"torch", "mlflow", "numpy"}} & set(sys.modules)))
 """
 
@@ -298,3 +301,79 @@ def test_a_sweeper_that_gives_up_does_not_take_the_comparison_with_it(
     with pytest.raises(RuntimeError, match="the sweeper is tired"):
         program.tiny("-m", "accum.steps=1,2")
     assert (program.sweep_folder / "comparison.csv").exists()
+
+
+def process_state() -> list[object]:
+    """Return what a command might leave behind in its process."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in ("gaccum_exp", "hydra"))]
+    return [
+        list(sys.argv),
+        dict(os.environ),
+        gc.isenabled(),
+        [(list(logger.handlers), logger.level) for logger in loggers],
+        (GlobalHydra.instance().hydra, HydraConfig.instance().cfg),
+        (torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        torch.are_deterministic_algorithms_enabled(),
+    ]
+
+
+def test_commands_follow_one_another_in_a_process_and_leave_it_as_it_was(
+    program: Program, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep, a bad command, help, a report and a run: each with the result of a new process."""
+    place = f"tracking.uri={program.uri}"
+    set_for_all = ("runtime.threads=2", "runtime.deterministic=true", "runtime.matmul_precision=high")
+    before = process_state()
+    assert cli.main(["-m", *TINY, *set_for_all, "accum.steps=1,2", place, "hydra.verbose=hydra"]) == 0
+    assert process_state() == before
+    sweep_id, folder = program.sweep_id, program.sweep_folder
+    assert "Every arm against its reference" in capfd.readouterr().out
+    assert cli.main(["accum.stepz=1"]) == 2
+    assert process_state() == before
+    assert "accum.stepz: no such key" in capfd.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert cli.main(["report", sweep_id, "--uri", program.uri]) == 0
+    assert process_state() == before
+    assert cli.main([*TINY, "accum.steps=2", place]) == 0
+    assert process_state() == before
+    assert (program.sweep_id == sweep_id, program.sweep_folder == folder) == (False, False)
+    (run,) = program.arms()
+    of_sweep = {arm.params["accum.steps"]: arm for arm in program.store().sweep(sweep_id)}
+    assert run.curves["train/loss"] == of_sweep["2"].curves["train/loss"]
+    assert run.name == of_sweep["2"].name
+
+
+def test_a_command_leaves_another_hydra_in_peace_and_takes_arguments_from_the_process(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's is there afterwards; without arguments those of the process are taken."""
+    from hydra import compose, initialize_config_dir
+
+    from gaccum_exp.config import schema as config
+
+    gc.disable()
+    try:
+        with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+            monkeypatch.setattr(sys, "argv", ["program", *TINY, f"tracking.uri={program.uri}"])
+            assert cli.main() == 0
+            assert compose("config", ["seed=3"]).seed == 3
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert [run.status for run in program.arms()] == ["FINISHED"]
+
+
+def test_fingerprinting_data_leaves_the_generators_alone(program: Program) -> None:
+    """Provenance seeds what random augmentation draws from, and puts it back."""
+    from gaccum_exp.arms.provenance import dataset_records
+    from gaccum_exp.train.build import build
+    from tests.support import STRANGER, settings
+
+    experiment = build(settings(*STRANGER))
+    torch.manual_seed(5)
+    random.seed(5)
+    states = torch.get_rng_state(), random.getstate()
+    first = dataset_records(experiment)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert dataset_records(experiment) == first

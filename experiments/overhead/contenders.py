@@ -26,9 +26,8 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from experiments.notebook import Quiet
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.losses.micro_batch import split_micro_batch
-from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink
+from gaccum_exp.tracking.sink import MlflowSink, Sink
 from gaccum_exp.train.build import build
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState

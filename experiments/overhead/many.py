@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
-from gaccum_exp.arms.report import CURVES, read_sweep
+from gaccum_exp.arms.report import COMPARED_CURVES, read_sweep
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures.draw import draw
 from gaccum_exp.report.text.summary import summary
@@ -264,7 +264,7 @@ def read_by_client(uri: str, runs: int) -> float:
     start = time.perf_counter()
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     for run in client.search_runs([experiment], f"tags.sweep_id = '{SWEEP}'", max_results=runs):
-        for key in CURVES:
+        for key in COMPARED_CURVES:
             client.get_metric_history(run.info.run_id, key)
     return (time.perf_counter() - start) / runs
 

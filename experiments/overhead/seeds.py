@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.notebook import Quiet, composed, middle
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.evaluation import evaluate
 from gaccum_exp.train.stackable import stackable

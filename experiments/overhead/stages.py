@@ -26,11 +26,11 @@ STAGES: dict[str, str] = {
     "garbage of the arm before": "gaccum_exp.arms.life:clear",
     "data sets": "gaccum_exp.arms.life:load",
     "model, loss, optimizer": "gaccum_exp.arms.life:build",
-    "begin the run": "gaccum_exp.arms.life:start_run",
-    "training, audits included": "gaccum_exp.arms.life:_train",
-    "audits": "gaccum_exp.train.audits:WindowAudits.judge",
+    "begin the run": "gaccum_exp.arms.life:Life.begin",
+    "training, audits included": "gaccum_exp.arms.life:train",
+    "audits": "gaccum_exp.train.audits:RunAudits.judge",
     "evaluations": "gaccum_exp.train.loop:evaluate",
-    "keep the weights": "gaccum_exp.arms.life:keep_weights",
+    "keep the weights": "gaccum_exp.arms.life:Life.keep_weights",
     "predict its memory": "gaccum_exp.arms.plan:predicted_peak",
     "wait for the store": "gaccum_exp.tracking.sink:MlflowSink.ready",
     "end the run": "gaccum_exp.tracking.sink:MlflowSink.close",
@@ -45,9 +45,8 @@ def main(arguments: Iterable[str]) -> dict[str, list[float]]:
 
     for name, where in STAGES.items():
         time_calls(where, found[name])
-    sys.argv[1:] = list(arguments)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        cli.main()
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main(list(arguments))
     return found
 
 

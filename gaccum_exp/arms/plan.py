@@ -1,4 +1,4 @@
-"""The memory of a configured experiment, before it is run: what each N needs, and which N fits."""
+"""Predict the memory of a configured experiment: what each N needs, and which N fits."""
 
 import json
 import logging
@@ -37,16 +37,16 @@ from gaccum_exp.train.step import take_step
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"
-HEADROOM = 0.9
-"""What of the free memory a window may hold where no budget is given: operators need some beside."""
+HEADROOM = 0.9  # operators need workspace besides
+"""The share of the free memory that a window may hold where no budget is given."""
 _ALSO_SPLIT = ("data.micro_batch_size", "accum.schedule", "accum.schedule_lr")
-"""Keys beside accum.steps that say how a window is split."""
+"""Keys besides accum.steps that say how a window is split."""
 
 
 def budget_bytes(settings: Settings, device: torch.device) -> int | None:
-    """Return what the tensors of a window may hold at its peak; None where nobody can say.
+    """Return the bytes that the tensors of a window may hold at its peak; None where that is unknown.
 
-    To be asked before the model is there.
+    To be called before the model is built.
     """
     libraries = held_by_libraries(device)
     budget = settings.runtime.memory_budget_gib
@@ -57,12 +57,10 @@ def budget_bytes(settings: Settings, device: torch.device) -> int | None:
 
 
 def held_by_libraries(device: torch.device) -> int:
-    """Return what is allocated once a matrix product has been taken: cuBLAS keeps its workspaces.
-
-    One for the forward and one for the backward pass, which autograd runs in a thread of its own.
-    """
+    """Return the bytes that cuBLAS keeps as workspaces, once matrix products have been taken."""
     if device.type != "cuda":
         return 0
+    # One for the forward and one for the backward pass, which autograd runs in a thread of its own.
     weight = torch.ones(16, 16, device=device, requires_grad=True)
     torch.autograd.backward((weight @ weight).sum())
     del weight
@@ -70,7 +68,7 @@ def held_by_libraries(device: torch.device) -> int:
 
 
 def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planner:
-    """Return what predicts the peaks of windows of so many samples for every N.
+    """Return the planner of windows of so many samples, for every N.
 
     Raises:
         BadInputError: model, loss and data do not fit together.
@@ -78,12 +76,8 @@ def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planne
     source, notes = peak_source(
         lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
-    return Planner(
-        source,
-        samples,
-        equal_parts=reduction_named(settings.accum.reduction).needs_equal_parts,
-        notes=notes,
-    )
+    reduction = reduction_named(settings.accum.reduction)
+    return Planner(source, samples, equal_parts=reduction.needs_equal_parts, notes=notes)
 
 
 @nothing_left_behind()
@@ -107,8 +101,8 @@ def plan(settings: Settings, loaded: TrainingData) -> MemoryPlan:
 
 
 @nothing_left_behind()
-def with_fitting_steps(settings: Settings, loaded: TrainingData) -> tuple[Settings, str]:
-    """Return the settings with the smallest N that fits the budget, and that in words.
+def with_fitting_accum_steps(settings: Settings, loaded: TrainingData) -> tuple[Settings, str]:
+    """Return the settings with the smallest N that fits the budget, and a sentence that says so.
 
     Raises:
         BadInputError: no N fits, or there is no budget.
@@ -120,41 +114,36 @@ def with_fitting_steps(settings: Settings, loaded: TrainingData) -> tuple[Settin
             "set runtime.memory_budget_gib"
         )
     planner = planner_of(settings, loaded, loaded.plan.full_window)
-    steps = planner.smallest_fitting(budget)
-    if steps is None:
+    accum_steps = planner.smallest_fitting(budget)
+    if accum_steps is None:
         rows = filter(None, map(planner.row, planner.ladder()))
         least = min(row.peak.bytes for row in rows)
         raise BadInputError(
             f"accum.steps=auto: no N fits the budget of {size(budget)}; the smallest peak is "
             f"{size(least)}"
         )
-    row = planner.row(steps)
+    row = planner.row(accum_steps)
     assert row is not None
-    return settings.with_steps(steps), (
-        f"N = {steps} is the smallest whose predicted peak, {size(row.peak.bytes)}, "
+    return settings.with_accum_steps(accum_steps), (
+        f"N = {accum_steps} is the smallest whose predicted peak, {size(row.peak.bytes)}, "
         f"fits the budget of {size(budget)}"
     )
 
 
 def plainly_fits(state: TrainState, budget: int) -> bool:
-    """Whether a run needs so little that nobody has to predict how much before it begins.
+    """Whether a run needs so little that it may begin without a prediction.
 
-    Six times the weights, and, four times over, all that any operator makes in a forward pass of two
-    samples, in proportion to the micro-batch. A prediction is far closer, and first takes importing
-    torch's compiler, which is as long as importing torch.
+    The bound: six times the weights, and four times all that operators allocate in a forward pass of
+    two samples, in proportion to the micro-batch.
     """
+    # A prediction is far closer, but first imports torch's compiler, which takes as long as torch.
     given = first_samples(state.train_data, state.plan)
     model, settings = state.model, state.settings
     try:
-        with (
-            random_state_kept(),
-            eagerly(),
-            evaluation_mode(model),
-            torch.no_grad(),
-            OutputBytes() as outputs,
-        ):
+        outputs = OutputBytes()
+        with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), outputs:
             state.loss_fn(model, given)
-    except Exception:  # whatever it is, the prediction is there
+    except Exception:  # whatever it is, a prediction is made instead
         return False
     micro = max(-(-stage.global_batch_size // stage.accum_steps) for stage in settings.stages)
     weights = sum(p.nbytes for p in state.modules.parameters())
@@ -163,21 +152,21 @@ def plainly_fits(state: TrainState, budget: int) -> bool:
 
 @nothing_left_behind()
 def predicted_peak(settings: Settings, loaded: TrainingData) -> Peak | None:
-    """Return the peak predicted for the windows whose memory is measured; None where it needs values."""
+    """Predict the peak of the windows whose memory is measured; None where passes need values."""
     try:
         subject = _fake(settings, loaded)
         stage = max(settings.stages, key=lambda s: -(-s.global_batch_size // s.accum_steps))
         samples = min(stage.global_batch_size, loaded.plan.full_window)  # an epoch may hold less
         return highest(Predicted(subject, samples).peaks(samples, stage.accum_steps))
-    except Exception as error:  # whatever is wrong with it will be said by the run itself
+    except Exception as error:  # the run itself will meet whatever is wrong
         log.debug("the peak was not predicted: %s", error)
         return None
 
 
-def require_room(
+def refuse_over_budget(
     settings: Settings, loaded: TrainingData, predicted: Peak | None, budget: int | None
 ) -> None:
-    """Refuse a run that is predicted to be larger than the budget, and say which N would fit.
+    """Refuse a run whose predicted peak exceeds the budget, and name an N that fits.
 
     Raises:
         BadInputError: with both sizes.
@@ -189,29 +178,23 @@ def require_room(
     with nothing_left_behind():
         fitting = planner_of(settings, loaded, loaded.plan.full_window).smallest_fitting(budget)
     instead = "no N fits" if fitting is None else f"accum.steps={fitting} fits"
+    given = settings.runtime.memory_budget_gib is not None
+    limit = "runtime.memory_budget_gib" if given else f"of what is free {HEADROOM:.0%} are"
     raise BadInputError(
         f"accum.steps={settings.accum_steps} does not fit: its predicted peak is "
-        f"{size(predicted.bytes)}, {_named(settings)} {size(budget)}; {instead}"
+        f"{size(predicted.bytes)}, {limit} {size(budget)}; {instead}"
     )
 
 
-def _named(settings: Settings) -> str:
-    given = settings.runtime.memory_budget_gib is not None
-    return "runtime.memory_budget_gib" if given else f"of what is free {HEADROOM:.0%} are"
-
-
 def command(planned: MemoryPlan, arguments: Sequence[str]) -> str:
-    """Return what trains with the planned N, given the arguments that it was planned with."""
+    """Return the command that trains with the planned N, given the arguments of the plan."""
     replaced = {"task": None, "accum.steps": planned.chosen_steps or planned.knee_steps}
-    if any(_key(a) in _ALSO_SPLIT for a in arguments):  # N would contradict it, or multiply the batch
+    keys = [a.split("=")[0].lstrip("+") for a in arguments]
+    if not set(keys).isdisjoint(_ALSO_SPLIT):  # N would contradict it, or multiply the batch
         replaced |= dict.fromkeys(_ALSO_SPLIT) | {"data.global_batch_size": planned.global_batch_size}
-    left = [a for a in arguments if _key(a) not in replaced]
-    said = [f"{key}={value}" for key, value in replaced.items() if value is not None]
-    return shlex.join(["python", "-m", "gaccum_exp", *left, *said])
-
-
-def _key(argument: str) -> str:
-    return argument.split("=")[0].lstrip("+")
+    kept = [a for a, key in zip(arguments, keys, strict=True) if key not in replaced]
+    chosen = [f"{key}={value}" for key, value in replaced.items() if value is not None]
+    return shlex.join(["python", "-m", "gaccum_exp", *kept, *chosen])
 
 
 def write(planned: MemoryPlan, folder: Path) -> Path:
@@ -228,7 +211,7 @@ def _fake(settings: Settings, loaded: TrainingData) -> MeteredStep:
 
 
 def _changed(settings: Settings, loaded: TrainingData, change: Change) -> MeteredStep | None:
-    """Return the experiment with something else changed than N; None where it is so already."""
+    """Return the experiment with a change other than N; None where it is made already."""
     runtime = settings.runtime
     if change == CHECKPOINTING and not runtime.activation_checkpointing:
         settings = replace(settings, runtime=replace(runtime, activation_checkpointing=True))
@@ -242,52 +225,48 @@ def _changed(settings: Settings, loaded: TrainingData, change: Change) -> Metere
 
 
 def _subject(state: TrainState, mode: FakeTensorMode | None) -> MeteredStep:
-    """Return the experiment's own step, on its own windows or on such as these."""
-    shaped = _WindowsLike(state)
+    """Return the experiment's own step, on windows of its own shapes."""
+    shaped = _ShapedWindows(state)
 
     @contextmanager
     def context() -> Iterator[None]:
         with random_state_kept(), eagerly(), mode or nullcontext():
             yield
 
-    def step(window: list[Any], tracked: TensorMeter) -> None:
-        metered = replace(state, loss_fn=tracked.loss_fn(state.loss_fn), global_step=shaped.global_step)
-        take_step(metered, window, Hooks([MeterPhases(tracked)]))
+    def take(window: list[Any], meter: TensorMeter) -> None:
+        metered = replace(state, loss_fn=meter.loss_fn(state.loss_fn), global_step=shaped.global_step)
+        take_step(metered, window, Hooks([MeterPhases(meter)]))
 
-    return MeteredStep(state.modules, state.optimizer, state.device, shaped, step, context)
+    return MeteredStep(state.modules, state.optimizer, state.device, shaped, take, context)
 
 
-class _WindowsLike:
-    """Micro-batches of any size, as the experiment's data has them, on the host.
-
-    Where samples are stacked, all have the same shape, and two of them stand for any number. Where a
-    data set makes micro-batches in a way of its own, as of texts of any length, they are those of the
-    window whose memory is measured in training.
-    """
+class _ShapedWindows:
+    """Windows of any sizes in the shapes of the experiment's data, on the host."""
 
     def __init__(self, state: TrainState) -> None:
         self._data, self._plan = state.train_data, state.plan
         own = hasattr(self._data, "gather") or hasattr(self._data, "collate_fn")
         stacked = type(self._data) is TensorDataset or not own
+        # Stacked samples all have the same shape, and two stand for any number. A data set that collates
+        # by itself, as of texts of any length, gives the window whose memory is measured in training.
         self._two = first_samples(self._data, self._plan) if stacked else None
         self.global_step = max(measured_windows(state), default=0)
 
     def __call__(self, sizes: Sequence[int]) -> list[Any]:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
-            return [
-                resized(self._two, samples, torch.device("cpu")) for samples in decisive_sizes(sizes)
-            ]
+            host = torch.device("cpu")
+            return [resized(self._two, samples, host) for samples in decisive_sizes(sizes)]
         plan = replace(self._plan, global_batch_size=sum(sizes))
-        steps = range(self.global_step, self.global_step + 1)
+        now = range(self.global_step, self.global_step + 1)
         with random_state_kept():
-            first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=steps))
+            first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=now))
+
+        def elements(micro_batch: Any) -> int:
+            return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))
+
         return [
             first,
-            *sorted(others, key=_elements)[-1:],
+            *sorted(others, key=elements)[-1:],
             *others[-1:][: len(decisive_sizes(sizes)) - 2],
         ]
-
-
-def _elements(micro_batch: Any) -> int:
-    return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, machine, data."""
+"""The provenance of a result: commit, versions, machine, data."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from gaccum_exp.core.seeding import seed_host
+from gaccum_exp.core.seeding import random_state_kept, seed_host
 from gaccum_exp.tracking.records import DatasetRecord
 from gaccum_exp.train.state import TrainState
 
@@ -19,7 +19,7 @@ PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy
 
 
 def environment_tags() -> dict[str, str]:
-    """Return what is the same for every run of this process."""
+    """Return the tags that every run of this process shares: host, commit, versions."""
     tags = {"host": platform.node(), "python": platform.python_version(), "git_commit": git_commit()}
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def environment_tags() -> dict[str, str]:
 
 
 def device_tags(device: torch.device) -> dict[str, str]:
-    """Return what the run computes on: `cpu` or the accelerator's own name, and its CPU threads."""
+    """Return the tags of a run's device, `cpu` or the accelerator's name, and of its CPU threads."""
     name = device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -38,7 +38,7 @@ def device_tags(device: torch.device) -> dict[str, str]:
 
 
 def dataset_records(state: TrainState) -> list[DatasetRecord]:
-    """Describe the data of a run."""
+    """Return a record of each data set that a run is fed."""
     data = state.settings.data
     sets = [("training", state.train_data, data.train)]
     if state.eval_data is not None and data.eval is not None:
@@ -65,8 +65,10 @@ def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
     size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
-    seed_host(0)  # so that random augmentation does not change it
-    digest.update(repr((sorted(node.items()), size, dataset[0], dataset[size - 1])).encode())
+    with random_state_kept():
+        seed_host(0)  # so that random augmentation does not change it
+        ends = dataset[0], dataset[size - 1]
+    digest.update(repr((sorted(node.items()), size, *ends)).encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,6 @@
 """`python -m gaccum_exp report <sweep_id>`: read a sweep's runs back, compare, tabulate, draw.
 
-What `python -m gaccum_exp -m …` does at its end, for a sweep that has ended long ago.
+A sweep does the same at its end.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gaccum_exp.arms.outcome import BAD_INPUT, OK
 from gaccum_exp.config.schema import TrackingConfig
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
@@ -23,12 +24,12 @@ from gaccum_exp.tracking.sink import kept_weights
 if TYPE_CHECKING:
     from gaccum_exp.tracking.mlflow_store import Store
 
-CURVES = (TRAIN_LOSS,)
-"""What is compared step by step; of the other metrics a report has the last value."""
+COMPARED_CURVES = (TRAIN_LOSS,)
+"""What is compared at every global step; of other metrics a report takes the last value."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line and return its exit status."""
+    """Run `gaccum_exp report` with these arguments and return its exit status."""
     default = TrackingConfig()
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp report", description=__doc__)
     parser.add_argument("sweep_id", help="as printed at the end of the sweep; the runs' tag")
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
         report_sweep(store, given.sweep_id, out)
     except BadInputError as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return BAD_INPUT
+    return OK
 
 
 def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
@@ -72,7 +73,7 @@ def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
 
 
 def show_run(store: "Store", sweep_id: str) -> None:
-    """Print what there is to compare a single run with; nothing is written.
+    """Compare a single run with what the store holds, and print it; nothing is written.
 
     Raises:
         BadInputError: as `report_sweep`.
@@ -83,21 +84,21 @@ def show_run(store: "Store", sweep_id: str) -> None:
 
 
 def read_sweep(store: "Store", sweep_id: str) -> tuple[list[RunRecord], list[RunRecord]]:
-    """Return the runs of a sweep, and what the store has for those without a reference among them.
+    """Return the runs of a sweep, and stored references for those that have none among them.
 
     Raises:
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
-    runs = store.sweep(sweep_id, CURVES)
+    runs = store.sweep(sweep_id, COMPARED_CURVES)
     if not runs:
         raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
     alone = [g.arms[0] for g in group_runs(runs) if g.source in (Source.STAND_IN, Source.NONE)]
     alone = [arm for arm in alone if arm.params]  # one that was refused has no reference anywhere
     if not alone:
         return runs, []
-    # Only then is the rest of the store looked through, and the curves read of what is taken.
+    # The rest of the store is searched only now, and curves are read of the references taken alone.
     groups = group_runs(runs, store.references(shared_config(alone)))
     taken = {
         g.reference.run_id: g.reference for g in groups if g.reference and g.source is Source.STORED
     }
-    return runs, store.with_curves(list(taken.values()), CURVES)
+    return runs, store.with_curves(list(taken.values()), COMPARED_CURVES)

@@ -22,10 +22,12 @@ class DataConfig:
     """Order each window's samples by length before it is split, the shortest first."""
     train: Mapping[str, Any]
     eval: Mapping[str, Any] | None
+    block: Mapping[str, Any]
+    """The whole block as composed: batch sizes that were derived are null in it."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepsStage:
+class AccumStage:
     """N, and the global batch that goes with it, from some point of training on."""
 
     start: int
@@ -34,34 +36,38 @@ class StepsStage:
     global_batch_size: int
 
 
-BATCH_KEYS = tuple(f.name for f in fields(DataConfig))
+BATCH_KEYS = tuple(f.name for f in fields(DataConfig) if f.name != "block")
 
 
-def data_config(data: Mapping[str, Any], steps: int | None) -> tuple[DataConfig, int]:
+def data_config(data: Mapping[str, Any], accum_steps: int | None) -> tuple[DataConfig, int]:
     """Return the data block with its sizes derived, and N.
 
     Raises:
         BadInputError: a size that is none, or sizes that do not fit together.
     """
     _check_integers(data)
-    sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), steps)
+    sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), accum_steps)
     check_positive("data.eval_batch_size", data["eval_batch_size"])
     if data["workers"] < 0:
         raise BadInputError(f"data.workers={data['workers']}: cannot be negative")
+    sort_by_length = data.get("sort_by_length", False)
+    if not isinstance(sort_by_length, bool):
+        raise BadInputError(f"data.sort_by_length={sort_by_length}: not true or false")
     config = DataConfig(
         global_batch_size=sizes[0],
         micro_batch_size=sizes[1],
         eval_batch_size=data["eval_batch_size"],
         workers=data["workers"],
-        sort_by_length=_boolean("data.sort_by_length", data.get("sort_by_length", False)),
-        train=target_of("data.train", data.get("train")),
-        eval=target_of("data.eval", data.get("eval")) or None,
+        sort_by_length=sort_by_length,
+        train=_target_of("data.train", data.get("train")),
+        eval=_target_of("data.eval", data.get("eval")) or None,
+        block=data,
     )
     return config, sizes[2]
 
 
 def batch_sizes(
-    global_batch_size: int | None, micro_batch_size: int | None, steps: int | None
+    global_batch_size: int | None, micro_batch_size: int | None, accum_steps: int | None
 ) -> tuple[int, int, int]:
     """Derive the third of global batch, micro-batch and N from the two that are set.
 
@@ -74,7 +80,7 @@ def batch_sizes(
     named = {
         "data.global_batch_size": global_batch_size,
         "data.micro_batch_size": micro_batch_size,
-        "accum.steps": steps,
+        "accum.steps": accum_steps,
     }
     for key, value in named.items():
         if value is not None:
@@ -86,27 +92,27 @@ def batch_sizes(
         )
     if global_batch_size is None:
         assert micro_batch_size is not None
-        assert steps is not None
-        return micro_batch_size * steps, micro_batch_size, steps
-    if steps is None:
+        assert accum_steps is not None
+        return micro_batch_size * accum_steps, micro_batch_size, accum_steps
+    if accum_steps is None:
         assert micro_batch_size is not None
-        steps = -(-global_batch_size // micro_batch_size)
-    if steps > global_batch_size:
+        accum_steps = -(-global_batch_size // micro_batch_size)
+    if accum_steps > global_batch_size:
         raise BadInputError(
-            f"data.global_batch_size={global_batch_size} cannot be split into accum.steps={steps} "
+            f"data.global_batch_size={global_batch_size} cannot be split into accum.steps={accum_steps} "
             "micro-batches: each needs at least one sample"
         )
-    largest = -(-global_batch_size // steps)
+    largest = -(-global_batch_size // accum_steps)
     if len(given) == 3 and micro_batch_size != largest:
         raise BadInputError(
             f"data.global_batch_size={global_batch_size}, data.micro_batch_size={micro_batch_size} "
-            f"and accum.steps={steps} do not fit together ({global_batch_size} / {steps} is "
+            f"and accum.steps={accum_steps} do not fit together ({global_batch_size} / {accum_steps} is "
             f"{largest} samples a micro-batch): set one of them to null"
         )
-    return global_batch_size, largest, steps
+    return global_batch_size, largest, accum_steps
 
 
-def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[StepsStage, ...]:
+def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[AccumStage, ...]:
     """Return the stages of `accum.schedule`.
 
     Where data.micro_batch_size is set, N multiplies it: the global batch grows with N. Where it is not,
@@ -121,15 +127,15 @@ def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[Ste
         raise BadInputError(f"accum.schedule={schedule}: must say N from 0 on, e.g. {{0:1,4:2,8:4}}")
     micro = data.get("micro_batch_size")
     stages = []
-    for start, steps in sorted(schedule.items()):
-        check_positive(f"accum.schedule.{start}", steps)
-        total = data.get("global_batch_size") if micro is None else micro * steps
-        if total is not None and steps > total:
+    for start, accum_steps in sorted(schedule.items()):
+        check_positive(f"accum.schedule.{start}", accum_steps)
+        total = data.get("global_batch_size") if micro is None else micro * accum_steps
+        if total is not None and accum_steps > total:
             raise BadInputError(
-                f"data.global_batch_size={total} cannot be split into accum.schedule.{start}={steps} "
-                "micro-batches: each needs at least one sample"
+                f"data.global_batch_size={total} cannot be split into "
+                f"accum.schedule.{start}={accum_steps} micro-batches: each needs at least one sample"
             )
-        stages.append(StepsStage(start, steps, total or 0))
+        stages.append(AccumStage(start, accum_steps, total or 0))
     return tuple(stages)
 
 
@@ -145,13 +151,7 @@ def _check_integers(data: Mapping[str, Any]) -> None:
             check_positive(f"data.{key}", value)
 
 
-def _boolean(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise BadInputError(f"{key}={value}: not true or false")
-    return value
-
-
-def target_of(key: str, node: Any) -> Mapping[str, Any]:
+def _target_of(key: str, node: Any) -> Mapping[str, Any]:
     """Return a block's mapping; one whose `_target_` is null is empty."""
     if node is not None and not isinstance(node, Mapping):
         raise BadInputError(f"{key}={node}: not a mapping with a _target_")

@@ -1,15 +1,15 @@
 """The configuration: its schema, and its validation, once, into plain objects.
 
-The dataclasses are the schema that Hydra composes into (a wrong key or type is an error there) and the
-plain objects that the program uses. They have `slots`, so that a key added with `+` that nothing knows
-is an error too and does not vanish. `model`, `data`, `criterion`, `optimizer` and `scheduler` are open
-dictionaries: their keys are the arguments of somebody's `_target_`.
+The dataclasses are the schema that Hydra composes into, where a wrong key or type is an error, and the
+plain objects that the program uses. With `slots`, an unknown key that is added with `+` is an error too.
+`model`, `data`, `criterion`, `optimizer` and `scheduler` are open dictionaries: their keys are the
+arguments of a `_target_`.
 
 Neither torch nor MLflow is imported here: a mistake in the configuration is answered at once.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from omegaconf.errors import MissingMandatoryValue
 
 from gaccum_exp.config.batch_sizes import (
     BATCH_KEYS,
+    AccumStage,
     DataConfig,
-    StepsStage,
     check_positive,
     data_config,
     stages_of,
-    target_of,
 )
 from gaccum_exp.errors import BadInputError, nearest
 
@@ -33,7 +32,7 @@ DEFAULT_EPOCHS = 20
 
 
 def conf_dir() -> str:
-    """Return the folder of the YAML files: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the YAML files: inside an installed package, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return str(inside if inside.is_dir() else package.parent / "conf")
@@ -173,7 +172,8 @@ class Settings:
     data: DataConfig
     criterion: Mapping[str, Any]
     optimizer: Mapping[str, Any]
-    scheduler: Mapping[str, Any] | None
+    scheduler: Mapping[str, Any]
+    """Without a `_target_` there is none."""
     accum: AccumConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig
@@ -183,11 +183,9 @@ class Settings:
     task: str
     seed: int
     sweep_id: str
-    tree: Mapping[str, Any]
-    """Every value above under its key, as recorded with the run."""
-    stages: tuple[StepsStage, ...]
-    """N and the global batch over training: one stage, unless accum.schedule says otherwise."""
-    auto_steps: bool = False
+    stages: tuple[AccumStage, ...]
+    """N and the global batch over training: one stage, or those of accum.schedule."""
+    chooses_accum_steps: bool
     """Whether N is still to be chosen (`accum.steps=auto`); until then it is 1."""
 
     @property
@@ -208,40 +206,26 @@ class Settings:
     def as_control(self, number: int) -> "Settings":
         """Return the same arm in another order inside its windows, one of half precision in fp32."""
         precision = "fp32" if self.runtime.precision in ("bf16", "fp16") else None
-        changed = {"control_seed": number, "control_precision": precision}
-        audit = replace(self.audit, **changed)  # type: ignore[arg-type]  # each of its own type
-        tree = {**self.tree, "audit": {**self.tree["audit"], **changed}}
-        return replace(self, audit=audit, tree=tree)
+        audit = replace(self.audit, control_seed=number, control_precision=precision)
+        return replace(self, audit=audit)
 
-    def with_steps(self, steps: int) -> "Settings":
+    def with_accum_steps(self, accum_steps: int) -> "Settings":
         """Return the same with N as chosen; it has no schedule."""
         size = self.data.global_batch_size
-        data = replace(self.data, micro_batch_size=-(-size // steps))
-        tree = {**self.tree}
-        tree["accum"] = {**tree["accum"], "steps": steps}
-        tree["data"] = {**tree["data"], "micro_batch_size": data.micro_batch_size}
         return replace(
             self,
-            accum=replace(self.accum, steps=steps),
-            data=data,
-            tree=tree,
-            stages=(StepsStage(0, steps, size),),
+            accum=replace(self.accum, steps=accum_steps),
+            data=replace(self.data, micro_batch_size=-(-size // accum_steps)),
+            stages=(AccumStage(0, accum_steps, size),),
         )
 
     def flat(self) -> dict[str, Any]:
-        """Return every value by its dotted key."""
-        return dict(_flatten(self.tree))
+        """Return every value of the configuration by its dotted key, as it is recorded with the run."""
+        tree = {f.name: getattr(self, f.name) for f in fields(Config)}
+        sizes = {key: getattr(self.data, key) for key in ("global_batch_size", "micro_batch_size")}
+        return dict(_flatten(tree | {"data": {**self.data.block, **sizes}}))
 
 
-SECTIONS: dict[str, type] = {
-    "": Config,
-    "accum": AccumConfig,
-    "runtime": RuntimeConfig,
-    "tracking": TrackingConfig,
-    "audit": AuditConfig,
-    "train": TrainConfig,
-    "sweep": SweepConfig,
-}
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("train", "audit", "plan"),
     "accum.reduction": ("global_mean", "mean", "sum"),
@@ -258,9 +242,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def register() -> None:
-    """Make the schema known to Hydra under the name that config.yaml's defaults list uses."""
-    ConfigStore.instance().store(name="schema", node=Config)
+def register(sweep_id: str = "none") -> None:
+    """Make the schema known to Hydra under the name that config.yaml's defaults list uses.
+
+    Args:
+        sweep_id: its default. Launchers give the schema to every process that they start, so that all
+            arms of a command have the same id, on whatever host.
+    """
+    ConfigStore.instance().store(name="schema", node=Config(sweep_id=sweep_id))
 
 
 def validate(cfg: DictConfig) -> Settings:
@@ -270,7 +259,6 @@ def validate(cfg: DictConfig) -> Settings:
         BadInputError: a value that cannot be used, with the numbers and the nearest valid value.
     """
     _refuse_unknown_keys(cfg)
-    _refuse_unused_data_keys(cfg)
     try:
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
@@ -278,75 +266,63 @@ def validate(cfg: DictConfig) -> Settings:
     assert isinstance(config, Config)
     for key, choices in CHOICES.items():
         value = OmegaConf.select(cfg, key)
-        _check_choice(key, "null" if value is None else value, choices)
-    _check_length(config.train)
-    _check_seeds(config.sweep)
-    if config.runtime.threads is not None:
-        check_positive("runtime.threads", config.runtime.threads)
-    if config.audit.every_steps is not None:
-        check_positive("audit.every_steps", config.audit.every_steps)
-    if config.audit.controls < 0:
-        raise BadInputError(f"audit.controls={config.audit.controls}: cannot be negative")
-    _check_precision(config)
-    _check_memory(config)
-    auto = _chosen_later(config)
-    stages = _scheduled(config)
+        value = "null" if value is None else value
+        if value not in choices:
+            hint = nearest(str(value), choices)
+            raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
+    _check_values(config)
+    chooses_accum_steps = _take_auto(config)
+    stages = _take_schedule(config)
     data, config.accum.steps = data_config(config.data, config.accum.steps)
-    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # no list
-    sizes = {k: getattr(data, k) for k in ("global_batch_size", "micro_batch_size")}
-    tree["data"] |= sizes
-    tree["accum"]["steps"] = config.accum.steps
-    tree["train"]["epochs"] = config.train.epochs
-    if stages:  # one value, as it is written on the command line
-        said = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
-        tree["accum"]["schedule"] = f"{{{said}}}"
-    return Settings(
-        model=config.model,
-        data=data,
-        criterion=config.criterion,
-        optimizer=config.optimizer,
-        scheduler=target_of("scheduler", config.scheduler) or None,
-        accum=config.accum,
-        runtime=config.runtime,
-        tracking=config.tracking,
-        audit=config.audit,
-        train=config.train,
-        sweep=config.sweep,
-        task=config.task,
-        seed=config.seed,
-        sweep_id=config.sweep_id,
-        tree=tree,
-        stages=stages or (StepsStage(0, config.accum.steps, data.global_batch_size),),
-        auto_steps=auto,
-    )
+    if not stages:
+        stages = (AccumStage(0, config.accum.steps, data.global_batch_size),)
+    values = {f.name: getattr(config, f.name) for f in fields(Config)} | {"data": data}
+    return Settings(**values, stages=stages, chooses_accum_steps=chooses_accum_steps)
 
 
-def _check_precision(config: Config) -> None:
-    precision, weights = config.runtime.precision, config.runtime.weight_dtype
-    if weights == "same" and precision == "fp16":
+def _check_values(config: Config) -> None:
+    """Refuse numbers out of range, and values that exclude each other; decide the training length."""
+    runtime, audit, train, seeds = config.runtime, config.audit, config.train, config.sweep.seeds
+    lengths = {f"train.{key}": getattr(train, key) for key in ("steps", "epochs", "samples")}
+    given = {key: value for key, value in lengths.items() if value is not None}
+    if len(given) > 1:
+        named = " and ".join(f"{key}={value}" for key, value in given.items())
+        raise BadInputError(f"{named} are both training lengths: set one of them to null")
+    if not given:
+        train.epochs = DEFAULT_EPOCHS
+    counts = given | {
+        "train.eval_every_steps": train.eval_every_steps,
+        "runtime.threads": runtime.threads,
+        "audit.every_steps": audit.every_steps,
+    }
+    for key, value in counts.items():
+        if value is not None:
+            check_positive(key, value)
+    if audit.controls < 0:
+        raise BadInputError(f"audit.controls={audit.controls}: cannot be negative")
+    if runtime.weight_dtype == "same" and runtime.precision == "fp16":
         raise BadInputError(
             "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "
             "be unscaled; keep runtime.weight_dtype=float32, or use runtime.precision=bf16"
         )
-    norm = config.accum.max_grad_norm
+    norm, budget = config.accum.max_grad_norm, runtime.memory_budget_gib
     if norm is not None and not norm > 0:
         raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
-
-
-def _check_memory(config: Config) -> None:
-    budget = config.runtime.memory_budget_gib
     if budget is not None and not budget > 0:
         raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
+    distinct = isinstance(seeds, list) and len({*map(str, seeds)}) == len(seeds)
+    if seeds is not None and (config.sweep.vectorize is None or not distinct):
+        raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
 
 
-def _chosen_later(config: Config) -> bool:
-    """Whether N is to be chosen by what fits; then it is 1 for the time being."""
-    accum, steps = config.accum, config.accum.steps
-    if steps is None or (isinstance(steps, int) and not isinstance(steps, bool)):
+def _take_auto(config: Config) -> bool:
+    """Return whether N is to be chosen by what fits, and then let it be 1 for the time being."""
+    accum, asked = config.accum, config.accum.steps
+    if asked is None or (isinstance(asked, int) and not isinstance(asked, bool)):
         return False
-    if steps != "auto":
+    if asked != "auto":
         raise BadInputError(
-            f"accum.steps={steps}: not an integer, null or auto{nearest(str(steps), ['auto'])}"
+            f"accum.steps={asked}: not an integer, null or auto{nearest(str(asked), ['auto'])}"
         )
     if accum.schedule is not None:
         raise BadInputError(
@@ -361,8 +337,8 @@ def _chosen_later(config: Config) -> bool:
     return True
 
 
-def _scheduled(config: Config) -> tuple[StepsStage, ...]:
-    """Return the stages of accum.schedule, and let its largest N stand for accum.steps."""
+def _take_schedule(config: Config) -> tuple[AccumStage, ...]:
+    """Return the stages of accum.schedule, if there is one; let its largest N stand for accum.steps."""
     schedule, accum = config.accum.schedule, config.accum
     if schedule is None:
         if accum.schedule_lr != "none":
@@ -375,49 +351,21 @@ def _scheduled(config: Config) -> tuple[StepsStage, ...]:
             f"accum.steps={accum.steps} and accum.schedule={schedule} are both N: set only one of them"
         )
     accum.steps = largest
+    spelled = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
+    accum.schedule = f"{{{spelled}}}"  # one value to be recorded, as on the command line
     return stages
 
 
-def _check_length(train: TrainConfig) -> None:
-    lengths = {k: getattr(train, k) for k in ("steps", "epochs", "samples")}
-    given = {k: v for k, v in lengths.items() if v is not None}
-    if len(given) > 1:
-        named = " and ".join(f"train.{k}={v}" for k, v in given.items())
-        raise BadInputError(f"{named} are both training lengths: set one of them to null")
-    for key, value in given.items():
-        check_positive(f"train.{key}", value)
-    if train.eval_every_steps is not None:
-        check_positive("train.eval_every_steps", train.eval_every_steps)
-    if not given:
-        train.epochs = DEFAULT_EPOCHS
-
-
-def _check_seeds(sweep: SweepConfig) -> None:
-    seeds = sweep.seeds
-    if seeds is None:
-        return
-    if sweep.vectorize is None or not isinstance(seeds, list) or len({*map(str, seeds)}) < len(seeds):
-        raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = nearest(str(value), choices)
-        raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
-
-
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
-    """What was added with `+` to a block whose keys are all known would otherwise end in a TypeError."""
-    for block, schema in SECTIONS.items():
+    # Added with `+` to a block whose keys are all known, a key would end in a TypeError.
+    blocks = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+    for block, schema in {"": Config, **blocks}.items():
         known = [f.name for f in fields(schema)]
         for key in map(str, cfg[block] if block else cfg):
             if key not in known:
                 name = f"{block}.{key}" if block else key
                 raise BadInputError(f"{name}: no such key{nearest(key, known)}")
-
-
-def _refuse_unused_data_keys(cfg: DictConfig) -> None:
-    """`+data.typo=3` would vanish: beside the batch keys, only what train or eval refers to counts."""
+    # `+data.typo=3` would vanish: besides the batch keys, only those that train or eval refers to count.
     text = OmegaConf.to_yaml(cfg.data, resolve=False)
     for key in map(str, cfg.data):
         used = f"${{data.{key}" in text or f"${{..{key}" in text
@@ -429,6 +377,7 @@ def _refuse_unused_data_keys(cfg: DictConfig) -> None:
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
+        value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:

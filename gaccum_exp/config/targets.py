@@ -1,6 +1,6 @@
-"""What a `_target_` in the configuration gives, and what is said where it gives something else.
+"""Instantiate the `_target_` of a configuration block, and explain where that fails.
 
-Configs are code: whoever writes a `_target_` runs that function.
+Configurations are code: a `_target_` names a function that is called.
 """
 
 import importlib
@@ -17,10 +17,10 @@ from gaccum_exp.errors import BadInputError, nearest
 
 
 def checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs: Any) -> Any:
-    """Return what `instantiate` does, if it is of this kind.
+    """Instantiate a node and require an instance of a class.
 
     Raises:
-        BadInputError: it is not, or cannot be built.
+        BadInputError: it gives something else, or cannot be built.
     """
     result = instantiate(key, node, *args, **kwargs)
     if not isinstance(result, kind):
@@ -32,10 +32,10 @@ def checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs:
 
 
 def instantiate(key: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what the `_target_` of a node gives with its other keys and these arguments.
+    """Call the `_target_` of a node with its other keys and these arguments, and return the result.
 
     Raises:
-        BadInputError: it cannot be built, and why, in a sentence that names the key.
+        BadInputError: it cannot be built; the message names the key and the reason.
     """
     if not node.get("_target_"):
         raise BadInputError(f"{key}._target_ must be set")
@@ -61,13 +61,13 @@ def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None)
 
 
 def import_target(node: Mapping[str, Any]) -> None:
-    """Import a target's module, which may draw random numbers the first time: before they are seeded."""
-    with suppress(Exception):  # it is said where it is instantiated
+    """Import a target's module, before random numbers are seeded: the first import may draw some."""
+    with suppress(Exception):  # instantiating it will raise the same
         importlib.import_module(str(node["_target_"]).rpartition(".")[0])
 
 
 def parameter_names(node: Mapping[str, Any]) -> list[str]:
-    """Return the names of what a `_target_` takes; none where it does not say."""
+    """Return the names of a `_target_`'s parameters; none where they are unknown."""
     try:
         return list(inspect.signature(hydra.utils.get_object(node["_target_"])).parameters)
     except (ImportError, ValueError, TypeError):

@@ -5,7 +5,7 @@ at the optimizer step. All that it holds in between stands in the window's `Accu
 window can be interrupted after any micro-batch and go on from there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,9 +97,9 @@ class InPlace:
                 state.buffers.pop(parameter, None)
                 parameter.grad = None
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer step on the window's gradient."""
-        optimizer.step()
+    def step_of(self, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        """Return what takes the optimizer step on the window's gradient."""
+        return optimizer.step
 
 
 IN_PLACE = InPlace()

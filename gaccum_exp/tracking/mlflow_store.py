@@ -3,7 +3,6 @@
 Arms are top-level runs that share the tag `sweep_id`: the UI hides curves of runs nested under a parent.
 """
 
-import gc
 import logging
 import math
 import os
@@ -18,12 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-# A tracking server that is away must not hold a run up for minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-from mlflow import MlflowClient  # after the settings above, which it reads
+from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -35,12 +29,20 @@ log = logging.getLogger(__name__)
 for _chatty in ("alembic", "mlflow.store"):
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 
+ENVIRONMENT = {
+    # A tracking server that is away must not hold a run up for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Settings that MLflow reads at each request, unless the user has set them."""
 BATCH = 1000
 """Metrics in one request; MLflow takes no more."""
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
 ATTEMPTS = 4
+POINTS = "SELECT step, value, is_nan FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, value"
 READERS = 4
-"""Requests at a time to a server: as many as it has workers, unless it is told otherwise."""
+"""Requests at a time to a server: as many as it has workers by default."""
 
 
 class Store:
@@ -51,33 +53,38 @@ class Store:
     """
 
     def __init__(self, uri: str, experiment_name: str) -> None:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
         self.uri = uri
         self._artifacts: dict[str, str] = {}
         """Where the runs that were read keep their files, by run id."""
-        _require_reachable(uri)
+        address = urlsplit(uri)
+        if address.scheme in ("http", "https"):
+            port = address.port or (443 if address.scheme == "https" else 80)
+            try:  # before MLflow does, which would retry for long
+                socket.create_connection((address.hostname or "", port), timeout=5).close()
+            except OSError as error:
+                line = f"tracking.uri={uri}: no tracking server answers there ({error})"
+                raise BadInputError(line) from None
         try:
             self._client = MlflowClient(tracking_uri=uri)
-            self.experiment_id = self._experiment(experiment_name)
-        except BadInputError:
-            raise
+            found = self._client.get_experiment_by_name(experiment_name)
+            if found is None:
+                try:
+                    self._client.create_experiment(experiment_name)
+                except MlflowException:  # unless another process was quicker
+                    if self._client.get_experiment_by_name(experiment_name) is None:
+                        raise
+                found = self._client.get_experiment_by_name(experiment_name)
         except Exception as error:  # every store raises errors of its own here
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadInputError(f"tracking.uri={uri}: cannot be used ({first})") from error
-
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self._client.create_experiment(name))
-            except MlflowException:  # another process was quicker
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
-                    raise
         if found.lifecycle_stage == "deleted":
             raise BadInputError(
-                f"tracking.experiment_name={name}: deleted in MLflow; restore it or use another name"
+                f"tracking.experiment_name={experiment_name}: deleted in MLflow; restore it or use "
+                "another name"
             )
-        return str(found.experiment_id)
+        self.experiment_id = str(found.experiment_id)
 
     def start_run(
         self,
@@ -100,14 +107,14 @@ class Store:
                 self._client.log_batch(run.run_id, params=values[start : start + 100])
             for file, text in texts.items():
                 self._client.log_text(run.run_id, text, file)
-        except BaseException as error:  # whoever asked gets no run that could be ended
+        except BaseException as error:  # the caller gets no run that it could end
             with suppress(Exception):
                 run.end("FAILED", f"{type(error).__name__}: {error}")
             raise
         return run
 
     def ready(self) -> None:
-        """Do nothing: whoever waits for this knows that the store can be used."""
+        """Do nothing: where this returns, the store can be used."""
 
     def sweep(self, sweep_id: str, curves: Sequence[str] = CURVES) -> list[RunRecord]:
         """Return the arms of a sweep with these curves, oldest first."""
@@ -148,37 +155,34 @@ class Store:
         self._client.set_experiment_tag(self.experiment_id, key, value)
 
     def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
-        said = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
+        clauses = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
         runs: list[Run] = []
         token: str | None = None
-        with _no_garbage_collection():
-            while True:
-                page = self._client.search_runs(
-                    [self.experiment_id],
-                    " AND ".join(said),
-                    order_by=["attributes.start_time ASC"],
-                    page_token=token,
-                )
-                runs.extend(page)
-                token = page.token
-                if not token:
-                    break
-            found = self._curves([(run.info.run_id, run.data.metrics) for run in runs], curves)
+        while token is None or token:
+            page = self._client.search_runs(
+                [self.experiment_id],
+                " AND ".join(clauses),
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs.extend(page)
+            token = page.token or ""
+        found = self._curves([(run.info.run_id, run.data.metrics) for run in runs], curves)
         self._artifacts |= {run.info.run_id: str(run.info.artifact_uri) for run in runs}
-        return [self._record(run, of) for run, of in zip(runs, found, strict=True)]
-
-    def _record(self, run: Run, curves: Mapping[str, Curve]) -> RunRecord:
-        return RunRecord(
-            run_id=run.info.run_id,
-            experiment_id=run.info.experiment_id,
-            name=run.info.run_name,
-            status=run.info.status,
-            start_time_ms=run.info.start_time,
-            params=dict(run.data.params),
-            tags=dict(run.data.tags),
-            metrics=dict(run.data.metrics),
-            curves=curves,
-        )
+        return [
+            RunRecord(
+                run_id=run.info.run_id,
+                experiment_id=run.info.experiment_id,
+                name=run.info.run_name,
+                status=run.info.status,
+                start_time_ms=run.info.start_time,
+                params=dict(run.data.params),
+                tags=dict(run.data.tags),
+                metrics=dict(run.data.metrics),
+                curves=of_run,
+            )
+            for run, of_run in zip(runs, found, strict=True)
+        ]
 
     def _curves(
         self, runs: Sequence[tuple[str, Mapping[str, float]]], keys: Sequence[str]
@@ -192,7 +196,11 @@ class Store:
         return [{key: curves[run_id, key] for key in keys if key in metrics} for run_id, metrics in runs]
 
     def _curve(self, run_id: str, key: str, database: sqlite3.Connection | None) -> Curve:
-        points = _points(database, run_id, key) if database is not None else []
+        points: list[tuple[int, float]] = []
+        if database is not None:
+            with suppress(sqlite3.Error):  # MLflow's tables are not as they were: it is asked itself
+                rows = database.execute(POINTS, (run_id, key)).fetchall()
+                points = [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
         if not points:
             history = self._client.get_metric_history(run_id, key)
             points = sorted((m.step, m.value) for m in history)
@@ -201,11 +209,9 @@ class Store:
 
 @contextmanager
 def _database(uri: str) -> Iterator[sqlite3.Connection | None]:
-    """Open the file of a store that is one, to be read past MLflow; None for any other store.
-
-    MLflow's own query for a curve goes through the values that all runs of the file have of the metric:
-    SQLite takes the index of its primary key for it, which begins with the metric and not with the run.
-    """
+    """Open the file of a SQLite store, to be read past MLflow; None for any other store."""
+    # MLflow's own query for a curve goes through the values that all runs of the file have of the
+    # metric: SQLite takes the index of its primary key, which begins with the metric, not with the run.
     path = uri.removeprefix("sqlite:///")
     try:
         database = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True) if path != uri else None
@@ -213,28 +219,6 @@ def _database(uri: str) -> Iterator[sqlite3.Connection | None]:
         database = None
     with closing(database) if database is not None else nullcontext():
         yield database
-
-
-def _points(database: sqlite3.Connection, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Return a curve's steps and values in order; none where MLflow's tables are not as they were."""
-    query = "SELECT step, value, is_nan FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, value"
-    try:
-        rows = database.execute(query, (run_id, key)).fetchall()
-    except sqlite3.Error:
-        return []
-    return [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python from looking for garbage over and over while objects are made that stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class MlflowRun:
@@ -250,7 +234,7 @@ class MlflowRun:
         self.ended = False
 
     def ready(self) -> None:
-        """Do nothing: whoever waits for this knows that the run has begun."""
+        """Do nothing: where this returns, the run has begun."""
 
     def log(self, values: Sequence[tuple[str, float, int, int]]) -> str | None:
         """Send what is pending and these (key, value, time in ms, step); return what went wrong."""
@@ -266,8 +250,21 @@ class MlflowRun:
         _insist(self._client.log_batch, self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
-        """Say what the run is fed."""
-        _insist(self._client.log_inputs, self.run_id, [_dataset_input(d) for d in datasets])
+        """Record the data sets that the run is fed."""
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=record.name,
+                    digest=record.digest,
+                    source_type="code",
+                    source=f'{{"target": "{record.name}"}}',
+                    profile=f'{{"num_rows": {record.samples}}}',
+                ),
+                [InputTag("mlflow.data.context", record.context)],
+            )
+            for record in datasets
+        ]
+        _insist(self._client.log_inputs, self.run_id, inputs)
 
     def keep_file(self, path: str) -> None:
         """Store a file with the run, under its name."""
@@ -288,10 +285,8 @@ class MlflowRun:
 
 
 def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Try again what the store may refuse for a moment.
-
-    E.g. two arms side by side create the same entry for their data, and it refuses the second.
-    """
+    """Try again what the store may refuse for a moment."""
+    # E.g. two arms side by side create the same entry for their data, and it refuses the second.
     for attempt in range(1, ATTEMPTS + 1):
         try:
             call(*args, **kwargs)
@@ -300,28 +295,3 @@ def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             if attempt == ATTEMPTS:
                 raise
             time.sleep(0.2 * attempt)
-
-
-def _dataset_input(record: DatasetRecord) -> DatasetInput:
-    return DatasetInput(
-        Dataset(
-            name=record.name,
-            digest=record.digest,
-            source_type="code",
-            source=f'{{"target": "{record.name}"}}',
-            profile=f'{{"num_rows": {record.samples}}}',
-        ),
-        [InputTag("mlflow.data.context", record.context)],
-    )
-
-
-def _require_reachable(uri: str) -> None:
-    """Try the server's address before MLflow does, which would retry for long."""
-    address = urlsplit(uri)
-    if address.scheme not in ("http", "https"):
-        return
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        raise BadInputError(f"tracking.uri={uri}: no tracking server answers there ({error})") from None

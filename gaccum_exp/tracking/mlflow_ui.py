@@ -13,7 +13,7 @@ Three things about it were found by trying MLflow 3.5.0 and 3.17.2:
 - an experiment of unknown kind makes 3.5 guess the kind and drop the chart view from the address,
   so the experiment says what kind it is.
 
-Nothing here imports MLflow: these are texts, and whoever holds a client writes them.
+Nothing here imports MLflow: these are texts, to be written with a client.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ LOCAL_PORT = 5000
 def experiment_tags(sweep_id: str) -> dict[str, str]:
     """Return the experiment tags to set before `ui_link` for this sweep is opened.
 
-    Setting them again is harmless, and those of other sweeps stay valid beside them.
+    Setting them again is harmless, and those of other sweeps stay valid.
     """
     return {
         "mlflow.experimentKind": "custom_model_development",
@@ -61,7 +61,8 @@ def ui_lines(tracking_uri: str, experiment_id: str, sweep_id: str) -> list[str]:
     other one by the shell command that serves it on this machine.
     """
     if urlsplit(tracking_uri).scheme in ("http", "https"):
-        address = _without_credentials(tracking_uri)
+        parts = urlsplit(tracking_uri)
+        address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
         return [address, ui_link(address, experiment_id, sweep_id)]
     serve = f"ui --backend-store-uri {shlex.quote(tracking_uri)} --port {LOCAL_PORT}"
     link = ui_link(f"http://127.0.0.1:{LOCAL_PORT}", experiment_id, sweep_id)
@@ -95,11 +96,6 @@ def _view_state(sweep_id: str) -> dict[str, object]:
         "useGroupedValuesInCharts": True,
         "autoRefreshEnabled": True,
     }
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
 def _mlflow_program() -> str:

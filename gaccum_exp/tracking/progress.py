@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS, Point
+from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS
+from gaccum_exp.tracking.sink import Point
 
 LINES = 5
 """Plain lines per run."""
@@ -45,7 +46,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, done: int) -> None:
-        """Say that `done` steps are taken; draws at most ten times a second."""
+        """Show that `done` optimizer steps are taken; draw at most ten times a second."""
         now = time.monotonic()
         if self._plain:
             line, before = done * LINES // self._total, self._done * LINES // self._total
@@ -57,7 +58,7 @@ class Progress:
         self._done = done
 
     def note(self, points: list[Point]) -> None:
-        """Take the last loss and accuracy from what has been delivered."""
+        """Show the last loss and accuracy among the points delivered."""
         for point in points:
             for key in (TRAIN_LOSS, EVAL_ACCURACY):
                 if key in point.values:

@@ -1,22 +1,23 @@
-"""A process of its own for MLflow, so that neither its import nor a delivery holds a training up.
+"""A helper process for MLflow, so that neither its import nor a delivery holds a training up.
 
 MLflow takes longer to import than most of what a run does before its first window, and writes at some
-milliseconds a call. Here `connect` starts a helper process, which does both beside the training, and
-returns what stands for a `Store` in it. Beginning a run and delivering metrics wait for no answer; what
-goes wrong there is raised by the next call that is made. Where the training's process dies, the
-helper writes down what it was given, and ends the run as KILLED.
+milliseconds a call. `connect` starts a process that does both meanwhile, and returns a proxy of a
+`Store` in it. Beginning a run and delivering metrics wait for no answer; the next call raises what went
+wrong there. Where the training's process dies, the helper stores what it was given, and ends the run as
+KILLED.
 """
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 NOT_WAITED_FOR = frozenset({"log", "describe", "log_datasets"})
-"""Methods of a run that give nothing back."""
-KEPT = frozenset({"start_run"})
-"""Methods whose result stays in the helper."""
+"""Methods that return nothing, or a warning."""
+KEPT = frozenset({"Store", "start_run"})
+"""Methods whose result stays in the helper, as an object of its own."""
 ATTRIBUTES = frozenset({"uri", "experiment_id"})
 """Of a store."""
 _FACTORY = 0
 Numbers = tuple[int, ...]
-"""Of an object in the helper, and of those that it was made by."""
+"""The number of an object in the helper, and those of the objects that made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +54,24 @@ class _Request:
 
 
 def connect(uri: str, experiment_name: str) -> "Store":
-    """Return a store in the helper process, at once: whether it can be used is said later.
+    """Return a store in the helper process, without waiting: a later call raises if it cannot be used.
 
     Raises:
         TrackingError: the process has ended.
     """
-    return cast("Store", _helper().make((_FACTORY,), "Store", (uri, experiment_name), {}))
+    return cast("Store", start_helper().request((_FACTORY,), "Store", uri, experiment_name))
 
 
-def start() -> None:
-    """Start the helper process, if it is not there yet: it is ready the sooner."""
-    _helper()
+def start_helper() -> "_Helper":
+    """Start the helper process, if it does not run yet; return it."""
+    own = _helpers.get(os.getpid())
+    if own is None or own.ended:
+        own = _helpers[os.getpid()] = _Helper()
+    return own
 
 
 class _Helper:
-    """The helper process, as seen from the one that trains."""
+    """The helper process, seen from the one that trains."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -84,24 +88,32 @@ class _Helper:
         self._numbers = count(1)
         self._asked = False
         self._unanswered: deque[int] = deque()
-        """For each request without an answer yet, the number of the object that it is of."""
+        """The number of the object that each request without an answer is made of."""
         self._failures: dict[int, Exception] = {}
-        """What went wrong with an object and has not been raised yet."""
+        """Errors that have not been raised yet, by the number of the object."""
         atexit.register(self.close)
 
-    def make(self, of: Numbers, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Remote":
-        """Have a method called whose result stays there; return what stands for it."""
-        number = next(self._numbers)
-        self._send(of, _Request(of[0], method, args, kwargs, os.getcwd(), keep=number))
-        return _Remote(self, (number, *of))
+    def request(self, of: Numbers, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of an object in the helper.
 
-    def post(self, of: Numbers, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have a method called, and do not wait for it."""
-        self._send(of, _Request(of[0], method, args, kwargs, os.getcwd()))
-
-    def call(self, of: Numbers, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Have a method called, and return its result."""
-        self._send(of, _Request(of[0], method, args, kwargs, os.getcwd()))
+        Returns:
+            A proxy of the result, at once, where that is kept in the helper; None, at once, of a method
+            that returns nothing; else the result, once it is there.
+        """
+        keep = next(self._numbers) if method in KEPT else None
+        while self._unanswered and self._connection.poll():
+            self._note_answer()
+        self._raise(of)
+        try:
+            self._connection.send(_Request(of[0], method, args, kwargs, os.getcwd(), keep))
+        except OSError as error:
+            raise self._end() from error
+        self._asked = True
+        self._unanswered.append(of[0] if keep is None else keep)
+        if keep is not None:
+            return _Proxy(self, (keep, *of))
+        if method in NOT_WAITED_FOR:
+            return None
         while len(self._unanswered) > 1:
             self._note_answer()
         answer = self._receive()
@@ -109,35 +121,24 @@ class _Helper:
         return answer
 
     def close(self) -> None:
-        """Let the helper come to its end, and wait for it."""
+        """End the helper and wait until it has."""
         if not self._asked:
             self._process.terminate()
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=60)
 
-    def _send(self, of: Numbers, request: _Request) -> None:
-        while self._unanswered and self._connection.poll():
-            self._note_answer()
-        self._raise(of)
-        try:
-            self._connection.send(request)
-        except OSError as error:
-            raise self._ended() from error
-        self._asked = True
-        self._unanswered.append(of[0] if request.keep is None else request.keep)
-
     def _note_answer(self) -> None:
-        """Take an answer that nobody waited for: nothing, or a warning."""
-        said = self._receive()
-        if said is not None:
-            log.warning("tracking: %s", said)
+        """Take an answer that no call waits for: nothing, or a warning."""
+        warning = self._receive()
+        if warning is not None:
+            log.warning("tracking: %s", warning)
 
     def _receive(self) -> Any:
         try:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            raise self._end() from error
         number = self._unanswered.popleft()
         if isinstance(answer, Exception):
             self._failures.setdefault(number, answer)
@@ -145,61 +146,55 @@ class _Helper:
         return answer
 
     def _raise(self, of: Numbers) -> None:
-        """Raise what went wrong with an object, or with one that it was made by."""
+        """Raise an error of an object, or of one that made it."""
         found = [self._failures.pop(number) for number in of if number in self._failures]
         if found:
             raise found[-1]
 
-    def _ended(self) -> TrackingError:
+    def _end(self) -> TrackingError:
         self._unanswered.clear()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         return TrackingError(f"the process that writes to MLflow has ended ({self._process.returncode})")
 
     @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
 
-class _Remote:
-    """Stands for an object in the helper process and has its methods."""
+class _Proxy:
+    """An object in the helper process, with its methods."""
 
     def __init__(self, helper: _Helper, numbers: Numbers) -> None:
         self._helper, self._numbers = helper, numbers
 
-    def __getattr__(self, method: str) -> Any:
-        act: Any = self._helper.call
-        if method in ATTRIBUTES:
-            return act(self._numbers, method, (), {})
-        if method in KEPT:
-            act = self._helper.make
-        elif method in NOT_WAITED_FOR:
-            act = self._helper.post
-        return lambda *args, **kwargs: act(self._numbers, method, args, kwargs)
+    def __getattr__(self, name: str) -> Any:
+        if name in ATTRIBUTES:
+            return self._helper.request(self._numbers, name)
+        return partial(self._helper.request, self._numbers, name)
 
 
 _helpers: dict[int, _Helper] = {}
-"""By the process that started it: a forked one must not speak for its parent."""
-
-
-def _helper() -> _Helper:
-    mine = _helpers.get(os.getpid())
-    if mine is None or not mine.alive:
-        mine = _helpers[os.getpid()] = _Helper()
-    return mine
+"""By the process that started it: a forked one must not use its parent's connection."""
 
 
 def serve(connection: Connection) -> None:
-    """Answer requests, each once and in order, until the other side is gone; then end what it began."""
+    """Answer requests, each once and in order, until the other side is gone; then end its runs."""
     from gaccum_exp.tracking.mlflow_store import MlflowRun, Store
 
     objects: dict[int, Any] = {}
-    for request in _requests(connection):
+    while True:
+        gc.enable()
+        try:
+            request: _Request = connection.recv()
+        except (EOFError, OSError):
+            break
+        gc.disable()  # or a sweep that is read back is searched for garbage over and over
         try:
             os.chdir(request.folder)
             if request.target == _FACTORY:
                 answer: Any = Store(*request.args)
-            elif objects[request.target] is None:  # it could not be made, which has been said
+            elif objects[request.target] is None:  # it could not be made, which has been answered
                 answer = None
             else:
                 answer = getattr(objects[request.target], request.method)
@@ -210,7 +205,7 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             if request.keep is not None:
                 objects[request.keep] = None
-            answer = _told(error)
+            answer = _without_mlflow(error)
         try:
             connection.send(answer)
         except OSError:
@@ -221,16 +216,8 @@ def serve(connection: Connection) -> None:
                 run.end("KILLED", "its process has ended")
 
 
-def _requests(connection: Connection) -> Iterator[_Request]:
-    while True:
-        try:
-            yield connection.recv()
-        except (EOFError, OSError):
-            return
-
-
-def _told(error: Exception) -> Exception:
-    """Return an exception that the other side can read without MLflow."""
+def _without_mlflow(error: Exception) -> Exception:
+    """Return an exception that the other side can unpickle without MLflow."""
     if isinstance(error, BadInputError):
         return error
     lines = str(error).strip().splitlines() or ["no message"]

@@ -1,14 +1,23 @@
-"""From a training's metrics to a run in the store, and weights back out of it."""
+"""The sink that takes metrics off the training loop's hands, and its delivery to a run in the store.
+
+Values may be tensors on the run's device. They stay there until a delivery, so recording never waits for
+the device, and a delivery reads all of them at once.
+"""
 
 import logging
+import math
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from gaccum_exp.tracking.metrics import Point, Sink
+from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import DatasetRecord
 
 if TYPE_CHECKING:
@@ -16,13 +25,115 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights.pt"
+DELIVERY_INTERVAL_S = 2.0
+DELIVERY_WINDOWS = 1000
+"""A buffer of so many windows is delivered before its time, so that it cannot grow without bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The metrics of one global step."""
+
+    global_step: int
+    time_ms: int
+    values: dict[str, float]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+    def __init__(self, global_step: int, loss: float) -> None:
+        super().__init__(f"{TRAIN_LOSS} is {loss} at step {global_step}")
+
+
+class Sink:
+    """Buffers metrics and delivers them at intervals with `send`, which here sends them nowhere."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+        """The last delivered value of each metric."""
+        self._recorded: list[tuple[int, int, Mapping[str, float | Tensor]]] = []
+        self._read: list[Point] = []
+        self._not_finite: NonFiniteLossError | None = None
+        self._last_delivery_s = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a delivery."""
+        waited = time.monotonic() - self._last_delivery_s
+        return waited > DELIVERY_INTERVAL_S or len(self._recorded) >= DELIVERY_WINDOWS
+
+    def record(self, global_step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Take the metrics of a global step: numbers, or 0-dim tensors that are read later."""
+        self._recorded.append((global_step, time.time_ns() // 1_000_000, values))
+
+    def deliver(self) -> list[Point]:
+        """Send what was recorded since the last delivery, and return it.
+
+        A curve ends with its first loss that is not finite, however late a delivery comes.
+        """
+        self._read_recorded()
+        points, self._read = self._read, []
+        for point in points:
+            self.last |= point.values
+        self.send(points)
+        self._last_delivery_s = time.monotonic()
+        return points
+
+    def require_finite(self) -> None:
+        """Look at every loss recorded so far.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite; the curve up to it has been delivered.
+        """
+        self._read_recorded()
+        if self._not_finite is not None:
+            self.deliver()
+            raise self._not_finite
+
+    def _read_recorded(self) -> None:
+        """Bring what was recorded to the host, up to the first loss that is not finite."""
+        points, self._recorded = _on_host(self._recorded), []
+        for point in points:
+            if self._not_finite is None:
+                self._read.append(point)
+                loss = point.values.get(TRAIN_LOSS, 0.0)
+                if not math.isfinite(loss):
+                    self._not_finite = NonFiniteLossError(point.global_step, loss)
+
+    def send(self, points: list[Point]) -> None:
+        """Bring points to where they are kept."""
+
+    def describe(self, tags: Mapping[str, str]) -> None:
+        """Attach words, e.g. where the memory peak falls."""
+
+    def close(self, status: str, failure: str | None = None) -> None:
+        """End the run: FINISHED, FAILED (with the reason) or KILLED."""
+
+
+def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[Point]:
+    """Bring all tensors to the host with one copy for each device and type, not one a value."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for _, _, values in recorded:
+        for value in values.values():
+            if isinstance(value, Tensor):
+                alike[value.device, value.dtype].append(value.detach())
+    host = {kind: iter(torch.stack(tensors).tolist()) for kind, tensors in alike.items()}
+
+    def number(value: float | Tensor) -> float:
+        return float(next(host[value.device, value.dtype]) if isinstance(value, Tensor) else value)
+
+    return [
+        Point(global_step, time_ms, {key: number(value) for key, value in values.items()})
+        for global_step, time_ms, values in recorded
+    ]
 
 
 class MlflowSink(Sink):
     """Delivers one run's metrics to MLflow, many in a request.
 
     Args:
-        run: of a store in this process, or what stands for one in another.
+        run: of a store in this process, or a proxy of one in the helper process.
     """
 
     def __init__(self, run: "MlflowRun") -> None:
@@ -38,17 +149,18 @@ class MlflowSink(Sink):
         self.run.ready()
 
     def send(self, points: list[Point]) -> None:
-        """Send these points, and what could not be delivered before."""
-        said = self.run.log([(key, v, p.time_ms, p.step) for p in points for key, v in p.values.items()])
-        if said is not None:
-            log.warning("tracking: %s", said)
+        """Send these points, and those that could not be delivered before."""
+        values = [(key, v, p.time_ms, p.global_step) for p in points for key, v in p.values.items()]
+        problem = self.run.log(values)
+        if problem is not None:
+            log.warning("tracking: %s", problem)
 
     def describe(self, tags: Mapping[str, str]) -> None:
         """Tag the run."""
         self.run.describe(dict(tags))
 
     def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
-        """Say what the run is fed."""
+        """Record the data sets that the run is fed."""
         self.run.log_datasets(list(datasets))
 
     def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.state import TrainState
 

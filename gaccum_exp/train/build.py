@@ -297,7 +297,7 @@ def _scheduler(
     settings: Settings, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> LRScheduler | None:
     node = settings.scheduler
-    if node is None:
+    if not node.get("_target_"):
         return None
     extra = {}
     if "total_steps" in parameter_names(node) and node.get("total_steps") is None:

@@ -12,7 +12,7 @@ import torch
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.losses.micro_batch import tokens_in
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import WINDOW, Hook, Values
 from gaccum_exp.train.state import TrainState
 

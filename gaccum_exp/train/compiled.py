@@ -19,7 +19,7 @@ from gaccum_exp.core.seeding import derive_seed, random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.state import TrainState
 

@@ -14,7 +14,7 @@ from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook, Values
 from gaccum_exp.train.state import TrainState
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.audits import WindowAudits
 from gaccum_exp.train.clock import StepClock
 from gaccum_exp.train.compiled import CompiledCheck

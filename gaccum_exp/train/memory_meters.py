@@ -21,7 +21,7 @@ from gaccum_exp.memory.meter import (
     resident_set_bytes,
 )
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, WINDOW, Hook, Values
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import moves_weights

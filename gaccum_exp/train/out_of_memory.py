@@ -20,7 +20,7 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import WINDOW, Hook
 from gaccum_exp.train.state import TrainState
 
@@ -82,7 +82,9 @@ class FinerSplit(Hook):
         now = state.accum_steps(global_step)
         event = f"step {global_step + 1}: out of memory at N = {before}, repeated with N = {now}"
         log.warning("%s (%s)", event, reason)
-        self._sink.record(global_step + 1, {metrics.OOM_EVENTS: self._events, metrics.STEPS_NOW: now})
+        self._sink.record(
+            global_step + 1, {metrics.OOM_EVENTS: self._events, metrics.ACCUM_STEPS_NOW: now}
+        )
         # Of a schedule its largest, as where nothing had to be split finer.
         used = max(state.accum_steps(windows[0]) for windows in state.stage_windows)
         sizes = split_sizes(state.settings.data.global_batch_size, used)

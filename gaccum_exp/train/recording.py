@@ -4,8 +4,8 @@ from typing import Any
 
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook, Values
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import moves_weights

@@ -71,7 +71,7 @@ def _ruled_out(settings: Settings) -> str | None:
     """Return what in the configuration a stacked training does not know."""
     runtime, accum, workers = settings.runtime, settings.accum, settings.data.workers
     found = {
-        "accum.steps=auto": settings.auto_steps,
+        "accum.steps=auto": settings.chooses_accum_steps,
         "accum.on_oom=increase_steps": accum.on_oom == "increase_steps",
         "accum.buffer_dtype=float32": accum.buffer_dtype != "same",
         f"runtime.precision={runtime.precision}": runtime.precision not in ("fp32", "fp64"),

@@ -24,8 +24,8 @@ from gaccum_exp.core.stack import (
 )
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.metrics import NonFiniteLossError, Point, Sink
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import NonFiniteLossError, Point, Sink
 from gaccum_exp.train.audits import WindowAudits
 from gaccum_exp.train.build import optimizer_of
 from gaccum_exp.train.evaluation import Evaluation, Over, Sums, evaluate

@@ -43,7 +43,7 @@ def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Val
                 return {}
             with hooks.around(OPTIMIZER_STEP, state, window), _irreversible():
                 if scaler is None:
-                    state.strategy.step(optimizer)
+                    state.strategy.step_of(optimizer)()
                 else:
                     scale = scaler.get_scale()
                     scaler.step(optimizer)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.test_train import weights
 
 from gaccum_exp.train.build import build
 from tests.support import SMALL, settings
+from tests.train.test_loop import weights
 
 
 @pytest.mark.parametrize(

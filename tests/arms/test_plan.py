@@ -184,7 +184,7 @@ def test_auto_under_mean_takes_an_n_that_divides_the_batch() -> None:
     call = (*WIDE, "accum.steps=auto", f"runtime.memory_budget_gib={budget / GIB:.9f}")
     for reduction, steps in (("global_mean", 3), ("mean", 4)):
         configured = settings(*call, f"accum.reduction={reduction}")
-        chosen, _ = planning.with_fitting_steps(configured, load(configured))
+        chosen, _ = planning.with_fitting_accum_steps(configured, load(configured))
         assert chosen.accum_steps == steps
         assert chosen.flat()["accum.steps"] == steps
 

@@ -1,6 +1,7 @@
 """A sweep from its first arm to its comparison, whoever launches the arms."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -97,18 +98,28 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launche
     assert [row["failure"] for row in rows if row["status"] == "FAILED"] == [
         "accum.steps=0: must be at least 1"
     ]
+    ended_as = [json.loads(path.read_text()) for path in tmp_path.rglob("arm.json")]
+    assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
 
 
 @pytest.mark.slow
 def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
-    """Two at a time have half of the cores each, and their runs say so."""
+    """Two at a time have half of the cores each; their names know what the sweep varies all the same."""
     free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, "accum.steps=1,2", *LAUNCHERS["joblib"]]
+    rates = "optimizer.lr=0.1,0.2"
+    command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, rates, *LAUNCHERS["joblib"]]
     subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gaccum_exp'")
     runs = client.search_runs([experiment.experiment_id], "tags.kind = 'arm'")
     assert [run.data.tags["threads"] for run in runs] == [str(max(1, joblib.cpu_count() // 2))] * 2
+    assert sorted(run.info.run_name.rpartition(" · ")[2] for run in runs) == [
+        "optimizer.lr=0.1", "optimizer.lr=0.2",
+    ]  # fmt: skip
+    (sweep_id,) = {run.data.tags["sweep_id"] for run in runs}
+    assert (tmp_path / "multirun" / sweep_id / "comparison.csv").exists()
+    overrides = sorted(run.data.tags["overrides"] for run in runs)
+    assert overrides == [" ".join([*TINY, f"optimizer.lr={rate}"]) for rate in ("0.1", "0.2")]
 
 
 @pytest.mark.slow

@@ -11,10 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from gaccum_exp.errors import BadInputError, TrackingError
-from gaccum_exp.tracking import shipper as tracking_process
-from gaccum_exp.tracking.metrics import Point
+from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink
+from gaccum_exp.tracking.sink import MlflowSink, Point
 from tests.program import PATIENCE_S, TINY, Program, environment, new_store
 
 WITHOUT_MLFLOW = """
@@ -128,7 +127,7 @@ def test_a_helper_that_is_gone_ends_the_run_and_is_replaced_for_the_next(program
     store = connect(program.uri, "gaccum_exp")
     sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
     sink.ready()
-    helper = tracking_process._helpers[os.getpid()]
+    helper = shipper._helpers[os.getpid()]
     helper._process.kill()
     helper._process.wait(PATIENCE_S)
     with pytest.raises(TrackingError, match=r"the process that writes to MLflow has ended \(-9\)"):

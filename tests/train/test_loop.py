@@ -15,7 +15,7 @@ from gaccum_exp.core.feed import windows
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import StorageTracker
-from gaccum_exp.tracking.metrics import NonFiniteLossError
+from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build
 from tests.strangers import Points
 from tests.support import SMALL, STRANGER, Collected, settings, step_at, train_to_end, trained
@@ -326,9 +326,9 @@ def test_evaluation_comes_at_its_interval_and_at_the_end() -> None:
     """Every third of eight steps, and after the last; or once an epoch."""
     common = (*STRANGER, "data.eval._target_=tests.strangers.Points", "data.global_batch_size=8")
     _, sink = trained(*common, "train.steps=8", "train.eval_every_steps=3")
-    assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6, 8]
+    assert [p.global_step for p in sink.points if "eval/loss" in p.values] == [3, 6, 8]
     _, sink = trained(*common, "train.epochs=2")
-    assert [p.step for p in sink.points if "eval/loss" in p.values] == [3, 6]
+    assert [p.global_step for p in sink.points if "eval/loss" in p.values] == [3, 6]
 
 
 def stranger(name: str) -> str:

@@ -96,7 +96,7 @@ def test_skipped_windows_are_counted_and_their_infinite_numbers_left_out() -> No
 def test_a_loss_that_is_not_finite_is_left_out_and_does_not_end_the_run() -> None:
     """Once, in the fourth pass; in float32 it would have ended it."""
     _, sink = trained(*OVERFLOWING, "train.steps=9", "audit.at_start=false")
-    assert [p.step for p in sink.points if "train/loss" in p.values] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert [p.global_step for p in sink.points if "train/loss" in p.values] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert sink.curve("train/skipped_windows") == [1.0]
     assert sink.curve("optim/loss_scale") == [65536.0] * 4 + [32768.0] * 5
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from gaccum_exp.tracking.metrics import NonFiniteLossError
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build
 from gaccum_exp.train.recording import FINITE_EVERY
 from tests.support import STRANGER, Collected, settings, train_to_end
@@ -50,6 +50,6 @@ def test_nothing_is_recorded_after_a_loss_that_is_not_finite() -> None:
     """Not the later windows', nor an evaluation's, however often it is delivered."""
     sink = Eager()
     stopped(sink, 9)
-    assert max(point.step for point in sink.points) == 4
+    assert max(point.global_step for point in sink.points) == 4
     sink.record(5, {"eval/loss": 1.0})
     assert sink.deliver() == []

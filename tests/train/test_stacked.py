@@ -15,9 +15,9 @@ from gaccum_exp.core import stack
 from gaccum_exp.core.reductions import Sum
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.tracking.metrics import NonFiniteLossError
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build, load
 from gaccum_exp.train.stackable import NotStackableError, stackable
 from gaccum_exp.train.stacked import End, StackedState, train_stacked

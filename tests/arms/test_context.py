@@ -1,0 +1,78 @@
+"""What a job knows of itself, and how its end is written down."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.outcome import OUTCOME_FILE, Outcome, exit_status, read_outcomes
+from gaccum_exp.arms.seeds import contexts_of_seeds
+from gaccum_exp.config import schema as config
+
+
+def context(folder: Path, *overrides: str) -> ArmContext:
+    config.register("20260101-000000-abcdef")
+    try:
+        with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+            composed = compose("config", list(overrides))
+    finally:
+        config.register()
+    return ArmContext(composed, folder, overrides, {"model": "cnn"}, ("seed",), True, False)
+
+
+def test_a_context_travels_to_another_process(tmp_path: Path) -> None:
+    """Pickled and back, it gives the same settings, with the id of its sweep."""
+    one = context(tmp_path, "accum.steps=4")
+    other = pickle.loads(pickle.dumps(one))
+    assert other == one
+    assert config.validate(other.config) == config.validate(one.config)
+    assert other.sweep_id == config.validate(other.config).sweep_id == "20260101-000000-abcdef"
+
+
+def test_a_job_of_several_seeds_becomes_a_context_for_each(tmp_path: Path) -> None:
+    """With its own seed, folder and overrides; the job's own context stays as it is."""
+    job = context(tmp_path, "seed=0", "sweep.vectorize=seed", "sweep.seeds=[0,2]")
+    first, second = contexts_of_seeds(job)
+    assert (first.config.seed, second.config.seed) == (0, 2)
+    assert second.overrides == ("seed=2", "sweep.vectorize=seed")
+    assert second.folder == tmp_path / "seed=2"
+    assert second.folder.is_dir()
+    assert job.config.sweep.seeds == [0, 2]
+    assert contexts_of_seeds(second) == [second]
+
+
+def test_an_outcome_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stood there stays until the new one is complete; of another sweep it is not read."""
+    before = Outcome("a", "N=1", "FINISHED", verdict="biased", audit_asked=True)
+    before.write(tmp_path)
+    assert read_outcomes(tmp_path.parent, "a") == {tmp_path: before}
+    assert read_outcomes(tmp_path, "b") == {}
+
+    def no_space(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("gaccum_exp.arms.outcome.os.replace", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        Outcome("a", "N=1", "FAILED").write(tmp_path)
+    assert json.loads((tmp_path / OUTCOME_FILE).read_text())["status"] == "FINISHED"
+
+
+def test_the_exit_status_is_the_first_of_1_3_5_4_that_an_arm_earned() -> None:
+    """Of verdicts only those that were asked for; bad input is 2 for a single run alone."""
+
+    def arm(verdict: str | None = None, status: str = "FINISHED", **more: bool) -> Outcome:
+        return Outcome("a", "N=1", status, verdict=verdict, **more)
+
+    asked = {v: arm(v, audit_asked=True) for v in ("identical", "stochastic", "inconclusive", "biased")}
+    assert exit_status([asked["identical"], arm("biased")], multirun=True) == 0
+    assert exit_status([asked["identical"], asked["stochastic"]], multirun=True) == 4
+    assert exit_status([asked["stochastic"], asked["inconclusive"]], multirun=True) == 5
+    assert exit_status(list(asked.values()), multirun=True) == 3
+    assert exit_status([*asked.values(), arm(status="KILLED")], multirun=True) == 1
+    refused = arm(status="FAILED", bad_input=True)
+    assert (exit_status([refused], multirun=False), exit_status([refused], multirun=True)) == (2, 1)
