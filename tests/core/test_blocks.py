@@ -52,7 +52,7 @@ def kinds(model: nn.Module) -> dict[str, int]:
     blocks = find_blocks(model)
     for block in blocks:
         assert model.get_submodule(block.name.partition("[")[0]) is block.module
-    return dict(Counter("stage" if b.is_stage else type(b.module).__name__ for b in blocks))
+    return dict(Counter("stage" if b.is_segment else type(b.module).__name__ for b in blocks))
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

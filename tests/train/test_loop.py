@@ -380,7 +380,7 @@ def test_a_model_that_cannot_be_tracked_is_trained_all_the_same(
         if followed > 20:
             raise NotImplementedError("no storage to look at")
 
-    monkeypatch.setattr(StorageTracker, "_follow", refuse)
+    monkeypatch.setattr(StorageTracker, "_add", refuse)
     experiment, sink = trained(*overrides)
     assert "memory/peak_bytes" not in sink.last
     bare = build(settings(*overrides))

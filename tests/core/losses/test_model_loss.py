@@ -650,7 +650,7 @@ def test_looking_at_the_model_leaves_no_trace(precision: str) -> None:
     loss_fn = ModelLoss()
     before = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "none"), torch.no_grad():
-        loss_fn._find_out(model, micro_batch)
+        loss_fn._infer_counter(model, micro_batch)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert not model.frozen.training
