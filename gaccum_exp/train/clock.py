@@ -3,9 +3,9 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,13 +22,6 @@ KEPT_WINDOWS = 1000
 """The latest ones stand for a longer run, so that the clock does not grow with it."""
 
 
-class Disturbing(Protocol):
-    """A hook that makes some windows slower than they are."""
-
-    def due(self, global_step: int) -> bool:
-        """Whether the window of this global step is one of them."""
-
-
 class StepClock(Hook):
     """Times windows on the host, or on an accelerator by events in its stream, read at the end.
 
@@ -38,15 +31,18 @@ class StepClock(Hook):
     Args:
         device: the run's.
         sink: takes the medians at the end.
-        disturbed_by: hooks that slow windows down.
+        disturbed: whether another hook slows the window of a global step down.
     """
 
     phases = frozenset({WINDOW})
 
     def __init__(
-        self, device: torch.device, sink: Sink, disturbed_by: Sequence[Disturbing] = ()
+        self,
+        device: torch.device,
+        sink: Sink,
+        disturbed: Callable[[int], bool] = lambda global_step: False,
     ) -> None:
-        self._device, self._sink, self._disturbed_by = device, sink, disturbed_by
+        self._device, self._sink, self._disturbed = device, sink, disturbed
         self._start: Any = None
         self._warmup_left = WARMUP_WINDOWS
         self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
@@ -59,7 +55,7 @@ class StepClock(Hook):
     def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
         """Take a window that is a measure of time; the time of an attempt that failed begins anew."""
         global_step = state.global_step
-        timed = self._is_measure(state) and not any(h.due(global_step) for h in self._disturbed_by)
+        timed = self._is_measure(state) and not self._disturbed(global_step)
         try:
             yield
         except Exception:

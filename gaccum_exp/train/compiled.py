@@ -6,7 +6,6 @@ no further from float64 than rounding puts the eager one.
 """
 
 import logging
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from gaccum_exp.audit.canary import AGAINST_FLOAT64, Canary
@@ -56,7 +55,9 @@ def check_compiled(state: TrainState) -> dict[str, float]:
     """
     compared: list[Canary] = []
     with random_state_kept():  # which fetching a window moves as well
-        for window in _canaries(state):
+        stage = max(state.stage_windows, key=lambda steps: state.accum_steps(steps[0]))
+        data, plan, n = state.train_data, state.plan, state.accum_steps
+        for window in windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES]):
             compared += _compared(state, window)
             if compared and compared[-1].agrees and compared[-1].limit <= TELLING:
                 break
@@ -72,13 +73,6 @@ def check_compiled(state: TrainState) -> dict[str, float]:
         )
     log.warning("compiled and eager gradient are not compared: they are not finite")
     return {}
-
-
-def _canaries(state: TrainState) -> Iterator[Window]:
-    """Yield the first windows of the stage with the most micro-batches."""
-    stage = max(state.stage_windows, key=lambda steps: state.accum_steps(steps[0]))
-    data, plan, n = state.train_data, state.plan, state.accum_steps
-    yield from windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES])
 
 
 def _compared(state: TrainState, window: Window) -> list[Canary]:

@@ -1,6 +1,6 @@
 """Loss and accuracy on held-out data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,13 +54,21 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
         state: its model and its data.
         over: calls the function that it is given with a model; None: with the state's.
     """
+    data, workers = state.eval_data, state.settings.data.workers
+    assert data is not None
+    seed = derive_seed(state.settings.seed, "evaluation")
+    samples = len(data)  # type: ignore[arg-type]  # checked to be map-style
+    plan = WindowPlan(samples, state.settings.data.eval_batch_size, seed, shuffle=False)
     loss_sum: Any = 0.0
     denominator: Any = 0.0
     right: Any = 0
     labels: Any = 0
-    seed_model(derive_seed(state.settings.seed, "evaluation"), state.device)
+    seed_model(seed, state.device)
     with torch.no_grad(), evaluation_mode(state.model):
-        for batch in _batches(state):
+        batches = windows(
+            data, plan, accum_steps=1, global_steps=range(plan.steps_in(epochs=1)), workers=workers
+        )
+        for (batch,) in batches:
             of_model = partial(_sums, state, batch)
             loss, n, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted
@@ -84,22 +92,6 @@ def _sums(state: TrainState, batch: Any, model: nn.Module) -> Sums:
         outputs = run_model(model, inputs)
         loss, n = state.criterion_loss.of_outputs(outputs, targets)
     return loss, n, *_hits(outputs, targets, state.criterion_loss.criterion)
-
-
-def _batches(state: TrainState) -> Iterator[Any]:
-    data, settings = state.eval_data, state.settings
-    assert data is not None
-    plan = WindowPlan(
-        len(data),  # type: ignore[arg-type]  # checked to be map-style
-        settings.data.eval_batch_size,
-        derive_seed(settings.seed, "evaluation"),
-        shuffle=False,
-    )
-    every = range(plan.steps_in(epochs=1))
-    for (batch,) in windows(
-        data, plan, accum_steps=1, global_steps=every, workers=settings.data.workers
-    ):
-        yield batch
 
 
 def _hits(outputs: Any, targets: list[Any], criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:

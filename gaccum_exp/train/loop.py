@@ -88,7 +88,7 @@ def hooks_of(
     """
     audits, meters = WindowAudits(state, sink), MemoryMeters(state, sink, budget_bytes)
     hooks: list[Hook] = [
-        StepClock(state.device, sink, disturbed_by=(meters, audits)),
+        StepClock(state.device, sink, lambda k: meters.due(k) or audits.due(k)),
         *recording_hooks(sink, progress, Evaluation(sink, state)),
         *([FinerSplit(sink)] if state.settings.accum.on_oom == "increase_steps" else []),
         meters,
