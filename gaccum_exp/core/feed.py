@@ -48,8 +48,8 @@ def windows(
     """
 
     def sizes(global_step: int) -> list[int]:
-        steps = accum_steps if isinstance(accum_steps, int) else accum_steps(global_step)
-        return split_sizes(plan.size(global_step), steps)
+        n = accum_steps if isinstance(accum_steps, int) else accum_steps(global_step)
+        return split_sizes(plan.size(global_step), n)
 
     fetch = _by_index(dataset, pin)
     if fetch is not None:

@@ -98,11 +98,11 @@ def finite(gradient: Gradient) -> bool:
     return all(bool(torch.isfinite(g).all()) for g in gradient.values())
 
 
-def coarse(gradient: Gradient, steps: int) -> bool:
+def coarse(gradient: Gradient, accum_steps: int) -> bool:
     """Whether every element, or N times it, is a number of a lower precision than its own."""
 
     def is_coarse(g: Tensor, dtype: torch.dtype) -> bool:
-        return any(torch.equal((g * by).to(dtype).to(g.dtype), g * by) for by in (1, steps))
+        return any(torch.equal((g * by).to(dtype).to(g.dtype), g * by) for by in (1, accum_steps))
 
     lower = [torch.bfloat16, torch.float16]
     if all(g.dtype == torch.float64 for g in gradient.values()):

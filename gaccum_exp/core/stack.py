@@ -152,9 +152,9 @@ def stacked_windows(
         for of_seeds in zip(*feeds, strict=True):
             yield [MicroBatches(each, _together(each)) for each in zip(*of_seeds, strict=True)]
         return
-    for step in global_steps:
-        sizes = split_sizes(plans[0].size(step), accum_steps(step))
-        indices = torch.stack([plan.indices(step) for plan in plans])  # (seeds, window)
+    for global_step in global_steps:
+        sizes = split_sizes(plans[0].size(global_step), accum_steps(global_step))
+        indices = torch.stack([plan.indices(global_step) for plan in plans])  # (seeds, window)
         flat = (tensor.index_select(0, indices.flatten()) for tensor in dataset.tensors)
         rows = (torch.split(t.view(*indices.shape, *t.shape[1:]), sizes, dim=1) for t in flat)
         yield [

@@ -137,15 +137,15 @@ class WindowPlan:
                 return place.first_step + ((epochs - place.epoch) * n - place.offset) // place.size
             return place.first_step + self._steps_to(place, epochs)
         assert samples is not None
-        taken, steps = 0, 0
+        taken, windows = 0, 0
         for place, following in zip(self._places, [*self._places[1:], None], strict=True):
             limit = None if following is None else following.first_step - place.first_step
             fit = self._steps_of(place, samples - taken)
             if limit is None or fit < limit:
-                return steps + fit
+                return windows + fit
             taken += sum(self.size(k) for k in range(place.first_step, place.first_step + limit))
-            steps += limit
-        return steps
+            windows += limit
+        return windows
 
     def indices(self, global_step: int) -> torch.Tensor:
         """Return the data set's indices that feed one optimizer step.

@@ -39,13 +39,13 @@ def audit(state: TrainState, window: Window, global_step: int) -> Audit:
 
 def first_full(state: TrainState, windows: range) -> int:
     """Return the first full window of a stage; the stage's very first may be the rest of an epoch."""
-    return next((step for step in windows if state.is_full(step)), windows[0])
+    return next((k for k in windows if state.is_full(k)), windows[0])
 
 
 def telling_window(state: TrainState) -> int:
     """Return the window to audit where one stands for all: of the stage with the most passes."""
-    steps = [first_full(state, windows) for windows in state.stage_windows]
-    return max(steps, key=state.accum_steps)
+    first = [first_full(state, windows) for windows in state.stage_windows]
+    return max(first, key=state.accum_steps)
 
 
 class WindowAudits(Hook):
