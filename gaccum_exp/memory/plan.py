@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaccum_exp.memory.meter import OPTIMIZER_STEP, Peak
-from gaccum_exp.memory.storages import CATEGORIES
+from gaccum_exp.memory.storages import CATEGORIES as CATEGORIES  # those of a plan's rows
 
 FIXED = ("parameters", "gradients", "optimizer_state")
 """Categories that no N makes smaller."""

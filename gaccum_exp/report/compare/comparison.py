@@ -35,7 +35,7 @@ class Comparison:
     stored_runs: tuple[RunRecord, ...] = ()
     """The runs behind `stored`, for drawing."""
     reference_notes: tuple[str, ...] = ()
-    """What a reader of any table or figure must know: references that are not the sweep's own."""
+    """References that are not the sweep's own: what a reader of any table or figure must know."""
     verdict_notes: tuple[str, ...] = ()
     """What makes an arm's gradient another than the large batch's, and curves that left the envelope."""
     envelopes: tuple[Envelope, ...] = ()
@@ -97,7 +97,7 @@ def compare(
 
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
-    """Write a row per arm under `CSV_COLUMNS`, floats in full precision, unknown values blank."""
+    """Write a row per arm, floats in full precision, unknown values blank."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)

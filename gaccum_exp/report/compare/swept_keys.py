@@ -39,7 +39,9 @@ class Setting:
     @property
     def order(self) -> tuple[tuple[str | float, ...], ...]:
         """A sort key: reduction, then values, seeds 2 and 10 as numbers, not as text."""
-        return tuple(map(_natural, (self.reduction or "", *(value for _, value in self.values))))
+        texts = (self.reduction or "", *(value for _, value in self.values))
+        split = (enumerate(re.split(r"(\d+)", text)) for text in texts)
+        return tuple(tuple(float(part) if i % 2 else part for i, part in parts) for parts in split)
 
 
 def swept_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
@@ -79,15 +81,14 @@ def _shortness(key: str) -> tuple[bool, bool, int, str]:
 
 
 def _is_selector(key: str) -> bool:
-    """Whether the key says which class or named model a block holds."""
+    # It says which class or named model a block holds.
     return key.endswith(("._target_", ".name"))
 
 
 def _follows(key: str, selector: str, varying: Mapping[str, tuple[str | None, ...]]) -> bool:
     """Whether `key` is an option of `selector`'s block whose value the selector alone decides."""
-    if key == selector or _block(key) != _block(selector):
-        return False
-    if _is_selector(key) and _shortness(key) < _shortness(selector):
+    leads = _is_selector(key) and _shortness(key) < _shortness(selector)
+    if key == selector or leads or _block(key) != _block(selector):
         return False
     selected = varying[selector]
     return len(set(zip(selected, varying[key], strict=True))) == len(set(selected))
@@ -95,8 +96,3 @@ def _follows(key: str, selector: str, varying: Mapping[str, tuple[str | None, ..
 
 def _block(key: str) -> str:
     return key.partition(".")[0]
-
-
-def _natural(text: str) -> tuple[str | float, ...]:
-    parts = re.split(r"(\d+)", text)
-    return tuple(float(part) if index % 2 else part for index, part in enumerate(parts))

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.figures.cost_rows import CATEGORIES, Bar, BarRows, memory_rows, step_time_rows
+from gaccum_exp.report.figures.cost_rows import BarRows, memory_rows, step_time_rows
 from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.report.text.wording import say_ratio
 from gaccum_exp.tracking.records import RunRecord
@@ -29,10 +30,7 @@ _TICK_ROLES = {"reference": "ref.", "stand-in": "stand-in", "stored reference": 
 
 
 def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
-    """Draw peak memory against N, stacked by category, the total marked by where the peak is.
-
-    Of repetitions the one with the largest peak is drawn.
-    """
+    """Draw peak memory against N, stacked by category, the total marked by where the peak is."""
     rows = memory_rows(comparison, runs)
     legend: list[Artist] = [
         Patch(facecolor=color, hatch=hatch, edgecolor="black", label=name.replace("_", " "))
@@ -49,8 +47,23 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
     figure, all_axes = _lay_out(rows, 3.0, legend)
     for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
         for position, bar in enumerate(bars):
-            if bar.each:
-                _draw_peak(axes, position, bar)
+            bottom = 0.0
+            for name, height in bar.parts.items():
+                color, hatch = LOOKS[name]
+                axes.bar(
+                    position, height, _BAR_WIDTH, bottom=bottom, color=color, hatch=hatch,
+                    edgecolor="black", linewidth=0.5, label=name,
+                )  # fmt: skip
+                bottom += height
+            for total in bar.each:
+                if not bar.parts:
+                    axes.bar(
+                        position, total, _BAR_WIDTH, color="white", edgecolor="black", linewidth=0.8
+                    )
+                axes.plot(
+                    position, total, _PHASES.get(bar.phase, _UNKNOWN_PHASE), color="black",
+                    markerfacecolor="white", markersize=6, gid=bar.name,
+                )  # fmt: skip
     return figure
 
 
@@ -75,23 +88,6 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
             if len(bar.each) > 1:
                 axes.plot([position] * len(bar.each), bar.each, "o", color="black", markersize=3)
     return figure
-
-
-def _draw_peak(axes: Axes, position: int, bar: Bar) -> None:
-    (total,), bottom = bar.each, 0.0
-    for name, height in bar.parts.items():
-        color, hatch = LOOKS[name]
-        axes.bar(
-            position, height, _BAR_WIDTH, bottom=bottom, color=color, hatch=hatch,
-            edgecolor="black", linewidth=0.5, label=name,
-        )  # fmt: skip
-        bottom += height
-    if not bar.parts:
-        axes.bar(position, total, _BAR_WIDTH, color="white", edgecolor="black", linewidth=0.8)
-    axes.plot(
-        position, total, _PHASES.get(bar.phase, _UNKNOWN_PHASE), color="black",
-        markerfacecolor="white", markersize=6, gid=bar.name,
-    )  # fmt: skip
 
 
 def _lay_out(rows: BarRows, height: float, legend: Sequence[Artist]) -> tuple[Figure, list[Axes]]:

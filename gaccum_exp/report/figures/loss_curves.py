@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
-from gaccum_exp.report.figures.curve_rows import CurveRow, Group, LossRows, loss_rows
+from gaccum_exp.report.figures.curve_rows import CurveRow, Group, loss_rows
 from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.tracking.records import RunRecord
 
@@ -67,12 +67,23 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     """
     rows = loss_rows(comparison, runs)
     styles = _styles(list(rows.groups))
+    legend: list[Artist] = [
+        Line2D([], [], label=label, **styles[group].line(is_reference, 0))
+        for group, (label, is_reference) in rows.groups.items()
+    ]
+    if rows.is_crowded:
+        legend.append(Patch(label="line: median; shade: range", **_RANGE, color="black"))
+    if rows.controls:
+        legend += [
+            Patch(label=f"rounding alone ({rows.controls})", alpha=_BAND_ALPHA, **_BAND),
+            Line2D([], [], label=f"still inside: {MARGIN:.0f} × that", **_LIMIT),
+        ]
     figure, (losses_axes, gaps_axes) = lay_out(
         rows.title,
         [panel.title for panel in rows.panels],
         level_heights=(2.6, 1.7 if len(styles) <= _MOST_UNCROWDED else 3.4),
         panel_width=7.0 if len(rows.panels) == 1 else 4.2,
-        legend=_legend(rows, styles),
+        legend=legend,
         notes=rows.notes,
     )
     losses: list[np.ndarray] = []
@@ -103,21 +114,6 @@ def _styles(groups: Sequence[Group]) -> dict[Group, _Style]:
     }
 
 
-def _legend(rows: LossRows, styles: Mapping[Group, _Style]) -> list[Artist]:
-    legend: list[Artist] = [
-        Line2D([], [], label=label, **styles[group].line(is_reference, 0))
-        for group, (label, is_reference) in rows.groups.items()
-    ]
-    if rows.is_crowded:
-        legend.append(Patch(label="line: median; shade: range", **_RANGE, color="black"))
-    if rows.controls:
-        legend += [
-            Patch(label=f"rounding alone ({rows.controls})", alpha=_BAND_ALPHA, **_BAND),
-            Line2D([], [], label=f"still inside: {MARGIN:.0f} × that", **_LIMIT),
-        ]
-    return legend
-
-
 def _draw_curves(
     axes: Axes, curves: Sequence[CurveRow], styles: Mapping[Group, _Style]
 ) -> list[np.ndarray]:
@@ -134,10 +130,7 @@ def _draw_curves(
 
 
 def _draw_envelopes(axes: Axes, envelopes: Sequence[Envelope]) -> list[np.ndarray]:
-    """Shade what rounding alone makes of the panel's references, and mark how far is still inside.
-
-    Return what has to be within the axis; where a control has no difference, there is nothing to see.
-    """
+    """Shade what rounding alone makes of references, up to its limits; return what the axis holds."""
     shown: list[np.ndarray] = []
     for envelope in envelopes:
         steps, values, limits = map(np.array, (envelope.global_steps, envelope.values, envelope.limits))
@@ -145,7 +138,7 @@ def _draw_envelopes(axes: Axes, envelopes: Sequence[Envelope]) -> list[np.ndarra
         alpha = _BAND_ALPHA / math.sqrt(len(envelopes))
         axes.fill_between(steps, 0.0, values, alpha=alpha, zorder=1, **_BAND)
         axes.plot(steps, limits, zorder=1.5, gid=f"limit-{envelope.reference_run_id}", **_LIMIT)
-        shown += [values[values > 0], limits]
+        shown += [values[values > 0], limits]  # where a control has no difference, nothing is seen
     return shown
 
 
@@ -171,8 +164,7 @@ def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
     if not positive.size:
         first.set_ylim(-0.1, 1.0)
         first.yaxis.set_major_locator(FixedLocator([0.0] if finite.size else []))
-        words = "no difference at any step" if finite.size else "nothing to compare"
-        _say_empty(all_axes, words)
+        _say_empty(all_axes, "no difference at any step" if finite.size else "nothing to compare")
         return
     low, high = math.floor(np.log10(positive.min())), math.ceil(np.log10(positive.max()))
     high = max(high, low + 1)

@@ -1,15 +1,15 @@
 """Print a comparison on a terminal: its table, its notes, and what it says in a sentence or two."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gaccum_exp.report.compare.columns import COLUMNS, Column, ComparisonRow
+from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.many_arms import MOST_NOTES
 from gaccum_exp.report.text.fewer_lines import lines_of
@@ -66,21 +66,17 @@ def render(comparison: Comparison) -> Table:
         show_edge=False,
         header_style="bold",
     )
-    cells: list[Callable[[ComparisonRow], str]] = []
+    printed: list[Sequence[str]] = []
     for name in _columns(rows, lines.counts):
-        if name == "runs":  # of a line of this table, not of an arm
-            header, cell = "\nruns", lambda row: str(lines.counts[row.run_id])
-        else:
-            header, cell = _printed(COLUMNS[name], rows)
-        cells.append(cell)
-        is_text = name in (*_FOLDED, "reduction")
-        justify = "left" if is_text else "right"
+        header, cells = _printed(name, rows, lines.counts)
+        printed.append(cells)
+        justify: Literal["left", "right"] = "left" if name in (*_FOLDED, "reduction") else "right"
         no_wrap = name not in _FOLDED
-        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")  # type: ignore[arg-type]  # one of two
-    for row, after in [*pairwise(rows), *((row, None) for row in rows[-1:])]:
+        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")
+    for row, after, *cells in zip(rows, (*rows, None)[1:], *printed, strict=True):
         ends = after is not None and after.setting != row.setting
         style = "bold" if row.is_reference else "dim" if not row.finished else None
-        table.add_row(*(Text(cell(row)) for cell in cells), end_section=ends, style=style)
+        table.add_row(*map(Text, cells), end_section=ends, style=style)
     return table
 
 
@@ -104,26 +100,29 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
 
 
 def _printed(
-    column: Column, rows: Sequence[ComparisonRow]
-) -> tuple[str, Callable[[ComparisonRow], str]]:
-    """Return a column's header, with one unit for all arms, and what makes a cell of an arm."""
+    name: str, rows: Sequence[ComparisonRow], counts: Mapping[str, int]
+) -> tuple[str, list[str]]:
+    """Return a column's header, with one unit for all arms, and its cells."""
+    if name == "runs":  # of a line of this table, not of an arm
+        return "\nruns", [str(counts[row.run_id]) for row in rows]
+    column = COLUMNS[name]
     say, header = column.say, column.header
     if column.unit is not None:
-        size, name = column.unit(max((getattr(row, column.name) or 0 for row in rows), default=0))
-        say, header = (lambda value: say_scaled(value, size)), header.format(unit=name)
+        size, unit = column.unit(max((getattr(row, name) or 0 for row in rows), default=0))
+        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit)
     any_controls = any(row.controls for row in rows)
 
     def cell(row: ComparisonRow) -> str:
-        text = say(getattr(row, column.name))
-        if column.name == "accum_steps":
+        text = say(getattr(row, name))
+        if name == "accum_steps":
             return text + (_mark(row) or " ")
-        if column.name == "max_loss_gap" and any_controls:
+        if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
-        if column.name == "verdict" and row.role in ("reference", "stored reference"):
+        if name == "verdict" and row.role in ("reference", "stored reference"):
             return row.verdict or MISSING  # what others are compared with needs no audit
         return text
 
-    return header, cell
+    return header, [cell(row) for row in rows]
 
 
 def _mark(row: ComparisonRow) -> str:
