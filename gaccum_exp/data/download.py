@@ -65,14 +65,14 @@ def _missing(source: Source, folder: Path, reason: str) -> BadInputError:
 
 
 def _archives(source: Source) -> list[tuple[str, str]]:
-    """Return the path below the root and the MD5 sum of each archive."""
+    # The path below the root and the MD5 sum of each.
     if issubclass(source, MNIST):
         return [(f"{source.__name__}/raw/{name}", md5) for name, md5 in source.resources]
     return [(source.filename, source.tgz_md5)]
 
 
 def _servers(source: Source) -> list[str]:
-    """Return the address of one archive at each server that has it."""
+    # The address of one archive at each.
     if issubclass(source, MNIST):
         return [mirror + source.resources[0][0] for mirror in source.mirrors]
     return [source.url]
@@ -88,16 +88,14 @@ def _ask_servers(source: Source) -> None:
 
     def ask(url: str) -> None:
         request = urllib.request.Request(url, method="HEAD")
+        answer: OSError | None = None
         try:
             urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S).close()
         except urllib.error.HTTPError:
-            answers.put(None)  # an answer; whether it is final, torchvision's attempt will tell
-        except OSError as error:
-            answers.put(error)
-        except http.client.HTTPException as error:
-            answers.put(OSError(str(error)))
-        else:
-            answers.put(None)
+            pass  # an answer; whether it is final, torchvision's attempt will tell
+        except (OSError, http.client.HTTPException) as error:
+            answer = error if isinstance(error, OSError) else OSError(str(error))
+        answers.put(answer)
 
     urls = _servers(source)
     for url in urls:

@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,12 +31,9 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """Return copies of modules and optimizers whose tensors are fake.
+    """Return copies of modules and optimizers whose tensors are fake, an optimizer's those of its model.
 
-    Args:
-        mode: the copies' own; to be entered where they are used.
-        objects: copied together, so that an optimizer's copy holds the parameters of a model's.
-        device: of the copies of the modules' tensors, wherever these are themselves, be it on `meta`.
+    mode: to be entered where the copies are used; device: of the modules' tensors there.
     """
     memo: dict[int, Any] = {}
     optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
@@ -80,8 +71,8 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
 def settle() -> None:
     """Collect garbage, then exclude all objects from later garbage collections and searches.
 
-    These are what was imported, and what a sweep keeps of its arms: most of a process's memory, and it
-    stays. Call it when nothing else is held: cycles that become garbage later are never collected.
+    Most of them were imported, and stay. Call it when nothing else is held than these and what a sweep
+    keeps of its arms: cycles that become garbage later are never collected.
     """
     if _settled:  # before the first time there is next to no garbage
         gc.collect()
@@ -92,11 +83,9 @@ def settle() -> None:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Clear fake tensors left outside of the fake copies, where they would meet real tensors.
-
-    They lie in the caches of functools, as a mask that is computed once, and in gradients of parameters
-    that only a loss function holds.
-    """
+    """Clear fake tensors left outside of the fake copies, where they would meet real tensors."""
+    # They lie in the caches of functools, as a mask that is computed once, and in gradients of
+    # parameters that only a loss function holds.
     try:
         yield
     finally:
@@ -114,8 +103,7 @@ def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
     """Return a micro-batch like the given one, with another number of samples and no memory of its own.
 
     Args:
-        micro_batch: a pytree whose tensors have samples in their first dimension, as many as the first
-            of them that has a dimension; other tensors are left as they are.
+        micro_batch: a pytree; tensors without samples in their first dimension are left as they are.
         samples: how many; beyond those there are, the first one is repeated.
         device: of what is on `meta`.
     """
@@ -134,8 +122,7 @@ def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
 def samples_in(micro_batch: Any) -> int:
     """Return the number of samples of a micro-batch: its first tensor's, of those with a dimension."""
     tensors = (t for t in tree_leaves(micro_batch) if isinstance(t, Tensor) and t.ndim)
-    first = next(tensors, None)
-    return 0 if first is None else int(first.shape[0])
+    return next((int(tensor.shape[0]) for tensor in tensors), 0)
 
 
 class SizesOnly(LossWrapper):
@@ -143,10 +130,8 @@ class SizesOnly(LossWrapper):
 
     def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
         super().__init__(loss_fn)
-        # What a loss function would infer from values.
-        assume = getattr(loss_fn, "assume", None)
-        if assume is not None:
-            assume(micro_batch)
+        if hasattr(loss_fn, "assume"):  # what it would infer from values
+            loss_fn.assume(micro_batch)
 
     def count(self, micro_batch: Any) -> Denominator:
         """Return any denominator."""
@@ -155,11 +140,6 @@ class SizesOnly(LossWrapper):
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
-
-
-def needs_values(error: Exception) -> bool:
-    """Whether an operator needed values, which fake tensors lack."""
-    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
 
 
 def _is_real_parameter(found: Any) -> bool:

@@ -86,10 +86,9 @@ class TensorMeter(Meter):
                 optimizer.step()
         meter.peak()
 
-    Parameters, gradients and optimizer state count if they are on `device`, wherever they were made;
-    everything else counts if it is made inside. Micro-batches are copied to the device one at a time, on
-    a CPU as well, where they stand for the copies that an accelerator would hold; these are the inputs.
-    Buffers are counted as parameters.
+    Parameters, gradients and optimizer state count if they are on `device`, all else if it is made
+    inside. Micro-batches are copied to the device one at a time, on a CPU as well, where they stand for
+    the copies that an accelerator would hold; these are the inputs. Buffers are counted as parameters.
 
     Args:
         modules: the model, and the criterion where it is a module.
@@ -199,7 +198,13 @@ class AllocatorMeter(Meter):
         yield
         torch.accelerator.synchronize(self._device)
         peak = torch.accelerator.max_memory_allocated(self._device)
-        self.peaks[name] = Peak(peak, name, {}, allocator_counters(self._device))
+        # `requested` is what tensors asked for, `allocated` that with every block rounded up, `reserved`
+        # what was taken from the device: the rest is fragmentation, or kept for later.
+        stats = torch.accelerator.memory_stats(self._device)
+        names = ("requested", "allocated", "reserved")
+        peaks = {name: stats.get(f"{name}_bytes.all.peak") for name in names}
+        counters = {f"allocator_{name}": int(size) for name, size in peaks.items() if size}
+        self.peaks[name] = Peak(peak, name, {}, counters)
 
 
 def highest(peaks: Mapping[str, Peak]) -> Peak | None:
@@ -216,19 +221,6 @@ def has_counters(device: torch.device) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
-
-
-def allocator_counters(device: torch.device) -> dict[str, int]:
-    """Return the caching allocator's peaks since they were reset, as far as it counts them.
-
-    `requested` is what tensors asked for, `allocated` that with every block rounded up, `reserved` what
-    the allocator took from the device; what it holds beyond what is allocated is fragmentation, or kept
-    for later.
-    """
-    stats = torch.accelerator.memory_stats(device)
-    names = ("requested", "allocated", "reserved")
-    peaks = {name: stats.get(f"{name}_bytes.all.peak") for name in names}
-    return {f"allocator_{name}": int(size) for name, size in peaks.items() if size}
 
 
 def resident_set_bytes() -> int | None:

@@ -55,12 +55,11 @@ class TorchvisionModel(nn.Module):
         weights: name of torchvision's weights to start from, for example `DEFAULT` or
             `IMAGENET1K_V1`; the last layer is new where the number of classes differs. They are
             read from torch's hub folder, and downloaded where they are absent.
-        image_size: side in pixels to which images are resized. Null leaves images alone that the
-            model can take; vision transformers, MaxViT and MViT take one size only, which is
-            the published one then (224 for most). The first two can be built for another.
+        image_size: side in pixels to which images are resized; null: only those that the model cannot
+            take. Vision transformers, MaxViT and MViT take one size, the published one (224 for most)
+            unless the first two are built for another.
 
-    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on a name, weights
-    or a size that torchvision does not have.
+    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on what torchvision lacks.
     """
 
     def __init__(
@@ -104,7 +103,11 @@ class TorchvisionModel(nn.Module):
         if name in models.list_models(module=models.video):
             self.frames = meta[0].get("min_temporal_size", 1)
 
-        self.net = _build(name, options, image_size)
+        try:
+            self.net: nn.Module = models.get_model(name, weights=None, **options)
+        except (AssertionError, ValueError) as error:
+            # Nothing but the size is the user's among the options.
+            raise _unfit_size(name, image_size, error) from error
         if image_size is not None:
             self._check_size(name, image_size, (1, channels, height, width))
         if weights is not None:
@@ -151,15 +154,6 @@ def _check_name(name: str) -> None:
     raise BadInputError(
         f"model.name={name} is no classification model of torchvision{nearest(name, known)}"
     )
-
-
-def _build(name: str, options: dict[str, Any], image_size: int | None) -> nn.Module:
-    try:
-        net: nn.Module = models.get_model(name, weights=None, **options)
-    except (AssertionError, ValueError) as error:
-        # Nothing but the size is the user's among the options.
-        raise _unfit_size(name, image_size, error) from error
-    return net
 
 
 def _published(name: str, weights: str | None) -> list[models.WeightsEnum]:
