@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -377,3 +379,25 @@ def test_fingerprinting_data_leaves_the_generators_alone(program: Program) -> No
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert dataset_records(experiment) == first
+
+
+class Stepped(torch.optim.SGD):
+    """Notes by which functions of the package its step has been called."""
+
+    routes: ClassVar[list[list[str]]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        package = str(Path(cli.__file__).parent)
+        frames = [f.name for f in traceback.extract_stack() if f.filename.startswith(package)]
+        Stepped.routes.append([*frames[frames.index("task") :], "step"])
+        return super().step(closure)
+
+
+def test_an_optimizer_step_is_five_calls_from_the_command(program: Program) -> None:
+    """From the job to the optimizer: whoever reads the code follows one straight route."""
+    ended = program.tiny("optimizer=custom", "optimizer._target_=tests.test_cli.Stepped")
+    assert ended.status == 0
+    from tests.test_cli import Stepped as Used  # as the `_target_` has imported it
+
+    trained = [route for route in Used.routes if "predicted_peak" not in route]
+    assert trained == [["task", "run_arm", "_train", "train", "take_step", "step"]] * 4

@@ -130,7 +130,7 @@ def build(
         parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
         if not parameters:
             raise BadInputError("model: it has no parameter that requires a gradient")
-        optimizer = _optimizer(settings, parameters)
+        optimizer = optimizer_of(settings, parameters)
     from_host = placed(loss_fn, placement)
     criterion = None if criterion_loss is None else criterion_loss.criterion
     ignored = getattr(criterion, "ignore_index", None)
@@ -143,7 +143,7 @@ def build(
         criterion_loss=criterion_loss,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=None if fake else _scheduler(settings, optimizer, loaded.total_steps),
+        scheduler=None if fake else scheduler_of(settings, optimizer, loaded.total_steps),
         train_data=train_data,
         eval_data=loaded.eval_data,
         plan=plan,
@@ -218,12 +218,10 @@ def _total_steps(settings: Settings, plan: WindowPlan) -> int:
 
 def _model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
     node = dict(settings.model)
-    if "input_shape" in node and node["input_shape"] is None:
-        node["input_shape"] = _input_shape(train_data)
-    if "num_classes" in node and node["num_classes"] is None:
-        node["num_classes"] = _number_of_classes(train_data, "num_classes")
-    if "vocab_size" in node and node["vocab_size"] is None:
-        node["vocab_size"] = _number_of_classes(train_data, "vocab_size")
+    for key in ("input_shape", "num_classes", "vocab_size"):  # taken from the data where they are null
+        if key in node and node[key] is None:
+            shape = key == "input_shape"
+            node[key] = _input_shape(train_data) if shape else _number_of_classes(train_data, key)
     import_target(node)
     seed_host(derive_seed(settings.seed, "weights"))
     model: nn.Module = checked("model", node, nn.Module)
@@ -278,24 +276,17 @@ def _loss(
     return None, criterion
 
 
-def optimizer_of(
-    settings: Settings, parameters: list[Tensor], total_steps: int
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    """Build the optimizer of these parameters, and its schedule."""
-    optimizer = _optimizer(settings, parameters)
-    return optimizer, _scheduler(settings, optimizer, total_steps)
-
-
-def _optimizer(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = checked(
-        "optimizer", settings.optimizer, torch.optim.Optimizer, parameters
-    )
+def optimizer_of(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Build the optimizer of these parameters."""
+    kind: type[torch.optim.Optimizer] = torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer = checked("optimizer", settings.optimizer, kind, parameters)
     return optimizer
 
 
-def _scheduler(
+def scheduler_of(
     settings: Settings, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> LRScheduler | None:
+    """Build the learning-rate schedule of an optimizer; None where there is none."""
     node = settings.scheduler
     if not node.get("_target_"):
         return None

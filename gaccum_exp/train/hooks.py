@@ -1,6 +1,6 @@
 """Hooks: what watches a training, or steps in, without the loop knowing it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ class Hook:
     """
 
     phases: frozenset[str] = frozenset()
-    """The phases that it goes `around`."""
+    """The phases that it goes `around`; with MICRO_BATCH, it also looks after each."""
 
     def begin(self, state: Any) -> None:
         """Prepare, once the training is built."""
@@ -52,81 +52,54 @@ class Hook:
         """Conclude, after the last window."""
 
 
-class Hooks:
-    """The hooks of one training, in order, called at the points that they override only."""
-
-    def __init__(self, hooks: Iterable[Hook] = ()) -> None:
-        hooks = list(hooks)
-        self._around = {
-            phase: [hook.around for hook in hooks if phase in hook.phases]
-            for phase in (WINDOW, PASSES, MICRO_BATCH, OPTIMIZER_STEP)
-        }
-        self._begin, self._before = _overriding("begin", hooks), _overriding("before", hooks)
-        inward = hooks[::-1]
-        self._after_micro_batch = _overriding("after_micro_batch", inward)
-        self._after, self._redo = _overriding("after", inward), _overriding("redo", inward)
-        self._end = _overriding("end", inward)
+class Hooks(list[Hook]):
+    """The hooks of one training, the outermost first."""
 
     def begin(self, state: Any) -> None:
         """Call every hook's `begin`."""
-        for begin in self._begin:
-            begin(state)
+        for hook in self:
+            hook.begin(state)
 
     def before(self, state: Any, window: Any) -> None:
         """Call every hook's `before`."""
-        for before in self._before:
-            before(state, window)
+        for hook in self:
+            hook.before(state, window)
 
     def around(self, phase: str, state: Any, window: Any) -> AbstractContextManager[Any]:
-        """Enter every hook's `around` of a phase."""
-        entered = self._around[phase]
-        if not entered:
-            return _NOTHING
-        if len(entered) == 1:
-            return entered[0](phase, state, window)
+        """Return what enters every hook's `around` of a phase."""
+        entered = [hook for hook in self if phase in hook.phases]
+        if len(entered) < 2:
+            return entered[0].around(phase, state, window) if entered else nullcontext()
         stack = ExitStack()
-        for around in entered:
-            stack.enter_context(around(phase, state, window))
+        for hook in entered:
+            stack.enter_context(hook.around(phase, state, window))
         return stack
 
     def around_micro_batch(
         self, state: Any, window: Any
     ) -> Callable[[AccumulatorState], AbstractContextManager[Any]] | None:
         """Return what is entered around each micro-batch; None where no hook asks for it."""
-        if not self._around[MICRO_BATCH] and not self._after_micro_batch:
-            return None
+        looking = [hook for hook in reversed(self) if MICRO_BATCH in hook.phases]
 
         @contextmanager
         def around(accumulator: AccumulatorState) -> Iterator[None]:
             with self.around(MICRO_BATCH, state, window):
                 yield
-            for look in self._after_micro_batch:
-                look(state, accumulator)
+            for hook in looking:
+                hook.after_micro_batch(state, accumulator)
 
-        return around
+        return around if looking else None
 
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Call every hook's `after`."""
-        for after in self._after:
-            after(state, window, values)
+        for hook in reversed(self):
+            hook.after(state, window, values)
 
     def redo(self, state: Any, window: Any, error: Exception) -> bool:
-        """Ask the hooks, the innermost first, until one has the window again."""
-        return any(redo(state, window, error) for redo in self._redo)
+        """Ask the hooks until one has the window again."""
+        return any(hook.redo(state, window, error) for hook in reversed(self))
 
     def end(self, state: Any) -> None:
         """Call every hook's `end`."""
-        for end in self._end:
-            end(state)
-
-
-_NOTHING: AbstractContextManager[Any] = nullcontext()
-
-
-def _overriding(method: str, hooks: Iterable[Hook]) -> list[Callable[..., Any]]:
-    """Return the hooks' own versions of a method: what does nothing is not called in every window."""
-    return [
-        getattr(hook, method)
-        for hook in hooks
-        if getattr(type(hook), method) is not getattr(Hook, method) or method in vars(hook)
-    ]
+        for hook in reversed(self):
+            hook.end(state)

@@ -151,7 +151,7 @@ def _together(settings: Sequence[Settings], loaded: TrainingData) -> list[Trace]
         curves.append(take_stacked_step(state, window, NO_HOOKS))
         state.global_step += 1
     if state.seeds[0].eval_data is not None:
-        curves.append(state.evaluate())
+        curves.append(evaluate(state.seeds[0], state.over))
     return [
         _trace(seed, before[number], [_of(number, values) for values in curves])
         for number, seed in enumerate(state.seeds)

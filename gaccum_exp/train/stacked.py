@@ -27,8 +27,8 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import NonFiniteLossError, Point, Sink
 from gaccum_exp.train.audits import WindowAudits
-from gaccum_exp.train.build import optimizer_of
-from gaccum_exp.train.evaluation import Evaluation, Over, Sums, evaluate
+from gaccum_exp.train.build import optimizer_of, scheduler_of
+from gaccum_exp.train.evaluation import Evaluation, Sums
 from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hook, Hooks, Values
 from gaccum_exp.train.loop import train
 from gaccum_exp.train.recording import recording_hooks
@@ -54,7 +54,8 @@ class StackedState:
         self.total_steps = first.total_steps
         self.stack = Stack([seed.modules for seed in seeds])
         self.trained = self.stack.trained
-        self.optimizer, self.scheduler = optimizer_of(first.settings, self.trained, first.total_steps)
+        self.optimizer = optimizer_of(first.settings, self.trained)
+        self.scheduler = scheduler_of(first.settings, self.optimizer, first.total_steps)
 
     @property
     def global_step(self) -> int:
@@ -84,11 +85,6 @@ class StackedState:
         """Return what a function of a model gives for each seed, in one pass."""
         sums: Sums = self.stack(of_model)
         return sums
-
-    def evaluate(self) -> Values:
-        """Return each seed's metrics on the held-out data, in one pass over them."""
-        over: Over = self.over
-        return evaluate(self.seeds[0], over)
 
 
 def take_stacked_step(state: StackedState, window: StackedWindow, hooks: Hooks) -> Values:

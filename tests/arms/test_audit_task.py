@@ -301,6 +301,9 @@ def test_an_audit_is_no_part_of_step_time_or_memory(monkeypatch: pytest.MonkeyPa
         def _now(self) -> Any:
             return len(judged)  # a window in which nothing is judged ends when it began
 
+        def _seconds(self, start: Any, end: Any) -> float:
+            return 1.0
+
         def count(self, start: Any, end: Any, tokens: int = 0) -> None:
             super().count(start, end, tokens)
             timed.append((start, end))

@@ -15,6 +15,9 @@ from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS, INPUTS
 from gaccum_exp.models.cnn import CNN
+from gaccum_exp.train.hooks import Hooks
+from gaccum_exp.train.memory_meters import MeterPhases
+from gaccum_exp.train.step import take_step
 from tests.memory.hand_written import CPU, hand_written_peak
 from tests.support import build, settings, step_at
 
@@ -167,7 +170,8 @@ def test_a_training_step_holds_no_more_than_the_window_alone() -> None:
     tracked = TensorMeter(experiment.modules, experiment.optimizer, CPU)
     watched = replace(experiment, loss_fn=tracked.loss_fn(experiment.loss_fn))
     with tracked:
-        step_at(watched, window, 1, tracked.phase)
+        watched.global_step = 1
+        take_step(watched, window, Hooks([MeterPhases(tracked)]))
     peak = tracked.peak()
     assert peak is not None
     assert peak.bytes <= 1.02 * by_hand

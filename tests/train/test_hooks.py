@@ -41,6 +41,8 @@ def test_a_hook_sees_every_micro_gradient() -> None:
         return torch.cat([p.grad.flatten() for p in state.parameters if p.grad is not None])
 
     class MicroGradients(Hook):
+        phases = frozenset({MICRO_BATCH})
+
         def before(self, state: TrainState, window: Any) -> None:
             for x, y in window:
                 loss = nn.functional.cross_entropy(state.model(x.double()), y, reduction="sum")
@@ -64,6 +66,8 @@ class InterruptedHereError(Exception):
 
 class StopInside(Hook):
     """Saves all that a window holds after some of its micro-batches, and stops there."""
+
+    phases = frozenset({MICRO_BATCH})
 
     def __init__(self, global_step: int, passes: int) -> None:
         self._at = global_step, passes
@@ -209,6 +213,8 @@ def test_an_error_that_no_hook_redoes_ends_the_training() -> None:
     """With the steps taken so far."""
 
     class Failing(Hook):
+        phases = frozenset({MICRO_BATCH})
+
         def before(self, state: TrainState, window: Any) -> None:
             self.window = window
 

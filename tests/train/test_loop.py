@@ -167,12 +167,12 @@ def test_the_constant_is_found_for_a_loss_that_counts_after_the_forward_pass() -
         "+criterion._partial_=true",
     )
     divisors = {
-        build(settings(*common, *how, f"accum.steps={n}")).sum_divisor
+        build(settings(*common, *how, f"accum.steps={n}")).reduction.constant
         for how in ((), late)
         for n in (1, 5)
     }
     assert divisors == {12.0}
-    assert build(settings(*common, "accum.sum_scale=none")).sum_divisor == 1.0
+    assert build(settings(*common, "accum.sum_scale=none")).reduction.constant == 1.0
 
 
 def test_a_strangers_loss_function_trains_as_the_criterion_it_computes() -> None:
