@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -153,15 +152,15 @@ class Store:
 
     def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
         clauses = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
-        search = partial(
-            self._client.search_runs, [self.experiment_id], " AND ".join(clauses),
-            order_by=["attributes.start_time ASC"],
-        )  # fmt: skip
-        page = search()
-        runs: list[Run] = list(page)
-        while page.token:
-            page = search(page_token=page.token)
-            runs += page
+        runs: list[Run] = []
+        token: str | None = None
+        while token is None or token:
+            page = self._client.search_runs(
+                [self.experiment_id], " AND ".join(clauses), order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )  # fmt: skip
+            runs.extend(page)
+            token = page.token or ""
         found = self._curves([(run.info.run_id, run.data.metrics) for run in runs], curves)
         self._artifacts |= {run.info.run_id: str(run.info.artifact_uri) for run in runs}
         return [

@@ -163,7 +163,7 @@ class ComparisonRow:
     """What summation order alone makes of `e`."""
     control: str | None = column(lambda arm: arm.standing.word)
     """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
-    envelope: float | None = column(lambda arm: arm.envelope.largest if arm.envelope else None)
+    envelope: float | None = column(lambda arm: arm.envelope.values[-1] if arm.envelope else None)
     """The largest gap that the controls' envelope reaches."""
     eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY))
     """exp(eval loss), where the loss counts tokens."""

@@ -78,10 +78,7 @@ def shared_config(runs: Iterable[RunRecord]) -> dict[str, str]:
 
 
 def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> list[Group]:
-    """Sort `runs` into groups and find each group's reference, if need be in `stored`.
-
-    Neither the groups nor their order, that of their settings, depend on the order of `runs`.
-    """
+    """Sort `runs` into groups, ordered by setting, and find their references, if need be in `stored`."""
     members: dict[Config, list[RunRecord]] = defaultdict(list)
     controls: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in runs:
@@ -138,7 +135,7 @@ def _find_reference(
 
 
 def _circumstances(run: RunRecord) -> tuple[str | None, str | None]:
-    """Device and data: what is no part of the config, and has to agree all the same."""
+    # What is no part of the config, and has to agree all the same.
     return run.tags.get("device"), run.tags.get("data_digest")
 
 
@@ -147,7 +144,7 @@ def _key(run: RunRecord) -> Config:
 
 
 def _other_mean(key: Config) -> Config:
-    """Return the key of the same config under the other mean; the key itself for `sum`."""
+    # `sum` has no other: its key is itself.
     return frozenset(
         (name, _SAME_AT_ONE_PASS.get(value, value) if name == _REDUCTION else value)
         for name, value in key
@@ -155,7 +152,7 @@ def _other_mean(key: Config) -> Config:
 
 
 def _one_pass_runs(runs: Iterable[RunRecord]) -> dict[Config, list[RunRecord]]:
-    """Return finished N = 1 runs by config, the most recent last."""
+    # Those that finished, by config, the most recent last.
     found: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.start_time_ms, run.run_id)):
         if run.finished and run.accum_steps == 1 and not run.is_control:
@@ -176,7 +173,7 @@ def _recency(run: RunRecord) -> tuple[int, str]:
 
 
 def _family(run: RunRecord) -> tuple[Config, tuple[int, ...]]:
-    """Return what arms share that differ in N at a fixed micro-batch: config and largest micro-batch."""
+    # What arms share that differ in N at a fixed micro-batch.
     return frozenset(run.training_config.items()), run.micro_batch_sizes[:1]
 
 

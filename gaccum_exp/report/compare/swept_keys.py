@@ -63,20 +63,20 @@ def swept_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 def swept_values(run: RunRecord, keys: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Return (short key, value) of `run` for the keys that its config has; a class by its bare name."""
-    values = ((key, short, run.params[key]) for key, short in keys.items() if key in run.params)
     return tuple(
-        (short, value.rpartition(".")[2] if key.endswith("_target_") else value)
-        for key, short, value in values
+        (short, run.params[key].rpartition(".")[2] if key.endswith("_target_") else run.params[key])
+        for key, short in keys.items()
+        if key in run.params
     )
 
 
 def _leaf(key: str) -> str:
-    """`optimizer.lr` -> `lr`, and `model._target_` -> `model`."""
+    # `optimizer.lr` -> `lr`, and `model._target_` -> `model`.
     return _block(key) if _is_selector(key) else key.rpartition(".")[2]
 
 
 def _shortness(key: str) -> tuple[bool, bool, int, str]:
-    """Order keys by how telling they are: the seed, then a block's selector, then the shortest."""
+    # The seed tells most, then a block's selector, then the shortest key.
     return (key != "seed", not _is_selector(key), len(key), key)
 
 

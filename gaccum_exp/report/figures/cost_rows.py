@@ -54,10 +54,10 @@ class BarRows:
     panels: Sequence[tuple[str, list[Bar]]]
     """Titles with bars by N."""
     notes: tuple[str, ...]
-    are_repeated: bool
-    """Whether several runs share a bar."""
     categories: tuple[str, ...] = ()
     phases: frozenset[str | None] = frozenset()
+    are_repeated: bool = False
+    """Whether several runs' times are dots beside a bar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRow
     unit_bytes, unit = byte_unit(highest_bytes)
     sources = sorted({row.memory_source for row in comparison.shown if row.memory_source})
     source = f" ({say_list(sources)})" if sources else ""
-    repeated = _are_repeated(panels)
+    repeated = any(len(rows) > 1 for panel in panels for rows in panel.by_n.values())
     parts = {
         row.run_id: {
             name: size / unit_bytes
@@ -104,14 +104,23 @@ def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRow
         found = row.peak_ratio, row.is_reference, parts[row.run_id], row.peak_phase
         return Bar(n, role, "", row.run_id, (total,), *found)
 
+    notes = ["× is the ratio of totals to the reference's."]
+    if any(row.memory_source == "allocator" for row in comparison.shown):
+        notes.append("Totals are the allocator's, the categories the tracker's: they may differ.")
+    shown = [runs[row.run_id].metrics for row in comparison.shown]
+    for key, words in _OTHER_SIZES.items():
+        sizes = [metrics[key] for metrics in shown if key in metrics]
+        if sizes:
+            size_bytes, unit_of_size = byte_unit(max(sizes))
+            least, most = say_scaled(min(sizes), size_bytes), say_scaled(max(sizes), size_bytes)
+            notes.append(f"{words}: {least if least == most else f'{least} to {most}'} {unit_of_size}.")
     return BarRows(
         title=f"Peak memory{source}: {subject(comparison, runs)}"
         + ("; the largest of repeated runs" if repeated else ""),
         axis=f"peak memory in {unit}",
         highest=highest_bytes / unit_bytes,
         panels=_bars(panels, "peak_bytes", bar),
-        notes=(*left_out, *_memory_notes(comparison, runs)),
-        are_repeated=repeated,
+        notes=(*left_out, *notes, *comparison.reference_notes),
         categories=tuple(name for name in CATEGORIES if any(name in of for of in parts.values())),
         phases=frozenset(row.peak_phase for row in measured),
     )
@@ -141,7 +150,7 @@ def step_time_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Bar
         highest=max(times, default=0.0) / unit_s,
         panels=_bars(panels, "step_s", bar),
         notes=(*left_out, "× is the ratio to the reference.", *comparison.reference_notes),
-        are_repeated=_are_repeated(panels),
+        are_repeated=any(len(rows) > 1 for panel in panels for rows in panel.by_n.values()),
     )
 
 
@@ -163,7 +172,7 @@ def frontier_rows(comparison: Comparison) -> list[CostCurve]:
 def _bars(
     panels: Sequence[Panel], name: str, bar: Callable[[int, str, Sequence[ComparisonRow]], Bar]
 ) -> list[tuple[str, list[Bar]]]:
-    """Return titles and bars; `bar` makes one of an N, its role, and the rows that have the value."""
+    # `bar` makes one of an N, its role, and the rows that have the value.
     found: list[tuple[str, list[Bar]]] = []
     for panel in panels:
         bars = []
@@ -181,21 +190,3 @@ def _by_n(
 ) -> dict[int, float]:
     known = by_n(row for row in rows if getattr(row, name) is not None)
     return {n: sum_up([getattr(row, name) for row in some]) for n, some in known.items()}
-
-
-def _are_repeated(panels: Sequence[Panel]) -> bool:
-    return any(len(rows) > 1 for panel in panels for rows in panel.by_n.values())
-
-
-def _memory_notes(comparison: Comparison, runs: Mapping[str, RunRecord]) -> tuple[str, ...]:
-    notes = ["× is the ratio of totals to the reference's."]
-    if any(row.memory_source == "allocator" for row in comparison.shown):
-        notes.append("Totals are the allocator's, the categories the tracker's: they may differ.")
-    shown = [runs[row.run_id].metrics for row in comparison.shown]
-    for key, words in _OTHER_SIZES.items():
-        sizes = [metrics[key] for metrics in shown if key in metrics]
-        if sizes:
-            unit_bytes, unit = byte_unit(max(sizes))
-            least, most = say_scaled(min(sizes), unit_bytes), say_scaled(max(sizes), unit_bytes)
-            notes.append(f"{words}: {least if least == most else f'{least} to {most}'} {unit}.")
-    return (*notes, *comparison.reference_notes)

@@ -131,7 +131,6 @@ def curve_range(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.nd
 def _each(
     panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
 ) -> tuple[CurveRow, ...]:
-    """Return the panel's curves one by one, those of references first."""
     group_of = {n: group for group in groups for n in group}
     return tuple(
         CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points)
@@ -143,7 +142,6 @@ def _each(
 def _ranges(
     panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
 ) -> tuple[CurveRow, ...]:
-    """Return the curves that are drawn alike as one."""
     found = []
     for group in groups:
         rows = rows_of(group, [panel])
@@ -157,7 +155,7 @@ def _ranges(
 
 
 def _envelopes(panel: Panel, comparison: Comparison, crowded: bool) -> tuple[Envelope, ...]:
-    """Return the envelopes of the panel's references; of too many arms the widest at each step."""
+    # Of too many arms the widest at each step.
     compared_with = {row.reference_run_id for row in panel.rows}
     envelopes = [e for e in comparison.envelopes if e.reference_run_id in compared_with]
     if not crowded or not envelopes:

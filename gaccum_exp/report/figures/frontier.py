@@ -130,7 +130,7 @@ def _draw_memory(axes: Axes, curves: Sequence[CostCurve], label: str) -> float:
 
 
 def _markers(values: Mapping[int, float]) -> dict[str, Any]:
-    """Mark every N, or as many as can be told apart."""
+    # Of too many N as many are marked as can be told apart.
     marked = spread(list(values), MOST_ARMS)
     return {"markevery": [place for place, n in enumerate(values) if n in marked]}
 

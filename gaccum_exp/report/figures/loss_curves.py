@@ -1,8 +1,8 @@
 """Draw loss curves over each other, and their differences to the reference on a log axis."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -32,43 +32,16 @@ _RANGE: dict[str, Any] = {"alpha": 0.15, "linewidth": 0, "zorder": 1.8}
 _LIMIT: dict[str, Any] = {"color": "#5b6068", "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
 
-@dataclass(frozen=True, slots=True)
-class _Style:
-    color: tuple[float, float, float, float]
-    dashes: tuple[float, tuple[float, ...]]
-    marker: str
-    crowded: bool
-    phase: float
-    """Where along the curve its first marker sits: coinciding curves must not hide each other."""
-
-    def line(self, is_reference: bool, points: int, name: str | None = None) -> dict[str, Any]:
-        """Return the properties of a line; a reference's is broad, to be seen under the others."""
-        stride = max(1, points // _MARKERS_PER_CURVE)
-        return {
-            "color": self.color,
-            "linestyle": self.dashes,
-            "marker": self.marker,
-            "markersize": 3 if self.crowded else 4,
-            "markerfacecolor": "white",
-            "markevery": (int(self.phase * stride), stride) if points > stride else 1,
-            "linewidth": 3.5 if is_reference else 0.9 if self.crowded else 1.3,
-            "alpha": 0.55 if is_reference else 1.0,
-            "zorder": 2 if is_reference else 3,
-            "gid": name,
-        }
-
-
 def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
     """Draw every arm's train loss, and below it |difference to the reference|, both per step.
 
     What controls show of rounding is shaded behind the differences; they are not drawn themselves.
-    The lines carry the run's id as `gid`. Where they would be too many, runs with the same N are drawn
-    as their median and their range. `runs` must hold the stored references too.
+    The lines carry the run's id as `gid`.
     """
     rows = loss_rows(comparison, runs)
-    styles = _styles(list(rows.groups))
+    line_of = {group: partial(_line, len(rows.groups), i) for i, group in enumerate(rows.groups)}
     legend: list[Artist] = [
-        Line2D([], [], label=label, **styles[group].line(is_reference, 0))
+        Line2D([], [], label=label, **line_of[group](is_reference))
         for group, (label, is_reference) in rows.groups.items()
     ]
     if rows.is_crowded:
@@ -81,7 +54,7 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     figure, (losses_axes, gaps_axes) = lay_out(
         rows.title,
         [panel.title for panel in rows.panels],
-        level_heights=(2.6, 1.7 if len(styles) <= _MOST_UNCROWDED else 3.4),
+        level_heights=(2.6, 1.7 if len(line_of) <= _MOST_UNCROWDED else 3.4),
         panel_width=7.0 if len(rows.panels) == 1 else 4.2,
         legend=legend,
         notes=rows.notes,
@@ -89,8 +62,8 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     losses: list[np.ndarray] = []
     gaps: list[np.ndarray] = []
     for panel, top, bottom in zip(rows.panels, losses_axes, gaps_axes, strict=True):
-        losses += _draw_curves(top, panel.losses, styles)
-        gaps += _draw_curves(bottom, panel.gaps, styles)
+        losses += _draw_curves(top, panel.losses, line_of)
+        gaps += _draw_curves(bottom, panel.gaps, line_of)
         gaps += _draw_envelopes(bottom, panel.envelopes)
         bottom.set_xlabel("optimizer step", fontsize=9)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -99,32 +72,41 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
     return figure
 
 
-def _styles(groups: Sequence[Group]) -> dict[Group, _Style]:
-    """Return a style per N, or several: dark to light with growing N, so that print keeps the order."""
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(groups), 2)))
+def _line(
+    groups: int, index: int, is_reference: bool, points: int = 0, name: str | None = None
+) -> dict[str, Any]:
+    """Return the properties of a line of one of the groups, of so many points."""
+    crowded = groups > _MOST_UNCROWDED
+    stride = max(1, points // _MARKERS_PER_CURVE)
+    # Coinciding curves must not hide each other's markers: the golden section spreads where they begin.
+    first = int((index * 0.381966) % 1.0 * stride)
     return {
-        group: _Style(
-            tuple(colors[index]),
-            _DASHES[index % len(_DASHES)],
-            _MARKERS[index % len(_MARKERS)],
-            len(groups) > _MOST_UNCROWDED,
-            (index * 0.381966) % 1.0,  # the golden section spreads any number of phases
-        )
-        for index, group in enumerate(groups)
+        # Dark to light with growing N, so that print keeps the order.
+        "color": matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(groups, 2)))[index],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 3 if crowded else 4,
+        "markerfacecolor": "white",
+        "markevery": (first, stride) if points > stride else 1,
+        # A reference's is broad, to be seen under the others.
+        "linewidth": 3.5 if is_reference else 0.9 if crowded else 1.3,
+        "alpha": 0.55 if is_reference else 1.0,
+        "zorder": 2 if is_reference else 3,
+        "gid": name,
     }
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[CurveRow], styles: Mapping[Group, _Style]
+    axes: Axes, curves: Sequence[CurveRow], line_of: Mapping[Group, Callable[..., dict[str, Any]]]
 ) -> list[np.ndarray]:
     """Draw curves, several runs' over the shade of their range; return what the axis has to hold."""
     reached: list[np.ndarray] = []
     for curve in curves:
-        style, steps = styles[curve.group], curve.global_steps
+        steps = curve.global_steps
+        line = line_of[curve.group](curve.is_reference, steps.size, curve.name)
         if curve.range is not None:
-            axes.fill_between(steps, *curve.range, color=style.color, **_RANGE)
-        # Matplotlib breaks a line where a value is not finite.
-        axes.plot(steps, curve.values, **style.line(curve.is_reference, steps.size, curve.name))
+            axes.fill_between(steps, *curve.range, color=line["color"], **_RANGE)
+        axes.plot(steps, curve.values, **line)  # matplotlib breaks it where a value is not finite
         reached += [curve.values] if curve.range is None else curve.range
     return reached
 
@@ -153,10 +135,7 @@ def _scale_losses(all_axes: Sequence[Axes], values: np.ndarray) -> None:
 
 
 def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
-    """Put the differences on a log axis that has a place for zero.
-
-    Below the smallest decade that occurs the axis is linear and ends in 0.
-    """
+    """Put the differences on a log axis, linear below the smallest decade that occurs, down to 0."""
     first = all_axes[0]
     first.set_ylabel("|difference to\nthe reference|", fontsize=9)
     finite = gaps[np.isfinite(gaps)]

@@ -38,10 +38,7 @@ def panels_of(comparison: Comparison) -> list[Panel]:
 
 
 def thinned(panels: Sequence[Panel], most: int = MOST_ARMS) -> tuple[list[Panel], tuple[str, ...]]:
-    """Return panels that hold about so many N side by side at most, and what to say of the others.
-
-    Those of references are among them, whatever they are.
-    """
+    """Return panels that hold about so many N side by side, references' among them, and a note of it."""
     each = most // max(1, min(len(panels), PANELS_PER_ROW))
     thinner, notes = [], []
     for panel in panels:
@@ -62,13 +59,11 @@ def is_crowded(panels: Sequence[Panel]) -> bool:
 
 
 def groups_of(panels: Sequence[Panel]) -> list[tuple[int, ...]]:
-    """Return which N are drawn alike, ascending: each by itself, unless they are crowded and many.
-
-    The least N is the reference, as a rule, and stays by itself; of the others neighbours are together.
-    """
+    """Return which N are drawn alike, ascending: each by itself, unless they are crowded and many."""
     every = sorted({n for panel in panels for n in panel.by_n})
     if len(every) <= _MOST_GROUPS or not is_crowded(panels):
         return [(n,) for n in every]
+    # The least is the reference, as a rule, and stays by itself.
     others = np.array_split(np.array(every[1:]), _MOST_GROUPS - 1)
     return [(every[0],), *(tuple(part.tolist()) for part in others)]
 

@@ -64,7 +64,7 @@ def lines_of(rows: Sequence[ComparisonRow]) -> Lines:
 def _together(
     rows: Sequence[ComparisonRow], setting_of: Callable[[ComparisonRow], str | None]
 ) -> list[list[ComparisonRow]]:
-    """Sort rows into those of equal setting and N, in the order of settings, then by N."""
+    # Rows of equal setting and N, in the order of settings, then by N.
     found: dict[str | None, dict[float, list[ComparisonRow]]] = {}
     for row in rows:
         n = math.inf if row.accum_steps is None else row.accum_steps

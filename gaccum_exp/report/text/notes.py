@@ -140,7 +140,7 @@ def _machine(tags: Mapping[str, str]) -> str:
 
 
 def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
-    """Say how global batches that N does not divide are split; only which N, if there are many."""
+    # Of many only which N they are of.
     splits: dict[tuple[int, int], tuple[int, ...]] = {}
     weighs_unequally = False
     for arm in arms:
@@ -171,12 +171,7 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
 
 
 def with_settings(said: Iterable[tuple[str | None, str]], n_groups: int) -> list[str]:
-    """Return each sentence once, with the settings that it is about, where groups are several.
-
-    Args:
-        said: sentences with the labels of settings; None: there is nothing to say.
-        n_groups: how many groups there are.
-    """
+    """Return each of the sentences once, after the labels of its settings where groups are several."""
     labels_of: dict[str, dict[str, None]] = {}
     for sentence, label in said:
         if sentence is not None:

@@ -37,7 +37,6 @@ def summary(comparison: Comparison) -> str:
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:
-    """Sum up arms that differ in N and seed alone."""
     compared = [row for row in rows if row.finished and not row.is_reference]
     measured = [row for row in compared if row.reference_run_id is not None]
     unfinished = sum(not row.finished for row in rows)
@@ -125,7 +124,6 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
 
 
 def _largest_by_n(rows: Sequence[ComparisonRow], ratio: str) -> dict[int, float]:
-    """Return the largest value at every N, over the seeds."""
     known = {
         n: [v for v in (getattr(row, ratio) for row in repeated) if v is not None and math.isfinite(v)]
         for n, repeated in by_n(rows).items()

@@ -1,11 +1,8 @@
 """Print a comparison on a terminal: its table, its notes, and what it says in a sentence or two."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +11,7 @@ from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.many_arms import MOST_NOTES
 from gaccum_exp.report.text.fewer_lines import lines_of
 from gaccum_exp.report.text.summary import summary
+from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, say_controls, say_scaled
 
 _MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
@@ -37,10 +35,10 @@ _FOLDED = ("verdict", "differs")
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the table, and what it says in words; 100 columns wide where there is no terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(render(comparison))
-    console.print(summary(comparison), highlight=False)
+    """Print the table, and what it says in words."""
+    out = console()
+    out.print(render(comparison))
+    out.print(summary(comparison), highlight=False)
 
 
 def render(comparison: Comparison) -> Table:
@@ -55,17 +53,10 @@ def render(comparison: Comparison) -> Table:
         every += [stored.pop(row.setting), row] if row.setting in stored else [row]
     lines = lines_of(every)
     rows = lines.rows
-    reductions = _reductions(rows)
-    table = Table(
-        title="Every arm against its reference"
-        + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
-        caption=_caption(rows, [note for note in (lines.note, *comparison.notes) if note]),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        header_style="bold",
-    )
+    reductions = {row.reduction for row in rows} - {None}
+    title = "Every arm against its reference" + (f", {reductions.pop()}" if len(reductions) == 1 else "")
+    caption = _caption(rows, [note for note in (lines.note, *comparison.notes) if note])
+    table = Table(title=title, caption=caption, **LOOK)
     printed: list[Sequence[str]] = []
     for name in _columns(rows, lines.counts):
         header, cells = _printed(name, rows, lines.counts)
@@ -81,8 +72,8 @@ def render(comparison: Comparison) -> Table:
 
 
 def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[str]:
-    """Return the columns to be printed: those that are the same for all arms are left out."""
-    several = len(_reductions(rows)) > 1
+    # What is the same for all arms has no column.
+    several = len({row.reduction for row in rows} - {None}) > 1
     differs = any(row.differs for row in rows)
     any_verdict = any(row.verdict for row in rows)
     batch_is_said = any("global batch" in dict(row.setting.values) for row in rows)
@@ -127,10 +118,6 @@ def _printed(
 
 def _mark(row: ComparisonRow) -> str:
     return _MARKS.get(row.role, "") or ("" if row.finished else "!")
-
-
-def _reductions(rows: Sequence[ComparisonRow]) -> set[str]:
-    return {row.reduction for row in rows if row.reduction is not None}
 
 
 def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:

@@ -31,8 +31,6 @@ _SAID: Mapping[str | None, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What an audit blames, and what it advises."""
-
     verdict: str
     cause: str | None
     culprit: str | None
