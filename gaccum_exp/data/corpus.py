@@ -27,9 +27,8 @@ def read_corpus(root: str | None, separator: str) -> Corpus:
             for the entries of `pydoc_data.topics`, in the order of their names.
         separator: what stands between documents; empty: a file is one document.
 
-    Blank documents are left out, and every kind of line end becomes a line feed. The corpus read last
-    is kept for the other split. Raises `BadInputError` where there is nothing to read, or something
-    that is not UTF-8.
+    Blank documents are left out, and line ends become line feeds. The corpus read last is kept for the
+    other split. Raises `BadInputError` where there is nothing to read, or something not in UTF-8.
     """
     if root is None:
         return _reference(separator)

@@ -79,11 +79,9 @@ def _servers(source: Source) -> list[str]:
 
 
 def _ask_servers(source: Source) -> None:
-    """Raise `OSError` unless one of the servers answers in time.
-
-    In threads, since looking up a name has no timeout, and a server with eight addresses, none of
-    them reachable, is tried eight times.
-    """
+    """Raise `OSError` unless one of the servers answers in time."""
+    # In threads: looking up a name has no timeout, and a server with eight unreachable addresses is
+    # tried eight times.
     answers: queue.Queue[OSError | None] = queue.Queue()
 
     def ask(url: str) -> None:
@@ -114,11 +112,8 @@ def _ask_servers(source: Source) -> None:
 
 
 def _unpack(source: Source, folder: Path) -> None:
-    """Let torchvision download and unpack in a folder of its own, then move each file into place.
-
-    Arms that run at the same time may all be doing this. A file is whole when it is moved, and
-    theirs are the same, so that none ever reads a file that another is still writing.
-    """
+    """Let torchvision download and unpack in a folder of its own, then move each file into place."""
+    # Arms side by side may all do this: a file is whole when it is moved, so none reads half of one.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unpacked:
         for path, md5 in _archives(source):

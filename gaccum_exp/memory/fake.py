@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
 
 _CACHED = type(functools.lru_cache(len))
-_settled: list[weakref.ref[Any]] = []
-"""Those of the frozen objects that can hold a fake tensor."""
+_settled: list[weakref.ref[Any]] = []  # those of the frozen objects that can hold a fake tensor
 
 
 def fake_mode() -> FakeTensorMode:
@@ -62,8 +61,7 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
     for given, copied in zip(objects, made, strict=True):
         if isinstance(given, torch.optim.Optimizer):
             # Not its hooks, nor the step that a schedule of learning rates has wrapped.
-            missing = vars(given).keys() - vars(copied).keys()
-            own = {k: v for k, v in vars(given).items() if k in missing and not callable(v)}
+            own = {k: v for k, v in vars(given).items() if k not in vars(copied) and not callable(v)}
             vars(copied).update(copy.deepcopy(own, memo))
     return made
 

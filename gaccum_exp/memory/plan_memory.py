@@ -69,8 +69,8 @@ def plan_memory(
     past which nothing shrinks, and what else would save memory.
 
     A model whose forward pass depends on values is run instead, on a copy, on micro-batches of four and
-    eight samples; the plan says so. On `meta` there are no values to run it on: its error is raised,
-    with a note. Errors of the model, the loss function or the optimizer are raised as they are.
+    eight samples; the plan says so. On `meta`, without values, its error is raised with a note. Errors
+    of the model, the loss function or the optimizer are raised as they are.
     """
     samples = samples_in(batch) if batch_size is None else batch_size
     if samples < 1 or samples_in(batch) < 1:
@@ -92,8 +92,6 @@ def plan_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a step needs, to be copied."""
-
     model: nn.Module
     loss_fn: LossFn | nn.Module
     batch: Any

@@ -52,11 +52,10 @@ class Planner:
         return self._rows[accum_steps]
 
     def candidates(self) -> list[int]:
-        """Return every N that is of use: powers of two, and of those with the same first and second
-        micro-batch, on which a peak depends, the smallest; or the divisors of the global batch.
-        """
+        """Return every N that is of use: divisors of the batch, or those with peaks of their own."""
         if self.equal_parts:
             return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
+        # The smallest of those with the same first two micro-batches, on which a peak depends.
         first_two = {
             (-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)
         }

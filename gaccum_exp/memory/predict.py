@@ -74,8 +74,7 @@ class Extrapolated:
         one, other = self._measured[min(2, accum_steps)]
         factor = (split_sizes(samples, accum_steps)[0] - small) / max(1, large - small)
 
-        def continued(phase: str) -> Peak:
-            low, high = one[phase], other[phase]
+        def continued(low: Peak, high: Peak) -> Peak:
             total = round(low.bytes + factor * (high.bytes - low.bytes))
             parts = {
                 category: max(0, round(size + factor * (high.parts[category] - size)))
@@ -83,9 +82,9 @@ class Extrapolated:
             }
             # At another size the peak may be at another moment, where fewer gradients are there yet.
             parts[ACTIVATIONS] = max(0, parts[ACTIVATIONS] + total - sum(parts.values()))
-            return Peak(sum(parts.values()), phase, parts)
+            return Peak(sum(parts.values()), low.phase, parts)
 
-        return {phase: continued(phase) for phase in one}
+        return {phase: continued(low, other[phase]) for phase, low in one.items()}
 
 
 def decisive_sizes(sizes: Sequence[int]) -> list[int]:

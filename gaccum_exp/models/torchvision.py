@@ -52,9 +52,8 @@ class TorchvisionModel(nn.Module):
         name: what `torchvision.models.get_model` knows, for example `resnet18`.
         input_shape: (channels, height, width) of one image, 1 or 3 channels.
         num_classes: number of outputs.
-        weights: name of torchvision's weights to start from, for example `DEFAULT` or
-            `IMAGENET1K_V1`; the last layer is new where the number of classes differs. They are
-            read from torch's hub folder, and downloaded where they are absent.
+        weights: torchvision's weights to start from, for example `DEFAULT` or `IMAGENET1K_V1`, read from
+            torch's hub folder or downloaded; the last layer is new where the number of classes differs.
         image_size: side in pixels to which images are resized; null: only those that the model cannot
             take. Vision transformers, MaxViT and MViT take one size, the published one (224 for most)
             unless the first two are built for another.
@@ -157,7 +156,6 @@ def _check_name(name: str) -> None:
 
 
 def _published(name: str, weights: str | None) -> list[models.WeightsEnum]:
-    """Return the weights of that name, or all that there are for the model where it is null."""
     # A float model starts from float weights; the others are for its quantised form.
     known = models.get_model_weights(name.removeprefix("quantized_"))
     if weights is None:

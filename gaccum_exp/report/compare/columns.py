@@ -18,8 +18,6 @@ from gaccum_exp.report.text.wording import (
     say_loss,
     say_ratio,
     say_sizes,
-    say_verdict,
-    say_word,
     time_unit,
 )
 from gaccum_exp.tracking import metrics
@@ -63,7 +61,7 @@ class Column(NamedTuple):
     read: Callable[[Measured], Any]
     header: str = ""
     """The table's, `{unit}` standing for the unit that suits all arms; empty: not in the table."""
-    say: Callable[[Any], str] = say_word
+    say: Callable[[Any], str] = str
     unit: Callable[[float], tuple[float, str]] | None = None
     """Of the largest value: the unit's size and name."""
     in_csv: bool = True
@@ -151,7 +149,7 @@ class ComparisonRow:
     memory_source: str | None = column(lambda arm: arm.run.tags.get("memory.source"))
     device: str | None = column(lambda arm: arm.run.tags.get("device"))
     threads: str | None = column(lambda arm: arm.run.tags.get("threads"))
-    verdict: str | None = column(_tag("verdict"), "\nverdict", say_verdict)
+    verdict: str | None = column(_tag("verdict"), "\nverdict")
     """The worst audit's; None where the arm was not audited."""
     cause: str | None = column(_tag("cause"))
     culprit: str | None = column(_tag("culprit"))

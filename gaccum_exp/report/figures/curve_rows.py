@@ -91,7 +91,6 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
             return None
         return loss_gaps(runs[row.run_id], runs[row.reference_run_id])
 
-    prepare = _ranges if crowded else _each
     return LossRows(
         title=f"Train loss: {subject(comparison, runs)}",
         groups={
@@ -103,8 +102,8 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
         panels=tuple(
             PanelRows(
                 panel.title,
-                prepare(panel, groups, loss_of),
-                prepare(panel, groups, gap_of),
+                _curves(panel, groups, crowded, loss_of),
+                _curves(panel, groups, crowded, gap_of),
                 _envelopes(panel, comparison, crowded),
             )
             for panel in panels
@@ -128,24 +127,25 @@ def curve_range(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.nd
     return global_steps, low, median, high
 
 
-def _each(
-    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
+def _curves(
+    panel: Panel,
+    groups: Sequence[Group],
+    crowded: bool,
+    points_of: Callable[[ComparisonRow], Points | None],
 ) -> tuple[CurveRow, ...]:
-    group_of = {n: group for group in groups for n in group}
-    return tuple(
-        CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points)
-        for row in sorted(panel.rows, key=lambda row: not row.is_reference)
-        if (points := points_of(row)) is not None
-    )
-
-
-def _ranges(
-    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
-) -> tuple[CurveRow, ...]:
+    """Return the panel's curves, those of references first; of a crowd one for each group."""
+    points = {row.run_id: of_row for row in panel.rows if (of_row := points_of(row)) is not None}
+    if not crowded:
+        group_of = {n: group for group in groups for n in group}
+        return tuple(
+            CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points[row.run_id])
+            for row in sorted(panel.rows, key=lambda row: not row.is_reference)
+            if row.run_id in points
+        )
     found = []
     for group in groups:
         rows = rows_of(group, [panel])
-        curves = [points for row in rows if (points := points_of(row)) is not None]
+        curves = [points[row.run_id] for row in rows if row.run_id in points]
         if curves:
             steps, low, median, high = curve_range(curves)
             is_reference = any(row.is_reference for row in rows)

@@ -12,7 +12,7 @@ from gaccum_exp.report.many_arms import MOST_NOTES
 from gaccum_exp.report.text.fewer_lines import lines_of
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.terminal import LOOK, console
-from gaccum_exp.report.text.wording import MISSING, say_controls, say_scaled
+from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled
 
 _MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
 _LEGEND = {
@@ -104,13 +104,14 @@ def _printed(
     any_controls = any(row.controls for row in rows)
 
     def cell(row: ComparisonRow) -> str:
-        text = say(getattr(row, name))
+        value = getattr(row, name)
+        text = MISSING if value in (None, "", ()) else say(value)
         if name == "accum_steps":
             return text + (_mark(row) or " ")
         if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
-        if name == "verdict" and row.role in ("reference", "stored reference"):
-            return row.verdict or MISSING  # what others are compared with needs no audit
+        if name == "verdict" and row.role not in ("reference", "stored reference"):
+            return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
         return text
 
     return header, [cell(row) for row in rows]
