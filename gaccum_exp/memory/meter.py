@@ -160,9 +160,8 @@ class _Followed(LossWrapper):
 
     def __init__(self, loss_fn: LossFn, tracker: StorageTracker) -> None:
         super().__init__(on_device(loss_fn))
-        self._from_host = loss_fn
+        self._from_host, self._tracker = loss_fn, tracker
         self._placement = loss_fn.placement if isinstance(loss_fn, Placed) else None
-        self._tracker = tracker
 
     def count(self, micro_batch: Any) -> Denominator | None:
         self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at

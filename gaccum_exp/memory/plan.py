@@ -30,10 +30,9 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it flat, sizes in bytes."""
-        parts = {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
-        whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
         n = {"accum_steps": self.accum_steps, "micro_batch_size": self.micro_batch_size}
-        return {**n, **whole, **parts}
+        whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
+        return n | whole | {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,11 +53,9 @@ def plan_memory(
         print(plan)
 
     Args:
-        model: on the device where it will be trained, or on `meta`, and then it is planned for the CPU.
-            It is copied without its memory, and left as it is.
+        model: on the device where it will be trained; on `meta`, it is planned for the CPU.
         loss_fn: as for `accumulate_gradients`.
-        batch: a micro-batch as the loss function takes it, on any device, of any number of samples; its
-            values do not matter, so tensors on `meta` will do.
+        batch: a micro-batch as the loss function takes it, on any device, even `meta`, of any size.
         optimizer: over the model's parameters, or what makes it of them, e.g. `torch.optim.AdamW`.
         batch_size: samples of a window, the global batch; None: as many as `batch` holds.
         budget_bytes: what the peak may be at most; None: no N is chosen.

@@ -103,10 +103,7 @@ class Planner:
 def peak_source(
     fake: Callable[[], MeteredStep], real: Callable[[], MeteredStep] | None, samples: int
 ) -> tuple[PeakSource, list[str]]:
-    """Return predictions, or, where the step needs values, an extrapolation and why it is one.
-
-    real: None where there are no values; then the error is raised as it is.
-    """
+    """Return predictions, or, of a step that needs values, an extrapolation if there are, and why."""
     try:
         return Predicted(fake(), samples), []
     except Exception as error:  # each model fails on fake tensors in its own way

@@ -349,7 +349,7 @@ def test_where_the_file_cannot_be_read_mlflow_is_asked(
     sink.send(points(3))
     sink.close("FINISHED")
     monkeypatch.setattr(store._client, "get_metric_history", lambda *_: pytest.fail("by the client"))
-    assert store.sweep("a")[0].curves["train/loss"].steps == (1, 2, 3)
+    assert store.sweep("a")[0].curves["train/loss"].global_steps == (1, 2, 3)
     monkeypatch.undo()
     monkeypatch.setattr(mlflow_store, "_database", lambda _: closing(sqlite3.connect(":memory:")))
     (run,) = store.sweep("a")

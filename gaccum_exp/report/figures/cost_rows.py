@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gaccum_exp.memory.plan import CATEGORIES, knee
+from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.panels import Panel, panels_of, subject, thinned
@@ -68,16 +68,6 @@ class CostCurve:
     measured_bytes: Mapping[int, float]
     predicted_bytes: Mapping[int, float]
     step_s: Mapping[int, float]
-
-    @property
-    def peaks(self) -> Mapping[int, float]:
-        """What was measured, else what was predicted, in bytes."""
-        return self.measured_bytes or self.predicted_bytes
-
-    @property
-    def knee(self) -> int | None:
-        """The N past which nothing shrinks."""
-        return knee(self.peaks) if len(self.peaks) > 1 else None
 
 
 def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRows:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gaccum_exp.memory.plan import MemoryPlan, size
+from gaccum_exp.memory.plan import MemoryPlan, knee, size
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.cost_bars import LOOKS
 from gaccum_exp.report.figures.cost_rows import CostCurve, frontier_rows
@@ -43,8 +43,7 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
         )  # fmt: skip
     time.set_ylim(0, 1.15 * max(times, default=1.0) / unit_s)
     time.set_ylabel(f"time of a step in {unit}", fontsize=9)
-    _finish(time, curves)
-    _add_legend(figure, memory)
+    _finish(figure, time, curves, [memory])
     return figure
 
 
@@ -79,8 +78,7 @@ def draw_plan(plan: MemoryPlan) -> Figure:
     shares.set_xlabel(_N, fontsize=9)
     shares.set_ylim(0, 1)
     shares.set_ylabel("share of the peak", fontsize=9)
-    _finish(axes, [curve])
-    _add_legend(figure, axes, shares)
+    _finish(figure, axes, [curve], [axes, shares])
     return figure
 
 
@@ -106,19 +104,20 @@ def _draw_memory(axes: Axes, curves: Sequence[CostCurve], label: str) -> float:
     every = [b for c in curves for b in (*c.measured_bytes.values(), *c.predicted_bytes.values())]
     unit_bytes, unit = byte_unit(max(every, default=1))
     for index, curve in enumerate(curves):
-        color, marker = _COLORS[index], _MARKERS[index]
+        color = _COLORS[index]
         for kind, peaks, look in (
-            ("measured", curve.measured_bytes, {"linestyle": "-", "marker": marker}),
+            ("measured", curve.measured_bytes, {"linestyle": "-", "marker": _MARKERS[index]}),
             ("predicted", curve.predicted_bytes, {"linestyle": "--", "marker": "x", "markersize": 9}),
         ):
             if peaks:
                 label_of = f"{curve.label}, {kind}" if curve.label else kind
                 heights = [b / unit_bytes for b in peaks.values()]
                 axes.plot(list(peaks), heights, color=color, label=label_of, **look, **_markers(peaks))
-        if curve.knee is not None and curve.knee != max(curve.peaks):
+        peaks = curve.measured_bytes or curve.predicted_bytes
+        if peaks and (n := knee(peaks)) != max(peaks):
             axes.plot(
-                curve.knee, curve.peaks[curve.knee] / unit_bytes, "*", markersize=16, color=color,
-                markeredgecolor="black", label=f"shrinks no further from N = {curve.knee} on",
+                n, peaks[n] / unit_bytes, "*", markersize=16, color=color, markeredgecolor="black",
+                label=f"shrinks no further from N = {n} on",
             )  # fmt: skip
     if max(every, default=1) > 8 * min(every, default=1):
         axes.set_yscale("log", base=2)
@@ -135,12 +134,8 @@ def _markers(values: Mapping[int, float]) -> dict[str, Any]:
     return {"markevery": [place for place, n in enumerate(values) if n in marked]}
 
 
-def _add_legend(figure: Figure, *axes: Axes) -> None:
-    handles = [handle for a in axes for handle in a.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-
-
-def _finish(axes: Axes, curves: Sequence[CostCurve]) -> None:
+def _finish(figure: Figure, axes: Axes, curves: Sequence[CostCurve], named: Sequence[Axes]) -> None:
+    """Put the N below the axes, and what is drawn in the named ones into a legend."""
     every = sorted({n for curve in curves for n in (*curve.measured_bytes, *curve.predicted_bytes)})
     axes.set_xscale("log", base=2)
     # Labels that would touch are left out.
@@ -151,3 +146,5 @@ def _finish(axes: Axes, curves: Sequence[CostCurve]) -> None:
     axes.set_xticks(labelled, [str(n) for n in labelled])
     axes.minorticks_off()
     axes.set_xlabel(_N, fontsize=9)
+    handles = [handle for each in named for handle in each.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -48,30 +48,34 @@ def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _about_reference(group: Group) -> str | None:
-    reference = group.reference
+    reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
     why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
-    if group.source is Source.STORED and reference is not None:
+    if reference is None:
+        return (
+            None
+            if group.n_multiplies
+            else (
+                f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
+                "stand in."
+            )
+        )
+    if source is Source.STORED:
         day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
         return (
             f"the one-pass reference is the stored run {reference.name!r} of {day} "
             f"({reference.run_id}), because {why}."
         )
-    if group.source is Source.OTHER_REDUCTION and reference is not None:
+    if source is Source.OTHER_REDUCTION:
         ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
         return (
             f"the reference is the one-pass arm of {theirs}, because {why} for {ours}; in one pass the "
             "two are the same gradient."
         )
-    if group.source is Source.STAND_IN and reference is not None:
+    if source is Source.STAND_IN:
         return (
             f"N = {reference.accum_steps}, the arm with the largest micro-batch, stands in for the "
             f"one-pass reference, because {why} and the store holds none."
-        )
-    if group.source is Source.NONE and not group.n_multiplies:
-        return (
-            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
-            "stand in."
         )
     return None
 
@@ -150,13 +154,7 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
             weighs_unequally |= arm.params.get("accum.reduction") == "mean"
     if len(splits) <= _MOST_SPLITS_SPELT_OUT:
         notes = [
-            f"N = {n} splits {total} samples into "
-            + (
-                ", ".join(map(str, sizes))
-                if len(sizes) <= _MOST_SIZES_SPELT_OUT
-                else " and ".join(f"{count} × {size}" for size, count in Counter(sizes).items())
-            )
-            + "."
+            f"N = {n} splits {total} samples into {_spell(sizes)}."
             for (total, n), sizes in sorted(splits.items())
         ]
     else:
@@ -168,6 +166,12 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
     if weighs_unequally:
         notes.append("On unequal micro-batches mean weighs the samples of the smaller ones more.")
     return notes
+
+
+def _spell(sizes: Sequence[int]) -> str:
+    if len(sizes) <= _MOST_SIZES_SPELT_OUT:
+        return ", ".join(map(str, sizes))
+    return " and ".join(f"{count} × {size}" for size, count in Counter(sizes).items())
 
 
 def with_settings(said: Iterable[tuple[str | None, str]], n_groups: int) -> list[str]:
