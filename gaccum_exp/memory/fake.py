@@ -1,7 +1,6 @@
 """Copy models, optimizers and micro-batches onto fake tensors, which have sizes and no memory.
 
-torch's FakeTensorMode runs an operator for the shapes alone. So the memory of a step is predicted with
-the code that trains, for batches that no device here could hold.
+So the memory of a step is predicted with the code that trains, for batches that no device here holds.
 """
 
 import copy

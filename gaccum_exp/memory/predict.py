@@ -1,8 +1,8 @@
 """Predict the peak of a window without running it, or, where that cannot be done, extrapolate it.
 
-Only two micro-batches of a window are taken, however many it has, and the last if it is smaller. The
-first finds no gradients; from the second on gradients lie beside the activations, and none that follows
-holds more, though a model may refuse a smaller one. So the cost of a prediction does not depend on N.
+Only two micro-batches of a window are taken, and the last if it is smaller, so that the cost does not
+depend on N. From the second on gradients lie beside the activations, and none that follows holds more,
+though a model may refuse a smaller one.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Follow every tensor's storage, operator by operator: what it is for, and how much there is of it.
 
-A dispatch mode sees the result of every operator, above autograd's kernels and below nothing else, and
-follows the storages in it until they die. It works with real tensors, and with fake ones (torch's
-FakeTensorMode), which have a size and no memory: that is how a peak is predicted. Workspace inside
-operators is not seen, nor are tensors that were made outside and assigned to no category.
+A dispatch mode sees the result of every operator, and follows the storages in it until they die. It
+works with real tensors, and with fake ones (torch's FakeTensorMode), which have a size and no memory:
+that is how a peak is predicted. Workspace inside operators is not seen, nor are tensors that were made
+outside and assigned to no category.
 """
 
 import weakref

@@ -12,14 +12,7 @@ from typing import Any, NamedTuple
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
 from gaccum_exp.report.compare.swept_keys import Setting
-from gaccum_exp.report.text.wording import (
-    byte_unit,
-    say_gap,
-    say_loss,
-    say_ratio,
-    say_sizes,
-    time_unit,
-)
+from gaccum_exp.report.text.wording import byte_unit, say_gap, say_loss, say_ratio, say_sizes, time_unit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.records import RunRecord
 

@@ -1,9 +1,8 @@
 """Compare the runs of a sweep: one row per arm, measured against the arm's reference.
 
 Ratios are taken only between like and like: peaks from the same memory source, step times on the
-same device with the same number of threads. What was not measured stays None, and is blank in the
-CSV file. The verdict on an arm's gradient is its own audit's, read from the run. On its loss curve
-there is one where the sweep has controls: `rounding_envelope`.
+same device with the same number of threads. The verdict on an arm's gradient is its own audit's, read
+from the run. On its loss curve there is one where the sweep has controls: `rounding_envelope`.
 """
 
 import csv

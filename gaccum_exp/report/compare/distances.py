@@ -17,10 +17,7 @@ Parameters = Mapping[str, torch.Tensor]
 
 
 def largest_loss_gap(run: RunRecord, reference: RunRecord) -> tuple[float | None, int]:
-    """Return the largest |train loss − reference's| over the steps that both have, and their number.
-
-    NaN when a difference is NaN (a loss of NaN, or both infinite); None when no step is shared.
-    """
+    """Return the largest gap, None when no step is shared, and how many are; NaN if any gap is NaN."""
     global_steps, gaps = loss_gaps(run, reference)
     return (float(np.max(gaps)) if global_steps.size else None), int(global_steps.size)
 

@@ -161,7 +161,7 @@ def _one_pass_runs(runs: Iterable[RunRecord]) -> dict[Config, list[RunRecord]]:
 
 
 def _one_per_order(controls: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
-    """Return one run for each permutation, a finished one if there is: the same order is no new draw."""
+    # One run for each permutation, a finished one if there is: the same order is no new draw.
     chosen: dict[int | str, RunRecord] = {}
     for run in sorted(controls, key=lambda run: (not run.finished, *_recency(run))):
         chosen.setdefault(run.run_id if run.control_seed is None else run.control_seed, run)
@@ -178,5 +178,5 @@ def _family(run: RunRecord) -> tuple[Config, tuple[int, ...]]:
 
 
 def _in_order(arms: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
-    """Sort by N, the most recent of equal ones first; arms without an N come last."""
+    # By N, the most recent of equal ones first; arms without an N come last.
     return tuple(sorted(arms, key=lambda arm: (arm.accum_steps or float("inf"), *_recency(arm))))

@@ -86,11 +86,8 @@ def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope
     running = np.maximum.accumulate(largest[seen])
     values = running[np.searchsorted(global_steps, 2 * global_steps, side="right") - 1]
     limits = MARGIN * np.fmax(values, _spacing(losses[seen]))
-    return Envelope(
-        reference.run_id,
-        len(controls),
-        *(tuple(column.tolist()) for column in (global_steps, values, limits)),
-    )
+    columns = (tuple(column.tolist()) for column in (global_steps, values, limits))
+    return Envelope(reference.run_id, len(controls), *columns)
 
 
 def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:

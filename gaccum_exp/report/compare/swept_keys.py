@@ -1,8 +1,7 @@
 """Find the config keys that a sweep varies besides N, and name them in few words.
 
-A sweep over seeds or models has config keys that differ between its arms. Some of them only follow
-others (an evaluation seed interpolated from `seed`, the options of a model that was swapped); one
-key of each kind tells the arms apart.
+Some only follow others (an evaluation seed interpolated from `seed`, the options of a model that was
+swapped); one key of each kind tells the arms apart.
 """
 
 import re

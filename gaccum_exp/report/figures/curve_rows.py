@@ -1,7 +1,7 @@
 """Prepare what the figure of loss curves shows, as plain curves.
 
-Each arm has its own; of too many arms, those with the same N are one, their median and range at each
-step, and where there are more N than a legend can name, neighbouring N are.
+Each arm has its own; of too many, those with the same N are one, their median and range, or those with
+neighbouring N where a legend cannot name all.
 """
 
 import warnings

@@ -1,7 +1,6 @@
 """Draw a comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
 
-To be imported when something is drawn: matplotlib takes a third of a second, which no training waits
-for.
+To be imported when something is drawn: matplotlib takes a third of a second.
 """
 
 from collections.abc import Sequence

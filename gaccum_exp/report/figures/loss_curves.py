@@ -59,16 +59,15 @@ def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> F
         legend=legend,
         notes=rows.notes,
     )
-    losses: list[np.ndarray] = []
-    gaps: list[np.ndarray] = []
+    losses, gaps = [np.empty(0)], [np.empty(0)]
     for panel, top, bottom in zip(rows.panels, losses_axes, gaps_axes, strict=True):
         losses += _draw_curves(top, panel.losses, line_of)
         gaps += _draw_curves(bottom, panel.gaps, line_of)
         gaps += _draw_envelopes(bottom, panel.envelopes)
         bottom.set_xlabel("optimizer step", fontsize=9)
         bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _scale_losses(losses_axes, np.concatenate([*losses, np.empty(0)]))
-    _scale_gaps(gaps_axes, np.concatenate([*gaps, np.empty(0)]))
+    _scale_losses(losses_axes, np.concatenate(losses))
+    _scale_gaps(gaps_axes, np.concatenate(gaps))
     return figure
 
 
@@ -125,8 +124,8 @@ def _draw_envelopes(axes: Axes, envelopes: Sequence[Envelope]) -> list[np.ndarra
 
 
 def _scale_losses(all_axes: Sequence[Axes], values: np.ndarray) -> None:
-    """Label the loss axes; a log scale where one arm's loss would flatten the others'."""
     values = values[np.isfinite(values)]
+    # A log scale where one arm's loss would flatten the others'.
     if values.size and values.min() > 0 and values.max() > 100 * values.min():
         all_axes[0].set_yscale("log")
     all_axes[0].set_ylabel("train loss", fontsize=9)

@@ -104,8 +104,6 @@ def subject(comparison: Comparison, runs: Mapping[str, RunRecord]) -> str:
 
 
 def _named(runs: Sequence[RunRecord], *keys: str) -> str:
-    found = {
-        next((run.params[key].rpartition(".")[2] for key in keys if run.params.get(key)), "")
-        for run in runs
-    } - {""}
+    values = (next(filter(None, map(run.params.get, keys)), "") for run in runs)
+    found = {value.rpartition(".")[2] for value in values} - {""}
     return say_list(sorted(found)) if len(found) <= 3 else f"{len(found)} kinds"

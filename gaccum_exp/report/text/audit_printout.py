@@ -37,8 +37,7 @@ def block(audit: Audit) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(overflow="fold")
-    verdict = Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}")
-    grid.add_row("verdict", verdict)
+    grid.add_row("verdict", Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}"))
     for label, number, say, meaning in (
         ("e64", audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
         ("e", audit.e, say_gap, "the same in the run's own precision"),

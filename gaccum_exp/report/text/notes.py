@@ -51,14 +51,12 @@ def _about_reference(group: Group) -> str | None:
     reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
     why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+    if reference is None and group.n_multiplies:
+        return None
     if reference is None:
         return (
-            None
-            if group.n_multiplies
-            else (
-                f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
-                "stand in."
-            )
+            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
+            "stand in."
         )
     if source is Source.STORED:
         day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()

@@ -1,8 +1,8 @@
 """Sum up a comparison in sentences: the verdicts, then numbers and which arm is the furthest.
 
-Repetitions that differ in the seed alone are summed up together by their worst verdict and their largest
-values. The verdict is the audit's, on the gradient. Whether a gap between two loss curves is rounding or
-a fault is said where controls show what rounding alone makes of it, and nowhere else.
+Repetitions that differ in the seed alone are summed up by their worst verdict and their largest values.
+Whether a gap between two loss curves is rounding or a fault is said where controls show it, and nowhere
+else.
 """
 
 import math

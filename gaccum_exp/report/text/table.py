@@ -44,8 +44,7 @@ def print_comparison(comparison: Comparison) -> None:
 def render(comparison: Comparison) -> Table:
     """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
 
-    Gap, distance and ratios are against the reference that is marked in the N column; a rule
-    separates groups that have different ones. Many arms share lines: `fewer_lines` says how.
+    A rule separates groups that have different references. Many arms share lines: see `fewer_lines`.
     """
     stored = {row.setting: row for row in comparison.stored}
     every: list[ComparisonRow] = []

@@ -1,7 +1,4 @@
-"""Say which N have which verdict, what is to blame, and which loss curves left their envelope.
-
-What an audit found is read from the run's tags.
-"""
+"""Say which N have which verdict, what is to blame, and which loss curves left their envelope."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,11 +44,9 @@ class _Finding:
 
 
 def say_verdicts(rows: Iterable[ComparisonRow]) -> str:
-    """Say which N have which verdict, the worst first: `N = 8 is biased; N = 2 and 4 are …`.
-
-    Of repetitions the worst counts. One pass over the window is the large batch itself, and is left
-    out where nothing is wrong with it; so is an arm that ended before it was audited.
-    """
+    """Say which N have which verdict (of repetitions the worst), the worst first: `N = 8 is biased`."""
+    # One pass is the large batch itself, and is left out where nothing is wrong with it; so is an arm
+    # that ended before it was audited.
     judged = [
         row
         for row in rows
