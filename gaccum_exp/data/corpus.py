@@ -18,20 +18,6 @@ class Corpus:
     """Every character of them, and of the separator that may join them, in the order of Unicode."""
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file with its size and time: one that has changed since is read again."""
-
-    path: Path
-    size_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def at(cls, path: Path) -> "_File":
-        state = path.stat()
-        return cls(path, state.st_size, state.st_mtime_ns)
-
-
 def read_corpus(root: str | None, separator: str) -> Corpus:
     """Return the documents of a file, a folder, or of Python's reference.
 
@@ -41,9 +27,8 @@ def read_corpus(root: str | None, separator: str) -> Corpus:
             for the entries of `pydoc_data.topics`, in the order of their names.
         separator: what stands between documents; empty: a file is one document.
 
-    Blank documents are left out, and every kind of line end becomes a line feed. The corpus read last
-    is kept for the other split. Raises `BadInputError` where there is nothing to read, or something
-    that is not UTF-8.
+    Blank documents are left out, and line ends become line feeds. The corpus read last is kept for the
+    other split. Raises `BadInputError` where there is nothing to read, or something not in UTF-8.
     """
     if root is None:
         return _reference(separator)
@@ -52,12 +37,12 @@ def read_corpus(root: str | None, separator: str) -> Corpus:
         if path.is_dir():
             below = sorted(path.rglob("*"), key=lambda found: found.relative_to(path).as_posix())
             files = tuple(
-                _File.at(found)
+                _stamped(found)
                 for found in below
                 if found.is_file() and not any(p.startswith(".") for p in found.relative_to(path).parts)
             )
             return _read(path, files, separator, one_each=True)
-        return _read(path, (_File.at(path),), separator, one_each=False)
+        return _read(path, (_stamped(path),), separator, one_each=False)
     except FileNotFoundError:
         raise BadInputError(
             f"data.root={root}: there is no file or folder {path.resolve()}; give a UTF-8 text or a "
@@ -101,6 +86,11 @@ def parts(document: str, separator: str) -> list[str]:
     return [part for part in found if part.strip()]
 
 
+def _stamped(path: Path) -> tuple[Path, int, int]:
+    state = path.stat()  # a file that has changed since is read again
+    return path, state.st_size, state.st_mtime_ns
+
+
 @lru_cache(maxsize=1)
 def _reference(separator: str) -> Corpus:
     try:
@@ -114,8 +104,10 @@ def _reference(separator: str) -> Corpus:
 
 
 @lru_cache(maxsize=1)
-def _read(root: Path, files: tuple[_File, ...], separator: str, one_each: bool) -> Corpus:
-    documents = [_decoded(file.path) for file in files]
+def _read(
+    root: Path, files: tuple[tuple[Path, int, int], ...], separator: str, one_each: bool
+) -> Corpus:
+    documents = [_decoded(path) for path, *_ in files]
     if not one_each:
         documents = parts(documents[0], separator)
     if not any(document.strip() for document in documents):

@@ -44,10 +44,8 @@ def digits(split: str) -> TensorDataset:
 
 
 def _scans() -> tuple[Tensor, Tensor]:
-    """Return all scans, (1797, 1, 8, 8) float32, 0 to 16, and their labels, (1797,) int64.
-
-    From the file in scikit-learn's package: importing that takes longer than importing torch.
-    """
+    """Return all scans, (1797, 1, 8, 8) float32, 0 to 16, and their labels, (1797,) int64."""
+    # From scikit-learn's file: importing the package takes longer than importing torch.
     package = find_spec("sklearn")
     path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package else None  # type: ignore[arg-type]
     if path is not None and path.is_file():

@@ -65,39 +65,35 @@ def _missing(source: Source, folder: Path, reason: str) -> BadInputError:
 
 
 def _archives(source: Source) -> list[tuple[str, str]]:
-    """Return the path below the root and the MD5 sum of each archive."""
+    # The path below the root and the MD5 sum of each.
     if issubclass(source, MNIST):
         return [(f"{source.__name__}/raw/{name}", md5) for name, md5 in source.resources]
     return [(source.filename, source.tgz_md5)]
 
 
 def _servers(source: Source) -> list[str]:
-    """Return the address of one archive at each server that has it."""
+    # The address of one archive at each.
     if issubclass(source, MNIST):
         return [mirror + source.resources[0][0] for mirror in source.mirrors]
     return [source.url]
 
 
 def _ask_servers(source: Source) -> None:
-    """Raise `OSError` unless one of the servers answers in time.
-
-    In threads, since looking up a name has no timeout, and a server with eight addresses, none of
-    them reachable, is tried eight times.
-    """
+    """Raise `OSError` unless one of the servers answers in time."""
+    # In threads: looking up a name has no timeout, and a server with eight unreachable addresses is
+    # tried eight times.
     answers: queue.Queue[OSError | None] = queue.Queue()
 
     def ask(url: str) -> None:
         request = urllib.request.Request(url, method="HEAD")
+        answer: OSError | None = None
         try:
             urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S).close()
         except urllib.error.HTTPError:
-            answers.put(None)  # an answer; whether it is final, torchvision's attempt will tell
-        except OSError as error:
-            answers.put(error)
-        except http.client.HTTPException as error:
-            answers.put(OSError(str(error)))
-        else:
-            answers.put(None)
+            pass  # an answer; whether it is final, torchvision's attempt will tell
+        except (OSError, http.client.HTTPException) as error:
+            answer = error if isinstance(error, OSError) else OSError(str(error))
+        answers.put(answer)
 
     urls = _servers(source)
     for url in urls:
@@ -116,11 +112,8 @@ def _ask_servers(source: Source) -> None:
 
 
 def _unpack(source: Source, folder: Path) -> None:
-    """Let torchvision download and unpack in a folder of its own, then move each file into place.
-
-    Arms that run at the same time may all be doing this. A file is whole when it is moved, and
-    theirs are the same, so that none ever reads a file that another is still writing.
-    """
+    """Let torchvision download and unpack in a folder of its own, then move each file into place."""
+    # Arms side by side may all do this: a file is whole when it is moved, so none reads half of one.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unpacked:
         for path, md5 in _archives(source):

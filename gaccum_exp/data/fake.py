@@ -30,7 +30,7 @@ def fake(
         random_offset: image i is drawn from the seed `random_offset` + i; two splits that differ
             by at least their size share no image. The run's generator is left as it is.
 
-    Raises `BadInputError` on sizes below 1 and on other than 1 to 4 channels.
+    Raises `BadInputError` on sizes below 1 and other than 1 to 4 channels.
     """
     side = [3, image_size, image_size] if isinstance(image_size, int) else list(image_size)
     if len(side) != 3 or min(side) < 1 or side[0] > 4:

@@ -38,10 +38,9 @@ def ragged(
     `entropy_rate(vocab_size)` in expectation, and one that knows the chain has exactly that.
 
     Lengths are rounded to integers and raised to at least 1. Rounding adds about 1/12 to their
-    variance: at mean 8 a CV of 0.1 becomes 0.106, and one of 0.5 stays 0.501. Raising makes the
-    shortest longer: at mean 4 and CV 1 the mean becomes 4.02 and the CV 0.993, at mean 2 they become
-    2.11 and 0.92. A small sample of a large CV mostly has less of both, since much of a log-normal
-    distribution's mean and variance is in its rare long draws.
+    variance: at mean 8 a CV of 0.1 becomes 0.106. Raising makes the shortest longer: at mean 2 and
+    CV 1 these become 2.11 and 0.92. A small sample of a large CV mostly has less of both, since much
+    of a log-normal distribution's mean and variance is in its rare long draws.
 
     Args:
         size: number of sequences.
@@ -58,10 +57,24 @@ def ragged(
     Every draw is from generators of its own: the same in every run, and the global one stays where it
     is. Raises `BadInputError` on values out of range.
     """
-    _check(size, vocab_size, mean_length, length_cv, coupling)
+    if size < 1:
+        raise BadInputError(f"data.size={size} must be at least 1")
+    if not 2 <= vocab_size <= LARGEST_VOCABULARY:
+        raise BadInputError(
+            f"data.vocab_size={vocab_size} must be 2 to {LARGEST_VOCABULARY}, since a chain is a table "
+            "of its square; model.vocab_size may be larger"
+        )
+    if not mean_length >= 1:
+        raise BadInputError(f"data.mean_length={mean_length} must be at least 1")
+    if not length_cv >= 0:
+        raise BadInputError(f"data.length_cv={length_cv} must be at least 0")
+    if not 0 <= coupling <= 1:
+        raise BadInputError(f"data.coupling={coupling} must be 0 to 1")
     generator = torch.Generator().manual_seed(SAMPLES_SEED + split_seed)
     normal = torch.randn(size, generator=generator, dtype=torch.float64)
-    lengths = _lengths(normal, mean_length, length_cv)
+    variance = math.log1p(length_cv**2)  # of the logarithm; its mean makes that of the lengths right
+    logarithm = math.log(mean_length) - variance / 2 + math.sqrt(variance) * normal
+    lengths = logarithm.exp().round().clamp(min=1).to(torch.int64)
     quantiles = torch.special.ndtr(normal)
     second = torch.rand(size, generator=generator, dtype=torch.float64) < coupling * (1 - quantiles)
     # One more token than inputs, for the last label.
@@ -100,13 +113,6 @@ def stationary(chain: Tensor) -> Tensor:
     return shares
 
 
-def _lengths(normal: Tensor, mean: float, cv: float) -> Tensor:
-    """Return integer lengths from standard normal draws (size,)."""
-    variance = math.log1p(cv**2)  # of the logarithm; its mean makes that of the lengths right
-    logarithm = math.log(mean) - variance / 2 + math.sqrt(variance) * normal
-    return logarithm.exp().round().clamp(min=1).to(torch.int64)
-
-
 def _walk(sizes: Tensor, second: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
     """Return walks of `sizes` tokens laid end to end, int32; `second` says which follow chain 1.
 
@@ -131,19 +137,3 @@ def _walk(sizes: Tensor, second: Tensor, vocab_size: int, generator: torch.Gener
         current = drawn.clamp(max=vocab_size - 1)  # rounding may leave the last sum just below 1
         tokens[at] = current.to(torch.int32)
     return tokens
-
-
-def _check(size: int, vocab_size: int, mean_length: float, length_cv: float, coupling: float) -> None:
-    if size < 1:
-        raise BadInputError(f"data.size={size} must be at least 1")
-    if not 2 <= vocab_size <= LARGEST_VOCABULARY:
-        raise BadInputError(
-            f"data.vocab_size={vocab_size} must be 2 to {LARGEST_VOCABULARY}, since a chain is a table "
-            "of its square; model.vocab_size may be larger"
-        )
-    if not mean_length >= 1:
-        raise BadInputError(f"data.mean_length={mean_length} must be at least 1")
-    if not length_cv >= 0:
-        raise BadInputError(f"data.length_cv={length_cv} must be at least 0")
-    if not 0 <= coupling <= 1:
-        raise BadInputError(f"data.coupling={coupling} must be 0 to 1")

@@ -33,8 +33,7 @@ class TokenSequences(Dataset[MicroBatch]):
         padding: pad a micro-batch to its own longest sequence (`longest`), or to that of the whole
             data set (`max_length`). The loss is the same, `longest` computes less.
 
-    A sample is {"input_ids": (length,), "labels": (length,)}, int64. Raises `BadInputError` on another
-    padding.
+    A sample is {"input_ids": (length,), "labels": (length,)}, int64. Another padding: `BadInputError`.
     """
 
     def __init__(
@@ -66,10 +65,9 @@ class TokenSequences(Dataset[MicroBatch]):
         return {"input_ids": stretch[:length].clone(), "labels": stretch[self._shift :].clone()}
 
     def gather(self, indices: Tensor) -> MicroBatch:
-        """Return the micro-batch of the samples at `indices`, (batch,), int64.
+        """Return the micro-batch of the samples at `indices`, (batch,), as `collate_fn` does of these.
 
-        Both entries are (batch, longest), int64. After a sequence's end `input_ids` holds 0 and
-        `labels` -100. The same as `collate_fn` of these samples.
+        Both entries are (batch, longest), int64; after a sequence's end they hold 0 and -100.
         """
         lengths = self.lengths[indices]
         offsets = torch.arange(self._padded_to(int(lengths.max())))
@@ -84,12 +82,10 @@ class TokenSequences(Dataset[MicroBatch]):
         }
 
     def collate_fn(self, samples: Sequence[Mapping[str, Tensor]]) -> MicroBatch:
-        """Return the micro-batch of a list of samples, as `gather` does of their indices."""
+        """Return the micro-batch of samples, as `gather` does of their indices."""
         longest = self._padded_to(max(len(sample["input_ids"]) for sample in samples))
-        micro_batch = {
-            "input_ids": torch.full((len(samples), longest), PADDING_TOKEN),
-            "labels": torch.full((len(samples), longest), IGNORED),
-        }
+        fills = {"input_ids": PADDING_TOKEN, "labels": IGNORED}
+        micro_batch = {key: torch.full((len(samples), longest), fill) for key, fill in fills.items()}
         for key, padded in micro_batch.items():
             for row, sample in zip(padded, samples, strict=True):
                 row[: len(sample[key])] = sample[key]

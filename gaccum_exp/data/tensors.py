@@ -30,30 +30,18 @@ def tensor_dataset(inputs: Tensor, targets: Tensor, classes: Sequence[str]) -> T
     return dataset
 
 
+@dataclass(eq=False, repr=False)
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Images that go through random transforms each time that they are read.
+    """Images that go through random transforms each time that they are read."""
 
-    Args:
-        images: (samples, channels, height, width), uint8.
-        targets: (samples,), class indices.
-        classes: their names.
-        augment: the random transforms, of one uint8 image (channels, height, width).
-        normalise: what makes floats of the result.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        classes: Sequence[str],
-        augment: Callable[[Tensor], Tensor],
-        normalise: Normalisation,
-    ) -> None:
-        self.images = images
-        self.targets = targets
-        self.classes = list(classes)
-        self.augment = augment
-        self.normalise = normalise
+    images: Tensor
+    """(samples, channels, height, width), uint8."""
+    targets: Tensor
+    """(samples,), class indices."""
+    classes: list[str]
+    augment: Callable[[Tensor], Tensor]
+    """The random transforms, of one uint8 image (channels, height, width)."""
+    normalise: Normalisation
 
     def __len__(self) -> int:
         return len(self.images)

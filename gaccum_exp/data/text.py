@@ -49,8 +49,7 @@ def text(
             choice depends on the documents alone, not on a seed.
         separator: what stands between a file's documents and between paragraphs, and joins packed ones.
 
-    Raises `BadInputError` on other values, on a text that cannot be read, and on a split too short to
-    hold a sample.
+    Raises `BadInputError` on other values, a text that cannot be read, and a split without a sample.
     """
     check_choice("split", split, SPLITS)
     check_choice("tokens", tokens, TOKENS)
@@ -86,7 +85,6 @@ def text(
 
 
 def _encoded(document: str, tokens: str, characters: tuple[str, ...]) -> Tensor:
-    """Return a document's tokens, in the smallest type that holds them at once."""
     if not document:  # of which torch makes no tensor
         return torch.empty(0, dtype=torch.int32)
     if tokens == "bytes":
@@ -101,16 +99,9 @@ def _encoded(document: str, tokens: str, characters: tuple[str, ...]) -> Tensor:
 def _stretches(
     sizes: Tensor, context: int, shift_labels: bool, whole_only: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cut documents that are laid end to end.
+    """Cut documents of these sizes that are laid end to end; `whole_only` leaves shorter inputs out.
 
-    Args:
-        sizes: tokens of each document, (documents,).
-        context: tokens of a sample's input.
-        shift_labels: whether a sample needs one token more than its input.
-        whole_only: leave out inputs shorter than `context`.
-
-    Returns:
-        where each sample starts and how long its input is, (samples,) each; none crosses documents.
+    Returns where each sample starts and how long its input is, (samples,) each; none crosses documents.
     """
     usable = (sizes - 1 if shift_labels else sizes).clamp(min=0)
     counts = usable // context if whole_only else (usable + context - 1) // context

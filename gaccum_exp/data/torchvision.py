@@ -25,8 +25,6 @@ from gaccum_exp.data.download import Source, load
 from gaccum_exp.data.tensors import AugmentedImages, Normalisation, tensor_dataset
 from gaccum_exp.errors import BadInputError, nearest
 
-Augment = Callable[[Tensor], Tensor]
-
 
 def mnist(split: str, root: str = "data", download: bool = True, augment: bool = False) -> Dataset[Any]:
     """Return MNIST: 60,000 or 10,000 handwritten digits, (1, 28, 28), 10 classes."""
@@ -68,7 +66,7 @@ def _images(
     root: str,
     download: bool,
     normalise: Normalisation,
-    augment: Augment | None,
+    augment: Callable[[Tensor], Tensor] | None,
 ) -> Dataset[Any]:
     if split not in ("train", "test"):
         raise BadInputError(

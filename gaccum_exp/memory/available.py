@@ -46,13 +46,9 @@ class SavedForBackward:
 
 
 def needed_bytes(parameters: list[Tensor], saved: int, *, float64: bool, held: int) -> int:
-    """Return the peak of one pass over all samples.
+    """Return the peak of one pass over all samples, in float64 or the parameters' own precision.
 
-    Args:
-        parameters: of the modules.
-        saved: bytes that the forward passes of all micro-batches save together.
-        float64: whether the pass runs in float64.
-        held: number of gradients that are held during the pass, in the same precision.
+    saved: bytes that all its forward passes save together; held: gradients that are kept meanwhile.
     """
     own = sum(p.nbytes for p in parameters)
     growth = 8 * sum(p.numel() for p in parameters) / own if float64 and own else 1.0
@@ -60,10 +56,7 @@ def needed_bytes(parameters: list[Tensor], saved: int, *, float64: bool, held: i
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the device's free memory, or None where that is not known.
-
-    On the CPU it is the machine's or what is left of the container's limit, whichever is less.
-    """
+    """Return the free memory of the device, on a CPU within the container's limit; None: unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,11 +74,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse a pass that does not fit.
-
-    Raises:
-        TooLargeError: with what is needed and what is free, in GiB.
-    """
+    """Raise `TooLargeError`, with what is needed and what is free, where a pass does not fit."""
     free = free_bytes(device)
     if free is not None and needed > MARGIN * free:
         gib = needed / 2**30, free / 2**30

@@ -1,7 +1,6 @@
 """Copy models, optimizers and micro-batches onto fake tensors, which have sizes and no memory.
 
-torch's FakeTensorMode runs an operator for the shapes alone. So the memory of a step is predicted with
-the code that trains, for batches that no device here could hold.
+So the memory of a step is predicted with the code that trains, for batches that no device here holds.
 """
 
 import copy
@@ -14,21 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
 
 _CACHED = type(functools.lru_cache(len))
-_settled: list[weakref.ref[Any]] = []
-"""Those of the frozen objects that can hold a fake tensor."""
+_settled: list[weakref.ref[Any]] = []  # those of the frozen objects that can hold a fake tensor
 
 
 def fake_mode() -> FakeTensorMode:
@@ -37,12 +29,9 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """Return copies of modules and optimizers whose tensors are fake.
+    """Return copies of modules and optimizers whose tensors are fake, an optimizer's those of its model.
 
-    Args:
-        mode: the copies' own; to be entered where they are used.
-        objects: copied together, so that an optimizer's copy holds the parameters of a model's.
-        device: of the copies of the modules' tensors, wherever these are themselves, be it on `meta`.
+    mode: to be entered where the copies are used; device: of the modules' tensors there.
     """
     memo: dict[int, Any] = {}
     optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
@@ -71,8 +60,7 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
     for given, copied in zip(objects, made, strict=True):
         if isinstance(given, torch.optim.Optimizer):
             # Not its hooks, nor the step that a schedule of learning rates has wrapped.
-            missing = vars(given).keys() - vars(copied).keys()
-            own = {k: v for k, v in vars(given).items() if k in missing and not callable(v)}
+            own = {k: v for k, v in vars(given).items() if k not in vars(copied) and not callable(v)}
             vars(copied).update(copy.deepcopy(own, memo))
     return made
 
@@ -80,8 +68,8 @@ def copies(objects: tuple[Any, ...], memo: dict[int, Any]) -> tuple[Any, ...]:
 def settle() -> None:
     """Collect garbage, then exclude all objects from later garbage collections and searches.
 
-    These are what was imported, and what a sweep keeps of its arms: most of a process's memory, and it
-    stays. Call it when nothing else is held: cycles that become garbage later are never collected.
+    Most of them were imported, and stay. Call it when nothing else is held than these and what a sweep
+    keeps of its arms: cycles that become garbage later are never collected.
     """
     if _settled:  # before the first time there is next to no garbage
         gc.collect()
@@ -92,11 +80,9 @@ def settle() -> None:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Clear fake tensors left outside of the fake copies, where they would meet real tensors.
-
-    They lie in the caches of functools, as a mask that is computed once, and in gradients of parameters
-    that only a loss function holds.
-    """
+    """Clear fake tensors left outside of the fake copies, where they would meet real tensors."""
+    # They lie in the caches of functools, as a mask that is computed once, and in gradients of
+    # parameters that only a loss function holds.
     try:
         yield
     finally:
@@ -114,8 +100,7 @@ def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
     """Return a micro-batch like the given one, with another number of samples and no memory of its own.
 
     Args:
-        micro_batch: a pytree whose tensors have samples in their first dimension, as many as the first
-            of them that has a dimension; other tensors are left as they are.
+        micro_batch: a pytree; tensors without samples in their first dimension are left as they are.
         samples: how many; beyond those there are, the first one is repeated.
         device: of what is on `meta`.
     """
@@ -134,8 +119,7 @@ def resized(micro_batch: Any, samples: int, device: torch.device) -> Any:
 def samples_in(micro_batch: Any) -> int:
     """Return the number of samples of a micro-batch: its first tensor's, of those with a dimension."""
     tensors = (t for t in tree_leaves(micro_batch) if isinstance(t, Tensor) and t.ndim)
-    first = next(tensors, None)
-    return 0 if first is None else int(first.shape[0])
+    return next((int(tensor.shape[0]) for tensor in tensors), 0)
 
 
 class SizesOnly(LossWrapper):
@@ -143,10 +127,8 @@ class SizesOnly(LossWrapper):
 
     def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
         super().__init__(loss_fn)
-        # What a loss function would infer from values.
-        assume = getattr(loss_fn, "assume", None)
-        if assume is not None:
-            assume(micro_batch)
+        if hasattr(loss_fn, "assume"):  # what it would infer from values
+            loss_fn.assume(micro_batch)
 
     def count(self, micro_batch: Any) -> Denominator:
         """Return any denominator."""
@@ -155,11 +137,6 @@ class SizesOnly(LossWrapper):
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
-
-
-def needs_values(error: Exception) -> bool:
-    """Whether an operator needed values, which fake tensors lack."""
-    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
 
 
 def _is_real_parameter(found: Any) -> bool:

@@ -86,10 +86,9 @@ class TensorMeter(Meter):
                 optimizer.step()
         meter.peak()
 
-    Parameters, gradients and optimizer state count if they are on `device`, wherever they were made;
-    everything else counts if it is made inside. Micro-batches are copied to the device one at a time, on
-    a CPU as well, where they stand for the copies that an accelerator would hold; these are the inputs.
-    Buffers are counted as parameters.
+    Parameters, gradients and optimizer state count if they are on `device`, all else if it is made
+    inside. Micro-batches are copied to the device one at a time, on a CPU as well, where they stand for
+    the copies that an accelerator would hold; these are the inputs. Buffers are counted as parameters.
 
     Args:
         modules: the model, and the criterion where it is a module.
@@ -161,9 +160,8 @@ class _Followed(LossWrapper):
 
     def __init__(self, loss_fn: LossFn, tracker: StorageTracker) -> None:
         super().__init__(on_device(loss_fn))
-        self._from_host = loss_fn
+        self._from_host, self._tracker = loss_fn, tracker
         self._placement = loss_fn.placement if isinstance(loss_fn, Placed) else None
-        self._tracker = tracker
 
     def count(self, micro_batch: Any) -> Denominator | None:
         self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at
@@ -188,7 +186,7 @@ class _Followed(LossWrapper):
 
 
 class AllocatorMeter(Meter):
-    """Read the accelerator's own counters around one window, of whatever loss function."""
+    """Read the accelerator's own counters around one window."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -199,7 +197,13 @@ class AllocatorMeter(Meter):
         yield
         torch.accelerator.synchronize(self._device)
         peak = torch.accelerator.max_memory_allocated(self._device)
-        self.peaks[name] = Peak(peak, name, {}, allocator_counters(self._device))
+        # `requested` is what tensors asked for, `allocated` that with every block rounded up, `reserved`
+        # what was taken from the device: the rest is fragmentation, or kept for later.
+        stats = torch.accelerator.memory_stats(self._device)
+        names = ("requested", "allocated", "reserved")
+        peaks = {name: stats.get(f"{name}_bytes.all.peak") for name in names}
+        counters = {f"allocator_{name}": int(size) for name, size in peaks.items() if size}
+        self.peaks[name] = Peak(peak, name, {}, counters)
 
 
 def highest(peaks: Mapping[str, Peak]) -> Peak | None:
@@ -213,22 +217,9 @@ def has_counters(device: torch.device) -> bool:
         return False
     try:
         torch.accelerator.max_memory_allocated(device)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # or NotImplementedError
         return False
     return True
-
-
-def allocator_counters(device: torch.device) -> dict[str, int]:
-    """Return the caching allocator's peaks since they were reset, as far as it counts them.
-
-    `requested` is what tensors asked for, `allocated` that with every block rounded up, `reserved` what
-    the allocator took from the device; what it holds beyond what is allocated is fragmentation, or kept
-    for later.
-    """
-    stats = torch.accelerator.memory_stats(device)
-    names = ("requested", "allocated", "reserved")
-    peaks = {name: stats.get(f"{name}_bytes.all.peak") for name in names}
-    return {f"allocator_{name}": int(size) for name, size in peaks.items() if size}
 
 
 def resident_set_bytes() -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaccum_exp.memory.meter import OPTIMIZER_STEP, Peak
-from gaccum_exp.memory.storages import CATEGORIES
+from gaccum_exp.memory.storages import CATEGORIES as CATEGORIES  # those of a plan's rows
 
 FIXED = ("parameters", "gradients", "optimizer_state")
 """Categories that no N makes smaller."""
@@ -30,10 +30,9 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it flat, sizes in bytes."""
-        parts = {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
-        whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
         n = {"accum_steps": self.accum_steps, "micro_batch_size": self.micro_batch_size}
-        return {**n, **whole, **parts}
+        whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
+        return n | whole | {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +57,6 @@ class Advice:
     accum_steps: int
     peak_bytes: int
     saved_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it flat, sizes in bytes."""
-        what = {"change": self.change.name, "override": self.change.override}
-        return {
-            **what,
-            "accum_steps": self.accum_steps,
-            "peak_bytes": self.peak_bytes,
-            "saved_bytes": self.saved_bytes,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +94,33 @@ class MemoryPlan:
             "extrapolated": bool(self.extrapolated_from),
             "extrapolated_from": list(self.extrapolated_from),
             "rows": [row.as_dict() for row in self.rows],
-            "advice": [advice.as_dict() for advice in self.advice],
+            "advice": [
+                {"change": of.change.name, "override": of.change.override, "accum_steps": of.accum_steps}
+                | {"peak_bytes": of.peak_bytes, "saved_bytes": of.saved_bytes}
+                for of in self.advice
+            ],
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        """Return the table, and a sentence a line."""
-        return "\n".join([*self.table(), "", *self.sentences()])
+        """Return the table, in which a star marks the chosen N, and a sentence a line."""
+        return "\n".join(self._lines())
 
-    def table(self) -> Iterator[str]:
-        """Yield a title and a line for every N; a star marks the chosen one."""
+    def _lines(self) -> Iterator[str]:
         how = "extrapolated" if self.extrapolated_from else "predicted"
         yield f"Peak memory of a window of {self.global_batch_size} samples, {how} for {self.device}"
         yield ""
-        cells = [_HEADS, *map(self._cells, self.rows)]
+        cells: list[tuple[str, ...]] = [_HEADS]
+        for row in self.rows:
+            mark = "*" if row.accum_steps == self.chosen_steps else ""
+            ratio = row.peak.bytes / self.rows[0].peak.bytes
+            leading = f"{mark}{row.accum_steps}", str(row.micro_batch_size), size(row.peak.bytes)
+            parts = (size(row.peak.parts[part]) for part in CATEGORIES)
+            cells.append((*leading, f"{ratio:.2f}", *parts, row.peak.phase))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for line in cells:
             yield "  ".join(map(str.rjust, line[:-1], widths)) + "  " + line[-1]
-
-    def sentences(self) -> Iterator[str]:
-        """Yield what the rows mean, the most important first."""
+        yield ""
         yield self._fit()
         yield self._knee()
         if self.advice:
@@ -137,18 +133,6 @@ class MemoryPlan:
                 "continued on a straight line."
             )
         yield from self.notes
-
-    def _cells(self, row: Row) -> tuple[str, ...]:
-        mark = "*" if row.accum_steps == self.chosen_steps else ""
-        ratio = row.peak.bytes / self.rows[0].peak.bytes
-        parts = (size(row.peak.parts[part]) for part in CATEGORIES)
-        leading = (
-            f"{mark}{row.accum_steps}",
-            str(row.micro_batch_size),
-            size(row.peak.bytes),
-            f"{ratio:.2f}",
-        )
-        return (*leading, *parts, row.peak.phase)
 
     def _fit(self) -> str:
         least = min(self.rows, key=lambda row: row.peak.bytes)
@@ -198,9 +182,6 @@ def size(number: int) -> str:
 
 
 def knee(peaks: Mapping[int, float]) -> int:
-    """Return the N past which nothing shrinks: the smallest whose peak is as good as the smallest.
-
-    peaks: bytes by N.
-    """
+    """Return the N past which nothing shrinks, of bytes by N: the first as good as the smallest."""
     least = min(peaks.values())
     return min(n for n, peak in peaks.items() if peak <= (1 + FLAT) * least)

@@ -53,11 +53,9 @@ def plan_memory(
         print(plan)
 
     Args:
-        model: on the device where it will be trained, or on `meta`, and then it is planned for the CPU.
-            It is copied without its memory, and left as it is.
+        model: on the device where it will be trained; on `meta`, it is planned for the CPU.
         loss_fn: as for `accumulate_gradients`.
-        batch: a micro-batch as the loss function takes it, on any device, of any number of samples; its
-            values do not matter, so tensors on `meta` will do.
+        batch: a micro-batch as the loss function takes it, on any device, even `meta`, of any size.
         optimizer: over the model's parameters, or what makes it of them, e.g. `torch.optim.AdamW`.
         batch_size: samples of a window, the global batch; None: as many as `batch` holds.
         budget_bytes: what the peak may be at most; None: no N is chosen.
@@ -65,13 +63,12 @@ def plan_memory(
             is chosen.
         buffer_dtype: as for `accumulate_gradients`.
 
-    Returns:
-        A row for every power of two up to one sample a micro-batch, the smallest N that fits, the N past
-        which nothing shrinks, and what else would save memory.
+    Returns a row for every power of two up to one sample a micro-batch, the smallest N that fits, the N
+    past which nothing shrinks, and what else would save memory.
 
     A model whose forward pass depends on values is run instead, on a copy, on micro-batches of four and
-    eight samples; the plan says so. On `meta` there are no values to run it on: its error is raised,
-    with a note. Errors of the model, the loss function or the optimizer are raised as they are.
+    eight samples; the plan says so. On `meta`, without values, its error is raised with a note. Errors
+    of the model, the loss function or the optimizer are raised as they are.
     """
     samples = samples_in(batch) if batch_size is None else batch_size
     if samples < 1 or samples_in(batch) < 1:
@@ -88,13 +85,11 @@ def plan_memory(
     equal_parts = reduction_named(reduction).needs_equal_parts
     planner = Planner(source, samples, equal_parts=equal_parts, notes=notes)
     plan = planner.plan(str(device), budget_bytes)
-    return with_advice(plan, step.changed) if isinstance(source, Predicted) else plan
+    return with_advice(plan, step.fake) if isinstance(source, Predicted) else plan
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What a step needs, to be copied."""
-
     model: nn.Module
     loss_fn: LossFn | nn.Module
     batch: Any
@@ -103,27 +98,18 @@ class _Step:
     buffer_dtype: torch.dtype | None
     device: torch.device
 
-    def fake(self) -> MeteredStep:
-        """Return the step on copies without memory."""
-        step = self.changed(None)
-        assert step is not None
-        return step
-
     def real(self) -> MeteredStep:
-        """Return the step on copies."""
-        step = self._on(copies((self.model, self.loss_fn, self.optimizer), {}), None, None)
-        assert step is not None
-        return step
+        return self._on(copies((self.model, self.loss_fn, self.optimizer), {}), None, None)
 
-    def changed(self, change: Change | None) -> MeteredStep | None:
-        """Return the step on copies without memory and with a change; None where that does not apply."""
+    def fake(self, change: Change | None = None) -> MeteredStep:
+        """Return the step on copies without memory, with a change; raise if that does not apply."""
         mode = fake_mode()
         copied = fake_copies(mode, (self.model, self.loss_fn, self.optimizer), self.device)
         return self._on(copied, mode, change)
 
     def _on(
         self, copied: tuple[Any, ...], mode: FakeTensorMode | None, change: Change | None
-    ) -> MeteredStep | None:
+    ) -> MeteredStep:
         @contextmanager
         def context() -> Iterator[None]:
             with random_state_kept(), eagerly(), mode or nullcontext():
@@ -134,10 +120,10 @@ class _Step:
         with context():
             if not isinstance(optimizer, torch.optim.Optimizer):
                 optimizer = optimizer([p for p in modules.parameters() if p.requires_grad])
-            if change == FUSED and not _fuse(optimizer):
-                return None
-            if change == CHECKPOINTING and not checkpoint_blocks(model):
-                return None
+            if (change == FUSED and not _fuse(optimizer)) or (
+                change == CHECKPOINTING and not checkpoint_blocks(model)
+            ):
+                raise ValueError(f"{change.name} does not apply")
             half = torch.bfloat16 if change == BF16 else None
             placement = Placement(self.device, autocast=half, device_type=self.device.type)
             sizes_only = Placed(SizesOnly(as_loss_fn(loss_fn, self.reduction), self.batch), placement)

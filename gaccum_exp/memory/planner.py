@@ -4,8 +4,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.memory.fake import needs_values
 from gaccum_exp.memory.meter import highest
 from gaccum_exp.memory.plan import (
     BF16,
@@ -23,32 +24,38 @@ from gaccum_exp.memory.predict import Extrapolated, MeteredStep, PeakSource, Pre
 
 @dataclass(slots=True)
 class Planner:
-    """Predict the peak of every N that is asked for, each once, and choose among them.
-
-    Args:
-        source: of the peaks.
-        samples: of a window, the global batch.
-        equal_parts: whether N has to divide the window, as a mean of means needs.
-    """
+    """Predict the peak of every N that is asked for, each once, and choose among them."""
 
     source: PeakSource
     samples: int
+    """Of a window, the global batch."""
     equal_parts: bool = False
+    """Whether N has to divide the window, as a mean of means needs."""
     notes: list[str] = field(default_factory=list)
     _rows: dict[int, Row | None] = field(default_factory=dict)
 
     def row(self, accum_steps: int) -> Row | None:
         """Return the prediction for one N; None where the model refuses micro-batches of that size."""
-        if accum_steps not in self._rows:
-            self._rows[accum_steps] = self._predicted(accum_steps)
+        if accum_steps in self._rows:
+            return self._rows[accum_steps]
+        sizes = split_sizes(self.samples, accum_steps)
+        peak = None
+        try:
+            peak = highest(self.source.peaks(self.samples, accum_steps))
+        except Exception as error:  # a model may refuse a single sample, or an odd number of them
+            if accum_steps == 1:
+                raise
+            several = f"{sizes[0]}" if sizes[-1] == sizes[0] else f"{sizes[0]} and {sizes[-1]}"
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            self.notes.append(f"N = {accum_steps} is left out, with micro-batches of {several}: {why}.")
+        self._rows[accum_steps] = Row(accum_steps, sizes[0], peak) if peak else None
         return self._rows[accum_steps]
 
     def candidates(self) -> list[int]:
-        """Return every N that is of use: powers of two, and of those with the same first and second
-        micro-batch, on which a peak depends, the smallest; or the divisors of the global batch.
-        """
+        """Return every N that is of use: divisors of the batch, or those with peaks of their own."""
         if self.equal_parts:
             return [n for n in range(1, self.samples + 1) if self.samples % n == 0]
+        # The smallest of those with the same first two micro-batches, on which a peak depends.
         first_two = {
             (-(-self.samples // n), (self.samples - 2) // n): n for n in range(self.samples, 1, -1)
         }
@@ -92,29 +99,11 @@ class Planner:
             notes=tuple(self.notes),
         )
 
-    def _predicted(self, accum_steps: int) -> Row | None:
-        sizes = split_sizes(self.samples, accum_steps)
-        size = sizes[0]
-        try:
-            peak = highest(self.source.peaks(self.samples, accum_steps))
-        except Exception as error:  # a model may refuse a single sample, or an odd number of them
-            if accum_steps == 1:
-                raise
-            several = f"{size}" if sizes[-1] == size else f"{size} and {sizes[-1]}"
-            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            self.notes.append(f"N = {accum_steps} is left out, with micro-batches of {several}: {why}.")
-            return None
-        assert peak is not None
-        return Row(accum_steps, size, peak)
-
 
 def peak_source(
     fake: Callable[[], MeteredStep], real: Callable[[], MeteredStep] | None, samples: int
 ) -> tuple[PeakSource, list[str]]:
-    """Return predictions, or, where the step needs values, an extrapolation and why it is one.
-
-    real: None where there are no values. Then the error is raised as it is.
-    """
+    """Return predictions, or, of a step that needs values, an extrapolation if there are, and why."""
     try:
         return Predicted(fake(), samples), []
     except Exception as error:  # each model fails on fake tensors in its own way
@@ -125,9 +114,8 @@ def peak_source(
             )
             raise
         why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
-        what = (
-            "depends on values" if needs_values(error) else "cannot be taken on tensors without values"
-        )
+        on_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+        what = "depends on values" if on_values else "cannot be taken on tensors without values"
     found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
     return found, [f"This model's step {what} ({why}): it was run on small micro-batches."]
 

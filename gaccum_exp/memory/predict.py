@@ -1,8 +1,8 @@
 """Predict the peak of a window without running it, or, where that cannot be done, extrapolate it.
 
-Only two micro-batches of a window are taken, however many it has, and the last if it is smaller. The
-first finds no gradients; from the second on gradients lie beside the activations, and none that follows
-holds more, though a model may refuse a smaller one. So the cost of a prediction does not depend on N.
+Only two micro-batches of a window are taken, and the last if it is smaller, so that the cost does not
+depend on N. From the second on gradients lie beside the activations, and none that follows holds more,
+though a model may refuse a smaller one.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,10 +41,6 @@ class MeteredStep:
                 self.take(window, meter)
         return meter.peaks
 
-    def warm_up(self, samples: int) -> None:
-        """Take a step that makes the optimizer's state, on a micro-batch of two samples."""
-        self.peaks([min(2, samples)])
-
 
 class Predicted:
     """Predict the peaks of a step by taking it on fake tensors."""
@@ -53,7 +49,7 @@ class Predicted:
 
     def __init__(self, step: MeteredStep, samples: int) -> None:
         self._step = step
-        step.warm_up(samples)
+        step.peaks([min(2, samples)])  # makes the optimizer's state
 
     def peaks(self, samples: int, accum_steps: int) -> dict[str, Peak]:
         """Return the peak of each phase of a window of so many samples in so many micro-batches."""
@@ -61,15 +57,12 @@ class Predicted:
 
 
 class Extrapolated:
-    """Extrapolate the peaks of real steps on two small micro-batches along a straight line.
-
-    The peak is a constant and a part in proportion to the micro-batch.
-    """
+    """Extrapolate the peaks of real steps on two small micro-batches along a straight line."""
 
     def __init__(self, step: MeteredStep, samples: int) -> None:
         large = min(8, samples)
         self.extrapolated_from = (max(1, large // 2), large)
-        step.warm_up(samples)
+        step.peaks([min(2, samples)])  # makes the optimizer's state
         # A window of one micro-batch has no gradients beside its activations, others have.
         self._measured = {
             passes: [step.peaks([size] * passes) for size in self.extrapolated_from] for passes in (1, 2)
@@ -81,8 +74,7 @@ class Extrapolated:
         one, other = self._measured[min(2, accum_steps)]
         factor = (split_sizes(samples, accum_steps)[0] - small) / max(1, large - small)
 
-        def continued(phase: str) -> Peak:
-            low, high = one[phase], other[phase]
+        def continued(low: Peak, high: Peak) -> Peak:
             total = round(low.bytes + factor * (high.bytes - low.bytes))
             parts = {
                 category: max(0, round(size + factor * (high.parts[category] - size)))
@@ -90,13 +82,13 @@ class Extrapolated:
             }
             # At another size the peak may be at another moment, where fewer gradients are there yet.
             parts[ACTIVATIONS] = max(0, parts[ACTIVATIONS] + total - sum(parts.values()))
-            return Peak(sum(parts.values()), phase, parts)
+            return Peak(sum(parts.values()), low.phase, parts)
 
-        return {phase: continued(phase) for phase in one}
+        return {phase: continued(low, other[phase]) for phase, low in one.items()}
 
 
 def decisive_sizes(sizes: Sequence[int]) -> list[int]:
-    """Return the sizes of the micro-batches that decide a window's peak; it has the largest first.
+    """Return the sizes of the micro-batches that decide a window's peak, given the largest first.
 
     >>> decisive_sizes([2, 2, 1, 1]), decisive_sizes([3, 3, 3])
     ([2, 2, 1], [3, 3])

@@ -1,13 +1,14 @@
 """Follow every tensor's storage, operator by operator: what it is for, and how much there is of it.
 
-A dispatch mode sees the result of every operator, above autograd's kernels and below nothing else, and
-follows the storages in it until they die. It works with real tensors, and with fake ones (torch's
-FakeTensorMode), which have a size and no memory: that is how a peak is predicted. Workspace inside
-operators is not seen, nor are tensors that were made outside and assigned to no category.
+A dispatch mode sees the result of every operator, and follows the storages in it until they die. It
+works with real tensors, and with fake ones (torch's FakeTensorMode), which have a size and no memory:
+that is how a peak is predicted. Workspace inside operators is not seen, nor are tensors that were made
+outside and assigned to no category.
 """
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,11 @@ class BudgetExceededError(torch.OutOfMemoryError):
     """More is held than the budget allows."""
 
 
+@dataclass(slots=True)
 class _Storage:
-    __slots__ = ("bytes", "category", "reference")
-
-    def __init__(self, bytes: int, category: str) -> None:
-        self.bytes, self.category = bytes, category
-        self.reference: weakref.ref[Any] | None = None
+    reference: weakref.ref[Any]
+    category: str
+    bytes: int = 0
 
 
 class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's metaclass
@@ -67,7 +67,7 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
         self.peak, self.at_peak = self.total, dict(self.held)
 
     def assign(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Assign tensors to a category; those that are not followed yet are from now on."""
+        """Assign tensors to a category, and follow them from now on."""
         for tensor in tensors:
             for storage in storages(tensor):
                 entry = self._storages.get(storage._cdata)
@@ -103,9 +103,8 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
     def _add(self, storage: Any, device: torch.device, category: str) -> None:
         if device.type != self._device.type:
             return
-        entry = _Storage(0, category)
         key = storage._cdata
-        entry.reference = weakref.ref(storage, partial(self._free, key))
+        entry = _Storage(weakref.ref(storage, partial(self._free, key)), category)
         self._storages[key] = entry
         self._resize(entry, storage.nbytes())
 

@@ -43,8 +43,7 @@ class CNN(nn.Module):
         input_shape: (channels, height, width) of one image.
         num_classes: number of outputs.
 
-    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on values that it
-    cannot use.
+    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on unusable values.
     """
 
     def __init__(

@@ -35,13 +35,11 @@ class GPT(nn.Module):
         heads: attention heads of each block.
         width: features of the residual stream, a multiple of 2 · heads; the MLP is 4 times as wide.
         dropout: probability of dropping an embedding's, an attention's or a residual's element,
-            0 ≤ dropout < 1. Anything above 0 makes the forward pass draw random numbers, which no
-            seed can pair across N.
+            0 ≤ dropout < 1; no seed pairs it across N.
         tie_weights: use the embedding as the head.
         vocab_size: number of tokens.
 
-    Maps token indices (batch, length) to logits (batch, length, vocab_size). Raises `BadInputError` on
-    values that it cannot use.
+    Maps (batch, length) to (batch, length, vocab_size). Raises `BadInputError` on unusable values.
     """
 
     def __init__(
@@ -54,16 +52,30 @@ class GPT(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(layers, heads, width)
+        for name, value in (("layers", layers), ("heads", heads), ("width", width)):
+            if value < 1:
+                raise BadInputError(f"model.{name}={value} must be at least 1")
+        if width % (2 * heads):
+            fitting = max(1, round(width / (2 * heads))) * 2 * heads
+            raise BadInputError(
+                f"model.width={width} cannot be split among model.heads={heads} heads of an even size: "
+                f"the nearest width is {fitting}"
+            )
         if not 0 <= dropout < 1:
             raise BadInputError(f"model.dropout={dropout} must be at least 0 and below 1")
-        tokens = _known_vocabulary(vocab_size)
+        if vocab_size is None:
+            raise BadInputError(
+                "model.vocab_size is not known, since the data set has no attribute `classes`: "
+                "give the number of tokens, for example model.vocab_size=256"
+            )
+        if vocab_size < 1:
+            raise BadInputError(f"model.vocab_size={vocab_size} must be at least 1")
         self.head_size = width // heads
-        self.embedding = nn.Embedding(tokens, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = _dropout(dropout)
         self.blocks = nn.ModuleList(Block(heads, width, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, tokens, bias=False)
+        self.head = nn.Linear(width, vocab_size, bias=False)
         if tie_weights:
             self.head.weight = self.embedding.weight
         for name, weight in self.named_parameters():
@@ -155,26 +167,3 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
 def _dropout(probability: float) -> nn.Module:
     return nn.Dropout(probability) if probability > 0 else nn.Identity()
-
-
-def _check_sizes(layers: int, heads: int, width: int) -> None:
-    for name, value in (("layers", layers), ("heads", heads), ("width", width)):
-        if value < 1:
-            raise BadInputError(f"model.{name}={value} must be at least 1")
-    if width % (2 * heads):
-        fitting = max(1, round(width / (2 * heads))) * 2 * heads
-        raise BadInputError(
-            f"model.width={width} cannot be split among model.heads={heads} heads of an even size: "
-            f"the nearest width is {fitting}"
-        )
-
-
-def _known_vocabulary(vocab_size: int | None) -> int:
-    if vocab_size is None:
-        raise BadInputError(
-            "model.vocab_size is not known, since the data set has no attribute `classes`: "
-            "give the number of tokens, for example model.vocab_size=256"
-        )
-    if vocab_size < 1:
-        raise BadInputError(f"model.vocab_size={vocab_size} must be at least 1")
-    return vocab_size

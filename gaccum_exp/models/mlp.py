@@ -21,16 +21,13 @@ class MLP(nn.Module):
     """Flatten, then linear layers with an activation between them.
 
     Args:
-        hidden: width of each hidden layer; an empty list leaves one linear layer (softmax
-            regression under cross entropy).
+        hidden: width of each hidden layer; an empty list leaves one linear layer.
         activation: `relu`, `gelu`, `silu` or `tanh`.
-        dropout: probability of dropping a hidden unit, 0 ≤ dropout < 1. Anything above 0 makes
-            the forward pass draw random numbers, which no seed can pair across N.
+        dropout: probability of dropping a hidden unit, 0 ≤ dropout < 1; no seed pairs it across N.
         input_shape: shape of one sample's input.
         num_classes: number of outputs.
 
-    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on values that it
-    cannot use.
+    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on unusable values.
     """
 
     def __init__(

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 from gaccum_exp.errors import BadInputError
 
-Shape = tuple[int, ...]
 
-
-def known_shape(input_shape: Sequence[int] | None) -> Shape:
+def known_shape(input_shape: Sequence[int] | None) -> tuple[int, ...]:
     """Return the shape of one sample's input, each dimension at least 1.
 
     Raises `BadInputError` where it is not known (null, and no data set to read it from).

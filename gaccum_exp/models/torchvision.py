@@ -52,15 +52,13 @@ class TorchvisionModel(nn.Module):
         name: what `torchvision.models.get_model` knows, for example `resnet18`.
         input_shape: (channels, height, width) of one image, 1 or 3 channels.
         num_classes: number of outputs.
-        weights: name of torchvision's weights to start from, for example `DEFAULT` or
-            `IMAGENET1K_V1`; the last layer is new where the number of classes differs. They are
-            read from torch's hub folder, and downloaded where they are absent.
-        image_size: side in pixels to which images are resized. Null leaves images alone that the
-            model can take; vision transformers, MaxViT and MViT take one size only, which is
-            the published one then (224 for most). The first two can be built for another.
+        weights: torchvision's weights to start from, for example `DEFAULT` or `IMAGENET1K_V1`, read from
+            torch's hub folder or downloaded; the last layer is new where the number of classes differs.
+        image_size: side in pixels to which images are resized; null: only those that the model cannot
+            take. Vision transformers, MaxViT and MViT take one size, the published one (224 for most)
+            unless the first two are built for another.
 
-    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on a name, weights
-    or a size that torchvision does not have.
+    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on what torchvision lacks.
     """
 
     def __init__(
@@ -104,7 +102,11 @@ class TorchvisionModel(nn.Module):
         if name in models.list_models(module=models.video):
             self.frames = meta[0].get("min_temporal_size", 1)
 
-        self.net = _build(name, options, image_size)
+        try:
+            self.net: nn.Module = models.get_model(name, weights=None, **options)
+        except (AssertionError, ValueError) as error:
+            # Nothing but the size is the user's among the options.
+            raise _unfit_size(name, image_size, error) from error
         if image_size is not None:
             self._check_size(name, image_size, (1, channels, height, width))
         if weights is not None:
@@ -153,17 +155,7 @@ def _check_name(name: str) -> None:
     )
 
 
-def _build(name: str, options: dict[str, Any], image_size: int | None) -> nn.Module:
-    try:
-        net: nn.Module = models.get_model(name, weights=None, **options)
-    except (AssertionError, ValueError) as error:
-        # Nothing but the size is the user's among the options.
-        raise _unfit_size(name, image_size, error) from error
-    return net
-
-
 def _published(name: str, weights: str | None) -> list[models.WeightsEnum]:
-    """Return the weights of that name, or all that there are for the model where it is null."""
     # A float model starts from float weights; the others are for its quantised form.
     known = models.get_model_weights(name.removeprefix("quantized_"))
     if weights is None:

@@ -18,11 +18,9 @@ MOST_NOTES = 16
 
 
 def by_setting(rows: Sequence[ComparisonRow], merged: str) -> dict[str, list[ComparisonRow]]:
-    """Sort rows by setting, repetitions together, or by reduction if settings are too many.
+    """Sort rows by their setting's label, repetitions together, or by reduction's if it is too many.
 
-    Returns:
-        rows by label, in the order in which labels occur; a reduction's is `merged`, with `{reduction}`
-        and `{settings}`, how many there are, filled in.
+    A reduction's label is `merged`, with `{reduction}` and `{settings}`, how many there are, filled in.
     """
     found: dict[str, list[ComparisonRow]] = {}
     for row in rows:

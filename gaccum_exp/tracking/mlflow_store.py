@@ -9,9 +9,9 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,7 @@ READERS = 4
 
 
 class Store:
-    """One MLflow experiment at one tracking URI.
-
-    Raises:
-        BadInputError: the tracking URI cannot be used or reached.
-    """
+    """One MLflow experiment at one tracking URI; `BadInputError` if that cannot be used or reached."""
 
     def __init__(self, uri: str, experiment_name: str) -> None:
         for key, value in ENVIRONMENT.items():
@@ -64,18 +60,18 @@ class Store:
             try:  # before MLflow does, which would retry for long
                 socket.create_connection((address.hostname or "", port), timeout=5).close()
             except OSError as error:
-                line = f"tracking.uri={uri}: no tracking server answers there ({error})"
-                raise BadInputError(line) from None
+                message = f"tracking.uri={uri}: no tracking server answers there ({error})"
+                raise BadInputError(message) from None
         try:
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment_name)
             if found is None:
                 try:
-                    self._client.create_experiment(experiment_name)
+                    found = self._client.get_experiment(self._client.create_experiment(experiment_name))
                 except MlflowException:  # unless another process was quicker
-                    if self._client.get_experiment_by_name(experiment_name) is None:
+                    found = self._client.get_experiment_by_name(experiment_name)
+                    if found is None:
                         raise
-                found = self._client.get_experiment_by_name(experiment_name)
         except Exception as error:  # every store raises errors of its own here
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadInputError(f"tracking.uri={uri}: cannot be used ({first})") from error
@@ -160,11 +156,9 @@ class Store:
         token: str | None = None
         while token is None or token:
             page = self._client.search_runs(
-                [self.experiment_id],
-                " AND ".join(clauses),
-                order_by=["attributes.start_time ASC"],
+                [self.experiment_id], " AND ".join(clauses), order_by=["attributes.start_time ASC"],
                 page_token=token,
-            )
+            )  # fmt: skip
             runs.extend(page)
             token = page.token or ""
         found = self._curves([(run.info.run_id, run.data.metrics) for run in runs], curves)
@@ -187,7 +181,6 @@ class Store:
     def _curves(
         self, runs: Sequence[tuple[str, Mapping[str, float]]], keys: Sequence[str]
     ) -> list[dict[str, Curve]]:
-        """Return those of these curves that each run has, given its id and its metrics."""
         wanted = [(run_id, key) for run_id, metrics in runs for key in keys if key in metrics]
         with _database(self.uri) as database, ThreadPoolExecutor(READERS) as pool:
             served = self.uri.startswith("http")  # a request waits for the server most of its time
@@ -207,25 +200,19 @@ class Store:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
-@contextmanager
-def _database(uri: str) -> Iterator[sqlite3.Connection | None]:
+def _database(uri: str) -> AbstractContextManager[sqlite3.Connection | None]:
     """Open the file of a SQLite store, to be read past MLflow; None for any other store."""
     # MLflow's own query for a curve goes through the values that all runs of the file have of the
     # metric: SQLite takes the index of its primary key, which begins with the metric, not with the run.
     path = uri.removeprefix("sqlite:///")
-    try:
-        database = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True) if path != uri else None
-    except sqlite3.Error:
-        database = None
-    with closing(database) if database is not None else nullcontext():
-        yield database
+    with suppress(sqlite3.Error):
+        if path != uri:
+            return closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True))
+    return nullcontext()
 
 
 class MlflowRun:
-    """One run, as it is written.
-
-    A delivery that fails is kept for the next one; only the last one's failure ends the run.
-    """
+    """One run, as it is written. What cannot be delivered is kept for the next delivery."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client = client
@@ -285,8 +272,7 @@ class MlflowRun:
 
 
 def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Try again what the store may refuse for a moment."""
-    # E.g. two arms side by side create the same entry for their data, and it refuses the second.
+    # The store may refuse for a moment, e.g. where two arms create the same entry for their data.
     for attempt in range(1, ATTEMPTS + 1):
         try:
             call(*args, **kwargs)

@@ -1,10 +1,9 @@
 """Where the MLflow UI shows one sweep: the link, and the experiment tags that it rests on.
 
 The link opens the experiment's chart view with nothing but the runs of one sweep in it. Its address
-alone cannot do that: the chart view draws the first ten runs unless its state says otherwise, and
-that state is no part of the address. What MLflow offers for it is the mechanism behind its own
-button for sharing a view: the view's state is kept in an experiment tag, and the link names the tag.
-Three things about it were found by trying MLflow 3.5.0 and 3.17.2:
+alone cannot do that: the chart view draws the first ten runs unless its state says otherwise. So, as
+MLflow's own button for sharing a view does, the state is kept in an experiment tag, which the link
+names. Three things about it were found by trying MLflow 3.5.0 and 3.17.2:
 
 - the filter has to stand in the state as well, and must not stand in the link: from 3.17 on a link
   with a filter of its own ignores the state;
@@ -28,10 +27,7 @@ LOCAL_PORT = 5000
 
 
 def experiment_tags(sweep_id: str) -> dict[str, str]:
-    """Return the experiment tags to set before `ui_link` for this sweep is opened.
-
-    Setting them again is harmless, and those of other sweeps stay valid.
-    """
+    """Return the experiment tags to set, once or again, before `ui_link` for this sweep is opened."""
     return {
         "mlflow.experimentKind": "custom_model_development",
         f"mlflow.sharedViewState.{_share_key(sweep_id)}": json.dumps(_view_state(sweep_id)),
@@ -44,7 +40,7 @@ def ui_link(base_url: str, experiment_id: str, sweep_id: str) -> str:
     Args:
         base_url: where the server answers, e.g. `http://127.0.0.1:5000`.
         experiment_id: the experiment that holds the runs and carries `experiment_tags(sweep_id)`.
-        sweep_id: the value of the runs' tag `sweep_id`; it holds no single quote.
+        sweep_id: without a single quote.
     """
     # The workflow is what MLflow calls the side of its menu that lists runs; older ones ignore it.
     return (
@@ -64,9 +60,14 @@ def ui_lines(tracking_uri: str, experiment_id: str, sweep_id: str) -> list[str]:
         parts = urlsplit(tracking_uri)
         address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
         return [address, ui_link(address, experiment_id, sweep_id)]
+    # The short name only where it is this environment's: the user may not have activated it, and
+    # another MLflow would want to migrate the database.
+    found = shutil.which("mlflow")
+    is_ours = found and Path(found).parent == Path(sys.executable).parent
+    program = "mlflow" if is_ours else f"{shlex.quote(sys.executable)} -m mlflow"
     serve = f"ui --backend-store-uri {shlex.quote(tracking_uri)} --port {LOCAL_PORT}"
     link = ui_link(f"http://127.0.0.1:{LOCAL_PORT}", experiment_id, sweep_id)
-    return [f"{_mlflow_program()} {serve}", link]
+    return [f"{program} {serve}", link]
 
 
 def _share_key(sweep_id: str) -> str:
@@ -96,12 +97,3 @@ def _view_state(sweep_id: str) -> dict[str, object]:
         "useGroupedValuesInCharts": True,
         "autoRefreshEnabled": True,
     }
-
-
-def _mlflow_program() -> str:
-    # The short name only where it is this environment's: the user may not have activated it, and
-    # another MLflow would want to migrate the database.
-    found = shutil.which("mlflow")
-    if found and Path(found).parent == Path(sys.executable).parent:
-        return "mlflow"
-    return f"{shlex.quote(sys.executable)} -m mlflow"

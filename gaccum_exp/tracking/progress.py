@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -18,13 +17,10 @@ LINES = 5
 
 
 class Progress:
-    """Shows one run's progress and its last loss.
-
-    A bar needs a terminal to itself: under `CI`, in a pipe, or where several arms run side by side, a
-    few plain lines are printed instead.
-    """
+    """Shows one run's progress and its last loss: in a few plain lines where a bar has no terminal."""
 
     def __init__(self, name: str, total: int, *, alone: bool = True) -> None:
+        # A bar needs a terminal to itself: not `CI`, nor a pipe, nor arms side by side.
         self._name, self._total = name, total
         self._plain = not alone or bool(os.environ.get("CI")) or not sys.stderr.isatty()
         self._done = 0
@@ -40,9 +36,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def advance(self, done: int) -> None:

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Keys that say how the batch is split, or what a store calls it: none changes what is trained.
-_SPLITTING = frozenset(
-    {
-        *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
-        *("data.micro_batch_size", "data.global_batch_size", "sweep_id"),
-    }
-)
+_SPLITTING = {
+    *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
+    *("data.micro_batch_size", "data.global_batch_size", "sweep_id"),
+}
 # Nor does how it is audited, a control's seed being such a key, or what else was trained with it.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.")
 
@@ -50,10 +48,7 @@ class RunRecord:
 
     @property
     def accum_steps(self) -> int | None:
-        """N, micro-batches per window; None when the run ended before its config was recorded.
-
-        Of a run whose windows had to be split finer, the N that it ended with.
-        """
+        """N that the run ended with; None when it ended before its config was recorded."""
         return _integer(self.tags.get("accum.steps_used") or self.params.get("accum.steps"))
 
     @property
@@ -65,10 +60,8 @@ class RunRecord:
 
     @property
     def micro_batch_sizes(self) -> tuple[int, ...]:
-        """The sizes of a full window's micro-batches, largest first; empty when unknown.
-
-        As tagged by the run, else the global batch split as evenly as possible.
-        """
+        """The sizes of a full window's micro-batches, largest first; empty when unknown."""
+        # As tagged by the run, else the global batch split as evenly as possible.
         tagged = map(_integer, self.tags.get("micro_batch_sizes", "").split(","))
         sizes = [size for size in tagged if size is not None]
         n, total = self.accum_steps, self.global_batch_size
@@ -116,8 +109,7 @@ class DatasetRecord:
 
 
 def _integer(text: str | None) -> int | None:
-    """Read an integer from a stored parameter; None for `None`, `null`, absent or unreadable."""
     try:
         return int(text) if text is not None else None
-    except ValueError:
+    except ValueError:  # `None`, or `null`
         return None

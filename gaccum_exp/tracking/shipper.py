@@ -43,7 +43,7 @@ Numbers = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class _Request:
     target: int
-    """The number of an object in the helper; 0: make a Store."""
+    """The number of an object in the helper; `_FACTORY`: make a Store."""
     method: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -54,18 +54,14 @@ class _Request:
 
 
 def connect(uri: str, experiment_name: str) -> "Store":
-    """Return a store in the helper process, without waiting: a later call raises if it cannot be used.
-
-    Raises:
-        TrackingError: the process has ended.
-    """
+    """Return a store in the helper process at once; a later call raises if it cannot be used."""
     return cast("Store", start_helper().request((_FACTORY,), "Store", uri, experiment_name))
 
 
 def start_helper() -> "_Helper":
     """Start the helper process, if it does not run yet; return it."""
     own = _helpers.get(os.getpid())
-    if own is None or own.ended:
+    if own is None or own._process.poll() is not None:
         own = _helpers[os.getpid()] = _Helper()
     return own
 
@@ -96,9 +92,8 @@ class _Helper:
     def request(self, of: Numbers, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of an object in the helper.
 
-        Returns:
-            A proxy of the result, at once, where that is kept in the helper; None, at once, of a method
-            that returns nothing; else the result, once it is there.
+        Return a proxy of a result that is kept there, or None of a method in `NOT_WAITED_FOR`, at once;
+        else the result, once it is there.
         """
         keep = next(self._numbers) if method in KEPT else None
         while self._unanswered and self._connection.poll():
@@ -129,8 +124,7 @@ class _Helper:
             self._process.wait(timeout=60)
 
     def _note_answer(self) -> None:
-        """Take an answer that no call waits for: nothing, or a warning."""
-        warning = self._receive()
+        warning = self._receive()  # of a call that does not wait, which has no other answer
         if warning is not None:
             log.warning("tracking: %s", warning)
 
@@ -146,7 +140,6 @@ class _Helper:
         return answer
 
     def _raise(self, of: Numbers) -> None:
-        """Raise an error of an object, or of one that made it."""
         found = [self._failures.pop(number) for number in of if number in self._failures]
         if found:
             raise found[-1]
@@ -157,14 +150,8 @@ class _Helper:
             self._process.wait(timeout=5)
         return TrackingError(f"the process that writes to MLflow has ended ({self._process.returncode})")
 
-    @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
 
 class _Proxy:
-    """An object in the helper process, with its methods."""
-
     def __init__(self, helper: _Helper, numbers: Numbers) -> None:
         self._helper, self._numbers = helper, numbers
 
@@ -205,7 +192,10 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             if request.keep is not None:
                 objects[request.keep] = None
-            answer = _without_mlflow(error)
+            answer = error
+            if not isinstance(error, BadInputError):  # the other side unpickles it without MLflow
+                line = next(iter(str(error).strip().splitlines()), "no message")
+                answer = TrackingError(f"{type(error).__name__}: {line}")
         try:
             connection.send(answer)
         except OSError:
@@ -214,14 +204,6 @@ def serve(connection: Connection) -> None:
         if isinstance(run, MlflowRun) and not run.ended:
             with contextlib.suppress(Exception):
                 run.end("KILLED", "its process has ended")
-
-
-def _without_mlflow(error: Exception) -> Exception:
-    """Return an exception that the other side can unpickle without MLflow."""
-    if isinstance(error, BadInputError):
-        return error
-    lines = str(error).strip().splitlines() or ["no message"]
-    return TrackingError(f"{type(error).__name__}: {lines[0]}")
 
 
 if __name__ == "__main__":

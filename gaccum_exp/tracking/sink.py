@@ -68,10 +68,7 @@ class Sink:
         self._recorded.append((global_step, time.time_ns() // 1_000_000, values))
 
     def deliver(self) -> list[Point]:
-        """Send what was recorded since the last delivery, and return it.
-
-        A curve ends with its first loss that is not finite, however late a delivery comes.
-        """
+        """Send what was recorded since the last delivery, and return it."""
         self._read_recorded()
         points, self._read = self._read, []
         for point in points:
@@ -81,18 +78,14 @@ class Sink:
         return points
 
     def require_finite(self) -> None:
-        """Look at every loss recorded so far.
-
-        Raises:
-            NonFiniteLossError: one of them is NaN or infinite; the curve up to it has been delivered.
-        """
+        """Raise `NonFiniteLossError` if a loss so far is not finite; the curve up to it is delivered."""
         self._read_recorded()
         if self._not_finite is not None:
             self.deliver()
             raise self._not_finite
 
     def _read_recorded(self) -> None:
-        """Bring what was recorded to the host, up to the first loss that is not finite."""
+        """Bring what was recorded to the host; a curve ends with its first loss that is not finite."""
         points, self._recorded = _on_host(self._recorded), []
         for point in points:
             if self._not_finite is None:
@@ -112,7 +105,7 @@ class Sink:
 
 
 def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> list[Point]:
-    """Bring all tensors to the host with one copy for each device and type, not one a value."""
+    # All tensors of a device and type with one copy, not one a value.
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for _, _, values in recorded:
         for value in values.values():
@@ -130,22 +123,15 @@ def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> l
 
 
 class MlflowSink(Sink):
-    """Delivers one run's metrics to MLflow, many in a request.
-
-    Args:
-        run: of a store in this process, or a proxy of one in the helper process.
-    """
+    """Delivers one run's metrics to MLflow, many in a request."""
 
     def __init__(self, run: "MlflowRun") -> None:
         super().__init__()
         self.run = run
+        """Of a store in this process, or a proxy of one in the helper process."""
 
     def ready(self) -> None:
-        """Wait until the run has begun in the store.
-
-        Raises:
-            BadInputError: the store cannot be used.
-        """
+        """Wait until the run has begun in the store; `BadInputError` if that cannot be used."""
         self.run.ready()
 
     def send(self, points: list[Point]) -> None:

@@ -124,19 +124,19 @@ def test_a_crowd_is_its_median_and_range_where_there_are_values() -> None:
         (np.array([1, 2, 3]), np.array([3.0, math.inf, math.nan])),
         (np.array([1, 2, 4]), np.array([8.0, -math.inf, 2.0])),
     ]
-    crowd = curve_range(curves)
-    assert crowd.global_steps.tolist() == [1, 2, 3, 4]
-    np.testing.assert_array_equal(crowd.low, [1, 5, math.nan, 2])
-    np.testing.assert_array_equal(crowd.median, [3, 5, math.nan, 2])
-    np.testing.assert_array_equal(crowd.high, [8, 5, math.nan, 2])
+    global_steps, low, median, high = curve_range(curves)
+    assert global_steps.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(low, [1, 5, math.nan, 2])
+    np.testing.assert_array_equal(median, [3, 5, math.nan, 2])
+    np.testing.assert_array_equal(high, [8, 5, math.nan, 2])
 
 
 def test_a_crowds_median_is_the_plain_one() -> None:
     """Of an even and of an odd number of curves."""
     steps, values = np.arange(1, 30), np.random.default_rng(0).normal(size=(6, 29))
     for count in (5, 6):
-        crowd = curve_range([(steps, line) for line in values[:count]])
-        np.testing.assert_allclose(crowd.median, np.median(values[:count], axis=0), rtol=1e-15)
+        _, _, median, _ = curve_range([(steps, line) for line in values[:count]])
+        np.testing.assert_allclose(median, np.median(values[:count], axis=0), rtol=1e-15)
 
 
 def test_neighbouring_n_share_a_style_where_there_are_too_many(arm: Arm) -> None:

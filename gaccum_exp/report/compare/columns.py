@@ -12,16 +12,7 @@ from typing import Any, NamedTuple
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
 from gaccum_exp.report.compare.swept_keys import Setting
-from gaccum_exp.report.text.wording import (
-    byte_unit,
-    say_gap,
-    say_loss,
-    say_ratio,
-    say_sizes,
-    say_verdict,
-    say_word,
-    time_unit,
-)
+from gaccum_exp.report.text.wording import byte_unit, say_gap, say_loss, say_ratio, say_sizes, time_unit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.records import RunRecord
 
@@ -41,7 +32,7 @@ class Measured:
 
     @property
     def role(self) -> str:
-        """`reference` for the run that the group is compared with, and for no other, whatever its N."""
+        """`candidate` for all but the run that the group is compared with, whatever its N."""
         if self.group.reference is None or self.run.run_id != self.group.reference.run_id:
             return "candidate"
         names = {Source.STAND_IN: "stand-in", Source.STORED: "stored reference"}
@@ -58,27 +49,20 @@ class Measured:
 
 
 class Column(NamedTuple):
-    """One column: its name is that of the row's attribute and of the CSV file's column."""
+    """One column, under the name of the row's attribute."""
 
-    name: str
     read: Callable[[Measured], Any]
-    header: str
+    header: str = ""
     """The table's, `{unit}` standing for the unit that suits all arms; empty: not in the table."""
-    say: Callable[[Any], str]
-    unit: Callable[[float], tuple[float, str]] | None
+    say: Callable[[Any], str] = str
+    unit: Callable[[float], tuple[float, str]] | None = None
     """Of the largest value: the unit's size and name."""
-    in_csv: bool
+    in_csv: bool = True
 
 
-def column(
-    read: Callable[[Measured], Any],
-    header: str = "",
-    say: Callable[[Any], str] = say_word,
-    unit: Callable[[float], tuple[float, str]] | None = None,
-    in_csv: bool = True,
-) -> Any:
-    """Declare a column of `ComparisonRow`."""
-    return field(metadata={"column": (read, header, say, unit, in_csv)})
+def column(read: Callable[[Measured], Any], *header_and_say: Any, **options: Any) -> Any:
+    """Declare a column of `ComparisonRow`; the arguments are a `Column`'s."""
+    return field(metadata={"column": Column(read, *header_and_say, **options)})
 
 
 def _cost(run: RunRecord, metric: str) -> float | None:
@@ -86,15 +70,14 @@ def _cost(run: RunRecord, metric: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None  # else it was not measured
 
 
-def _whole_cost(run: RunRecord, metric: str) -> int | None:
-    value = _cost(run, metric)
+def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _predicted_peak(run: RunRecord) -> int | None:
+def _predicted_peak(arm: Measured) -> int | None:
     # For the N that the run began with: where it ended with another, nothing was predicted.
-    value = None if "accum.steps_used" in run.tags else run.last(metrics.PREDICTED_PEAK_BYTES)
-    return None if value is None else int(value)
+    used = "accum.steps_used" in arm.run.tags
+    return None if used else _whole(arm.run.last(metrics.PREDICTED_PEAK_BYTES))
 
 
 def _last(metric: str) -> Callable[[Measured], float | None]:
@@ -115,8 +98,7 @@ class ComparisonRow:
 
     run_id: str = column(lambda arm: arm.run.run_id)
     role: str = column(lambda arm: arm.role)
-    """`reference`, `stand-in`, `stored reference` (the run that the group is compared with) or
-    `candidate`; an N = 1 arm that failed is no reference."""
+    """`reference`, `stand-in`, `stored reference` or `candidate`; a failed N = 1 is no reference."""
     accum_steps: int | None = column(lambda arm: arm.run.accum_steps, "N")
     """N, micro-batches per window."""
     micro_batch_size: int | None = column(lambda arm: next(iter(arm.run.micro_batch_sizes), None))
@@ -132,7 +114,7 @@ class ComparisonRow:
     weight_distance: float | None = column(lambda arm: arm.weight_distance, "weight\ndist.", say_gap)
     """‖w − w_ref‖₂ / ‖w_ref‖₂ at the end of training; None unless both finished."""
     peak_bytes: int | None = column(
-        lambda arm: _whole_cost(arm.run, metrics.PEAK_BYTES), "peak\n{unit}", unit=byte_unit
+        lambda arm: _whole(_cost(arm.run, metrics.PEAK_BYTES)), "peak\n{unit}", unit=byte_unit
     )
     peak_ratio: float | None = column(
         lambda arm: arm.ratio(metrics.PEAK_BYTES, "memory.source"), "\n×", say_ratio
@@ -160,9 +142,8 @@ class ComparisonRow:
     memory_source: str | None = column(lambda arm: arm.run.tags.get("memory.source"))
     device: str | None = column(lambda arm: arm.run.tags.get("device"))
     threads: str | None = column(lambda arm: arm.run.tags.get("threads"))
-    verdict: str | None = column(_tag("verdict"), "\nverdict", say_verdict)
-    """The worst audit's: `identical`, `equivalent`, `stochastic`, `biased` or `inconclusive`; None
-    where the arm was not audited."""
+    verdict: str | None = column(_tag("verdict"), "\nverdict")
+    """The worst audit's; None where the arm was not audited."""
     cause: str | None = column(_tag("cause"))
     culprit: str | None = column(_tag("culprit"))
     """A module's dotted name."""
@@ -173,7 +154,7 @@ class ComparisonRow:
     """What summation order alone makes of `e`."""
     control: str | None = column(lambda arm: arm.standing.word)
     """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
-    envelope: float | None = column(lambda arm: arm.envelope.largest if arm.envelope else None)
+    envelope: float | None = column(lambda arm: arm.envelope.values[-1] if arm.envelope else None)
     """The largest gap that the controls' envelope reaches."""
     eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY))
     """exp(eval loss), where the loss counts tokens."""
@@ -181,7 +162,7 @@ class ComparisonRow:
     """Median over windows, where the loss counts tokens."""
     skipped_windows: float | None = column(_last(metrics.SKIPPED_WINDOWS))
     """Windows whose float16 gradient was not finite, so that no step was taken; None: none."""
-    predicted_peak_bytes: int | None = column(lambda arm: _predicted_peak(arm.run))
+    predicted_peak_bytes: int | None = column(_predicted_peak)
     """What was predicted before the run, for the N that it ended with."""
 
     setting: Setting = column(lambda arm: arm.group.setting, in_csv=False)
@@ -211,5 +192,5 @@ class ComparisonRow:
         return self.role != "candidate"
 
 
-COLUMNS = {f.name: Column(f.name, *f.metadata["column"]) for f in fields(ComparisonRow)}
+COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(ComparisonRow)}
 """Every column by name; the CSV file's in its order."""

@@ -1,9 +1,8 @@
 """Compare the runs of a sweep: one row per arm, measured against the arm's reference.
 
 Ratios are taken only between like and like: peaks from the same memory source, step times on the
-same device with the same number of threads. What was not measured stays None, and is blank in the
-CSV file. The verdict on an arm's gradient is its own audit's, read from the run. On its loss curve
-there is one where the sweep has controls: `rounding_envelope`.
+same device with the same number of threads. The verdict on an arm's gradient is its own audit's, read
+from the run. On its loss curve there is one where the sweep has controls: `rounding_envelope`.
 """
 
 import csv
@@ -35,9 +34,9 @@ class Comparison:
     stored_runs: tuple[RunRecord, ...] = ()
     """The runs behind `stored`, for drawing."""
     reference_notes: tuple[str, ...] = ()
-    """What a reader of any table or figure must know: references that are not the sweep's own."""
+    """References that are not the sweep's own: what a reader of any table or figure must know."""
     verdict_notes: tuple[str, ...] = ()
-    """What makes an arm's gradient another than the large batch's, and curves that left the envelope."""
+    """What makes a gradient another than the large batch's, and curves that left the envelope."""
     envelopes: tuple[Envelope, ...] = ()
     """What rounding alone makes of the loss curves, one for each reference that has controls."""
     other_notes: tuple[str, ...] = ()
@@ -64,11 +63,8 @@ def compare(
     Args:
         runs: the arms of a sweep and their controls, finished or not, in any order.
         stored: other runs of the store, among which a missing reference is looked for.
-        weights: gives a run's final parameters by name, on the CPU, or None where none are kept.
-            Called for finished arms that have a reference, and for the references.
-
-    Returns:
-        A row per arm in an order that does not depend on that of `runs`.
+        weights: gives a run's final parameters by name, on the CPU, or None where none are kept; asked
+            for references and the finished arms that have one.
     """
     groups = group_runs(runs, stored)
     rows: list[ComparisonRow] = []
@@ -97,7 +93,7 @@ def compare(
 
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
-    """Write a row per arm under `CSV_COLUMNS`, floats in full precision, unknown values blank."""
+    """Write a row per arm, floats in full precision, unknown values blank."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
@@ -107,7 +103,7 @@ def write_csv(comparison: Comparison, path: Path) -> Path:
 
 
 def _measure(group: Group, envelope: Envelope | None, weights: WeightsOf) -> Iterator[Measured]:
-    """Hold the arms of a group against its reference, with the weights of one at a time in memory."""
+    # The weights of one arm at a time are in memory.
     reference = group.reference
     if reference is None:
         yield from (Measured(arm, group) for arm in group.arms)

@@ -17,20 +17,13 @@ Parameters = Mapping[str, torch.Tensor]
 
 
 def largest_loss_gap(run: RunRecord, reference: RunRecord) -> tuple[float | None, int]:
-    """Return the largest |train loss − reference's| over the steps that both have, and their number.
-
-    NaN when a difference is NaN (a loss of NaN, or both infinite); None when no step is shared.
-    """
+    """Return the largest gap, None when no step is shared, and how many are; NaN if any gap is NaN."""
     global_steps, gaps = loss_gaps(run, reference)
     return (float(np.max(gaps)) if global_steps.size else None), int(global_steps.size)
 
 
 def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optimizer steps that both runs have, ascending, and |train loss difference|.
-
-    Returns:
-        global_steps: (shared,) int64; gaps: (shared,) float64.
-    """
+    """Return the optimizer steps that both runs have, ascending, and |train loss difference| there."""
     (our_steps, ours), (their_steps, theirs) = loss_curve(run), loss_curve(reference)
     global_steps = our_steps
     if not np.array_equal(our_steps, their_steps):
@@ -43,11 +36,7 @@ def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndar
 
 
 def loss_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optimizer steps with a train loss, ascending, and the loss; both empty without any.
-
-    Returns:
-        global_steps: (steps,) int64; losses: (steps,) float64.
-    """
+    """Return the optimizer steps with a train loss, ascending, and the loss: (steps,) int64, float64."""
     curve = run.curves.get(TRAIN_LOSS)
     global_steps = np.array(curve.global_steps if curve else (), dtype=np.int64)
     losses = np.array(curve.values if curve else (), dtype=np.float64)
@@ -59,11 +48,7 @@ def loss_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
-    """Return ‖w − w_ref‖₂ / ‖w_ref‖₂ over all parameters, accumulated in float64.
-
-    None when names or shapes differ: the two are not the same model. From a reference of zero
-    norm the distance is 0 or infinite.
-    """
+    """Return the distance of final weights; None when names or shapes differ: not the same model."""
     if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
         return None
     difference = _norm(ours[name].double() - theirs[name].double() for name in theirs)
@@ -71,6 +56,11 @@ def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / norm
+
+
+def nan_last(value: float | None) -> float:
+    """Order distances: NaN, and what was not measured, after all others."""
+    return math.inf if value is None or math.isnan(value) else value
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

@@ -14,7 +14,7 @@ config.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from gaccum_exp.report.compare.swept_keys import Setting, swept_keys, swept_values
@@ -45,13 +45,12 @@ class Group:
     arms: tuple[RunRecord, ...]
     reference: RunRecord | None
     source: Source
-    n_multiplies: bool = False
+    n_multiplies: bool
     """The micro-batch is fixed, so N multiplies the global batch and each arm is alone."""
-    controls: tuple[RunRecord, ...] = ()
+    controls: tuple[RunRecord, ...]
     """The reference trained again with other orders inside the windows, one run per order; finished
     or not. Without a one-pass reference they bound nothing, and stay here to be spoken of."""
-
-    setting: Setting = field(default_factory=lambda: Setting(None))
+    setting: Setting
     """What sets the group apart in its sweep."""
 
     @property
@@ -79,10 +78,7 @@ def shared_config(runs: Iterable[RunRecord]) -> dict[str, str]:
 
 
 def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> list[Group]:
-    """Sort `runs` into groups and find each group's reference, if need be in `stored`.
-
-    Neither the groups nor their order, that of their settings, depend on the order of `runs`.
-    """
+    """Sort `runs` into groups, ordered by setting, and find their references, if need be in `stored`."""
     members: dict[Config, list[RunRecord]] = defaultdict(list)
     controls: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in runs:
@@ -90,62 +86,56 @@ def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> l
     known = {run.run_id for run in runs}
     sweep_ones = _one_pass_runs(runs)
     stored_ones = _one_pass_runs(run for run in stored if run.run_id not in known)
-    lonely = _lonely_families(members)
+    families: dict[object, set[int | None]] = defaultdict(set)  # N of arms alone with their batch
+    for alike in members.values():
+        if len(alike) == 1:
+            families[_family(alike[0])].add(alike[0].accum_steps)
+    n_multiplies = any(len(every) > 1 for every in families.values())
+    batches = {alike[0].global_batch_size for alike in members.values()} - {None}  # of a refused arm
+    keys = swept_keys(runs)
     groups = []
-    for key, arms in members.items():
-        multiplies = len(arms) == 1 and _family(arms[0]) in lonely
+    for key, alike in members.items():
+        arms = _in_order(alike)
+        multiplies = len(arms) == 1 and len(families[_family(arms[0])]) > 1
         reference, source = _find_reference(key, arms, sweep_ones, stored_ones)
         if multiplies and arms[0].accum_steps == 1:
             # N = 1 of such a sweep is a small batch, and nobody's reference, not even its own.
             reference, source = None, Source.NONE
         own = key if reference is None else _key(reference)
-        found = controls.get(own) or controls.get(_other_mean(own), [])
-        groups.append(Group(_in_order(arms), reference, source, multiplies, _one_per_order(found)))
-    return _labelled(groups, swept_keys(runs))
-
-
-def _labelled(groups: Sequence[Group], keys: Mapping[str, str]) -> list[Group]:
-    """Return the groups with their settings, in the order of these."""
-    batches = {group.arms[0].global_batch_size for group in groups} - {None}  # an arm refused has none
-    batch_was_swept = len(batches) > 1 and not any(group.n_multiplies for group in groups)
-    labelled = []
-    for group in groups:
-        first = group.arms[0]
-        values = swept_values(first, keys)
-        if batch_was_swept:
-            values += (("global batch", str(first.global_batch_size)),)
-        labelled.append(replace(group, setting=Setting(first.params.get(_REDUCTION), values)))
+        orders = _one_per_order(controls.get(own) or controls.get(_other_mean(own), []))
+        values = swept_values(arms[0], keys)
+        if len(batches) > 1 and not n_multiplies:
+            values += (("global batch", str(arms[0].global_batch_size)),)
+        setting = Setting(arms[0].params.get(_REDUCTION), values)
+        groups.append(Group(arms, reference, source, multiplies, orders, setting))
     # The id of the first arm settles ties, so that the order of the input never shows.
     return sorted(
-        labelled,
-        key=lambda g: (g.setting.order, g.arms[0].global_batch_size or 0, g.arms[0].run_id),
+        groups, key=lambda g: (g.setting.order, g.arms[0].global_batch_size or 0, g.arms[0].run_id)
     )
 
 
 def _find_reference(
     key: Config,
-    arms: list[RunRecord],
+    arms: Sequence[RunRecord],
     sweep: Mapping[Config, list[RunRecord]],
     stored: Mapping[Config, list[RunRecord]],
 ) -> tuple[RunRecord | None, Source]:
-    made_on = {_circumstances(arm) for arm in arms}
     other = _other_mean(key)
     if key in sweep:
         return sweep[key][-1], Source.OWN
     if other in sweep:
         return sweep[other][-1], Source.OTHER_REDUCTION
+    made_on = {_circumstances(arm) for arm in arms}
     for candidate_key in (key, other):
         alike = [run for run in stored.get(candidate_key, []) if _circumstances(run) in made_on]
         if alike:
             return alike[-1], Source.STORED
-    finished = _in_order(arm for arm in arms if arm.finished and arm.accum_steps)
-    if len(finished) >= 2:
-        return finished[0], Source.STAND_IN
-    return None, Source.NONE
+    finished = [arm for arm in arms if arm.finished and arm.accum_steps]
+    return (finished[0], Source.STAND_IN) if len(finished) >= 2 else (None, Source.NONE)
 
 
 def _circumstances(run: RunRecord) -> tuple[str | None, str | None]:
-    """Device and data: what is no part of the config, and has to agree all the same."""
+    # What is no part of the config, and has to agree all the same.
     return run.tags.get("device"), run.tags.get("data_digest")
 
 
@@ -154,7 +144,7 @@ def _key(run: RunRecord) -> Config:
 
 
 def _other_mean(key: Config) -> Config:
-    """Return the key of the same config under the other mean; the key itself for `sum`."""
+    # `sum` has no other: its key is itself.
     return frozenset(
         (name, _SAME_AT_ONE_PASS.get(value, value) if name == _REDUCTION else value)
         for name, value in key
@@ -162,16 +152,16 @@ def _other_mean(key: Config) -> Config:
 
 
 def _one_pass_runs(runs: Iterable[RunRecord]) -> dict[Config, list[RunRecord]]:
-    """Return finished N = 1 runs by config, the most recent last."""
+    # Those that finished, by config, the most recent last.
     found: dict[Config, list[RunRecord]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.start_time_ms, run.run_id)):
         if run.finished and run.accum_steps == 1 and not run.is_control:
             found[_key(run)].append(run)
-    return dict(found)
+    return found
 
 
 def _one_per_order(controls: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
-    """Return one run for each permutation, a finished one if there is: the same order is no new draw."""
+    # One run for each permutation, a finished one if there is: the same order is no new draw.
     chosen: dict[int | str, RunRecord] = {}
     for run in sorted(controls, key=lambda run: (not run.finished, *_recency(run))):
         chosen.setdefault(run.run_id if run.control_seed is None else run.control_seed, run)
@@ -183,19 +173,10 @@ def _recency(run: RunRecord) -> tuple[int, str]:
 
 
 def _family(run: RunRecord) -> tuple[Config, tuple[int, ...]]:
-    """Return what arms share that differ in N at a fixed micro-batch: config and largest micro-batch."""
+    # What arms share that differ in N at a fixed micro-batch.
     return frozenset(run.training_config.items()), run.micro_batch_sizes[:1]
 
 
-def _lonely_families(members: Mapping[Config, list[RunRecord]]) -> set[object]:
-    """Return the families whose arms are alone with their global batch while N varies."""
-    found: dict[object, set[int | None]] = defaultdict(set)
-    for arms in members.values():
-        if len(arms) == 1:
-            found[_family(arms[0])].add(arms[0].accum_steps)
-    return {family for family, every in found.items() if len(every) > 1}
-
-
 def _in_order(arms: Iterable[RunRecord]) -> tuple[RunRecord, ...]:
-    """Sort by N, the most recent of equal ones first; arms without an N come last."""
+    # By N, the most recent of equal ones first; arms without an N come last.
     return tuple(sorted(arms, key=lambda arm: (arm.accum_steps or float("inf"), *_recency(arm))))

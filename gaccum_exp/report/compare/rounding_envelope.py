@@ -59,11 +59,6 @@ class Envelope:
     limits: tuple[float, ...]
     """How large a gap is still inside: MARGIN × envelope(k), or × the spacing of the numbers."""
 
-    @property
-    def largest(self) -> float:
-        """The envelope at the end of training."""
-        return self.values[-1]
-
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -75,7 +70,7 @@ class Standing:
 
 
 def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope | None:
-    """Return the envelope of these controls, all of which count; None if no curve is shared."""
+    """Return the envelope of these controls; None if no curve is shared."""
     every, losses = loss_curve(reference)
     largest = np.zeros(every.size)
     seen = np.zeros(every.size, dtype=bool)
@@ -91,31 +86,24 @@ def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope
     running = np.maximum.accumulate(largest[seen])
     values = running[np.searchsorted(global_steps, 2 * global_steps, side="right") - 1]
     limits = MARGIN * np.fmax(values, _spacing(losses[seen]))
-    return Envelope(
-        reference.run_id,
-        len(controls),
-        *(tuple(column.tolist()) for column in (global_steps, values, limits)),
-    )
+    columns = (tuple(column.tolist()) for column in (global_steps, values, limits))
+    return Envelope(reference.run_id, len(controls), *columns)
 
 
 def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:
-    """Say where a curve stands in its reference's envelope.
-
-    A gap of NaN is outside. What is inside so far but lacks steps that the envelope has, as an arm
-    that was interrupted, is neither.
-    """
+    """Say where a curve stands in its reference's envelope; inside so far, but cut short, is neither."""
     global_steps, gaps = loss_gaps(run, reference)
     judged, places, where = np.intersect1d(
         global_steps, envelope.global_steps, assume_unique=True, return_indices=True
     )
-    outside = ~(gaps[places] <= np.array(envelope.limits)[where])
+    outside = ~(gaps[places] <= np.array(envelope.limits)[where])  # so is a gap of NaN
     if outside.any():
         return Standing("outside", int(judged[outside][0]))
     return Standing("inside") if judged.size == len(envelope.global_steps) else Standing()
 
 
 def _spacing(losses: np.ndarray) -> np.ndarray:
-    """Return the distance to the next number at each loss, in the precision that it was recorded in."""
+    # The distance to the next number at each loss, in the precision that it was recorded in.
     exact: np.ndarray = np.abs(losses)
     with np.errstate(all="ignore"):  # beyond float32's range, or not finite: not float32 numbers, then
         single = exact.astype(np.float32)

@@ -1,8 +1,7 @@
 """Find the config keys that a sweep varies besides N, and name them in few words.
 
-A sweep over seeds or models has config keys that differ between its arms. Some of them only follow
-others (an evaluation seed interpolated from `seed`, the options of a model that was swapped); one
-key of each kind tells the arms apart.
+Some only follow others (an evaluation seed interpolated from `seed`, the options of a model that was
+swapped); one key of each kind tells the arms apart.
 """
 
 import re
@@ -39,7 +38,9 @@ class Setting:
     @property
     def order(self) -> tuple[tuple[str | float, ...], ...]:
         """A sort key: reduction, then values, seeds 2 and 10 as numbers, not as text."""
-        return tuple(map(_natural, (self.reduction or "", *(value for _, value in self.values))))
+        texts = (self.reduction or "", *(value for _, value in self.values))
+        split = (enumerate(re.split(r"(\d+)", text)) for text in texts)
+        return tuple(tuple(float(part) if i % 2 else part for i, part in parts) for parts in split)
 
 
 def swept_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
@@ -61,33 +62,32 @@ def swept_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 def swept_values(run: RunRecord, keys: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Return (short key, value) of `run` for the keys that its config has; a class by its bare name."""
-    values = ((key, short, run.params[key]) for key, short in keys.items() if key in run.params)
     return tuple(
-        (short, value.rpartition(".")[2] if key.endswith("_target_") else value)
-        for key, short, value in values
+        (short, run.params[key].rpartition(".")[2] if key.endswith("_target_") else run.params[key])
+        for key, short in keys.items()
+        if key in run.params
     )
 
 
 def _leaf(key: str) -> str:
-    """`optimizer.lr` -> `lr`, and `model._target_` -> `model`."""
+    # `optimizer.lr` -> `lr`, and `model._target_` -> `model`.
     return _block(key) if _is_selector(key) else key.rpartition(".")[2]
 
 
 def _shortness(key: str) -> tuple[bool, bool, int, str]:
-    """Order keys by how telling they are: the seed, then a block's selector, then the shortest."""
+    # The seed tells most, then a block's selector, then the shortest key.
     return (key != "seed", not _is_selector(key), len(key), key)
 
 
 def _is_selector(key: str) -> bool:
-    """Whether the key says which class or named model a block holds."""
+    # It says which class or named model a block holds.
     return key.endswith(("._target_", ".name"))
 
 
 def _follows(key: str, selector: str, varying: Mapping[str, tuple[str | None, ...]]) -> bool:
     """Whether `key` is an option of `selector`'s block whose value the selector alone decides."""
-    if key == selector or _block(key) != _block(selector):
-        return False
-    if _is_selector(key) and _shortness(key) < _shortness(selector):
+    leads = _is_selector(key) and _shortness(key) < _shortness(selector)
+    if key == selector or leads or _block(key) != _block(selector):
         return False
     selected = varying[selector]
     return len(set(zip(selected, varying[key], strict=True))) == len(set(selected))
@@ -95,8 +95,3 @@ def _follows(key: str, selector: str, varying: Mapping[str, tuple[str | None, ..
 
 def _block(key: str) -> str:
     return key.partition(".")[0]
-
-
-def _natural(text: str) -> tuple[str | float, ...]:
-    parts = re.split(r"(\d+)", text)
-    return tuple(float(part) if index % 2 else part for index, part in enumerate(parts))

@@ -1,7 +1,7 @@
 """Draw what an arm costs as bars against N: peak memory by category, and time of an optimizer step."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.figures.cost_rows import CATEGORIES, Bar, BarRows, memory_rows, step_time_rows
+from gaccum_exp.report.figures.cost_rows import Bar, BarRows, memory_rows, step_time_rows
 from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.report.text.wording import say_ratio
 from gaccum_exp.tracking.records import RunRecord
@@ -29,10 +30,7 @@ _TICK_ROLES = {"reference": "ref.", "stand-in": "stand-in", "stored reference": 
 
 
 def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
-    """Draw peak memory against N, stacked by category, the total marked by where the peak is.
-
-    Of repetitions the one with the largest peak is drawn.
-    """
+    """Draw peak memory against N, stacked by category, the total marked by where the peak is."""
     rows = memory_rows(comparison, runs)
     legend: list[Artist] = [
         Patch(facecolor=color, hatch=hatch, edgecolor="black", label=name.replace("_", " "))
@@ -46,12 +44,24 @@ def draw_memory(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure
     ]
     if rows.phases - _PHASES.keys():
         legend.append(_marker(_UNKNOWN_PHASE, "total"))
-    figure, all_axes = _lay_out(rows, 3.0, legend)
-    for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
-        for position, bar in enumerate(bars):
-            if bar.each:
-                _draw_peak(axes, position, bar)
-    return figure
+
+    def draw_bar(axes: Axes, position: int, bar: Bar) -> None:
+        (total,), bottom = bar.each, 0.0
+        for name, height in bar.parts.items():
+            color, hatch = LOOKS[name]
+            axes.bar(
+                position, height, _BAR_WIDTH, bottom=bottom, color=color, hatch=hatch,
+                edgecolor="black", linewidth=0.5, label=name,
+            )  # fmt: skip
+            bottom += height
+        if not bar.parts:
+            axes.bar(position, total, _BAR_WIDTH, color="white", edgecolor="black", linewidth=0.8)
+        axes.plot(
+            position, total, _PHASES.get(bar.phase, _UNKNOWN_PHASE), color="black",
+            markerfacecolor="white", markersize=6, gid=bar.name,
+        )  # fmt: skip
+
+    return _draw(rows, 3.0, legend, draw_bar)
 
 
 def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
@@ -63,39 +73,23 @@ def draw_step_time(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Fig
     ]
     if rows.are_repeated:
         legend.append(_marker("o", "each of the repeated runs; the bar is their median", "black"))
-    figure, all_axes = _lay_out(rows, 2.6, legend)
-    for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
-        for position, bar in enumerate(bars):
-            if bar.each:
-                color, hatch = _TIME_BARS["reference" if bar.is_reference else "candidate"]
-                axes.bar(
-                    position, statistics.median(bar.each), _BAR_WIDTH, color=color, hatch=hatch,
-                    edgecolor="black", linewidth=0.6,
-                )  # fmt: skip
-            if len(bar.each) > 1:
-                axes.plot([position] * len(bar.each), bar.each, "o", color="black", markersize=3)
-    return figure
 
-
-def _draw_peak(axes: Axes, position: int, bar: Bar) -> None:
-    (total,), bottom = bar.each, 0.0
-    for name, height in bar.parts.items():
-        color, hatch = LOOKS[name]
+    def draw_bar(axes: Axes, position: int, bar: Bar) -> None:
+        color, hatch = _TIME_BARS["reference" if bar.is_reference else "candidate"]
         axes.bar(
-            position, height, _BAR_WIDTH, bottom=bottom, color=color, hatch=hatch,
-            edgecolor="black", linewidth=0.5, label=name,
+            position, statistics.median(bar.each), _BAR_WIDTH, color=color, hatch=hatch,
+            edgecolor="black", linewidth=0.6,
         )  # fmt: skip
-        bottom += height
-    if not bar.parts:
-        axes.bar(position, total, _BAR_WIDTH, color="white", edgecolor="black", linewidth=0.8)
-    axes.plot(
-        position, total, _PHASES.get(bar.phase, _UNKNOWN_PHASE), color="black",
-        markerfacecolor="white", markersize=6, gid=bar.name,
-    )  # fmt: skip
+        if len(bar.each) > 1:
+            axes.plot([position] * len(bar.each), bar.each, "o", color="black", markersize=3)
+
+    return _draw(rows, 2.6, legend, draw_bar)
 
 
-def _lay_out(rows: BarRows, height: float, legend: Sequence[Artist]) -> tuple[Figure, list[Axes]]:
-    """Lay out a figure of bars: axes from zero, N below them, ratios above the bars."""
+def _draw(
+    rows: BarRows, height: float, legend: Sequence[Artist], draw_bar: Callable[[Axes, int, Bar], None]
+) -> Figure:
+    """Draw a figure of bars: axes from zero, N below them, ratios above the bars."""
     most = max(len(bars) for _, bars in rows.panels)
     figure, (all_axes,) = lay_out(
         rows.title,
@@ -108,6 +102,8 @@ def _lay_out(rows: BarRows, height: float, legend: Sequence[Artist]) -> tuple[Fi
     for (_, bars), axes in zip(rows.panels, all_axes, strict=True):
         rotation = 90 if len(bars) > _MOST_UPRIGHT_LABELS else 0
         for position, bar in enumerate(bars):
+            if bar.each:
+                draw_bar(axes, position, bar)
             if bar.missing:
                 axes.text(
                     position, 0.03, bar.missing, transform=axes.get_xaxis_transform(), rotation=90,
@@ -130,7 +126,7 @@ def _lay_out(rows: BarRows, height: float, legend: Sequence[Artist]) -> tuple[Fi
     factor = 1.3 if most > _MOST_UPRIGHT_LABELS else 1.18
     all_axes[0].set_ylim(0, rows.highest * factor or 1.0)
     all_axes[0].set_ylabel(rows.axis, fontsize=9)
-    return figure, all_axes
+    return figure
 
 
 def _marker(marker: str, label: str, face: str = "white") -> Line2D:

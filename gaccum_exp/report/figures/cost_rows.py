@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gaccum_exp.memory.plan import MemoryPlan, knee
+from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.panels import Panel, panels_of, subject, thinned
@@ -13,10 +13,6 @@ from gaccum_exp.report.text.wording import byte_unit, say_list, say_scaled, time
 from gaccum_exp.tracking.metrics import RESIDENT_SET_BYTES, memory_part
 from gaccum_exp.tracking.records import RunRecord
 
-CATEGORIES = (
-    *("parameters", "gradients", "optimizer_state", "activations", "temporaries"),
-    "inputs",
-)
 # What is measured beside the tracked tensors, named as what it is.
 _OTHER_SIZES = {
     RESIDENT_SET_BYTES: "Resident set of the process, libraries and data included",
@@ -55,13 +51,13 @@ class BarRows:
     title: str
     axis: str
     highest: float
-    panels: tuple[tuple[str, tuple[Bar, ...]], ...]
+    panels: Sequence[tuple[str, list[Bar]]]
     """Titles with bars by N."""
     notes: tuple[str, ...]
-    are_repeated: bool
-    """Whether several runs share a bar."""
     categories: tuple[str, ...] = ()
     phases: frozenset[str | None] = frozenset()
+    are_repeated: bool = False
+    """Whether several runs' times are dots beside a bar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,47 +69,49 @@ class CostCurve:
     predicted_bytes: Mapping[int, float]
     step_s: Mapping[int, float]
 
-    @property
-    def peaks(self) -> Mapping[int, float]:
-        """What was measured, else what was predicted, in bytes."""
-        return self.measured_bytes or self.predicted_bytes
-
-    @property
-    def knee(self) -> int | None:
-        """The N past which nothing shrinks."""
-        return knee(self.peaks) if len(self.peaks) > 1 else None
-
 
 def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRows:
     """Prepare the peaks by N and category; of repetitions the largest."""
     panels, left_out = thinned(panels_of(comparison))
     measured = [row for row in comparison.shown if row.peak_bytes is not None]
-    peaks = [row.peak_bytes or 0 for row in measured]
-    unit_bytes, unit = byte_unit(max(peaks, default=1))
+    highest_bytes = max((row.peak_bytes or 0 for row in measured), default=0)
+    unit_bytes, unit = byte_unit(highest_bytes)
     sources = sorted({row.memory_source for row in comparison.shown if row.memory_source})
     source = f" ({say_list(sources)})" if sources else ""
-    repeated = _are_repeated(panels)
+    repeated = any(len(rows) > 1 for panel in panels for rows in panel.by_n.values())
+    parts = {
+        row.run_id: {
+            name: size / unit_bytes
+            for name in CATEGORIES
+            if (size := runs[row.run_id].metrics.get(memory_part(name))) is not None
+        }
+        for row in measured
+    }
 
-    def bar(n: int, rows: Sequence[ComparisonRow]) -> Bar:
-        known = [row for row in rows if row.peak_bytes is not None]
-        if not known:
-            return Bar(n, _role(rows), _missing(rows))
+    def bar(n: int, role: str, known: Sequence[ComparisonRow]) -> Bar:
         row = max(known, key=lambda row: (row.peak_bytes or 0, row.run_id))
-        parts = {name: size / unit_bytes for name, size in parts_of(runs[row.run_id]).items()}
         total = (row.peak_bytes or 0) / unit_bytes
-        found = row.run_id, (total,), row.peak_ratio, row.is_reference, parts, row.peak_phase
-        return Bar(n, _role(rows), "", *found)
+        found = row.peak_ratio, row.is_reference, parts[row.run_id], row.peak_phase
+        return Bar(n, role, "", row.run_id, (total,), *found)
 
-    present = {name for row in measured for name in parts_of(runs[row.run_id])}
+    notes = ["× is the ratio of totals to the reference's."]
+    if any(row.memory_source == "allocator" for row in comparison.shown):
+        notes.append("Totals are the allocator's, the categories the tracker's: they may differ.")
+    shown = [runs[row.run_id].metrics for row in comparison.shown]
+    for key, words in _OTHER_SIZES.items():
+        sizes = [metrics[key] for metrics in shown if key in metrics]
+        if sizes:
+            size_bytes, unit_of_size = byte_unit(max(sizes))
+            least, most = say_scaled(min(sizes), size_bytes), say_scaled(max(sizes), size_bytes)
+            notes.append(f"{words}: {least if least == most else f'{least} to {most}'} {unit_of_size}.")
     return BarRows(
-        title=f"Peak memory{source}: {subject(list(runs.values()), comparison.shown)}"
+        title=f"Peak memory{source}: {subject(comparison, runs)}"
         + ("; the largest of repeated runs" if repeated else ""),
         axis=f"peak memory in {unit}",
-        highest=max(peaks, default=0) / unit_bytes,
-        panels=_bars(panels, bar),
-        notes=(*left_out, *_memory_notes(comparison, runs)),
-        are_repeated=repeated,
-        categories=tuple(name for name in CATEGORIES if name in present),
+        highest=highest_bytes / unit_bytes,
+        panels=_bars(panels, "peak_bytes", bar),
+        notes=(*left_out, *notes, *comparison.reference_notes),
+        categories=tuple(name for name in CATEGORIES if any(name in of for of in parts.values())),
         phases=frozenset(row.peak_phase for row in measured),
     )
 
@@ -125,27 +123,24 @@ def step_time_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Bar
     unit_s, unit = time_unit(max(times, default=1.0))
     machines = sorted({f"{row.device}, threads: {row.threads}" for row in comparison.shown})
 
-    def bar(n: int, rows: Sequence[ComparisonRow]) -> Bar:
-        known = [row for row in rows if row.step_s is not None]
-        if not known:
-            return Bar(n, _role(rows), _missing(rows))
+    def bar(n: int, role: str, known: Sequence[ComparisonRow]) -> Bar:
         ratios = [row.step_ratio for row in known if row.step_ratio is not None]
         return Bar(
             n,
-            _role(rows),
+            role,
             each=tuple((row.step_s or 0.0) / unit_s for row in known),
             ratio=statistics.median(ratios) if ratios else None,
             is_reference=any(row.is_reference for row in known),
         )
 
     return BarRows(
-        title=f"Time of an optimizer step: {subject(list(runs.values()), comparison.shown)}; "
+        title=f"Time of an optimizer step: {subject(comparison, runs)}; "
         f"on {say_list(machines) if len(machines) <= 2 else 'several machines'}",
         axis=f"step time in {unit}",
         highest=max(times, default=0.0) / unit_s,
-        panels=_bars(panels, bar),
+        panels=_bars(panels, "step_s", bar),
         notes=(*left_out, "× is the ratio to the reference.", *comparison.reference_notes),
-        are_repeated=_are_repeated(panels),
+        are_repeated=any(len(rows) > 1 for panel in panels for rows in panel.by_n.values()),
     )
 
 
@@ -164,23 +159,20 @@ def frontier_rows(comparison: Comparison) -> list[CostCurve]:
     ]
 
 
-def plan_rows(plan: MemoryPlan) -> CostCurve:
-    """Prepare a plan's predicted peaks by N."""
-    return CostCurve("", {}, {row.accum_steps: float(row.peak.bytes) for row in plan.rows}, {})
-
-
-def parts_of(run: RunRecord) -> dict[str, float]:
-    """Return the run's peak by category in bytes; empty where it was not recorded."""
-    recorded = {name: run.metrics.get(memory_part(name)) for name in CATEGORIES}
-    return {name: value for name, value in recorded.items() if value is not None}
-
-
 def _bars(
-    panels: Sequence[Panel], bar: Callable[[int, Sequence[ComparisonRow]], Bar]
-) -> tuple[tuple[str, tuple[Bar, ...]], ...]:
-    return tuple(
-        (panel.title, tuple(bar(n, rows) for n, rows in panel.by_n.items())) for panel in panels
-    )
+    panels: Sequence[Panel], name: str, bar: Callable[[int, str, Sequence[ComparisonRow]], Bar]
+) -> list[tuple[str, list[Bar]]]:
+    # `bar` makes one of an N, its role, and the rows that have the value.
+    found: list[tuple[str, list[Bar]]] = []
+    for panel in panels:
+        bars = []
+        for n, rows in panel.by_n.items():
+            role = next((row.role for row in rows if row.is_reference), "")
+            missing = next((row.status for row in rows if not row.finished), "not recorded")
+            known = [row for row in rows if getattr(row, name) is not None]
+            bars.append(bar(n, role, known) if known else Bar(n, role, missing))
+        found.append((panel.title, bars))
+    return found
 
 
 def _by_n(
@@ -188,29 +180,3 @@ def _by_n(
 ) -> dict[int, float]:
     known = by_n(row for row in rows if getattr(row, name) is not None)
     return {n: sum_up([getattr(row, name) for row in some]) for n, some in known.items()}
-
-
-def _are_repeated(panels: Sequence[Panel]) -> bool:
-    return any(len(rows) > 1 for panel in panels for rows in panel.by_n.values())
-
-
-def _role(rows: Sequence[ComparisonRow]) -> str:
-    return next((row.role for row in rows if row.is_reference), "")
-
-
-def _missing(rows: Sequence[ComparisonRow]) -> str:
-    return next((row.status for row in rows if not row.finished), "not recorded")
-
-
-def _memory_notes(comparison: Comparison, runs: Mapping[str, RunRecord]) -> tuple[str, ...]:
-    notes = ["× is the ratio of totals to the reference's."]
-    if any(row.memory_source == "allocator" for row in comparison.shown):
-        notes.append("Totals are the allocator's, the categories the tracker's: they may differ.")
-    shown = [runs[row.run_id].metrics for row in comparison.shown]
-    for key, words in _OTHER_SIZES.items():
-        sizes = [metrics[key] for metrics in shown if key in metrics]
-        if sizes:
-            unit_bytes, unit = byte_unit(max(sizes))
-            least, most = say_scaled(min(sizes), unit_bytes), say_scaled(max(sizes), unit_bytes)
-            notes.append(f"{words}: {least if least == most else f'{least} to {most}'} {unit}.")
-    return (*notes, *comparison.reference_notes)

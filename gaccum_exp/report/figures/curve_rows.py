@@ -1,7 +1,7 @@
 """Prepare what the figure of loss curves shows, as plain curves.
 
-Each arm has its own; of too many arms, those with the same N are one, their median and range at each
-step, and where there are more N than a legend can name, neighbouring N are.
+Each arm has its own; of too many, those with the same N are one, their median and range, or those with
+neighbouring N where a legend cannot name all.
 """
 
 import warnings
@@ -73,16 +73,6 @@ class LossRows:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CurveRange:
-    """Several curves by step; NaN where none of them has a finite value. All are (steps,)."""
-
-    global_steps: np.ndarray
-    low: np.ndarray
-    median: np.ndarray
-    high: np.ndarray
-
-
 def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows:
     """Prepare the loss figure; `runs`, by id, must hold the stored references too."""
     panels = panels_of(comparison)
@@ -101,9 +91,8 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
             return None
         return loss_gaps(runs[row.run_id], runs[row.reference_run_id])
 
-    prepare = _ranges if crowded else _each
     return LossRows(
-        title=f"Train loss: {subject(list(runs.values()), comparison.shown)}",
+        title=f"Train loss: {subject(comparison, runs)}",
         groups={
             group: (label_of(group, panels), any(row.is_reference for row in rows_of(group, panels)))
             for group in groups
@@ -113,8 +102,8 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
         panels=tuple(
             PanelRows(
                 panel.title,
-                prepare(panel, groups, loss_of),
-                prepare(panel, groups, gap_of),
+                _curves(panel, groups, crowded, loss_of),
+                _curves(panel, groups, crowded, gap_of),
                 _envelopes(panel, comparison, crowded),
             )
             for panel in panels
@@ -123,10 +112,10 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
     )
 
 
-def curve_range(curves: Sequence[Points]) -> CurveRange:
-    """Sum up curves, each given by its steps, ascending, and its values at them.
+def curve_range(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the steps of curves, and the least, the median and the greatest value at each: (steps,).
 
-    A value that is not finite counts as missing.
+    A value that is not finite counts as missing; where all are missing, NaN is returned.
     """
     global_steps = np.unique(np.concatenate([steps for steps, _ in curves]))
     values = np.full((len(curves), global_steps.size), np.nan)
@@ -134,45 +123,44 @@ def curve_range(curves: Sequence[Points]) -> CurveRange:
         line[np.searchsorted(global_steps, at)] = np.where(np.isfinite(of), of, np.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of steps at which every value is missing
-        summed = (of(values, axis=0) for of in (np.nanmin, np.nanmedian, np.nanmax))
-        return CurveRange(global_steps, *summed)
+        low, median, high = (of(values, axis=0) for of in (np.nanmin, np.nanmedian, np.nanmax))
+    return global_steps, low, median, high
 
 
-def _each(
-    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
+def _curves(
+    panel: Panel,
+    groups: Sequence[Group],
+    crowded: bool,
+    points_of: Callable[[ComparisonRow], Points | None],
 ) -> tuple[CurveRow, ...]:
-    """Return the panel's curves one by one, those of references first."""
-    group_of = {n: group for group in groups for n in group}
-    return tuple(
-        CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points)
-        for row in sorted(panel.rows, key=lambda row: not row.is_reference)
-        if (points := points_of(row)) is not None
-    )
-
-
-def _ranges(
-    panel: Panel, groups: Sequence[Group], points_of: Callable[[ComparisonRow], Points | None]
-) -> tuple[CurveRow, ...]:
-    """Return the curves that are drawn alike as one."""
+    """Return the panel's curves, those of references first; of a crowd one for each group."""
+    points = {row.run_id: of_row for row in panel.rows if (of_row := points_of(row)) is not None}
+    if not crowded:
+        group_of = {n: group for group in groups for n in group}
+        return tuple(
+            CurveRow(group_of[row.accum_steps or 0], row.run_id, row.is_reference, *points[row.run_id])
+            for row in sorted(panel.rows, key=lambda row: not row.is_reference)
+            if row.run_id in points
+        )
     found = []
     for group in groups:
         rows = rows_of(group, [panel])
-        curves = [points for row in rows if (points := points_of(row)) is not None]
+        curves = [points[row.run_id] for row in rows if row.run_id in points]
         if curves:
-            many = curve_range(curves)
+            steps, low, median, high = curve_range(curves)
             is_reference = any(row.is_reference for row in rows)
-            line = many.global_steps, many.median, (many.low, many.high)
-            found.append(CurveRow(group, f"median-{group[0]}", is_reference, *line))
+            name = f"median-{group[0]}"
+            found.append(CurveRow(group, name, is_reference, steps, median, (low, high)))
     return tuple(found)
 
 
 def _envelopes(panel: Panel, comparison: Comparison, crowded: bool) -> tuple[Envelope, ...]:
-    """Return the envelopes of the panel's references; of too many arms the widest at each step."""
+    # Of too many arms the widest at each step.
     compared_with = {row.reference_run_id for row in panel.rows}
     envelopes = [e for e in comparison.envelopes if e.reference_run_id in compared_with]
     if not crowded or not envelopes:
         return tuple(envelopes)
-    values = curve_range([(np.array(e.global_steps), np.array(e.values)) for e in envelopes])
-    limits = curve_range([(np.array(e.global_steps), np.array(e.limits)) for e in envelopes])
-    widest = (tuple(column.tolist()) for column in (values.global_steps, values.high, limits.high))
+    steps, *_, values = curve_range([(np.array(e.global_steps), np.array(e.values)) for e in envelopes])
+    *_, limits = curve_range([(np.array(e.global_steps), np.array(e.limits)) for e in envelopes])
+    widest = (tuple(column.tolist()) for column in (steps, values, limits))
     return (Envelope("widest", max(e.controls for e in envelopes), *widest),)

@@ -1,7 +1,6 @@
 """Draw a comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
 
-To be imported when something is drawn: matplotlib takes a third of a second, which no training waits
-for.
+To be imported when something is drawn: matplotlib takes a third of a second.
 """
 
 from collections.abc import Sequence
@@ -36,13 +35,7 @@ _DPI = 150
 
 
 def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Draw every figure into `folder` and return the files written, nothing if no arm has an N.
-
-    Args:
-        comparison: what `compare` made of `runs`.
-        runs: the arms of the sweep, as given to `compare`.
-        folder: made if it does not exist; older figures in it are replaced.
-    """
+    """Draw every figure of what `compare` made of `runs`; return the files, none if no arm has an N."""
     if all(row.accum_steps is None for row in comparison.rows):
         return []
     records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
@@ -61,13 +54,10 @@ def save_plan(plan: MemoryPlan, folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as SVG and as PNG.
-
-    It is laid out here, once: with its layout engine each file would be laid out again, and drawn twice.
-    """
     folder.mkdir(parents=True, exist_ok=True)
     figure.dpi = _DPI
     FigureCanvasAgg(figure)
+    # Laid out here, once: each file would be laid out again otherwise, and drawn twice.
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gaccum_exp.memory.plan import MemoryPlan, size
+from gaccum_exp.memory.plan import MemoryPlan, knee, size
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.cost_bars import LOOKS
-from gaccum_exp.report.figures.cost_rows import CostCurve, frontier_rows, plan_rows
+from gaccum_exp.report.figures.cost_rows import CostCurve, frontier_rows
 from gaccum_exp.report.figures.panels import subject
 from gaccum_exp.report.many_arms import MOST_ARMS, spread
 from gaccum_exp.report.text.wording import byte_unit, time_unit
@@ -32,20 +32,25 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
     source = next((row.memory_source for row in comparison.shown if row.memory_source), "tracker")
     figure = Figure(figsize=(7.5, 6.8), layout="constrained")
     memory, time = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    figure.suptitle(
-        f"What N saves and costs: {subject(list(runs.values()), comparison.shown)}", fontsize=11
-    )
+    figure.suptitle(f"What N saves and costs: {subject(comparison, runs)}", fontsize=11)
     _draw_memory(memory, curves, f"peak memory ({source})")
-    _draw_time(time, curves)
-    _finish(time, curves)
-    _add_legend(figure, memory)
+    times = [s for curve in curves for s in curve.step_s.values()]
+    unit_s, unit = time_unit(max(times, default=1.0))
+    for index, curve in enumerate(curves):
+        time.plot(
+            list(curve.step_s), [s / unit_s for s in curve.step_s.values()],
+            linestyle="-", marker=_MARKERS[index], color=_COLORS[index], **_markers(curve.step_s),
+        )  # fmt: skip
+    time.set_ylim(0, 1.15 * max(times, default=1.0) / unit_s)
+    time.set_ylabel(f"time of a step in {unit}", fontsize=9)
+    _finish(figure, time, curves, [memory])
     return figure
 
 
 def draw_plan(plan: MemoryPlan) -> Figure:
     """Draw a plan: the predicted peak against N, its knee and the budget."""
     how = "extrapolated" if plan.extrapolated_from else "predicted"
-    curve = plan_rows(plan)
+    curve = CostCurve("", {}, {row.accum_steps: float(row.peak.bytes) for row in plan.rows}, {})
     figure = Figure(figsize=(7.5, 6.8), layout="constrained")
     axes, shares = figure.subplots(2, 1, height_ratios=(3, 2))
     figure.suptitle(
@@ -61,9 +66,19 @@ def draw_plan(plan: MemoryPlan) -> Figure:
             plan.chosen_steps, peak, "o", markersize=12, markerfacecolor="none",
             markeredgecolor="black", label=f"the smallest that fits: N = {plan.chosen_steps}",
         )  # fmt: skip
-    _draw_shares(shares, plan)
-    _finish(axes, [curve])
-    _add_legend(figure, axes, shares)
+    places, bottom = range(len(plan.rows)), [0.0] * len(plan.rows)
+    for name, (color, hatch) in LOOKS.items():
+        heights = [row.peak.parts[name] / row.peak.bytes for row in plan.rows]
+        shares.bar(
+            places, heights, bottom=bottom, color=color, hatch=hatch, edgecolor="black",
+            linewidth=0.5, label=name.replace("_", " "),
+        )  # fmt: skip
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    shares.set_xticks(places, [str(row.accum_steps) for row in plan.rows], fontsize=8)
+    shares.set_xlabel(_N, fontsize=9)
+    shares.set_ylim(0, 1)
+    shares.set_ylabel("share of the peak", fontsize=9)
+    _finish(figure, axes, [curve], [axes, shares])
     return figure
 
 
@@ -84,41 +99,25 @@ def _draw_budget(axes: Axes, budget_bytes: int, unit_bytes: float) -> None:
     )  # fmt: skip
 
 
-def _draw_shares(axes: Axes, plan: MemoryPlan) -> None:
-    """Draw what each peak is made of."""
-    places = range(len(plan.rows))
-    bottom = [0.0] * len(plan.rows)
-    for name, (color, hatch) in LOOKS.items():
-        heights = [row.peak.parts[name] / row.peak.bytes for row in plan.rows]
-        axes.bar(
-            places, heights, bottom=bottom, color=color, hatch=hatch, edgecolor="black",
-            linewidth=0.5, label=name.replace("_", " "),
-        )  # fmt: skip
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set_xticks(places, [str(row.accum_steps) for row in plan.rows], fontsize=8)
-    axes.set_xlabel(_N, fontsize=9)
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("share of the peak", fontsize=9)
-
-
 def _draw_memory(axes: Axes, curves: Sequence[CostCurve], label: str) -> float:
     """Draw the peaks, a star where they stop shrinking; return the unit in bytes."""
     every = [b for c in curves for b in (*c.measured_bytes.values(), *c.predicted_bytes.values())]
     unit_bytes, unit = byte_unit(max(every, default=1))
     for index, curve in enumerate(curves):
-        color, marker = _COLORS[index], _MARKERS[index]
+        color = _COLORS[index]
         for kind, peaks, look in (
-            ("measured", curve.measured_bytes, {"linestyle": "-", "marker": marker}),
+            ("measured", curve.measured_bytes, {"linestyle": "-", "marker": _MARKERS[index]}),
             ("predicted", curve.predicted_bytes, {"linestyle": "--", "marker": "x", "markersize": 9}),
         ):
             if peaks:
                 label_of = f"{curve.label}, {kind}" if curve.label else kind
                 heights = [b / unit_bytes for b in peaks.values()]
                 axes.plot(list(peaks), heights, color=color, label=label_of, **look, **_markers(peaks))
-        if curve.knee is not None and curve.knee != max(curve.peaks):
+        peaks = curve.measured_bytes or curve.predicted_bytes
+        if peaks and (n := knee(peaks)) != max(peaks):
             axes.plot(
-                curve.knee, curve.peaks[curve.knee] / unit_bytes, "*", markersize=16, color=color,
-                markeredgecolor="black", label=f"shrinks no further from N = {curve.knee} on",
+                n, peaks[n] / unit_bytes, "*", markersize=16, color=color, markeredgecolor="black",
+                label=f"shrinks no further from N = {n} on",
             )  # fmt: skip
     if max(every, default=1) > 8 * min(every, default=1):
         axes.set_yscale("log", base=2)
@@ -129,33 +128,14 @@ def _draw_memory(axes: Axes, curves: Sequence[CostCurve], label: str) -> float:
     return unit_bytes
 
 
-def _draw_time(axes: Axes, curves: Sequence[CostCurve]) -> None:
-    times = [s for curve in curves for s in curve.step_s.values()]
-    unit_s, unit = time_unit(max(times, default=1.0))
-    for index, curve in enumerate(curves):
-        axes.plot(
-            list(curve.step_s), [s / unit_s for s in curve.step_s.values()],
-            linestyle="-", marker=_MARKERS[index], color=_COLORS[index], **_markers(curve.step_s),
-        )  # fmt: skip
-    axes.set_ylim(0, 1.15 * max(times, default=1.0) / unit_s)
-    axes.set_ylabel(f"time of a step in {unit}", fontsize=9)
-
-
 def _markers(values: Mapping[int, float]) -> dict[str, Any]:
-    """Mark every N, or as many as can be told apart."""
-    every = list(values)
-    if len(every) <= MOST_ARMS:
-        return {}
-    marked = set(spread(every, MOST_ARMS))
-    return {"markevery": [place for place, n in enumerate(every) if n in marked]}
+    # Of too many N as many are marked as can be told apart.
+    marked = spread(list(values), MOST_ARMS)
+    return {"markevery": [place for place, n in enumerate(values) if n in marked]}
 
 
-def _add_legend(figure: Figure, *axes: Axes) -> None:
-    handles = [handle for a in axes for handle in a.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-
-
-def _finish(axes: Axes, curves: Sequence[CostCurve]) -> None:
+def _finish(figure: Figure, axes: Axes, curves: Sequence[CostCurve], named: Sequence[Axes]) -> None:
+    """Put the N below the axes, and what is drawn in the named ones into a legend."""
     every = sorted({n for curve in curves for n in (*curve.measured_bytes, *curve.predicted_bytes)})
     axes.set_xscale("log", base=2)
     # Labels that would touch are left out.
@@ -166,3 +146,5 @@ def _finish(axes: Axes, curves: Sequence[CostCurve]) -> None:
     axes.set_xticks(labelled, [str(n) for n in labelled])
     axes.minorticks_off()
     axes.set_xlabel(_N, fontsize=9)
+    handles = [handle for each in named for handle in each.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)

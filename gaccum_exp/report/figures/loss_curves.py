@@ -1,8 +1,8 @@
 """Draw loss curves over each other, and their differences to the reference on a log axis."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
-from gaccum_exp.report.figures.curve_rows import CurveRow, Group, LossRows, loss_rows
+from gaccum_exp.report.figures.curve_rows import CurveRow, Group, loss_rows
 from gaccum_exp.report.figures.sheet import lay_out
 from gaccum_exp.tracking.records import RunRecord
 
@@ -32,80 +32,16 @@ _RANGE: dict[str, Any] = {"alpha": 0.15, "linewidth": 0, "zorder": 1.8}
 _LIMIT: dict[str, Any] = {"color": "#5b6068", "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
 
-@dataclass(frozen=True, slots=True)
-class _Style:
-    color: tuple[float, float, float, float]
-    dashes: tuple[float, tuple[float, ...]]
-    marker: str
-    crowded: bool
-    phase: float
-    """Where along the curve its first marker sits: coinciding curves must not hide each other."""
-
-    def line(self, is_reference: bool, points: int, name: str | None = None) -> dict[str, Any]:
-        """Return the properties of a line; a reference's is broad, to be seen under the others."""
-        stride = max(1, points // _MARKERS_PER_CURVE)
-        return {
-            "color": self.color,
-            "linestyle": self.dashes,
-            "marker": self.marker,
-            "markersize": 3 if self.crowded else 4,
-            "markerfacecolor": "white",
-            "markevery": (int(self.phase * stride), stride) if points > stride else 1,
-            "linewidth": 3.5 if is_reference else 0.9 if self.crowded else 1.3,
-            "alpha": 0.55 if is_reference else 1.0,
-            "zorder": 2 if is_reference else 3,
-            "gid": name,
-        }
-
-
 def draw_loss_curves(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figure:
     """Draw every arm's train loss, and below it |difference to the reference|, both per step.
 
     What controls show of rounding is shaded behind the differences; they are not drawn themselves.
-    The lines carry the run's id as `gid`. Where they would be too many, runs with the same N are drawn
-    as their median and their range. `runs` must hold the stored references too.
+    The lines carry the run's id as `gid`.
     """
     rows = loss_rows(comparison, runs)
-    styles = _styles(list(rows.groups))
-    figure, (losses_axes, gaps_axes) = lay_out(
-        rows.title,
-        [panel.title for panel in rows.panels],
-        level_heights=(2.6, 1.7 if len(styles) <= _MOST_UNCROWDED else 3.4),
-        panel_width=7.0 if len(rows.panels) == 1 else 4.2,
-        legend=_legend(rows, styles),
-        notes=rows.notes,
-    )
-    losses: list[np.ndarray] = []
-    gaps: list[np.ndarray] = []
-    for panel, top, bottom in zip(rows.panels, losses_axes, gaps_axes, strict=True):
-        losses += _draw_curves(top, panel.losses, styles)
-        gaps += _draw_curves(bottom, panel.gaps, styles)
-        gaps += _draw_envelopes(bottom, panel.envelopes)
-        bottom.set_xlabel("optimizer step", fontsize=9)
-        bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _scale_losses(losses_axes, np.concatenate([*losses, np.empty(0)]))
-    _scale_gaps(gaps_axes, np.concatenate([*gaps, np.empty(0)]))
-    return figure
-
-
-def _styles(groups: Sequence[Group]) -> dict[Group, _Style]:
-    """Return a style per N, or several: dark to light with growing N, so that print keeps the order."""
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(groups), 2)))
-    return {
-        group: _Style(
-            tuple(colors[index]),
-            _DASHES[index % len(_DASHES)],
-            _MARKERS[index % len(_MARKERS)],
-            len(groups) > _MOST_UNCROWDED,
-            (index * 0.381966) % 1.0,  # the golden section spreads any number of phases
-        )
-        for index, group in enumerate(groups)
-    }
-
-
-def _legend(rows: LossRows, styles: Mapping[Group, _Style]) -> list[Artist]:
+    line_of = {group: partial(_line, len(rows.groups), i) for i, group in enumerate(rows.groups)}
     legend: list[Artist] = [
-        Line2D([], [], label=label, **styles[group].line(is_reference, 0))
+        Line2D([], [], label=label, **line_of[group](is_reference))
         for group, (label, is_reference) in rows.groups.items()
     ]
     if rows.is_crowded:
@@ -115,29 +51,67 @@ def _legend(rows: LossRows, styles: Mapping[Group, _Style]) -> list[Artist]:
             Patch(label=f"rounding alone ({rows.controls})", alpha=_BAND_ALPHA, **_BAND),
             Line2D([], [], label=f"still inside: {MARGIN:.0f} × that", **_LIMIT),
         ]
-    return legend
+    figure, (losses_axes, gaps_axes) = lay_out(
+        rows.title,
+        [panel.title for panel in rows.panels],
+        level_heights=(2.6, 1.7 if len(line_of) <= _MOST_UNCROWDED else 3.4),
+        panel_width=7.0 if len(rows.panels) == 1 else 4.2,
+        legend=legend,
+        notes=rows.notes,
+    )
+    losses, gaps = [np.empty(0)], [np.empty(0)]
+    for panel, top, bottom in zip(rows.panels, losses_axes, gaps_axes, strict=True):
+        losses += _draw_curves(top, panel.losses, line_of)
+        gaps += _draw_curves(bottom, panel.gaps, line_of)
+        gaps += _draw_envelopes(bottom, panel.envelopes)
+        bottom.set_xlabel("optimizer step", fontsize=9)
+        bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _scale_losses(losses_axes, np.concatenate(losses))
+    _scale_gaps(gaps_axes, np.concatenate(gaps))
+    return figure
+
+
+def _line(
+    groups: int, index: int, is_reference: bool, points: int = 0, name: str | None = None
+) -> dict[str, Any]:
+    """Return the properties of a line of one of the groups, of so many points."""
+    crowded = groups > _MOST_UNCROWDED
+    stride = max(1, points // _MARKERS_PER_CURVE)
+    # Coinciding curves must not hide each other's markers: the golden section spreads where they begin.
+    first = int((index * 0.381966) % 1.0 * stride)
+    return {
+        # Dark to light with growing N, so that print keeps the order.
+        "color": matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(groups, 2)))[index],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 3 if crowded else 4,
+        "markerfacecolor": "white",
+        "markevery": (first, stride) if points > stride else 1,
+        # A reference's is broad, to be seen under the others.
+        "linewidth": 3.5 if is_reference else 0.9 if crowded else 1.3,
+        "alpha": 0.55 if is_reference else 1.0,
+        "zorder": 2 if is_reference else 3,
+        "gid": name,
+    }
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[CurveRow], styles: Mapping[Group, _Style]
+    axes: Axes, curves: Sequence[CurveRow], line_of: Mapping[Group, Callable[..., dict[str, Any]]]
 ) -> list[np.ndarray]:
     """Draw curves, several runs' over the shade of their range; return what the axis has to hold."""
     reached: list[np.ndarray] = []
     for curve in curves:
-        style, steps = styles[curve.group], curve.global_steps
+        steps = curve.global_steps
+        line = line_of[curve.group](curve.is_reference, steps.size, curve.name)
         if curve.range is not None:
-            axes.fill_between(steps, *curve.range, color=style.color, **_RANGE)
-        # Matplotlib breaks a line where a value is not finite.
-        axes.plot(steps, curve.values, **style.line(curve.is_reference, steps.size, curve.name))
+            axes.fill_between(steps, *curve.range, color=line["color"], **_RANGE)
+        axes.plot(steps, curve.values, **line)  # matplotlib breaks it where a value is not finite
         reached += [curve.values] if curve.range is None else curve.range
     return reached
 
 
 def _draw_envelopes(axes: Axes, envelopes: Sequence[Envelope]) -> list[np.ndarray]:
-    """Shade what rounding alone makes of the panel's references, and mark how far is still inside.
-
-    Return what has to be within the axis; where a control has no difference, there is nothing to see.
-    """
+    """Shade what rounding alone makes of references, up to its limits; return what the axis holds."""
     shown: list[np.ndarray] = []
     for envelope in envelopes:
         steps, values, limits = map(np.array, (envelope.global_steps, envelope.values, envelope.limits))
@@ -145,13 +119,13 @@ def _draw_envelopes(axes: Axes, envelopes: Sequence[Envelope]) -> list[np.ndarra
         alpha = _BAND_ALPHA / math.sqrt(len(envelopes))
         axes.fill_between(steps, 0.0, values, alpha=alpha, zorder=1, **_BAND)
         axes.plot(steps, limits, zorder=1.5, gid=f"limit-{envelope.reference_run_id}", **_LIMIT)
-        shown += [values[values > 0], limits]
+        shown += [values[values > 0], limits]  # where a control has no difference, nothing is seen
     return shown
 
 
 def _scale_losses(all_axes: Sequence[Axes], values: np.ndarray) -> None:
-    """Label the loss axes; a log scale where one arm's loss would flatten the others'."""
     values = values[np.isfinite(values)]
+    # A log scale where one arm's loss would flatten the others'.
     if values.size and values.min() > 0 and values.max() > 100 * values.min():
         all_axes[0].set_yscale("log")
     all_axes[0].set_ylabel("train loss", fontsize=9)
@@ -160,10 +134,7 @@ def _scale_losses(all_axes: Sequence[Axes], values: np.ndarray) -> None:
 
 
 def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
-    """Put the differences on a log axis that has a place for zero.
-
-    Below the smallest decade that occurs the axis is linear and ends in 0.
-    """
+    """Put the differences on a log axis, linear below the smallest decade that occurs, down to 0."""
     first = all_axes[0]
     first.set_ylabel("|difference to\nthe reference|", fontsize=9)
     finite = gaps[np.isfinite(gaps)]
@@ -171,8 +142,7 @@ def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
     if not positive.size:
         first.set_ylim(-0.1, 1.0)
         first.yaxis.set_major_locator(FixedLocator([0.0] if finite.size else []))
-        words = "no difference at any step" if finite.size else "nothing to compare"
-        _say_empty(all_axes, words)
+        _say_empty(all_axes, "no difference at any step" if finite.size else "nothing to compare")
         return
     low, high = math.floor(np.log10(positive.min())), math.ceil(np.log10(positive.max()))
     high = max(high, low + 1)

@@ -1,6 +1,6 @@
 """Sort arms into the panels of a figure, and name them in titles and legends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +15,6 @@ from gaccum_exp.tracking.records import RunRecord
 
 PANELS_PER_ROW = 3
 _MOST_GROUPS = 12
-_ROLE_WORDS = {
-    "reference": "reference",
-    "stand-in": "stand-in reference",
-    "stored reference": "stored reference",
-}
 
 
 @dataclass(frozen=True)
@@ -43,10 +38,7 @@ def panels_of(comparison: Comparison) -> list[Panel]:
 
 
 def thinned(panels: Sequence[Panel], most: int = MOST_ARMS) -> tuple[list[Panel], tuple[str, ...]]:
-    """Return panels that hold about so many N side by side at most, and what to say of the others.
-
-    Those of references are among them, whatever they are.
-    """
+    """Return panels that hold about so many N side by side, references' among them, and a note of it."""
     each = most // max(1, min(len(panels), PANELS_PER_ROW))
     thinner, notes = [], []
     for panel in panels:
@@ -67,13 +59,11 @@ def is_crowded(panels: Sequence[Panel]) -> bool:
 
 
 def groups_of(panels: Sequence[Panel]) -> list[tuple[int, ...]]:
-    """Return which N are drawn alike, ascending: each by itself, unless they are crowded and many.
-
-    The least N is the reference, as a rule, and stays by itself; of the others neighbours are together.
-    """
+    """Return which N are drawn alike, ascending: each by itself, unless they are crowded and many."""
     every = sorted({n for panel in panels for n in panel.by_n})
     if len(every) <= _MOST_GROUPS or not is_crowded(panels):
         return [(n,) for n in every]
+    # The least is the reference, as a rule, and stays by itself.
     others = np.array_split(np.array(every[1:]), _MOST_GROUPS - 1)
     return [(every[0],), *(tuple(part.tolist()) for part in others)]
 
@@ -89,7 +79,8 @@ def label_of(group: Sequence[int], panels: Sequence[Panel]) -> str:
     said = []
     for role in dict.fromkeys(row.role for row in rows if row.is_reference):
         everywhere = all(row.role == role for row in rows)
-        said.append(_ROLE_WORDS[role] + ("" if everywhere else " of some"))
+        named = "stand-in reference" if role == "stand-in" else role
+        said.append(named + ("" if everywhere else " of some"))
     for verdict in dict.fromkeys(row.verdict for row in rows if row.verdict not in (None, *SOUND)):
         concerned = sum(row.verdict == verdict for row in rows)
         said.append(f"{verdict}{'' if concerned == len(rows) else f' in {concerned} of {len(rows)}'}")
@@ -102,21 +93,17 @@ def label_of(group: Sequence[int], panels: Sequence[Panel]) -> str:
     return name + (f" ({', '.join(said)})" if said else "")
 
 
-def subject(runs: Sequence[RunRecord], rows: Sequence[ComparisonRow]) -> str:
+def subject(comparison: Comparison, runs: Mapping[str, RunRecord]) -> str:
     """Say what was trained: `CNN on Digits, global batch 256`."""
-    model = _named(runs, "model.name", "model._target_")
-    data = _named(runs, "data.name", "data.train._target_", "data._target_")
-    batches = sorted({row.global_batch_size for row in rows if row.global_batch_size is not None})
-    parts = [f"{model or 'model'} on {data or 'data'}"]
-    if batches:
-        parts.append(f"global batch {say_list(batches) if len(batches) <= 6 else 'varied'}")
-    return ", ".join(parts)
+    trained = [run for run in runs.values() if run.micro_batch_sizes]
+    model = _named(trained, "model.name", "model._target_") or "model"
+    data = _named(trained, "data.name", "data.train._target_", "data._target_") or "data"
+    batches = sorted({size for row in comparison.shown if (size := row.global_batch_size)})
+    varied = say_list(batches) if len(batches) <= 6 else "varied"
+    return f"{model} on {data}" + (f", global batch {varied}" if batches else "")
 
 
 def _named(runs: Sequence[RunRecord], *keys: str) -> str:
-    found = {
-        next((run.params[key].rpartition(".")[2] for key in keys if run.params.get(key)), "")
-        for run in runs
-        if run.micro_batch_sizes
-    } - {""}
+    values = (next(filter(None, map(run.params.get, keys)), "") for run in runs)
+    found = {value.rpartition(".")[2] for value in values} - {""}
     return say_list(sorted(found)) if len(found) <= 3 else f"{len(found)} kinds"

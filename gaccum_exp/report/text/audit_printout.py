@@ -1,15 +1,14 @@
 """Print audits on a terminal: one with its numbers and remedy, or a line for each arm of a sweep."""
 
-import sys
 from collections.abc import Sequence
 
-from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.audit.result import Audit
+from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, say_gap, say_ratio
 
 SHOWN_PARAMETERS = 10
@@ -19,18 +18,18 @@ _OPEN = "yellow"
 
 def print_audit(name: str, audit: Audit) -> None:
     """Print one audit: verdict and numbers, then the parameters with the largest errors."""
-    console = _console()
-    console.print(Text(f"\n{name}", style="bold"))
-    console.print(Padding(block(audit), (0, 0, 0, 2), expand=False))
+    out = console()
+    out.print(Text(f"\n{name}", style="bold"))
+    out.print(Padding(block(audit), (0, 0, 0, 2), expand=False))
     if audit.parameters:
-        console.print(Padding(parameter_table(audit), (1, 0, 0, 2), expand=False))
+        out.print(Padding(parameter_table(audit), (1, 0, 0, 2), expand=False))
 
 
 def print_table(arms: Sequence[tuple[str, Audit | str]]) -> None:
     """Print a line for each arm of a sweep: its name with its audit, or with why there is none."""
-    console = _console()
-    console.print()
-    console.print(arm_table(arms))
+    out = console()
+    out.print()
+    out.print(arm_table(arms))
 
 
 def block(audit: Audit) -> RenderableType:
@@ -38,8 +37,7 @@ def block(audit: Audit) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(overflow="fold")
-    verdict = Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}")
-    grid.add_row("verdict", verdict)
+    grid.add_row("verdict", Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}"))
     for label, number, say, meaning in (
         ("e64", audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
         ("e", audit.e, say_gap, "the same in the run's own precision"),
@@ -63,13 +61,7 @@ def block(audit: Audit) -> RenderableType:
 def parameter_table(audit: Audit) -> Table:
     """Return the parameters with the largest errors, worst first."""
     left = len(audit.parameters) - SHOWN_PARAMETERS
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        caption=f"and {left} more" if left > 0 else None,
-        caption_justify="left",
-    )
+    table = Table(caption=f"and {left} more" if left > 0 else None, **LOOK)
     table.add_column("parameter", overflow="fold")
     for header in ("error", "share", "norm"):
         table.add_column(f"  {header}", justify="right", no_wrap=True)
@@ -81,17 +73,9 @@ def parameter_table(audit: Audit) -> Table:
 def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
     """Return the verdicts of a sweep's arms, with a note below for each arm that has none."""
     notes = [f"- {name}: {outcome}" for name, outcome in arms if isinstance(outcome, str)]
-    table = Table(
-        title="Is the accumulated gradient the large batch's?",
-        caption=Text(
-            "\n".join(["e64, e: relative error in float64 and in the run's precision", *notes])
-        ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        header_style="bold",
-    )
+    caption = "\n".join(["e64, e: relative error in float64 and in the run's precision", *notes])
+    title = "Is the accumulated gradient the large batch's?"
+    table = Table(title=title, caption=Text(caption), **LOOK)
     table.add_column("arm", overflow="fold")
     table.add_column(" verdict", no_wrap=True)
     for header in ("e64", "e", "floor"):
@@ -110,14 +94,9 @@ def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
 
 
 def _culprit(audit: Audit) -> str | None:
-    """Return the first culprit, with its class and how many follow."""
     if audit.culprit is None:
         return None
     name = audit.culprit or "the model itself"
     named = name if audit.culprit_type is None else f"{name} ({audit.culprit_type})"
     others = len(audit.culprits) - 1
     return f"{named}, and {others} more" if others > 0 else named
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 100)

@@ -6,11 +6,16 @@ Of losses and times a line has the median, of verdicts and standings the worst, 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gaccum_exp.report.compare.columns import ComparisonRow
+from gaccum_exp.report.compare.distances import nan_last
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.many_arms import MOST_ARMS
 from gaccum_exp.report.text.verdict_notes import rank
+
+_MEDIANS = ("train_loss", "eval_loss", "eval_accuracy", "step_s", "step_ratio")
+_LARGESTS = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def lines_of(rows: Sequence[ComparisonRow]) -> Lines:
 def _together(
     rows: Sequence[ComparisonRow], setting_of: Callable[[ComparisonRow], str | None]
 ) -> list[list[ComparisonRow]]:
-    """Sort rows into those of equal setting and N, in the order of settings, then by N."""
+    # Rows of equal setting and N, in the order of settings, then by N.
     found: dict[str | None, dict[float, list[ComparisonRow]]] = {}
     for row in rows:
         n = math.inf if row.accum_steps is None else row.accum_steps
@@ -68,21 +73,17 @@ def _together(
 
 
 def _sum_up(rows: Sequence[ComparisonRow], *, by_seed: bool) -> ComparisonRow:
-    def median(name: str) -> float | None:
-        known = _known(rows, name)
-        return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2 if known else None
-
-    def largest(name: str) -> float | None:
-        return next(reversed(_known(rows, name)), None)
-
+    numbers: dict[str, Any] = {}
+    for name in (*_MEDIANS, *_LARGESTS):
+        known = sorted((v for row in rows if (v := getattr(row, name)) is not None), key=nan_last)
+        # Not statistics.median, which sorts NaN anywhere.
+        median = known and (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2
+        numbers[name] = None if not known else median if name in _MEDIANS else known[-1]
     worst = min(rows, key=_prominence)
     values = tuple(pair for pair in worst.setting.values if by_seed and pair[0] != "seed")
     setting = Setting(worst.reduction, values)
     unfinished = [row for row in rows if not row.finished]
     batches = {row.global_batch_size for row in rows}
-    medians = ("train_loss", "eval_loss", "eval_accuracy", "step_s", "step_ratio")
-    largests = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio")
-    numbers = {name: median(name) for name in medians} | {name: largest(name) for name in largests}
     return replace(
         worst,
         role=worst.role if all(row.is_reference for row in rows) else "candidate",
@@ -91,20 +92,11 @@ def _sum_up(rows: Sequence[ComparisonRow], *, by_seed: bool) -> ComparisonRow:
         status=(unfinished or [worst])[0].status,
         global_batch_size=worst.global_batch_size if len(batches) == 1 else None,
         micro_batch_sizes=tuple(sorted({n for row in rows for n in row.micro_batch_sizes})[::-1]),
-        **numbers,  # type: ignore[arg-type]  # of columns that hold numbers
+        **numbers,
     )
 
 
 def _prominence(row: ComparisonRow) -> tuple[bool, int, bool, float]:
     """Order rows by how much they have to be seen."""
     gap = row.max_loss_gap
-    return row.finished, rank(row), row.control != "outside", -_nan_last(0.0 if gap is None else gap)
-
-
-def _known(rows: Sequence[ComparisonRow], name: str) -> list[float]:
-    values = (getattr(row, name) for row in rows)
-    return sorted((value for value in values if value is not None), key=_nan_last)
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    return row.finished, rank(row.verdict), row.control != "outside", -(nan_last(gap) if gap else 0.0)

@@ -3,8 +3,10 @@
 The same sentence about several settings is said once, with the settings in front.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from operator import itemgetter
 
 from gaccum_exp.report.compare.pairing import Group, Source
@@ -19,7 +21,8 @@ _MOST_SETTINGS_NAMED = 3
 
 def reference_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say for every group whose reference is not its own N = 1 arm what it is compared with."""
-    notes = _merged(((_about_reference(group), group) for group in groups), len(groups))
+    said = ((_about_reference(group), group.setting.label) for group in groups)
+    notes = with_settings(said, len(groups))
     multiplied = (group.arms[0].global_batch_size for group in groups if group.n_multiplies)
     batches = sorted({batch for batch in multiplied if batch})
     if batches:
@@ -33,37 +36,44 @@ def reference_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
     arms = [(arm, group) for group in groups for arm in group.arms]
-    found = [(*note, group) for arm, group in arms for note in _about_arm(arm, group).items()]
+    found = [
+        (place, sentence, group.setting.label)
+        for arm, group in arms
+        for place, sentence in _about_arm(arm, group).items()
+    ]
     # The same kind of note is said of all arms before the next kind is.
-    sentences = ((sentence, group) for _, sentence, group in sorted(found, key=itemgetter(0)))
-    return (*_uneven_splits([arm for arm, _ in arms]), *_merged(sentences, len(groups)))
+    found.sort(key=itemgetter(0))
+    splits = _uneven_splits([arm for arm, _ in arms])
+    return (*splits, *with_settings((note[1:] for note in found), len(groups)))
 
 
 def _about_reference(group: Group) -> str | None:
-    reference = group.reference
+    reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
     why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
-    if group.source is Source.STORED and reference is not None:
+    if reference is None and group.n_multiplies:
+        return None
+    if reference is None:
+        return (
+            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
+            "stand in."
+        )
+    if source is Source.STORED:
         day = datetime.fromtimestamp(reference.start_time_ms / 1000, tz=UTC).date()
         return (
             f"the one-pass reference is the stored run {reference.name!r} of {day} "
             f"({reference.run_id}), because {why}."
         )
-    if group.source is Source.OTHER_REDUCTION and reference is not None:
+    if source is Source.OTHER_REDUCTION:
         ours, theirs = group.arms[0].params["accum.reduction"], reference.params["accum.reduction"]
         return (
             f"the reference is the one-pass arm of {theirs}, because {why} for {ours}; in one pass the "
             "two are the same gradient."
         )
-    if group.source is Source.STAND_IN and reference is not None:
+    if source is Source.STAND_IN:
         return (
             f"N = {reference.accum_steps}, the arm with the largest micro-batch, stands in for the "
             f"one-pass reference, because {why} and the store holds none."
-        )
-    if group.source is Source.NONE and not group.n_multiplies:
-        return (
-            f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
-            "stand in."
         )
     return None
 
@@ -121,11 +131,9 @@ def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
 
 
 def _end_of(run: RunRecord) -> str:
-    """Say how an unfinished run ended: `failed (out of memory)`."""
     words = {"FAILED": "failed", "KILLED": "was interrupted", "RUNNING": "is still running"}
-    reason = run.tags.get("failure")
-    ended = words.get(run.status, f"is {run.status}")
-    return f"{ended} ({reason})" if reason else ended
+    reason = f" ({run.tags['failure']})" if run.tags.get("failure") else ""
+    return words.get(run.status, f"is {run.status}") + reason
 
 
 def _machine(tags: Mapping[str, str]) -> str:
@@ -134,7 +142,7 @@ def _machine(tags: Mapping[str, str]) -> str:
 
 
 def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
-    """Say how global batches that N does not divide are split; only which N, if there are many."""
+    # Of many only which N they are of.
     splits: dict[tuple[int, int], tuple[int, ...]] = {}
     weighs_unequally = False
     for arm in arms:
@@ -158,34 +166,29 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
     return notes
 
 
-def _spell(sizes: tuple[int, ...]) -> str:
+def _spell(sizes: Sequence[int]) -> str:
     if len(sizes) <= _MOST_SIZES_SPELT_OUT:
         return ", ".join(map(str, sizes))
-    counts = {size: sizes.count(size) for size in sizes}
-    return " and ".join(f"{count} × {size}" for size, count in counts.items())
+    return " and ".join(f"{count} × {size}" for size, count in Counter(sizes).items())
 
 
-def _merged(sentences: Iterable[tuple[str | None, Group]], n_groups: int) -> list[str]:
-    """Say equal sentences once; settings are named only where there are several groups."""
-    settings: dict[str, list[str]] = {}
-    for sentence, group in sentences:
+def with_settings(said: Iterable[tuple[str | None, str]], n_groups: int) -> list[str]:
+    """Return each of the sentences once, after the labels of its settings where groups are several."""
+    labels_of: dict[str, dict[str, None]] = {}
+    for sentence, label in said:
         if sentence is not None:
-            settings.setdefault(sentence, []).append(group.setting.label)
-    return list(with_settings(settings, n_groups))
-
-
-def with_settings(settings: Mapping[str, Sequence[str]], n_groups: int) -> Iterator[str]:
-    """Yield each sentence with the settings that it is about in front, three of them at most."""
-    for sentence, repeated in settings.items():
-        labels = list(dict.fromkeys(repeated))
-        named = "; ".join(labels[:_MOST_SETTINGS_NAMED])
+            labels_of.setdefault(sentence, {})[label] = None
+    notes = []
+    for sentence, labels in labels_of.items():
+        named = "; ".join(islice(labels, _MOST_SETTINGS_NAMED))
         more = len(labels) - _MOST_SETTINGS_NAMED
         if n_groups == 1:
-            yield sentence[0].upper() + sentence[1:]
+            notes.append(sentence[0].upper() + sentence[1:])
         elif len(labels) == n_groups:
-            yield f"In every setting {sentence}"
+            notes.append(f"In every setting {sentence}")
         else:
-            yield f"{named}{f' and {more} more settings' if more > 0 else ''}: {sentence}"
+            notes.append(f"{named}{f' and {more} more settings' if more > 0 else ''}: {sentence}")
+    return notes
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -1,8 +1,8 @@
 """Sum up a comparison in sentences: the verdicts, then numbers and which arm is the furthest.
 
-Repetitions that differ in the seed alone are summed up together by their worst verdict and their largest
-values. The verdict is the audit's, on the gradient. Whether a gap between two loss curves is rounding or
-a fault is said where controls show what rounding alone makes of it, and nowhere else.
+Repetitions that differ in the seed alone are summed up by their worst verdict and their largest values.
+Whether a gap between two loss curves is rounding or a fault is said where controls show it, and nowhere
+else.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.distances import nan_last
 from gaccum_exp.report.many_arms import by_n, by_setting
 from gaccum_exp.report.text.verdict_notes import say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
@@ -21,15 +22,12 @@ _REFERENCE_NAMES = {
     "own": "the one-pass arm",
     "other reduction": "the one-pass arm",
     "stored": "a stored one-pass run",
+    "stand-in": "the arm that stands in for a missing one-pass reference",
 }
 
 
 def summary(comparison: Comparison) -> str:
-    """Say what the comparison means in one or two sentences per reduction, a line each.
-
-    The verdicts lead. The furthest arm is named for the loss curve and for the weights; memory is what
-    the arm that saves most needs, and time what a step of that arm takes.
-    """
+    """Say what the comparison means in one or two sentences per setting or reduction, a line each."""
     if not comparison.rows:
         return "There are no runs to compare."
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
@@ -39,7 +37,6 @@ def summary(comparison: Comparison) -> str:
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:
-    """Sum up arms that differ in N and seed alone."""
     compared = [row for row in rows if row.finished and not row.is_reference]
     measured = [row for row in compared if row.reference_run_id is not None]
     unfinished = sum(not row.finished for row in rows)
@@ -64,11 +61,19 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     if not with_gap:
         return ""
     every = sorted({row.accum_steps or 0 for row in with_gap})
-    furthest = max(with_gap, key=lambda row: _nan_last(row.max_loss_gap))
+    furthest = max(with_gap, key=lambda row: nan_last(row.max_loss_gap))
     who = say_list(every) if len(every) <= _MOST_N_LISTED else f"{every[0]} to {every[-1]}"
+    sources = {row.reference_source for row in with_gap}
+    reference = say_list(sorted({_REFERENCE_NAMES[source] for source in sources}))
+    if "stand-in" in sources:
+        reference = _REFERENCE_NAMES["stand-in"]
+    counts = sorted({row.common_steps for row in with_gap})
+    shared = f"each of {counts[0]} steps" if counts[0] > 1 else "the one step that both have"
+    if len(counts) > 1:
+        shared = f"each of the {counts[0]} to {counts[-1]} steps that both have"
     curve = (
         f"The train loss of N = {who} stays within {say_gap(furthest.max_loss_gap)} of that of "
-        f"{_name_reference(with_gap)} at {_say_common_steps(with_gap)}"
+        f"{reference} at {shared}"
     )
     if not math.isfinite(furthest.max_loss_gap or 0.0):
         curve = f"The train loss of N = {furthest.accum_steps} or of its reference is not finite"
@@ -96,24 +101,10 @@ def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
     with_weights = [row for row in rows if row.weight_distance is not None]
     if not with_weights:
         return ""
-    furthest = max(with_weights, key=lambda row: _nan_last(row.weight_distance))
+    furthest = max(with_weights, key=lambda row: nan_last(row.weight_distance))
     distance = furthest.weight_distance
     named = f" (N = {furthest.accum_steps})" if name_furthest and distance else ""
     return f"; the final weights are within {say_gap(distance)} of its, relative to their norm{named}"
-
-
-def _say_common_steps(rows: Sequence[ComparisonRow]) -> str:
-    counts = sorted({row.common_steps for row in rows})
-    if len(counts) > 1:
-        return f"each of the {counts[0]} to {counts[-1]} steps that both have"
-    return f"each of {counts[0]} steps" if counts[0] > 1 else "the one step that both have"
-
-
-def _name_reference(rows: Sequence[ComparisonRow]) -> str:
-    sources = {row.reference_source for row in rows}
-    if "stand-in" in sources:
-        return "the arm that stands in for a missing one-pass reference"
-    return say_list(sorted({_REFERENCE_NAMES[source] for source in sources}))
 
 
 def _say_cost(rows: Sequence[ComparisonRow]) -> str:
@@ -133,13 +124,8 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
 
 
 def _largest_by_n(rows: Sequence[ComparisonRow], ratio: str) -> dict[int, float]:
-    """Return the largest value at every N, over the seeds."""
     known = {
         n: [v for v in (getattr(row, ratio) for row in repeated) if v is not None and math.isfinite(v)]
         for n, repeated in by_n(rows).items()
     }
     return {n: max(values) for n, values in known.items() if values}
-
-
-def _nan_last(value: float | None) -> float:
-    return math.inf if value is None or math.isnan(value) else value

@@ -1,20 +1,18 @@
 """Print a comparison on a terminal: its table, its notes, and what it says in a sentence or two."""
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gaccum_exp.report.compare.columns import COLUMNS, Column, ComparisonRow
+from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.many_arms import MOST_NOTES
 from gaccum_exp.report.text.fewer_lines import lines_of
 from gaccum_exp.report.text.summary import summary
-from gaccum_exp.report.text.wording import MISSING, say_controls, say_scaled
+from gaccum_exp.report.text.terminal import LOOK, console
+from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled
 
 _MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
 _LEGEND = {
@@ -37,17 +35,16 @@ _FOLDED = ("verdict", "differs")
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the table, and what it says in words; 100 columns wide where there is no terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(render(comparison))
-    console.print(summary(comparison), highlight=False)
+    """Print the table, and what it says in words."""
+    out = console()
+    out.print(render(comparison))
+    out.print(summary(comparison), highlight=False)
 
 
 def render(comparison: Comparison) -> Table:
     """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
 
-    Gap, distance and ratios are against the reference that is marked in the N column; a rule
-    separates groups that have different ones. Many arms share lines: `fewer_lines` says how.
+    A rule separates groups that have different references. Many arms share lines: see `fewer_lines`.
     """
     stored = {row.setting: row for row in comparison.stored}
     every: list[ComparisonRow] = []
@@ -55,38 +52,27 @@ def render(comparison: Comparison) -> Table:
         every += [stored.pop(row.setting), row] if row.setting in stored else [row]
     lines = lines_of(every)
     rows = lines.rows
-    reductions = _reductions(rows)
-    table = Table(
-        title="Every arm against its reference"
-        + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
-        caption=_caption(rows, [note for note in (lines.note, *comparison.notes) if note]),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        header_style="bold",
-    )
-    cells: list[Callable[[ComparisonRow], str]] = []
+    reductions = {row.reduction for row in rows} - {None}
+    title = "Every arm against its reference" + (f", {reductions.pop()}" if len(reductions) == 1 else "")
+    caption = _caption(rows, [note for note in (lines.note, *comparison.notes) if note])
+    table = Table(title=title, caption=caption, **LOOK)
+    printed: list[Sequence[str]] = []
     for name in _columns(rows, lines.counts):
-        if name == "runs":  # of a line of this table, not of an arm
-            header, cell = "\nruns", lambda row: str(lines.counts[row.run_id])
-        else:
-            header, cell = _printed(COLUMNS[name], rows)
-        cells.append(cell)
-        is_text = name in (*_FOLDED, "reduction")
-        justify = "left" if is_text else "right"
+        header, cells = _printed(name, rows, lines.counts)
+        printed.append(cells)
+        justify: Literal["left", "right"] = "left" if name in (*_FOLDED, "reduction") else "right"
         no_wrap = name not in _FOLDED
-        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")  # type: ignore[arg-type]  # one of two
-    for row, after in [*pairwise(rows), *((row, None) for row in rows[-1:])]:
+        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")
+    for row, after, *cells in zip(rows, (*rows, None)[1:], *printed, strict=True):
         ends = after is not None and after.setting != row.setting
         style = "bold" if row.is_reference else "dim" if not row.finished else None
-        table.add_row(*(Text(cell(row)) for cell in cells), end_section=ends, style=style)
+        table.add_row(*map(Text, cells), end_section=ends, style=style)
     return table
 
 
 def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[str]:
-    """Return the columns to be printed: those that are the same for all arms are left out."""
-    several = len(_reductions(rows)) > 1
+    # What is the same for all arms has no column.
+    several = len({row.reduction for row in rows} - {None}) > 1
     differs = any(row.differs for row in rows)
     any_verdict = any(row.verdict for row in rows)
     batch_is_said = any("global batch" in dict(row.setting.values) for row in rows)
@@ -104,34 +90,34 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
 
 
 def _printed(
-    column: Column, rows: Sequence[ComparisonRow]
-) -> tuple[str, Callable[[ComparisonRow], str]]:
-    """Return a column's header, with one unit for all arms, and what makes a cell of an arm."""
+    name: str, rows: Sequence[ComparisonRow], counts: Mapping[str, int]
+) -> tuple[str, list[str]]:
+    """Return a column's header, with one unit for all arms, and its cells."""
+    if name == "runs":  # of a line of this table, not of an arm
+        return "\nruns", [str(counts[row.run_id]) for row in rows]
+    column = COLUMNS[name]
     say, header = column.say, column.header
     if column.unit is not None:
-        size, name = column.unit(max((getattr(row, column.name) or 0 for row in rows), default=0))
-        say, header = (lambda value: say_scaled(value, size)), header.format(unit=name)
+        size, unit = column.unit(max((getattr(row, name) or 0 for row in rows), default=0))
+        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit)
     any_controls = any(row.controls for row in rows)
 
     def cell(row: ComparisonRow) -> str:
-        text = say(getattr(row, column.name))
-        if column.name == "accum_steps":
+        value = getattr(row, name)
+        text = MISSING if value in (None, "", ()) else say(value)
+        if name == "accum_steps":
             return text + (_mark(row) or " ")
-        if column.name == "max_loss_gap" and any_controls:
+        if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
-        if column.name == "verdict" and row.role in ("reference", "stored reference"):
-            return row.verdict or MISSING  # what others are compared with needs no audit
+        if name == "verdict" and row.role not in ("reference", "stored reference"):
+            return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
         return text
 
-    return header, cell
+    return header, [cell(row) for row in rows]
 
 
 def _mark(row: ComparisonRow) -> str:
     return _MARKS.get(row.role, "") or ("" if row.finished else "!")
-
-
-def _reductions(rows: Sequence[ComparisonRow]) -> set[str]:
-    return {row.reduction for row in rows if row.reduction is not None}
 
 
 def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:

@@ -1,7 +1,4 @@
-"""Say which N have which verdict, what is to blame, and which loss curves left their envelope.
-
-What an audit found is read from the run's tags.
-"""
+"""Say which N have which verdict, what is to blame, and which loss curves left their envelope."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +28,6 @@ _SAID: Mapping[str | None, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What an audit blames, and what it advises."""
-
     verdict: str
     cause: str | None
     culprit: str | None
@@ -49,18 +44,16 @@ class _Finding:
 
 
 def say_verdicts(rows: Iterable[ComparisonRow]) -> str:
-    """Say which N have which verdict, the worst first: `N = 8 is biased; N = 2 and 4 are …`.
-
-    Of repetitions the worst counts. One pass over the window is the large batch itself, and is left
-    out where nothing is wrong with it; so is an arm that ended before it was audited.
-    """
+    """Say which N have which verdict (of repetitions the worst), the worst first: `N = 8 is biased`."""
+    # One pass is the large batch itself, and is left out where nothing is wrong with it; so is an arm
+    # that ended before it was audited.
     judged = [
         row
         for row in rows
         if (row.verdict or row.finished) and not (row.accum_steps == 1 and row.verdict in (None, *SOUND))
     ]
     said: dict[str, list[int]] = {}
-    worst_of_n = {n: min(map(rank, repeated)) for n, repeated in by_n(judged).items()}
+    worst_of_n = {n: min(rank(row.verdict) for row in rows) for n, rows in by_n(judged).items()}
     for n, repeated in sorted(by_n(judged).items(), key=lambda item: (worst_of_n[item[0]], item[0])):
         verdict = _WORST_FIRST[worst_of_n[n]]
         causes = {row.cause for row in repeated if row.verdict == verdict}
@@ -85,23 +78,33 @@ def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
                 finding = _Finding(verdict, cause, culprit, culprit_type, remedy or detail)
                 arms = found.setdefault(finding, {}).setdefault(group.setting.label, set())
                 arms.add(arm.accum_steps)
+    found = dict(sorted(found.items(), key=_order))
+    if len(found) > _MOST_FINDINGS:
+        # One finding stands for all of a cause where remedies differ in numbers for each N.
+        merged: dict[_Finding, dict[str, set[int]]] = {}
+        first_of: dict[_Finding, _Finding] = {}
+        for finding, of_setting in found.items():
+            arms_of = merged.setdefault(first_of.setdefault(replace(finding, remedy=None), finding), {})
+            for label, of_label in of_setting.items():
+                arms_of.setdefault(label, set()).update(of_label)
+        found = dict(sorted(merged.items(), key=_order))
     notes: list[str] = []
-    for finding, of_setting in sorted(_fewer(found).items(), key=lambda item: _order(*item)):
+    for finding, of_setting in found.items():
         every = sorted(set().union(*of_setting.values()))
         sentence = f"N = {say_numbers(every)}: {finding.text}"
-        notes += with_settings({sentence: list(of_setting)}, len(groups))
+        notes += with_settings(((sentence, label) for label in of_setting), len(groups))
     return tuple(notes)
 
 
 def control_notes(groups: Sequence[Group], rows: Sequence[ComparisonRow]) -> tuple[str, ...]:
     """Say which curves left their envelope, and which controls could not be used."""
-    left: dict[str, list[str]] = {}
+    said: list[tuple[str, str]] = []
     rows_outside: dict[Setting, list[ComparisonRow]] = {}
     for row in rows:
         if row.control == "outside":
             rows_outside.setdefault(row.setting, []).append(row)
     for group in groups:
-        outside = rows_outside.get(group.setting, [])
+        outside = rows_outside.get(group.setting)
         if outside:
             arms = [f"N = {row.accum_steps} from step {row.left_at}" for row in outside]
             if len(arms) > _MOST_OUTSIDE:
@@ -114,41 +117,24 @@ def control_notes(groups: Sequence[Group], rows: Sequence[ComparisonRow]) -> tup
                     "the partial one that ends an epoch (audit.every_steps=1 tells), or rounding leapt "
                     "(more controls tell)."
                 )
-            left.setdefault(sentence, []).append(group.setting.label)
-        unused = _say_unused(group)
+            said.append((sentence, group.setting.label))
+        unused = len(group.controls) - len(group.usable_controls)
         if unused:
-            left.setdefault(unused, []).append(group.setting.label)
-    return tuple(with_settings(left, len(groups)))
+            sentence = (
+                f"{unused} of {say_controls([len(group.controls)])} did not finish, or ran on another "
+                "device or other data than the reference, and bound nothing."
+            )
+            if group.source in (Source.STAND_IN, Source.NONE):
+                why = "there is no one-pass reference to hold them against"
+                sentence = f"the controls bound nothing, because {why}."
+            said.append((sentence, group.setting.label))
+    return tuple(with_settings(said, len(groups)))
 
 
-def _say_unused(group: Group) -> str | None:
-    unused = len(group.controls) - len(group.usable_controls)
-    if not unused:
-        return None
-    if group.source in (Source.STAND_IN, Source.NONE):
-        return "the controls bound nothing, because there is no one-pass reference to hold them against."
-    return (
-        f"{unused} of {say_controls([len(group.controls)])} did not finish, or ran on another device or "
-        "other data than the reference, and bound nothing."
-    )
-
-
-def _fewer(found: dict[_Finding, dict[str, set[int]]]) -> dict[_Finding, dict[str, set[int]]]:
-    """Let one finding stand for all of a cause where remedies differ in numbers for each N."""
-    if len(found) <= _MOST_FINDINGS:
-        return found
-    merged: dict[_Finding, dict[str, set[int]]] = {}
-    first_of: dict[_Finding, _Finding] = {}
-    for finding, of_setting in sorted(found.items(), key=lambda item: _order(*item)):
-        first = first_of.setdefault(replace(finding, remedy=None), finding)
-        for label, every in of_setting.items():
-            merged.setdefault(first, {}).setdefault(label, set()).update(every)
-    return merged
-
-
-def _order(finding: _Finding, of_setting: Mapping[str, set[int]]) -> tuple[object, ...]:
+def _order(item: tuple[_Finding, Mapping[str, set[int]]]) -> tuple[object, ...]:
+    finding, of_setting = item
     words = (finding.cause or "", finding.culprit or "", finding.remedy or "")
-    return _rank(finding.verdict), min(map(min, of_setting.values())), words
+    return rank(finding.verdict), min(map(min, of_setting.values())), words
 
 
 def _blame(verdict: str, cause: str | None) -> str:
@@ -157,11 +143,7 @@ def _blame(verdict: str, cause: str | None) -> str:
     return f"{verdict} by {cause}" if verdict == "biased" else f"{verdict} because of {cause}"
 
 
-def rank(row: ComparisonRow) -> int:
-    """Order rows by their verdict, the worst first."""
-    return _rank(row.verdict)
-
-
-def _rank(verdict: str | None) -> int:
+def rank(verdict: str | None) -> int:
+    """Order verdicts, the worst first."""
     # A verdict that this version does not know settles nothing.
     return _WORST_FIRST.index(verdict if verdict in _WORST_FIRST else "inconclusive")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 MISSING = "–"
 NOT_AUDITED = "not audited"
@@ -12,29 +13,25 @@ _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
-def byte_unit(largest_bytes: float) -> tuple[int, str]:
-    """Return the unit (its size in bytes, its name) in which `largest_bytes` is at least 1."""
-    return next((unit for unit in _BYTE_UNITS if largest_bytes >= unit[0]), _BYTE_UNITS[-1])
+def _unit(units: Sequence[tuple[float, str]], largest: float) -> tuple[float, str]:
+    return next((unit for unit in units if largest >= unit[0]), units[-1])
 
 
-def time_unit(largest_s: float) -> tuple[float, str]:
-    """Return the unit (its size in seconds, its name) in which `largest_s` is at least 1."""
-    return next((unit for unit in _TIME_UNITS if largest_s >= unit[0]), _TIME_UNITS[-1])
+byte_unit = partial(_unit, _BYTE_UNITS)
+"""Return the unit (its size in bytes, its name) in which the largest value is at least 1."""
+time_unit = partial(_unit, _TIME_UNITS)
+"""Return the unit (its size in seconds, its name) in which the largest value is at least 1."""
 
 
-def say_loss(value: float | None) -> str:
+def say_loss(value: float) -> str:
     """`0.1234`, or with an exponent where four decimals would not do."""
-    if value is None:
-        return MISSING
     if value == 0 or 1e-3 <= abs(value) < 1e3 or not math.isfinite(value):
         return f"{value:.4f}"
     return f"{value:.1e}"
 
 
-def say_scaled(value: float | None, unit_size: float) -> str:
+def say_scaled(value: float, unit_size: float) -> str:
     """`6.84`: three digits of a quantity whose unit stands in the header."""
-    if value is None:
-        return MISSING
     scaled = value / unit_size
     return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}"
 
@@ -46,28 +43,14 @@ def say_gap(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1e}" if not 0.1 <= value < 10 else f"{value:.2f}"
 
 
-def say_ratio(value: float | None) -> str:
+def say_ratio(value: float) -> str:
     """`0.31`: two decimals, or two digits where they would say nothing."""
-    if value is None:
-        return MISSING
     return f"{value:.2f}" if value >= 0.095 or not math.isfinite(value) else f"{value:.2g}"
 
 
 def say_sizes(sizes: Sequence[int]) -> str:
     """`64`, or `36-37` where micro-batches are not equal; the largest comes first."""
-    if not sizes:
-        return MISSING
     return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
-
-
-def say_word(value: object) -> str:
-    """The value as it is, a dash for what is not known."""
-    return MISSING if value in (None, "") else str(value)
-
-
-def say_verdict(verdict: str | None) -> str:
-    """An arm without a verdict was not audited, and is never passed off as sound."""
-    return verdict or NOT_AUDITED
 
 
 def say_list(items: Iterable[object]) -> str:

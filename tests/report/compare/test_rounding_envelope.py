@@ -38,7 +38,7 @@ def test_the_envelope_is_the_naive_maximum(arm: Arm) -> None:
     for k in range(1, 41):
         seen = [abs(values[j - 1] - 2.0) for values in curves for j in range(1, min(2 * k, 40) + 1)]
         assert envelope.values[k - 1] == max(seen)
-    assert envelope.largest == max(abs(v - 2.0) for values in curves for v in values)
+    assert envelope.values[-1] == max(abs(v - 2.0) for values in curves for v in values)
     assert envelope.limits == pytest.approx([MARGIN * value for value in envelope.values])
 
 
@@ -90,7 +90,7 @@ def test_where_the_controls_never_move_the_last_bit_is_allowed_and_no_more(arm: 
         reference = arm(1, losses=[loss] * 5)
         envelope = envelope_of(reference, [away(reference, [0.0] * 5, f"c{i}") for i in range(3)])
         assert envelope is not None
-        assert envelope.largest == 0
+        assert envelope.values[-1] == 0
         assert stand(away(reference, [0.0] * 5), reference, envelope).word == "inside"
         assert stand(away(reference, [bit] * 5), reference, envelope).word == "inside"
         assert stand(away(reference, [128 * bit] * 5), reference, envelope).word == "outside"

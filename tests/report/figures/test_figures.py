@@ -151,7 +151,7 @@ def test_the_envelope_of_controls_is_shaded_behind_the_differences(arm: Arm, con
     assert len(shades) == len(comparison.envelopes) == 2
     for shade, envelope in zip(shades, comparison.envelopes, strict=True):
         outline = shade.get_paths()[0].vertices
-        assert outline[:, 1].max() == pytest.approx(envelope.largest) == pytest.approx(3e-6)
+        assert outline[:, 1].max() == pytest.approx(envelope.values[-1]) == pytest.approx(3e-6)
         assert shade.get_zorder() < min(drawn[name].get_zorder() for name in candidates)
         limit = drawn[f"limit-{envelope.reference_run_id}"].get_ydata()
         assert tuple(limit) == envelope.limits

@@ -1,0 +1,15 @@
+"""What is printed on a terminal: the console, and how all tables look."""
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+
+LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False}
+LOOK |= {"header_style": "bold", "caption_justify": "left"}
+
+
+def console() -> Console:
+    """Return a console as wide as the terminal; 100 columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 100)
