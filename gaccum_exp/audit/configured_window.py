@@ -78,8 +78,7 @@ def audit_window(
 def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit:
     """Audit on the window's own device, else on the CPU, else on fewer and fewer of its samples."""
     own = next(iter(window.modules.parameters().values()), torch.empty(0)).device
-    host = torch.device("cpu")
-    sliced = ""
+    host, sliced = torch.device("cpu"), ""
     while True:
         # Some kinds of device have no float64.
         for device in (host,) if own.type in ("cpu", "mps") else (own, host):
@@ -106,24 +105,23 @@ def _at_a_fitting_loss_scale(window: "ConfiguredWindow", blank: Audit, device: t
         audit = _audited(window, blank, device)
     scale = window.accumulation.loss_scale
     if scale != asked and audit.detail != NOT_FINITE:
-        used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
-        audit = audit.noting(used)
+        audit = audit.noting(f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}")
     rows = tuple(replace(row, norm=row.norm / scale) for row in audit.parameters)
     return replace(audit, parameters=rows)
 
 
 def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> Audit:
-    rerun, accumulation = Rerun(window, device), window.accumulation
+    rerun, reduction = Rerun(window, device), window.accumulation.reduction
+    replayed = rerun.gradient(RECORDING)
     if len(window.sizes) == 1:  # the reference itself
-        rerun.gradient(RECORDING)
         _, denominator = rerun.forward(ACCUMULATED64, None)
-        scale = accumulation.reduction.one_pass_factor(denominator)
+        scale = reduction.one_pass_factor(denominator)
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
-    found = diagnose(rerun, None, blank)
+    found = diagnose(rerun, replayed, blank)
     audit = found.audit
     if found.accumulated64 is None or found.one_pass64 is None or audit.denominator is None:
         return audit
-    per_mean = accumulation.reduction.one_pass_factor(audit.denominator)
+    per_mean = reduction.one_pass_factor(audit.denominator)
     along = scale_of(found.accumulated64, found.one_pass64)
     return replace(audit, scale=None if along is None else along * per_mean)
 

@@ -77,24 +77,21 @@ class _Comparison:
         self._whole: dict[Key, _ComparedCall] = {}
 
     def see_shapes(self, call: ModuleCall) -> None:
-        """Take a call of the first micro-batch."""
         self._shapes[call.key] = [t.shape for t in call.inputs], [t.shape for t in call.outputs]
 
     def see_whole(self, call: ModuleCall) -> None:
-        """Take a call of the pass over all samples."""
         shapes = self._shapes.get(call.key)
         if shapes is None or [len(s) for s in shapes] != [len(call.inputs), len(call.outputs)]:
             return
         inputs, outputs = (
             [self._of_whole(t, shape) for t, shape in zip(tensors, part, strict=True)]
-            for tensors, part in ((call.inputs, shapes[0]), (call.outputs, shapes[1]))
+            for tensors, part in zip((call.inputs, call.outputs), shapes, strict=True)
         )
         if any(p is not None and p.dim is not None for p in inputs):
-            outputs = [p if p is None or p.dim is not None else None for p in outputs]
+            outputs = [p if p is not None and p.dim is not None else None for p in outputs]
         self._whole[call.key] = _ComparedCall(call.key, call.parent, call.start, inputs, outputs)
 
     def see_part(self, index: int, call: ModuleCall) -> None:
-        """Take a call of the micro-batch of this number, and compare it with the whole's."""
         whole = self._whole.get(call.key)
         found = [len(call.inputs), len(call.outputs)]
         if whole is None or found != [len(whole.inputs), len(whole.outputs)]:
@@ -126,12 +123,12 @@ class _Comparison:
         for tensor, prints in zip(tensors, whole, strict=True):
             if prints is None or (prints.dim is not None and tensor.ndim <= prints.dim):
                 continue
-            if prints.dim is not None and tensor.shape[prints.dim] % size:
-                return False
-            values, _ = _fingerprints(tensor, prints.dim, size)
             rows = prints.values
             if prints.dim is not None:
+                if tensor.shape[prints.dim] % size:
+                    return False
                 rows = rows[first_row : first_row + size]
+            values, _ = _fingerprints(tensor, prints.dim, size)
             gap = (values - rows).abs().max()
             # Not a <=, so that NaN on both sides is no difference between them.
             if values.shape != rows.shape or bool(gap > TOLERANCE * prints.size):

@@ -158,16 +158,16 @@ class Rerun:
             taken.append(keep(self._taken(parameters)))
         return taken
 
-    def _device_type(self) -> str:
+    def _where(self) -> torch.device:
         parameters = self.window.modules.parameters().values()
-        return (self.device or next((p.device for p in parameters), torch.device("cpu"))).type
+        return self.device or next((p.device for p in parameters), torch.device("cpu"))
 
     def _require_memory(self, how: Pass, held: int) -> None:
         parameters: list[Tensor] = list(self.window.modules.parameters().values())
         needed = needed_bytes(parameters, self.saved.bytes, float64=how.float64, held=held)
         precision = " in float64" if how.float64 else ""
         what = f"one pass over {sum(self.window.sizes)} samples{precision}"
-        require_memory(needed, self.device or torch.device(self._device_type()), what)
+        require_memory(needed, self._where(), what)
 
     def _cast(self, how: Pass) -> Cast:
         def leaf(value: Any) -> Any:
@@ -191,7 +191,7 @@ class Rerun:
         tracer = ModuleTracer(modules, see)
         replay = Replay(self.draws, self.window.sizes, tracer, how.draws, float64=how.float64)
         default = torch.get_default_dtype()
-        outermost = not torch.is_autocast_enabled(self._device_type())
+        outermost = not torch.is_autocast_enabled(self._where().type)
 
         def drawn() -> None:
             self.draws.refuse("numbers come from a generator of the model's own", foreign=True)

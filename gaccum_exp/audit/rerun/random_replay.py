@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.rerun.module_calls import ModuleTracer
-from gaccum_exp.audit.rerun.samples import sample_dim
+from gaccum_exp.audit.rerun.samples import picked_rows, sample_dim
 from gaccum_exp.core.modes import EagerMode
 
 aten = torch.ops.aten
 _PURE = frozenset(
-    packet
+    getattr(aten, name)
     for name in (
         *("bernoulli", "bernoulli_", "uniform_", "uniform", "normal_", "normal", "exponential_"),
         *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "random_", "random"),
@@ -26,7 +26,7 @@ _PURE = frozenset(
         *("exponential", "geometric", "log_normal", "cauchy", "binomial", "_sample_dirichlet"),
         *("normal_functional", "bernoulli_p"),
     )
-    if (packet := getattr(aten, name, None)) is not None
+    if hasattr(aten, name)
 )
 """Operators whose result is their draw; those that compute with it are handled one by one."""
 _DROPOUT = (aten.native_dropout, getattr(aten, "_fused_dropout", None))
@@ -179,11 +179,9 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
                 return values[0] if values[0].shape == drawn.shape else None
             return picked_rows(values[0], grown, self._order, total)
         dim = sample_dim(tuple(drawn.shape), tuple(values[0].shape), total, sizes[0])
-        if dim is None:
+        if dim is None or sum(value.shape[dim] for value in values) != drawn.shape[dim]:
             return self._shared(index, values, drawn)
         whole = torch.cat(values, dim)
-        if whole.shape != drawn.shape:
-            return self._shared(index, values, drawn)
         return whole if self._order is None else picked_rows(whole, dim, self._order, total)
 
     def _shared(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
@@ -193,26 +191,16 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         return values[0] if values[0].shape == drawn.shape else None
 
 
-def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
-    """Return the tensor with its samples in another order; a sample may own several rows of `dim`."""
-    rows = tensor.shape[dim] // total
-    index = (
-        order.to(tensor.device)[:, None] * rows + torch.arange(rows, device=tensor.device)
-    ).flatten()
-    return tensor.index_select(dim, index)
-
-
 def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:
     packet = func.overloadpacket
-    if packet in _PURE and isinstance(result, Tensor):
-        return result.detach().clone()
-    if packet in _DROPOUT:
-        mask: Tensor = result[1]
-        return mask.detach().clone()
-    if packet in _RRELU:
-        noise: Tensor = args[1]
-        return noise.detach().clone()
-    return None
+    drawn: Any = None
+    if packet in _PURE:
+        drawn = result
+    elif packet in _DROPOUT:
+        drawn = result[1]
+    elif packet in _RRELU:
+        drawn = args[1]
+    return drawn.detach().clone() if isinstance(drawn, Tensor) else None
 
 
 def _constant(func: Any, drawn: Tensor) -> float:
@@ -262,13 +250,9 @@ def _promoted(
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors among an operator's arguments: it takes tensors, and flat lists of them."""
-    found: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(v for v in value if isinstance(v, Tensor))
-    return found
+    given = (*args, *kwargs.values())
+    flat = (v for value in given for v in (value if isinstance(value, (list, tuple)) else [value]))
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def _generator_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -18,10 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-FRAMEWORKS = frozenset(
-    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
-)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_FRAMEWORKS = ("builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
@@ -114,7 +112,7 @@ def sandbox(
             vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
             if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
                 # These log from within their steps, which a pass in the sandbox must not.
-                vars(module).update(log=_nothing, log_dict=_nothing)
+                vars(module).update(log=nothing, log_dict=nothing)
         with _no_recomputation():
             yield modules.parameters()
     finally:
@@ -167,7 +165,7 @@ class _Copies:
             return {k: self.of_attribute(v) for k, v in value.items()}
         if isinstance(value, (deque, dict, np.ndarray)):
             return copy.copy(value)
-        if isinstance(value, GENERATORS):
+        if isinstance(value, _GENERATORS):
             if isinstance(value, torch.Generator):
                 copied: Any = value.clone_state()
             else:  # the system's has no state to be copied
@@ -188,16 +186,13 @@ class _Copies:
         return any(_state_of(before) != _state_of(after) for before, after in pairs)
 
     def restore_objects(self) -> None:
-        """Put back the attributes of plain objects."""
         for of, kept in reversed(self._objects):
             of.clear()
             of.update(kept)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else None
-        return tensor.detach().to(
-            device=self._device or tensor.device, dtype=dtype or tensor.dtype, copy=True
-        )
+        return tensor.detach().to(self._device or tensor.device, dtype or tensor.dtype, copy=True)
 
 
 def _state_of(generator: Any) -> str:
@@ -212,14 +207,13 @@ def _state_of(generator: Any) -> str:
 
 def _is_plain_object(value: Any) -> bool:
     """Whether it is an object of the user's, e.g. a meter: no module and no part of a framework."""
-    kind = type(value)
     if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
         return False
-    return kind.__module__.partition(".")[0] not in FRAMEWORKS
+    return type(value).__module__.partition(".")[0] not in _FRAMEWORKS
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in place of a function that must not run."""
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

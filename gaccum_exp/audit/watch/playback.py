@@ -15,8 +15,8 @@ Outputs = dict[TapedCall, list[Tensor]]
 """What calls have put out in this run."""
 
 
-def models_own_loss(loss: Tensor, place: int) -> Tensor:
-    """Return the loss that the model has put out, at this place among its outputs."""
+def models_own_loss(loss: Tensor) -> Tensor:
+    """Return the loss that the model itself has put out."""
     return loss
 
 
@@ -55,7 +55,7 @@ def _with_graph(value: Any) -> Any:
     return value.clone().requires_grad_() if floating else value
 
 
-def resolved(value: Any, outputs: Outputs, cast: Cast) -> Any:
+def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
     """Return arguments with every reference replaced by its tensor, and all others cast."""
 
     def leaf(x: Any) -> Any:
@@ -69,15 +69,10 @@ def resolved(value: Any, outputs: Outputs, cast: Cast) -> Any:
     return mapped(leaf, value)
 
 
-def uncast(value: Any) -> Any:
-    """Return the value as it is, where nothing is to be cast."""
-    return value
-
-
 def reduction_of(loss: TapedCall) -> str | None:
     """Return the `reduction` that a call of a loss was given, or its criterion has."""
     then = loss.attributes[0][1] if loss.attributes else {}
-    given = loss.kwargs.get("reduction", then.get("reduction"))
+    given = loss.arguments.get("reduction", then.get("reduction"))
     return given if isinstance(given, str) else None
 
 
@@ -86,8 +81,8 @@ def count_of(loss: TapedCall) -> float | None:
     criterion = loss.function
     if criterion is nn.functional.cross_entropy:
         names = ("weight", "ignore_index")
-        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.kwargs.items() if k in names})
-    target = loss.kwargs.get("target", loss.args[1] if len(loss.args) > 1 else None)
+        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.arguments.items() if k in names})
+    target = loss.arguments.get("target", loss.arguments.get(1))
     if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
         return None
     if not isinstance(target, Tensor):

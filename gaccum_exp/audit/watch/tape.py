@@ -5,7 +5,7 @@ and the loss, and calls of the loss. Tensors that come from the model are record
 from, all others (inputs, targets, masks) by value.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,8 @@ class TapedCall:
     kind: str
     """model | between | loss"""
     function: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    arguments: dict[int | str, Any]
+    """By position and by name."""
     order: int
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
@@ -46,23 +46,16 @@ class TapedCall:
     """Of a loss: d(what was back-propagated) / d(this loss). None: no backward pass went through it."""
     backward: int | None = None
     """Number of that backward pass in the window."""
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    """Of the tensors that it put out."""
-    dtypes: list[torch.dtype] = field(default_factory=list)
+    outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+    """Shape and type of each tensor that it put out."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
-    @property
-    def arguments(self) -> dict[int | str, Any]:
-        """Its arguments by position and by name."""
-        by_position: dict[int | str, Any] = dict(enumerate(self.args))
-        return by_position | dict(self.kwargs)
-
     def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
-        return [leaf for leaf in leaves([self.args, self.kwargs]) if isinstance(leaf, OutputRef)]
+        return [leaf for leaf in leaves(self.arguments) if isinstance(leaf, OutputRef)]
 
     def sources(self) -> set["TapedCall"]:
         """Return the model's calls that it depends on."""
@@ -121,8 +114,7 @@ class Tape:
         for place, tensor in enumerate(tensors_in(output)):
             call.has_graph |= tensor.requires_grad
             self._origins[tensor] = OutputRef(call, place)
-            call.shapes.append(tuple(tensor.shape))
-            call.dtypes.append(tensor.dtype)
+            call.outputs.append((tuple(tensor.shape), tensor.dtype))
 
     def micro_batches(self) -> list[TapedMicroBatch]:
         """Return the losses that were back-propagated, with the model's calls that they share."""

@@ -15,6 +15,7 @@ from gaccum_exp.audit.rerun.samples import (
     NotJoinableError,
     joined,
     picked,
+    picked_rows,
     ragged,
     sample_dim,
     size_of,
@@ -61,19 +62,22 @@ class TapedWindow:
         if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
         self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
-        cotangents = _with_common_ratios([_cotangents(m) for m in micro_batches])
+        self.starts = [m.first.start for m in micro_batches]
+        """The random states in which they began."""
+        cotangents = [_cotangents(m) for m in micro_batches]
         self.weights = [weight for weight, _ in cotangents]
         """The loop's own, as its precision rounded them."""
-        self._cotangents = [each for _, each in cotangents]
+        self._cotangents = _with_common_ratios([each for _, each in cotangents])
         """Of each micro-batch's losses, in units of its weight."""
         self.whole_weight = 1.0
         self.coefficients: list[float] | None = None
         """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
         self.padded = ragged([m.first.arguments for m in micro_batches], dim)
         """Whether joining the micro-batches pads their sequences."""
-        models, losses = ([m.models for m in micro_batches], [m.losses for m in micro_batches])
-        self._models = [(calls, self._joined_constants(calls)) for calls in zip(*models, strict=True)]
-        self._losses = [(calls, self._joined_constants(calls)) for calls in zip(*losses, strict=True)]
+        self._models, self._losses = (
+            [(calls, self._joined_constants(calls)) for calls in zip(*each, strict=True)]
+            for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
+        )
         """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
         if couples_samples(micro_batches[0], self.sizes[0]):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
@@ -105,13 +109,13 @@ class TapedWindow:
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return the loss, and what it counts where the criterion says so (NaN else)."""
-        counts = self.counts()
+        counts = self.counts() or [math.nan] * len(self.sizes)
         if index is None:
             losses = self._whole_losses(cast, None)
-            units, count = self._whole_cotangents(losses), math.nan if counts is None else sum(counts)
+            units, count = self._whole_cotangents(losses), sum(counts)
         else:
             losses = self._losses_of(self._micro_batches[index], cast)
-            units, count = self._cotangents[index], math.nan if counts is None else counts[index]
+            units, count = self._cotangents[index], counts[index]
         total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
         assert isinstance(total, Tensor)
         return total, count
@@ -194,17 +198,13 @@ class TapedWindow:
         start, size, total = sum(self.sizes[:index]), self.sizes[index], sum(self.sizes)
         where = torch.arange(total) if order is None else torch.argsort(order)
         rows = []
-        for tensor, shape in zip(whole, call.shapes, strict=True):
+        for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
             if len(self.sizes) > 1:
                 dim = sample_dim(tuple(tensor.shape), shape, total, size)
             else:  # nothing grows that would tell which dimension counts samples
                 dim = next((d for d, n in enumerate(shape) if n == total), None)
-            if dim is None:
-                rows.append(tensor)
-                continue
-            per = tensor.shape[dim] // total
-            own = where[start : start + size, None] * per + torch.arange(per)
-            rows.append(tensor.index_select(dim, own.flatten().to(tensor.device)))
+            own = where[start : start + size]
+            rows.append(tensor if dim is None else picked_rows(tensor, dim, own, total))
         return rows
 
 
@@ -228,15 +228,9 @@ def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:
     return float(values[0]) * n, [counted.double() / n]
 
 
-def _with_common_ratios(
-    cotangents: list[tuple[float, list[Tensor]]],
-) -> list[tuple[float, list[Tensor]]]:
+def _with_common_ratios(every: list[list[Tensor]]) -> list[list[Tensor]]:
     """Give all micro-batches the first one's ratios of several losses, where rounding alone differs."""
-    first = cotangents[0][1]
-    for _, units in cotangents:
-        if len(units) < 2 or not all(
-            u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0)
-            for u, f in zip(units, first, strict=True)
-        ):
-            return cotangents
-    return [(weight, first) for weight, _ in cotangents]
+    first = every[0]
+    pairs = [pair for units in every for pair in zip(units, first, strict=True)]
+    common = all(u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0) for u, f in pairs)
+    return [first] * len(every) if len(first) > 1 and common else every
