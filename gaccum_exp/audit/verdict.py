@@ -40,16 +40,13 @@ class Measured:
 
 def verdict_of(measured: Measured, draws: bool) -> Verdict:
     """Return the verdict of the numbers alone, given whether the pass draws random numbers."""
-    same = measured.same_function
     if measured.identical and not draws:
         return "identical"
-    if same is None:
+    if measured.same_function is None:
         return "inconclusive"
-    if not same:
-        return "biased"
-    if draws:
+    if draws and measured.same_function:
         return "stochastic"
-    return "equivalent" if measured.own.agrees else "biased"
+    return "equivalent" if measured.same_function and measured.own.agrees else "biased"
 
 
 def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
@@ -66,9 +63,7 @@ def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError
 def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[ParameterError]) -> bool:
     """Whether some parameter's gradient differs, though its share in the whole is too small to show.
 
-    Args:
-        errors: of the accumulated gradient.
-        rounding: of the one pass in another order.
+    `rounding` are the errors of the one pass in another order.
     """
     floors = {row.name: row.share for row in rounding}
     return any(

@@ -28,12 +28,7 @@ class ModuleCall:
 
 
 class ModuleTracer:
-    """Traces the calls of all modules.
-
-    Args:
-        modules: those to be traced.
-        see: gets each call at its end, with its tensors.
-    """
+    """Traces the calls of all modules; `see` gets each at its end, with its tensors."""
 
     def __init__(self, modules: NamedModules, see: Callable[[ModuleCall], None] | None = None) -> None:
         self._modules, self._see = modules, see

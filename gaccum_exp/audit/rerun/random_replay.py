@@ -65,8 +65,7 @@ class Draws:
     @property
     def modules(self) -> list[str]:
         """The modules that drew, in order of execution."""
-        named = (d.module for p in self.passes for d in p if d.module is not None)
-        return list(dict.fromkeys(named))
+        return list(dict.fromkeys(d.module for p in self.passes for d in p if d.module is not None))
 
     def refuse(self, why: str, *, foreign: bool = False) -> None:
         """Note that something cannot be replayed."""
@@ -78,12 +77,8 @@ class Draws:
 class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     """Runs operators as they are, or in float64, with draws recorded, replayed or constant.
 
-    Args:
-        draws: of the window.
-        sizes: samples of each micro-batch.
-        tracer: of the modules that draw.
-        draws_are: what is done with the random numbers.
-        float64: undo casts to lower precision, and promote what meets float64 in lower precision.
+    In float64 casts to lower precision are undone, and what meets float64 in lower precision is
+    promoted. `sizes` are the samples of each micro-batch; `tracer` knows which module draws.
     """
 
     def __init__(
@@ -106,11 +101,10 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     def micro_batch(self, index: int) -> Iterator[None]:
         """Run the forward pass of one micro-batch."""
         self._begin(index, None)
-        recording = self._draws_are == "recorded"
-        if recording:
+        if self._draws_are == "recorded":
             self._draws.passes.append([])
         yield
-        if not recording and self._count < len(self._draws.passes[index]):
+        if self._count < len(self._draws.passes[index]):
             self._draws.refuse("a pass drew fewer random numbers when it was run again")
 
     @contextmanager
@@ -145,8 +139,8 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         drawn = _draw_of(func, args, result)
         if self._draws_are == "recorded":
             if drawn is None:
-                why = f"{func.overloadpacket.__name__} cannot be replayed sample by sample"
-                self._draws.refuse(why, foreign=True)
+                name = func.overloadpacket.__name__
+                self._draws.refuse(f"{name} cannot be replayed sample by sample", foreign=True)
             elif not drawn.is_floating_point():
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
@@ -175,8 +169,10 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         sizes, total = self._sizes, sum(self._sizes)
         if len(sizes) == 1:  # nothing grows that would tell which dimension counts samples
             grown = next((d for d, n in enumerate(drawn.shape) if n % total == 0), None)
-            if values[0].shape != drawn.shape or grown is None or self._order is None:
-                return values[0] if values[0].shape == drawn.shape else None
+            if values[0].shape != drawn.shape:
+                return None
+            if grown is None or self._order is None:
+                return values[0]
             return picked_rows(values[0], grown, self._order, total)
         dim = sample_dim(tuple(drawn.shape), tuple(values[0].shape), total, sizes[0])
         if dim is None or sum(value.shape[dim] for value in values) != drawn.shape[dim]:

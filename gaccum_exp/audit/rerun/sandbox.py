@@ -87,16 +87,10 @@ def sandbox(
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Exchange all tensors of the modules for copies.
+    """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
-    Args:
-        modules: those that the pass will use.
-        dtype: of floating-point copies; None: as they are.
-        device: of the copies; None: where they are.
-        drawn: called where a generator that a module holds has been drawn from.
-
-    Yields:
-        The copies of the parameters by name, without gradients.
+    They have no gradients. Floating-point ones are of `dtype`, all of them on `device`, if given.
+    `drawn` is called where a generator that a module holds has been drawn from.
     """
     copies = _Copies(dtype, device)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.

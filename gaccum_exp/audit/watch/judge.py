@@ -206,13 +206,16 @@ class _LoopWindow:
                 "gradients were unscaled inside the window, and later ones added at full scale",
             )  # fmt: skip
         zeroed = [k for k, what in seen.between if what == "zeroed"]
-        if zeroed and self._is_sum_since(zeroed[-1]):
-            lost = sum(m.last_backward < zeroed[-1] for m in self._micro_batches)
-            missing = f"{lost} of {len(self._micro_batches)} micro-batches are missing"
-            return _stale(
-                audit, "call zero_grad once per optimizer step, not inside the window",
-                f"zero_grad inside the window: {missing}",
-            )  # fmt: skip
+        kept = [m for m in self._micro_batches if zeroed and m.last_backward >= zeroed[-1]]
+        if kept:
+            since = self._rerun_of(TapedWindow(self._modules, kept, self._dim)).gradient(RECORDING)
+            if multiple(observed, since, AS_REPLAYED) is not None:
+                every = len(self._micro_batches)
+                missing = f"{every - len(kept)} of {every} micro-batches are missing"
+                return _stale(
+                    audit, "call zero_grad once per optimizer step, not inside the window",
+                    f"zero_grad inside the window: {missing}",
+                )  # fmt: skip
         if distance(observed, replayed) < 0.1:
             return None  # so close that digits were lost, which has been examined
         if any(what == "changed" for _, what in seen.between):
@@ -227,16 +230,7 @@ class _LoopWindow:
         )
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
 
-    def _is_sum_since(self, backward: int) -> bool:
-        """Whether the gradient is a multiple of the sum of the passes from this one on."""
-        kept = [m for m in self._micro_batches if m.last_backward >= backward]
-        if not kept:
-            return False
-        again = self._rerun_of(TapedWindow(self._modules, kept, self._dim)).gradient(RECORDING)
-        return multiple(self._observed, again, AS_REPLAYED) is not None
-
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
-        """Clipping is the last thing that may happen to a gradient."""
         if self._clipping is None or audit.verdict == "biased":
             return None
         factor = multiple(self._reached, self._here(self._clipping.after), AS_REPLAYED)

@@ -41,10 +41,7 @@ class LoopTracer:
     """Traces a loop, and hands each window over when its gradient reaches the optimizer.
 
     Args:
-        model: called by the loop, or by its loss function.
-        criterion: a module; a function of the model's outputs, or of raw data; None: any loss of
-            `torch.nn.functional`, or the model's own.
-        optimizer: whose steps end windows.
+        model, criterion, optimizer: as in `watch`, without wrappers.
         parameters: by name, those whose gradients are judged.
         reached: gets what was observed of a window, and the gradient that reached the optimizer.
     """
@@ -71,8 +68,7 @@ class LoopTracer:
         self._inside: list[TapedCall] = []
         """The call of model or loss that is running, if any."""
         self._frames: list[tuple[FrameType, TapedCall]] = []
-        self._judging = False
-        self._stepping = False
+        self._judging = self._stepping = False
         self._counting = False
         """Whether the backward pass that is running reaches the parameters."""
         self._global_step = self._step_before_scaler = 0
@@ -97,13 +93,13 @@ class LoopTracer:
         if isinstance(self._criterion, nn.Module):
             called.append(("loss", self._criterion))
         for kind, module in called:
-            before, after = self._around_module(kind, module)
+            before = functools.partial(self._before_module, kind)
             yield module.register_forward_pre_hook(_Hook(before), with_kwargs=True)
-            yield module.register_forward_hook(_Hook(after), with_kwargs=True)
+            yield module.register_forward_hook(_Hook(self._after_module), with_kwargs=True)
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.is_leaf:
                 register: Any = parameter.register_post_accumulate_grad_hook
-                yield register(self._on_accumulation(name))
+                yield register(functools.partial(self._on_accumulation, name))
         yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
         yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
 
@@ -124,16 +120,13 @@ class LoopTracer:
 
     # Calls of model and loss.
 
-    def _around_module(self, kind: str, module: nn.Module) -> tuple[Callable[..., None], ...]:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self.idle and torch.is_grad_enabled():
-                self._begin(kind, module, args, kwargs)
+    def _before_module(self, kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.idle and torch.is_grad_enabled():
+            self._begin(kind, module, args, kwargs)
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self._inside and self._inside[-1].function is module and not self._judging:
-                self._end(self._inside[-1], output)
-
-        return before, after
+    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._inside and self._inside[-1].function is module and not self._judging:
+            self._end(self._inside[-1], output)
 
     def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         """Return the call as it is about to happen."""
@@ -230,13 +223,10 @@ class LoopTracer:
 
     # Gradients, and the optimizer's step.
 
-    def _on_accumulation(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if not self._judging and not self._stepping and parameter.grad is not None:
-                kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
-                kept[name] = parameter.grad.detach().clone()
-
-        return hook
+    def _on_accumulation(self, name: str, parameter: Tensor) -> None:
+        if not self._judging and not self._stepping and parameter.grad is not None:
+            kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
+            kept[name] = parameter.grad.detach().clone()
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
         """Count backward passes, and keep the gradients after the last one."""
