@@ -6,7 +6,7 @@ Both are done below autograd, where every operator of a model is seen, whatever 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +35,12 @@ DrawsAre = Literal["recorded", "replayed", "constant"]
 """What is done with the random numbers of a pass."""
 
 
-@dataclass(slots=True)
-class Draw:
-    """What one operator drew in one pass."""
+class Draw(NamedTuple):
+    """What one operator drew in one pass; None where it cannot be held."""
 
+    value: Tensor | None
     module: str | None
     """Dotted name of the innermost module that drew it; None: outside of any."""
-    value: Tensor | None
-    """None where it cannot be held."""
 
 
 @dataclass(slots=True)
@@ -144,7 +142,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             elif not drawn.is_floating_point():
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
-            self._draws.passes[-1].append(Draw(self._tracer.module, drawn))
+            self._draws.passes[-1].append(Draw(drawn, self._tracer.module))
             return result
         if self._draws_are == "constant" and drawn is not None:
             return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))

@@ -54,11 +54,8 @@ def bound_to(function: Any) -> Any:
 def arguments_of(frame: FrameType, *, bound: bool) -> tuple[list[Any], dict[str, Any]]:
     """Return positional and keyword arguments of a call that has just begun.
 
-    By name where the function allows it, since a name may say what a number is (`batch_idx`).
-
-    Args:
-        frame: of the call.
-        bound: whether the first argument is the object that the function is bound to; it is left out.
+    By name where the function allows it, since a name may say what a number is (`batch_idx`). If it is
+    `bound` to an object, which is its first argument then, that is left out.
     """
     code, values = frame.f_code, frame.f_locals
     info = inspect.getargvalues(frame)

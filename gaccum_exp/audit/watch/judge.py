@@ -147,10 +147,9 @@ class _LoopWindow:
 
     def _since_dropped(self, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
         """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
-        zeroed = [k for k, what in self._seen.between if what == "zeroed"]
-        if len(zeroed) != 1:
+        if len(self._seen.zeroed) != 1:
             return micro_batches
-        kept = [m for m in micro_batches if m.last_backward >= zeroed[0]]
+        kept = [m for m in micro_batches if m.last_backward >= max(self._seen.zeroed)]
         return kept if len(micro_batches) - len(kept) < len(kept) else micro_batches
 
     def _coefficients(self) -> tuple[list[float] | None, bool]:
@@ -205,8 +204,8 @@ class _LoopWindow:
                 audit, "unscale_ once, after the window's last backward pass",
                 "gradients were unscaled inside the window, and later ones added at full scale",
             )  # fmt: skip
-        zeroed = [k for k, what in seen.between if what == "zeroed"]
-        kept = [m for m in self._micro_batches if zeroed and m.last_backward >= zeroed[-1]]
+        last = max(seen.zeroed, default=math.inf)
+        kept = [m for m in self._micro_batches if m.last_backward >= last]
         if kept:
             since = self._rerun_of(TapedWindow(self._modules, kept, self._dim)).gradient(RECORDING)
             if multiple(observed, since, AS_REPLAYED) is not None:
@@ -218,7 +217,7 @@ class _LoopWindow:
                 )  # fmt: skip
         if distance(observed, replayed) < 0.1:
             return None  # so close that digits were lost, which has been examined
-        if any(what == "changed" for _, what in seen.between):
+        if seen.changed:
             return _stale(
                 audit, "leave .grad alone until the window's last backward pass",
                 "something changed the gradients between the window's passes",

@@ -39,20 +39,10 @@ def run(call: TapedCall, arguments: Mapping[int | str, Any]) -> Any:
 
 def loss_of(output: Any) -> Tensor:
     """Return the loss in what a call has put out."""
-    if not torch.is_grad_enabled():
-        if isinstance(output, Tensor):
-            return output
-        with torch.enable_grad():  # the loss among outputs is found by its graph
-            output = mapped(_with_graph, output)
     loss = loss_in(output)
     if loss is None:
         raise NotJoinableError("run again, the loss has no gradient")
     return loss
-
-
-def _with_graph(value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.clone().requires_grad_() if floating else value
 
 
 def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
@@ -67,13 +57,6 @@ def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> 
         return outputs[x.call][x.place]
 
     return mapped(leaf, value)
-
-
-def reduction_of(loss: TapedCall) -> str | None:
-    """Return the `reduction` that a call of a loss was given, or its criterion has."""
-    then = loss.attributes[0][1] if loss.attributes else {}
-    given = loss.arguments.get("reduction", then.get("reduction"))
-    return given if isinstance(given, str) else None
 
 
 def count_of(loss: TapedCall) -> float | None:

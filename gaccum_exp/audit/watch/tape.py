@@ -132,12 +132,11 @@ class Tape:
 
 @dataclass(slots=True)
 class Clipping:
-    """A call of `clip_grad_norm_` or `clip_grad_value_`."""
+    """A call of `clip_grad_norm_` or `clip_grad_value_`, and the gradients before and after."""
 
     after_backward: int
     """Backward passes of the window before it."""
     before: Gradient
-    """The gradients that it was given."""
     after: Gradient = field(default_factory=dict)
 
 
@@ -150,8 +149,10 @@ class Observations:
     """Gradients that were there before its first pass."""
     accumulated: dict[int, Gradient] = field(default_factory=dict)
     """Gradients right after the last backward pass: one entry, by the number of backward passes."""
-    between: list[tuple[int, str]] = field(default_factory=list)
-    """(backward passes so far, `zeroed` | `changed`), as found at the beginning of a later pass."""
+    zeroed: set[int] = field(default_factory=set)
+    """Backward passes so far where gradients were found zeroed at the beginning of a later pass."""
+    changed: set[int] = field(default_factory=set)
+    """The same where they were found changed in another way."""
     clippings: list[Clipping] = field(default_factory=list)
     scheduler_steps: list[int] = field(default_factory=list)
     """Backward passes of the window before each step of the learning-rate schedule."""
@@ -172,9 +173,8 @@ def leaves(value: Any) -> list[Any]:
 
 def loss_in(output: Any) -> Tensor | None:
     """Return the loss in what a function or a model returned: it, its `loss`, or its first scalar."""
-    if isinstance(output, Tensor):
-        return output if output.requires_grad else None
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(named, Tensor) and named.requires_grad:
-        return named
-    return next((t for t in tensors_in(output) if t.ndim == 0 and t.requires_grad), None)
+    scalars = [t for t in tensors_in(output) if t.ndim == 0 or t is output]
+    found = [t for t in (named, *scalars) if isinstance(t, Tensor)]
+    graphs = torch.is_grad_enabled()  # else no tensor has one
+    return next((t for t in found if (t.requires_grad if graphs else t.is_floating_point())), None)

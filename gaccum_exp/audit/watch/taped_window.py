@@ -10,27 +10,11 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.causes.loss_coupling import couples_samples
+from gaccum_exp.audit.rerun import samples
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
-from gaccum_exp.audit.rerun.samples import (
-    NotJoinableError,
-    joined,
-    picked,
-    picked_rows,
-    ragged,
-    sample_dim,
-    size_of,
-    tensors_in,
-)
+from gaccum_exp.audit.rerun.samples import NotJoinableError, sample_dim, size_of, tensors_in
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.watch.playback import (
-    Outputs,
-    count_of,
-    loss_of,
-    models_own_loss,
-    reduction_of,
-    resolved,
-    run,
-)
+from gaccum_exp.audit.watch.playback import Outputs, count_of, loss_of, models_own_loss, resolved, run
 from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, leaves
 
 
@@ -72,7 +56,7 @@ class TapedWindow:
         self.whole_weight = 1.0
         self.coefficients: list[float] | None = None
         """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
-        self.padded = ragged([m.first.arguments for m in micro_batches], dim)
+        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
         """Whether joining the micro-batches pads their sequences."""
         self._models, self._losses = (
             [(calls, self._joined_constants(calls)) for calls in zip(*each, strict=True)]
@@ -142,7 +126,11 @@ class TapedWindow:
     @property
     def sums(self) -> bool:
         """Whether the loss was told to reduce by a sum."""
-        return all(reduction_of(m.losses[0]) == "sum" for m in self._micro_batches)
+        for loss in (micro_batch.losses[0] for micro_batch in self._micro_batches):
+            of_criterion = loss.attributes[0][1] if loss.attributes else {}
+            if loss.arguments.get("reduction", of_criterion.get("reduction")) != "sum":
+                return False
+        return True
 
     def _whole_cotangents(self, losses: list[Tensor]) -> list[Tensor]:
         first = self._cotangents[0]
@@ -156,7 +144,7 @@ class TapedWindow:
         given = [call.arguments for call in calls]
         if any(isinstance(leaf, OutputRef) for leaf in leaves(given)):
             return None
-        return joined(given, [size_of(g, self._dim) for g in given], self._dim)
+        return samples.joined(given, [size_of(g, self._dim) for g in given], self._dim)
 
     def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
@@ -174,8 +162,10 @@ class TapedWindow:
             if inputs is None:
                 done = zip(calls, each, strict=True)
                 given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
-                return run(calls[0], joined(given, [size_of(g) for g in given]))
-            whole = inputs if order is None else picked(inputs, order, sum(self.sizes), self._dim)
+                return run(calls[0], samples.joined(given, [size_of(g) for g in given]))
+            whole = (
+                inputs if order is None else samples.picked(inputs, order, sum(self.sizes), self._dim)
+            )
             return run(calls[0], cast(whole))
 
         for calls, inputs in self._models:
@@ -204,7 +194,7 @@ class TapedWindow:
             else:  # nothing grows that would tell which dimension counts samples
                 dim = next((d for d, n in enumerate(shape) if n == total), None)
             own = where[start : start + size]
-            rows.append(tensor if dim is None else picked_rows(tensor, dim, own, total))
+            rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
         return rows
 
 

@@ -258,13 +258,10 @@ class LoopTracer:
         last = seen.accumulated.get(backwards)
         if last is None or not any(bool(g.any()) for g in last.values()):
             return
-        found = None
         if not any(bool(g.any()) for g in now.values()):
-            found = backwards, "zeroed"
+            seen.zeroed.add(backwards)
         elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
-            found = backwards, "changed"
-        if found is not None and found not in seen.between:
-            seen.between.append(found)
+            seen.changed.add(backwards)
 
     def _gradients(self) -> Gradient:
         return {
