@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.rerun.samples import tensors_in
-from gaccum_exp.audit.watch.playback import Outputs, resolved
-from gaccum_exp.audit.watch.tape import TapedCall, TapedMicroBatch, leaves
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
 
 
 def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:

@@ -98,7 +98,7 @@ class Rerun:
             needed = needed_bytes(tensors, self.saved.bytes, float64=how.float64, held=held)
             precision = " in float64" if how.float64 else ""
             what = f"one pass over {sum(self.window.sizes)} samples{precision}"
-            require_memory(needed, self._where(), what)
+            require_memory(needed, self._device, what)
             with self._running(how) as (replay, parameters):
                 self.window.one_pass(replay.whole(how.order), self._cast(how), how.order)
                 return self._taken(parameters)
@@ -154,7 +154,8 @@ class Rerun:
             taken.append(keep(self._taken(parameters)))
         return taken
 
-    def _where(self) -> torch.device:
+    @property
+    def _device(self) -> torch.device:
         parameters = self.window.modules.parameters().values()
         return self.device or next((p.device for p in parameters), torch.device("cpu"))
 
@@ -165,8 +166,7 @@ class Rerun:
             dtype = torch.float64 if how.float64 and value.is_floating_point() else value.dtype
             return value.to(self.device or value.device, dtype)
 
-        changes = how.float64 or self.device is not None
-        return (lambda batch: mapped(leaf, batch)) if changes else (lambda batch: batch)
+        return partial(mapped, leaf)
 
     def _taken(self, parameters: dict[str, nn.Parameter]) -> Gradient:
         compared = self.window.modules.compared
@@ -180,7 +180,7 @@ class Rerun:
         tracer = ModuleTracer(modules, see)
         replay = Replay(self.draws, self.window.sizes, tracer, how.draws, float64=how.float64)
         default = torch.get_default_dtype()
-        outermost = not torch.is_autocast_enabled(self._where().type)
+        outermost = not torch.is_autocast_enabled(self._device.type)
         why = "numbers come from a generator of the model's own"
         drawn = partial(self.draws.refuse, why, foreign=True)
         copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)

@@ -62,9 +62,8 @@ def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
 
 def ragged(parts: Sequence[Any], dim: int = 0) -> bool:
     """Whether micro-batches differ in other lengths than their number of samples."""
-    columns = zip(*(tensors_in(part) for part in parts), strict=False)
-    shapes = ({tuple(n for d, n in enumerate(t.shape) if d != dim) for t in c} for c in columns)
-    return any(len(kinds) > 1 for kinds in shapes)
+    columns = zip(*map(tensors_in, parts), strict=False)
+    return any(len({(t.shape[:dim], t.shape[dim + 1 :]) for t in column}) > 1 for column in columns)
 
 
 def picked(value: Any, rows: Tensor, size: int, dim: int = 0) -> Any:
@@ -93,12 +92,11 @@ def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
 
 def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
     """Return the one dimension that grows from a micro-batch to the whole as the samples do."""
-    if len(whole) != len(part):
+    grown = [d for d, (n, of_part) in enumerate(zip(whole, part, strict=False)) if n != of_part]
+    if len(whole) != len(part) or len(grown) != 1:
         return None
-    grown = [d for d in range(len(whole)) if whole[d] != part[d]]
-    if len(grown) != 1 or whole[grown[0]] * size != part[grown[0]] * total:
-        return None
-    return grown[0] if whole[grown[0]] % total == 0 else None
+    n, of_part = whole[grown[0]], part[grown[0]]
+    return grown[0] if n * size == of_part * total and n % total == 0 else None
 
 
 def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:

@@ -161,9 +161,9 @@ class _Copies:
             return copy.copy(value)
         if isinstance(value, _GENERATORS):
             if isinstance(value, torch.Generator):
-                copied: Any = value.clone_state()
-            else:  # the system's has no state to be copied
-                copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+                return value.clone_state()  # draws from it are recorded operator by operator
+            # The system's has no state to be copied.
+            copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
             self._generators.append((value, copied))
             return copied
         if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
@@ -175,9 +175,7 @@ class _Copies:
 
     def drawn_from(self) -> bool:
         """Whether a generator of Python's or NumPy's that a module holds was drawn from."""
-        # Draws from torch's are recorded operator by operator.
-        pairs = (p for p in self._generators if not isinstance(p[0], torch.Generator))
-        return any(_state_of(before) != _state_of(after) for before, after in pairs)
+        return any(_state_of(before) != _state_of(after) for before, after in self._generators)
 
     def restore_objects(self) -> None:
         for of, kept in reversed(self._objects):

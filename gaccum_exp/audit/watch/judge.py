@@ -121,8 +121,7 @@ class _LoopWindow:
             fault = self._changed_in_between(audit, replayed)
             if fault is not None:
                 return fault
-        fault = self._changed_after_clipping(audit)
-        if fault is not None:
+        if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
         if audit.cause == result.UNEQUAL_DENOMINATORS and coefficients:
             if counts is None and len(set(sizes)) == 1:  # then nothing else says how unequal they are

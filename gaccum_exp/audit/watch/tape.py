@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.audit.rerun.samples import mapped, tensors_in
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.losses.criterion import CriterionLoss
 
 
 class OutputRef:
@@ -52,6 +54,21 @@ class TapedCall:
     """Whether it put out a tensor with a graph."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
+
+    def run(self, arguments: Mapping[int | str, Any]) -> Any:
+        """Call the function again with these arguments, under the same autocast."""
+        device = next((t.device.type for t in tensors_in(arguments)), "cpu")
+        args = [value for key, value in arguments.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
+        before = [(attributes, dict(attributes)) for attributes, _ in self.attributes]
+        try:
+            for attributes, then in self.attributes:
+                attributes.update(then)
+            with torch.autocast(device, dtype=self.autocast[1], enabled=self.autocast[0]):
+                return self.function(*args, **kwargs)
+        finally:
+            for (attributes, then), (_, now) in zip(self.attributes, before, strict=True):
+                attributes.update({key: now[key] for key in then if key in now})
 
     def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
@@ -178,3 +195,44 @@ def loss_in(output: Any) -> Tensor | None:
     found = [t for t in (named, *scalars) if isinstance(t, Tensor)]
     graphs = torch.is_grad_enabled()  # else no tensor has one
     return next((t for t in found if (t.requires_grad if graphs else t.is_floating_point())), None)
+
+
+Outputs = dict[TapedCall, list[Tensor]]
+"""What calls have put out in this run."""
+
+
+def models_own_loss(loss: Tensor) -> Tensor:
+    """Return the loss that the model itself has put out."""
+    return loss
+
+
+def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
+    """Return arguments with every reference replaced by its tensor, and all others cast."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, OutputRef):
+            return cast(x)
+        if x.call not in outputs:
+            arguments = resolved(x.call.arguments, outputs, cast)
+            outputs[x.call] = tensors_in(x.call.run(arguments))
+        return outputs[x.call][x.place]
+
+    return mapped(leaf, value)
+
+
+def count_of(loss: TapedCall) -> float | None:
+    """Return the denominator of one call of a criterion, if that is one of torch's."""
+    criterion = loss.function
+    if criterion is nn.functional.cross_entropy:
+        names = ("weight", "ignore_index")
+        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.arguments.items() if k in names})
+    target = loss.arguments.get("target", loss.arguments.get(1))
+    if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
+        return None
+    if not isinstance(target, Tensor):
+        return None
+    try:
+        counted = CriterionLoss(criterion, "sum").count((None, target))
+    except ValueError:
+        return None
+    return None if counted is None else float(counted)

@@ -14,8 +14,8 @@ from gaccum_exp.audit.rerun import samples
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.samples import NotJoinableError, sample_dim, size_of, tensors_in
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.watch.playback import Outputs, count_of, loss_of, models_own_loss, resolved, run
-from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, leaves
+from gaccum_exp.audit.watch import tape
+from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
 
 
 class CouplingError(NotJoinableError):
@@ -119,7 +119,7 @@ class TapedWindow:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
         if len(self._micro_batches[0].losses) != 1:
             return None
-        found = [count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
+        found = [tape.count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
         known = [n for n in found if n is not None]
         return known if len(known) == len(found) else None
 
@@ -142,16 +142,16 @@ class TapedWindow:
     def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
         """Return the calls' arguments as one batch; None where some come from other calls."""
         given = [call.arguments for call in calls]
-        if any(isinstance(leaf, OutputRef) for leaf in leaves(given)):
+        if any(isinstance(leaf, OutputRef) for leaf in tape.leaves(given)):
             return None
         return samples.joined(given, [size_of(g, self._dim) for g in given], self._dim)
 
     def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
         for call in micro_batch.models:
-            outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, cast)))
+            outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
         return [
-            loss_of(run(loss, resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
+            _loss_of(loss.run(resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
         ]
 
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
@@ -162,11 +162,10 @@ class TapedWindow:
             if inputs is None:
                 done = zip(calls, each, strict=True)
                 given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
-                return run(calls[0], samples.joined(given, [size_of(g) for g in given]))
-            whole = (
-                inputs if order is None else samples.picked(inputs, order, sum(self.sizes), self._dim)
-            )
-            return run(calls[0], cast(whole))
+                return calls[0].run(samples.joined(given, [size_of(g) for g in given]))
+            if order is not None:
+                inputs = samples.picked(inputs, order, sum(self.sizes), self._dim)
+            return calls[0].run(cast(inputs))
 
         for calls, inputs in self._models:
             outputs = tensors_in(run_whole(calls, inputs))
@@ -174,11 +173,11 @@ class TapedWindow:
                 each[index][call] = self._rows(call, outputs, index, order)
         losses = []
         for calls, inputs in self._losses:
-            if calls[0].function is models_own_loss:
+            if calls[0].function is tape.models_own_loss:
                 ref = calls[0].refs()[0]
                 losses.append(each[0][ref.call][ref.place])
             else:
-                losses.append(loss_of(run_whole(calls, inputs)))
+                losses.append(_loss_of(run_whole(calls, inputs)))
         return losses
 
     def _rows(
@@ -196,6 +195,13 @@ class TapedWindow:
             own = where[start : start + size]
             rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
         return rows
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = tape.loss_in(output)
+    if loss is None:
+        raise NotJoinableError("run again, the loss has no gradient")
+    return loss
 
 
 def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:

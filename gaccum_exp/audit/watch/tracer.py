@@ -21,8 +21,14 @@ from torch.overrides import TorchFunctionMode
 from gaccum_exp.audit.rerun.samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import nothing
 from gaccum_exp.audit.watch.function_calls import OnCall, arguments_of, bound_to, calls_reported, code_of
-from gaccum_exp.audit.watch.playback import models_own_loss
-from gaccum_exp.audit.watch.tape import Clipping, Observations, Tape, TapedCall, loss_in
+from gaccum_exp.audit.watch.tape import (
+    Clipping,
+    Observations,
+    Tape,
+    TapedCall,
+    loss_in,
+    models_own_loss,
+)
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_states
 
