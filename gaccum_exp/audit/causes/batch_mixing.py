@@ -45,8 +45,6 @@ def compare_forward(rerun: Rerun, how: Pass) -> ForwardRuns:
 
 @dataclass(slots=True)
 class _Fingerprints:
-    """The fingerprints of one tensor's samples."""
-
     dim: int | None
     """The dimension that counts samples; None: the tensor does not grow with the batch."""
     values: Tensor

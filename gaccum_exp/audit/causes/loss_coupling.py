@@ -56,7 +56,6 @@ def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Genera
 
 
 def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return random outputs with the chosen samples' drawn anew."""
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
     if dim is None or not tensor.is_floating_point():
         return tensor

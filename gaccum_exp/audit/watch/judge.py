@@ -92,7 +92,6 @@ class _LoopWindow:
         self._rerun = self._rerun_of(self._window)
 
     def audit(self) -> Audit:
-        """Run the experiments."""
         observed, loss_scale = self._observed, self._loss_scale
         replayed = self._rerun.gradient(RECORDING)
         factor = multiple(observed, replayed, AS_REPLAYED)
@@ -242,11 +241,7 @@ class _LoopWindow:
     def _with_factor(
         self, audit: Audit, weights: list[float], factor: float, whole_weight: float | None
     ) -> Audit:
-        """Say where a factor comes from, in the loop's own terms.
-
-        `weights` are those of the micro-batches' losses; the gradient was multiplied by `factor` after
-        its last backward pass.
-        """
+        """Say where a scale comes from; after its last backward pass the gradient was times `factor`."""
         accum_steps = len(weights)
         divisor = common_divisor(weights) if whole_weight is None else None
         total = factor * sum(weights) / (1 if whole_weight is None else whole_weight)

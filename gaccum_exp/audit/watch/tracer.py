@@ -135,7 +135,6 @@ class LoopTracer:
             self._end(self._inside[-1], output)
 
     def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
-        """Return the call as it is about to happen."""
         device = self._device_type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         arguments = self.seen.tape.recorded({**dict(enumerate(args)), **kwargs})
@@ -165,17 +164,16 @@ class LoopTracer:
 
     def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
         """Record with what cotangent the loss is back-propagated."""
-        if loss is None:
-            return
-        seen = self.seen
+        tape = self.seen.tape
 
         def back_propagated(cotangent: Tensor) -> None:
             if self._counting and not self._judging and not self._stepping:
                 before = call.cotangent
                 call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
-                call.backward = seen.tape.backwards
+                call.backward = tape.backwards
 
-        loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
+        if loss is not None:
+            loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
 
     def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
         if self._judging:
@@ -256,8 +254,7 @@ class LoopTracer:
 
     def _look_at_gradients(self) -> None:
         """Compare the gradients, before a pass, with those that the pass before left."""
-        seen, now = self.seen, self._gradients()
-        backwards = seen.tape.backwards
+        seen, now, backwards = self.seen, self._gradients(), self.seen.tape.backwards
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
             return
@@ -295,7 +292,6 @@ class LoopTracer:
         return (args[0], traced, *args[2:]), kwargs
 
     def _hand_over(self) -> None:
-        """Hand the window over: the optimizer's step begins."""
         self._global_step += 1
         self._stepping = self._judging = True
         try:
