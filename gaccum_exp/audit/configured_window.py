@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,9 +62,8 @@ def audit_window(
     """
     loss_fn = as_loss_fn(loss_fn, reduction.name)
     blank = Audit("inconclusive", len(window), reduction.name)
-    accumulation = Accumulation(reduction, strategy, loss_scale)
     try:
-        configured = ConfiguredWindow(model, loss_fn, window, accumulation)
+        configured = ConfiguredWindow(model, loss_fn, window, reduction, strategy, loss_scale)
         with random_state_kept():
             return _where_it_fits(configured, blank, seed)
     except BadInputError:
@@ -78,8 +77,7 @@ def audit_window(
 def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit:
     """Audit on the window's own device, else on the CPU, else on fewer and fewer of its samples."""
     own = next(iter(window.modules.parameters().values()), torch.empty(0)).device
-    host = torch.device("cpu")
-    sliced = ""
+    host, sliced = torch.device("cpu"), ""
     while True:
         # Some kinds of device have no float64.
         for device in (host,) if own.type in ("cpu", "mps") else (own, host):
@@ -100,52 +98,48 @@ def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit
 
 def _at_a_fitting_loss_scale(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> Audit:
     """Audit at the loss scale, or at a smaller one where the gradient overflows."""
-    audit, asked = _audited(window, blank, device), window.accumulation.loss_scale
-    while audit.detail == NOT_FINITE and window.accumulation.loss_scale > 1.0:
+    audit, asked = _audited(window, blank, device), window.loss_scale
+    while audit.detail == NOT_FINITE and window.loss_scale > 1.0:
         window = window.descaled()
         audit = _audited(window, blank, device)
-    scale = window.accumulation.loss_scale
+    scale = window.loss_scale
     if scale != asked and audit.detail != NOT_FINITE:
-        used = f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}"
-        audit = audit.noting(used)
+        audit = audit.noting(f"at a loss scale of {scale:g}, since the gradient overflows at {asked:g}")
     rows = tuple(replace(row, norm=row.norm / scale) for row in audit.parameters)
     return replace(audit, parameters=rows)
 
 
 def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> Audit:
-    rerun, accumulation = Rerun(window, device), window.accumulation
+    rerun, reduction = Rerun(window, device), window.reduction
+    replayed = rerun.gradient(RECORDING)
     if len(window.sizes) == 1:  # the reference itself
-        rerun.gradient(RECORDING)
         _, denominator = rerun.forward(ACCUMULATED64, None)
-        scale = accumulation.reduction.one_pass_factor(denominator)
+        scale = reduction.one_pass_factor(denominator)
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
-    found = diagnose(rerun, None, blank)
+    found = diagnose(rerun, replayed, blank)
     audit = found.audit
     if found.accumulated64 is None or found.one_pass64 is None or audit.denominator is None:
         return audit
-    per_mean = accumulation.reduction.one_pass_factor(audit.denominator)
+    per_mean = reduction.one_pass_factor(audit.denominator)
     along = scale_of(found.accumulated64, found.one_pass64)
     return replace(audit, scale=None if along is None else along * per_mean)
-
-
-@dataclass(frozen=True, slots=True)
-class Accumulation:
-    """How a window is accumulated, as `core.accumulate.accumulate` has it."""
-
-    reduction: Reduction
-    strategy: InPlace = IN_PLACE
-    loss_scale: float = 1.0
 
 
 class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, micro_batches: Sequence[Any], accumulation: Accumulation
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        micro_batches: Sequence[Any],
+        reduction: Reduction,
+        strategy: InPlace = IN_PLACE,
+        loss_scale: float = 1.0,
     ) -> None:
+        self.reduction, self.loss_scale, self._strategy = reduction, loss_scale, strategy
         self.modules = NamedModules(model, *modules_in(loss_fn))
         self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
-        self.accumulation = accumulation
         self._model, self._loss_fn = model, on_device(loss_fn)
         self._micro_batches = list(micro_batches)
         self._whole = joined(self._micro_batches, self.sizes)
@@ -156,11 +150,14 @@ class ConfiguredWindow:
             picked(m, torch.arange(-(-size // 2)), size)
             for m, size in zip(self._micro_batches, self.sizes, strict=True)
         ]
-        return ConfiguredWindow(self._model, self._loss_fn, halves, self.accumulation)
+        how = self.reduction, self._strategy, self.loss_scale
+        return ConfiguredWindow(self._model, self._loss_fn, halves, *how)
 
     def descaled(self) -> "ConfiguredWindow":
         """Return the window with a smaller loss scale, as a GradScaler takes when gradients overflow."""
-        return self._accumulated_as(loss_scale=max(1.0, self.accumulation.loss_scale / DESCENT))
+        other = copy.copy(self)
+        other.loss_scale = max(1.0, self.loss_scale / DESCENT)
+        return other
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run as training does."""
@@ -183,13 +180,10 @@ class ConfiguredWindow:
 
     def recounted(self, counts: Sequence[float]) -> "ConfiguredWindow | None":
         """Return the same window under the reduction that weighs by what each micro-batch counts."""
-        if not self.accumulation.reduction.needs_equal_parts:
+        if not self.reduction.needs_equal_parts:
             return None
-        return self._accumulated_as(reduction=GLOBAL_MEAN)
-
-    def _accumulated_as(self, **changes: Any) -> "ConfiguredWindow":
         other = copy.copy(self)
-        other.accumulation = replace(self.accumulation, **changes)
+        other.reduction = GLOBAL_MEAN
         return other
 
     def _run(self, micro_batches: list[Any], context: ForwardContext) -> None:
@@ -197,9 +191,9 @@ class ConfiguredWindow:
             self._model,
             _Following(self._loss_fn, context),
             micro_batches,
-            self.accumulation.reduction,
-            self.accumulation.strategy,
-            backward=lambda loss: torch.autograd.backward(loss * self.accumulation.loss_scale),
+            self.reduction,
+            self._strategy,
+            backward=lambda loss: torch.autograd.backward(loss * self.loss_scale),
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.canary import IN_FLOAT64, IN_OWN_PRECISION, NEVER_ROUNDING64, Canary
@@ -15,16 +15,18 @@ from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED64,
     ONE_PASS,
     ONE_PASS64,
-    RECORDING,
     Rerun,
 )
-from gaccum_exp.audit.result import Audit, Culprit, ParameterError
+from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import (
+    REMEDIES,
     Measured,
     hidden_difference,
     multiple,
     parameter_errors,
-    remedy,
+    remedy_of,
+    remedy_of_counts,
+    remedy_of_factor,
     verdict_of,
 )
 from gaccum_exp.core.gradient import Gradient, coarse, distance, finite, identical, norm
@@ -53,70 +55,63 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
-    """Gradients in the window's own precision."""
+class _Runs:
+    """A window's gradients, in its own precision and in float64, and its forward passes in float64."""
 
     accumulated: Gradient
     """The one that is judged."""
     replayed: Gradient
     """The sum of its passes, run again."""
     one_pass: Gradient
-
-
-@dataclass(frozen=True, slots=True)
-class _Float64:
-    one_pass: Gradient
-    accumulated: Gradient
-    floor: float
-    """How far another order of the samples moves the one pass."""
-    rounding: tuple[ParameterError, ...]
-    """The same, parameter by parameter."""
+    accumulated64: Gradient
+    one_pass64: Gradient
     forward: ForwardRuns
 
 
 def diagnose(
-    rerun: Rerun, observed: Gradient | None, blank: Audit, replayed: Gradient | None = None
+    rerun: Rerun, replayed: Gradient, blank: Audit, observed: Gradient | None = None
 ) -> Diagnosis:
     """Judge a window of two micro-batches or more.
 
     Args:
         rerun: the runs of the window.
-        observed: the accumulated gradient where it is known already; None: it is run for.
-        blank: what is known of the audit before.
-        replayed: the gradient of the recording pass, where that has been run.
+        replayed: the gradient of its recording pass.
+        blank: what is known of the audit before: inconclusive so far.
+        observed: the accumulated gradient, where it is another than the replayed.
     """
-    if replayed is None:
-        replayed = rerun.gradient(RECORDING)
     one_pass = rerun.gradient(ONE_PASS, held=2)
     if rerun.draws.shared:
         replayed = rerun.gradient(ACCUMULATED)
     accumulated = replayed if observed is None else observed
     if not finite(accumulated) or not finite(one_pass):
-        return Diagnosis(replace(blank, verdict="inconclusive", detail=NOT_FINITE))
+        return Diagnosis(replace(blank, detail=NOT_FINITE))
     if norm(one_pass) == 0:
         why = "the large batch's gradient is zero: audit at other weights or on another window"
-        return Diagnosis(replace(blank, verdict="inconclusive", detail=why))
+        return Diagnosis(replace(blank, detail=why))
     generator, samples = torch.Generator().manual_seed(0), sum(rerun.window.sizes)
     orders = [torch.randperm(samples, generator=generator) for _ in range(ORDERS)]
     floor = max(distance(rerun.gradient(replace(ONE_PASS, order=o)), one_pass) for o in orders)
-    e = distance(accumulated, one_pass)
-    errors = parameter_errors(accumulated, one_pass)
+    e, errors = distance(accumulated, one_pass), parameter_errors(accumulated, one_pass)
     blank = replace(blank, e=e, floor=floor, parameters=errors)
     try:
-        exact = _in_float64(rerun, orders[0])
+        one_pass64 = rerun.gradient(ONE_PASS64, held=2)
+        accumulated64 = rerun.gradient(ACCUMULATED64)
+        permuted = rerun.gradient(replace(ONE_PASS64, order=orders[0]))
+        floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
+        del permuted  # of a large model a third gradient may not fit beside what comes next
+        forward = compare_forward(rerun, ACCUMULATED64)
     except Exception as error:  # a user's model may fail in a precision that it was not written for
         if out_of_memory(error):
             raise
-        why = f"it does not run in float64: {first_line(error)}"
-        return Diagnosis(replace(blank, verdict="inconclusive", detail=why))
-    errors64 = parameter_errors(exact.accumulated, exact.one_pass)
+        return Diagnosis(replace(blank, detail=f"it does not run in float64: {first_line(error)}"))
+    errors64 = parameter_errors(accumulated64, one_pass64)
     measured = Measured(
         identical(accumulated, one_pass),
-        own=Canary(e, max(floor, distance(one_pass, exact.one_pass)), IN_OWN_PRECISION),
-        float64=Canary(distance(exact.accumulated, exact.one_pass), exact.floor, IN_FLOAT64),
-        hidden64=hidden_difference(errors64, exact.rounding),
+        own=Canary(e, max(floor, distance(one_pass, one_pass64)), IN_OWN_PRECISION),
+        float64=Canary(distance(accumulated64, one_pass64), floor64, IN_FLOAT64),
+        hidden64=hidden_difference(errors64, rounding64),
     )
-    denominator = exact.forward.whole[1]
+    denominator = forward.whole[1]
     audit = replace(
         blank,
         e64=measured.float64.error,
@@ -124,8 +119,8 @@ def diagnose(
         denominator=denominator if math.isfinite(denominator) else None,
         parameters=errors if measured.same_function else errors64,
     )
-    audit = _explained(rerun, measured, _Own(accumulated, replayed, one_pass), exact, audit)
-    return Diagnosis(audit, measured, exact.one_pass, exact.accumulated)
+    runs = _Runs(accumulated, replayed, one_pass, accumulated64, one_pass64, forward)
+    return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
 
 
 def first_line(error: Exception) -> str:
@@ -133,36 +128,26 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _in_float64(rerun: Rerun, order: Tensor) -> _Float64:
-    one_pass = rerun.gradient(ONE_PASS64, held=2)
-    accumulated = rerun.gradient(ACCUMULATED64)
-    permuted = rerun.gradient(replace(ONE_PASS64, order=order))
-    floor, rounding = distance(permuted, one_pass), parameter_errors(permuted, one_pass)
-    del permuted  # of a large model a third gradient may not fit beside what comes next
-    forward = compare_forward(rerun, ACCUMULATED64)
-    return _Float64(one_pass, accumulated, floor, rounding, forward)
-
-
-def _explained(rerun: Rerun, measured: Measured, own: _Own, exact: _Float64, audit: Audit) -> Audit:
+def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Audit:
     """Find the cause by experiments; the verdict follows from the numbers and from what was drawn."""
-    draws, mixing = rerun.draws, exact.forward.mixing
+    draws, mixing = rerun.draws, runs.forward.mixing
     drew = [_culprit(rerun, name, result.RANDOMNESS) for name in draws.modules]
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
         why = "the large batch's gradient is zero but for rounding: audit at other weights"
-        return replace(audit, verdict="inconclusive", detail=why)
+        return replace(audit, detail=why)
     verdict = verdict_of(measured, draws.any)
     if verdict in ("identical", "equivalent"):
         return replace(audit, verdict=verdict)
     if measured.same_function and not measured.own.agrees and not draws.not_replayed:
-        audit = _rounded(rerun, measured, own, audit)
+        audit = _rounded(rerun, measured, runs, audit)
         if audit.verdict != "stochastic":
             return audit
     if verdict == "stochastic":
         why = "; ".join(draws.not_replayed)
         audit = replace(audit, verdict=verdict, cause=result.RANDOMNESS, detail=why or None)
         return _blaming(audit, drew)
-    if distance(rerun.gradient(ONE_PASS64), exact.one_pass) > NEVER_ROUNDING64:
+    if distance(rerun.gradient(ONE_PASS64), runs.one_pass64) > NEVER_ROUNDING64:
         draws.refuse("the same pass, run twice, differs", foreign=True)
     if draws.any:
         constant = replace(ACCUMULATED64, draws="constant")
@@ -178,34 +163,32 @@ def _explained(rerun: Rerun, measured: Measured, own: _Own, exact: _Float64, aud
             audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=why)
             return _blaming(audit, drew)
     audit = replace(audit, verdict="biased")
-    blamed = _of_the_weights(rerun, exact, audit)
+    blamed = _of_the_weights(rerun, runs, audit)
     if blamed is not None:
         return replace(blamed, culprits=tuple(drew))
     if mixing:
-        audit = replace(audit, cause=result.BATCH_STATISTICS)
         mixers = [_culprit(rerun, name, result.BATCH_STATISTICS) for name in mixing]
         return _blaming(audit, [*mixers, *drew])
-    carrying = _carrying_state(rerun, exact)
+    carrying = _carrying_state(rerun, runs)
     if carrying is not None:
-        audit = replace(audit, cause=result.BATCH_STATISTICS)
         culprit = _culprit(rerun, carrying, result.BATCH_STATISTICS)
         said = (
             f"{carrying or 'the model'} ({culprit.type}) uses a state that every forward pass moves, N "
             "times in a window of N passes: freeze it, or move it once per window"
         )
         return replace(_blaming(audit, [culprit, *drew]), remedy=said)
-    return replace(_of_the_loss(rerun, exact, audit), culprits=tuple(drew))
+    return replace(_of_the_loss(rerun, runs, audit), culprits=tuple(drew))
 
 
-def _rounded(rerun: Rerun, measured: Measured, own: _Own, audit: Audit) -> Audit:
+def _rounded(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Audit:
     """Find where digits were lost: the functions agree, and yet differ more than the one pass rounds."""
     limit = measured.own.limit
-    of_passes = distance(rerun.gradient(replace(ACCUMULATED, summed_in_float64=True)), own.one_pass)
+    of_passes = distance(rerun.gradient(replace(ACCUMULATED, summed_in_float64=True)), runs.one_pass)
     if of_passes <= limit:
-        replayed = distance(own.replayed, own.one_pass)
-        if replayed > limit or coarse(own.accumulated, audit.accum_steps):
-            audit = replace(audit, verdict="biased", cause=result.LOW_PRECISION)
-            return replace(audit, remedy=remedy(result.LOW_PRECISION))
+        replayed = distance(runs.replayed, runs.one_pass)
+        if replayed > limit or coarse(runs.accumulated, audit.accum_steps):
+            said = REMEDIES[result.LOW_PRECISION]
+            return replace(audit, verdict="biased", cause=result.LOW_PRECISION, remedy=said)
         why = (
             "a part of the gradient is none of the loss's: a penalty on the weights or outputs, or a "
             "change to the gradients"
@@ -219,32 +202,32 @@ def _rounded(rerun: Rerun, measured: Measured, own: _Own, audit: Audit) -> Audit
     return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
 
 
-def _of_the_weights(rerun: Rerun, exact: _Float64, audit: Audit) -> Audit | None:
+def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
     """Find out whether weighing micro-batches as they count, or rescaling, gives the large batch's."""
     window = rerun.window
-    counts = [n for _, n in exact.forward.parts if math.isfinite(n)]
-    factor = multiple(exact.accumulated, exact.one_pass, SAME64)
+    counts = [n for _, n in runs.forward.parts if math.isfinite(n)]
+    factor = multiple(runs.accumulated64, runs.one_pass64, SAME64)
     other = window.recounted(counts) if factor is None else None
     if other is not None:
         recounted = replace(rerun, window=other).gradient(ACCUMULATED64)
-        if distance(recounted, exact.one_pass) <= SAME64:
-            said = remedy(result.UNEQUAL_DENOMINATORS, sizes=window.sizes, counts=counts)
+        if distance(recounted, runs.one_pass64) <= SAME64:
+            said = remedy_of_counts(window.sizes, counts)
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
-        factor = multiple(recounted, exact.one_pass, SAME64)
+        factor = multiple(recounted, runs.one_pass64, SAME64)
     if factor is None:
         return None
-    said = remedy(result.LOSS_SCALE, sizes=window.sizes, factor=factor)
+    said = remedy_of_factor(factor, len(window.sizes))
     return replace(audit, cause=result.LOSS_SCALE, remedy=said)
 
 
-def _carrying_state(rerun: Rerun, exact: _Float64) -> str | None:
+def _carrying_state(rerun: Rerun, runs: _Runs) -> str | None:
     """Return the module whose buffers carry a state from one pass to the next, if that is the cause."""
     modules = rerun.window.modules
     holding = [m for m in modules if any(b is not None for b in m._buffers.values())]
 
     def settled(reset: Sequence[nn.Module]) -> bool:
         gradient = rerun.gradient(replace(ACCUMULATED64, reset_buffers_of=reset))
-        return distance(gradient, exact.one_pass) <= SAME64
+        return distance(gradient, runs.one_pass64) <= SAME64
 
     if not holding or not settled(holding):
         return None
@@ -252,10 +235,10 @@ def _carrying_state(rerun: Rerun, exact: _Float64) -> str | None:
     return modules.name(next(alone, holding[0]))
 
 
-def _of_the_loss(rerun: Rerun, exact: _Float64, audit: Audit) -> Audit:
+def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
     """Blame the loss: every module agrees, and no weights make the gradient right."""
-    if not rerun.window.additive(exact.forward.parts, exact.forward.whole):
-        said = remedy(result.NOT_ADDITIVE)
+    if not rerun.window.additive(runs.forward.parts, runs.forward.whole):
+        said = REMEDIES[result.NOT_ADDITIVE]
         why = "every module agrees, and the large batch's loss is not made of the micro-batches' losses"
         return replace(audit, cause=result.NOT_ADDITIVE, remedy=said, detail=why)
     why = (
@@ -266,14 +249,16 @@ def _of_the_loss(rerun: Rerun, exact: _Float64, audit: Audit) -> Audit:
 
 
 def _blaming(audit: Audit, culprits: Sequence[Culprit]) -> Audit:
-    audit = replace(audit, culprits=tuple(culprits))
     if not culprits:
         return audit
+    first = culprits[0]
     return replace(
         audit,
-        culprit=culprits[0].name,
-        culprit_type=culprits[0].type,
-        remedy=remedy(audit.cause, culprits),
+        cause=first.cause,
+        culprit=first.name,
+        culprit_type=first.type,
+        culprits=tuple(culprits),
+        remedy=remedy_of(first),
     )
 
 

@@ -108,12 +108,8 @@ class Audit:
         said = [f"{k} {v:.2g}" for k, v in numbers.items() if v is not None]
         lines = [f"{self.verdict} (N = {self.accum_steps}, {self.reduction}): {', '.join(said)}"]
         if self.cause is not None:
-            at = (
-                f" at {self.culprit or 'the model itself'} ({self.culprit_type})"
-                if self.culprit_type
-                else ""
-            )
-            lines.append(f"cause: {self.cause}{at}")
+            at = f" at {self.culprit or 'the model itself'} ({self.culprit_type})"
+            lines.append(f"cause: {self.cause}{at if self.culprit_type else ''}")
         others = [f"{c.name} ({c.type}): {c.cause}" for c in self.culprits if c.name != self.culprit]
         lines += [f"also: {', '.join(others[:3])}"] if others else []
         lines += [f"remedy: {self.remedy}"] if self.remedy else []

@@ -9,6 +9,13 @@ from gaccum_exp.audit.canary import FAR, ROUNDING64, Canary
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
 
+REMEDIES = {
+    result.NOT_ADDITIVE: "this loss couples samples, it is no sum over them: accumulate embeddings "
+    "first, or take it over the whole window",
+    result.LOW_PRECISION: "keep the gradient in float32 while it accumulates",
+}
+"""What to do about a cause, in a sentence, where the cause says it all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -33,16 +40,13 @@ class Measured:
 
 def verdict_of(measured: Measured, draws: bool) -> Verdict:
     """Return the verdict of the numbers alone, given whether the pass draws random numbers."""
-    same = measured.same_function
     if measured.identical and not draws:
         return "identical"
-    if same is None:
+    if measured.same_function is None:
         return "inconclusive"
-    if not same:
-        return "biased"
-    if draws:
+    if draws and measured.same_function:
         return "stochastic"
-    return "equivalent" if measured.own.agrees else "biased"
+    return "equivalent" if measured.same_function and measured.own.agrees else "biased"
 
 
 def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
@@ -59,9 +63,7 @@ def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError
 def hidden_difference(errors: Iterable[ParameterError], rounding: Iterable[ParameterError]) -> bool:
     """Whether some parameter's gradient differs, though its share in the whole is too small to show.
 
-    Args:
-        errors: of the accumulated gradient.
-        rounding: of the one pass in another order.
+    `rounding` are the errors of the one pass in another order.
     """
     floors = {row.name: row.share for row in rounding}
     return any(
@@ -82,53 +84,36 @@ def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float
     return c if c and distance(gradient, reference, c) <= tolerance * abs(c) else None
 
 
-def remedy(
-    cause: str | None,
-    culprits: Sequence[Culprit] = (),
-    sizes: Sequence[int] = (),
-    counts: Sequence[float] = (),
-    factor: float | None = None,
-) -> str | None:
-    """Return what to do about a cause, in a sentence."""
-    first = culprits[0] if culprits else None
-    if cause == result.BATCH_STATISTICS and first is not None:
-        where = first.name or "the model's own forward pass"
-        if "BatchNorm" in first.type:
-            return f"replace {first.type} by GroupNorm, or freeze its statistics"
+def remedy_of(culprit: Culprit) -> str:
+    """Return what to do about a module, in a sentence."""
+    if culprit.cause == result.RANDOMNESS:
         return (
-            f"{where} ({first.type}) makes a sample's output depend on the other samples of its micro-"
-            "batch: compute it sample by sample, or fix the statistics that it takes from the batch"
+            f"random numbers are drawn in every pass ({culprit.name or 'the model'}, {culprit.type}): "
+            "compare averages over seeds, or switch them off to compare gradients"
         )
-    if cause == result.UNEQUAL_DENOMINATORS:
-        return f"micro-batches {_sizes_or_counts(sizes, counts)}: use global_mean"
-    if cause == result.LOSS_SCALE and factor is not None:
-        return f"gradient is {factor:.4g} × the large batch's: {_why_scaled(factor, len(sizes))}"
-    if cause == result.NOT_ADDITIVE:
-        return (
-            "this loss couples samples, it is no sum over them: accumulate embeddings first, "
-            "or take it over the whole window"
-        )
-    if cause == result.RANDOMNESS:
-        where = f" ({first.name or 'the model'}, {first.type})" if first is not None else ""
-        return (
-            f"random numbers are drawn in every pass{where}: compare averages over seeds, "
-            "or switch them off to compare gradients"
-        )
-    if cause == result.LOW_PRECISION:
-        return "keep the gradient in float32 while it accumulates"
-    return None
+    if "BatchNorm" in culprit.type:
+        return f"replace {culprit.type} by GroupNorm, or freeze its statistics"
+    where = culprit.name or "the model's own forward pass"
+    return (
+        f"{where} ({culprit.type}) makes a sample's output depend on the other samples of its micro-"
+        "batch: compute it sample by sample, or fix the statistics that it takes from the batch"
+    )
 
 
-def _sizes_or_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
+def remedy_of_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
+    """Return what to do about micro-batches of these sizes whose losses count this much."""
     counted = bool(counts) and list(counts) != [float(size) for size in sizes]
     said = [f"{number:g}" for number in (counts if counted else sizes)]
     listed = ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
-    return f"count {listed} in their loss" if counted else f"hold {listed} samples"
+    what = f"count {listed} in their loss" if counted else f"hold {listed} samples"
+    return f"micro-batches {what}: use global_mean"
 
 
-def _why_scaled(factor: float, accum_steps: int) -> str:
+def remedy_of_factor(factor: float, accum_steps: int) -> str:
+    """Return what to do about a gradient that is a multiple of the large batch's."""
+    why = "divide the sum of the losses once by what the window counts"
     if accum_steps > 1 and math.isclose(factor, accum_steps, rel_tol=1e-3):
-        return "the loss is not divided by N"
-    if accum_steps > 1 and math.isclose(factor, 1 / accum_steps, rel_tol=1e-3):
-        return "it is divided by N twice"
-    return "divide the sum of the losses once by what the window counts"
+        why = "the loss is not divided by N"
+    elif accum_steps > 1 and math.isclose(factor, 1 / accum_steps, rel_tol=1e-3):
+        why = "it is divided by N twice"
+    return f"gradient is {factor:.4g} × the large batch's: {why}"

@@ -1,15 +1,13 @@
 """The audit as a callback of Lightning's Trainer."""
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gaccum_exp.audit.result import Audit
 from gaccum_exp.integrations.due import DueWindows
 
 
-class AuditCallback(Callback):  # type: ignore[misc]  # Lightning is not followed by the type checker
+class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is not followed by mypy
     """Judge the window of every so many optimizer steps; the training ends as it would have without.
 
         audit = AuditCallback(every_n_steps=1000)
@@ -27,43 +25,32 @@ class AuditCallback(Callback):  # type: ignore[misc]  # Lightning is not followe
             several optimizers the first one's steps are judged.
     """
 
-    def __init__(self, every_n_steps: int = 1000, criterion: Callable[..., Any] | None = None) -> None:
-        self._due = DueWindows(every_n_steps)
-        self._criterion = criterion
-
-    @property
-    def audits(self) -> list[tuple[int, Audit]]:
-        """(optimizer steps taken before the window, its audit), in order."""
-        return self._due.audits
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier training."""
-        self._due.restart()
+        """Let go of a window of an earlier training."""
+        self.close()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch, if a window begins that is due."""
-        if trainer.world_size > 1:
-            self._due.once("ranks", "AuditCallback judges one process only: nothing is audited here")
-            return
         criterion = self._criterion
         if criterion is None and pl_module.automatic_optimization:
             criterion = pl_module.training_step
-        self._due.begin(trainer.global_step, pl_module, criterion, trainer.optimizers[0])
+        step, ranks = trainer.global_step, trainer.world_size
+        self._begin(step, ranks, pl_module, criterion, trainer.optimizers[0])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the audit, if the window's step was taken."""
-        self._due.end(trainer.global_step)
+        self._end(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of a window that has no step."""
-        self._due.abandon()
+        self.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let go of the training, whatever ended it."""
-        self._due.abandon()
+        self.close()

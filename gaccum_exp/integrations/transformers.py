@@ -1,15 +1,13 @@
 """The audit as a callback of the transformers Trainer."""
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gaccum_exp.audit.result import Audit
 from gaccum_exp.integrations.due import DueWindows
 
 
-class AuditCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the checker
+class AuditCallback(DueWindows, TrainerCallback):  # type: ignore[misc]  # which mypy does not follow
     """Judge the window of every so many optimizer steps; the training ends as it would have without.
 
         audit = AuditCallback(every_n_steps=1000)
@@ -27,42 +25,27 @@ class AuditCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             `compute_loss_func` or label smoothing give that function (`trainer.label_smoother`).
     """
 
-    def __init__(self, every_n_steps: int = 1000, criterion: Callable[..., Any] | None = None) -> None:
-        self._due = DueWindows(every_n_steps)
-        self._criterion = criterion
-
-    @property
-    def audits(self) -> list[tuple[int, Audit]]:
-        """(optimizer steps taken before the window, its audit), in order."""
-        return self._due.audits
-
-    def close(self) -> None:
-        """Let go of a window in progress."""
-        self._due.abandon()
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier training."""
-        self._due.restart()
+        """Let go of a window of an earlier training."""
+        self.close()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Watch, if a window begins that is due."""
-        if args.world_size > 1:
-            self._due.once("ranks", "AuditCallback judges one process only: nothing is audited here")
-            return
-        self._due.begin(state.global_step, kwargs["model"], self._criterion, kwargs["optimizer"])
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._begin(state.global_step, args.world_size, model, self._criterion, optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the audit of the step that was taken."""
-        self._due.end(state.global_step)
+        self._end(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of a window that has no step."""
-        self._due.abandon()
+        self.close()

@@ -9,7 +9,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 
 from gaccum_exp.audit.canary import AGAINST_FLOAT64, Canary
-from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
@@ -104,8 +104,8 @@ def _run_eagerly(
 ) -> tuple[ConfiguredWindow, tuple[Gradient, Gradient, bool]]:
     """Run a window, or less of it where float64 does not fit, at a loss scale that does not overflow."""
     scale = 1.0 if state.scaler is None else state.scaler.get_scale()
-    accumulation = Accumulation(state.reduction, state.strategy, scale)
-    configured = ConfiguredWindow(state.model, state.loss_fn, window, accumulation)
+    how = state.reduction, state.strategy, scale
+    configured = ConfiguredWindow(state.model, state.loss_fn, window, *how)
     while True:
         try:
             found = _eager(state, configured)
@@ -114,7 +114,7 @@ def _run_eagerly(
                 raise
             configured = configured.halved()
             continue
-        if finite(found[0]) or configured.accumulation.loss_scale <= 1:
+        if finite(found[0]) or configured.loss_scale <= 1:
             return configured, found
         configured = configured.descaled()
 

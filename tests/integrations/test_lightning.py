@@ -197,7 +197,8 @@ def test_a_callback_that_is_never_due_is_an_error() -> None:
 
 def test_the_callback_judges_nothing_on_several_processes_and_says_so_once() -> None:
     """A rank sees its own micro-batches only, and a gradient of all ranks'."""
-    audit, ranks = integration.AuditCallback(), SimpleNamespace(world_size=2)
+    audit = integration.AuditCallback()
+    ranks = SimpleNamespace(world_size=2, global_step=0, optimizers=[None])
     with pytest.warns(UserWarning, match="one process only"):
         audit.on_train_batch_start(ranks, Lit(), None, 0)
     audit.on_train_batch_start(ranks, Lit(), None, 1)  # a second warning would be an error

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.core.gradient import distance
 from gaccum_exp.core.reductions import GLOBAL_MEAN
@@ -110,9 +110,9 @@ def test_a_norm_that_leaves_no_gradient_is_refused(value: str) -> None:
 def error_of(buffer_dtype: str, n: int) -> tuple[float, float]:
     """Return how far the gradients of N passes and of one lie from float64."""
     experiment = build(settings(*MANY, f"accum.buffer_dtype={buffer_dtype}", f"accum.steps={n}"))
-    how = Accumulation(GLOBAL_MEAN, experiment.strategy)
+    how = GLOBAL_MEAN, experiment.strategy
     window = next(experiment.windows_from(0))
-    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, *how))
     accumulated, exact = rerun.gradient(RECORDING), rerun.gradient(ONE_PASS64)
     assert {g.dtype for g in accumulated.values()} == {torch.bfloat16}
     return distance(accumulated, exact), distance(rerun.gradient(ONE_PASS), exact)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.config.schema import RuntimeConfig
 from gaccum_exp.core.gradient import distance
@@ -175,8 +175,8 @@ def test_evaluation_adds_its_batches_up_in_float32() -> None:
 def gradients(experiment: TrainState, order: Tensor | None = None) -> tuple[Any, Any, Any]:
     """Return the first window's gradient in N passes, in one pass (in this order), and in float64."""
     window = next(experiment.windows_from(0))
-    how = Accumulation(GLOBAL_MEAN, experiment.strategy)
-    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, how))
+    how = GLOBAL_MEAN, experiment.strategy
+    rerun = Rerun(ConfiguredWindow(experiment.model, experiment.loss_fn, window, *how))
     accumulated = rerun.gradient(RECORDING)
     one_pass = rerun.gradient(replace(ONE_PASS, order=order))
     return accumulated, one_pass, rerun.gradient(ONE_PASS64)

@@ -45,8 +45,6 @@ def compare_forward(rerun: Rerun, how: Pass) -> ForwardRuns:
 
 @dataclass(slots=True)
 class _Fingerprints:
-    """The fingerprints of one tensor's samples."""
-
     dim: int | None
     """The dimension that counts samples; None: the tensor does not grow with the batch."""
     values: Tensor
@@ -59,7 +57,6 @@ class _Fingerprints:
 class _ComparedCall:
     """A call in the whole pass: its samples' fingerprints, and whether the micro-batches' agree."""
 
-    key: Key
     parent: Key | None
     start: int
     inputs: list[_Fingerprints | None]
@@ -77,24 +74,21 @@ class _Comparison:
         self._whole: dict[Key, _ComparedCall] = {}
 
     def see_shapes(self, call: ModuleCall) -> None:
-        """Take a call of the first micro-batch."""
         self._shapes[call.key] = [t.shape for t in call.inputs], [t.shape for t in call.outputs]
 
     def see_whole(self, call: ModuleCall) -> None:
-        """Take a call of the pass over all samples."""
         shapes = self._shapes.get(call.key)
         if shapes is None or [len(s) for s in shapes] != [len(call.inputs), len(call.outputs)]:
             return
         inputs, outputs = (
             [self._of_whole(t, shape) for t, shape in zip(tensors, part, strict=True)]
-            for tensors, part in ((call.inputs, shapes[0]), (call.outputs, shapes[1]))
+            for tensors, part in zip((call.inputs, call.outputs), shapes, strict=True)
         )
         if any(p is not None and p.dim is not None for p in inputs):
-            outputs = [p if p is None or p.dim is not None else None for p in outputs]
-        self._whole[call.key] = _ComparedCall(call.key, call.parent, call.start, inputs, outputs)
+            outputs = [p if p is not None and p.dim is not None else None for p in outputs]
+        self._whole[call.key] = _ComparedCall(call.parent, call.start, inputs, outputs)
 
     def see_part(self, index: int, call: ModuleCall) -> None:
-        """Take a call of the micro-batch of this number, and compare it with the whole's."""
         whole = self._whole.get(call.key)
         found = [len(call.inputs), len(call.outputs)]
         if whole is None or found != [len(whole.inputs), len(whole.outputs)]:
@@ -104,34 +98,33 @@ class _Comparison:
 
     def mixing(self) -> list[str]:
         """Return the names of the modules that mix samples, in order of execution."""
-        guilty = {c.key: c for c in self._whole.values() if c.inputs_agree and not c.outputs_agree}
+        guilty = {k: c for k, c in self._whole.items() if c.inputs_agree and not c.outputs_agree}
         outer: set[Key] = set()
         for call in guilty.values():
             parent = call.parent
             while parent is not None:
                 outer.add(parent)
                 parent = self._whole[parent].parent if parent in self._whole else None
-        innermost = sorted((c for k, c in guilty.items() if k not in outer), key=lambda c: c.start)
-        return list(dict.fromkeys(call.key[0] for call in innermost))
+        innermost = sorted(guilty.keys() - outer, key=lambda key: guilty[key].start)
+        return list(dict.fromkeys(name for name, _ in innermost))
 
     def _of_whole(self, tensor: Tensor, part: torch.Size) -> _Fingerprints | None:
         dim = sample_dim(tuple(tensor.shape), tuple(part), self._total, self._sizes[0])
         if dim is None and (tensor.shape != part or self._total == self._sizes[0]):
             return None
-        values, size = _fingerprints(tensor, dim, self._total)
-        return _Fingerprints(dim, values, size)
+        return _fingerprints(tensor, dim, self._total)
 
     def _agree(self, index: int, tensors: list[Tensor], whole: list[_Fingerprints | None]) -> bool:
         first_row, size = sum(self._sizes[:index]), self._sizes[index]
         for tensor, prints in zip(tensors, whole, strict=True):
             if prints is None or (prints.dim is not None and tensor.ndim <= prints.dim):
                 continue
-            if prints.dim is not None and tensor.shape[prints.dim] % size:
-                return False
-            values, _ = _fingerprints(tensor, prints.dim, size)
             rows = prints.values
             if prints.dim is not None:
+                if tensor.shape[prints.dim] % size:
+                    return False
                 rows = rows[first_row : first_row + size]
+            values = _fingerprints(tensor, prints.dim, size).values
             gap = (values - rows).abs().max()
             # Not a <=, so that NaN on both sides is no difference between them.
             if values.shape != rows.shape or bool(gap > TOLERANCE * prints.size):
@@ -139,15 +132,14 @@ class _Comparison:
         return True
 
 
-def _fingerprints(tensor: Tensor, dim: int | None, samples: int) -> tuple[Tensor, float]:
-    """Return (samples, 2) inner products, and the root mean square of the samples' norms."""
+def _fingerprints(tensor: Tensor, dim: int | None, samples: int) -> _Fingerprints:
     values = tensor.to_dense() if tensor.layout != torch.strided else tensor
     values = values.double() if not values.is_complex() else torch.view_as_real(values).double()
     rows = values.reshape(1, -1) if dim is None else values.movedim(dim, 0).reshape(samples, -1)
     if rows.shape[1] == 0:
-        return rows.new_zeros(len(rows), 2), 0.0
+        return _Fingerprints(dim, rows.new_zeros(len(rows), 2), 0.0)
     size = torch.linalg.vector_norm(rows) / len(rows) ** 0.5
-    return rows @ _directions(rows.shape[1]).to(rows.device), float(size)
+    return _Fingerprints(dim, rows @ _directions(rows.shape[1]).to(rows.device), float(size))
 
 
 def _directions(length: int) -> Tensor:

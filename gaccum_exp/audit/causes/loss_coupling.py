@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.rerun.samples import tensors_in
-from gaccum_exp.audit.watch.playback import Outputs, resolved, uncast
-from gaccum_exp.audit.watch.tape import TapedCall, TapedMicroBatch, leaves
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
 
 
 def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
@@ -18,12 +17,14 @@ def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
     if size < 2 or not losses:
         return False
     generator = torch.Generator().manual_seed(0)
-    given = leaves([call.args for call in micro_batch.models])
+    given = leaves([call.arguments for call in micro_batch.models])
     device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), None)
     outputs: Outputs = {
         call: [
-            _random(shape, dtype, generator).to(device)
-            for shape, dtype in zip(call.shapes, call.dtypes, strict=True)
+            torch.randn(shape, generator=generator).to(device, dtype)
+            if dtype.is_floating_point
+            else torch.zeros(shape, dtype=dtype, device=device)
+            for shape, dtype in call.outputs
         ]
         for call in micro_batch.models
     }
@@ -32,15 +33,14 @@ def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
 
 
 def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Generator) -> bool:
-    before = tensors_in(resolved(loss.arguments, dict(outputs), uncast))
+    before = tensors_in(resolved(loss.arguments, dict(outputs)))
 
     def rows_changed(chosen: Tensor) -> list[Tensor]:
-        """Return which rows of the loss's arguments change with these samples' outputs."""
         redrawn = {
             call: [_redrawn(t, chosen, size, generator) for t in tensors]
             for call, tensors in outputs.items()
         }
-        after = tensors_in(resolved(loss.arguments, redrawn, uncast))
+        after = tensors_in(resolved(loss.arguments, redrawn))
         return [
             (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
             for a, b in zip(after, before, strict=True)
@@ -55,14 +55,7 @@ def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Genera
     return False
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
 def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return random outputs with the chosen samples' drawn anew."""
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
     if dim is None or not tensor.is_floating_point():
         return tensor

@@ -34,8 +34,7 @@ def fitted_coefficients(
     size = {name: next(g[name].numel() for g in [*micro, whole] if name in g) for name in names}
 
     def vector(g: dict[str, torch.Tensor]) -> torch.Tensor:
-        zeros = (g.get(name, torch.zeros(size[name], dtype=torch.float64)) for name in names)
-        return torch.cat(list(zeros))
+        return torch.cat([g.get(name, torch.zeros(size[name], dtype=torch.float64)) for name in names])
 
     target = vector(whole)
     columns = torch.stack([vector(g) for g in micro], 1)
@@ -43,8 +42,7 @@ def fitted_coefficients(
     if length == 0:
         return None
     found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
-    residual = float((columns @ found - target).norm())
-    return found.tolist() if residual <= RESIDUAL * length else None
+    return found.tolist() if float((columns @ found - target).norm()) <= RESIDUAL * length else None
 
 
 def intended_weight(
@@ -52,10 +50,7 @@ def intended_weight(
 ) -> float:
     """Return the weight that a loop of weighted loss sums means the whole window's sum to have.
 
-    Args:
-        weights: of each micro-batch's loss sum, as back-propagated.
-        counts: what each counts, where that is known.
-        sizes: samples of each, which are no counts, but tell unequal micro-batches apart.
+    The sizes of micro-batches are no counts, but tell unequal ones apart where counts are not known.
     """
     amounts = list(counts) if counts is not None else [float(size) for size in sizes]
     n, accum_steps = sum(amounts), len(weights)
@@ -74,9 +69,7 @@ def intended_weight(
 def unrounded(weights: list[float], expected: list[float]) -> list[float]:
     """Return the weights as meant: seen in float32, 1/3 is not the third of float64.
 
-    Args:
-        weights: as the loop's precision rounded them.
-        expected: the large batch's, in float64, up to a common factor; empty where not known.
+    The `expected` are the large batch's, up to a common factor; empty where not known.
     """
     if not expected:
         return weights

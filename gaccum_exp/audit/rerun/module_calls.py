@@ -28,20 +28,18 @@ class ModuleCall:
 
 
 class ModuleTracer:
-    """Traces the calls of all modules.
-
-    Args:
-        modules: those to be traced.
-        see: gets each call at its end, with its tensors.
-    """
+    """Traces the calls of all modules; `see` gets each at its end, with its tensors."""
 
     def __init__(self, modules: NamedModules, see: Callable[[ModuleCall], None] | None = None) -> None:
         self._modules, self._see = modules, see
         self._stack: list[ModuleCall] = []
         self._calls: dict[str, int] = {}
         self._started = 0
-        self.module: str | None = None
+
+    @property
+    def module(self) -> str | None:
         """Name of the innermost module that is running."""
+        return self._stack[-1].key[0] if self._stack else None
 
     def begin(self) -> None:
         """Begin the next pass: forget the calls so far."""
@@ -73,17 +71,13 @@ class ModuleTracer:
             with _disable_current_modes():
                 call.inputs = [t.detach().clone() for t in tensors_in([args, kwargs])]
         self._stack.append(call)
-        self.module = name
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self._modules.name(module)
         while self._stack and self._stack[-1].key[0] != name:
             self._stack.pop()  # a call that ended in an exception which the model caught
-        if not self._stack:
-            return
-        call = self._stack.pop()
-        if self._see is not None:
+        call = self._stack.pop() if self._stack else None
+        if call is not None and self._see is not None:
             with _disable_current_modes():  # operators that compare are not the model's own
                 call.outputs = [t.detach() for t in tensors_in(output)]
                 self._see(call)
-        self.module = self._stack[-1].key[0] if self._stack else None

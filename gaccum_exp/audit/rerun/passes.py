@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -88,14 +89,16 @@ class Rerun:
     """Of the forward passes of all micro-batches, in the window's own precision."""
 
     def gradient(self, how: Pass, *, held: int = 0) -> Gradient:
-        """Return the window's gradient.
+        """Return the window's gradient; RECORDING has to come before any other.
 
-        Args:
-            how: RECORDING before any other.
-            held: gradients in the same precision that are held beside this one, and need memory too.
+        Beside it, `held` gradients in the same precision need memory too.
         """
         if how.at_once:
-            self._require_memory(how, held)
+            tensors: list[Tensor] = list(self.window.modules.parameters().values())
+            needed = needed_bytes(tensors, self.saved.bytes, float64=how.float64, held=held)
+            precision = " in float64" if how.float64 else ""
+            what = f"one pass over {sum(self.window.sizes)} samples{precision}"
+            require_memory(needed, self._device, what)
             with self._running(how) as (replay, parameters):
                 self.window.one_pass(replay.whole(how.order), self._cast(how), how.order)
                 return self._taken(parameters)
@@ -112,15 +115,9 @@ class Rerun:
     def forward(
         self, how: Pass, index: int | None, see: Callable[[ModuleCall], None] | None = None
     ) -> tuple[float, float]:
-        """Run one micro-batch, or all samples (None), forward.
+        """Run one micro-batch, or all samples (None), forward; return loss sum and denominator.
 
-        Args:
-            how: precision and draws.
-            index: of the micro-batch.
-            see: gets each call of a module.
-
-        Returns:
-            Loss sum and denominator.
+        `see` gets each call of a module.
         """
         with self._running(how, see) as (replay, _), torch.no_grad():
             context = replay.whole(None) if index is None else replay.micro_batch(index)
@@ -132,8 +129,8 @@ class Rerun:
         """Accumulate; give `keep` the window's gradient, or each micro-batch's own (`apart`)."""
         recording, taken = how.draws == "recorded", []
         with self._running(how) as (replay, parameters):
-            reset = [b for m in how.reset_buffers_of for b in m._buffers.values() if b is not None]
-            states = [(buffer, buffer.clone()) for buffer in reset]
+            buffers = (buffer for m in how.reset_buffers_of for buffer in m._buffers.values())
+            states = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
 
             @contextmanager
             def context(index: int) -> Iterator[None]:
@@ -151,23 +148,16 @@ class Rerun:
                 with replay.micro_batch(index), saved:
                     yield
                 if before is not None and not same_host_state(before, random_states()):
-                    why = "numbers come from Python's or NumPy's generator"
-                    self.draws.refuse(why, foreign=True)
+                    self.draws.refuse("numbers come from Python's or NumPy's generator", foreign=True)
 
             self.window.accumulate(context, self._cast(how))
             taken.append(keep(self._taken(parameters)))
         return taken
 
-    def _device_type(self) -> str:
+    @property
+    def _device(self) -> torch.device:
         parameters = self.window.modules.parameters().values()
-        return (self.device or next((p.device for p in parameters), torch.device("cpu"))).type
-
-    def _require_memory(self, how: Pass, held: int) -> None:
-        parameters: list[Tensor] = list(self.window.modules.parameters().values())
-        needed = needed_bytes(parameters, self.saved.bytes, float64=how.float64, held=held)
-        precision = " in float64" if how.float64 else ""
-        what = f"one pass over {sum(self.window.sizes)} samples{precision}"
-        require_memory(needed, self.device or torch.device(self._device_type()), what)
+        return self.device or next((p.device for p in parameters), torch.device("cpu"))
 
     def _cast(self, how: Pass) -> Cast:
         def leaf(value: Any) -> Any:
@@ -176,8 +166,7 @@ class Rerun:
             dtype = torch.float64 if how.float64 and value.is_floating_point() else value.dtype
             return value.to(self.device or value.device, dtype)
 
-        changes = how.float64 or self.device is not None
-        return (lambda batch: mapped(leaf, batch)) if changes else (lambda batch: batch)
+        return partial(mapped, leaf)
 
     def _taken(self, parameters: dict[str, nn.Parameter]) -> Gradient:
         compared = self.window.modules.compared
@@ -191,11 +180,9 @@ class Rerun:
         tracer = ModuleTracer(modules, see)
         replay = Replay(self.draws, self.window.sizes, tracer, how.draws, float64=how.float64)
         default = torch.get_default_dtype()
-        outermost = not torch.is_autocast_enabled(self._device_type())
-
-        def drawn() -> None:
-            self.draws.refuse("numbers come from a generator of the model's own", foreign=True)
-
+        outermost = not torch.is_autocast_enabled(self._device.type)
+        why = "numbers come from a generator of the model's own"
+        drawn = partial(self.draws.refuse, why, foreign=True)
         copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
         with random_state_kept(), copies as parameters:
             set_random_states(self.starts[0])

@@ -6,19 +6,19 @@ Both are done below autograd, where every operator of a model is seen, whatever 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.rerun.module_calls import ModuleTracer
-from gaccum_exp.audit.rerun.samples import sample_dim
+from gaccum_exp.audit.rerun.samples import picked_rows, sample_dim
 from gaccum_exp.core.modes import EagerMode
 
 aten = torch.ops.aten
 _PURE = frozenset(
-    packet
+    getattr(aten, name)
     for name in (
         *("bernoulli", "bernoulli_", "uniform_", "uniform", "normal_", "normal", "exponential_"),
         *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "random_", "random"),
@@ -26,7 +26,7 @@ _PURE = frozenset(
         *("exponential", "geometric", "log_normal", "cauchy", "binomial", "_sample_dirichlet"),
         *("normal_functional", "bernoulli_p"),
     )
-    if (packet := getattr(aten, name, None)) is not None
+    if hasattr(aten, name)
 )
 """Operators whose result is their draw; those that compute with it are handled one by one."""
 _DROPOUT = (aten.native_dropout, getattr(aten, "_fused_dropout", None))
@@ -35,14 +35,12 @@ DrawsAre = Literal["recorded", "replayed", "constant"]
 """What is done with the random numbers of a pass."""
 
 
-@dataclass(slots=True)
-class Draw:
-    """What one operator drew in one pass."""
+class Draw(NamedTuple):
+    """What one operator drew in one pass; None where it cannot be held."""
 
+    value: Tensor | None
     module: str | None
     """Dotted name of the innermost module that drew it; None: outside of any."""
-    value: Tensor | None
-    """None where it cannot be held."""
 
 
 @dataclass(slots=True)
@@ -65,8 +63,7 @@ class Draws:
     @property
     def modules(self) -> list[str]:
         """The modules that drew, in order of execution."""
-        named = (d.module for p in self.passes for d in p if d.module is not None)
-        return list(dict.fromkeys(named))
+        return list(dict.fromkeys(d.module for p in self.passes for d in p if d.module is not None))
 
     def refuse(self, why: str, *, foreign: bool = False) -> None:
         """Note that something cannot be replayed."""
@@ -78,12 +75,8 @@ class Draws:
 class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     """Runs operators as they are, or in float64, with draws recorded, replayed or constant.
 
-    Args:
-        draws: of the window.
-        sizes: samples of each micro-batch.
-        tracer: of the modules that draw.
-        draws_are: what is done with the random numbers.
-        float64: undo casts to lower precision, and promote what meets float64 in lower precision.
+    In float64 casts to lower precision are undone, and what meets float64 in lower precision is
+    promoted. `sizes` are the samples of each micro-batch; `tracer` knows which module draws.
     """
 
     def __init__(
@@ -106,11 +99,10 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
     def micro_batch(self, index: int) -> Iterator[None]:
         """Run the forward pass of one micro-batch."""
         self._begin(index, None)
-        recording = self._draws_are == "recorded"
-        if recording:
+        if self._draws_are == "recorded":
             self._draws.passes.append([])
         yield
-        if not recording and self._count < len(self._draws.passes[index]):
+        if self._count < len(self._draws.passes[index]):
             self._draws.refuse("a pass drew fewer random numbers when it was run again")
 
     @contextmanager
@@ -145,12 +137,12 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         drawn = _draw_of(func, args, result)
         if self._draws_are == "recorded":
             if drawn is None:
-                why = f"{func.overloadpacket.__name__} cannot be replayed sample by sample"
-                self._draws.refuse(why, foreign=True)
+                name = func.overloadpacket.__name__
+                self._draws.refuse(f"{name} cannot be replayed sample by sample", foreign=True)
             elif not drawn.is_floating_point():
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
-            self._draws.passes[-1].append(Draw(self._tracer.module, drawn))
+            self._draws.passes[-1].append(Draw(drawn, self._tracer.module))
             return result
         if self._draws_are == "constant" and drawn is not None:
             return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))
@@ -175,15 +167,15 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         sizes, total = self._sizes, sum(self._sizes)
         if len(sizes) == 1:  # nothing grows that would tell which dimension counts samples
             grown = next((d for d, n in enumerate(drawn.shape) if n % total == 0), None)
-            if values[0].shape != drawn.shape or grown is None or self._order is None:
-                return values[0] if values[0].shape == drawn.shape else None
+            if values[0].shape != drawn.shape:
+                return None
+            if grown is None or self._order is None:
+                return values[0]
             return picked_rows(values[0], grown, self._order, total)
         dim = sample_dim(tuple(drawn.shape), tuple(values[0].shape), total, sizes[0])
-        if dim is None:
+        if dim is None or sum(value.shape[dim] for value in values) != drawn.shape[dim]:
             return self._shared(index, values, drawn)
         whole = torch.cat(values, dim)
-        if whole.shape != drawn.shape:
-            return self._shared(index, values, drawn)
         return whole if self._order is None else picked_rows(whole, dim, self._order, total)
 
     def _shared(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
@@ -193,26 +185,16 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         return values[0] if values[0].shape == drawn.shape else None
 
 
-def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
-    """Return the tensor with its samples in another order; a sample may own several rows of `dim`."""
-    rows = tensor.shape[dim] // total
-    index = (
-        order.to(tensor.device)[:, None] * rows + torch.arange(rows, device=tensor.device)
-    ).flatten()
-    return tensor.index_select(dim, index)
-
-
 def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:
     packet = func.overloadpacket
-    if packet in _PURE and isinstance(result, Tensor):
-        return result.detach().clone()
-    if packet in _DROPOUT:
-        mask: Tensor = result[1]
-        return mask.detach().clone()
-    if packet in _RRELU:
-        noise: Tensor = args[1]
-        return noise.detach().clone()
-    return None
+    drawn: Any = None
+    if packet in _PURE:
+        drawn = result
+    elif packet in _DROPOUT:
+        drawn = result[1]
+    elif packet in _RRELU:
+        drawn = args[1]
+    return drawn.detach().clone() if isinstance(drawn, Tensor) else None
 
 
 def _constant(func: Any, drawn: Tensor) -> float:
@@ -262,13 +244,9 @@ def _promoted(
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors among an operator's arguments: it takes tensors, and flat lists of them."""
-    found: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(v for v in value if isinstance(v, Tensor))
-    return found
+    given = (*args, *kwargs.values())
+    flat = (v for value in given for v in (value if isinstance(value, (list, tuple)) else [value]))
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def _generator_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
 """The value that pads a tensor whose name holds one of these words; the first that fits."""
@@ -39,9 +40,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """Return the nesting with `function` applied to every leaf."""
     children = _children(value)
-    if not children:
-        return value if _is_container(value) else function(value)
-    return _rebuilt(value, [mapped(function, child) for child in children])
+    if children:
+        return _rebuilt(value, [mapped(function, child) for child in children])
+    return value if _is_container(value) else function(value)
 
 
 def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
@@ -61,9 +62,8 @@ def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
 
 def ragged(parts: Sequence[Any], dim: int = 0) -> bool:
     """Whether micro-batches differ in other lengths than their number of samples."""
-    columns = zip(*(tensors_in(part) for part in parts), strict=False)
-    shapes = ({tuple(n for d, n in enumerate(t.shape) if d != dim) for t in c} for c in columns)
-    return any(len(kinds) > 1 for kinds in shapes)
+    columns = zip(*map(tensors_in, parts), strict=False)
+    return any(len({(t.shape[:dim], t.shape[dim + 1 :]) for t in column}) > 1 for column in columns)
 
 
 def picked(value: Any, rows: Tensor, size: int, dim: int = 0) -> Any:
@@ -80,19 +80,23 @@ def _picked(value: Any, rows: Tensor, size: int, dim: int) -> Any:
     if _is_sample_list(value, size):
         return _rebuilt(value, [_children(value)[row] for row in rows.tolist()])
     children = _children(value)
-    if not children:
-        return value
-    return _rebuilt(value, [_picked(child, rows, size, dim) for child in children])
+    return _rebuilt(value, [_picked(c, rows, size, dim) for c in children]) if children else value
+
+
+def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
+    """Return samples of `total` in this order, each of which may own several rows of `dim`."""
+    rows = tensor.shape[dim] // total
+    index = order[:, None] * rows + torch.arange(rows, device=order.device)
+    return tensor.index_select(dim, index.flatten().to(tensor.device))
 
 
 def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
     """Return the one dimension that grows from a micro-batch to the whole as the samples do."""
-    if len(whole) != len(part):
+    grown = [d for d, (n, of_part) in enumerate(zip(whole, part, strict=False)) if n != of_part]
+    if len(whole) != len(part) or len(grown) != 1:
         return None
-    grown = [d for d in range(len(whole)) if whole[d] != part[d]]
-    if len(grown) != 1 or whole[grown[0]] * size != part[grown[0]] * total:
-        return None
-    return grown[0] if whole[grown[0]] % total == 0 else None
+    n, of_part = whole[grown[0]], part[grown[0]]
+    return grown[0] if n * size == of_part * total and n % total == 0 else None
 
 
 def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
@@ -142,17 +146,17 @@ def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
         raise NotJoinableError(
             f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not known"
         )
-    padded = []
-    for tensor in parts:
-        shape = [tensor.shape[d] if d == dim else longest[d] for d in range(tensor.ndim)]
-        longer = tensor.new_full(shape, fill)
-        longer[tuple(slice(length) for length in tensor.shape)] = tensor
-        padded.append(longer)
-    return padded
+
+    def padded(tensor: Tensor) -> Tensor:
+        lacking = [0 if d == dim else longest[d] - n for d, n in enumerate(tensor.shape)]
+        # torch pads the last dimension first, and each of them in front and behind.
+        return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=fill)
+
+    return [padded(tensor) for tensor in parts]
 
 
 def _is_sample_list(value: Any, size: int) -> bool:
-    """Whether it is a list with an entry per sample, e.g. of names, or of images of several sizes."""
+    # With an entry per sample, e.g. of names, or of images of several sizes.
     if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
         return False
     return not any(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
@@ -164,11 +168,9 @@ def _is_container(value: Any) -> bool:
 
 
 def _children(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, (Mapping, list, tuple)):
+        return list(value.values() if isinstance(value, Mapping) else value)
+    if _is_container(value):
         return [getattr(value, f.name) for f in dataclasses.fields(value) if f.init]
     return []
 
@@ -181,7 +183,7 @@ def _rebuilt(like: Any, children: Sequence[Any]) -> Any:
         for key, child in zip(list(like), children, strict=True):
             clone[key] = child  # type: ignore[index]  # batches come in mutable mappings
         return clone
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
+    if hasattr(like, "_fields"):
         return type(like)(*children)
     if isinstance(like, (list, tuple)):
         return list(children) if isinstance(like, list) else tuple(children)

@@ -18,10 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-FRAMEWORKS = frozenset(
-    {"builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers"}
-)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_FRAMEWORKS = ("builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
@@ -89,16 +87,10 @@ def sandbox(
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Exchange all tensors of the modules for copies.
+    """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
-    Args:
-        modules: those that the pass will use.
-        dtype: of floating-point copies; None: as they are.
-        device: of the copies; None: where they are.
-        drawn: called where a generator that a module holds has been drawn from.
-
-    Yields:
-        The copies of the parameters by name, without gradients.
+    They have no gradients. Floating-point ones are of `dtype`, all of them on `device`, if given.
+    `drawn` is called where a generator that a module holds has been drawn from.
     """
     copies = _Copies(dtype, device)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
@@ -114,7 +106,7 @@ def sandbox(
             vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
             if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
                 # These log from within their steps, which a pass in the sandbox must not.
-                vars(module).update(log=_nothing, log_dict=_nothing)
+                vars(module).update(log=nothing, log_dict=nothing)
         with _no_recomputation():
             yield modules.parameters()
     finally:
@@ -167,11 +159,11 @@ class _Copies:
             return {k: self.of_attribute(v) for k, v in value.items()}
         if isinstance(value, (deque, dict, np.ndarray)):
             return copy.copy(value)
-        if isinstance(value, GENERATORS):
+        if isinstance(value, _GENERATORS):
             if isinstance(value, torch.Generator):
-                copied: Any = value.clone_state()
-            else:  # the system's has no state to be copied
-                copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+                return value.clone_state()  # draws from it are recorded operator by operator
+            # The system's has no state to be copied.
+            copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
             self._generators.append((value, copied))
             return copied
         if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
@@ -183,21 +175,16 @@ class _Copies:
 
     def drawn_from(self) -> bool:
         """Whether a generator of Python's or NumPy's that a module holds was drawn from."""
-        # Draws from torch's are recorded operator by operator.
-        pairs = (p for p in self._generators if not isinstance(p[0], torch.Generator))
-        return any(_state_of(before) != _state_of(after) for before, after in pairs)
+        return any(_state_of(before) != _state_of(after) for before, after in self._generators)
 
     def restore_objects(self) -> None:
-        """Put back the attributes of plain objects."""
         for of, kept in reversed(self._objects):
             of.clear()
             of.update(kept)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         dtype = self._dtype if tensor.is_floating_point() else None
-        return tensor.detach().to(
-            device=self._device or tensor.device, dtype=dtype or tensor.dtype, copy=True
-        )
+        return tensor.detach().to(self._device or tensor.device, dtype or tensor.dtype, copy=True)
 
 
 def _state_of(generator: Any) -> str:
@@ -212,14 +199,13 @@ def _state_of(generator: Any) -> str:
 
 def _is_plain_object(value: Any) -> bool:
     """Whether it is an object of the user's, e.g. a meter: no module and no part of a framework."""
-    kind = type(value)
     if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
         return False
-    return kind.__module__.partition(".")[0] not in FRAMEWORKS
+    return type(value).__module__.partition(".")[0] not in _FRAMEWORKS
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in place of a function that must not run."""
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A loss, a clipping function or a scheduler's step may have been imported anywher
 interpreter reports their calls (`sys.setprofile`), which changes nothing in what it runs.
 """
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -40,19 +39,13 @@ def calls_reported(by_code: dict[CodeType, OnCall], by_name: dict[str, OnCall]) 
 
 def code_of(function: Any) -> CodeType | None:
     """Return the code that runs when this is called; None where it is no Python code."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if inspect.ismethod(function):
-        function = function.__func__
-    elif not inspect.isfunction(function) and callable(function):
+    if not inspect.ismethod(function) and not inspect.isfunction(function) and callable(function):
         function = type(function).__call__
     return getattr(function, "__code__", None)
 
 
 def bound_to(function: Any) -> Any:
     """Return the object that the function's first argument is bound to, or None."""
-    while isinstance(function, functools.partial):
-        function = function.func
     if inspect.ismethod(function):
         return function.__self__
     return None if inspect.isfunction(function) or inspect.isbuiltin(function) else function
@@ -61,11 +54,8 @@ def bound_to(function: Any) -> Any:
 def arguments_of(frame: FrameType, *, bound: bool) -> tuple[list[Any], dict[str, Any]]:
     """Return positional and keyword arguments of a call that has just begun.
 
-    By name where the function allows it, since a name may say what a number is (`batch_idx`).
-
-    Args:
-        frame: of the call.
-        bound: whether the first argument is the object that the function is bound to; it is left out.
+    By name where the function allows it, since a name may say what a number is (`batch_idx`). If it is
+    `bound` to an object, which is its first argument then, that is left out.
     """
     code, values = frame.f_code, frame.f_locals
     info = inspect.getargvalues(frame)

@@ -6,7 +6,6 @@ passes, run again, add up to.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,11 +20,10 @@ from gaccum_exp.audit.causes.loss_weights import (
 )
 from gaccum_exp.audit.diagnose import Diagnosis, diagnose, first_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
-from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.rerun.samples import NotJoinableError
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import multiple, remedy, scale_of
+from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.other_faults import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
@@ -58,8 +56,8 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
         audit = _LoopWindow(seen, reached, modules, dim, blank, host).audit()
         return audit.noting("run again on the CPU")
     except CouplingError as error:
-        why = f"{error}: give watch the function that computes the whole loss"
-        return replace(blank, cause=result.NOT_ADDITIVE, detail=why, remedy=remedy(result.NOT_ADDITIVE))
+        blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
+        return replace(blank, detail=f"{error}: give watch the function that computes the whole loss")
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
     except Exception as error:  # the user's loop must go on, whatever happens here
@@ -81,10 +79,9 @@ class _LoopWindow:
         self._seen, self._modules, self._dim, self._device = seen, modules, dim, device
         self._loss_scale = seen.loss_scale
         self._reached = self._here(reached)
-        last = seen.clippings[-1] if seen.clippings else None
-        at_end = last is not None and last.after_backward == seen.tape.backwards
-        self._clipping = last if at_end else None
-        before = {} if self._clipping is None else self._here(self._clipping.before)
+        at_end = [c for c in seen.clippings[-1:] if c.after_backward == seen.tape.backwards]
+        self._clipping = at_end[0] if at_end else None
+        before = self._here(self._clipping.before) if self._clipping else {}
         self._observed = before or self._reached
         """The accumulated gradient: what reached the optimizer, before clipping, at the loss's scale."""
         if self._loss_scale != 1:
@@ -92,10 +89,9 @@ class _LoopWindow:
         self._micro_batches = self._since_dropped(seen.tape.micro_batches())
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
         self._window = TapedWindow(modules, self._micro_batches, dim)
-        self._rerun = self._rerun_of(self._window, self._micro_batches)
+        self._rerun = self._rerun_of(self._window)
 
     def audit(self) -> Audit:
-        """Run the experiments."""
         observed, loss_scale = self._observed, self._loss_scale
         replayed = self._rerun.gradient(RECORDING)
         factor = multiple(observed, replayed, AS_REPLAYED)
@@ -116,7 +112,7 @@ class _LoopWindow:
             blank = replace(blank, reduction="global_mean" if counted else "sum")
         if factor is not None and factor != 1:
             replayed = scaled(replayed, factor)
-        found = diagnose(replace(self._rerun, window=window), observed, blank, replayed)
+        found = diagnose(replace(self._rerun, window=window), replayed, blank, observed)
         audit = self._with_scale(found, whole_weight if summed else None)
         if found.measured is None:
             return audit
@@ -124,51 +120,47 @@ class _LoopWindow:
             fault = self._changed_in_between(audit, replayed)
             if fault is not None:
                 return fault
-        fault = self._changed_after_clipping(audit)
-        if fault is not None:
+        if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
         if audit.cause == result.UNEQUAL_DENOMINATORS and coefficients:
-            audit = self._with_coefficients(audit, coefficients)
+            if counts is None and len(set(sizes)) == 1:  # then nothing else says how unequal they are
+                said = ", ".join(f"{100 * c / sum(coefficients):.3g} %" for c in coefficients[:8])
+                what = f"micro-batches make up {said} of what the window counts: use global_mean"
+                audit = replace(audit, remedy=what)
         elif audit.cause == result.LOSS_SCALE:
             audit = self._with_factor(audit, weights, factor or 1.0, whole_weight if summed else None)
         # Padding may change what a model computes; where the weights explain all, it has not.
         proven = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
         if audit.verdict == "biased" and audit.cause not in proven and window.padded:
-            why = (
-                "micro-batches of different lengths were padded to one, which may change what is "
-                "computed"
-            )
+            what = "micro-batches of different lengths were padded to one, which may change what is"
+            why = f"{what} computed"
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         return audit
 
     def _here(self, gradient: Gradient) -> Gradient:
         return {name: g.to(self._device) for name, g in gradient.items()}
 
-    def _rerun_of(
-        self, window: TapedWindow, micro_batches: Sequence[TapedMicroBatch], draws: Draws | None = None
-    ) -> Rerun:
-        starts = [micro_batch.first.start for micro_batch in micro_batches]
-        return Rerun(window, self._device, starts, Draws() if draws is None else draws)
+    def _rerun_of(self, window: TapedWindow) -> Rerun:
+        return Rerun(window, self._device, window.starts)
 
     def _since_dropped(self, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
         """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
-        zeroed = [k for k, what in self._seen.between if what == "zeroed"]
-        if len(zeroed) != 1:
+        if len(self._seen.zeroed) != 1:
             return micro_batches
-        kept = [m for m in micro_batches if m.last_backward >= zeroed[0]]
+        kept = [m for m in micro_batches if m.last_backward >= max(self._seen.zeroed)]
         return kept if len(micro_batches) - len(kept) < len(kept) else micro_batches
 
     def _coefficients(self) -> tuple[list[float] | None, bool]:
         """Fit the micro gradients' coefficients in the one pass; return whether it is their sum, too."""
-        window, micro_batches, draws = self._window, self._micro_batches, self._rerun.draws
-        alone = len(micro_batches) == 1
+        window, alone = self._window, len(self._micro_batches) == 1
         if alone:  # one micro-batch and its double: a sum doubles, a mean does not
-            micro_batches = [*micro_batches, *micro_batches]
-            window = TapedWindow(self._modules, micro_batches, self._dim)
+            window = TapedWindow(self._modules, self._micro_batches * 2, self._dim)
         window = window.weighed([1.0] * len(window.sizes), 1.0)
-        rerun = self._rerun_of(window, micro_batches, None if alone else draws)
+        rerun = self._rerun_of(window)
         if alone:
             rerun.gradient(RECORDING)
+        else:
+            rerun = replace(rerun, draws=self._rerun.draws)
         micro = rerun.micro_gradients(ACCUMULATED64, sampled)
         coefficients = fitted_coefficients(micro, sampled(rerun.gradient(ONE_PASS64)))
         if coefficients is None:
@@ -177,12 +169,7 @@ class _LoopWindow:
         return [1.0] if alone else coefficients, summed
 
     def _with_scale(self, found: Diagnosis, whole_weight: float | None) -> Audit:
-        """Return the audit with the gradient's scale, in units of the large batch's mean gradient.
-
-        Args:
-            found: by running the window again.
-            whole_weight: of the window's loss sum; None: the loss is a mean.
-        """
+        """Return the audit with the gradient's scale; `whole_weight` None: the loss is a mean."""
         audit = found.audit
         if found.one_pass64 is None or (whole_weight is not None and audit.denominator is None):
             return audit
@@ -215,17 +202,20 @@ class _LoopWindow:
                 audit, "unscale_ once, after the window's last backward pass",
                 "gradients were unscaled inside the window, and later ones added at full scale",
             )  # fmt: skip
-        zeroed = [k for k, what in seen.between if what == "zeroed"]
-        if zeroed and self._is_sum_since(zeroed[-1]):
-            lost = sum(m.last_backward < zeroed[-1] for m in self._micro_batches)
-            missing = f"{lost} of {len(self._micro_batches)} micro-batches are missing"
-            return _stale(
-                audit, "call zero_grad once per optimizer step, not inside the window",
-                f"zero_grad inside the window: {missing}",
-            )  # fmt: skip
+        last = max(seen.zeroed, default=math.inf)
+        kept = [m for m in self._micro_batches if m.last_backward >= last]
+        if kept:
+            since = self._rerun_of(TapedWindow(self._modules, kept, self._dim)).gradient(RECORDING)
+            if multiple(observed, since, AS_REPLAYED) is not None:
+                every = len(self._micro_batches)
+                missing = f"{every - len(kept)} of {every} micro-batches are missing"
+                return _stale(
+                    audit, "call zero_grad once per optimizer step, not inside the window",
+                    f"zero_grad inside the window: {missing}",
+                )  # fmt: skip
         if distance(observed, replayed) < 0.1:
             return None  # so close that digits were lost, which has been examined
-        if any(what == "changed" for _, what in seen.between):
+        if seen.changed:
             return _stale(
                 audit, "leave .grad alone until the window's last backward pass",
                 "something changed the gradients between the window's passes",
@@ -237,17 +227,7 @@ class _LoopWindow:
         )
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
 
-    def _is_sum_since(self, backward: int) -> bool:
-        """Whether the gradient is a multiple of the sum of the passes from this one on."""
-        kept = [m for m in self._micro_batches if m.last_backward >= backward]
-        if not kept:
-            return False
-        window = TapedWindow(self._modules, kept, self._dim)
-        again = self._rerun_of(window, kept).gradient(RECORDING)
-        return multiple(self._observed, again, AS_REPLAYED) is not None
-
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
-        """Clipping is the last thing that may happen to a gradient."""
         if self._clipping is None or audit.verdict == "biased":
             return None
         factor = multiple(self._reached, self._here(self._clipping.after), AS_REPLAYED)
@@ -258,25 +238,10 @@ class _LoopWindow:
         said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
 
-    def _with_coefficients(self, audit: Audit, coefficients: list[float]) -> Audit:
-        """Say how unequal micro-batches are that are of one size, where what they count is not known."""
-        if self._window.counts() is not None or len(set(self._window.sizes)) > 1:
-            return audit
-        said = ", ".join(f"{100 * c / sum(coefficients):.3g} %" for c in coefficients[:8])
-        what = f"micro-batches make up {said} of what the window counts: use global_mean"
-        return replace(audit, remedy=what)
-
     def _with_factor(
         self, audit: Audit, weights: list[float], factor: float, whole_weight: float | None
     ) -> Audit:
-        """Say where a factor comes from, in the loop's own terms.
-
-        Args:
-            audit: that found it.
-            weights: of the micro-batches' losses.
-            factor: that the gradient was multiplied by after its last backward pass.
-            whole_weight: of the window's loss sum; None: the loss is a mean.
-        """
+        """Say where a scale comes from; after its last backward pass the gradient was times `factor`."""
         accum_steps = len(weights)
         divisor = common_divisor(weights) if whole_weight is None else None
         total = factor * sum(weights) / (1 if whole_weight is None else whole_weight)

@@ -5,16 +5,18 @@ and the loss, and calls of the loss. Tensors that come from the model are record
 from, all others (inputs, targets, masks) by value.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.audit.rerun.samples import mapped, tensors_in
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.losses.criterion import CriterionLoss
 
 
 class OutputRef:
@@ -34,8 +36,8 @@ class TapedCall:
     kind: str
     """model | between | loss"""
     function: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    arguments: dict[int | str, Any]
+    """By position and by name."""
     order: int
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
@@ -46,23 +48,31 @@ class TapedCall:
     """Of a loss: d(what was back-propagated) / d(this loss). None: no backward pass went through it."""
     backward: int | None = None
     """Number of that backward pass in the window."""
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    """Of the tensors that it put out."""
-    dtypes: list[torch.dtype] = field(default_factory=list)
+    outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+    """Shape and type of each tensor that it put out."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
-    @property
-    def arguments(self) -> dict[int | str, Any]:
-        """Its arguments by position and by name."""
-        by_position: dict[int | str, Any] = dict(enumerate(self.args))
-        return by_position | dict(self.kwargs)
+    def run(self, arguments: Mapping[int | str, Any]) -> Any:
+        """Call the function again with these arguments, under the same autocast."""
+        device = next((t.device.type for t in tensors_in(arguments)), "cpu")
+        args = [value for key, value in arguments.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
+        before = [(attributes, dict(attributes)) for attributes, _ in self.attributes]
+        try:
+            for attributes, then in self.attributes:
+                attributes.update(then)
+            with torch.autocast(device, dtype=self.autocast[1], enabled=self.autocast[0]):
+                return self.function(*args, **kwargs)
+        finally:
+            for (attributes, then), (_, now) in zip(self.attributes, before, strict=True):
+                attributes.update({key: now[key] for key in then if key in now})
 
     def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
-        return [leaf for leaf in leaves([self.args, self.kwargs]) if isinstance(leaf, OutputRef)]
+        return [leaf for leaf in leaves(self.arguments) if isinstance(leaf, OutputRef)]
 
     def sources(self) -> set["TapedCall"]:
         """Return the model's calls that it depends on."""
@@ -121,8 +131,7 @@ class Tape:
         for place, tensor in enumerate(tensors_in(output)):
             call.has_graph |= tensor.requires_grad
             self._origins[tensor] = OutputRef(call, place)
-            call.shapes.append(tuple(tensor.shape))
-            call.dtypes.append(tensor.dtype)
+            call.outputs.append((tuple(tensor.shape), tensor.dtype))
 
     def micro_batches(self) -> list[TapedMicroBatch]:
         """Return the losses that were back-propagated, with the model's calls that they share."""
@@ -140,12 +149,11 @@ class Tape:
 
 @dataclass(slots=True)
 class Clipping:
-    """A call of `clip_grad_norm_` or `clip_grad_value_`."""
+    """A call of `clip_grad_norm_` or `clip_grad_value_`, and the gradients before and after."""
 
     after_backward: int
     """Backward passes of the window before it."""
     before: Gradient
-    """The gradients that it was given."""
     after: Gradient = field(default_factory=dict)
 
 
@@ -158,8 +166,10 @@ class Observations:
     """Gradients that were there before its first pass."""
     accumulated: dict[int, Gradient] = field(default_factory=dict)
     """Gradients right after the last backward pass: one entry, by the number of backward passes."""
-    between: list[tuple[int, str]] = field(default_factory=list)
-    """(backward passes so far, `zeroed` | `changed`), as found at the beginning of a later pass."""
+    zeroed: set[int] = field(default_factory=set)
+    """Backward passes so far where gradients were found zeroed at the beginning of a later pass."""
+    changed: set[int] = field(default_factory=set)
+    """The same where they were found changed in another way."""
     clippings: list[Clipping] = field(default_factory=list)
     scheduler_steps: list[int] = field(default_factory=list)
     """Backward passes of the window before each step of the learning-rate schedule."""
@@ -180,9 +190,49 @@ def leaves(value: Any) -> list[Any]:
 
 def loss_in(output: Any) -> Tensor | None:
     """Return the loss in what a function or a model returned: it, its `loss`, or its first scalar."""
-    if isinstance(output, Tensor):
-        return output if output.requires_grad else None
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(named, Tensor) and named.requires_grad:
-        return named
-    return next((t for t in tensors_in(output) if t.ndim == 0 and t.requires_grad), None)
+    scalars = [t for t in tensors_in(output) if t.ndim == 0 or t is output]
+    found = [t for t in (named, *scalars) if isinstance(t, Tensor)]
+    graphs = torch.is_grad_enabled()  # else no tensor has one
+    return next((t for t in found if (t.requires_grad if graphs else t.is_floating_point())), None)
+
+
+Outputs = dict[TapedCall, list[Tensor]]
+"""What calls have put out in this run."""
+
+
+def models_own_loss(loss: Tensor) -> Tensor:
+    """Return the loss that the model itself has put out."""
+    return loss
+
+
+def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
+    """Return arguments with every reference replaced by its tensor, and all others cast."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, OutputRef):
+            return cast(x)
+        if x.call not in outputs:
+            arguments = resolved(x.call.arguments, outputs, cast)
+            outputs[x.call] = tensors_in(x.call.run(arguments))
+        return outputs[x.call][x.place]
+
+    return mapped(leaf, value)
+
+
+def count_of(loss: TapedCall) -> float | None:
+    """Return the denominator of one call of a criterion, if that is one of torch's."""
+    criterion = loss.function
+    if criterion is nn.functional.cross_entropy:
+        names = ("weight", "ignore_index")
+        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.arguments.items() if k in names})
+    target = loss.arguments.get("target", loss.arguments.get(1))
+    if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
+        return None
+    if not isinstance(target, Tensor):
+        return None
+    try:
+        counted = CriterionLoss(criterion, "sum").count((None, target))
+    except ValueError:
+        return None
+    return None if counted is None else float(counted)

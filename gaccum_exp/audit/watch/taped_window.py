@@ -10,27 +10,12 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.causes.loss_coupling import couples_samples
+from gaccum_exp.audit.rerun import samples
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
-from gaccum_exp.audit.rerun.samples import (
-    NotJoinableError,
-    joined,
-    picked,
-    ragged,
-    sample_dim,
-    size_of,
-    tensors_in,
-)
+from gaccum_exp.audit.rerun.samples import NotJoinableError, sample_dim, size_of, tensors_in
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.watch.playback import (
-    Outputs,
-    count_of,
-    loss_of,
-    models_own_loss,
-    reduction_of,
-    resolved,
-    run,
-)
-from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, leaves
+from gaccum_exp.audit.watch import tape
+from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
 
 
 class CouplingError(NotJoinableError):
@@ -61,19 +46,22 @@ class TapedWindow:
         if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
         self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
-        cotangents = _with_common_ratios([_cotangents(m) for m in micro_batches])
+        self.starts = [m.first.start for m in micro_batches]
+        """The random states in which they began."""
+        cotangents = [_cotangents(m) for m in micro_batches]
         self.weights = [weight for weight, _ in cotangents]
         """The loop's own, as its precision rounded them."""
-        self._cotangents = [each for _, each in cotangents]
+        self._cotangents = _with_common_ratios([each for _, each in cotangents])
         """Of each micro-batch's losses, in units of its weight."""
         self.whole_weight = 1.0
         self.coefficients: list[float] | None = None
         """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
-        self.padded = ragged([m.first.arguments for m in micro_batches], dim)
+        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
         """Whether joining the micro-batches pads their sequences."""
-        models, losses = ([m.models for m in micro_batches], [m.losses for m in micro_batches])
-        self._models = [(calls, self._joined_constants(calls)) for calls in zip(*models, strict=True)]
-        self._losses = [(calls, self._joined_constants(calls)) for calls in zip(*losses, strict=True)]
+        self._models, self._losses = (
+            [(calls, self._joined_constants(calls)) for calls in zip(*each, strict=True)]
+            for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
+        )
         """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
         if couples_samples(micro_batches[0], self.sizes[0]):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
@@ -105,13 +93,13 @@ class TapedWindow:
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return the loss, and what it counts where the criterion says so (NaN else)."""
-        counts = self.counts()
+        counts = self.counts() or [math.nan] * len(self.sizes)
         if index is None:
             losses = self._whole_losses(cast, None)
-            units, count = self._whole_cotangents(losses), math.nan if counts is None else sum(counts)
+            units, count = self._whole_cotangents(losses), sum(counts)
         else:
             losses = self._losses_of(self._micro_batches[index], cast)
-            units, count = self._cotangents[index], math.nan if counts is None else counts[index]
+            units, count = self._cotangents[index], counts[index]
         total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
         assert isinstance(total, Tensor)
         return total, count
@@ -131,14 +119,18 @@ class TapedWindow:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
         if len(self._micro_batches[0].losses) != 1:
             return None
-        found = [count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
+        found = [tape.count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
         known = [n for n in found if n is not None]
         return known if len(known) == len(found) else None
 
     @property
     def sums(self) -> bool:
         """Whether the loss was told to reduce by a sum."""
-        return all(reduction_of(m.losses[0]) == "sum" for m in self._micro_batches)
+        for loss in (micro_batch.losses[0] for micro_batch in self._micro_batches):
+            of_criterion = loss.attributes[0][1] if loss.attributes else {}
+            if loss.arguments.get("reduction", of_criterion.get("reduction")) != "sum":
+                return False
+        return True
 
     def _whole_cotangents(self, losses: list[Tensor]) -> list[Tensor]:
         first = self._cotangents[0]
@@ -150,16 +142,16 @@ class TapedWindow:
     def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
         """Return the calls' arguments as one batch; None where some come from other calls."""
         given = [call.arguments for call in calls]
-        if any(isinstance(leaf, OutputRef) for leaf in leaves(given)):
+        if any(isinstance(leaf, OutputRef) for leaf in tape.leaves(given)):
             return None
-        return joined(given, [size_of(g, self._dim) for g in given], self._dim)
+        return samples.joined(given, [size_of(g, self._dim) for g in given], self._dim)
 
     def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
         for call in micro_batch.models:
-            outputs[call] = tensors_in(run(call, resolved(call.arguments, outputs, cast)))
+            outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
         return [
-            loss_of(run(loss, resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
+            _loss_of(loss.run(resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
         ]
 
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
@@ -170,9 +162,10 @@ class TapedWindow:
             if inputs is None:
                 done = zip(calls, each, strict=True)
                 given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
-                return run(calls[0], joined(given, [size_of(g) for g in given]))
-            whole = inputs if order is None else picked(inputs, order, sum(self.sizes), self._dim)
-            return run(calls[0], cast(whole))
+                return calls[0].run(samples.joined(given, [size_of(g) for g in given]))
+            if order is not None:
+                inputs = samples.picked(inputs, order, sum(self.sizes), self._dim)
+            return calls[0].run(cast(inputs))
 
         for calls, inputs in self._models:
             outputs = tensors_in(run_whole(calls, inputs))
@@ -180,11 +173,11 @@ class TapedWindow:
                 each[index][call] = self._rows(call, outputs, index, order)
         losses = []
         for calls, inputs in self._losses:
-            if calls[0].function is models_own_loss:
+            if calls[0].function is tape.models_own_loss:
                 ref = calls[0].refs()[0]
                 losses.append(each[0][ref.call][ref.place])
             else:
-                losses.append(loss_of(run_whole(calls, inputs)))
+                losses.append(_loss_of(run_whole(calls, inputs)))
         return losses
 
     def _rows(
@@ -194,18 +187,21 @@ class TapedWindow:
         start, size, total = sum(self.sizes[:index]), self.sizes[index], sum(self.sizes)
         where = torch.arange(total) if order is None else torch.argsort(order)
         rows = []
-        for tensor, shape in zip(whole, call.shapes, strict=True):
+        for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
             if len(self.sizes) > 1:
                 dim = sample_dim(tuple(tensor.shape), shape, total, size)
             else:  # nothing grows that would tell which dimension counts samples
                 dim = next((d for d, n in enumerate(shape) if n == total), None)
-            if dim is None:
-                rows.append(tensor)
-                continue
-            per = tensor.shape[dim] // total
-            own = where[start : start + size, None] * per + torch.arange(per)
-            rows.append(tensor.index_select(dim, own.flatten().to(tensor.device)))
+            own = where[start : start + size]
+            rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
         return rows
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = tape.loss_in(output)
+    if loss is None:
+        raise NotJoinableError("run again, the loss has no gradient")
+    return loss
 
 
 def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:
@@ -228,15 +224,9 @@ def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:
     return float(values[0]) * n, [counted.double() / n]
 
 
-def _with_common_ratios(
-    cotangents: list[tuple[float, list[Tensor]]],
-) -> list[tuple[float, list[Tensor]]]:
+def _with_common_ratios(every: list[list[Tensor]]) -> list[list[Tensor]]:
     """Give all micro-batches the first one's ratios of several losses, where rounding alone differs."""
-    first = cotangents[0][1]
-    for _, units in cotangents:
-        if len(units) < 2 or not all(
-            u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0)
-            for u, f in zip(units, first, strict=True)
-        ):
-            return cotangents
-    return [(weight, first) for weight, _ in cotangents]
+    first = every[0]
+    pairs = [pair for units in every for pair in zip(units, first, strict=True)]
+    common = all(u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0) for u, f in pairs)
+    return [first] * len(every) if len(first) > 1 and common else every

@@ -3,7 +3,9 @@
 Nothing here changes a number of the loop's: hooks return nothing, operations are passed on as they are.
 """
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
@@ -17,9 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
 from gaccum_exp.audit.rerun.samples import tensors_in
+from gaccum_exp.audit.rerun.sandbox import nothing
 from gaccum_exp.audit.watch.function_calls import OnCall, arguments_of, bound_to, calls_reported, code_of
-from gaccum_exp.audit.watch.playback import models_own_loss
-from gaccum_exp.audit.watch.tape import Clipping, Observations, Tape, TapedCall, loss_in
+from gaccum_exp.audit.watch.tape import (
+    Clipping,
+    Observations,
+    Tape,
+    TapedCall,
+    loss_in,
+    models_own_loss,
+)
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_states
 
@@ -31,16 +40,14 @@ LOSSES = frozenset(
 )
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
 """Operations by which a loop reads a value."""
+PLAIN = (str, int, float, bool, type(None))
 
 
 class LoopTracer:
     """Traces a loop, and hands each window over when its gradient reaches the optimizer.
 
     Args:
-        model: called by the loop, or by its loss function.
-        criterion: a module; a function of the model's outputs, or of raw data; None: any loss of
-            `torch.nn.functional`, or the model's own.
-        optimizer: whose steps end windows.
+        model, criterion, optimizer: as in `watch`, without wrappers.
         parameters: by name, those whose gradients are judged.
         reached: gets what was observed of a window, and the gradient that reached the optimizer.
     """
@@ -55,18 +62,19 @@ class LoopTracer:
     ) -> None:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
         self._parameters, self._reached = parameters, reached
-        self._loss_code = None if isinstance(criterion, nn.Module) else code_of(criterion)
+        self._loss_function = criterion
+        while isinstance(self._loss_function, functools.partial):
+            self._loss_function = self._loss_function.func  # its own arguments are seen in each call
         self._device_type = next((p.device.type for p in parameters.values()), "cpu")
         self.seen = Observations()
         """Of the window in progress."""
         self.past = Tape()
         """Of the window before: its losses may be read after its step."""
-        self._order = 0
+        self._order = itertools.count()
         self._inside: list[TapedCall] = []
         """The call of model or loss that is running, if any."""
         self._frames: list[tuple[FrameType, TapedCall]] = []
-        self._judging = False
-        self._stepping = False
+        self._judging = self._stepping = False
         self._counting = False
         """Whether the backward pass that is running reaches the parameters."""
         self._global_step = self._step_before_scaler = 0
@@ -91,13 +99,13 @@ class LoopTracer:
         if isinstance(self._criterion, nn.Module):
             called.append(("loss", self._criterion))
         for kind, module in called:
-            before, after = self._around_module(kind, module)
+            before = functools.partial(self._before_module, kind)
             yield module.register_forward_pre_hook(_Hook(before), with_kwargs=True)
-            yield module.register_forward_hook(_Hook(after), with_kwargs=True)
+            yield module.register_forward_hook(_Hook(self._after_module), with_kwargs=True)
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.is_leaf:
                 register: Any = parameter.register_post_accumulate_grad_hook
-                yield register(self._on_accumulation(name))
+                yield register(functools.partial(self._on_accumulation, name))
         yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
         yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
 
@@ -111,32 +119,34 @@ class LoopTracer:
         }
         for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
             found[inspect.unwrap(clip).__code__] = self._on_clipping
-        if self._loss_code is not None:
-            found[self._loss_code] = self._on_loss
+        code = code_of(self._loss_function)
+        if code is not None and not isinstance(self._criterion, nn.Module):
+            found[code] = self._on_loss
         return found
 
     # Calls of model and loss.
 
-    def _around_module(self, kind: str, module: nn.Module) -> tuple[Callable[..., None], ...]:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self.idle and torch.is_grad_enabled():
-                self._begin(kind, module, args, kwargs)
+    def _before_module(self, kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.idle and torch.is_grad_enabled():
+            self._begin(kind, module, args, kwargs)
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self._inside and self._inside[-1].function is module and not self._judging:
-                self._end(self._inside[-1], output)
+    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._inside and self._inside[-1].function is module and not self._judging:
+            self._end(self._inside[-1], output)
 
-        return before, after
+    def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
+        device = self._device_type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        arguments = self.seen.tape.recorded({**dict(enumerate(args)), **kwargs})
+        return TapedCall(kind, function, arguments, next(self._order), autocast=autocast)
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         self._look_at_gradients()
-        self._order += 1
-        tape = self.seen.tape
-        call = TapedCall(
-            kind, function, tape.recorded(list(args)), tape.recorded(dict(kwargs)), self._order,
-            autocast=self._autocast(), start=random_states(),
-            attributes=_plain_attributes(function) if kind == "loss" else [],
-        )  # fmt: skip
+        call = self._taped(kind, function, args, kwargs)
+        call.start = random_states()
+        if kind == "loss" and isinstance(function, nn.Module):  # a loop may set these before each call
+            for of in (vars(module) for module in function.modules()):
+                call.attributes.append((of, {k: v for k, v in of.items() if isinstance(v, PLAIN)}))
         self._inside.append(call)
         return call
 
@@ -147,30 +157,23 @@ class LoopTracer:
             self._follow_loss(call, loss_in(output))
         elif self._criterion is None and (own := loss_in(output)) is not None and own.ndim == 0:
             # The model computes its loss itself: one of its outputs.
-            place = next(i for i, t in enumerate(tensors_in(output)) if t is own)
-            self._order += 1
             origin = self.seen.tape.origin(own)
-            loss = TapedCall("loss", models_own_loss, [origin], {"place": place}, self._order)
+            loss = TapedCall("loss", models_own_loss, {0: origin}, next(self._order))
             self.seen.tape.calls.append(loss)
             self._follow_loss(loss, own)
 
     def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
         """Record with what cotangent the loss is back-propagated."""
-        if loss is None:
-            return
-        seen = self.seen
+        tape = self.seen.tape
 
         def back_propagated(cotangent: Tensor) -> None:
             if self._counting and not self._judging and not self._stepping:
                 before = call.cotangent
                 call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
-                call.backward = seen.tape.backwards
+                call.backward = tape.backwards
 
-        loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
-
-    def _autocast(self) -> tuple[bool, torch.dtype]:
-        kind = self._device_type
-        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        if loss is not None:
+            loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
 
     def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
         if self._judging:
@@ -181,15 +184,12 @@ class LoopTracer:
             return
         if self.idle or not torch.is_grad_enabled():
             return
-        owner = bound_to(self._criterion)
+        owner = bound_to(self._loss_function)
         first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else None
         if owner is not None and first is not None and frame.f_locals[first] is not owner:
             return  # the same method of another object
         args, kwargs = arguments_of(frame, bound=owner is not None)
-        function = self._criterion
-        while hasattr(function, "func"):
-            function = function.func  # a partial's own arguments are among those seen
-        self._frames.append((frame, self._begin("loss", function, args, kwargs)))
+        self._frames.append((frame, self._begin("loss", self._loss_function, args, kwargs)))
 
     def operation(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation of the loop's own, outside of model and loss."""
@@ -212,14 +212,9 @@ class LoopTracer:
             return output
         if name in READS:
             self._note_reading(origins)
-        args_then, kwargs_then = tape.recorded([list(args), dict(kwargs)])
+        between = self._taped("between", function, args, kwargs)
         output = function(*args, **kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
-            self._order += 1
-            autocast = self._autocast()
-            between = TapedCall(
-                "between", function, args_then, kwargs_then, self._order, autocast=autocast
-            )
             tape.add(between, output)
         return output
 
@@ -232,19 +227,16 @@ class LoopTracer:
 
     # Gradients, and the optimizer's step.
 
-    def _on_accumulation(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if not self._judging and not self._stepping and parameter.grad is not None:
-                kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
-                kept[name] = parameter.grad.detach().clone()
-
-        return hook
+    def _on_accumulation(self, name: str, parameter: Tensor) -> None:
+        if not self._judging and not self._stepping and parameter.grad is not None:
+            kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
+            kept[name] = parameter.grad.detach().clone()
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
         """Count backward passes, and keep the gradients after the last one."""
+        seen = self.seen
         if self._judging or self._stepping:
             return
-        seen = self.seen
         if event == "call":
             # The gradient of an attack on the inputs, or of a penalty, reaches no parameter.
             inputs = frame.f_locals.get("inputs")
@@ -254,30 +246,25 @@ class LoopTracer:
             if self._counting:
                 seen.retained.append(bool(frame.f_locals.get("retain_graph")))
             return
-        counted, self._counting = self._counting, False
-        if not counted:
-            return
-        seen.tape.backwards += 1
-        last = seen.accumulated.get(seen.tape.backwards - 1)
-        seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+        if self._counting:
+            last = seen.accumulated.get(seen.tape.backwards)
+            seen.tape.backwards += 1
+            seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+        self._counting = False
 
     def _look_at_gradients(self) -> None:
         """Compare the gradients, before a pass, with those that the pass before left."""
-        seen, now = self.seen, self._gradients()
-        backwards = seen.tape.backwards
+        seen, now, backwards = self.seen, self._gradients(), self.seen.tape.backwards
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
             return
         last = seen.accumulated.get(backwards)
         if last is None or not any(bool(g.any()) for g in last.values()):
             return
-        found = None
         if not any(bool(g.any()) for g in now.values()):
-            found = backwards, "zeroed"
+            seen.zeroed.add(backwards)
         elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
-            found = backwards, "changed"
-        if found is not None and found not in seen.between:
-            seen.between.append(found)
+            seen.changed.add(backwards)
 
     def _gradients(self) -> Gradient:
         return {
@@ -293,14 +280,11 @@ class LoopTracer:
         if closure is None:
             self._hand_over()
             return None
-        first = True
 
         def traced(*a: Any, **k: Any) -> Any:
-            nonlocal first
             value = closure(*a, **k)
-            if first:
+            if not self._stepping:  # what it runs again within the step is no window of its own
                 self._hand_over()
-            first = False
             return value
 
         if "closure" in kwargs:
@@ -308,20 +292,18 @@ class LoopTracer:
         return (args[0], traced, *args[2:]), kwargs
 
     def _hand_over(self) -> None:
-        """Hand the window over: the optimizer's step begins."""
         self._global_step += 1
         self._stepping = self._judging = True
         try:
             # A fused optimizer unscales by itself, in its step.
             scale = getattr(self._optimizer, "grad_scale", None)
             by = float(scale) if isinstance(scale, Tensor) else 1.0
-            now = {k: g.clone() / by if by != 1 else g.clone() for k, g in self._gradients().items()}
+            now = {k: g / by if by != 1 else g.clone() for k, g in self._gradients().items()}
             self._reached(self.seen, now)
         finally:
             self._judging = False
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        # What a closure has run again within the step is no window of its own.
         if self._stepping:
             self._begin_window()
             self._stepping = False
@@ -385,20 +367,7 @@ class _Hook:
         return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(_nothing)
+        return _Hook(nothing)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (_nothing,)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def _plain_attributes(criterion: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the plain attributes of a criterion, which a loop may set before each call."""
-    if not isinstance(criterion, nn.Module):
-        return []
-    plain = (str, int, float, bool, type(None))
-    every = [vars(module) for module in criterion.modules()]
-    return [(of, {k: v for k, v in of.items() if isinstance(v, plain)}) for of in every]
+        return _Hook, (nothing,)

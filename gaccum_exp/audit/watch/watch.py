@@ -10,7 +10,7 @@ from torch import nn
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
-from gaccum_exp.audit.result import Audit, Check, Verdict, worst
+from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.other_faults import reported_loss
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
@@ -44,9 +44,8 @@ class Watched:
         """The audit of the worst window."""
         if self.windows:
             return worst(self.windows)
-        blank = Audit("inconclusive", 0, "mean", detail="no optimizer step was seen")
         if not self.left_over:
-            return blank
+            return Audit("inconclusive", 0, "mean", detail="no optimizer step was seen")
         return Audit(
             "inconclusive", self.left_over, "mean", cause=result.STALE_OR_MISSING,
             detail=f"{self.left_over} backward passes, and no optimizer step",
@@ -57,11 +56,6 @@ class Watched:
     def checks(self) -> tuple[Check, ...]:
         """The faults outside the gradient, of all windows, each once."""
         return tuple({c.name: c for audit in self.windows for c in audit.checks}.values())
-
-    @property
-    def verdict(self) -> Verdict:
-        """The worst verdict."""
-        return self.worst.verdict
 
     @property
     def sound(self) -> bool:
@@ -137,8 +131,8 @@ class watch:  # noqa: N801  # used as a function
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.
-        micro_batches, self._unreported = self._unreported, []
-        found = reported_loss(micro_batches)
+        found = reported_loss(self._unreported)
+        self._unreported = []
         if found is not None:
             last = self._watched.windows[-1]
             self._watched.windows[-1] = replace(last, checks=(*last.checks, found))

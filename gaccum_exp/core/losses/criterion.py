@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from gaccum_exp.core.losses.denominator import (
     NOT_A_RATIO,
     PER_ELEMENT,
-    ArgumentsFor,
     Probe,
     ReducedAs,
     Refusal,
-    as_probed,
     closed_form,
     is_kind,
 )
@@ -22,8 +20,6 @@ from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micr
 from gaccum_exp.core.losses.protocol import Denominator, LossFn
 from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.errors import BadInputError
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class CriterionLoss:
@@ -62,7 +58,7 @@ class CriterionLoss:
         if why is not None:
             self._refuse(Refusal(why))
         elif self._of_target is None:
-            self._probe = Probe(criterion)
+            self._probe = Probe(criterion, self._arguments)
 
     def count(self, micro_batch: Any) -> Denominator | None:
         """Return the micro-batch's denominator from its target, or None: known after forward only."""
@@ -87,8 +83,12 @@ class CriterionLoss:
         return (loss * denominator if self._own_mean else loss), denominator
 
     def _loss(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Tensor:
-        if self._elementwise:
-            self._refuse_broadcast(outputs[0], targets[0])
+        if self._elementwise and outputs[0].shape != targets[0].shape:
+            # (64, 1) against (64,) is (64, 64) elements: it mixes samples, and nobody means it.
+            raise BadInputError(
+                f"criterion {self._name} would broadcast the model's output {tuple(outputs[0].shape)} "
+                f"against the target {tuple(targets[0].shape)}: give them the same shape"
+            )
         with self._reduced:
             loss: Tensor = self.criterion(*self._arguments(outputs, targets))
         return loss
@@ -98,16 +98,19 @@ class CriterionLoss:
         if self._of_target is not None:
             return self._of_target(counted)
         if self._probe is not None:
-            self._require_tensors(outputs)
-            arguments_for = self._arguments_for(targets)
-            refusal = self._probe.refusal(outputs, arguments_for)
+            if not all(isinstance(t, Tensor) for t in outputs):
+                raise BadInputError(
+                    f"criterion {self._name}: the model puts out {type(outputs[0]).__name__} and no "
+                    "tensor; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+                )
+            refusal = self._probe.refusal(outputs, targets)
             if refusal is not None:
                 self._refuse(refusal)
             elif self._own is not None:
                 own: Denominator = self._own(*self._arguments(outputs, targets))
                 return own
             else:
-                return self._probe.denominator(outputs, arguments_for)
+                return self._probe.denominator(outputs, targets)
         return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -123,22 +126,6 @@ class CriterionLoss:
         self._own_mean = own_mean
         self._reduced = ReducedAs(self.criterion, reduction.criterion_reduction)
 
-    def _refuse_broadcast(self, output: Tensor, target: Tensor) -> None:
-        """Refuse shapes that differ."""
-        # (64, 1) against (64,) is (64, 64) elements: it mixes samples, and nobody means it.
-        if output.shape != target.shape:
-            raise BadInputError(
-                f"criterion {self._name} would broadcast the model's output {tuple(output.shape)} "
-                f"against the target {tuple(target.shape)}: give them the same shape"
-            )
-
-    def _require_tensors(self, outputs: Sequence[Any]) -> None:
-        if not all(isinstance(t, Tensor) for t in outputs):
-            raise BadInputError(
-                f"criterion {self._name}: the model puts out {type(outputs[0]).__name__} and no "
-                "tensor; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
-            )
-
     def _arguments(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
         """Return outputs and targets in forward's own order, e.g. (mean, target, variance)."""
         if len(outputs) < 2 or not targets:
@@ -147,25 +134,16 @@ class CriterionLoss:
         at = next((i for i, name in enumerate(names) if name.startswith("target")), len(outputs))
         return [*outputs[:at], *targets, *outputs[at:]]
 
-    def _arguments_for(self, targets: Sequence[Any]) -> ArgumentsFor:
-        tensors = [as_probed(t) if isinstance(t, Tensor) else t for t in targets]
-
-        def arguments(outputs: Sequence[Tensor], rows: slice) -> list[Any]:
-            here = [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in tensors]
-            return self._arguments(outputs, here)
-
-        return arguments
-
 
 def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
     """Wrap a criterion; return anything else, which must be a loss function already, as it is."""
     return CriterionLoss(loss_fn, reduction) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
-def _widened(outputs: Any, targets: list[Any]) -> tuple[list[Any], list[Any]]:
+def _widened(outputs: Any, targets: list[Any]) -> list[list[Any]]:
     """Return outputs and targets as lists, half-precision tensors in float32."""
-    return [_wide(t) for t in outputs_in(outputs)], [_wide(t) for t in targets]
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+    half = (torch.float16, torch.bfloat16)
+    return [
+        [t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in values]
+        for values in (outputs_in(outputs), targets)
+    ]

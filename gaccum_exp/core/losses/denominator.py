@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from gaccum_exp.core.losses.criteria import TokenCrossEntropy
 from gaccum_exp.core.losses.protocol import Denominator
 
-ArgumentsFor = Callable[[Sequence[Tensor], slice], list[Any]]
-"""Gives a criterion's arguments for some outputs and these rows of the targets."""
-
 PER_ELEMENT: tuple[type[nn.Module], ...] = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
     nn.SoftMarginLoss, nn.KLDivLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.HingeEmbeddingLoss,
@@ -96,8 +93,9 @@ class _LabelCount:
 
     def __init__(self, criterion: nn.Module) -> None:
         self._criterion: Any = criterion
-        # nn.Module's own way to a buffer is slow, and this runs for every micro-batch.
-        self._buffers = vars(criterion)["_buffers"]
+        # nn.Module's own way to a buffer is slow; but a criterion may keep its weight in another.
+        buffers = vars(criterion)["_buffers"]
+        self._holder = buffers if "weight" in buffers else None
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, target: Tensor) -> Denominator:
@@ -105,26 +103,18 @@ class _LabelCount:
             classes = int(target.shape[1]) if target.ndim > 1 else 1
             return target.numel() // classes
         ignored = -100 if self._criterion.ignore_index is None else self._criterion.ignore_index
-        weighted = self._weight is not None
-        if not weighted and type(target) is Tensor and target.is_cpu:
-            # NumPy takes a quarter of torch's time, and this runs for every micro-batch too.
+        weight = self._holder["weight"] if self._holder else self._criterion.weight
+        if weight is None and type(target) is Tensor and target.is_cpu:
+            # NumPy takes a quarter of torch's time, and this runs for every micro-batch.
             return float(np.count_nonzero(target.numpy() != ignored))
         counted = valid = target != ignored
-        if weighted:
-            counted = self._weight_on(target.device)[torch.where(valid, target, 0)] * valid
+        if weight is not None:
+            counted = self._weight_on(weight, target.device)[torch.where(valid, target, 0)] * valid
         total: Tensor = counted.sum()
         return float(total.item()) if target.device.type == "cpu" else total
 
-    @property
-    def _weight(self) -> Any:
-        try:
-            return self._buffers["weight"]
-        except KeyError:  # a criterion that keeps it in another way
-            return self._criterion.weight
-
-    def _weight_on(self, device: torch.device) -> Tensor:
+    def _weight_on(self, weight: Tensor, device: torch.device) -> Tensor:
         """Return the class weights on a device, copied once: windows are counted on the host."""
-        weight = self._weight
         source, copied = self._copies.get(device, (None, weight))
         if source is not weight:
             copied = weight.to(device)
@@ -146,73 +136,71 @@ class Probe:
     Whether there is such a number at all is checked once, on the first micro-batch of two samples or
     more: the gradients of its sum and its mean must be parallel, their ratio must not depend on the
     outputs, and sum and denominator must be additive over samples.
+
+    Args:
+        criterion: of which a copy is probed, in float64 on the CPU.
+        arguments: gives its arguments for outputs and targets.
     """
 
-    def __init__(self, criterion: nn.Module) -> None:
-        self._criterion = copy.deepcopy(criterion).double().cpu()
+    def __init__(self, criterion: nn.Module, arguments: Callable[[Any, Any], list[Any]]) -> None:
+        self._criterion, self._arguments = copy.deepcopy(criterion).double().cpu(), arguments
         for module in self._criterion.modules():  # tensors that are no buffers, e.g. self.alpha
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    vars(module)[name] = as_probed(value)
+            vars(module).update({name: _as_probed(value) for name, value in vars(module).items()})
         self._own = getattr(self._criterion, "denominator", None)
         self._inspected = False
 
-    def denominator(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> float:
+    def denominator(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> float:
         """Return what the mean divides by, for outputs of these shapes; their values are not used."""
-        return self._denominator(_random_like(outputs, seed=0), arguments_for, slice(None))
+        return self._denominator(_random_like(outputs, seed=0), list(map(_as_probed, targets)))
 
-    def refusal(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> Refusal | None:
+    def refusal(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Refusal | None:
         """Return why there is no denominator, or None."""
         if self._inspected or outputs[0].shape[0] < 2:
             return None
         self._inspected = True
         try:
-            return self._inspect(outputs, arguments_for)
+            return self._inspect(outputs, list(map(_as_probed, targets)))
         except Exception as error:  # the user's code, on values that it has not seen before
             first = (str(error).splitlines() or [""])[0]
             return Refusal(
                 f"it could not be asked for its denominator ({type(error).__name__}: {first})"
             )
 
-    def _inspect(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor) -> Refusal | None:
-        batch = outputs[0].shape[0]
-        xs, every = _random_like(outputs, seed=0), slice(None)
-        n = self._denominator(xs, arguments_for, every)
-        total = self._reduced("sum", xs, arguments_for, every)
-        if _close(total, self._reduced("mean", xs, arguments_for, every)):
+    def _inspect(self, outputs: Sequence[Tensor], targets: list[Any]) -> Refusal | None:
+        xs, half = _random_like(outputs, seed=0), outputs[0].shape[0] // 2
+        n, total = self._denominator(xs, targets), self._reduced("sum", xs, targets)
+        if _close(total, self._reduced("mean", xs, targets)):
             return Refusal("its `reduction` changes nothing", has_sum=False)
         if self._own is None:
-            other = self._denominator(_random_like(outputs, seed=1), arguments_for, every)
-            if not _close(n, other) or not self._gradients_parallel(xs, arguments_for, n):
+            other = self._denominator(_random_like(outputs, seed=1), targets)
+            if not _close(n, other) or not self._gradients_parallel(xs, targets, n):
                 return Refusal("its mean is not its sum divided by a count")
-        halves = [slice(0, batch // 2), slice(batch // 2, batch)]
-        parts = [([x[rows] for x in xs], arguments_for, rows) for rows in halves]
+        parts = [
+            [[t[rows] if isinstance(t, Tensor) and t.ndim else t for t in ts] for ts in (xs, targets)]
+            for rows in (slice(0, half), slice(half, None))
+        ]
         if not _close(sum(self._reduced("sum", *part) for part in parts), total):
             return Refusal("its sum over a batch is not the sum over the batch's parts")
         if not _close(sum(self._denominator(*part) for part in parts), n):
             return Refusal("its denominator over a batch is not the sum over the batch's parts")
         return None
 
-    def _denominator(self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, rows: slice) -> float:
+    def _denominator(self, outputs: list[Tensor], targets: list[Any]) -> float:
         if self._own is not None:
-            return float(self._own(*arguments_for(outputs, rows)))
-        mean = self._reduced("mean", outputs, arguments_for, rows)
-        return self._reduced("sum", outputs, arguments_for, rows) / mean if mean else 0.0
+            return float(self._own(*self._arguments(outputs, targets)))
+        mean = self._reduced("mean", outputs, targets)
+        return self._reduced("sum", outputs, targets) / mean if mean else 0.0
 
-    def _reduced(
-        self, reduction: str, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, rows: slice
-    ) -> float:
+    def _reduced(self, reduction: str, outputs: list[Tensor], targets: list[Any]) -> float:
         with torch.no_grad(), ReducedAs(self._criterion, reduction):
-            return float(self._criterion(*arguments_for(outputs, rows)))
+            return float(self._criterion(*self._arguments(outputs, targets)))
 
-    def _gradients_parallel(
-        self, outputs: Sequence[Tensor], arguments_for: ArgumentsFor, n: float
-    ) -> bool:
+    def _gradients_parallel(self, outputs: list[Tensor], targets: list[Any], n: float) -> bool:
         leaves = [t.clone().requires_grad_() for t in outputs]
         gradients = []
         for reduction in ("sum", "mean"):
             with torch.enable_grad(), ReducedAs(self._criterion, reduction):
-                value = self._criterion(*arguments_for(leaves, slice(None)))
+                value = self._criterion(*self._arguments(leaves, targets))
                 gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
         return all(
             torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
@@ -220,10 +208,10 @@ class Probe:
         )
 
 
-def as_probed(tensor: Tensor) -> Tensor:
-    """Return the tensor as the probe computes: on the CPU, floating point in float64."""
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _as_probed(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cpu().to(torch.float64 if value.is_floating_point() else value.dtype)
 
 
 def _random_like(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -88,8 +88,7 @@ class ModelLoss:
                 f"keys are: {keys})"
             )
         found = infer_counters(model, self._query, micro_batch)
-        own_mean = reduction_named(self.reduction).criterion_reduction == "mean"
-        if not found.counters and not own_mean:
+        if not found.counters and reduction_named(self.reduction).criterion_reduction != "mean":
             raise BadInputError(
                 f"accum.reduction={self.reduction} is refused for the loss of {type(model).__name__}: "
                 f"{found.why}; use accum.reduction=mean, or a "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gaccum_exp.audit.configured_window import Accumulation, ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED,
     ACCUMULATED64,
@@ -27,7 +27,7 @@ WAYS = (ACCUMULATED, ACCUMULATED64, ONE_PASS, ONE_PASS64)
 
 def rerun_of(*middle: nn.Module) -> Rerun:
     loss_fn = as_loss_fn(CE, "global_mean")
-    rerun = Rerun(ConfiguredWindow(net(*middle), loss_fn, window(*SIZES), Accumulation(GLOBAL_MEAN)))
+    rerun = Rerun(ConfiguredWindow(net(*middle), loss_fn, window(*SIZES), GLOBAL_MEAN))
     rerun.gradient(RECORDING)
     return rerun
 
