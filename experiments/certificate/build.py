@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.certificate.expected import EXPECTED, FAMILIES, LEFT_OUT, Family
 from experiments.notebook import append_row, provenance, read_rows, write_results
 from gaccum_exp.arms.provenance import git_commit
-from gaccum_exp.audit.canary import ROUNDING64
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.agreement import ROUNDING64
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.models.torchvision import TorchvisionModel

@@ -32,7 +32,7 @@ from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
 from gaccum_exp.arms.report import COMPARED_CURVES, read_sweep
 from gaccum_exp.report.compare.comparison import compare, write_csv
-from gaccum_exp.report.figures.draw import draw
+from gaccum_exp.report.figures.save_figures import draw
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.table import render
 from gaccum_exp.tracking.mlflow_store import Store

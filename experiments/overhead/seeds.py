@@ -25,8 +25,8 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.evaluation import evaluate
-from gaccum_exp.train.stackable import stackable
-from gaccum_exp.train.stacked import StackedState, train_stacked
+from gaccum_exp.train.stackable_seeds import stackable
+from gaccum_exp.train.stacked_seeds import StackedState, train_stacked
 from gaccum_exp.train.step import take_step
 
 SEEDS = 16

@@ -259,7 +259,9 @@ def _audit(life: Life, loaded: TrainingData | None) -> str:
 
 def _plan(life: Life, loaded: TrainingData | None) -> None:
     """Predict the memory of every N; record it, draw it and print it."""
-    from gaccum_exp.report.figures.draw import save_plan  # with matplotlib, which no training waits for
+    from gaccum_exp.report.figures.save_figures import (
+        save_plan,  # with matplotlib, which no training waits for
+    )
 
     sink, folder = life.sink, life.context.folder
     loaded = _load(life, loaded)

@@ -55,7 +55,9 @@ def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
     Raises:
         BadInputError: the store cannot be reached, or holds no such sweep.
     """
-    from gaccum_exp.report.figures.draw import draw  # with matplotlib, which a single run does without
+    from gaccum_exp.report.figures.save_figures import (
+        draw,  # with matplotlib, which a single run does without
+    )
 
     runs, stored = read_sweep(store, sweep_id)
     comparison = compare(runs, stored, partial(kept_weights, store))

@@ -27,8 +27,8 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.plan import size
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.build import load
-from gaccum_exp.train.stackable import NotStackableError, stackable
-from gaccum_exp.train.stacked import StackedState, train_stacked
+from gaccum_exp.train.stackable_seeds import NotStackableError, stackable
+from gaccum_exp.train.stacked_seeds import StackedState, train_stacked
 from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.canary import IN_FLOAT64, IN_OWN_PRECISION, NEVER_ROUNDING64, Canary
+from gaccum_exp.audit.agreement import IN_FLOAT64, IN_OWN_PRECISION, NEVER_ROUNDING64, Agreement
 from gaccum_exp.audit.causes.batch_mixing import ForwardRuns, compare_forward
 from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED,
@@ -107,8 +107,8 @@ def diagnose(
     errors64 = parameter_errors(accumulated64, one_pass64)
     measured = Measured(
         identical(accumulated, one_pass),
-        own=Canary(e, max(floor, distance(one_pass, one_pass64)), IN_OWN_PRECISION),
-        float64=Canary(distance(accumulated64, one_pass64), floor64, IN_FLOAT64),
+        own=Agreement(e, max(floor, distance(one_pass, one_pass64)), IN_OWN_PRECISION),
+        float64=Agreement(distance(accumulated64, one_pass64), floor64, IN_FLOAT64),
         hidden64=hidden_difference(errors64, rounding64),
     )
     denominator = forward.whole[1]
@@ -196,7 +196,7 @@ def _rounded(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Aud
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)
     # Added up in float64 the passes are no closer: their own rounding is part of the floor then.
     audit = replace(audit, floor=max(measured.own.floor, of_passes))
-    if Canary(measured.own.error, of_passes, IN_OWN_PRECISION).agrees:
+    if Agreement(measured.own.error, of_passes, IN_OWN_PRECISION).agrees:
         return replace(audit, verdict="stochastic" if rerun.draws.any else "equivalent")
     why = "equal in float64, and in its own precision further apart than rounding explains"
     return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why)

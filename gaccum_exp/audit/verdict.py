@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.canary import FAR, ROUNDING64, Canary
+from gaccum_exp.audit.agreement import FAR, ROUNDING64, Agreement
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
 
@@ -23,10 +23,10 @@ class Measured:
 
     identical: bool
     """Whether the two gradients agree bit for bit in the run's precision."""
-    own: Canary
+    own: Agreement
     """In the run's precision, draws replayed where they can be; the floor is how much of g_1 is
     rounding: its distance to other summation orders and to float64."""
-    float64: Canary
+    float64: Agreement
     hidden64: bool
     """Whether a parameter too small to show in float64's error differs beyond its own rounding."""
 

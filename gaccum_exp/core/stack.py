@@ -2,7 +2,7 @@
 
 A pass is vmapped over the seeds. They share nothing, so the gradient of the sum of their losses holds
 each seed's own gradient, and the arithmetic is that of `core/accumulate.py` and `core/reductions.py`
-seed by seed. Whether a model may be trained so is measured in `train/stackable.py`.
+seed by seed. Whether a model may be trained so is measured in `train/stackable_seeds.py`.
 """
 
 import warnings

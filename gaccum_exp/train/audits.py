@@ -3,7 +3,7 @@
 import logging
 import math
 
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed

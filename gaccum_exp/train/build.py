@@ -31,8 +31,13 @@ from gaccum_exp.core.window import BatchStage, WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
-from gaccum_exp.train.first_samples import first_samples, try_first_samples
-from gaccum_exp.train.runtime import placed_weights, placement_of, prepare_runtime, scaler_of
+from gaccum_exp.train.device_and_precision import (
+    placed_weights,
+    placement_of,
+    prepare_runtime,
+    scaler_of,
+)
+from gaccum_exp.train.first_pass_check import first_samples, try_first_samples
 from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,15 @@
 """torch.compile, and whether the compiled model gives the gradient that the eager one gives.
 
 Compiled accumulation has been silently wrong (pytorch/pytorch#96693), so it is not taken on trust:
-before training, a canary window is run eagerly, compiled, and in float64. The compiled gradient may be
+before training, a window is run eagerly, compiled, and in float64. The compiled gradient may be
 no further from float64 than rounding puts the eager one.
 """
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
 
-from gaccum_exp.audit.canary import AGAINST_FLOAT64, Canary
-from gaccum_exp.audit.configured_window import ConfiguredWindow
+from gaccum_exp.audit.agreement import AGAINST_FLOAT64, Agreement
+from gaccum_exp.audit.audit_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
@@ -23,7 +23,7 @@ from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
-CANARIES = 3
+COMPARED_WINDOWS = 3
 """Windows: where a kink of the model is switched by rounding alone, one may accuse a sound compiler."""
 TELLING = 0.1
 """Relative: where rounding explains more than this, a window does not tell a wrong gradient."""
@@ -47,24 +47,24 @@ def check_compiled(state: TrainState) -> dict[str, float]:
     compared in evaluation mode: compiled kernels draw others.
 
     Returns:
-        The metrics of a canary that agreed; none where no gradient was finite, which is said.
+        The metrics of a window on which they agree; none where no gradient was finite, which is said.
 
     Raises:
-        BadInputError: the gradients differ by more than rounding on each of CANARIES windows; or they
+        BadInputError: the gradients differ by more than rounding on each of COMPARED_WINDOWS windows; or they
             cannot be compared, since the model draws random numbers in evaluation mode as well.
     """
-    compared: list[Canary] = []
+    compared: list[Agreement] = []
     with random_state_kept():  # which fetching a window moves as well
         stage = max(state.stage_windows, key=lambda steps: state.accum_steps(steps[0]))
         data, plan, n = state.train_data, state.plan, state.accum_steps
-        for window in windows(data, plan, accum_steps=n, global_steps=stage[:CANARIES]):
+        for window in windows(data, plan, accum_steps=n, global_steps=stage[:COMPARED_WINDOWS]):
             compared += _compared(state, window)
             if compared and compared[-1].agrees and compared[-1].limit <= TELLING:
                 break
-    telling = [canary for canary in compared if canary.limit <= TELLING] or compared
-    for canary in telling:
-        if canary.agrees:
-            return {metrics.COMPILED_ERROR: canary.error, metrics.COMPILED_FLOOR: canary.limit}
+    telling = [found for found in compared if found.limit <= TELLING] or compared
+    for found in telling:
+        if found.agrees:
+            return {metrics.COMPILED_ERROR: found.error, metrics.COMPILED_FLOOR: found.limit}
     if telling:
         said = ", ".join(f"{c.error:.2g} (rounding explains {c.limit:.2g})" for c in telling)
         raise BadInputError(
@@ -75,7 +75,7 @@ def check_compiled(state: TrainState) -> dict[str, float]:
     return {}
 
 
-def _compared(state: TrainState, window: Window) -> list[Canary]:
+def _compared(state: TrainState, window: Window) -> list[Agreement]:
     """Compare the compiled gradient's distance from float64 with the eager one's.
 
     An empty list where they are not finite: training will say so.
@@ -96,7 +96,7 @@ def _compared(state: TrainState, window: Window) -> list[Canary]:
         compiled = _compiled(state, configured)
     if not finite(exact) or not finite(eager):
         return []
-    return [Canary(distance(compiled, exact), distance(eager, exact), AGAINST_FLOAT64)]
+    return [Agreement(distance(compiled, exact), distance(eager, exact), AGAINST_FLOAT64)]
 
 
 def _run_eagerly(

@@ -14,8 +14,8 @@ from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
+from gaccum_exp.train.device_and_precision import needs_closure
 from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hooks, Values
-from gaccum_exp.train.runtime import needs_closure
 from gaccum_exp.train.state import TrainState
 
 NO_HOOKS = Hooks()

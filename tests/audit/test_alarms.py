@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.core.reductions import reduction_named
 from tests.audit.configurations import ORDERED, Configuration, faulty, mixing, sound

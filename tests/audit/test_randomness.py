@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from gaccum_exp.audit.canary import ROUNDING64
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.agreement import ROUNDING64
+from gaccum_exp.audit.audit_window import audit_window
 from tests.audit.support import CE, FEATURES, HIDDEN, Fn, net, window
 
 OPEN = ("stochastic", "inconclusive")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.core.reductions import Mean, reduction_named
 from tests.audit.support import CE, CLASSES, FEATURES, HIDDEN, Fn, net, window
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_map_only
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import SavedForBackward

@@ -13,13 +13,13 @@ import pytest
 from matplotlib.legend import Legend
 from rich.console import Console
 
+from gaccum_exp.report.arm_limit import MOST_ARMS, spread
 from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
-from gaccum_exp.report.figures.curve_rows import curve_range
-from gaccum_exp.report.figures.draw import FIGURES
+from gaccum_exp.report.figures.curve_data import curve_range
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.report.figures.panels import groups_of, is_crowded, panels_of, thinned
-from gaccum_exp.report.many_arms import MOST_ARMS, spread
-from gaccum_exp.report.text.fewer_lines import lines_of
+from gaccum_exp.report.figures.save_figures import FIGURES
+from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.table import render
 from gaccum_exp.tracking.records import Curve, RunRecord
 

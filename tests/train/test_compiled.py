@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 
-from gaccum_exp.audit.canary import Canary, Tolerance
+from gaccum_exp.audit.agreement import Agreement, Tolerance
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train import compiled
 from gaccum_exp.train.audits import audit
@@ -256,7 +256,7 @@ def test_a_window_on_which_rounding_explains_much_settles_nothing(
     experiment = build(settings(*POINTS, COMPILED, "train.epochs=3"))
 
     def found(*pairs: tuple[float, float]) -> dict[str, float]:
-        rest = (Canary(error, limit, Tolerance(times=1.0, least=0.0)) for error, limit in pairs)
+        rest = (Agreement(error, limit, Tolerance(times=1.0, least=0.0)) for error, limit in pairs)
         monkeypatch.setattr(compiled, "_compared", lambda *_: [next(rest)])
         return check_compiled(experiment)
 

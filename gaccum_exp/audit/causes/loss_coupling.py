@@ -7,7 +7,7 @@ row.
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.rerun.samples import tensors_in
+from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
 
 

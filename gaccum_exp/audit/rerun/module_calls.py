@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gaccum_exp.audit.rerun.samples import tensors_in
+from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 
 Key = tuple[str, int]

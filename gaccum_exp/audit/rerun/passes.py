@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.audit.rerun.joined_samples import mapped
 from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
 from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
-from gaccum_exp.audit.rerun.samples import mapped
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.modes import eagerly

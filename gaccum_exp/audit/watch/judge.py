@@ -19,12 +19,12 @@ from gaccum_exp.audit.causes.loss_weights import (
     unrounded,
 )
 from gaccum_exp.audit.diagnose import Diagnosis, diagnose, first_line
+from gaccum_exp.audit.rerun.joined_samples import NotJoinableError
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
-from gaccum_exp.audit.rerun.samples import NotJoinableError
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
-from gaccum_exp.audit.watch.other_faults import other_faults
+from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
 from gaccum_exp.core.gradient import Gradient, difference, distance, norm, scaled

@@ -18,9 +18,15 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
-from gaccum_exp.audit.rerun.samples import tensors_in
+from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import nothing
-from gaccum_exp.audit.watch.function_calls import OnCall, arguments_of, bound_to, calls_reported, code_of
+from gaccum_exp.audit.watch.function_tracer import (
+    OnCall,
+    arguments_of,
+    bound_to,
+    calls_reported,
+    code_of,
+)
 from gaccum_exp.audit.watch.tape import (
     Clipping,
     Observations,

@@ -12,7 +12,7 @@ from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.judge import judge
-from gaccum_exp.audit.watch.other_faults import reported_loss
+from gaccum_exp.audit.watch.loop_checks import reported_loss
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient

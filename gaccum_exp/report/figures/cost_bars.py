@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 
 from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.figures.cost_rows import Bar, BarRows, memory_rows, step_time_rows
-from gaccum_exp.report.figures.sheet import lay_out
+from gaccum_exp.report.figures.cost_data import Bar, BarRows, memory_rows, step_time_rows
+from gaccum_exp.report.figures.figure_layout import lay_out
 from gaccum_exp.report.text.wording import say_ratio
 from gaccum_exp.tracking.records import RunRecord
 

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gaccum_exp.memory.plan import MemoryPlan, knee, size
+from gaccum_exp.report.arm_limit import MOST_ARMS, spread
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.cost_bars import LOOKS
-from gaccum_exp.report.figures.cost_rows import CostCurve, frontier_rows
+from gaccum_exp.report.figures.cost_data import CostCurve, frontier_rows
 from gaccum_exp.report.figures.panels import subject
-from gaccum_exp.report.many_arms import MOST_ARMS, spread
 from gaccum_exp.report.text.wording import byte_unit, time_unit
 from gaccum_exp.tracking.records import RunRecord
 

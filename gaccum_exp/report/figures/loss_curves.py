@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
-from gaccum_exp.report.figures.curve_rows import CurveRow, Group, loss_rows
-from gaccum_exp.report.figures.sheet import lay_out
+from gaccum_exp.report.figures.curve_data import CurveRow, Group, loss_rows
+from gaccum_exp.report.figures.figure_layout import lay_out
 from gaccum_exp.tracking.records import RunRecord
 
 # Distinct without colour: the pair repeats only after 4 × 7 values of N.

@@ -6,9 +6,9 @@ from functools import cached_property
 
 import numpy as np
 
+from gaccum_exp.report.arm_limit import MOST_ARMS, by_n, by_setting, spread
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.many_arms import MOST_ARMS, by_n, by_setting, spread
 from gaccum_exp.report.text.verdict_notes import SOUND
 from gaccum_exp.report.text.wording import say_list
 from gaccum_exp.tracking.records import RunRecord

@@ -8,10 +8,10 @@ else.
 import math
 from collections.abc import Sequence
 
+from gaccum_exp.report.arm_limit import by_n, by_setting
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import nan_last
-from gaccum_exp.report.many_arms import by_n, by_setting
 from gaccum_exp.report.text.verdict_notes import say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
 

@@ -6,10 +6,10 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.many_arms import MOST_NOTES
-from gaccum_exp.report.text.fewer_lines import lines_of
+from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gaccum_exp.audit.result import SEVERITY
+from gaccum_exp.report.arm_limit import by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.swept_keys import Setting
-from gaccum_exp.report.many_arms import by_n
 from gaccum_exp.report.text.notes import with_settings
 from gaccum_exp.report.text.wording import NOT_AUDITED, say_controls, say_list, say_numbers
 

@@ -16,8 +16,8 @@ from matplotlib.transforms import Bbox
 
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
-from gaccum_exp.report.figures.draw import FIGURES, draw
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
+from gaccum_exp.report.figures.save_figures import FIGURES, draw
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]

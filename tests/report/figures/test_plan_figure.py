@@ -8,8 +8,8 @@ from matplotlib.text import Text
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, Peak
 from gaccum_exp.memory.plan import MemoryPlan, Row
 from gaccum_exp.memory.storages import ACTIVATIONS, CATEGORIES
-from gaccum_exp.report.figures.draw import save_plan
 from gaccum_exp.report.figures.frontier import draw_plan
+from gaccum_exp.report.figures.save_figures import save_plan
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from gaccum_exp.audit.canary import AGAINST_FLOAT64, IN_FLOAT64, IN_OWN_PRECISION, Canary, Tolerance
+from gaccum_exp.audit.agreement import (
+    AGAINST_FLOAT64,
+    IN_FLOAT64,
+    IN_OWN_PRECISION,
+    Agreement,
+    Tolerance,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +30,12 @@ def test_the_limit_follows_the_floor_between_two_bounds(
 ) -> None:
     """Below the first a difference is rounding on any floor; only in float64 there is a second."""
     assert tolerance.limit(floor) == pytest.approx(limit, rel=1e-15)
-    assert Canary(limit * 0.99, floor, tolerance).agrees
-    assert not Canary(limit * 1.01, floor, tolerance).agrees
+    assert Agreement(limit * 0.99, floor, tolerance).agrees
+    assert not Agreement(limit * 1.01, floor, tolerance).agrees
 
 
 @pytest.mark.parametrize("tolerance", [IN_FLOAT64, IN_OWN_PRECISION, AGAINST_FLOAT64])
 def test_an_error_that_is_no_number_never_agrees(tolerance: Tolerance) -> None:
     """Nor does a floor that is no number excuse anything."""
-    assert not Canary(math.nan, 1e-3, tolerance).agrees
-    assert not Canary(1e-3, math.nan, tolerance).agrees
+    assert not Agreement(math.nan, 1e-3, tolerance).agrees
+    assert not Agreement(1e-3, math.nan, tolerance).agrees

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gaccum_exp.audit.configured_window import audit_window
+from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.memory import available

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gaccum_exp.report.arm_limit import MOST_ARMS
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.distances import nan_last
 from gaccum_exp.report.compare.swept_keys import Setting
-from gaccum_exp.report.many_arms import MOST_ARMS
 from gaccum_exp.report.text.verdict_notes import rank
 
 _MEDIANS = ("train_loss", "eval_loss", "eval_accuracy", "step_s", "step_ratio")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.canary import RANGE
+from gaccum_exp.audit.agreement import RANGE
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core import stack
 from gaccum_exp.core.reductions import Sum
@@ -19,8 +19,8 @@ from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build, load
-from gaccum_exp.train.stackable import NotStackableError, stackable
-from gaccum_exp.train.stacked import End, StackedState, train_stacked
+from gaccum_exp.train.stackable_seeds import NotStackableError, stackable
+from gaccum_exp.train.stacked_seeds import End, StackedState, train_stacked
 from gaccum_exp.train.state import TrainState
 from tests.program import Program, in_a_process
 from tests.strangers import Points
@@ -40,7 +40,7 @@ WEIGHTED = "+criterion.weight=[1,2,1,3,1,1,1,0.5,1,1]"
 
 def own(model: str) -> tuple[str, str]:
     """Choose a model of this file."""
-    return "model=custom", f"model._target_=tests.train.test_stacked.{model}"
+    return "model=custom", f"model._target_=tests.train.test_stacked_seeds.{model}"
 
 
 def seeds_of(*overrides: str, seeds: Sequence[int] = (0, 1, 5)) -> list[Settings]:
@@ -97,8 +97,8 @@ def gap(one: Collected, other: Collected) -> float:
         (*MLP, "accum.schedule={0:1,1:3}", "data.micro_batch_size=50", "data.global_batch_size=null",
          "accum.schedule_lr=linear"),
         (*MLP, "accum.steps=3", "criterion=mse", "data=custom", "model.num_classes=1",
-         "model.input_shape=[2]", "data.train._target_=tests.train.test_stacked.line",
-         "data.eval._target_=tests.train.test_stacked.line"),
+         "model.input_shape=[2]", "data.train._target_=tests.train.test_stacked_seeds.line",
+         "data.eval._target_=tests.train.test_stacked_seeds.line"),
         (*GPT, "accum.steps=3", "accum.max_grad_norm=0.5"),
         ("model=cnn", "model.width=2", "runtime.device=cpu", "train.steps=3", "accum.steps=2"),
     ],
@@ -274,7 +274,7 @@ def test_trying_out_leaves_no_trace_in_what_is_trained() -> None:
 @pytest.mark.parametrize("fault", ["samples", "norms", "divisors", "clipping"])
 def test_a_planted_fault_is_found_before_training(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Seeds that get each other's samples, norm, divisor or clipping factor are not alike alone."""
-    from gaccum_exp.train import stacked as loop
+    from gaccum_exp.train import stacked_seeds as loop
 
     plain: Any = (
         stack.stacked_windows,
@@ -332,7 +332,7 @@ class RarelyCounted(Points):
 
 def test_a_seed_with_a_window_in_which_nothing_counts_ends_with_the_reason() -> None:
     """Alone it would take no step there, and be one step behind the others from then on."""
-    overrides = (*POINTS, "data.train._target_=tests.train.test_stacked.RarelyCounted", EXACT)
+    overrides = (*POINTS, "data.train._target_=tests.train.test_stacked_seeds.RarelyCounted", EXACT)
     of_seeds = [settings(*overrides, f"seed={seed}") for seed in late(3)]
     training = StackedState(stackable(of_seeds, load(of_seeds[0])))
     sinks = [Collected() for _ in of_seeds]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gaccum_exp.audit.canary import IN_FLOAT64, Canary
+from gaccum_exp.audit.agreement import IN_FLOAT64, Agreement
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.gradient import Gradient, distance
@@ -29,14 +29,14 @@ from gaccum_exp.core.seeding import (
 )
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train.build import TrainingData, build
+from gaccum_exp.train.device_and_precision import needs_closure
 from gaccum_exp.train.evaluation import evaluate
 from gaccum_exp.train.hooks import Values
-from gaccum_exp.train.runtime import needs_closure
-from gaccum_exp.train.stacked import StackedState, take_stacked_step
+from gaccum_exp.train.stacked_seeds import StackedState, take_stacked_step
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import NO_HOOKS, take_step
 
-CANARIES = 2
+COMPARED_WINDOWS = 2
 """Windows: the second is trained from weights and optimizer state that the first has moved."""
 Trace = dict[str, Gradient]
 """What a training has done: how its weights moved, and each metric's values."""
@@ -102,11 +102,11 @@ def _try_out(settings: Sequence[Settings], loaded: TrainingData) -> None:
     except Exception as error:  # whatever a model, a loss or an optimizer says to being stacked
         first = (str(error).splitlines() or [""])[0]
         raise NotStackableError(f"{type(error).__name__}: {first}") from error
-    canary = Canary(_apart(together, alone), _apart(reordered, alone), IN_FLOAT64)
-    if not canary.agrees:
+    found = Agreement(_apart(together, alone), _apart(reordered, alone), IN_FLOAT64)
+    if not found.agrees:
         raise NotStackableError(
-            f"in {CANARIES} windows the seeds' trainings come out otherwise together than alone, by "
-            f"{canary.error:.1g} in float64 (another order of the samples: {canary.floor:.1g})"
+            f"in {COMPARED_WINDOWS} windows the seeds' trainings come out otherwise together than alone, by "
+            f"{found.error:.1g} in float64 (another order of the samples: {found.floor:.1g})"
         )
 
 
@@ -118,7 +118,7 @@ def _alone(settings: Settings, loaded: TrainingData, *, backwards: bool = False)
         raise NotStackableError(f"{name} evaluates a window several times in a step")
     before, curves = _weights(state), []
     buffers = {name: buffer.clone() for name, buffer in state.modules.named_buffers()}
-    for window in islice(state.windows_from(0), CANARIES):
+    for window in islice(state.windows_from(0), COMPARED_WINDOWS):
         curves.append(_quiet_step(state, _reversed(window) if backwards else window))
         state.global_step += 1
     for name, buffer in state.modules.named_buffers():
@@ -145,7 +145,7 @@ def _together(settings: Sequence[Settings], loaded: TrainingData) -> list[Trace]
     """Train the seeds' first windows as one."""
     state = StackedState([build(one, loaded.of_seed(one.seed)) for one in settings])
     before, curves = [_weights(seed) for seed in state.seeds], []
-    for window in islice(state.windows_from(0), CANARIES):
+    for window in islice(state.windows_from(0), COMPARED_WINDOWS):
         if any(part.together is None for part in window):
             raise NotStackableError("the micro-batches of its seeds differ in shape")
         curves.append(take_stacked_step(state, window, NO_HOOKS))

@@ -43,7 +43,7 @@ AGAINST_FLOAT64 = Tolerance(times=RANGE, least=ROUNDING64)
 
 
 @dataclass(frozen=True, slots=True)
-class Canary:
+class Agreement:
     """A comparison of two functions on the same inputs."""
 
     error: float

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, first_line
+from gaccum_exp.audit.rerun.joined_samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
-from gaccum_exp.audit.rerun.samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import scale_of
