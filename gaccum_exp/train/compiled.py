@@ -23,7 +23,7 @@ from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
-COMPARED_WINDOWS = 3
+COMPARED = 3
 """Windows: where a kink of the model is switched by rounding alone, one may accuse a sound compiler."""
 TELLING = 0.1
 """Relative: where rounding explains more than this, a window does not tell a wrong gradient."""
@@ -50,14 +50,14 @@ def check_compiled(state: TrainState) -> dict[str, float]:
         The metrics of a window on which they agree; none where no gradient was finite, which is said.
 
     Raises:
-        BadInputError: the gradients differ by more than rounding on each of COMPARED_WINDOWS windows; or they
+        BadInputError: the gradients differ by more than rounding on each of COMPARED windows; or they
             cannot be compared, since the model draws random numbers in evaluation mode as well.
     """
     compared: list[Agreement] = []
     with random_state_kept():  # which fetching a window moves as well
         stage = max(state.stage_windows, key=lambda steps: state.accum_steps(steps[0]))
         data, plan, n = state.train_data, state.plan, state.accum_steps
-        for window in windows(data, plan, accum_steps=n, global_steps=stage[:COMPARED_WINDOWS]):
+        for window in windows(data, plan, accum_steps=n, global_steps=stage[:COMPARED]):
             compared += _compared(state, window)
             if compared and compared[-1].agrees and compared[-1].limit <= TELLING:
                 break

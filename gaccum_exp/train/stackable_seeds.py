@@ -36,7 +36,7 @@ from gaccum_exp.train.stacked_seeds import StackedState, take_stacked_step
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import NO_HOOKS, take_step
 
-COMPARED_WINDOWS = 2
+COMPARED = 2
 """Windows: the second is trained from weights and optimizer state that the first has moved."""
 Trace = dict[str, Gradient]
 """What a training has done: how its weights moved, and each metric's values."""
@@ -105,7 +105,7 @@ def _try_out(settings: Sequence[Settings], loaded: TrainingData) -> None:
     found = Agreement(_apart(together, alone), _apart(reordered, alone), IN_FLOAT64)
     if not found.agrees:
         raise NotStackableError(
-            f"in {COMPARED_WINDOWS} windows the seeds' trainings come out otherwise together than alone, by "
+            f"in {COMPARED} windows the seeds' trainings come out otherwise together than alone, by "
             f"{found.error:.1g} in float64 (another order of the samples: {found.floor:.1g})"
         )
 
@@ -118,7 +118,7 @@ def _alone(settings: Settings, loaded: TrainingData, *, backwards: bool = False)
         raise NotStackableError(f"{name} evaluates a window several times in a step")
     before, curves = _weights(state), []
     buffers = {name: buffer.clone() for name, buffer in state.modules.named_buffers()}
-    for window in islice(state.windows_from(0), COMPARED_WINDOWS):
+    for window in islice(state.windows_from(0), COMPARED):
         curves.append(_quiet_step(state, _reversed(window) if backwards else window))
         state.global_step += 1
     for name, buffer in state.modules.named_buffers():
@@ -145,7 +145,7 @@ def _together(settings: Sequence[Settings], loaded: TrainingData) -> list[Trace]
     """Train the seeds' first windows as one."""
     state = StackedState([build(one, loaded.of_seed(one.seed)) for one in settings])
     before, curves = [_weights(seed) for seed in state.seeds], []
-    for window in islice(state.windows_from(0), COMPARED_WINDOWS):
+    for window in islice(state.windows_from(0), COMPARED):
         if any(part.together is None for part in window):
             raise NotStackableError("the micro-batches of its seeds differ in shape")
         curves.append(take_stacked_step(state, window, NO_HOOKS))

@@ -44,7 +44,7 @@ def print_comparison(comparison: Comparison) -> None:
 def render(comparison: Comparison) -> Table:
     """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
 
-    A rule separates groups that have different references. Many arms share lines: see `fewer_lines`.
+    A rule separates groups that have different references. Many arms share lines: see `merged_rows`.
     """
     stored = {row.setting: row for row in comparison.stored}
     every: list[ComparisonRow] = []
