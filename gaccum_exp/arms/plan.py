@@ -29,11 +29,11 @@ from gaccum_exp.memory.planner import Planner, peak_source, with_advice
 from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
 from gaccum_exp.memory.storages import OutputBytes
 from gaccum_exp.train.build import TrainingData, build
-from gaccum_exp.train.first_pass_check import first_samples
 from gaccum_exp.train.hooks import Hooks
 from gaccum_exp.train.memory_meters import MeterPhases, measured_windows
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
+from gaccum_exp.train.two_sample_check import first_samples
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"

@@ -37,8 +37,8 @@ from gaccum_exp.train.device_and_precision import (
     prepare_runtime,
     scaler_of,
 )
-from gaccum_exp.train.first_pass_check import first_samples, try_first_samples
 from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.two_sample_check import first_samples, try_first_samples
 
 log = logging.getLogger(__name__)
 

@@ -20,13 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import nothing
-from gaccum_exp.audit.watch.function_tracer import (
-    OnCall,
-    arguments_of,
-    bound_to,
-    calls_reported,
-    code_of,
-)
 from gaccum_exp.audit.watch.tape import (
     Clipping,
     Observations,
@@ -34,6 +27,13 @@ from gaccum_exp.audit.watch.tape import (
     TapedCall,
     loss_in,
     models_own_loss,
+)
+from gaccum_exp.audit.watch.user_functions import (
+    OnCall,
+    arguments_of,
+    bound_to,
+    calls_reported,
+    code_of,
 )
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.seeding import random_states
