@@ -7,6 +7,7 @@ run out; on a CPU, where the system would end the process instead, `memory_meter
 
 import gc
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +69,8 @@ class FinerSplit(Hook):
         reason = first_line(error)
         global_step, before = state.global_step, state.accum_steps(state.global_step)
         state.optimizer.zero_grad()
-        gc.collect()  # what the failed passes held together
+        traceback.clear_frames(error.__traceback__)  # in which the tensors of the failed passes live on
+        gc.collect()
         if state.device.type != "cpu":
             torch.accelerator.empty_cache()
         if before >= state.plan.size(global_step):
