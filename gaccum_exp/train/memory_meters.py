@@ -137,13 +137,15 @@ class MemoryMeters(Hook):
         if error is not self._failure:
             return False
         self._unmeasurable = state.global_step
-        log.warning("memory was not measured: %s: %s", type(error).__name__, error)
         return True
 
     def after(self, state: TrainState, window: Window, values: Values) -> None:
         """Keep what was measured; on a CPU, beside it, what the process holds in all."""
         self._has_stepped |= moves_weights(values)
         global_step = state.global_step - 1
+        if global_step == self._unmeasurable:  # said of a step that succeeds without the meter
+            log.warning("memory was not measured: %s: %s", type(self._failure).__name__, self._failure)
+            self._failure = None
         if global_step not in self._due:
             return
         if not moves_weights(values):
