@@ -70,7 +70,7 @@ def _configured_overrides(config: DictConfig) -> list[str]:
 
 
 def _one_job_for_all_seeds(config: DictConfig) -> None:
-    """Take the seeds out of what the sweeper varies: a job is then an arm with a list of them."""
+    """Make one job of all seeds that the sweeper would vary: an arm with a list of them."""
     hydra = config.hydra
     # Hydra gives its own sweeper the overrides after this callback. Others ask for one value at a time,
     # and wait for its result.

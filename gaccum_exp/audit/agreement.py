@@ -59,5 +59,5 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding explains the error; of one that is no number it does not."""
+        """Whether rounding explains the error; it never explains NaN."""
         return self.error <= self.limit

@@ -103,7 +103,7 @@ def _in_turn(layers: Sequence[nn.Module], input: Any) -> Any:
 
 
 def _checkpointed(run: Callable[..., Any], modules: Sequence[nn.Module], arguments: Arguments) -> Any:
-    """Call `run` on these modules, and keep nothing of what they compute in it."""
+    """Call `run` on these modules without keeping their activations."""
     args, kwargs = arguments
     caches = [a for a in (*args, *kwargs.values()) if _is_cache(a)]
     if not torch.is_grad_enabled() or not all(map(_is_empty, caches)):

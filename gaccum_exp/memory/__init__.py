@@ -1,1 +1,1 @@
-"""Peak memory of one optimizer step: how much, when in the step, and of what."""
+"""Peak memory of one optimizer step: its size, its moment and its categories."""

@@ -63,7 +63,7 @@ class StorageTracker(EagerMode):  # type: ignore[no-untyped-call]  # torch's met
         """Whether what is made without gradients, as a custom Function does, is of a forward pass."""
 
     def reset_peak(self) -> None:
-        """Forget the peak: the next one is of what follows."""
+        """Reset the peak to what is held now."""
         self.peak, self.at_peak = self.total, dict(self.held)
 
     def assign(self, tensors: Iterable[Tensor], category: str) -> None:

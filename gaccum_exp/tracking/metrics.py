@@ -1,4 +1,4 @@
-"""The names of what a run measures, as they are stored."""
+"""The names of a run's metrics, as they are stored."""
 
 TRAIN_LOSS = "train/loss"
 LEARNING_RATE = "optim/lr"

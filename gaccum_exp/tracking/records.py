@@ -77,7 +77,7 @@ class RunRecord:
 
     @property
     def is_control(self) -> bool:
-        """Whether the run shows what rounding alone does: it is no arm, and no reference."""
+        """Whether the run is a control: it shows the effect of rounding alone."""
         return self.tags.get("role") == "control" or self.control_seed is not None
 
     @property

@@ -88,7 +88,7 @@ class MemoryMeters(Hook):
         return global_step in self._due
 
     def before(self, state: TrainState, window: Window) -> None:
-        """Wait for the steady state: before the first step there is no optimizer state."""
+        """Wait for the steady state: optimizer state is made in the first step."""
         if not self._has_stepped and state.global_step >= MEASURED_WINDOW:
             self._postpone(state, state.global_step)
 

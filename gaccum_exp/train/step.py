@@ -157,4 +157,4 @@ def _irreversible() -> Iterator[None]:
 
 
 class _NothingCountsError(Exception):
-    """The window's denominator is zero: there is no step to take."""
+    """The window's denominator is zero, so that no step is taken."""

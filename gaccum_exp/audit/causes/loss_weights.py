@@ -29,7 +29,7 @@ def sampled(gradient: Gradient) -> dict[str, torch.Tensor]:
 def fitted_coefficients(
     micro: Sequence[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]
 ) -> list[float] | None:
-    """Return the coefficients of `whole` in the micro gradients; None: it is no combination of them."""
+    """Return the coefficients of `whole` in the micro gradients; None where it does not combine them."""
     names = sorted({name for g in [*micro, whole] for name in g})
     size = {name: next(g[name].numel() for g in [*micro, whole] if name in g) for name in names}
 

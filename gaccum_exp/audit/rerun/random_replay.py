@@ -150,7 +150,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         return result if replayed is None else _with_draw(func, args, result, replayed)
 
     def _replayed(self, index: int, drawn: Tensor | None) -> Tensor | None:
-        """Return the recorded numbers in the shape of what was just drawn."""
+        """Return the recorded numbers in the shape of the new draw."""
         passes = self._draws.passes
         values = [p[index].value if index < len(p) else None for p in passes]
         known = [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""A tape of what a loop does in one window: its calls, which can be run again, and its gradients.
+"""The tape of a loop's window: its calls, which can be run again, and its gradients.
 
 A micro-batch is a connected piece of the tape: calls of the model, the operations between its outputs
 and the loss, and calls of the loss. Tensors that come from the model are recorded by where they come

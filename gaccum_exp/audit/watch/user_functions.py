@@ -38,7 +38,7 @@ def calls_reported(by_code: dict[CodeType, OnCall], by_name: dict[str, OnCall]) 
 
 
 def code_of(function: Any) -> CodeType | None:
-    """Return the code that runs when this is called; None where it is no Python code."""
+    """Return the Python code that a call of this runs; None where it runs other code."""
     if not inspect.ismethod(function) and not inspect.isfunction(function) and callable(function):
         function = type(function).__call__
     return getattr(function, "__code__", None)

@@ -76,7 +76,7 @@ class CriterionLoss:
         return self.of_outputs(run_model(model, inputs), targets)
 
     def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
-        """Return loss sum and denominator of what the model has put out for these targets."""
+        """Return loss sum and denominator of the model's outputs for these targets."""
         outputs, targets = _widened(outputs, targets)
         denominator = self._denominator(outputs, targets)
         loss = self._loss(outputs, targets)

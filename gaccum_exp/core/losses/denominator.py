@@ -52,7 +52,7 @@ def is_kind(criterion: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
 
 
 def closed_form(criterion: nn.Module) -> Callable[[Tensor], Denominator] | None:
-    """Return the denominator as a function of the target alone, or None where there is no such form.
+    """Return the denominator as a function of the target alone, or None where it needs more.
 
     The triplet losses have no target; any one of their inputs serves, since only the batch counts.
     """

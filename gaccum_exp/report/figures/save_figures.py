@@ -35,7 +35,7 @@ _DPI = 150
 
 
 def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Draw every figure of what `compare` made of `runs`; return the files, none if no arm has an N."""
+    """Draw every figure of a comparison and save it; return the files, none if no arm has an N."""
     if all(row.accum_steps is None for row in comparison.rows):
         return []
     records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
