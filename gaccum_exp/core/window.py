@@ -123,7 +123,7 @@ class WindowPlan:
         return self._locate(global_step + 1)[0] > self._locate(global_step)[0]
 
     def is_largest(self, global_step: int) -> bool:
-        """Whether it is as large as windows of any stage get; only such a one measures time or memory."""
+        """Whether it is as large as windows of any stage get: only such a one is a measure of time."""
         return self.size(global_step) == self.full_window
 
     def steps_in(self, *, epochs: int | None = None, samples: int | None = None) -> int:

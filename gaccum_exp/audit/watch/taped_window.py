@@ -125,7 +125,7 @@ class TapedWindow:
 
     @property
     def sums(self) -> bool:
-        """Whether the loss was told to reduce by a sum."""
+        """Whether the loss reduces by a sum."""
         for loss in (micro_batch.losses[0] for micro_batch in self._micro_batches):
             of_criterion = loss.attributes[0][1] if loss.attributes else {}
             if loss.arguments.get("reduction", of_criterion.get("reduction")) != "sum":
@@ -183,7 +183,7 @@ class TapedWindow:
     def _rows(
         self, call: TapedCall, whole: list[Tensor], index: int, order: Tensor | None
     ) -> list[Tensor]:
-        """Return a micro-batch's own rows of what the model put out for all samples."""
+        """Return a micro-batch's own rows of the model's outputs for all samples."""
         start, size, total = sum(self.sizes[:index]), self.sizes[index], sum(self.sizes)
         where = torch.arange(total) if order is None else torch.argsort(order)
         rows = []
