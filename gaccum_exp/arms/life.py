@@ -188,7 +188,7 @@ def process_settings() -> tuple[int, str, bool, bool]:
 
 
 def set_process_settings(settings: tuple[int, str, bool, bool]) -> None:
-    """Put them back."""
+    """Put back what `process_settings` has returned."""
     threads, precision, deterministic, torch.backends.cudnn.allow_tf32 = settings
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, first_line
+from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
 from gaccum_exp.audit.rerun.joined_samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
@@ -71,7 +71,7 @@ def audit_window(
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
     except Exception as error:  # a user's model may fail on inputs or in a precision that it never met
-        return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
+        return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
 
 
 def _where_it_fits(window: "ConfiguredWindow", blank: Audit, seed: int) -> Audit:

@@ -103,7 +103,7 @@ def diagnose(
     except Exception as error:  # a user's model may fail in a precision that it was not written for
         if out_of_memory(error):
             raise
-        return Diagnosis(replace(blank, detail=f"it does not run in float64: {first_line(error)}"))
+        return Diagnosis(replace(blank, detail=f"it does not run in float64: {error_line(error)}"))
     errors64 = parameter_errors(accumulated64, one_pass64)
     measured = Measured(
         identical(accumulated, one_pass),
@@ -123,7 +123,7 @@ def diagnose(
     return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
 
 
-def first_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.config.schema import conf_dir
-from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.errors import BadInputError, first_line, nearest
 
 
 def one_line(error: BaseException, arguments: list[str]) -> str | None:
@@ -28,7 +28,7 @@ def one_line(error: BaseException, arguments: list[str]) -> str | None:
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
         options = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
         if not group or not options:
-            return _first_line(error)
+            return first_line(error)
         return f"{group}={name}: not one of {', '.join(options)}{nearest(name, options)}"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
@@ -40,7 +40,7 @@ def one_line(error: BaseException, arguments: list[str]) -> str | None:
         key = overridden[1].split("@")[0]
         return f"{key}: no such key{nearest(key, _known_keys(arguments))}"
     deepest = cause if isinstance(cause, OmegaConfBaseException) else error
-    full_key, text = getattr(deepest, "full_key", None), _first_line(deepest)
+    full_key, text = getattr(deepest, "full_key", None), first_line(deepest)
     return f"{full_key}: {text}" if full_key and full_key not in text else text
 
 
@@ -66,7 +66,3 @@ def _dotted(node: DictConfig, prefix: str = "") -> list[str]:
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
             keys += _dotted(child, f"{name}.")
     return keys
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

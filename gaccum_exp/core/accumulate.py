@@ -11,7 +11,7 @@ from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import Denominator, LossFn, count, criterion_of, loss_sum
 from gaccum_exp.core.reductions import Reduction, ReductionName, reduction_named
 from gaccum_exp.core.seeding import set_random_states
-from gaccum_exp.core.strategies import AccumulatorState, Buffered, InPlace
+from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
 
 AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
@@ -78,7 +78,7 @@ def accumulate_gradients(
         as_loss_fn(loss_fn, reduction),
         window if isinstance(window, Sequence) else list(window),
         reduction_named(reduction, sum_divisor),
-        InPlace() if buffer_dtype is None else Buffered(buffer_dtype),
+        IN_PLACE if buffer_dtype is None else Buffered(buffer_dtype),
         backward=backward,
     )
 

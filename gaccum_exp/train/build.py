@@ -26,7 +26,7 @@ from gaccum_exp.core.losses.placement import placed
 from gaccum_exp.core.losses.protocol import LossFn, count
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.seeding import derive_seed, seed_host
-from gaccum_exp.core.strategies import Buffered, InPlace
+from gaccum_exp.core.strategies import IN_PLACE, Buffered
 from gaccum_exp.core.window import BatchStage, WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
@@ -154,7 +154,7 @@ def build(
         plan=plan,
         total_steps=loaded.total_steps,
         reduction=reduction,
-        strategy=Buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else InPlace(),
+        strategy=Buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else IN_PLACE,
         device=device,
         placement=placement,
         # A scaler's step reads values, which fake tensors do not have; it holds a few bytes.

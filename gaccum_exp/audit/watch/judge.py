@@ -18,7 +18,7 @@ from gaccum_exp.audit.causes.loss_weights import (
     sampled,
     unrounded,
 )
-from gaccum_exp.audit.diagnose import Diagnosis, diagnose, first_line
+from gaccum_exp.audit.diagnose import Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.joined_samples import NotJoinableError
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
@@ -61,7 +61,7 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
     except NotJoinableError as error:
         return replace(blank, detail=str(error))
     except Exception as error:  # the user's loop must go on, whatever happens here
-        return replace(blank, detail=f"the window could not be run again: {first_line(error)}")
+        return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
 
 
 class _LoopWindow:

@@ -154,7 +154,7 @@ class Probe:
         return self._denominator(_random_like(outputs, seed=0), list(map(_as_probed, targets)))
 
     def refusal(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Refusal | None:
-        """Return why there is no denominator, or None."""
+        """Return the reason for which there is no denominator, or None."""
         if self._inspected or outputs[0].shape[0] < 2:
             return None
         self._inspected = True
