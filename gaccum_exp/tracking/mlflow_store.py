@@ -147,8 +147,8 @@ class Store:
         self._client.set_terminated(run.info.run_id)
 
     def set_experiment_tag(self, key: str, value: str) -> None:
-        """Set a tag of the experiment."""
-        self._client.set_experiment_tag(self.experiment_id, key, value)
+        """Set a tag of the experiment, which another sweep may be about to set, too."""
+        _insist(self._client.set_experiment_tag, self.experiment_id, key, value)
 
     def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
         clauses = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]

@@ -198,6 +198,28 @@ def test_what_the_store_refuses_for_a_moment_is_tried_again(
         sink.log_datasets([])
 
 
+def _tag_often(uri: str, gate: Any) -> None:
+    """Set new tags of one experiment at the same moments as another process does."""
+    store = Store(uri, "gaccum_exp")
+    for number in range(12):
+        gate.wait(60)
+        store.set_experiment_tag(f"view {number}", "arranged")
+
+
+@pytest.mark.slow
+def test_two_sweeps_may_arrange_the_view_at_once(program: Program) -> None:
+    """MLflow inserts a tag that it has not found, and of two such inserts one fails."""
+    Store(program.uri, "gaccum_exp")
+    context = multiprocessing.get_context("spawn")
+    gate = context.Barrier(2)
+    pair = [context.Process(target=_tag_often, args=(program.uri, gate)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+    assert [process.exitcode for process in pair] == [0, 0]
+
+
 def test_what_can_never_be_delivered_is_no_finished_run(program: Program) -> None:
     """The last delivery's failure is the run's, and not passed over."""
     sink = begun(program.store())
