@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
-from gaccum_exp.audit.rerun.joined_samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import scale_of
 from gaccum_exp.core.accumulate import accumulate
+from gaccum_exp.core.joined_samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
 from gaccum_exp.core.losses.protocol import LossFn, LossWrapper

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.rerun.joined_samples import sample_dim
 from gaccum_exp.audit.rerun.module_calls import Key, ModuleCall
 from gaccum_exp.audit.rerun.passes import Pass, Rerun
+from gaccum_exp.core.joined_samples import sample_dim
 
 TOLERANCE = 1e-9
 """Relative to a tensor's size: far above float64 rounding (1e-16 to 1e-12), far below real mixing."""

@@ -7,8 +7,8 @@ row.
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
+from gaccum_exp.core.joined_samples import tensors_in
 
 
 def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import NamedModules
+from gaccum_exp.core.joined_samples import tensors_in
 
 Key = tuple[str, int]
 """A module's dotted name, and the number of the call of it in its pass."""

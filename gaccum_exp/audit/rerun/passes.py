@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.rerun.joined_samples import mapped
 from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
 from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
+from gaccum_exp.core.joined_samples import mapped
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_state, set_random_states
 from gaccum_exp.memory.available import SavedForBackward, needed_bytes, require_memory

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gaccum_exp.audit.rerun.joined_samples import picked_rows, sample_dim
 from gaccum_exp.audit.rerun.module_calls import ModuleTracer
+from gaccum_exp.core.joined_samples import picked_rows, sample_dim
 from gaccum_exp.core.modes import EagerMode
 
 aten = torch.ops.aten

@@ -19,7 +19,6 @@ from gaccum_exp.audit.causes.loss_weights import (
     unrounded,
 )
 from gaccum_exp.audit.diagnose import Diagnosis, diagnose, error_line
-from gaccum_exp.audit.rerun.joined_samples import NotJoinableError
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
@@ -28,6 +27,7 @@ from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
 from gaccum_exp.core.gradient import Gradient, difference, distance, norm, scaled
+from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.memory.available import out_of_memory
 
 AS_REPLAYED = 1e-4

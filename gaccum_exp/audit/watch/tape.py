@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gaccum_exp.audit.rerun.joined_samples import mapped, tensors_in
 from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.joined_samples import mapped, tensors_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
 
 

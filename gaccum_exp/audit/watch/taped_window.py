@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.causes.loss_coupling import couples_samples
-from gaccum_exp.audit.rerun import joined_samples as samples
-from gaccum_exp.audit.rerun.joined_samples import NotJoinableError, sample_dim, size_of, tensors_in
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
+from gaccum_exp.core import joined_samples as samples
+from gaccum_exp.core.joined_samples import NotJoinableError, sample_dim, size_of, tensors_in
 
 
 class CouplingError(NotJoinableError):

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
-from gaccum_exp.audit.rerun.joined_samples import tensors_in
 from gaccum_exp.audit.rerun.sandbox import nothing
 from gaccum_exp.audit.watch.tape import (
     Clipping,
@@ -36,6 +35,7 @@ from gaccum_exp.audit.watch.user_functions import (
     code_of,
 )
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.joined_samples import tensors_in
 from gaccum_exp.core.seeding import random_states
 
 LOSSES = frozenset(
