@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from experiments.negative_controls.control import Control, Ground
 from experiments.negative_controls.models import Tied, points, sentences
-from gaccum_exp.audit.result import NOT_ADDITIVE, UNEQUAL_DENOMINATORS
+from gaccum_exp.audit.result import LOSS_SCALE, UNEQUAL_DENOMINATORS
 
 WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
 
@@ -180,6 +180,6 @@ CONTROLS = (
         ),
         faulty=auxiliary_loss_faulty,
         sound=auxiliary_loss_sound,
-        expected=NOT_ADDITIVE,
+        expected=LOSS_SCALE,
     ),
 )

@@ -128,6 +128,8 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
 class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
+    samples_known = True
+
     def __init__(
         self,
         model: nn.Module,

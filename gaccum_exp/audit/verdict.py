@@ -10,8 +10,8 @@ from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
 
 REMEDIES = {
-    result.NOT_ADDITIVE: "this loss couples samples, it is no sum over them: accumulate embeddings "
-    "first, or take it over the whole window",
+    result.NOT_ADDITIVE: "this loss couples samples, it is no sum over them: take it over the whole "
+    "window's outputs (strategy=cached)",
     result.LOW_PRECISION: "keep the gradient in float32 while it accumulates",
 }
 """What to do about a cause, in a sentence, where the cause says it all."""
@@ -103,10 +103,17 @@ def remedy_of(culprit: Culprit) -> str:
 def remedy_of_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
     """Return what to do about micro-batches of these sizes whose losses count this much."""
     counted = bool(counts) and list(counts) != [float(size) for size in sizes]
-    said = [f"{number:g}" for number in (counts if counted else sizes)]
-    listed = ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
-    what = f"count {listed} in their loss" if counted else f"hold {listed} samples"
-    return f"micro-batches {what}: use global_mean"
+    numbers: Sequence[float] = counts if counted else sizes
+    if len(set(numbers)) == 1:  # what makes them unequal is not known
+        return "micro-batches do not count alike in their loss: use global_mean"
+    said = listed(numbers)
+    return f"micro-batches {f'count {said} in their loss' if counted else f'hold {said} samples'}: use global_mean"
+
+
+def listed(numbers: Sequence[float]) -> str:
+    """Return numbers in words, of many the first and the last."""
+    said = [f"{number:.4g}" for number in numbers]
+    return ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
 
 
 def remedy_of_factor(factor: float, accum_steps: int) -> str:

@@ -1,21 +1,31 @@
-"""Find out whether the operations between a model's outputs and its loss mix samples.
+"""Find out whether the operations between a model's outputs and its losses mix samples.
 
-They are tried on random outputs: some samples' are drawn anew, and the loss's arguments compared row by
-row.
+They are tried on random outputs: some samples' are drawn anew, and the losses' arguments compared row by
+row. A row that no sample of the micro-batch moves belongs to another one's samples.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
-from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.joined_samples import NotJoinableError, size_of, tensors_in
+
+MIXED = "samples are mixed between the model's outputs and the loss"
+FOREIGN = (
+    "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples and "
+    "the others from elsewhere (features kept from other passes?): what it is over the whole window "
+    "cannot be seen from outside"
+)
 
 
-def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
-    """Whether the operations between model and loss mix a micro-batch's samples."""
+def coupling_of(micro_batch: TapedMicroBatch, dim: int) -> str | None:
+    """Return how the operations between model and losses mix samples; None where they do not."""
     losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
-    if size < 2 or not losses:
-        return False
+    sizes = {call: _size_of(call, dim) for call in micro_batch.models}
+    if not losses or max(sizes.values(), default=0) < 1:
+        return None
     generator = torch.Generator().manual_seed(0)
     given = leaves([call.arguments for call in micro_batch.models])
     device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), None)
@@ -29,35 +39,55 @@ def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
         for call in micro_batch.models
     }
     with torch.no_grad():
-        return any(_mixes(loss, outputs, size, generator) for loss in losses)
+        return next((why for x in losses if (why := _coupling(x, outputs, sizes, generator))), None)
 
 
-def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Generator) -> bool:
+def _coupling(
+    loss: TapedCall, outputs: Outputs, sizes: dict[TapedCall, int], generator: torch.Generator
+) -> str | None:
     before = tensors_in(resolved(loss.arguments, dict(outputs)))
 
-    def rows_changed(chosen: Tensor) -> list[Tensor]:
-        redrawn = {
-            call: [_redrawn(t, chosen, size, generator) for t in tensors]
-            for call, tensors in outputs.items()
-        }
+    def rows_changed(bit: int, value: int) -> list[Tensor]:
+        redrawn: Outputs = {}
+        for call, tensors in outputs.items():
+            chosen = ((torch.arange(sizes[call]) >> bit) & 1 == value) if bit >= 0 else None
+            redrawn[call] = [_redrawn(t, chosen, sizes[call], generator) for t in tensors]
         after = tensors_in(resolved(loss.arguments, redrawn))
         return [
             (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
             for a, b in zip(after, before, strict=True)
+            if b.ndim > 0  # a scalar is made of all samples, by right
         ]
 
-    numbers = torch.arange(size)
-    for bit in range((size - 1).bit_length()):  # any two samples differ in a bit of their numbers
-        chosen = (numbers >> bit) & 1 == 1
-        for one, other in zip(rows_changed(chosen), rows_changed(~chosen), strict=True):
+    largest = max(sizes.values())
+    for bit in range((largest - 1).bit_length()):  # any two samples differ in a bit of their numbers
+        for one, other in zip(rows_changed(bit, 1), rows_changed(bit, 0), strict=True):
             if bool((one & other).any()):
-                return True
-    return False
+                return MIXED
+    # Rows of an output's own leading dimensions (samples, or tokens) may stay for a mask's sake.
+    explained = {
+        math.prod(t.shape[:d]) for ts in outputs.values() for t in ts for d in range(t.ndim + 1)
+    }
+    for moved in rows_changed(-1, 0):
+        own = int(moved.sum())
+        if 0 < own < len(moved) and len(moved) > largest and len(moved) not in explained:
+            return FOREIGN.format(rows=len(moved), own=own)
+    return None
 
 
-def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def _size_of(call: TapedCall, dim: int) -> int:
+    try:
+        return size_of(call.arguments, dim)
+    except NotJoinableError:
+        return 1
+
+
+def _redrawn(tensor: Tensor, chosen: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if dim is None or not tensor.is_floating_point():
+    if not tensor.is_floating_point() or (dim is None and chosen is not None):
         return tensor
+    drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+    if chosen is None or dim is None:
+        return drawn
     mask = chosen.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
-    return torch.where(mask, torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
+    return torch.where(mask, drawn, tensor)

@@ -6,7 +6,7 @@ the loss counts need not be known.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,6 +14,8 @@ from gaccum_exp.core.gradient import Gradient
 
 ROUNDED = 1e-5
 """How close a weight, seen in the loop's precision, is to the number that was meant."""
+EXACT = 1e-11
+"""The same where the coefficients are known beforehand."""
 RESIDUAL = 1e-6
 """Of the fit, relative, where the one pass's gradient is a combination of the micro gradients."""
 MOST_ELEMENTS = 1_000_000
@@ -27,22 +29,82 @@ def sampled(gradient: Gradient) -> dict[str, torch.Tensor]:
 
 
 def fitted_coefficients(
-    micro: Sequence[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]
+    micro: Sequence[dict[str, torch.Tensor]],
+    whole: dict[str, torch.Tensor],
+    candidates: Iterable[Sequence[float]] = (),
 ) -> list[float] | None:
-    """Return the coefficients of `whole` in the micro gradients; None where it does not combine them."""
+    """Return the coefficients of `whole` in the micro gradients; None where it does not combine them.
+
+    Args:
+        micro: each micro-batch's gradient; of one that counts nothing it is zero.
+        whole: the gradient of the one pass.
+        candidates: coefficients to be tried first. Without them N shares always fit where all gradients
+            lie in N dimensions, so a fit of few numbers, or one with negative shares, is none.
+    """
     names = sorted({name for g in [*micro, whole] for name in g})
-    size = {name: next(g[name].numel() for g in [*micro, whole] if name in g) for name in names}
+    like = {name: next(g[name] for g in [*micro, whole] if name in g) for name in names}
 
     def vector(g: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([g.get(name, torch.zeros(size[name], dtype=torch.float64)) for name in names])
+        return torch.cat([g.get(name, torch.zeros_like(like[name])) for name in names])
 
+    if not names:
+        return None
     target = vector(whole)
     columns = torch.stack([vector(g) for g in micro], 1)
     length = float(target.norm())
-    if length == 0:
+    if length == 0 or not bool(torch.isfinite(columns).all()):
         return None
-    found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
-    return found.tolist() if float((columns @ found - target).norm()) <= RESIDUAL * length else None
+
+    def fits(coefficients: Sequence[float], residual: float) -> bool:
+        combined = columns @ torch.tensor(coefficients, dtype=columns.dtype)
+        return float((combined - target).norm()) <= residual * length
+
+    counting = [i for i in range(len(micro)) if float(columns[:, i].norm()) > 1e-14 * length]
+    for candidate in candidates:
+        if fits(candidate, EXACT):
+            return [c if i in counting else 0.0 for i, c in enumerate(candidate)]
+    own = columns[:, counting]
+    if len(target) < 2 * len(counting) or int(torch.linalg.matrix_rank(own)) < len(counting):
+        return None
+    solution = torch.linalg.lstsq(own, target[:, None], driver="gelsd").solution[:, 0]
+    found = [0.0] * len(micro)
+    for i, coefficient in zip(counting, solution.real.tolist(), strict=True):
+        found[i] = coefficient
+    return found if fits(found, RESIDUAL) and min(found) > -RESIDUAL else None
+
+
+def reached_shares(
+    micro: Sequence[dict[str, torch.Tensor]], reached: dict[str, torch.Tensor]
+) -> list[float] | None:
+    """Return the share of each micro gradient in what reached the optimizer; None: it is none of them.
+
+    Subsets that leave some out are tried first; else the gradients must be many more than these.
+    """
+    count = len(micro)
+    names = sorted({name for g in [*micro, reached] for name in g})
+    like = {name: next(g[name] for g in [*micro, reached] if name in g) for name in names}
+    of = [torch.cat([g.get(n, torch.zeros_like(like[n])) for n in names]) for g in [*micro, reached]]
+    columns, target = torch.stack(of[:-1], 1), of[-1]
+    if not bool(torch.isfinite(columns).all()) or not bool(torch.isfinite(target).all()):
+        return None
+
+    def fits(shares: Sequence[float]) -> bool:
+        gap = columns @ torch.tensor(shares, dtype=columns.dtype) - target
+        return float(gap.norm()) <= 1e-4 * float(target.norm())
+
+    kept = [
+        *(range(first, last) for first in range(count) for last in range(first + 1, count + 1)),
+        *([j for j in range(count) if j != i] for i in range(count)),
+    ]
+    for subset in kept:
+        shares = [float(i in subset) for i in range(count)]
+        if len(subset) < count and fits(shares):
+            return shares
+    if len(target) < 4 * count or int(torch.linalg.matrix_rank(columns)) < count:
+        return None
+    found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].real.tolist()
+    rounded = [float(round(share)) if abs(share - round(share)) < 1e-3 else share for share in found]
+    return rounded if fits(rounded) else None
 
 
 def intended_weight(
@@ -85,9 +147,36 @@ def alike(numbers: Sequence[float]) -> bool:
     return all(math.isclose(x, numbers[0], rel_tol=ROUNDED) for x in numbers)
 
 
+def snapped(weights: list[float]) -> list[float]:
+    """Return weights that are all one unit fraction, but for rounding, as exactly that."""
+    by = common_divisor(weights) if weights and weights[0] > 0 else None
+    return weights if by is None or abs(weights[0] * by - 1) > ROUNDED else [1 / by] * len(weights)
+
+
+def scale_faults(totals: Sequence[float], accum_steps: int) -> list[float] | None:
+    """Return the factor by which each term is off in a loop of means; None where that is not known.
+
+    Args:
+        totals: of each term the sum of its weights over the window: 1 for a mean divided by N, unless
+            the loss has a weight of its own.
+        accum_steps: N.
+    """
+
+    def plain(factor: float) -> bool:
+        each = [total / factor for total in totals]
+        return any(math.isclose(x, 1, rel_tol=1e-4) for x in [*each, sum(each)])
+
+    if not totals or plain(1.0):
+        # A term may lack the division by N that others have.
+        lacking = [accum_steps > 1 and math.isclose(x, accum_steps, rel_tol=1e-4) for x in totals]
+        return [float(accum_steps) if lacks else 1.0 for lacks in lacking]
+    by = next((by for by in (accum_steps, 1 / accum_steps) if accum_steps > 1 and plain(by)), None)
+    return None if by is None else [float(by)] * len(totals)
+
+
 def common_divisor(weights: Sequence[float]) -> int | None:
     """Return the whole number M where all weights are 1/M."""
-    if not alike(weights):
+    if not alike(weights) or not weights[0]:
         return None
     by = 1 / weights[0]
     return round(by) if by >= 1 and math.isclose(by, round(by), rel_tol=1e-4) else None

@@ -1,6 +1,6 @@
 """One window, run again: what describes a pass over it, and the runs that such a description gives."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,8 @@ class Pass:
     """The random numbers: recorded, replayed from the recording, or each replaced by a constant."""
     reset_buffers_of: Sequence[nn.Module] = ()
     """Modules whose buffers are set back before the forward pass of each micro-batch."""
+    weights_moved: int = 0
+    """Seed of what is added to the weights, to see the same samples at other weights; 0: nothing."""
     summed_in_float64: bool = False
     """Each micro gradient is taken off and added in float64, whatever the passes run in."""
 
@@ -53,6 +55,8 @@ class RerunnableWindow(Protocol):
 
     sizes: list[int]
     """Samples of each micro-batch."""
+    samples_known: bool
+    """Whether it is certain which dimension counts samples."""
     modules: NamedModules
     """Everything with parameters or buffers that it uses."""
 
@@ -186,6 +190,8 @@ class Rerun:
         copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
         with random_state_kept(), copies as parameters:
             set_random_states(self.starts[0])
+            if how.weights_moved:
+                _move(parameters.values(), how.weights_moved)
             torch.set_default_dtype(dtype or default)
             try:
                 with torch.enable_grad(), eagerly(), tracer(), replay, _unfused_attention():
@@ -194,6 +200,16 @@ class Rerun:
                 torch.set_default_dtype(default)
                 if outermost:  # inside the loop's own autocast the cache is the loop's
                     torch.clear_autocast_cache()
+
+
+def _move(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Add random numbers to weights, a tenth of their size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            size = float(parameter.abs().mean()) if parameter.numel() else 0.0
+            parameter.add_(drawn.to(parameter.device) * (0.1 * size + 1e-3))
 
 
 def _unfused_attention() -> AbstractContextManager[Any]:

@@ -1,11 +1,14 @@
 """The tape of a loop's window: its calls, which can be run again, and its gradients.
 
-A micro-batch is a connected piece of the tape: calls of the model, the operations between its outputs
-and the loss, and calls of the loss. Tensors that come from the model are recorded by where they come
-from, all others (inputs, targets, masks) by value.
+A piece of the tape is connected: calls of the model, the operations between its outputs and its losses,
+and these losses, each of them a scalar. A micro-batch is one piece, or several that share a backward
+pass or recur in a pattern (labelled and unlabelled samples, real ones and fakes). Tensors that come from
+the model are recorded by where they come from, the model's parameters by name, all others (inputs,
+targets, masks) by value.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +32,22 @@ class OutputRef:
         self.call, self.place = call, place
 
 
+class ParameterRef:
+    """A parameter that the loop itself computes with, e.g. for a penalty on the weights."""
+
+    __slots__ = ("_module", "_name")
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+
+    def tensor(self) -> Any:
+        """Return the tensor that stands in for it now."""
+        return self._module._parameters[self._name]
+
+
 @dataclass(eq=False, slots=True)
 class TapedCall:
-    """One call of the model, of an operation between model and loss, or of the loss."""
+    """One call of the model, of an operation between model and loss, or of a loss."""
 
     kind: str
     """model | between | loss"""
@@ -39,6 +55,8 @@ class TapedCall:
     arguments: dict[int | str, Any]
     """By position and by name."""
     order: int
+    site: int = 0
+    """Where the loop calls it: equal for calls from one place, by way of the same functions."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
@@ -52,6 +70,8 @@ class TapedCall:
     """Shape and type of each tensor that it put out."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
+    literal: float = 1.0
+    """Of an operation on scalars: a number in the source that it multiplies by."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -84,15 +104,31 @@ class TapedCall:
 
 @dataclass(slots=True)
 class TapedMicroBatch:
-    """One micro-batch on the tape."""
+    """One micro-batch on the tape, its calls in their order."""
 
     models: list[TapedCall]
     losses: list[TapedCall]
 
+    @classmethod
+    def of(cls, pieces: Sequence["TapedMicroBatch"]) -> "TapedMicroBatch":
+        """Return the pieces as one micro-batch."""
+        models, losses = ({c: None for p in pieces for c in of(p)} for of in (_models, _losses))
+        return cls(*(sorted(calls, key=lambda c: c.order) for calls in (models, losses)))
+
+    @property
+    def calls(self) -> list[TapedCall]:
+        """All calls of model and losses, in order."""
+        return sorted([*self.models, *self.losses], key=lambda call: call.order)
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        """The places that it was called from."""
+        return tuple(call.site for call in self.calls)
+
     @property
     def first(self) -> TapedCall:
         """The call that it began with."""
-        return min([*self.models, *self.losses], key=lambda call: call.order)
+        return self.calls[0]
 
     @property
     def last_backward(self) -> int:
@@ -107,6 +143,10 @@ class Tape:
     calls: list[TapedCall] = field(default_factory=list)
     backwards: int = 0
     """Backward passes so far."""
+    reached: set[int | None] = field(default_factory=set)
+    """Numbers of those that reached a judged parameter."""
+    parameters: Mapping[int, ParameterRef] = field(default_factory=dict)
+    """The judged parameters, by the identity of their tensors."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def recorded(self, value: Any) -> Any:
@@ -115,7 +155,7 @@ class Tape:
         def leaf(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            origin = self.origin(x)
+            origin = self.origin(x) or self.parameters.get(id(x))
             return x.detach().clone() if origin is None else origin
 
         return mapped(leaf, value)
@@ -134,17 +174,75 @@ class Tape:
             call.outputs.append((tuple(tensor.shape), tensor.dtype))
 
     def micro_batches(self) -> list[TapedMicroBatch]:
-        """Return the losses that were back-propagated, with the model's calls that they share."""
-        groups: list[TapedMicroBatch] = []
-        for loss in (c for c in self.calls if c.kind == "loss" and c.cotangent is not None):
+        """Return the losses that reached a judged parameter, with the model's calls, as micro-batches."""
+        used = [c for c in self.calls if c.kind == "loss" and c.cotangent is not None]
+        inner = {id(ref.call) for c in used for ref in _all_refs(c)}
+        pieces: list[TapedMicroBatch] = []
+        for loss in used:
+            if id(loss) in inner or loss.backward not in self.reached:
+                continue
             sources = loss.sources()
-            sharing = [g for g in groups if sources & set(g.models)]
-            for group in sharing:
-                groups.remove(group)
-            models = {*sources, *(m for g in sharing for m in g.models)}
-            losses = [*(earlier for g in sharing for earlier in g.losses), loss]
-            groups.append(TapedMicroBatch(sorted(models, key=lambda c: c.order), losses))
-        return sorted(groups, key=lambda g: g.first.order)
+            sharing = [p for p in pieces if sources & set(p.models)]
+            for piece in sharing:
+                pieces.remove(piece)
+            pieces.append(TapedMicroBatch.of([*sharing, TapedMicroBatch(list(sources), [loss])]))
+        self._find_literal_weights()
+        pieces.sort(key=lambda p: p.first.order)
+        return _recurring(_sharing_a_backward_pass(pieces))
+
+    def _find_literal_weights(self) -> None:
+        """Give each loss the product of the literals that the loop multiplies it by."""
+        users: dict[TapedCall, list[TapedCall]] = {}
+        for call in self.calls:
+            if call.kind == "between" and call.has_graph and [s for s, _ in call.outputs] == [()]:
+                for ref in call.refs():
+                    users.setdefault(ref.call, []).append(call)
+        for loss in (c for c in self.calls if c.kind == "loss"):
+            loss.literal, after = 1.0, users.get(loss, [])
+            while len(after) == 1:
+                loss.literal *= after[0].literal
+                after = users.get(after[0], [])
+
+
+def _models(piece: TapedMicroBatch) -> list[TapedCall]:
+    return piece.models
+
+
+def _losses(piece: TapedMicroBatch) -> list[TapedCall]:
+    return piece.losses
+
+
+def _all_refs(call: TapedCall) -> list[OutputRef]:
+    """Return the outputs that a loss is made of, from near to far."""
+    return [r for ref in call.refs() if ref.call.kind != "model" for r in (ref, *_all_refs(ref.call))]
+
+
+def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMicroBatch]:
+    """Join pieces from different places in the loop that were back-propagated together."""
+    # A loop that adds up the losses of all micro-batches first calls them from one place.
+    found: list[list[TapedMicroBatch]] = []
+    for piece in pieces:
+        last = found[-1] if found else []
+        places = {site for p in last for site in p.signature}
+        together = last and {x.backward for x in piece.losses} & {x.backward for x in last[-1].losses}
+        # A penalty on the weights alone is no micro-batch by itself.
+        alone = last and not (piece.models and last[-1].models)
+        if alone or (together and not places & set(piece.signature)):
+            last.append(piece)
+        else:
+            found.append([piece])
+    return [TapedMicroBatch.of(each) for each in found]
+
+
+def _recurring(pieces: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
+    """Join the pieces of a pattern that the loop repeats, e.g. a pass on real samples, one on fakes."""
+    signatures = [piece.signature for piece in pieces]
+    period = len(set(signatures))
+    repeats, rest = divmod(len(pieces), period) if period else (0, 0)
+    if period < 2 or repeats < 2 or rest or signatures != signatures[:period] * repeats:
+        return pieces
+    starts = range(0, len(pieces), period)
+    return [TapedMicroBatch.of(pieces[start : start + period]) for start in starts]
 
 
 @dataclass(slots=True)
@@ -177,6 +275,8 @@ class Observations:
     """The same before each `unscale_` of a GradScaler."""
     retained: list[bool] = field(default_factory=list)
     """Whether each backward pass was told to keep its graph."""
+    other_steps: list[int] = field(default_factory=list)
+    """The same before each step of another optimizer."""
     loss_scale: float = 1.0
     """The GradScaler's."""
 
@@ -210,6 +310,8 @@ def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> 
     """Return arguments with every reference replaced by its tensor, and all others cast."""
 
     def leaf(x: Any) -> Any:
+        if isinstance(x, ParameterRef):
+            return x.tensor()
         if not isinstance(x, OutputRef):
             return cast(x)
         if x.call not in outputs:
@@ -222,11 +324,13 @@ def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> 
 
 def count_of(loss: TapedCall) -> float | None:
     """Return the denominator of one call of a criterion, if that is one of torch's."""
-    criterion = loss.function
+    criterion, arguments = loss.function, loss.arguments
     if criterion is nn.functional.cross_entropy:
+        order = list(inspect.signature(criterion).parameters)
+        arguments = {order[k] if isinstance(k, int) else k: v for k, v in arguments.items()}
         names = ("weight", "ignore_index")
-        criterion = nn.CrossEntropyLoss(**{k: v for k, v in loss.arguments.items() if k in names})
-    target = loss.arguments.get("target", loss.arguments.get(1))
+        criterion = nn.CrossEntropyLoss(**{k: v for k, v in arguments.items() if k in names})
+    target = arguments.get("target", arguments.get(1))
     if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
         return None
     if not isinstance(target, Tensor):
@@ -236,3 +340,11 @@ def count_of(loss: TapedCall) -> float | None:
     except ValueError:
         return None
     return None if counted is None else float(counted)
+
+
+def losses_in(output: Any) -> list[Tensor]:
+    """Return the losses that a model put out: its `loss`, or every scalar with a graph."""
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(named, Tensor) and named.ndim == 0:
+        return [named] if named.requires_grad else []
+    return [t for t in tensors_in(output) if t.ndim == 0 and t.requires_grad]

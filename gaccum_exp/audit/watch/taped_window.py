@@ -1,32 +1,76 @@
-"""A taped window that can be run again: in its micro-batches, and with all samples at once."""
+"""A taped window that can be run again: in its micro-batches, and with all samples at once.
+
+Its loss is a sum of terms, one for each scalar that the loop back-propagates in a micro-batch, or for
+each that such a scalar is the sum of. Every term is weighed by itself, since each may have a
+denominator of its own.
+"""
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gaccum_exp.audit.causes.loss_coupling import couples_samples
+from gaccum_exp.audit.causes.loss_coupling import coupling_of
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
+from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
 from gaccum_exp.core.joined_samples import NotJoinableError, sample_dim, size_of, tensors_in
+
+SAME_FACTOR = 1e-5
+"""Relative: how close a factor of the whole pass is to that of a micro-batch where it is a constant."""
 
 
 class CouplingError(NotJoinableError):
     """The loop mixes samples outside of model and loss."""
 
 
+@dataclass(slots=True)
+class _Column:
+    """Corresponding calls, one of each micro-batch; None where a micro-batch has none."""
+
+    calls: list[TapedCall | None]
+    inputs: Any
+    """Their arguments as one batch; None where some come from other calls."""
+    sizes: list[int]
+    """Samples in each micro-batch's call, where its arguments are known."""
+
+    @property
+    def first(self) -> TapedCall:
+        """The first call that there is."""
+        return next(call for call in self.calls if call is not None)
+
+
+@dataclass(slots=True)
+class TermWeights:
+    """What the loop multiplies one term's gradients by."""
+
+    name: str
+    weights: list[float]
+    """Of each micro-batch's ∇ℓᵢ: d(what was back-propagated) / dℓᵢ, as the loop's precision rounded it."""
+    literal: float
+    """The part of them that stands in the source: a weight of the term, and no N."""
+
+
+@dataclass(slots=True)
+class _Forms:
+    """The terms of each loss, as the runs so far have shown them."""
+
+    micro: dict[tuple[int, int], list[Term]] = field(default_factory=dict)
+    """By column and micro-batch, without tensors' use: names and factors."""
+    constant: dict[int, list[list[bool]]] = field(default_factory=dict)
+    """By column and term: which factors are the same number for any batch."""
+
+
 class TapedWindow:
     """The micro-batches of a tape as a `RerunnableWindow`.
-
-    Each micro-batch's loss ℓᵢ is the loop's own, back-propagated with `weights[i]`; the one pass
-    back-propagates ℓ of all samples with `whole_weight`.
 
     Args:
         modules: of model and loss.
@@ -41,160 +85,356 @@ class TapedWindow:
         self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], dim: int
     ) -> None:
         self.modules = modules
+        self.samples_known = False
         self._dim = dim
         self._micro_batches = micro_batches
-        if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
-            raise NotJoinableError("micro-batches differ in how often they call model and loss")
-        self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
-        self.starts = [m.first.start for m in micro_batches]
-        """The random states in which they began."""
-        cotangents = [_cotangents(m) for m in micro_batches]
-        self.weights = [weight for weight, _ in cotangents]
-        """The loop's own, as its precision rounded them."""
-        self._cotangents = _with_common_ratios([each for _, each in cotangents])
-        """Of each micro-batch's losses, in units of its weight."""
-        self.whole_weight = 1.0
-        self.coefficients: list[float] | None = None
-        """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
-        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
-        """Whether joining the micro-batches pads their sequences."""
         self._models, self._losses = (
-            [(calls, self._joined_constants(calls)) for calls in zip(*each, strict=True)]
+            [self._column(calls) for calls in _corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
-        """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
-        if couples_samples(micro_batches[0], self.sizes[0]):
-            raise CouplingError("samples are mixed between the model's outputs and the loss")
+        full = [c.sizes for c in [*self._models, *self._losses] if 0 not in c.sizes]
+        self.sizes = full[0] if full else [size_of(m.first.arguments, dim) for m in micro_batches]
+        started = [next((c.start for c in m.calls if c.start), []) for m in micro_batches]
+        self.starts = [start for start in started if start]
+        """The random states in which they began."""
+        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
+        """Whether joining the micro-batches pads their sequences."""
+        self._forms = _Forms()
+        self._micro_weights: list[list[float]] | None = None
+        self._whole_weights: list[float] | None = None
+        self.coefficients: list[list[float] | None] = []
+        """By term, of the ∇ℓᵢ in the gradient of ℓ; None where it is no combination of them."""
+        why = next((w for m in micro_batches if (w := coupling_of(m, dim)) is not None), None)
+        if why is not None:
+            raise CouplingError(why)
 
     def weighed(
-        self, weights: Sequence[float], whole_weight: float, coefficients: list[float] | None = None
+        self,
+        micro: Sequence[Sequence[float]],
+        whole: Sequence[float],
+        coefficients: Sequence[list[float] | None] = (),
     ) -> "TapedWindow":
-        """Return the same window under other weights."""
+        """Return the same window with these weights of each term, in micro-batches and in one pass."""
         other = copy.copy(self)
-        other.weights, other.whole_weight = list(weights), whole_weight
-        other.coefficients = coefficients
+        other._micro_weights, other._whole_weights = [list(w) for w in micro], list(whole)
+        other.coefficients = list(coefficients)
         return other
 
+    def only(self, term: int) -> "TapedWindow":
+        """Return the window with one of its terms alone, of weight 1 everywhere."""
+        count = len(self.terms())
+        micro = [[float(t == term)] * len(self.sizes) for t in range(count)]
+        return self.weighed(micro, [float(t == term) for t in range(count)])
+
+    def terms(self) -> list[TermWeights]:
+        """Return each term's weights in the loop; the window must have run once in either way."""
+        found = []
+        for c, column in enumerate(self._losses):
+            shown = next(
+                self._forms.micro[c, i] for i in range(len(self.sizes)) if (c, i) in self._forms.micro
+            )
+            for t, constant in enumerate(self._constant(c)):
+                weights = []
+                for i, call in enumerate(column.calls):
+                    by = 0.0 if call is None else _number(call.cotangent)
+                    weights.append(by * _constant_part(self._forms.micro, c, i, t, constant))
+                literal = [f.value for f in _factors(shown, t, constant) if f.weight]
+                name = shown[t].name if t < len(shown) else "loss"
+                found.append(TermWeights(name, weights, column.first.literal * math.prod(literal)))
+        return found
+
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
-        """Run the micro-batches as the loop did."""
+        """Run the micro-batches as the loop did, or with the weights that were given."""
         for index, micro_batch in enumerate(self._micro_batches):
             with context(index):
-                losses = self._losses_of(micro_batch, cast)
-            weight, units = self.weights[index], self._cotangents[index]
-            cotangents = [u.to(x) * weight for u, x in zip(units, losses, strict=True)]
-            torch.autograd.backward(losses, cotangents)
+                losses = self._losses_of(index, micro_batch, cast)
+            pairs = [(x, w) for x, w in self._weighed(losses, index) if w != 0 and x.requires_grad]
+            if pairs:
+                torch.autograd.backward([x for x, _ in pairs], [torch.full_like(x, w) for x, w in pairs])
 
     def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run all samples at once, through the loop's own model and loss."""
         with context:
             losses = self._whole_losses(cast, order)
-        cotangents = [u * self.whole_weight for u in self._whole_cotangents(losses)]
-        torch.autograd.backward(losses, cotangents)
+        for c, terms in enumerate(losses):
+            self._see_whole(c, terms)
+        pairs = [(x, w) for x, w in self._weighed(losses, None) if w != 0 and x.requires_grad]
+        if pairs:
+            torch.autograd.backward([x for x, _ in pairs], [torch.full_like(x, w) for x, w in pairs])
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return the loss, and what it counts where the criterion says so (NaN else)."""
         counts = self.counts() or [math.nan] * len(self.sizes)
         if index is None:
-            losses = self._whole_losses(cast, None)
-            units, count = self._whole_cotangents(losses), sum(counts)
+            losses, count = self._whole_losses(cast, None), sum(counts)
         else:
-            losses = self._losses_of(self._micro_batches[index], cast)
-            units, count = self._cotangents[index], counts[index]
-        total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
+            losses, count = self._losses_of(index, self._micro_batches[index], cast), counts[index]
+        total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
         """Whether the one pass's gradient is a combination of the micro-batches' gradients."""
-        return self.coefficients is not None
+        return bool(self.coefficients) and None not in self.coefficients
+
+    @property
+    def coupled(self) -> list[str]:
+        """The names of the terms that are no sums over samples."""
+        if len(self.coefficients) < 2:
+            return []
+        pairs = zip(self.terms(), self.coefficients, strict=True)
+        return [term.name for term, coefficients in pairs if coefficients is None]
 
     def recounted(self, counts: Sequence[float]) -> "TapedWindow | None":
-        """Return the window with the large batch's weight for each micro-batch."""
-        if self.coefficients is None:
+        """Return the window with the large batch's weight for each micro-batch, term by term."""
+        if not self.coefficients or all(c is None for c in self.coefficients):
             return None
-        weights = [coefficient * self.whole_weight for coefficient in self.coefficients]
-        return self.weighed(weights, self.whole_weight, self.coefficients)
+        assert self._whole_weights is not None
+        assert self._micro_weights is not None
+        micro = [
+            own if coefficients is None else [c * whole for c in coefficients]
+            for own, coefficients, whole in zip(
+                self._micro_weights, self.coefficients, self._whole_weights, strict=True
+            )
+        ]
+        return self.weighed(micro, self._whole_weights, self.coefficients)
 
     def counts(self) -> list[float] | None:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
-        if len(self._micro_batches[0].losses) != 1:
-            return None
-        found = [tape.count_of(micro_batch.losses[0]) for micro_batch in self._micro_batches]
+        return self.counts_of(0) if len(self._losses) == 1 else None
+
+    def counts_of(self, column: int) -> list[float] | None:
+        """Return what each micro-batch's loss in a column counts, likewise."""
+        calls = self._losses[column].calls
+        found = [0.0 if call is None else tape.count_of(call) for call in calls]
         known = [n for n in found if n is not None]
         return known if len(known) == len(found) else None
 
-    @property
-    def sums(self) -> bool:
-        """Whether the loss reduces by a sum."""
-        for loss in (micro_batch.losses[0] for micro_batch in self._micro_batches):
+    def column_of(self, term: int) -> int:
+        """Return the loss that a term belongs to."""
+        return [c for c in range(len(self._losses)) for _ in self._constant(c)][term]
+
+    def sizes_of(self, column: int) -> list[int]:
+        """Return the samples in each micro-batch of a loss."""
+        sizes = self._losses[column].sizes
+        return sizes if any(sizes) else self.sizes
+
+    def sums(self, column: int) -> bool:
+        """Whether a loss is known to reduce by a sum."""
+        for loss in filter(None, self._losses[column].calls):
             of_criterion = loss.attributes[0][1] if loss.attributes else {}
-            if loss.arguments.get("reduction", of_criterion.get("reduction")) != "sum":
+            said = loss.arguments.get("reduction", of_criterion.get("reduction"))
+            if said != "sum" and getattr(loss.function, "__name__", "") not in ("sum", "nansum"):
                 return False
         return True
 
-    def _whole_cotangents(self, losses: list[Tensor]) -> list[Tensor]:
-        first = self._cotangents[0]
-        if first[0].ndim == 0:
-            return [unit.to(x) for unit, x in zip(first, losses, strict=True)]
-        counted = torch.cat([units[0] != 0 for units in self._cotangents])
-        return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
+    @property
+    def computed_by_user(self) -> bool:
+        """Whether a loss is computed by the user's own code, which may hold terms and factors."""
+        return any(_own_code(column.first.function) for column in self._losses)
 
-    def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
-        """Return the calls' arguments as one batch; None where some come from other calls."""
-        given = [call.arguments for call in calls]
-        if any(isinstance(leaf, OutputRef) for leaf in tape.leaves(given)):
-            return None
-        return samples.joined(given, [size_of(g, self._dim) for g in given], self._dim)
+    @property
+    def constants_outside(self) -> bool:
+        """Whether no loss function multiplies by a constant itself."""
+        return not any(any(same) for c in range(len(self._losses)) for same in self._constant(c))
 
-    def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
+    def literal_inside(self, column: int) -> float:
+        """Return the weight that a loss function's own source gives its only term."""
+        micro = next(terms for (c, _), terms in self._forms.micro.items() if c == column)
+        constant = self._constant(column)
+        return math.prod(f.value for f in _factors(micro, 0, constant[0]) if f.weight)
+
+    def _column(self, calls: list[TapedCall | None]) -> _Column:
+        given = [None if call is None else call.arguments for call in calls]
+        there = [g for g in given if g is not None]
+        refs = (OutputRef, tape.ParameterRef)
+        if any(isinstance(leaf, refs) for leaf in tape.leaves(there)):
+            return _Column(calls, None, [])
+        sizes = [0 if g is None else size_of(g, self._dim) for g in given]
+        inputs = samples.joined(there, [n for n in sizes if n], self._dim)
+        return _Column(calls, inputs, sizes)
+
+    def _weighed(self, losses: list[list[Term]], index: int | None) -> list[tuple[Tensor, float]]:
+        """Return every term and its weight, in a micro-batch or (None) in the one pass."""
+        pairs: list[tuple[Tensor, float]] = []
+        given = self._whole_weights if index is None else self._micro_weights
+        for c, terms in enumerate(losses):
+            if given is None:  # as the loop has them
+                call = self._losses[c].first if index is None else self._losses[c].calls[index]
+                by = 0.0 if call is None else _number(call.cotangent)
+                pairs += [(t.tensor, by * math.prod(f.value for f in t.factors)) for t in terms]
+                continue
+            for constant, term in zip(self._constant(c), self._collapsed(c, terms), strict=True):
+                weight = given[len(pairs)] if index is None else given[len(pairs)][index]  # type: ignore[index]
+                own = [f.value for f, same in zip(term.factors, constant, strict=True) if not same]
+                pairs.append((term.tensor, weight * math.prod(own)))
+        return pairs
+
+    def _constant(self, column: int) -> list[list[bool]]:
+        return self._forms.constant.get(column, [[]])
+
+    def _collapsed(self, column: int, terms: list[Term]) -> list[Term]:
+        """Return the terms of a loss; where they differ from run to run, the loss itself as its only one."""
+        constant = self._constant(column)
+        if len(terms) == len(constant) and all(
+            len(t.factors) == len(c) for t, c in zip(terms, constant, strict=True)
+        ):
+            return terms
+        total = sum(t.tensor * math.prod(f.value for f in t.factors) for t in terms)
+        return [Term(total if isinstance(total, Tensor) else torch.zeros(()), "loss")]
+
+    def _see_whole(self, column: int, whole: list[Term]) -> None:
+        """Find out which factors are the same numbers in the one pass as in every micro-batch."""
+        if column in self._forms.constant:
+            return
+        parts = [terms for (c, _), terms in self._forms.micro.items() if c == column]
+        shape = [len(t.factors) for t in whole]
+        if any([len(t.factors) for t in terms] != shape for terms in parts):
+            self._forms.constant[column] = [[]]
+            return
+        self._forms.constant[column] = [
+            [
+                all(
+                    math.isclose(part[t].factors[k].value, f.value, rel_tol=SAME_FACTOR)
+                    for part in parts
+                )
+                for k, f in enumerate(term.factors)
+            ]
+            for t, term in enumerate(whole)
+        ]
+
+    def _losses_of(self, index: int, micro_batch: TapedMicroBatch, cast: Cast) -> list[list[Term]]:
         outputs: Outputs = {}
         for call in micro_batch.models:
             outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
-        return [
-            _loss_of(loss.run(resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
-        ]
+        losses = []
+        for c, column in enumerate(self._losses):
+            call = column.calls[index]
+            terms = [] if call is None else _run(call, resolved(call.arguments, outputs, cast))
+            if call is not None:
+                self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
+            losses.append(terms or [Term(torch.zeros(()), "loss")] * len(self._constant(c)))
+        return losses
 
-    def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
+    def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[list[Term]]:
         """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
         each: list[Outputs] = [{} for _ in self._micro_batches]
 
-        def run_whole(calls: Sequence[TapedCall], inputs: Any) -> Any:
-            if inputs is None:
-                done = zip(calls, each, strict=True)
-                given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
-                return calls[0].run(samples.joined(given, [size_of(g) for g in given]))
-            if order is not None:
-                inputs = samples.picked(inputs, order, sum(self.sizes), self._dim)
-            return calls[0].run(cast(inputs))
+        def arguments(column: _Column) -> Any:
+            if column.inputs is not None:
+                order_here = _order_of(order, self.sizes, column.sizes)
+                inputs = column.inputs
+                if order_here is not None:
+                    inputs = samples.picked(inputs, order_here, sum(column.sizes), self._dim)
+                return cast(inputs)
+            whole_scalars([call for call in column.calls if call is not None])
+            pairs = zip(column.calls, each, strict=True)
+            given = [resolved(c.arguments, outputs, cast) for c, outputs in pairs if c is not None]
+            column.sizes = [0 if c is None else _size_or_one(g) for c, g in _paired(column.calls, given)]
+            return samples.joined(given, [_size_or_one(g) for g in given])
 
-        for calls, inputs in self._models:
-            outputs = tensors_in(run_whole(calls, inputs))
-            for index, call in enumerate(calls):
-                each[index][call] = self._rows(call, outputs, index, order)
+        def whole_scalars(calls: list[TapedCall]) -> None:
+            """Take what a loss makes of other losses from the one pass."""
+            for place, ref in enumerate(calls[0].refs()):
+                inner = [call.refs()[place].call for call in calls]
+                if ref.call.kind == "model" or ref.call.outputs[ref.place][0] != ():
+                    continue
+                if all(call not in outputs for call in inner for outputs in each):
+                    made = arguments(self._column(list(inner)))
+                    found = tensors_in(inner[0].run(made))
+                    for outputs in each:
+                        outputs.update(dict.fromkeys(inner, found))
+
+        for column in self._models:
+            outputs = tensors_in(column.first.run(arguments(column)))
+            here = _order_of(order, self.sizes, column.sizes)
+            for index, call in enumerate(column.calls):
+                if call is not None:
+                    each[index][call] = _rows(call, outputs, column.sizes, index, here)
         losses = []
-        for calls, inputs in self._losses:
-            if calls[0].function is tape.models_own_loss:
-                ref = calls[0].refs()[0]
-                losses.append(each[0][ref.call][ref.place])
+        for column in self._losses:
+            if column.first.function is tape.models_own_loss:
+                ref = column.first.refs()[0]
+                index = column.calls.index(column.first)
+                losses.append([Term(each[index][ref.call][ref.place], "the model's loss")])
             else:
-                losses.append(_loss_of(run_whole(calls, inputs)))
+                losses.append(_run(column.first, arguments(column)))
         return losses
 
-    def _rows(
-        self, call: TapedCall, whole: list[Tensor], index: int, order: Tensor | None
-    ) -> list[Tensor]:
-        """Return a micro-batch's own rows of the model's outputs for all samples."""
-        start, size, total = sum(self.sizes[:index]), self.sizes[index], sum(self.sizes)
-        where = torch.arange(total) if order is None else torch.argsort(order)
-        rows = []
-        for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
-            if len(self.sizes) > 1:
-                dim = sample_dim(tuple(tensor.shape), shape, total, size)
-            else:  # nothing grows that would tell which dimension counts samples
-                dim = next((d for d, n in enumerate(shape) if n == total), None)
-            own = where[start : start + size]
-            rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
-        return rows
+
+def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
+    """Return the calls that correspond to each other: by their order, or by where they are called."""
+    if len({len(calls) for calls in every}) == 1:
+        return [list(calls) for calls in zip(*every, strict=True)]
+    placed: list[dict[tuple[int, int], TapedCall]] = []
+    for calls in every:
+        found: dict[tuple[int, int], TapedCall] = {}
+        for call in calls:
+            nth = sum(site == call.site for site, _ in found)
+            found[call.site, nth] = call
+        placed.append(found)
+    keys = dict.fromkeys(key for found in placed for key in found)
+    columns = [[found.get(key) for found in placed] for key in keys]
+    if max(len(calls) for calls in every) != len(columns):
+        raise NotJoinableError("micro-batches differ in how often they call model and loss")
+    return columns
+
+
+def _paired(calls: list[TapedCall | None], given: list[Any]) -> list[tuple[TapedCall | None, Any]]:
+    values = iter(given)
+    return [(call, None if call is None else next(values)) for call in calls]
+
+
+def _size_or_one(given: Any) -> int:
+    try:
+        return size_of(given)
+    except NotJoinableError:  # scalars alone
+        return 1
+
+
+def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor | None:
+    """Return the order of a call's samples that goes with an order of the window's."""
+    if order is None or own == sizes:
+        return order
+    by, rest = divmod(sum(own), sum(sizes))
+    if rest or [n * by for n in sizes] != own:
+        return None
+    return (order[:, None] * by + torch.arange(by, device=order.device)).flatten()
+
+
+def _rows(
+    call: TapedCall, whole: list[Tensor], sizes: list[int], index: int, order: Tensor | None
+) -> list[Tensor]:
+    """Return a micro-batch's own rows of the model's outputs for all samples."""
+    start, size, total = sum(sizes[:index]), sizes[index], sum(sizes)
+    where = torch.arange(total) if order is None else torch.argsort(order)
+    rows = []
+    for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
+        if size != total:
+            dim = sample_dim(tuple(tensor.shape), shape, total, size)
+        else:  # nothing grows that would tell which dimension counts samples
+            dim = next((d for d, n in enumerate(shape) if n == total), None)
+        own = where[start : start + size]
+        rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
+    return rows
+
+
+def _run(call: TapedCall, arguments: Any) -> list[Term]:
+    """Run a loss; return the terms that it is the sum of."""
+    if not _own_code(call.function):
+        return [Term(_loss_of(call.run(arguments)), getattr(call.function, "__name__", "loss"))]
+    with ScalarForms() as forms:
+        loss = _loss_of(call.run(arguments))
+    return forms.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
+
+
+def _own_code(function: Callable[..., Any]) -> bool:
+    """Whether a loss is computed by the user's code."""
+    if function is tape.models_own_loss or not callable(function):
+        return False
+    home = type(function) if isinstance(function, nn.Module) else function
+    module = getattr(home, "__module__", None) or ""
+    return not (module.startswith("torch.") or module in ("", "torch", "builtins"))
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -204,29 +444,17 @@ def _loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _cotangents(micro_batch: TapedMicroBatch) -> tuple[float, list[Tensor]]:
-    """Return a weight, and cotangents: the loop back-propagated their product with the weight.
-
-    Raises:
-        NotJoinableError: a loss with a value per element, and not all of one weight.
-    """
-    given = [loss.cotangent for loss in micro_batch.losses if loss.cotangent is not None]
-    first = given[0]
-    if first.ndim == 0:
-        weight = float(first) or 1.0
-        return weight, [c.double() / weight for c in given]
-    counted = first != 0
-    values, n = first[counted], int(counted.sum())
-    if len(given) > 1 or not n or bool((values - values[0]).abs().max() > 1e-5 * values[0].abs()):
-        raise NotJoinableError(
-            "the loss's elements are weighed one by one: give watch the whole loss as a function"
-        )
-    return float(values[0]) * n, [counted.double() / n]
+def _number(cotangent: Tensor | None) -> float:
+    return 0.0 if cotangent is None else float(cotangent)
 
 
-def _with_common_ratios(every: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Give all micro-batches the first one's ratios of several losses, where rounding alone differs."""
-    first = every[0]
-    pairs = [pair for units in every for pair in zip(units, first, strict=True)]
-    common = all(u.ndim == 0 and torch.isclose(u, f, rtol=1e-5, atol=0.0) for u, f in pairs)
-    return [first] * len(every) if len(first) > 1 and common else every
+def _factors(terms: list[Term], t: int, constant: list[bool]) -> list[Factor]:
+    if t >= len(terms) or len(terms[t].factors) != len(constant):
+        return []
+    return [f for f, same in zip(terms[t].factors, constant, strict=True) if same]
+
+
+def _constant_part(
+    micro: dict[tuple[int, int], list[Term]], column: int, index: int, t: int, constant: list[bool]
+) -> float:
+    return math.prod(f.value for f in _factors(micro.get((column, index), []), t, constant))

@@ -6,6 +6,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from gaccum_exp.audit.rerun.sandbox import nothing
+from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
+from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
     Clipping,
     Observations,
+    ParameterRef,
     Tape,
     TapedCall,
     loss_in,
+    losses_in,
     models_own_loss,
 )
 from gaccum_exp.audit.watch.user_functions import (
@@ -54,7 +59,7 @@ class LoopTracer:
 
     Args:
         model, criterion, optimizer: as in `watch`, without wrappers.
-        parameters: by name, those whose gradients are judged.
+        modules: of model and criterion, with the parameters whose gradients are judged.
         reached: gets what was observed of a window, and the gradient that reached the optimizer.
     """
 
@@ -63,16 +68,24 @@ class LoopTracer:
         model: nn.Module,
         criterion: Any,
         optimizer: torch.optim.Optimizer,
-        parameters: dict[str, nn.Parameter],
+        modules: NamedModules,
         reached: Callable[[Observations, Gradient], None],
     ) -> None:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
-        self._parameters, self._reached = parameters, reached
+        named = modules.parameters()
+        self._parameters = {name: p for name, p in named.items() if name in modules.compared}
+        self._reached = reached
+        self._refs = {
+            id(parameter): ParameterRef(module, name)
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
         self._loss_function = criterion
         while isinstance(self._loss_function, functools.partial):
             self._loss_function = self._loss_function.func  # its own arguments are seen in each call
-        self._device_type = next((p.device.type for p in parameters.values()), "cpu")
-        self.seen = Observations()
+        self._device_type = next((p.device.type for p in named.values()), "cpu")
+        self.seen = self._nothing_seen()
         """Of the window in progress."""
         self.past = Tape()
         """Of the window before: its losses may be read after its step."""
@@ -112,6 +125,7 @@ class LoopTracer:
             if parameter.requires_grad and parameter.is_leaf:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 yield register(functools.partial(self._on_accumulation, name))
+        yield register_optimizer_step_pre_hook(self._before_any_step)
         yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
         yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
 
@@ -144,7 +158,9 @@ class LoopTracer:
         device = self._device_type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         arguments = self.seen.tape.recorded({**dict(enumerate(args)), **kwargs})
-        return TapedCall(kind, function, arguments, next(self._order), autocast=autocast)
+        return TapedCall(
+            kind, function, arguments, next(self._order), site=call_site(), autocast=autocast
+        )
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         self._look_at_gradients()
@@ -158,15 +174,21 @@ class LoopTracer:
 
     def _end(self, call: TapedCall, output: Any) -> None:
         self._inside.remove(call)
-        self.seen.tape.add(call, output)
+        tape = self.seen.tape
+        tape.add(call, output)
         if call.kind == "loss":
-            self._follow_loss(call, loss_in(output))
-        elif self._criterion is None and (own := loss_in(output)) is not None and own.ndim == 0:
-            # The model computes its loss itself: one of its outputs.
-            origin = self.seen.tape.origin(own)
-            loss = TapedCall("loss", models_own_loss, {0: origin}, next(self._order))
-            self.seen.tape.calls.append(loss)
-            self._follow_loss(loss, own)
+            loss = loss_in(output)
+            if loss is not None and loss.numel() == 1:
+                self._follow_loss(call, loss)
+            else:  # of single losses, which the loop itself reduces
+                call.kind = "between"
+        elif self._criterion is None:
+            # The model computes its losses itself: some of its outputs.
+            for own in losses_in(output):
+                origin = {0: tape.origin(own)}
+                loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+                tape.calls.append(loss_call)
+                self._follow_loss(loss_call, own)
 
     def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
         """Record with what cotangent the loss is back-propagated."""
@@ -203,11 +225,13 @@ class LoopTracer:
         name = getattr(function, "__name__", "")
         if name in READS:
             self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
-        tape = self.seen.tape
+        tape, graphs = self.seen.tape, torch.is_grad_enabled()
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
-        if not origins:
+        if not origins and not (
+            graphs and name not in READS and self._computes_with_parameters(tensors)
+        ):
             return function(*args, **kwargs)
-        if function in LOSSES and self._criterion in (None, function) and torch.is_grad_enabled():
+        if function in LOSSES and self._criterion in (None, function) and graphs:
             call = self._begin("loss", function, args, kwargs)
             try:
                 output = function(*args, **kwargs)
@@ -219,10 +243,21 @@ class LoopTracer:
         if name in READS:
             self._note_reading(origins)
         between = self._taped("between", function, args, kwargs)
+        form = linear(function, args, kwargs) if graphs else None
         output = function(*args, **kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             tape.add(between, output)
+        if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
+            if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
+                weights = [f.value for _, f in form.operands if f is not None and f.weight]
+                between.literal = math.prod(weights) if "div" not in name else 1.0
+            elif output.ndim == 0:  # a loss that the loop itself computes
+                between.kind = "loss"
+                self._follow_loss(between, output)
         return output
+
+    def _computes_with_parameters(self, tensors: list[Tensor]) -> bool:
+        return any(id(t) in self._refs for t in tensors)
 
     def _note_reading(self, origins: list[Any]) -> None:
         for ref in origins:
@@ -235,6 +270,7 @@ class LoopTracer:
 
     def _on_accumulation(self, name: str, parameter: Tensor) -> None:
         if not self._judging and not self._stepping and parameter.grad is not None:
+            self.seen.tape.reached.add(self.seen.tape.backwards)
             kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
             kept[name] = parameter.grad.detach().clone()
 
@@ -249,6 +285,8 @@ class LoopTracer:
             asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
             judged = {id(p) for p in self._parameters.values()}
             self._counting = inputs is None or any(id(t) in judged for t in asked)
+            if self._counting and inputs is not None:
+                seen.tape.reached.add(seen.tape.backwards)
             if self._counting:
                 seen.retained.append(bool(frame.f_locals.get("retain_graph")))
             return
@@ -278,6 +316,10 @@ class LoopTracer:
             for name, p in self._parameters.items()
             if p.grad is not None
         }
+
+    def _before_any_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer is not self._optimizer and not self._judging and not self._stepping:
+            self.seen.other_steps.append(self.seen.tape.backwards)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         if self._judging:
@@ -315,7 +357,10 @@ class LoopTracer:
             self._stepping = False
 
     def _begin_window(self) -> None:
-        self.past, self.seen = self.seen.tape, Observations()
+        self.past, self.seen = self.seen.tape, self._nothing_seen()
+
+    def _nothing_seen(self) -> Observations:
+        return Observations(Tape(parameters=self._refs))
 
     # Functions that the loop calls between passes.
 

@@ -103,8 +103,7 @@ class watch:  # noqa: N801  # used as a function
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._modules = NamedModules(model, *modules_in(criterion), compared=stepped)
-        compared = {n: p for n, p in self._modules.parameters().items() if n in self._modules.compared}
-        self._tracer = LoopTracer(model, criterion, optimizer, compared, self._reached)
+        self._tracer = LoopTracer(model, criterion, optimizer, self._modules, self._reached)
         self._judged, self._dim = steps, batch_dim
         self._global_step = 0
         self._watched = Watched()

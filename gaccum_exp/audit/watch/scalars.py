@@ -1,0 +1,195 @@
+"""Linear arithmetic on losses: of which terms a loss is the sum, and by what numbers they are multiplied.
+
+`loss = (ce + beta * kl) / accum_steps` is a linear form: its terms are the scalars `ce` and `kl`, which
+come from something else than scalars, and their factors are known one by one. So a division by N is
+told apart from what the loss itself divides by, wherever it happens.
+"""
+
+import dis
+import functools
+import itertools
+import linecache
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ADDING = {"add": 1.0, "sub": -1.0, "subtract": -1.0}
+"""Names of operators without underscores, and the sign of their second operand."""
+SCALING = {
+    "mul": False,
+    "multiply": False,
+    "div": True,
+    "truediv": True,
+    "true_divide": True,
+    "divide": True,
+}
+"""The same, and whether they divide."""
+PASSING = frozenset(
+    {"float", "double", "half", "bfloat16", "to", "type", "clone", "squeeze", "reshape", "view", "sum"}
+    | {"mean", "contiguous", "flatten", "as_tensor"}
+)
+"""Operators that leave a scalar as it is."""
+LIBRARIES = ("torch", "gaccum_exp.audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A number that a scalar is multiplied by."""
+
+    value: float
+    weight: bool = False
+    """Whether it stands in the source as a literal: a weight of the loss, and no N."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A scalar that is no linear form of others, with the factors on its way into a loss."""
+
+    tensor: Tensor
+    name: str
+    factors: tuple[Factor, ...] = ()
+
+    def without_tensor(self) -> "Term":
+        """Return its name and factors alone, which hold no graph."""
+        return Term(torch.empty(0), self.name, self.factors)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """An operation on scalars that is linear in those with a graph."""
+
+    operands: list[tuple[Tensor, Factor | None]]
+    """Each with the factor that it gets; None: none."""
+
+
+def linear(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear | None:
+    """Return an operation's linear form, if it is one of scalars."""
+    name = getattr(function, "__name__", "").strip("_")
+    reverse = name.startswith("r") and name[1:] in {*ADDING, *SCALING}
+    name = name[1:] if reverse or (name.startswith("i") and name[1:] in {*ADDING, *SCALING}) else name
+    given = [*args, *(v for k, v in kwargs.items() if k in ("other", "input"))]
+    graphs = [x for x in given[:2] if isinstance(x, Tensor) and x.requires_grad]
+    if not graphs or any(x.numel() != 1 for x in given[:2] if isinstance(x, Tensor)):
+        return None
+    if name in PASSING:
+        return Linear([(graphs[0], None)]) if graphs[0] is given[0] else None
+    if name in ("neg", "negative"):
+        return Linear([(graphs[0], Factor(-1.0, weight=True))])
+    if len(given) < 2:
+        return None
+    if name in ADDING:
+        signs = [1.0, ADDING[name] * float(kwargs.get("alpha", 1))]
+        signs = signs[::-1] if reverse else signs
+        pairs = zip(given[:2], signs, strict=True)
+        summed = [(x, s) for x, s in pairs if isinstance(x, Tensor) and x.requires_grad]
+        return Linear([(x, None if s == 1 else Factor(s, weight=True)) for x, s in summed])
+    if name not in SCALING or len(graphs) == 2:
+        return None
+    divides, number = SCALING[name], given[1] if given[0] is graphs[0] else given[0]
+    if divides and (reverse or number is given[0]):
+        return None
+    value = float(number)
+    literal = not isinstance(number, Tensor) and literal_operand(calling_frame())
+    if divides:  # half of a sum is a weight; a third may be one, or N
+        return Linear([(graphs[0], Factor(1 / value if value else torch.inf, literal and value == 2))])
+    return Linear([(graphs[0], Factor(value, literal))])
+
+
+@dataclass(slots=True)
+class _Form:
+    terms: list[Term]
+    tensor: Tensor
+    """Kept, so that no other tensor gets its identity."""
+
+
+class ScalarForms(TorchFunctionMode):
+    """Follows the arithmetic on scalars within its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forms: dict[int, _Form] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        form = linear(func, args, kwargs) if args else None
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
+            return output
+        terms = [Term(output, term_name(func))]
+        if form is not None:
+            terms = [
+                Term(term.tensor, term.name, (*term.factors, *([factor] if factor else [])))
+                for operand, factor in form.operands
+                for term in self.terms(operand)
+            ]
+        self._forms[id(output)] = _Form(terms, output)
+        return output
+
+    def terms(self, loss: Tensor) -> list[Term]:
+        """Return the terms of a loss; the loss itself where it is none of the block's scalars."""
+        found = self._forms.get(id(loss))
+        return found.terms if found else [Term(loss, "loss")]
+
+
+def term_name(function: Any) -> str:
+    """Return a name for what an operation puts out: a loss function's own, or the line of the source."""
+    name = str(getattr(function, "__name__", "loss"))
+    if name.endswith(("_loss", "entropy", "logits", "kl_div")):
+        return name
+    frame = calling_frame()
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"`{line if len(line) <= 60 else line[:57] + '...'}`" if line else name
+
+
+def calling_frame() -> FrameType | None:
+    """Return the innermost frame outside of torch and of the audit."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _in_library(frame):
+        frame = frame.f_back
+    return frame
+
+
+def call_site() -> int:
+    """Return a number for the place of a call: the positions of all frames above it."""
+    site, frame = 0, calling_frame()
+    while frame is not None:
+        site = hash((site, id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back
+    return site
+
+
+def _in_library(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == "torch" or name.startswith(("torch.", *(f"{each}." for each in LIBRARIES)))
+
+
+def literal_operand(frame: FrameType | None) -> bool:
+    """Whether an operand of the binary operation that a frame has arrived at is a number in its source."""
+    if frame is None:
+        return False
+    positions = list(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2 + 1))
+    first, last, start, end = positions[-1] if positions else (None,) * 4
+    if first is None or start is None:
+        return False
+    return any(
+        (line, column) == (first, start) or (last_line, last_column) == (last, end)
+        for line, last_line, column, last_column in _literals(frame.f_code)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _literals(code: CodeType) -> list[tuple[Any, ...]]:
+    """Return where numbers stand in the source of a function: line, last line, column, last column."""
+    return [
+        tuple(instruction.positions)
+        for instruction in dis.get_instructions(code)
+        if instruction.positions is not None
+        and instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT")
+        and isinstance(instruction.argval, (int, float))
+    ]
