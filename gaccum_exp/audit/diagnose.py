@@ -142,14 +142,14 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if rounding_only and not mixing and not draws.any:
         why = "the large batch's gradient is zero but for rounding: audit at other weights"
         return replace(audit, detail=why)
-    if measured.float64.floor > ZERO and not rerun.window.samples_known and not draws.any:
-        if measured.float64.error > ROUNDING64:
-            why = (
-                f"the samples in another order give another gradient ({measured.float64.floor:.2g} away): "
-                "either the loss depends on their order, or another dimension of the inputs counts them; "
-                "say which to watch, e.g. batch_dim=1 for (time, batch, features)"
-            )
-            return replace(audit, detail=why)
+    ordered = measured.float64.floor > ZERO and measured.float64.error > ROUNDING64
+    if ordered and not rerun.window.samples_known and not draws.any:
+        why = (
+            f"the samples in another order give another gradient ({measured.float64.floor:.2g} away): "
+            "either the loss depends on their order, or another dimension of the inputs counts them; "
+            "say which to watch, e.g. batch_dim=1 for (time, batch, features)"
+        )
+        return replace(audit, detail=why)
     verdict = verdict_of(measured, draws.any)
     if verdict in ("identical", "equivalent"):
         return replace(audit, verdict=verdict)

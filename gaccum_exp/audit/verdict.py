@@ -107,7 +107,8 @@ def remedy_of_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
     if len(set(numbers)) == 1:  # what makes them unequal is not known
         return "micro-batches do not count alike in their loss: use global_mean"
     said = listed(numbers)
-    return f"micro-batches {f'count {said} in their loss' if counted else f'hold {said} samples'}: use global_mean"
+    what = f"count {said} in their loss" if counted else f"hold {said} samples"
+    return f"micro-batches {what}: use global_mean"
 
 
 def listed(numbers: Sequence[float]) -> str:

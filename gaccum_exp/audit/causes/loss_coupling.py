@@ -14,8 +14,8 @@ from gaccum_exp.core.joined_samples import NotJoinableError, size_of, tensors_in
 
 MIXED = "samples are mixed between the model's outputs and the loss"
 FOREIGN = (
-    "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples and "
-    "the others from elsewhere (features kept from other passes?): what it is over the whole window "
+    "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples "
+    "and the others from elsewhere (features kept from other passes?): what it is over the whole window "
     "cannot be seen from outside"
 )
 

@@ -1,4 +1,4 @@
-"""Linear arithmetic on losses: of which terms a loss is the sum, and by what numbers they are multiplied.
+"""Linear arithmetic on losses: of which terms a loss is the sum, and what they are multiplied by.
 
 `loss = (ce + beta * kl) / accum_steps` is a linear form: its terms are the scalars `ce` and `kl`, which
 come from something else than scalars, and their factors are known one by one. So a division by N is
@@ -170,7 +170,7 @@ def _in_library(frame: FrameType) -> bool:
 
 
 def literal_operand(frame: FrameType | None) -> bool:
-    """Whether an operand of the binary operation that a frame has arrived at is a number in its source."""
+    """Whether an operand of the binary operation that a frame is at is a number in its source."""
     if frame is None:
         return False
     positions = list(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2 + 1))

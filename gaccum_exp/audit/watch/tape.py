@@ -121,6 +121,11 @@ class TapedMicroBatch:
         return sorted([*self.models, *self.losses], key=lambda call: call.order)
 
     @property
+    def of_weights_alone(self) -> bool:
+        """Whether it is a penalty on the weights, and no pass over samples."""
+        return not any(call.start for call in self.calls)
+
+    @property
     def signature(self) -> tuple[int, ...]:
         """The places that it was called from."""
         return tuple(call.site for call in self.calls)
@@ -174,7 +179,7 @@ class Tape:
             call.outputs.append((tuple(tensor.shape), tensor.dtype))
 
     def micro_batches(self) -> list[TapedMicroBatch]:
-        """Return the losses that reached a judged parameter, with the model's calls, as micro-batches."""
+        """Return the losses that reached judged parameters, with the model's calls, as micro-batches."""
         used = [c for c in self.calls if c.kind == "loss" and c.cotangent is not None]
         inner = {id(ref.call) for c in used for ref in _all_refs(c)}
         pieces: list[TapedMicroBatch] = []
@@ -226,7 +231,7 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
         places = {site for p in last for site in p.signature}
         together = last and {x.backward for x in piece.losses} & {x.backward for x in last[-1].losses}
         # A penalty on the weights alone is no micro-batch by itself.
-        alone = last and not (piece.models and last[-1].models)
+        alone = last and (piece.of_weights_alone or last[-1].of_weights_alone)
         if alone or (together and not places & set(piece.signature)):
             last.append(piece)
         else:

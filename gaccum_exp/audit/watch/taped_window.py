@@ -54,7 +54,7 @@ class TermWeights:
 
     name: str
     weights: list[float]
-    """Of each micro-batch's ∇ℓᵢ: d(what was back-propagated) / dℓᵢ, as the loop's precision rounded it."""
+    """Of each micro-batch's ∇ℓᵢ: d(what was back-propagated) / dℓᵢ, as the loop's precision has it."""
     literal: float
     """The part of them that stands in the source: a weight of the term, and no N."""
 
@@ -119,6 +119,10 @@ class TapedWindow:
         other._micro_weights, other._whole_weights = [list(w) for w in micro], list(whole)
         other.coefficients = list(coefficients)
         return other
+
+    def doubled(self) -> "TapedWindow":
+        """Return the window with every micro-batch twice."""
+        return TapedWindow(self.modules, [*self._micro_batches, *self._micro_batches], self._dim)
 
     def only(self, term: int) -> "TapedWindow":
         """Return the window with one of its terms alone, of weight 1 everywhere."""
@@ -228,6 +232,11 @@ class TapedWindow:
                 return False
         return True
 
+    def of_weights_alone(self, column: int) -> bool:
+        """Whether a loss is a penalty on the weights: the same for any samples."""
+        first = self._losses[column].first
+        return not first.start and not first.sources()
+
     @property
     def computed_by_user(self) -> bool:
         """Whether a loss is computed by the user's own code, which may hold terms and factors."""
@@ -265,7 +274,8 @@ class TapedWindow:
                 pairs += [(t.tensor, by * math.prod(f.value for f in t.factors)) for t in terms]
                 continue
             for constant, term in zip(self._constant(c), self._collapsed(c, terms), strict=True):
-                weight = given[len(pairs)] if index is None else given[len(pairs)][index]  # type: ignore[index]
+                weight: Any = given[len(pairs)]
+                weight = weight if index is None else weight[index]
                 own = [f.value for f, same in zip(term.factors, constant, strict=True) if not same]
                 pairs.append((term.tensor, weight * math.prod(own)))
         return pairs
@@ -274,7 +284,7 @@ class TapedWindow:
         return self._forms.constant.get(column, [[]])
 
     def _collapsed(self, column: int, terms: list[Term]) -> list[Term]:
-        """Return the terms of a loss; where they differ from run to run, the loss itself as its only one."""
+        """Return the terms of a loss; where they differ from run to run, the loss as its only one."""
         constant = self._constant(column)
         if len(terms) == len(constant) and all(
             len(t.factors) == len(c) for t, c in zip(terms, constant, strict=True)
@@ -309,9 +319,9 @@ class TapedWindow:
             outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
         losses = []
         for c, column in enumerate(self._losses):
-            call = column.calls[index]
-            terms = [] if call is None else _run(call, resolved(call.arguments, outputs, cast))
-            if call is not None:
+            taped = column.calls[index]
+            terms = [] if taped is None else _run(taped, resolved(taped.arguments, outputs, cast))
+            if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
             losses.append(terms or [Term(torch.zeros(()), "loss")] * len(self._constant(c)))
         return losses
@@ -333,7 +343,7 @@ class TapedWindow:
             column.sizes = [0 if c is None else _size_or_one(g) for c, g in _paired(column.calls, given)]
             return samples.joined(given, [_size_or_one(g) for g in given])
 
-        def whole_scalars(calls: list[TapedCall]) -> None:
+        def whole_scalars(calls: Sequence[TapedCall]) -> None:
             """Take what a loss makes of other losses from the one pass."""
             for place, ref in enumerate(calls[0].refs()):
                 inner = [call.refs()[place].call for call in calls]
@@ -374,7 +384,7 @@ def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | No
             found[call.site, nth] = call
         placed.append(found)
     keys = dict.fromkeys(key for found in placed for key in found)
-    columns = [[found.get(key) for found in placed] for key in keys]
+    columns: list[list[TapedCall | None]] = [[found.get(key) for found in placed] for key in keys]
     if max(len(calls) for calls in every) != len(columns):
         raise NotJoinableError("micro-batches differ in how often they call model and loss")
     return columns

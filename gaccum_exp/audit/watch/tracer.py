@@ -185,7 +185,7 @@ class LoopTracer:
         elif self._criterion is None:
             # The model computes its losses itself: some of its outputs.
             for own in losses_in(output):
-                origin = {0: tape.origin(own)}
+                origin: dict[int | str, Any] = {0: tape.origin(own)}
                 loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
                 tape.calls.append(loss_call)
                 self._follow_loss(loss_call, own)

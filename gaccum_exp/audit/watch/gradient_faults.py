@@ -1,0 +1,155 @@
+"""What came between a window's backward passes and its step, where the gradient is not their sum."""
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from gaccum_exp.audit import result
+from gaccum_exp.audit.causes.loss_weights import alike, reached_shares, sampled
+from gaccum_exp.audit.rerun.passes import ACCUMULATED, RECORDING, Rerun
+from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.verdict import listed, multiple
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.taped_window import TapedWindow
+from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm
+
+AS_REPLAYED = 1e-4
+"""How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientOfLoop:
+    """The gradient that a loop accumulated, and what it is to be explained by."""
+
+    seen: Observations
+    observed: Gradient
+    """At the loss's scale, before clipping."""
+    at_start: Gradient
+    """Gradients that were there before the window, at the loss's scale."""
+    at_last_backward: Gradient
+    """Those right after the last backward pass, likewise."""
+    micro_batches: list[TapedMicroBatch]
+    of_others: list[TapedMicroBatch]
+    """Micro-batches that came before those, of another optimizer's window or an epoch's rest."""
+    rerun: Rerun
+    """Of the window."""
+
+    def fault(self, audit: Audit, replayed: Gradient) -> Audit | None:
+        """Find what came in between where the gradient is not what its passes add up to."""
+        seen, observed = self.seen, self.observed
+        audit = replace(audit, verdict="biased", culprit=None, culprit_type=None, culprits=())
+        if seen.at_start:
+            extra = difference(observed, replayed)
+            if multiple(extra, self.at_start, 1e-2) is not None:
+                size = norm(self.at_start) / max(norm(replayed), 1e-300)
+                return stale(
+                    audit, "call zero_grad before the window's first backward pass",
+                    f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
+                )  # fmt: skip
+        if self.of_others and self._with_others() is not None:
+            return stale(
+                audit, "call zero_grad before the window's first backward pass",
+                f"gradients of {len(self.of_others)} passes for another optimizer, which stepped after "
+                "them, are among it",
+            )  # fmt: skip
+        inside = [c for c in seen.clippings if c.after_backward < seen.tape.backwards]
+        if inside:
+            return replace(
+                audit, cause=result.LOSS_SCALE,
+                remedy="clip once, after the window's last backward pass, not after each micro-batch",
+                detail=f"gradients were clipped {len(inside)} times before the last backward pass",
+            )  # fmt: skip
+        if any(k < seen.tape.backwards for k in seen.unscaled):
+            return stale(
+                audit, "unscale_ once, after the window's last backward pass",
+                "gradients were unscaled inside the window, and later ones added at full scale",
+            )  # fmt: skip
+        missing = self._some_missing(audit, replayed)
+        if missing is not None:
+            return missing
+        if distance(observed, replayed) < 0.1:
+            return None  # so close that digits were lost, which has been examined
+        if seen.changed:
+            return stale(
+                audit, "leave .grad alone until the window's last backward pass",
+                "something changed the gradients between the window's passes",
+            )  # fmt: skip
+        along = dot(observed, replayed) / max(norm(observed) * norm(replayed), 1e-300)
+        last = self.at_last_backward
+        right = bool(last) and distance(last, replayed) < AS_REPLAYED
+        if right and abs(along) < 0.1:
+            return stale(
+                audit, "leave .grad alone after the window's last backward pass",
+                f"the gradients were replaced after it (cosine with what the passes gave: {along:.2g})",
+            )  # fmt: skip
+        why = (
+            "the gradient is not the sum of what its micro-batches' losses give: a part comes from "
+            "elsewhere, or was changed before the step. Ruled out: gradients left over, zeroed, clipped "
+            "or unscaled inside the window, and micro-batches that are missing"
+        )
+        if right:
+            why = (
+                "the loop changed the gradients between the last backward pass and the step, by none of "
+                f"torch's ways to clip (cosine with what the passes gave: {along:.3g})"
+            )
+        return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
+
+    def _with_others(self) -> float | None:
+        total: Gradient = {}
+        for micro_batch in [*self.of_others, *self.micro_batches]:
+            window = TapedWindow(self.rerun.window.modules, [micro_batch], 0)
+            add(total, Rerun(window, self.rerun.device, window.starts).gradient(RECORDING))
+        return multiple(self.observed, total, AS_REPLAYED)
+
+    def _some_missing(self, audit: Audit, replayed: Gradient) -> Audit | None:
+        """Find out whether parameters or micro-batches are missing in the gradient."""
+        seen, observed, accum_steps = self.seen, self.observed, len(self.micro_batches)
+        if norm(observed) == 0:
+            what = "the gradient that reached the optimizer is zero"
+            return stale(audit, "step before zero_grad, once per window", what)
+        lost = [n for n, g in replayed.items() if norm({n: g}) > 0 and not _nonzero(observed.get(n))]
+        kept = {n: g for n, g in replayed.items() if n not in lost}
+        if lost and kept and distance(observed, kept) < AS_REPLAYED * 10:
+            names = ", ".join(lost[:4]) + (" …" if len(lost) > 4 else "")
+            never = not any(n in of for of in seen.accumulated.values() for n in lost)
+            if never:
+                why = (
+                    f"{names} got no gradient in any pass of the loop, though the loss depends on it: a "
+                    "checkpoint with use_reentrant=True whose inputs need none, or a detach?"
+                )
+                return stale(audit, "use checkpoint(..., use_reentrant=False)", why)
+            return stale(
+                audit, "leave .grad alone until the step", f"{names} lost its gradient before it"
+            )
+        micro = self.rerun.micro_gradients(ACCUMULATED, sampled)
+        reached = reached_shares(micro, sampled(observed))
+        if reached is None:
+            return None
+        gone = [i for i, share in enumerate(reached) if share == 0]
+        if gone:
+            last = max(seen.zeroed, default=math.inf)
+            since = [i for i, m in enumerate(self.micro_batches) if m.last_backward >= last]
+            by_zeroing = since == [i for i in range(accum_steps) if i not in gone]
+            missing = f"{len(gone)} of {accum_steps} micro-batches are missing"
+            if by_zeroing:
+                what = "call zero_grad once per optimizer step, not inside the window"
+                return stale(audit, what, f"zero_grad inside the window: {missing}")
+            there = ", ".join(str(i + 1) for i in range(accum_steps) if i not in gone)
+            what = "step on the gradients of all its micro-batches: add each backward pass to .grad"
+            return stale(audit, what, f"{missing} in what reached the optimizer: only {there} is there")
+        if alike(reached):
+            return None
+        return stale(
+            audit, "leave .grad alone until the window's last backward pass",
+            f"the micro-batches' gradients reached the optimizer times {listed(reached)}",
+        )  # fmt: skip
+
+
+def stale(audit: Audit, what_to_do: str, why: str) -> Audit:
+    """Return the audit of a window whose gradients are stale or missing."""
+    return replace(audit, verdict="biased", cause=result.STALE_OR_MISSING, remedy=what_to_do, detail=why)
+
+
+def _nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())

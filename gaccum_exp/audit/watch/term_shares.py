@@ -1,0 +1,185 @@
+"""The share of each micro-batch in the large batch's gradient, term by term.
+
+Where the gradient of one pass combines the micro gradients, its coefficients say what the large batch
+gives to each micro-batch. Held against the weights that the loop gave them, they show what the loop
+means, and where it errs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gaccum_exp.audit.causes.loss_weights import (
+    alike,
+    common_divisor,
+    fitted_coefficients,
+    intended_weight,
+    sampled,
+    scale_faults,
+    snapped,
+)
+from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
+from gaccum_exp.audit.verdict import listed
+from gaccum_exp.audit.watch.taped_window import TapedWindow
+
+WEIGHTS = 8
+"""At how many weights shares are fitted, at most."""
+ENOUGH = 20
+"""Numbers per micro-batch in the gradients that are enough for a fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TermShares:
+    """How a term's micro-batches count in the one pass, and what that means for the loop's weights."""
+
+    name: str
+    weights: list[float]
+    """The loop's own, after what it did to the gradients."""
+    coefficients: list[float] | None
+    """Of its micro gradients in the one pass; None where it is no combination of them."""
+    summed: bool
+    """Whether the one pass is their sum: the loss does not average."""
+    whole_weight: float
+    """What the loop means the one pass to be multiplied by."""
+    literal: float
+    counts: list[float] | None
+    sizes: list[int]
+
+    @property
+    def unequal(self) -> bool:
+        """Whether the loop weighs micro-batches otherwise than the large batch does."""
+        if self.coefficients is None:
+            return False
+        meant = [c * self.whole_weight for c in self.coefficients]
+        pairs = [(w, m) for w, m in zip(self.weights, meant, strict=True) if m]
+        return any(not math.isclose(w, m, rel_tol=1e-4) for w, m in pairs) and not alike(
+            [w / m for w, m in pairs]
+        )
+
+    def said(self) -> str:
+        """Return what its micro-batches count, in words."""
+        assert self.coefficients is not None
+        if self.counts is not None and not alike(self.counts):
+            return f"count {listed(self.counts)} in {self.name}"
+        if self.counts is None and not alike([float(n) for n in self.sizes if n]):
+            return f"hold {listed(self.sizes)} samples in {self.name}"
+        total = sum(self.coefficients) or 1.0
+        parts = listed([float(f"{100 * c / total:.3g}") for c in self.coefficients])
+        return f"make up {parts} % of what the window counts in {self.name}"
+
+
+def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShares]:
+    """Find out how much each micro-batch counts in the one pass, term by term.
+
+    Args:
+        window: has run once, in micro-batches and in one pass.
+        rerun: of it, with the draws that were recorded.
+        factor: what the loop's weights were multiplied by afterwards.
+    """
+    found = []
+    for t, term in enumerate(window.terms()):
+        column = window.column_of(t)
+        counts, sizes = window.counts_of(column), window.sizes_of(column)
+        coefficients, summed = _coefficients(window, rerun, t, counts, sizes)
+        weights = [w * factor for w in term.weights]
+        counting = [i for i, c in enumerate(coefficients or [1.0] * len(weights)) if c]
+        own = [weights[i] for i in counting]
+        if summed:
+            amounts = None if counts is None else [counts[i] for i in counting]
+            whole = intended_weight(own, amounts, [sizes[i] for i in counting]) if any(own) else 0.0
+        else:
+            parts = [coefficients[i] for i in counting] if coefficients else []
+            whole = _meant_weight(weights, own, parts)
+        shares = TermShares(term.name, weights, coefficients, summed, whole, term.literal, counts, sizes)
+        found.append(shares)
+    return found
+
+
+def faults_of(
+    shares: Sequence[TermShares], accum_steps: int, *, constants_outside: bool
+) -> tuple[list[float], str | None]:
+    """Return the factors by which the terms are off, and a remark on what is taken as given.
+
+    Args:
+        shares: of each term.
+        accum_steps: N.
+        constants_outside: whether no loss function multiplies by a constant itself.
+    """
+    means = [term for term in shares if not term.summed]
+    totals = [term.whole_weight / term.literal for term in means]
+    faults, remark = scale_faults(totals, accum_steps), None
+    if faults is None:
+        faults, total = [1.0] * len(means), sum(totals)
+        weights = [w / means[0].literal for w in means[0].weights]
+        tried = [weights, [total], [1 / total]] if total > 0 else []
+        divided = any(common_divisor(each) is not None for each in tried)
+        if len(means) == 1 and divided and constants_outside:
+            faults = [total]
+        else:
+            said = f"the loop multiplies the loss by {total:.4g} in all"
+            remark = f"{said}, which is taken as given"
+    of_means = iter(faults)
+    return [1.0 if term.summed else next(of_means) for term in shares], remark
+
+
+def _meant_weight(weights: list[float], counting: list[float], shares: list[float]) -> float:
+    """Return what a loop of weighed means means the one pass to be multiplied by."""
+    ratios = [w / c for w, c in zip(counting, shares, strict=True)] if shares else []
+    # Empty micro-batches may be among those that it divides by, or not.
+    without, all_of_them = sum(counting), sum(snapped(weights))
+    if ratios and alike(ratios):
+        return all_of_them if _one(all_of_them) and not _one(without) else ratios[0]
+    return without if _one(without) else all_of_them
+
+
+def _one(number: float) -> bool:
+    return math.isclose(number, 1, rel_tol=1e-4)
+
+
+def _coefficients(
+    window: TapedWindow, rerun: Rerun, term: int, counts: list[float] | None, sizes: list[int]
+) -> tuple[list[float] | None, bool]:
+    """Fit a term's micro gradients in the one pass; return whether it is their sum, too."""
+    accum_steps, alone = len(window.sizes), len(window.sizes) == 1
+    if window.of_weights_alone(window.column_of(term)):
+        return [1 / accum_steps] * accum_steps, False
+    if alone:  # one micro-batch and its double: a sum doubles, a mean does not
+        window = window.doubled()
+        rerun = Rerun(window, rerun.device, window.starts)
+        rerun.gradient(RECORDING)
+        rerun.gradient(ONE_PASS64)
+        counts, sizes, accum_steps = None, sizes * 2, 2
+    rerun = replace(rerun, window=window.only(term))
+    micro, whole = _at_several_weights(rerun, accum_steps)
+    if not any(float(g.norm()) for g in whole.values()):
+        return None, window.sums(window.column_of(term))
+    ones, equal = [1.0] * accum_steps, [1 / accum_steps] * accum_steps
+    amounts = [list(map(float, c)) for c in (counts, sizes) if c is not None and any(c)]
+    candidates = [ones, *([n / sum(c) for n in c] for c in amounts), equal]
+    coefficients = fitted_coefficients(micro, whole, candidates)
+    if coefficients is None:
+        return None, window.sums(window.column_of(term))
+    pairs = zip(coefficients, micro, strict=True)
+    counting = [c for c, g in pairs if any(bool(v.any()) for v in g.values())]
+    summed = all(abs(c - 1) < 1e-3 for c in counting) and len(counting) > 1
+    summed |= len(counting) == 1 and window.sums(window.column_of(term))
+    return ([1.0] if alone else coefficients), summed
+
+
+def _at_several_weights(
+    rerun: Rerun, accum_steps: int
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Return micro gradients and the one pass's; of few parameters at other weights, too."""
+    micro: list[dict[str, torch.Tensor]] = [{} for _ in range(accum_steps)]
+    whole: dict[str, torch.Tensor] = {}
+    for seed in range(WEIGHTS):
+        one_pass = sampled(rerun.gradient(replace(ONE_PASS64, weights_moved=seed)))
+        whole |= {f"{seed} {name}": g for name, g in one_pass.items()}
+        each = rerun.micro_gradients(replace(ACCUMULATED64, weights_moved=seed), sampled)
+        for kept, own in zip(micro, each, strict=True):
+            kept |= {f"{seed} {name}": g for name, g in own.items()}
+        if sum(int(g.count_nonzero()) for g in whole.values()) >= ENOUGH * accum_steps:
+            break
+    return micro, whole
