@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
+from gaccum_exp.core.dtypes import is_inexact
 from gaccum_exp.core.joined_samples import tensors_in
 
 
@@ -22,7 +23,7 @@ def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
     outputs: Outputs = {
         call: [
             torch.randn(shape, generator=generator).to(device, dtype)
-            if dtype.is_floating_point
+            if dtype.is_floating_point or dtype.is_complex
             else torch.zeros(shape, dtype=dtype, device=device)
             for shape, dtype in call.outputs
         ]
@@ -57,7 +58,7 @@ def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Genera
 
 def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if dim is None or not tensor.is_floating_point():
+    if dim is None or not is_inexact(tensor):
         return tensor
     mask = chosen.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
     return torch.where(mask, torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
