@@ -7,6 +7,7 @@ import copy
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from gaccum_exp.core.dtypes import is_inexact, wide
 from gaccum_exp.core.losses.denominator import ReducedAs
+from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import seed_host
 
 NARROW, WIDE = (0.9, 0.5), (20.0, 0.0)
@@ -45,6 +47,12 @@ class Samples:
     def elements(self) -> int:
         """How many numbers the outputs are."""
         return sum(shape.numel() for shape, _ in self.shapes)
+
+    @property
+    def held(self) -> int:
+        """How many numbers are kept of them."""
+        kept = (*self.targets, *(self.outputs or ()))
+        return sum(t.numel() for t in kept if isinstance(t, Tensor))
 
     @property
     def joinable(self) -> bool:
@@ -122,6 +130,8 @@ class CriterionCopies:
         """With its state when it was made."""
         self.changes = 0
         """How often the criterion has been found changed."""
+        self.as_in_evaluation = False
+        """Whether they answer as in evaluation mode."""
         self.is_coarse = False
         """Whether an answer was in a lower precision than was asked for."""
 
@@ -147,7 +157,7 @@ class CriterionCopies:
             for reduction in ("sum", "mean"):
                 value = self._answer(reduction, samples, leaves, 0)
                 gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
-        return n == 0 or all(
+        return not n > 0 or all(
             torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
             for of_sum, of_mean in zip(*gradients, strict=True)
         )
@@ -155,7 +165,8 @@ class CriterionCopies:
     def _answer(self, reduction: str, samples: Samples, outputs: list[Tensor], seed: int) -> Tensor:
         module = self._copied()
         seed_host(seed)
-        with ReducedAs(module, reduction):
+        quiet = evaluation_mode(module) if self.as_in_evaluation else nullcontext()
+        with ReducedAs(module, reduction), quiet:
             value: Tensor = module(*self._arguments(outputs, samples.targets))
         self.is_coarse |= value.dtype != torch.float64
         return value

@@ -38,6 +38,8 @@ FINE, COARSE = 1e-11, 1e-6
 """Relative rounding of D where the criterion computes in float64, and in float32 of its own accord."""
 MOST_COPIES, FEWEST_COPIES, MOST_ELEMENTS = 4096, 16, 2**20
 """Of the samples, in search of a count far below a clamp, and elements of outputs in all of them."""
+MOST_AT_ONCE = 2**24
+"""Elements of outputs of which copies are made, or that are kept."""
 NOT_ADDITIVE = "its denominator over a batch is not the sum over the batch's parts"
 NOT_A_RATIO = "its mean is not its sum divided by a count"
 ATTEMPTS = 6
@@ -89,12 +91,11 @@ class _Seen:
 class _Witness:
     """Samples whose count is known."""
 
-    samples: Samples
+    samples: Samples | None
+    """None: too many to be kept."""
     count: float
-
-    @property
-    def density(self) -> float:
-        return self.count / max(1, self.samples.rows)
+    density: float
+    """Of the count, per sample."""
 
 
 class Probe:
@@ -141,7 +142,8 @@ class Probe:
                         return denominator - (self._form.offset or 0.0)
                 samples = self._samples(outputs, targets)
                 if not self._inspected:
-                    self._inspect(samples)
+                    few = max(2, MOST_AT_ONCE * samples.rows // max(1, samples.elements))
+                    self._inspect(samples.cut(slice(0, few)) if few < samples.rows else samples)
                 return self._counted(samples)
         except RefusedError as error:
             return error.refusal
@@ -163,50 +165,58 @@ class Probe:
     def _inspect(self, samples: Samples) -> None:
         """Check that the criterion is a sum over samples, divided by what does not depend on outputs."""
         ask = self._criterion
-        domain = next(
-            (d for d in (NARROW, WIDE) if _tells(ask.sum(samples, samples.draw(0, d)))), NARROW
-        )
-        xs, ys = samples.draw(0, domain), samples.draw(1, domain)
-        total, drew = ask.sum(samples, xs), drawn_since(0)
-        self._inspected = _tells(total)
+        xs, total, attempt = self._draw(samples, seed=0)
+        if drawn_since(attempt):  # asked as in evaluation it may draw nothing, and can be compared
+            ask.as_in_evaluation = True
+            xs, total, attempt = self._draw(samples, seed=0)
+        drew = drawn_since(attempt)
+        self._inspected = total != 0
         self._within = COARSE if ask.is_coarse else FINE
-        twice = together(samples, samples)
-        both = ask.sum(twice, [torch.cat(pair) for pair in zip(xs, ys, strict=True)])
+        ys = samples.draw(ATTEMPTS, WIDE if attempt else NARROW)
+        twice, both = together(samples, samples), [torch.cat(pair) for pair in zip(xs, ys, strict=True)]
+        half = samples.rows // 2
+        parts = [samples.cut(rows) for rows in (slice(0, half), slice(half, None)) if half]
         # Where it draws, the sums of other samples are of other draws.
-        additive = drew or self._same(both, total + ask.sum(samples, ys))
-        if not additive and self._same(total, ask.mean(samples, xs)):
+        of_twice = ask.sum(twice, both)
+        additive = drew or _adds_up(of_twice, [total, ask.sum(samples, ys)])
+        if not additive and self._same(of_twice, ask.mean(twice, both)):
             raise RefusedError("its `reduction` changes nothing", has_sum=False)
         if self._own is None:
             n, other = self._denominator(samples), self._denominator(samples, seed=1)
-            depends = n != 0 != other and not math.isclose(n, other, rel_tol=COARSE)
+            other = n if math.isnan(other) else other
+            depends = n > 0 and not math.isclose(n, other, rel_tol=COARSE)
             if depends or not ask.gradients_parallel(samples, xs, n):
                 raise RefusedError(NOT_A_RATIO)
             self._within = self._within if self._same(n, other) else COARSE
-        half = samples.rows // 2
-        halves = [slice(0, half), slice(half, None)]
-        parts = [samples.cut(rows) for rows in (halves if half else ())]
         if parts and not drew:
-            sums = [ask.sum(p, [x[r] for x in xs]) for p, r in zip(parts, halves, strict=True)]
-            additive = additive and self._same(sum(sums), total)
+            rows = ([x[:half] for x in xs], [x[half:] for x in xs])
+            sums = [ask.sum(part, values) for part, values in zip(parts, rows, strict=True)]
+            additive = additive and _adds_up(total, sums)
         if not additive:
             raise RefusedError("its sum over a batch is not the sum over the batch's parts")
         if parts and samples.joinable:
             counts = [self._counted(part) for part in parts]
             self._require_same(self._counted(samples), sum(counts))
+        ask.as_in_evaluation = False
 
     def _counted(self, samples: Samples) -> float:
         """Return what the samples count, from as few questions as tell."""
         denominator = self._denominator(samples)
+        if math.isnan(denominator):  # nothing of it has a loss, and a clamp does not show
+            return 0.0
         if not math.isfinite(denominator) or denominator < 0:
             raise RefusedError(NOT_A_RATIO)
         if self._is_plain(denominator, samples.rows):
             return self._rounded(denominator - (self._form.offset or 0.0), denominator)
         self._recount_witnesses()
-        beside = [w for w in self._witnesses if make_one_batch(w.samples, samples)]
+        if samples.elements > MOST_AT_ONCE and samples.rows > 1 and samples.joinable:
+            return self._counted_in_halves(samples, denominator)
+        beside = [w for w in self._witnesses if w.samples and make_one_batch(w.samples, samples)]
         seen = self._of_copies(samples, denominator, MOST_COPIES if not beside else 2)
         self._learn(seen, denominator)
         count = seen.count
         for witness in beside:
+            assert witness.samples is not None
             expected = self._form(witness.count + count)
             found = self._denominator(together(witness.samples, samples))
             if seen.floor is not None and count == 0.0:
@@ -221,8 +231,15 @@ class Probe:
                 self._require_same(self._denominator(together(self._uncounted, samples)), seen.floor)
             self._uncounted = samples if count == 0.0 else self._uncounted
         else:
-            self._witness(_Witness(samples, count), denominator)
+            self._witness(samples, count, denominator)
         self._smallest = min(self._smallest, denominator)
+        return count
+
+    def _counted_in_halves(self, samples: Samples, denominator: float) -> float:
+        """Return what samples count of which several copies would not fit into memory."""
+        half = samples.rows // 2
+        count = sum(self._counted(samples.cut(rows)) for rows in (slice(0, half), slice(half, None)))
+        self._require_same(denominator, self._form(count))
         return count
 
     def _recount_witnesses(self) -> None:
@@ -231,11 +248,11 @@ class Probe:
             return
         self._seen_changes, known = self._criterion.changes, self._witnesses
         self._witnesses = []
-        for samples in (witness.samples for witness in known):
+        for samples in (witness.samples for witness in known if witness.samples):
             denominator = self._denominator(samples)
             count = denominator - (self._form.offset or 0.0)
             if self._form.floor is None or denominator > self._form.floor * (1 + COARSE):
-                self._witness(_Witness(samples, count), denominator)
+                self._witness(samples, count, denominator)
 
     def _is_plain(self, denominator: float, rows: int) -> bool:
         """Whether a denominator is above any clamp, and of samples that count as those seen do."""
@@ -299,25 +316,39 @@ class Probe:
         if form.floor is not None and denominator < form.floor * (1 - COARSE):
             raise RefusedError(NOT_ADDITIVE)
 
-    def _witness(self, witness: _Witness, denominator: float) -> None:
-        if witness.count <= 0 or not self._same(denominator, self._form(witness.count)):
+    def _witness(self, samples: Samples, count: float, denominator: float) -> None:
+        if count <= 0 or not self._same(denominator, self._form(count)):
             return
+        density = count / max(1, samples.rows)
+        witness = _Witness(samples if samples.held <= MOST_AT_ONCE else None, count, density)
         every = sorted([*self._witnesses, witness], key=lambda w: w.density)
         self._witnesses = [every[0], every[-1]] if len(every) > 1 else every
 
     def _denominator(self, samples: Samples, seed: int = 0) -> float:
-        """Return D: what the criterion divides its sum by for its mean; 0: by nothing that tells."""
+        """Return D, what the criterion divides its sum by for its mean; NaN where its sum is zero."""
         if self._own is not None:
             return self._criterion.own_denominator(samples)
+        xs, total, attempt = self._draw(samples, seed)
+        if total == 0:
+            return math.nan
+        mean = self._criterion.mean(samples, xs, attempt)
+        if mean == 0 or math.isnan(mean):
+            raise RefusedError(NOT_A_RATIO)
+        return total / mean
+
+    def _draw(self, samples: Samples, seed: int) -> tuple[list[Tensor], float, int]:
+        """Return outputs whose loss is not zero, their sum, and at which attempt; a sum of 0: none."""
         for attempt in range(ATTEMPTS):
             xs = samples.draw(seed + attempt, WIDE if attempt else NARROW)
-            total = self._criterion.sum(samples, xs, attempt)
-            mean = self._criterion.mean(samples, xs, attempt) if _tells(total) else math.nan
-            if mean == 0:
-                raise RefusedError(NOT_A_RATIO)
-            if not math.isnan(mean):
-                return total / mean
-        return 0.0
+            try:
+                total = self._criterion.sum(samples, xs, attempt)
+            except Exception:  # the user's code, perhaps outside of its domain
+                if attempt == 0:
+                    raise
+                continue
+            if math.isfinite(total) and total != 0:
+                return xs, total, attempt
+        return samples.draw(seed), 0.0, 0
 
     def _same(self, one: float, other: float, scale: float = 0.0) -> bool:
         return abs(one - other) <= self._within * max(abs(one), abs(other), abs(scale))
@@ -336,6 +367,5 @@ class Probe:
             raise RefusedError(f"{NOT_ADDITIVE} ({found:.6g}, and {expected:.6g})")
 
 
-def _tells(total: float) -> bool:
-    """Whether a loss sum says anything: random outputs may all have a loss of zero, or have none."""
-    return math.isfinite(total) and total != 0
+def _adds_up(whole: float, parts: Sequence[float]) -> bool:
+    return abs(sum(parts) - whole) <= COARSE * max(map(abs, (whole, *parts)))

@@ -95,6 +95,13 @@ class Masked(Own):
         return (target > 0).sum().clamp(min=1)
 
 
+class MaskedHighly(Masked):
+    """An empty micro-batch has a loss of zero, which does not show the clamp."""
+
+    def divisor(self, target: Tensor) -> Any:
+        return (target > 0).sum().clamp(min=4)
+
+
 class Hinged(Positives):
     """Zero over a wide range, where a probe of its values sees nothing."""
 
@@ -121,7 +128,7 @@ class Weighted(Own):
 
 DIVIDED = (
     Positives, PythonMax, Smoothed, Tiny, TinyClamp, HighClamp, ClampedWeights, ClampAndTiny, Masked,
-    Hinged, Constant, OwnMethod, Weighted,
+    MaskedHighly, Hinged, Constant, OwnMethod, Weighted,
 )  # fmt: skip
 TARGETS = {
     "mixed": [[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
@@ -339,6 +346,55 @@ class Noisy(Positives):
 
     def single(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.dropout(super().single(logits, target), 0.5)
+
+
+class TrainingNoise(Positives):
+    """It drops single losses in training only."""
+
+    def single(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.dropout(super().single(logits, target), 0.5, self.training)
+
+
+class NoisyMean(AlwaysMean):
+    def single(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.dropout(super().single(logits, target), 0.5, self.training)
+
+
+def test_a_criterion_that_draws_in_training_is_inspected_as_in_evaluation() -> None:
+    """Where sums can be compared; what ignores its reduction is not excused by its noise."""
+    loss_fn = CriterionLoss(TrainingNoise())
+    found = accumulate_gradients(Net(), loss_fn, window(TARGETS["mixed"]))
+    assert found.denominator == 5
+    assert loss_fn.criterion.training
+    with pytest.raises(BadInputError, match="changes nothing"):
+        accumulate_gradients(Net(), NoisyMean(), window(TARGETS["mixed"]))
+
+
+def test_a_domain_is_not_left_where_a_loss_of_zero_asks_for_other_outputs() -> None:
+    """An empty micro-batch of probabilities counts nothing, and raises nothing."""
+    micro_batches = window(TARGETS["empty first"])
+
+    class Sigmoid(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    class Strict(Masked):
+        def single(self, logits: Tensor, target: Tensor) -> Tensor:
+            return F.binary_cross_entropy(logits, target, reduction="none") * (target > 0)
+
+    assert accumulate_gradients(Sigmoid(), Strict(), micro_batches).denominator == 2
+
+
+@pytest.mark.parametrize("kind", [Positives, ClampedWeights, OwnMethod, Smoothed])
+def test_large_micro_batches_are_counted_in_parts(
+    kind: type[Own], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no copies of what hardly fits into memory once are made, nor any of it kept."""
+    monkeypatch.setattr("gaccum_exp.core.losses.probe.MOST_AT_ONCE", 2)
+    micro_batches = window(TARGETS["mixed"])
+    inputs, target = joined(micro_batches)
+    found = accumulate_gradients(Net(), kind(), micro_batches)
+    assert found.mean == pytest.approx(float(kind()(Net()(inputs), target).detach()), rel=1e-12)
 
 
 class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
