@@ -14,8 +14,8 @@ agrees with none of them, e.g. a division by √n, is refused.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -202,8 +202,8 @@ class Probe:
     def _counted(self, samples: Samples) -> float:
         """Return what the samples count, from as few questions as tell."""
         denominator = self._denominator(samples)
-        if math.isnan(denominator):  # nothing of it has a loss, and a clamp does not show
-            return 0.0
+        if math.isnan(denominator):
+            return self._counted_beside_others(samples)
         if not math.isfinite(denominator) or denominator < 0:
             raise RefusedError(NOT_A_RATIO)
         if self._is_plain(denominator, samples.rows):
@@ -234,6 +234,38 @@ class Probe:
             self._witness(samples, count, denominator)
         self._smallest = min(self._smallest, denominator)
         return count
+
+    def _counted_beside_others(self, samples: Samples) -> float:
+        """Return what samples without a loss count: all are masked, and yet may be divided by."""
+        self._recount_witnesses()
+        fitting = [
+            w.samples for w in self._witnesses if w.samples and make_one_batch(w.samples, samples)
+        ]
+        for other in fitting or self._with_a_loss(samples):
+            alone = self._denominator(other)
+            seen = self._of_copies(other, alone, 2)
+            if seen.floor is None and seen.count > 0:
+                self._learn(seen, alone)
+                both = self._denominator(together(other, samples))
+                count = self._rounded(both - alone, both)
+                if count < 0:
+                    raise RefusedError(f"{NOT_ADDITIVE} ({alone:.6g}, and {both:.6g} with others)")
+                return count
+        return 0.0
+
+    def _with_a_loss(self, samples: Samples) -> Iterator[Samples]:
+        """Yield many samples of the same shapes whose targets were changed so that they have a loss."""
+        for value in (1, 0):
+            targets = [
+                torch.full_like(t, value) if isinstance(t, Tensor) and t.ndim else t
+                for t in samples.targets
+            ]
+            other = replace(samples, targets=targets)
+            try:
+                if not math.isnan(self._denominator(other)):
+                    yield together(*[other] * FEWEST_COPIES)
+            except Exception:  # the user's code, on targets that it may not know
+                continue
 
     def _counted_in_halves(self, samples: Samples, denominator: float) -> float:
         """Return what samples count of which several copies would not fit into memory."""
@@ -304,6 +336,9 @@ class Probe:
             if form.floor is not None:
                 self._require_same(seen.floor, form.floor)
             form.floor = seen.floor if form.floor is None else form.floor
+            if form.offset is not None and abs(form.floor - form.offset) <= 4 * form.uncertainty:
+                # An ε that is seen alone is seen best.
+                form.offset, form.uncertainty = form.floor, self._error(form.floor)
         if seen.offset is not None:
             error = self._error(denominator)
             if form.offset is None or error < form.uncertainty:

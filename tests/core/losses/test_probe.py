@@ -102,6 +102,13 @@ class MaskedHighly(Masked):
         return (target > 0).sum().clamp(min=4)
 
 
+class MaskedMean(Masked):
+    """Over all, masked or not: an empty micro-batch has no loss, and counts all the same."""
+
+    def divisor(self, target: Tensor) -> Any:
+        return target.numel()
+
+
 class Hinged(Positives):
     """Zero over a wide range, where a probe of its values sees nothing."""
 
@@ -128,7 +135,7 @@ class Weighted(Own):
 
 DIVIDED = (
     Positives, PythonMax, Smoothed, Tiny, TinyClamp, HighClamp, ClampedWeights, ClampAndTiny, Masked,
-    MaskedHighly, Hinged, Constant, OwnMethod, Weighted,
+    MaskedHighly, MaskedMean, Hinged, Constant, OwnMethod, Weighted,
 )  # fmt: skip
 TARGETS = {
     "mixed": [[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
