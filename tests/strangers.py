@@ -234,3 +234,18 @@ def tiny_gpt2(vocab_size: int) -> nn.Module:
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2, **quiet)
     return GPT2LMHeadModel(config)
+
+
+class Spectral(nn.Module):
+    """A classifier of points in the plane with complex64 weights, in float32 otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 8)
+        self.filter = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        hidden = torch.tanh(self.first(x.to(self.first.weight.dtype)))
+        return self.last(torch.fft.irfft(torch.fft.rfft(hidden) * self.filter, n=8))

@@ -19,7 +19,7 @@ from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.joined_samples import NotJoinableError, joined, picked, size_of
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
-from gaccum_exp.core.losses.protocol import LossFn, LossWrapper
+from gaccum_exp.core.losses.protocol import LossFn, LossWrapper, window_denominator
 from gaccum_exp.core.reductions import GLOBAL_MEAN, Reduction
 from gaccum_exp.core.seeding import random_state_kept, seed_model
 from gaccum_exp.core.strategies import IN_PLACE, InPlace
@@ -173,7 +173,8 @@ class ConfiguredWindow:
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return loss sum and denominator of one micro-batch, or of all samples."""
         micro_batch = self._whole if index is None else self._micro_batches[index]
-        return self._loss_fn(self._model, cast(micro_batch))
+        loss, n = self._loss_fn(self._model, cast(micro_batch))
+        return loss, window_denominator(self._loss_fn, n) if index is None else n
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
         """Whether the micro-batches' loss sums add up."""

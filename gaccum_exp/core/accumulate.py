@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.losses.criterion import as_loss_fn
-from gaccum_exp.core.losses.protocol import Denominator, LossFn, count, criterion_of, loss_sum
+from gaccum_exp.core.losses.protocol import (
+    Denominator,
+    LossFn,
+    count,
+    criterion_of,
+    loss_sum,
+    window_denominator,
+)
 from gaccum_exp.core.reductions import Reduction, ReductionName, reduction_named
 from gaccum_exp.core.seeding import set_random_states
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
@@ -23,8 +30,8 @@ class WindowLoss(NamedTuple):
     loss_sum: Tensor
     """Σ Sᵢ, a 0-dim tensor on the model's device, detached."""
     denominator: Denominator
-    """Σ nᵢ; 0 where nothing in the window counts, and then no gradient was added. A number, or a 0-dim
-    tensor where the window's targets lie on a device."""
+    """Σ nᵢ, or what a loss function with a clamp makes of it; 0 where nothing in the window counts, and
+    then no gradient was added. A number, or a 0-dim tensor where the targets lie on a device."""
 
     @property
     def mean(self) -> Tensor:
@@ -114,7 +121,7 @@ def accumulate(
     if state.generators is not None:
         set_random_states(state.generators)
     known = [n for n in state.counts if n is not None]
-    total = sum(known) if len(known) == len(window) else None
+    total = window_denominator(loss_fn, sum(known)) if len(known) == len(window) else None
     if isinstance(total, (int, float)) and total == 0:
         parameter = next(model.parameters(), torch.empty(0))
         return WindowLoss(torch.zeros((), device=parameter.device), 0)
@@ -124,7 +131,8 @@ def accumulate(
         modules = [m for m in (model, criterion_of(loss_fn)) if m is not None]
         parameters = list(nn.ModuleList(modules).parameters())
 
-    def divisor(n: Denominator) -> Denominator:
+    def divisor(count: Denominator) -> Denominator:
+        n = window_denominator(loss_fn, count)
         if not divided_late:
             return reduction.divisor(n, total, len(window))
         if state.provisional_divisor is None:
@@ -143,11 +151,12 @@ def accumulate(
         if total is None:
             # Counted late: whether anything counted at all has to be known on the host.
             state.denominator = float(state.denominator)
+        denominator = window_denominator(loss_fn, state.denominator)
         if divided_late:
             assert state.provisional_divisor is not None
-            n = state.denominator
-            strategy.rescale(state, parameters, float(state.provisional_divisor / n) if n else 0.0)
-    return WindowLoss(state.loss_sum, state.denominator)
+            factor = float(state.provisional_divisor / denominator) if denominator else 0.0
+            strategy.rescale(state, parameters, factor)
+    return WindowLoss(state.loss_sum, denominator)
 
 
 def _back_propagate(

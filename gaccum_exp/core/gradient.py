@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.dtypes import HALF, reals, wide
+
 Gradient = dict[str, Tensor]
 """By parameter name; parameters that got none are not in it."""
 
@@ -29,8 +31,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     # A sparse gradient may list a row twice; only its coalesced values have the gradient's norm.
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    half = [g for g in dense if g.dtype in (torch.float16, torch.bfloat16)]
-    others = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)] if half else dense
+    half = [g for g in dense if g.dtype in HALF]
+    others = [g for g in dense if g.dtype not in HALF] if half else dense
     norms: list[Tensor] = []
     if others:
         norms += torch._foreach_norm(others)  # as torch's own clipping takes them
@@ -48,9 +50,13 @@ def norm(gradient: Gradient) -> float:
 
 
 def dot(one: Gradient, other: Gradient) -> float:
-    """Return the inner product over all parameters, accumulated in float64."""
-    shared = one.keys() & other.keys()
-    return sum(float((_wide(one[k]) * _wide(other[k])).sum()) for k in shared)
+    """Return the inner product over all parameters, accumulated in float64.
+
+    Complex gradients are taken as the pairs of real numbers that they are: Re⟨one, other⟩.
+    """
+    # In the order of names and not of a set: that differs between processes, and with it the last bit.
+    shared = [name for name in one if name in other]
+    return sum(float((reals(wide(one[k])) * reals(wide(other[k]))).sum()) for k in shared)
 
 
 def gaps(one: Gradient, other: Gradient, factor: float = 1.0) -> Iterator[tuple[str, Tensor]]:
@@ -58,13 +64,13 @@ def gaps(one: Gradient, other: Gradient, factor: float = 1.0) -> Iterator[tuple[
 
     One at a time, since of a large model a whole further gradient in float64 may not fit.
     """
-    for name in one.keys() | other.keys():
+    for name in dict.fromkeys([*one, *other]):  # in an order that is the same in every process
         if name not in other:
-            yield name, _wide(one[name])
+            yield name, wide(one[name])
         elif name not in one:
-            yield name, _wide(other[name]) * -factor
+            yield name, wide(other[name]) * -factor
         else:
-            yield name, torch.sub(_wide(one[name]), _wide(other[name]), alpha=factor)
+            yield name, torch.sub(wide(one[name]), wide(other[name]), alpha=factor)
 
 
 def difference(one: Gradient, other: Gradient) -> Gradient:
@@ -75,7 +81,7 @@ def difference(one: Gradient, other: Gradient) -> Gradient:
 def add(total: Gradient, gradient: Gradient) -> None:
     """Add a gradient to a sum in float64, in place."""
     for name, g in gradient.items():
-        total[name] = total[name].add_(_wide(g)) if name in total else _wide(g).clone()
+        total[name] = total[name].add_(wide(g)) if name in total else wide(g).clone()
 
 
 def distance(one: Gradient, reference: Gradient, factor: float = 1.0) -> float:
@@ -85,7 +91,7 @@ def distance(one: Gradient, reference: Gradient, factor: float = 1.0) -> float:
 
 def scaled(gradient: Gradient, factor: float) -> Gradient:
     """Return the gradient times a number, in float64."""
-    return {name: _wide(g) * factor for name, g in gradient.items()}
+    return {name: wide(g) * factor for name, g in gradient.items()}
 
 
 def identical(one: Gradient, other: Gradient) -> bool:
@@ -102,10 +108,14 @@ def coarse(gradient: Gradient, accum_steps: int) -> bool:
     """Whether every element, or N times it, is a number of a lower precision than its own."""
 
     def is_coarse(g: Tensor, dtype: torch.dtype) -> bool:
-        return any(torch.equal((g * by).to(dtype).to(g.dtype), g * by) for by in (1, accum_steps))
+        numbers = reals(g)
+        return any(
+            torch.equal((numbers * by).to(dtype).to(numbers.dtype), numbers * by)
+            for by in (1, accum_steps)
+        )
 
     lower = [torch.bfloat16, torch.float16]
-    if all(g.dtype == torch.float64 for g in gradient.values()):
+    if all(g.dtype in (torch.float64, torch.complex128) for g in gradient.values()):
         lower.append(torch.float32)
     return any(all(is_coarse(g, dtype) for g in gradient.values()) for dtype in lower)
 
@@ -117,13 +127,9 @@ def relative(gap: float, size: float) -> float:
     return gap / size
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.device.type != "mps" else tensor.cpu().double()
-
-
 def _root(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(_square(tensor) for tensor in tensors))
 
 
 def _square(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None else float(_wide(tensor).square().sum())
+    return 0.0 if tensor is None else float(reals(wide(tensor)).square().sum())

@@ -2,12 +2,18 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
+
+from gaccum_exp.core.seeding import random_state_kept
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's metaclass
@@ -32,6 +38,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Run operators of nobody's model: unseen by modes and transforms, with the generators put back."""
+    with ExitStack() as hidden:
+        # Where there is anything to hide from; what hides them imports much.
+        if _get_current_dispatch_mode() is not None:
+            hidden.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            hidden.enter_context(temporarily_clear_interpreter_stack())
+        hidden.enter_context(random_state_kept())
+        yield
 
 
 def eagerly() -> AbstractContextManager[Any]:

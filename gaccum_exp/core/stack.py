@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.losses.protocol import LossFn, count, loss_sum
+from gaccum_exp.core.losses.protocol import LossFn, count, loss_sum, window_denominator
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.window import WindowPlan, split_sizes
 
@@ -181,11 +181,12 @@ def accumulate_stacked(
     if any(n is None for counts in known for n in counts):
         raise ValueError("what its loss divides by is known only after the forward pass")
     counts = torch.tensor(known, dtype=torch.float64)  # (N, seeds)
-    totals = counts.sum(0)
+    totals = torch.as_tensor(window_denominator(loss_fn, counts.sum(0)))
     loss_sums = []
     for part, of_seeds in zip(window, counts, strict=True):
-        by = torch.as_tensor(reduction.divisor(of_seeds, totals, len(window)))
-        by = torch.where(of_seeds == 0, torch.inf, by)  # x / inf is the zero that zero elements give
+        n = window_denominator(loss_fn, of_seeds)
+        by = torch.as_tensor(reduction.divisor(n, totals, len(window)))
+        by = torch.where(by == 0, torch.inf, by)  # x / inf is the zero that zero elements give
         losses = stack.losses(loss_fn, part)
         torch.autograd.backward((losses / by.to(losses)).sum())
         loss_sums.append(losses.detach())

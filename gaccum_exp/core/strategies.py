@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.dtypes import in_precision, is_narrower
 from gaccum_exp.core.losses.protocol import Denominator
 from gaccum_exp.core.seeding import random_states
 
@@ -122,7 +123,7 @@ class Buffered(InPlace):
         self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
     ) -> AbstractContextManager[None]:
         """Enter around a window's passes, as `InPlace.collecting`."""
-        narrower = [p for p in parameters if p.dtype.itemsize < self.dtype.itemsize]
+        narrower = [p for p in parameters if is_narrower(p.dtype, self.dtype)]
         return _collecting(state, parameters if rescaled else narrower, self.dtype)
 
 
@@ -138,7 +139,7 @@ def _collecting(
         if parameter in state.buffers:
             state.buffers[parameter] += parameter.grad
         else:
-            state.buffers[parameter] = parameter.grad.to(dtype)
+            state.buffers[parameter] = parameter.grad.to(in_precision(parameter.dtype, dtype))
         parameter.grad = None
 
     if state.passes_done == 0:
@@ -149,7 +150,7 @@ def _collecting(
     hooks = [
         parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # torch's
         for parameter in parameters
-        if parameter.requires_grad and dtype is not None and parameter.dtype.itemsize < dtype.itemsize
+        if parameter.requires_grad and dtype is not None and is_narrower(parameter.dtype, dtype)
     ]
     try:
         yield

@@ -17,13 +17,14 @@ from torch.utils.data import Dataset, TensorDataset
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.config.targets import checked, import_target, instantiate, parameter_names
 from gaccum_exp.core.checkpointing import checkpoint_blocks
+from gaccum_exp.core.dtypes import module_in_precision
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_LABEL, is_kind
 from gaccum_exp.core.losses.micro_batch import tokens_in
 from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.losses.placement import placed
-from gaccum_exp.core.losses.protocol import LossFn, count
+from gaccum_exp.core.losses.protocol import LossFn, count, window_denominator
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.strategies import IN_PLACE, Buffered
@@ -193,7 +194,7 @@ def nominal_denominator(
         with torch.no_grad():
             counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
     total = sum(n for n in counts if n is not None)  # none is None by now
-    nominal = float(total) * plan.largest_batch / samples
+    nominal = float(window_denominator(loss_fn, float(total) * plan.largest_batch / samples))
     if nominal == 0:
         raise BadInputError(
             "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
@@ -267,8 +268,9 @@ def _loss(
     criterion = instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
     if isinstance(criterion, nn.Module):
         # Class weights have to be as precise as the outputs that they weigh.
-        double = any(p.dtype == torch.float64 for p in model.parameters())
-        criterion = criterion.to(device, torch.float64 if double else torch.float32)
+        double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
+        precision = torch.float64 if double else torch.float32
+        criterion = module_in_precision(criterion, device, precision)
         loss = CriterionLoss(criterion, settings.accum.reduction)
         return loss, loss
     if isinstance(criterion, ModelLoss):

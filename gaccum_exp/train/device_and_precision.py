@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.dtypes import complex_tensor_in, module_in_precision
 from gaccum_exp.core.losses.placement import Placement
 from gaccum_exp.errors import BadInputError, nearest
 
@@ -70,8 +71,19 @@ def placement_of(settings: Settings, device: torch.device) -> Placement:
 
 
 def placed_weights(model: nn.Module, settings: Settings, placement: Placement) -> nn.Module:
-    """Move the weights to the placement's device and type."""
-    model = model.to(device=placement.device, dtype=placement.dtype)
+    """Move the weights to the placement's device and type.
+
+    Raises:
+        BadInputError: complex weights that are to be in bfloat16.
+    """
+    pure = settings.runtime.weight_dtype == "same" and settings.runtime.precision == "bf16"
+    named = complex_tensor_in(model) if pure else None
+    if named is not None:
+        raise BadInputError(
+            f"runtime.weight_dtype=same: {named} is complex, and torch does not compute in complex "
+            "bfloat16; keep runtime.weight_dtype=float32, under which it stays complex64"
+        )
+    model = module_in_precision(model, placement.device, placement.dtype)
     if settings.audit.control_precision and settings.runtime.weight_dtype == "same":
         model = model.to(torch.bfloat16).float()  # a control begins at its reference's weights
     return model
@@ -83,7 +95,8 @@ def scaler_of(
     """Make the scaler of the loss, where passes compute in float16.
 
     Raises:
-        BadInputError: the optimizer evaluates a window several times in a step.
+        BadInputError: the optimizer evaluates a window several times in a step, or parameters are
+            complex.
     """
     if settings.precision != "fp16":
         return None
@@ -91,6 +104,12 @@ def scaler_of(
         raise BadInputError(
             f"runtime.precision=fp16: {type(optimizer).__name__} evaluates a window several times in a "
             "step, which a GradScaler cannot follow; use bf16 or fp32"
+        )
+    shapes = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if p.is_complex()]
+    if shapes:
+        raise BadInputError(
+            f"runtime.precision=fp16: {len(shapes)} parameters are complex, the first of shape "
+            f"{shapes[0]}, and a GradScaler cannot unscale complex gradients; use bf16 or fp32"
         )
     return torch.amp.GradScaler(device.type)
 

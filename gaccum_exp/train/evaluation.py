@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gaccum_exp.core.accumulate import WindowLoss
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.core.losses.protocol import window_denominator
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
@@ -75,6 +76,7 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
             # In half precision a long sum loses its last batches.
             wide = torch.promote_types(loss.dtype, torch.float32)
             loss_sum, denominator = loss_sum + loss.to(wide), denominator + n
+    denominator = window_denominator(state.loss_fn, denominator)
     loss = torch.as_tensor(WindowLoss(loss_sum, denominator).mean)
     values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss}
     if state.counts_tokens:

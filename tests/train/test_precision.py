@@ -234,3 +234,50 @@ def test_a_strangers_float64_model_stays_what_it_is() -> None:
     """fp32 is the default, and converts nothing."""
     experiment = build(settings(*STRANGER))
     assert {p.dtype for p in experiment.parameters} == {torch.float64}
+
+
+SPECTRAL = (
+    "model=custom", "model._target_=tests.strangers.Spectral", "data=custom",
+    "data.train._target_=tests.strangers.Points", "runtime.device=cpu", "data.global_batch_size=8",
+    "accum.steps=3", "train.steps=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complex_type", "real_type"),
+    [
+        ((), torch.complex64, torch.float32),
+        ((FP64,), torch.complex128, torch.float64),
+    ],
+    ids=["fp32", "fp64"],
+)
+def test_complex_weights_are_as_precise_as_the_real_ones(
+    overrides: tuple[str, ...], complex_type: torch.dtype, real_type: torch.dtype
+) -> None:
+    """Both parts of them train, and the norm that clips them counts both."""
+    state, sink = trained(*SPECTRAL, *overrides, "accum.max_grad_norm=1e-3", "optimizer.lr=1")
+    assert {p.dtype for p in state.parameters} == {complex_type, real_type}
+    begun = build(settings(*SPECTRAL, *overrides))
+    before, after = (dict(s.model.named_parameters())["filter"].detach() for s in (begun, state))
+    assert (after.imag - before.imag).abs().max() > 0
+    length = sum(
+        float(p.grad.abs().double().square().sum()) for p in state.parameters if p.grad is not None
+    )
+    assert length**0.5 == pytest.approx(1e-3, rel=1e-4)
+    assert min(sink.curve("optim/grad_norm")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (PURE, r"weight_dtype=same: filter is complex.*complex64"),
+        ((FP16,), r"precision=fp16: 1 parameters are complex, the first of shape \(5,\)"),
+    ],
+    ids=["pure bf16", "fp16"],
+)
+def test_half_precision_that_has_no_complex_numbers_is_refused(
+    overrides: tuple[str, ...], said: str
+) -> None:
+    """By name, before the first pass."""
+    with pytest.raises(BadInputError, match=said):
+        build(settings(*SPECTRAL, *overrides))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
+from gaccum_exp.core.dtypes import is_inexact
 from gaccum_exp.core.joined_samples import NotJoinableError, size_of, tensors_in
 
 MIXED = "samples are mixed between the model's outputs and the loss"
@@ -32,7 +33,7 @@ def coupling_of(micro_batch: TapedMicroBatch, dim: int) -> str | None:
     outputs: Outputs = {
         call: [
             torch.randn(shape, generator=generator).to(device, dtype)
-            if dtype.is_floating_point
+            if dtype.is_floating_point or dtype.is_complex
             else torch.zeros(shape, dtype=dtype, device=device)
             for shape, dtype in call.outputs
         ]
@@ -84,7 +85,7 @@ def _size_of(call: TapedCall, dim: int) -> int:
 
 def _redrawn(tensor: Tensor, chosen: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
     dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if not tensor.is_floating_point() or (dim is None and chosen is not None):
+    if not is_inexact(tensor) or (dim is None and chosen is not None):
         return tensor
     drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
     if chosen is None or dim is None:

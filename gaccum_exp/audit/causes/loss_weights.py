@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from gaccum_exp.core.dtypes import reals, wide
 from gaccum_exp.core.gradient import Gradient
 
 ROUNDED = 1e-5
@@ -25,7 +26,7 @@ MOST_ELEMENTS = 1_000_000
 def sampled(gradient: Gradient) -> dict[str, torch.Tensor]:
     """Keep some elements of every parameter's gradient."""
     per = max(1, MOST_ELEMENTS // max(1, len(gradient)))
-    return {name: g.flatten()[:per].double().cpu() for name, g in gradient.items()}
+    return {name: reals(wide(g)).flatten()[:per].cpu() for name, g in gradient.items()}
 
 
 def fitted_coefficients(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
 from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
+from gaccum_exp.core.dtypes import in_precision
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.joined_samples import mapped
 from gaccum_exp.core.modes import eagerly
@@ -167,7 +168,7 @@ class Rerun:
         def leaf(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            dtype = torch.float64 if how.float64 and value.is_floating_point() else value.dtype
+            dtype = in_precision(value.dtype, torch.float64 if how.float64 else None)
             return value.to(self.device or value.device, dtype)
 
         return partial(mapped, leaf)

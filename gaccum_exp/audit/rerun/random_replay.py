@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.rerun.module_calls import ModuleTracer
+from gaccum_exp.core.dtypes import in_precision, is_inexact, wide
 from gaccum_exp.core.joined_samples import picked_rows, sample_dim
 from gaccum_exp.core.modes import EagerMode
 
@@ -31,6 +32,7 @@ _PURE = frozenset(
 """Operators whose result is their draw; those that compute with it are handled one by one."""
 _DROPOUT = (aten.native_dropout, getattr(aten, "_fused_dropout", None))
 _RRELU = (aten.rrelu_with_noise, aten.rrelu_with_noise_)
+_WIDE = {torch.float64, torch.complex128}
 DrawsAre = Literal["recorded", "replayed", "constant"]
 """What is done with the random numbers of a pass."""
 
@@ -139,7 +141,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             if drawn is None:
                 name = func.overloadpacket.__name__
                 self._draws.refuse(f"{name} cannot be replayed sample by sample", foreign=True)
-            elif not drawn.is_floating_point():
+            elif not is_inexact(drawn):
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
             self._draws.passes[-1].append(Draw(drawn, self._tracer.module))
@@ -200,7 +202,7 @@ def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:
 def _constant(func: Any, drawn: Tensor) -> float:
     """Return the constant for a draw: a mask keeps all, an interval its middle, a normal its mean."""
     name = func.overloadpacket.__name__
-    integers = not drawn.is_floating_point() and drawn.dtype != torch.bool
+    integers = not is_inexact(drawn) and drawn.dtype != torch.bool
     if integers or "normal" in name or "randn" in name:
         return 0
     return 0.5 if "uniform" in name or name in ("rand", "rand_like") else 1
@@ -224,22 +226,27 @@ def _with_draw(func: Any, args: Sequence[Any], result: Any, held: Tensor) -> Any
 def _promoted(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    asked = kwargs.get("dtype")
-    if asked is not None and asked.is_floating_point:
-        tensors = _tensors(args, kwargs)
-        # A cast of float64, or a new tensor; a cast of something else (labels, images) stays.
-        if not tensors or any(t.dtype == torch.float64 for t in tensors):
-            kwargs["dtype"] = torch.float64
-    kinds = {t.dtype for t in _tensors(args, kwargs) if t.is_floating_point()}
-    if len(kinds) < 2 or torch.float64 not in kinds:
+    tensors = _tensors(args, kwargs)
+    kinds = {t.dtype for t in tensors if is_inexact(t)}
+    is_wide = not _WIDE.isdisjoint(kinds)
+    # A cast of float64, or a new tensor; a cast of something else (labels, images) stays.
+    if is_wide or not tensors:
+        args = [_widest(value) for value in args]  # a view's type is given by position
+        kwargs = {key: _widest(value) for key, value in kwargs.items()}
+    if not is_wide or kinds <= _WIDE:
         return args, kwargs
     # An in-place operator writes to its first argument, which must stay the same tensor.
     keep = args[0] if args and func._schema.is_mutable else None
 
     def promote(tensor: Tensor) -> Tensor:
-        return tensor.double() if tensor.is_floating_point() and tensor is not keep else tensor
+        return wide(tensor) if is_inexact(tensor) and tensor is not keep else tensor
 
     return tree_map_only(Tensor, promote, tuple(args)), tree_map_only(Tensor, promote, kwargs)
+
+
+def _widest(value: Any) -> Any:
+    """Return an argument, types of real and complex numbers as the widest of their kind."""
+    return in_precision(value, torch.float64) if isinstance(value, torch.dtype) else value
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from gaccum_exp.core.dtypes import in_precision
+
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _FRAMEWORKS = ("builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
 _REGISTRIES = frozenset(vars(nn.Module()))
@@ -89,8 +91,8 @@ def sandbox(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
-    They have no gradients. Floating-point ones are of `dtype`, all of them on `device`, if given.
-    `drawn` is called where a generator that a module holds has been drawn from.
+    They have no gradients. Real and complex ones are as precise as `dtype`, all of them on `device`, if
+    given. `drawn` is called where a generator that a module holds has been drawn from.
     """
     copies = _Copies(dtype, device)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
@@ -183,8 +185,8 @@ class _Copies:
             of.update(kept)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else None
-        return tensor.detach().to(self._device or tensor.device, dtype or tensor.dtype, copy=True)
+        dtype = in_precision(tensor.dtype, self._dtype)
+        return tensor.detach().to(self._device or tensor.device, dtype, copy=True)
 
 
 def _state_of(generator: Any) -> str:

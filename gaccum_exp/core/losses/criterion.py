@@ -4,19 +4,18 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.dtypes import HALF
 from gaccum_exp.core.losses.denominator import (
     NOT_A_RATIO,
     PER_ELEMENT,
-    Probe,
     ReducedAs,
-    Refusal,
     closed_form,
     is_kind,
 )
 from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.core.losses.probe import Probe, Refusal
 from gaccum_exp.core.losses.protocol import Denominator, LossFn
 from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.errors import BadInputError
@@ -36,7 +35,7 @@ class CriterionLoss:
 
     Raises:
         BadInputError: no `reduction`, or `global_mean` of a criterion that has none (at the first
-            micro-batch of two samples where only a look at the criterion's values can tell).
+            micro-batch that shows it, where only a look at the criterion's values can tell).
     """
 
     def __init__(self, criterion: nn.Module, reduction: str = "global_mean") -> None:
@@ -48,8 +47,7 @@ class CriterionLoss:
             )
         self.criterion = criterion
         self._reduction = reduction_named(reduction)
-        self._own = getattr(criterion, "denominator", None)
-        self._of_target = None if self._own else closed_form(criterion)
+        self._of_target = None if hasattr(criterion, "denominator") else closed_form(criterion)
         self._elementwise = self._of_target is not None and is_kind(criterion, PER_ELEMENT)
         self._own_mean = False
         self._reduced = ReducedAs(criterion, "sum")
@@ -64,6 +62,10 @@ class CriterionLoss:
         """Return the micro-batch's denominator from its target, or None: known after forward only."""
         _, targets = split_micro_batch(micro_batch)
         return self._of_target(targets[0]) if self._of_target and targets else None
+
+    def window_denominator(self, count: Denominator) -> Denominator:
+        """Return what a window that counts so much is divided by: a clamp is of the window's count."""
+        return count if self._probe is None else self._probe.window_denominator(float(count))
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim."""
@@ -103,14 +105,10 @@ class CriterionLoss:
                     f"criterion {self._name}: the model puts out {type(outputs[0]).__name__} and no "
                     "tensor; use a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
                 )
-            refusal = self._probe.refusal(outputs, targets)
-            if refusal is not None:
-                self._refuse(refusal)
-            elif self._own is not None:
-                own: Denominator = self._own(*self._arguments(outputs, targets))
-                return own
-            else:
-                return self._probe.denominator(outputs, targets)
+            found = self._probe.count(outputs, targets)
+            if not isinstance(found, Refusal):
+                return found
+            self._refuse(found)
         return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -142,8 +140,7 @@ def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
 
 def _widened(outputs: Any, targets: list[Any]) -> list[list[Any]]:
     """Return outputs and targets as lists, half-precision tensors in float32."""
-    half = (torch.float16, torch.bfloat16)
     return [
-        [t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in values]
+        [t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in values]
         for values in (outputs_in(outputs), targets)
     ]

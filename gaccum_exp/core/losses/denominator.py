@@ -7,13 +7,15 @@ expose that number. It comes, in this order, from
 1. the criterion's own method `denominator(*arguments)`, with forward's arguments, if it has one;
 2. a closed form for the criteria of `torch.nn`, which needs the target only, so that a window can be
    counted before its first forward pass;
-3. a probe: loss sum over loss mean, in float64, on random outputs of the same shape. Never on the live
-   loss, where it is NaN at loss 0 and 0.6 % off in bfloat16.
+3. a probe (`probe`): loss sum over loss mean, in float64, on random outputs of the same shape. Never on
+   the live loss, where it is NaN at loss 0 and 0.6 % off in bfloat16.
+
+What 1 and 3 give need not add up over samples: a clamp or an ε in it is of the window's count, and a
+loss function says so by `window_denominator`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,106 +122,3 @@ class _LabelCount:
             copied = weight.to(device)
             self._copies[device] = (weight, copied)
         return copied
-
-
-class Refusal(NamedTuple):
-    """Why a criterion has no denominator, in words that follow its name."""
-
-    why: str
-    has_sum: bool = True
-    """Whether at least its sum is one."""
-
-
-class Probe:
-    """Infers the denominator of an unknown criterion by probing it.
-
-    Whether there is such a number at all is checked once, on the first micro-batch of two samples or
-    more: the gradients of its sum and its mean must be parallel, their ratio must not depend on the
-    outputs, and sum and denominator must be additive over samples.
-
-    Args:
-        criterion: of which a copy is probed, in float64 on the CPU.
-        arguments: gives its arguments for outputs and targets.
-    """
-
-    def __init__(self, criterion: nn.Module, arguments: Callable[[Any, Any], list[Any]]) -> None:
-        self._criterion, self._arguments = copy.deepcopy(criterion).double().cpu(), arguments
-        for module in self._criterion.modules():  # tensors that are no buffers, e.g. self.alpha
-            vars(module).update({name: _as_probed(value) for name, value in vars(module).items()})
-        self._own = getattr(self._criterion, "denominator", None)
-        self._inspected = False
-
-    def denominator(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> float:
-        """Return what the mean divides by, for outputs of these shapes; their values are not used."""
-        return self._denominator(_random_like(outputs, seed=0), list(map(_as_probed, targets)))
-
-    def refusal(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Refusal | None:
-        """Return the reason for which there is no denominator, or None."""
-        if self._inspected or outputs[0].shape[0] < 2:
-            return None
-        self._inspected = True
-        try:
-            return self._inspect(outputs, list(map(_as_probed, targets)))
-        except Exception as error:  # the user's code, on values that it has not seen before
-            first = (str(error).splitlines() or [""])[0]
-            return Refusal(
-                f"it could not be asked for its denominator ({type(error).__name__}: {first})"
-            )
-
-    def _inspect(self, outputs: Sequence[Tensor], targets: list[Any]) -> Refusal | None:
-        xs, half = _random_like(outputs, seed=0), outputs[0].shape[0] // 2
-        n, total = self._denominator(xs, targets), self._reduced("sum", xs, targets)
-        if _close(total, self._reduced("mean", xs, targets)):
-            return Refusal("its `reduction` changes nothing", has_sum=False)
-        if self._own is None:
-            other = self._denominator(_random_like(outputs, seed=1), targets)
-            if not _close(n, other) or not self._gradients_parallel(xs, targets, n):
-                return Refusal("its mean is not its sum divided by a count")
-        parts = [
-            [[t[rows] if isinstance(t, Tensor) and t.ndim else t for t in ts] for ts in (xs, targets)]
-            for rows in (slice(0, half), slice(half, None))
-        ]
-        if not _close(sum(self._reduced("sum", *part) for part in parts), total):
-            return Refusal("its sum over a batch is not the sum over the batch's parts")
-        if not _close(sum(self._denominator(*part) for part in parts), n):
-            return Refusal("its denominator over a batch is not the sum over the batch's parts")
-        return None
-
-    def _denominator(self, outputs: list[Tensor], targets: list[Any]) -> float:
-        if self._own is not None:
-            return float(self._own(*self._arguments(outputs, targets)))
-        mean = self._reduced("mean", outputs, targets)
-        return self._reduced("sum", outputs, targets) / mean if mean else 0.0
-
-    def _reduced(self, reduction: str, outputs: list[Tensor], targets: list[Any]) -> float:
-        with torch.no_grad(), ReducedAs(self._criterion, reduction):
-            return float(self._criterion(*self._arguments(outputs, targets)))
-
-    def _gradients_parallel(self, outputs: list[Tensor], targets: list[Any], n: float) -> bool:
-        leaves = [t.clone().requires_grad_() for t in outputs]
-        gradients = []
-        for reduction in ("sum", "mean"):
-            with torch.enable_grad(), ReducedAs(self._criterion, reduction):
-                value = self._criterion(*self._arguments(leaves, targets))
-                gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
-        return all(
-            torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
-            for of_sum, of_mean in zip(*gradients, strict=True)
-        )
-
-
-def _as_probed(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().cpu().to(torch.float64 if value.is_floating_point() else value.dtype)
-
-
-def _random_like(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Draw values in (0.05, 0.95), inside the domain of probabilities and of logits alike."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = (torch.rand(t.shape, generator=generator, dtype=torch.float64) for t in outputs)
-    return [draw * 0.9 + 0.05 for draw in draws]
-
-
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-6 * max(abs(a), abs(b))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.losses.model_probe import HALF, Counter, LossQuery, infer_counters
+from gaccum_exp.core.dtypes import HALF
+from gaccum_exp.core.losses.model_probe import Counter, LossQuery, infer_counters
 from gaccum_exp.core.losses.protocol import Denominator
 from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.errors import BadInputError

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.modes import evaluation_mode
+from gaccum_exp.core.dtypes import in_precision, is_inexact
+from gaccum_exp.core.modes import evaluation_mode, unobserved
 from gaccum_exp.errors import BadInputError
 
-HALF = (torch.float16, torch.bfloat16)
 COARSE = 2.0**-11
 """Relative rounding of float32 products on an accelerator, which may compute them in TF32."""
 FEW = 8
@@ -83,7 +83,8 @@ class CountFinding(NamedTuple):
 def infer_counters(model: nn.Module, query: LossQuery, micro_batch: Mapping[str, Any]) -> CountFinding:
     """Infer what a model's loss is a mean over; the model is left as it was."""
     device = micro_batch[query.labels].device
-    with torch.no_grad(), evaluation_mode(model), torch.autocast(device.type, enabled=False):
+    own_precision = torch.autocast(device.type, enabled=False)
+    with unobserved(), torch.no_grad(), evaluation_mode(model), own_precision:
         probe = _probe(query, micro_batch)
         finding = _agreeing_counters(model, query, probe, None)
         if len(finding.counters) == 1:
@@ -118,7 +119,7 @@ def _agreeing_counters(
     every, one, others, twins = map(float, losses)
     used = model.parameters() if tensors is None else tensors.values()
     eps = torch.finfo(losses[0].dtype).eps
-    of_model = max([eps, *(torch.finfo(t.dtype).eps for t in used if t.is_floating_point())])
+    of_model = max([eps, *(torch.finfo(t.dtype).eps for t in used if is_inexact(t))])
     size = max(map(abs, (every, one, others)))
     within = size * FEW * eps
     if probe.apart:
@@ -205,7 +206,7 @@ def _tensors_in(model: nn.Module, dtype: torch.dtype, moved: bool) -> dict[str, 
     generators: dict[torch.device, torch.Generator] = {}
     for name in parameters if moved else ():
         value = tensors[name]
-        if value.is_floating_point():
+        if is_inexact(value):
             if value.device not in generators:
                 generators[value.device] = torch.Generator(value.device).manual_seed(0)
             noise = torch.empty_like(value).normal_(generator=generators[value.device])
@@ -215,5 +216,6 @@ def _tensors_in(model: nn.Module, dtype: torch.dtype, moved: bool) -> dict[str, 
 
 
 def _cast(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    floating = {k for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return {k: v.to(dtype) if k in floating else v for k, v in values.items()}
+    return {
+        k: v.to(in_precision(v.dtype, dtype)) if isinstance(v, Tensor) else v for k, v in values.items()
+    }

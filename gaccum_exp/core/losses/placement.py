@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gaccum_exp.core.dtypes import in_precision, is_inexact
 from gaccum_exp.core.losses.protocol import LossFn, LossWrapper
 
 
@@ -19,7 +20,7 @@ class Placement:
     device: torch.device | None
     """None: where it is."""
     dtype: torch.dtype | None = None
-    """Of its floating-point tensors; None: as they are."""
+    """How precise its real and complex tensors are; None: as they are."""
     autocast: torch.dtype | None = None
     """What `torch.autocast` computes in; None: the precision of weights and inputs."""
     device_type: str = "cpu"
@@ -37,11 +38,11 @@ class Placement:
         """Return the pytree as the model gets it; copies from pinned memory do not wait."""
 
         def leaf(tensor: Tensor) -> Tensor:
-            dtype = self.dtype if tensor.is_floating_point() else None
-            placed = tensor.to(self.device, dtype or tensor.dtype, non_blocking=True)
+            dtype = in_precision(tensor.dtype, self.dtype)
+            placed = tensor.to(self.device, dtype, non_blocking=True)
             if self.compiled and placed.ndim > 0:
                 # Else every N, and the last window of an epoch, would be compiled anew.
-                tokens = placed.ndim == 2 and not placed.is_floating_point()
+                tokens = placed.ndim == 2 and not is_inexact(placed)
                 torch._dynamo.maybe_mark_dynamic(placed, [0, 1] if tokens else 0)
             return placed
 

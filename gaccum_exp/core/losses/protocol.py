@@ -2,7 +2,9 @@
 
 A micro-batch is any pytree. A loss function that knows a micro-batch's denominator before the model has
 run also has `count(micro_batch)`, and then a window is counted before its first backward pass; with
-`loss_sum(model, micro_batch)` it need not count again in its forward pass.
+`loss_sum(model, micro_batch)` it need not count again in its forward pass. Denominators are added up
+over micro-batches; where a window is divided by another number than their sum, as by max(1, Σnᵢ), the
+loss function has `window_denominator(sum)`, and what it gives for each micro-batch are the nᵢ.
 """
 
 from collections.abc import Iterator
@@ -46,6 +48,10 @@ class LossWrapper:
         """Return the denominator; None: it is known after the forward pass only."""
         return count(self.wrapped, micro_batch)
 
+    def window_denominator(self, count: Denominator) -> Denominator:
+        """Return what a window that counts so much is divided by."""
+        return window_denominator(self.wrapped, count)
+
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on a micro-batch that has been counted; return its loss sum, 0-dim."""
         with self.around(micro_batch) as given:
@@ -62,6 +68,16 @@ def count(loss_fn: LossFn, micro_batch: Any) -> Denominator | None:
     counter = getattr(loss_fn, "count", None)
     n: Denominator | None = None if counter is None else counter(micro_batch)
     return n.item() if isinstance(n, Tensor) and n.device.type == "cpu" else n
+
+
+def window_denominator(loss_fn: LossFn, count: Denominator) -> Denominator:
+    """Return the denominator of a window, or a micro-batch, that counts so much.
+
+    It is the count itself, unless the loss function says otherwise: max(1, count), or count + 1e-8.
+    """
+    method = getattr(loss_fn, "window_denominator", None)
+    n: Denominator = count if method is None else method(count)
+    return n
 
 
 def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:

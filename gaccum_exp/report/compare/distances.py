@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
+from gaccum_exp.core.dtypes import reals, wide
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
 
@@ -51,8 +52,8 @@ def weight_distance(ours: Parameters, theirs: Parameters) -> float | None:
     """Return the distance of final weights; None when names or shapes differ: not the same model."""
     if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
         return None
-    difference = _norm(ours[name].double() - theirs[name].double() for name in theirs)
-    norm = _norm(tensor.double() for tensor in theirs.values())
+    difference = _norm(wide(ours[name]) - wide(theirs[name]) for name in theirs)
+    norm = _norm(wide(tensor) for tensor in theirs.values())
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / norm
@@ -64,4 +65,4 @@ def nan_last(value: float | None) -> float:
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
+    return math.sqrt(sum(float(reals(tensor).square().sum()) for tensor in tensors))

@@ -86,6 +86,16 @@ def test_weight_distance_is_the_naive_float64_norm(arm: Arm) -> None:
     assert rows[0].weight_distance == 0
 
 
+def test_weight_distance_counts_imaginary_parts(arm: Arm) -> None:
+    """Weights (3+4i) moved by 1i lie a fifth of their size apart."""
+    weights = {
+        "mean-256-s0-n1": {"filter": torch.full((6,), 3 + 4j)},
+        "mean-256-s0-n4": {"filter": torch.full((6,), 3 + 5j)},
+    }
+    rows = compare([arm(1), arm(4)], weights=weights.get).rows
+    assert rows[1].weight_distance == pytest.approx(0.2, rel=1e-6)
+
+
 def test_weights_of_another_model_have_no_distance() -> None:
     """Names or shapes that differ give None, not a number over what happens to match."""
     ours = {"w": torch.ones(2, 3)}
