@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = "\n\n".join(
         [
             f"{tally('sound', SOUND, sound)} {tally('faulty', FAULTY, faulty)}",
-            f"accumulate_gradients, on the {len(errors)} of the sound windows that have one term: "
-            f"{wrong} off by more than {ROUNDING:g}; the largest error is {max(errors, default=0):.1e}.",
+            f"accumulate_gradients, on {len(errors)} of the sound windows: {wrong} off by more than "
+            f"{ROUNDING:g}; the largest error is {max(errors, default=0):.1e}.",
             table("sound loops by form and division", SOUND, sound, lambda p: f"{p.form}, {p.how}"),
             table("sound loops with", SOUND, sound, lambda p: features(p)),
             table("faulty loops by fault", FAULTY, faulty, lambda p: str(p.fault)),

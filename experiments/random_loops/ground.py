@@ -153,12 +153,12 @@ def large_batch(plan: Plan) -> Gradients:
     # `built` is not run: these are the weights and the state at the window's start.
     data = {key: torch.cat([m[key] for m in built.window]) for key in built.window[0]}
     calls = [data["x"], data["u"]] if plan.further else [data["x"]]
-    outputs = [_listed(built.net(x)) for x in calls]
+    outputs = [listed(built.net(x)) for x in calls]
     loss = torch.zeros((), dtype=torch.float64)
     for term in plan.terms:
         out = outputs[term.call][term.head]
         with torch.no_grad():
-            taught = _listed(built.teacher(calls[term.call]))[term.head]
+            taught = listed(built.teacher(calls[term.call]))[term.head]
         target = taught if term.kind == "teacher" else data[term.name]
         keep = data.get(f"{term.name}_keep", torch.ones(()))
         total, count = term.of.by_hand(out, target, keep)
@@ -170,7 +170,8 @@ def large_batch(plan: Plan) -> Gradients:
     return gradients(built.net)
 
 
-def _listed(outputs: Any) -> list[Tensor]:
+def listed(outputs: Any) -> list[Tensor]:
+    """Return a model's outputs, one for each term."""
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 import gaccum_exp
-from experiments.random_loops.ground import gradients, ground, large_batch, relative, stepped_with
+from experiments.random_loops.ground import (
+    gradients,
+    ground,
+    large_batch,
+    listed,
+    relative,
+    stepped_with,
+)
 from experiments.random_loops.plan import FAULTS, Plan, Scope, drawn, faulty_twin
 from gaccum_exp.audit.result import UNEQUAL_DENOMINATORS, UNKNOWN
 
@@ -17,6 +24,8 @@ ROUNDING = 1e-12
 COUNTS = 1e-9
 """What a fault must move the gradient by, relative."""
 EVERYTHING = Scope()
+TERMS = False
+"""Whether a loss function may return several terms, each with its denominator."""
 
 
 class GeneratorError(AssertionError):
@@ -96,16 +105,25 @@ def _skipped(plan: Plan, index: int) -> bool:
 def accumulated_error(plan: Plan) -> float | None:
     """Return how far `accumulate_gradients` on the plan's window is off the large batch; None: no fit.
 
-    It takes one term's loss function `(sum, count)`, by hand.
+    Its loss function is by hand: `(sum, count)` of one term, or a mapping of such for several.
     """
-    if len(plan.terms) > 1 or plan.further or plan.fault or plan.terms[0].kind in ("teacher", "centred"):
+    several = len(plan.terms) > 1
+    if plan.fault or (several and not TERMS) or any(term.summed for term in plan.terms):
         return None
-    built, term = ground(replace(plan, single=False)), plan.terms[0]
+    built = ground(replace(plan, single=False))
 
     def loss_fn(model: torch.nn.Module, m: dict[str, torch.Tensor]) -> Any:
-        keep = m.get(f"{term.name}_keep", torch.ones(()))
-        total, count = term.of.by_hand(model(m["x"]), m[term.name], keep)
-        return total, float(m[term.name].sum() if term.of.clamped else count)
+        given = [m["x"], m["u"]] if plan.further else [m["x"]]
+        outputs, taught = [listed(model(x)) for x in given], [listed(built.teacher(x)) for x in given]
+        terms = {}
+        for term in plan.terms:
+            is_taught = term.kind == "teacher"
+            target = taught[term.call][term.head].detach() if is_taught else m[term.name]
+            keep = m.get(f"{term.name}_keep", torch.ones(()))
+            total, count = term.of.by_hand(outputs[term.call][term.head], target, keep)
+            # A clamp is of the window's count, and some micro-batch of each window has a positive.
+            terms[term.name] = total, float(target.sum() if term.of.clamped else count), term.weight
+        return terms if several else terms["a"][:2]
 
     gaccum_exp.accumulate_gradients(built.net, loss_fn, built.window)
     c, error = relative(gradients(built.net), large_batch(plan))

@@ -12,7 +12,7 @@ from torch import nn
 from experiments.recipes.recipe import Recipe, drawn, drawn_tokens
 from gaccum_exp import accumulate_gradients
 from gaccum_exp.audit.result import UNEQUAL_DENOMINATORS
-from gaccum_exp.core.losses.protocol import AtLeast
+from gaccum_exp.core.losses.protocol import at_least
 
 IMAGES, WIDTH, QUERIES, CLASSES, OF_BOXES = 12, 6, 3, 2, 5.0
 WEIGHT = torch.tensor([1.0, 1.0, 0.1], dtype=torch.float64)  # the last is "no object"
@@ -53,7 +53,7 @@ def sums(model, micro_batch):
 def loss_fn(model, micro_batch):
     """Return the terms; boxes are clamped as the window has them: an empty image divides by nothing."""
     of_classes, (of_boxes, n) = sums(model, micro_batch)
-    return {"classes": of_classes, "boxes": (of_boxes, AtLeast(n), OF_BOXES)}
+    return {"classes": of_classes, "boxes": (of_boxes, at_least(n), OF_BOXES)}
 
 
 def train_step(model, optimizer, window):
