@@ -154,6 +154,87 @@ def schedule_inside_sound(model, criterion, optimizer, loader, n=4):
             scheduler.step()
 
 
+def clipped_by_total_inside_faulty(model, criterion, optimizer, loader, n=4):
+    """As torchtitan clips, by a norm that was taken before; and after each micro-batch."""
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        nn.utils.clip_grads_with_norm_(model.parameters(), MAX_NORM, norm)
+        if (i + 1) % n == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def clipped_by_total_inside_sound(model, criterion, optimizer, loader, n=4):
+    """The same, once."""
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        loss.backward()
+        if (i + 1) % n == 0:
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            nn.utils.clip_grads_with_norm_(model.parameters(), MAX_NORM, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def loss_scale_moves_faulty(model, criterion, optimizer, loader, n=4):
+    """The scaler is updated in every micro-batch: later gradients are added at another scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        scaler.scale(loss).backward()
+        if (i + 1) % n == 0:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+            scaler.update()
+        else:
+            scaler.update(2 * scaler.get_scale())
+
+
+def loss_scale_moves_sound(model, criterion, optimizer, loader, n=4):
+    """It is updated after the step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        scaler.scale(loss).backward()
+        if (i + 1) % n == 0:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+            scaler.update(2 * scaler.get_scale())
+
+
+def chained(optimizer):
+    """Return a schedule made of two."""
+    schedules = torch.optim.lr_scheduler
+    parts = [schedules.ExponentialLR(optimizer, 0.5), schedules.StepLR(optimizer, 1000)]
+    return schedules.ChainedScheduler(parts)
+
+
+def chained_schedule_faulty(model, criterion, optimizer, loader, n=4):
+    """A schedule made of schedules, stepped in every micro-batch."""
+    scheduler = chained(optimizer)
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        loss.backward()
+        if (i + 1) % n == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+
+
+def chained_schedule_sound(model, criterion, optimizer, loader, n=4):
+    """It moves with the optimizer."""
+    scheduler = chained(optimizer)
+    for i, (x, y) in enumerate(loader):
+        loss = criterion(model(x), y) / n
+        loss.backward()
+        if (i + 1) % n == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+
 def cosine(step: int, steps: int) -> float:
     """Return the factor of cosine annealing to zero."""
     return (1 + math.cos(math.pi * step / steps)) / 2
@@ -214,5 +295,39 @@ CONTROLS = (
         wrong="schedule",
         expected="schedule",
         remedy="schedule",
+    ),
+    Control(
+        slug="clipped_by_total_inside",
+        title="gradients clipped per micro-batch, by a norm taken before",
+        seen="clip_grads_with_norm_, as in pytorch/torchtitan",
+        ground=Ground(
+            loader=points(*[8] * 8),
+            before_step=partial(nn.utils.clip_grad_norm_, max_norm=MAX_NORM),
+        ),
+        faulty=clipped_by_total_inside_faulty,
+        sound=clipped_by_total_inside_sound,
+        expected=LOSS_SCALE,
+        remedy="clip",
+    ),
+    Control(
+        slug="loss_scale_moves",
+        title="the loss scale moves inside the window",
+        seen="PyTorch forums, AMP recipes",
+        ground=Ground(loader=points(*[8] * 8)),
+        faulty=loss_scale_moves_faulty,
+        sound=loss_scale_moves_sound,
+        expected=LOSS_SCALE,
+        remedy="scale",
+    ),
+    Control(
+        slug="chained_schedule",
+        title="a schedule made of schedules, stepped per micro-batch",
+        seen="as huggingface/accelerate#963",
+        ground=Ground(loader=points(*[8] * 16), rates=lambda step, steps: 0.5**step),
+        faulty=chained_schedule_faulty,
+        sound=chained_schedule_sound,
+        wrong="schedule",
+        expected="schedule",
+        remedy="stepped 3 times",
     ),
 )

@@ -1,5 +1,6 @@
 """What a control is: a loop with a fault, the same loop without it, and the ground that both run on."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -66,10 +67,10 @@ class Ground:
     """How far from float64 a sound gradient may lie in the loop's precision."""
 
     def build(self) -> Built:
-        """Return a new model and optimizer, the same every time."""
+        """Return a new model, criterion and optimizer, the same every time."""
         torch.manual_seed(0)
-        model = self.model()
-        return Built(model, self.criterion, self.optimizer(model.parameters()), self.loader)
+        model, criterion = self.model(), copy.deepcopy(self.criterion)  # which may hold a state
+        return Built(model, criterion, self.optimizer(model.parameters()), self.loader)
 
     def windows(self) -> list[list[MicroBatch]]:
         """Return the micro-batches that belong to each optimizer step."""

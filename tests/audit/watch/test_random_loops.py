@@ -1,0 +1,91 @@
+"""Random loops under `watch`: a few in every run of the suite, more by the study's own command."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments.random_loops.ground import large_batch, relative, stepped_with
+from experiments.random_loops.judge import (
+    ROUNDING,
+    accumulated_error,
+    faulty_loop,
+    judged,
+    moved,
+    sound_loop,
+)
+from experiments.random_loops.plan import FAULTS, Scope
+from experiments.random_loops.source import text_of
+
+EVERY_KIND = False  # once `watch` judges losses of several terms, and calls by their place in the loop
+SCOPE = Scope()
+PLANTED = sorted(FAULTS)
+if not EVERY_KIND:
+    SCOPE = Scope(
+        forms=("functions", "criterion", "model"),
+        how=("equal", "share"),
+        most_terms=1,
+        few=False,
+        kinds=("ce", "ignored", "weighted", "mse", "masked"),
+    )
+    PLANTED = [
+        "a micro-batch short",
+        "batch normalisation",
+        "cleared halfway",
+        "counted by samples",
+        "divided twice",
+        "mean of means",
+        "not divided",
+        "zero_grad inside",
+    ]
+A_DOZEN = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+DRAWS = st.randoms(use_true_random=False)
+
+
+@A_DOZEN
+@given(DRAWS)
+def test_watch_accuses_no_random_sound_loop(rng: random.Random) -> None:
+    """Each is the large batch's to rounding, measured without `watch` before it is judged."""
+    outcome = judged(sound_loop(rng, SCOPE))
+    assert outcome.said == "sound", f"{text_of(outcome.plan)}\n{outcome.plan}\n{outcome.audit}"
+
+
+@A_DOZEN
+@given(DRAWS, st.sampled_from(PLANTED))
+def test_watch_catches_every_random_faulty_loop(rng: random.Random, fault: str) -> None:
+    """Biased, and with the cause that names the planted fault."""
+    outcome = judged(faulty_loop(rng, fault, SCOPE))
+    assert outcome.said == "caught", f"{text_of(outcome.plan)}\n{outcome.plan}\n{outcome.audit}"
+
+
+def test_accumulate_gradients_gives_every_random_window_its_large_batch() -> None:
+    """Whatever its loop divides by, to rounding in float64."""
+    plans = [sound_loop(random.Random(seed)) for seed in range(60)]
+    errors = [error for plan in plans if (error := accumulated_error(plan)) is not None]
+    assert len(errors) > 20
+    assert max(errors) <= ROUNDING
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_every_fault_can_be_drawn_and_moves_the_gradient(fault: str) -> None:
+    """Its sound twin, from the same draws, is the large batch's."""
+    plan = faulty_loop(random.Random(fault), fault)
+    assert plan.fault == fault
+    assert moved(plan)
+
+
+def test_sound_loops_of_every_kind_are_drawn_and_measured() -> None:
+    """The reference is by hand, so a slip in either would show."""
+    plans = [sound_loop(random.Random(seed)) for seed in range(60)]
+    assert {plan.form for plan in plans} == set(Scope().forms)
+    assert {plan.how for plan in plans} == set(Scope().how)
+    assert any(plan.empty for plan in plans)
+    assert any(plan.further and plan.apart for plan in plans)
+    assert all(relative(stepped_with(plan), large_batch(plan))[1] <= ROUNDING for plan in plans[:5])
