@@ -26,7 +26,7 @@ from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samp
 from gaccum_exp.memory.meter import Peak, TensorMeter, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, peak_source, with_advice
-from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes, require_small_windows
 from gaccum_exp.memory.storages import OutputBytes
 from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.hooks import Hooks
@@ -74,7 +74,7 @@ def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planne
         BadInputError: model, loss and data do not fit together.
     """
     source, notes = peak_source(
-        lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
+        lambda: _fake(settings, loaded), lambda: _real(settings, loaded), samples
     )
     reduction = reduction_named(settings.accum.reduction)
     return Planner(source, samples, equal_parts=reduction.needs_equal_parts, notes=notes)
@@ -139,6 +139,8 @@ def plainly_fits(state: TrainState, budget: int) -> bool:
     # A prediction is far closer, but first imports torch's compiler, which takes as long as torch.
     given = first_samples(state.train_data, state.plan)
     model, settings = state.model, state.settings
+    if state.strategy.takes_window_at_once:  # of such a loss no bound is known
+        return False
     try:
         outputs = OutputBytes()
         with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), outputs:
@@ -210,6 +212,12 @@ def _fake(settings: Settings, loaded: TrainingData) -> MeteredStep:
         return _subject(build(settings, loaded, fake=mode), mode)
 
 
+def _real(settings: Settings, loaded: TrainingData) -> MeteredStep:
+    state = build(settings, loaded)
+    require_small_windows(state.strategy)
+    return _subject(state, None)
+
+
 def _changed(settings: Settings, loaded: TrainingData, change: Change) -> MeteredStep | None:
     """Return the experiment with a change other than N; None where it is made already."""
     runtime = settings.runtime
@@ -244,7 +252,7 @@ class _ShapedWindows:
     """Windows of any sizes in the shapes of the experiment's data, on the host."""
 
     def __init__(self, state: TrainState) -> None:
-        self._data, self._plan = state.train_data, state.plan
+        self._data, self._plan, self._strategy = state.train_data, state.plan, state.strategy
         own = hasattr(self._data, "gather") or hasattr(self._data, "collate_fn")
         stacked = type(self._data) is TensorDataset or not own
         # Stacked samples all have the same shape, and two stand for any number. A data set that collates
@@ -256,11 +264,15 @@ class _ShapedWindows:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
             host = torch.device("cpu")
-            return [resized(self._two, samples, host) for samples in decisive_sizes(sizes)]
+            decisive = decisive_sizes(sizes, self._strategy)
+            return [resized(self._two, samples, host) for samples in decisive]
         plan = replace(self._plan, global_batch_size=sum(sizes))
         now = range(self.global_step, self.global_step + 1)
         with random_state_kept():
-            first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=now))
+            window = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=now))
+        if self._strategy.takes_window_at_once:
+            return window
+        first, *others = window
 
         def elements(micro_batch: Any) -> int:
             return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))

@@ -2,7 +2,7 @@
 
 Only two micro-batches of a window are taken, and the last if it is smaller, so that the cost does not
 depend on N. From the second on gradients lie beside the activations, and none that follows holds more,
-though a model may refuse a smaller one.
+though a model may refuse a smaller one. All of them are taken where the loss is of the whole window.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS
 
@@ -87,13 +89,28 @@ class Extrapolated:
         return {phase: continued(low, other[phase]) for phase, low in one.items()}
 
 
-def decisive_sizes(sizes: Sequence[int]) -> list[int]:
+def decisive_sizes(sizes: Sequence[int], strategy: InPlace = IN_PLACE) -> list[int]:
     """Return the sizes of the micro-batches that decide a window's peak, given the largest first.
 
     >>> decisive_sizes([2, 2, 1, 1]), decisive_sizes([3, 3, 3])
     ([2, 2, 1], [3, 3])
     """
+    if strategy.takes_window_at_once:
+        return list(sizes)
     return [*sizes[:2], *(sizes[-1:] if len(sizes) > 2 and sizes[-1] < sizes[1] else [])]
+
+
+def require_small_windows(strategy: InPlace) -> None:
+    """Refuse to extrapolate from small windows what grows with the whole window.
+
+    Raises:
+        BadInputError: the loss is taken over a whole window.
+    """
+    if strategy.takes_window_at_once:
+        raise BadInputError(
+            "this step depends on values, so that its memory is measured on small windows, and under "
+            "strategy=cached they do not tell what the loss of a whole window holds"
+        )
 
 
 PeakSource = Predicted | Extrapolated
