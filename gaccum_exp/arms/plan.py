@@ -245,7 +245,8 @@ def _subject(state: TrainState, mode: FakeTensorMode | None) -> MeteredStep:
         metered = replace(state, loss_fn=meter.loss_fn(state.loss_fn), global_step=shaped.global_step)
         take_step(metered, window, Hooks([MeterPhases(meter)]))
 
-    return MeteredStep(state.modules, state.optimizer, state.device, shaped, take, context)
+    step = state.modules, state.optimizer, state.device, shaped, take, context, state.strategy
+    return MeteredStep(*step)
 
 
 class _ShapedWindows:

@@ -155,7 +155,7 @@ class _Step:
                 decisive = decisive_sizes(sizes, strategy)
                 return [resized(self.batch, size, self.device) for size in decisive]
 
-        return MeteredStep(modules, optimizer, self.device, window, take, context)
+        return MeteredStep(modules, optimizer, self.device, window, take, context, strategy)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> bool:

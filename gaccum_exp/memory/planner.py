@@ -21,6 +21,8 @@ from gaccum_exp.memory.plan import (
 )
 from gaccum_exp.memory.predict import Extrapolated, MeteredStep, PeakSource, Predicted
 
+WHOLE_WINDOW = "The outputs of the whole window, and the loss over them, are there at every N."
+
 
 @dataclass(slots=True)
 class Planner:
@@ -105,7 +107,9 @@ def peak_source(
 ) -> tuple[PeakSource, list[str]]:
     """Return predictions, or, of a step that needs values, an extrapolation if there are, and why."""
     try:
-        return Predicted(fake(), samples), []
+        step = fake()
+        notes = [WHOLE_WINDOW] if step.strategy.takes_window_at_once else []
+        return Predicted(step, samples), notes
     except Exception as error:  # each model fails on fake tensors in its own way
         if real is None:
             error.add_note(
