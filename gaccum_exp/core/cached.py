@@ -127,21 +127,23 @@ class Cached(InPlace):
         base = run(samples)
         dims = dims_of(base, run(torch.cat([samples, samples[:1]])), size)
 
-        def same(calls: Sequence[Call], at: Tensor) -> bool:
-            columns = zip(base, calls, dims, strict=True)
-            return all(agree(one.tensors, c.tensors, of, at, size) for one, c, of in columns)
-
         if self.reads_values:
-            if not same(run(samples, graph=True), samples):
-                raise refused(
-                    f"{type(model).__name__}, run again with the same draws, gives other outputs"
-                )
+            if not _agree(base, run(samples, graph=True), dims, samples, size):
+                name = type(model).__name__
+                raise refused(f"{name}, run again with the same draws, gives other outputs")
             for swap in swaps(size):
-                if not same(run(swap.rows), swap.kept):
+                swapped = run(swap.rows)
+                if _agree(base, swapped, dims, swap.kept, size):
+                    continue
+                if not _agree(base, swapped, dims, swap.kept[:0], size):  # at no sample: of the rest
                     raise refused(
-                        f"{mixing_module(model, run, swap)} makes a sample's output depend on the other "
-                        "samples of its micro-batch; replace it, or freeze the statistics that it takes"
+                        "an output of the model that has no samples depends on them; take that part of "
+                        "the loss outside the model"
                     )
+                raise refused(
+                    f"{mixing_module(model, run, swap)} makes a sample's output depend on the other "
+                    "samples of its micro-batch; replace it, or freeze the statistics that it takes"
+                )
         self._known.setdefault(model, {})[signature(model, base)] = dims
 
     def accumulate(
@@ -238,6 +240,12 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int] | None = None) -> Any:
         return joined(parts, sizes or list(map(size_of, parts)))
     except NotJoinableError as error:
         raise refused(f"the window's micro-batches do not make one batch: {error}") from None
+
+
+def _agree(ones: Sequence[Call], others: Sequence[Call], dims: Dims, rows: Tensor, size: int) -> bool:
+    """Whether the outputs of these samples agree, and those that have no samples."""
+    columns = zip(ones, others, dims, strict=True)
+    return all(agree(one.tensors, other.tensors, of, rows, size) for one, other, of in columns)
 
 
 def _held_by(loss_fn: Any) -> list[Any]:

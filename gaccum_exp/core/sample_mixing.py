@@ -38,11 +38,7 @@ def swaps(size: int) -> list[Swap]:
 
 
 def agree(
-    ones: Sequence[Tensor],
-    others: Sequence[Tensor],
-    dims: Sequence[int | None],
-    kept: Tensor,
-    size: int,
+    ones: Sequence[Tensor], others: Sequence[Tensor], dims: Sequence[int | None], kept: Tensor, size: int
 ) -> bool:
     """Whether tensors of a batch agree at some of its samples, and throughout where they have none."""
 
