@@ -26,7 +26,7 @@ from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samp
 from gaccum_exp.memory.meter import Peak, TensorMeter, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, peak_source, with_advice
-from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes, require_small_windows
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
 from gaccum_exp.memory.storages import OutputBytes
 from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.hooks import Hooks
@@ -74,7 +74,7 @@ def planner_of(settings: Settings, loaded: TrainingData, samples: int) -> Planne
         BadInputError: model, loss and data do not fit together.
     """
     source, notes = peak_source(
-        lambda: _fake(settings, loaded), lambda: _real(settings, loaded), samples
+        lambda: _fake(settings, loaded), lambda: _subject(build(settings, loaded), None), samples
     )
     reduction = reduction_named(settings.accum.reduction)
     return Planner(source, samples, equal_parts=reduction.needs_equal_parts, notes=notes)
@@ -210,12 +210,6 @@ def _fake(settings: Settings, loaded: TrainingData) -> MeteredStep:
     mode = fake_mode()
     with random_state_kept():
         return _subject(build(settings, loaded, fake=mode), mode)
-
-
-def _real(settings: Settings, loaded: TrainingData) -> MeteredStep:
-    state = build(settings, loaded)
-    require_small_windows(state.strategy)
-    return _subject(state, None)
 
 
 def _changed(settings: Settings, loaded: TrainingData, change: Change) -> MeteredStep | None:

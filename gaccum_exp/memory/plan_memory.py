@@ -32,7 +32,7 @@ from gaccum_exp.memory.fake import (
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, peak_source, with_advice
-from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes, require_small_windows
+from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -104,7 +104,6 @@ class _Step:
     device: torch.device
 
     def real(self) -> MeteredStep:
-        require_small_windows(self.strategy)
         return self._on(copies((self.model, self.loss_fn, self.optimizer), {}), None, None)
 
     def fake(self, change: Change | None = None) -> MeteredStep:

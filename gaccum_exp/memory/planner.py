@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import highest
 from gaccum_exp.memory.plan import (
     BF16,
@@ -117,10 +118,17 @@ def peak_source(
                 "give both with memory: then it is measured on micro-batches of four and eight samples."
             )
             raise
+        failure = error
         why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
         on_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
         what = "depends on values" if on_values else "cannot be taken on tensors without values"
-    found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
+    step = real()
+    if step.strategy.takes_window_at_once:
+        raise BadInputError(
+            f"this model's step {what} ({why}); it would be measured on small windows, and they do not "
+            "tell what the loss of a whole window holds: plan without strategy=cached"
+        ) from failure
+    found = Extrapolated(step, samples)  # what is wrong with real tensors as well is raised here
     return found, [f"This model's step {what} ({why}): it was run on small micro-batches."]
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS
 
@@ -103,19 +102,6 @@ def decisive_sizes(sizes: Sequence[int], strategy: InPlace = IN_PLACE) -> list[i
     decisive = [*sizes[:2], *(sizes[-1:] if len(sizes) > 2 and sizes[-1] < sizes[1] else [])]
     others = sum(sizes) - sum(decisive)
     return [*decisive, others] if others and strategy.takes_window_at_once else decisive
-
-
-def require_small_windows(strategy: InPlace) -> None:
-    """Refuse to extrapolate from small windows what grows with the whole window.
-
-    Raises:
-        BadInputError: the loss is taken over a whole window.
-    """
-    if strategy.takes_window_at_once:
-        raise BadInputError(
-            "this step depends on values, so that its memory is measured on small windows, and under "
-            "strategy=cached they do not tell what the loss of a whole window holds"
-        )
 
 
 PeakSource = Predicted | Extrapolated

@@ -121,13 +121,13 @@ def build(
         weights = _sized_model(settings, train_data)
         weights = placed_weights(weights, settings, replace(placement, device=None))
         (model,) = fake_copies(fake, (weights,), device)
+    criterion_loss, loss_fn = _loss(settings, strategy, model, device, fake)
     with fake or nullcontext():
         if settings.runtime.activation_checkpointing and not checkpoint_blocks(model):
             raise BadInputError(
                 f"runtime.activation_checkpointing=true: {type(model).__name__} has no blocks that "
                 "could be run again one by one"
             )
-        criterion_loss, loss_fn = _loss(settings, strategy, model, device)
         if fake is not None:
             loss_fn = SizesOnly(loss_fn, first)
         try_first_samples(model, None if fake else criterion_loss, loss_fn, first, placement)
@@ -265,7 +265,11 @@ def _strategy(settings: Settings) -> InPlace:
 
 
 def _loss(
-    settings: Settings, strategy: InPlace, model: nn.Module, device: torch.device
+    settings: Settings,
+    strategy: InPlace,
+    model: nn.Module,
+    device: torch.device,
+    fake: FakeTensorMode | None,
 ) -> tuple[CriterionLoss | None, LossFn]:
     node = settings.criterion
     # On the command line a tensor can only be a list; these are torch's names for such arguments.
@@ -278,7 +282,10 @@ def _loss(
     if isinstance(criterion, nn.Module):
         # Class weights have to be as precise as the outputs that they weigh.
         double = any(p.dtype == torch.float64 for p in model.parameters())
-        criterion = criterion.to(device, torch.float64 if double else torch.float32)
+        dtype = torch.float64 if double else torch.float32
+        criterion = criterion.to(device=None if fake else device, dtype=dtype)
+        if fake is not None:
+            (criterion,) = fake_copies(fake, (criterion,), device)
         whole = strategy.takes_window_at_once
         loss = CriterionLoss(criterion, settings.accum.reduction, whole_window=whole)
         return loss, loss

@@ -170,7 +170,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         before = of_pass[index].value if index < len(of_pass) else None
         alike = before is drawn if before is None or drawn is None else torch.equal(before, drawn)
         if not alike:
-            self._draws.refuse("a pass that was run again drew other random numbers", foreign=True)
+            raise RuntimeError("a pass that comes twice drew other random numbers the second time")
 
     def _replayed(self, index: int, drawn: Tensor | None) -> Tensor | None:
         """Return the recorded numbers in the shape of the new draw."""
