@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.joined_samples import NotJoinableError, joined, picked, size_of
+from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.losses.protocol import (
     Denominator,
     LossFn,
@@ -110,6 +111,11 @@ class Cached(InPlace):
         Raises:
             BadInputError: a sample's output depends on others, or a pass cannot be repeated.
         """
+        if isinstance(_unwrapped(loss_fn), ModelLoss):
+            raise refused(
+                f"{type(model).__name__} takes its loss itself, on each micro-batch: take it outside "
+                "the model, over its outputs"
+            )
         first = window[0] if size_of(window[0]) > 1 else _joined(window[:2])
         size = size_of(first)
         if size < 2:
@@ -222,10 +228,10 @@ class Cached(InPlace):
     ) -> Dims:
         """Return where the outputs have their samples: found out in the first window with such calls."""
         kind = signature(model, parts[0])
-        if any(signature(model, part) != kind for part in parts):
-            raise refused("the loss function calls the model otherwise for another micro-batch")
         if kind not in self._known.get(model, {}):
             self.inspect(model, loss_fn, window)
+        if any(signature(model, part) != kind for part in parts):
+            raise refused("the loss function calls the model otherwise for another micro-batch")
         dims = self._known.get(model, {}).get(kind)
         if dims is None:
             raise refused("how the loss function calls the model depends on the samples")
@@ -248,10 +254,15 @@ def _agree(ones: Sequence[Call], others: Sequence[Call], dims: Dims, rows: Tenso
     return all(agree(one.tensors, other.tensors, of, rows, size) for one, other, of in columns)
 
 
-def _held_by(loss_fn: Any) -> list[Any]:
-    """Return what a loss function may move: itself, its modules, and those that it closes over."""
+def _unwrapped(loss_fn: Any) -> Any:
     while isinstance(loss_fn, LossWrapper):
         loss_fn = loss_fn.wrapped
+    return loss_fn
+
+
+def _held_by(loss_fn: Any) -> list[Any]:
+    """Return what a loss function may move: itself, its modules, and those that it closes over."""
+    loss_fn = _unwrapped(loss_fn)
     held = [*getattr(loss_fn, "__dict__", {}).values(), getattr(loss_fn, "__self__", None)]
     if isinstance(loss_fn, functools.partial):
         held += [*loss_fn.args, *loss_fn.keywords.values(), *_held_by(loss_fn.func)]

@@ -12,6 +12,7 @@ from gaccum_exp import accumulate_gradients
 from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.cached import Cached
 from gaccum_exp.core.losses.criterion import CriterionLoss
+from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.reductions import GLOBAL_MEAN
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import BadInputError
@@ -467,6 +468,23 @@ def test_what_cannot_be_exact_is_refused(made: Any, options: Any, loss_fn: Any, 
     with pytest.raises(BadInputError, match=f"strategy=cached is refused.*{said}"):
         accumulate_gradients(model, loss_fn, split(pairs(), [4, 4, 3]), strategy=Cached())
     assert all(p.grad is None for p in model.image.parameters())
+
+
+def test_a_loss_inside_the_model_is_refused() -> None:
+    """Its outputs are losses of micro-batches, from which the window's cannot be told."""
+
+    class OfItself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": F.cross_entropy(self.layer(x), labels)}
+
+    x, labels = pairs()[0], torch.arange(11) % 3
+    window = [{"x": a, "labels": b} for a, b in split((x, labels), [4, 4, 3])]
+    with pytest.raises(BadInputError, match="OfItself takes its loss itself"):
+        accumulate_gradients(OfItself(), ModelLoss(), window, strategy=Cached())
 
 
 def test_frozen_statistics_are_not_refused() -> None:

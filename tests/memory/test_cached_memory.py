@@ -72,5 +72,5 @@ def test_what_depends_on_values_is_not_extrapolated() -> None:
 
     model = Encoder()
     batch = torch.randn(8, 32), torch.randn(8, 32)
-    with pytest.raises(BadInputError, match="under strategy=cached"):
+    with pytest.raises(BadInputError, match="plan without strategy=cached"):
         plan_memory(model, branching, batch, torch.optim.SGD, strategy="cached")  # type: ignore[arg-type]
