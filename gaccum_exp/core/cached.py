@@ -183,7 +183,7 @@ class Cached(InPlace):
             parts.append(self.first_pass(model, loss_fn, micro_batch))
         for before in moved:
             before.put_back()
-        torch.clear_autocast_cache()  # where weights lie that were cast without a graph
+        torch.clear_autocast_cache()  # where older torch keeps weights that were cast without a graph
         dims = self._dims(model, loss_fn, window, parts)
         whole = WholeOutputs(parts, sizes, dims, reads_values=self.reads_values)
         targets = _joined([without_inputs(loss_fn, micro_batch) for micro_batch in window], sizes)

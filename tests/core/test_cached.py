@@ -374,6 +374,42 @@ def test_state_moves_once_per_micro_batch_in_the_model_and_once_per_window_in_th
     assert torch.allclose(criterion.centre, of_loss.centre, rtol=1e-12)  # type: ignore[arg-type]
 
 
+class Negatives:
+    """A loss function that draws negatives once the outputs are there, and keeps a running mean."""
+
+    def __init__(self) -> None:
+        self.mean = nn.BatchNorm1d(4, affine=False).double()
+
+    def __call__(self, model: Any, micro_batch: Any) -> tuple[Tensor, int]:
+        return self.of_outputs(*model(*micro_batch)), len(micro_batch[0])
+
+    def of_outputs(self, a: Tensor, b: Tensor) -> Tensor:
+        self.mean(a.detach())
+        logits = a @ b[torch.randperm(len(b))].T
+        return logits.logsumexp(-1).sum()
+
+
+def test_what_the_loss_draws_and_moves_is_of_the_window() -> None:
+    """Its draws follow those of all micro-batches, as in one pass, and its state moves once."""
+    model, window = towers(dropout=0.3), split(pairs(), [4, 4, 3])
+    expected, loss_fn, found = Negatives(), Negatives(), []
+    torch.manual_seed(7)
+    for micro_batch in window:
+        found.append(model(*micro_batch))
+        torch.randperm(len(micro_batch[0]))  # for a loss that nobody needs
+    a, b = (torch.cat(column) for column in zip(*found, strict=True))
+    (expected.of_outputs(a, b) / 11).backward()
+    after, gradient = torch.rand(1), taken(model)
+    strategy = Cached()
+    strategy.inspect(model, loss_fn, window)
+    torch.manual_seed(7)
+    accumulate_gradients(model, loss_fn, window, strategy=strategy)
+    assert apart(taken(model), gradient) < 1e-12
+    assert torch.equal(torch.rand(1), after)
+    for mine, other in zip(loss_fn.mean.buffers(), expected.mean.buffers(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-12)
+
+
 def test_earlier_gradients_backward_and_buffers_are_as_in_place() -> None:
     """Gradients are added to what is there, the loss is scaled once, bfloat16 is summed in float32."""
     model, batch = towers(), pairs()
