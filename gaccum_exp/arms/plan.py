@@ -139,6 +139,8 @@ def plainly_fits(state: TrainState, budget: int) -> bool:
     # A prediction is far closer, but first imports torch's compiler, which takes as long as torch.
     given = first_samples(state.train_data, state.plan)
     model, settings = state.model, state.settings
+    if state.strategy.takes_window_at_once:  # of such a loss no bound is known
+        return False
     try:
         outputs = OutputBytes()
         with random_state_kept(), eagerly(), evaluation_mode(model), torch.no_grad(), outputs:
@@ -237,14 +239,15 @@ def _subject(state: TrainState, mode: FakeTensorMode | None) -> MeteredStep:
         metered = replace(state, loss_fn=meter.loss_fn(state.loss_fn), global_step=shaped.global_step)
         take_step(metered, window, Hooks([MeterPhases(meter)]))
 
-    return MeteredStep(state.modules, state.optimizer, state.device, shaped, take, context)
+    step = state.modules, state.optimizer, state.device, shaped, take, context, state.strategy
+    return MeteredStep(*step)
 
 
 class _ShapedWindows:
     """Windows of any sizes in the shapes of the experiment's data, on the host."""
 
     def __init__(self, state: TrainState) -> None:
-        self._data, self._plan = state.train_data, state.plan
+        self._data, self._plan, self._strategy = state.train_data, state.plan, state.strategy
         own = hasattr(self._data, "gather") or hasattr(self._data, "collate_fn")
         stacked = type(self._data) is TensorDataset or not own
         # Stacked samples all have the same shape, and two stand for any number. A data set that collates
@@ -256,11 +259,15 @@ class _ShapedWindows:
         """Return the first micro-batch, the largest of the others, and the last where it is smaller."""
         if self._two is not None:
             host = torch.device("cpu")
-            return [resized(self._two, samples, host) for samples in decisive_sizes(sizes)]
+            decisive = decisive_sizes(sizes, self._strategy)
+            return [resized(self._two, samples, host) for samples in decisive]
         plan = replace(self._plan, global_batch_size=sum(sizes))
         now = range(self.global_step, self.global_step + 1)
         with random_state_kept():
-            first, *others = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=now))
+            window = next(windows(self._data, plan, accum_steps=len(sizes), global_steps=now))
+        if self._strategy.takes_window_at_once:
+            return window
+        first, *others = window
 
         def elements(micro_batch: Any) -> int:
             return sum(leaf.numel() for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor))

@@ -58,9 +58,12 @@ def audit_window(
         The verdict; an error of the model's is one too: inconclusive, with the reason.
 
     Raises:
-        BadInputError: the criterion has no such reduction.
+        BadInputError: the criterion has no such reduction; or the strategy does not suit the model.
     """
-    loss_fn = as_loss_fn(loss_fn, reduction.name)
+    loss_fn = as_loss_fn(loss_fn, reduction.name, whole_window=strategy.takes_window_at_once)
+    if len(window) > 1:
+        strategy.require(reduction)
+        strategy.inspect(model, loss_fn, window)  # else it would look in the middle of a recorded pass
     blank = Audit("inconclusive", len(window), reduction.name)
     try:
         configured = ConfiguredWindow(model, loss_fn, window, reduction, strategy, loss_scale)
@@ -190,9 +193,10 @@ class ConfiguredWindow:
         return other
 
     def _run(self, micro_batches: list[Any], context: ForwardContext) -> None:
+        twice = self._strategy.takes_window_at_once and len(micro_batches) > 1
         accumulate(
             self._model,
-            _Following(self._loss_fn, context),
+            _Following(self._loss_fn, context, len(micro_batches) if twice else None),
             micro_batches,
             self.reduction,
             self._strategy,
@@ -201,14 +205,25 @@ class ConfiguredWindow:
 
 
 class _Following(LossWrapper):
-    """A loss function whose calls each enter the context of their micro-batch."""
+    """A loss function whose calls each enter the context of their micro-batch.
 
-    def __init__(self, loss_fn: LossFn, context: ForwardContext) -> None:
+    Args:
+        loss_fn: it.
+        context: gives what is entered.
+        again_after: micro-batches after which there is a call for the loss alone, over all their
+            outputs, and then each comes again; None: each comes once.
+    """
+
+    def __init__(self, loss_fn: LossFn, context: ForwardContext, again_after: int | None) -> None:
         super().__init__(loss_fn)
-        self._context, self._next = context, 0
+        self._context, self._next, self._again_after = context, 0, again_after
 
     @contextmanager
     def around(self, micro_batch: Any) -> Iterator[Any]:
-        index, self._next = self._next, self._next + 1
+        index: int | None = self._next
+        self._next += 1
+        if self._again_after is not None:
+            number = (self._next - 1) % (self._again_after + 1)
+            index = None if number == self._again_after else number
         with self._context(index):
             yield micro_batch

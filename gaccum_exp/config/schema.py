@@ -2,8 +2,8 @@
 
 The dataclasses are the schema that Hydra composes into, where a wrong key or type is an error, and the
 plain objects that the program uses. With `slots`, an unknown key that is added with `+` is an error too.
-`model`, `data`, `criterion`, `optimizer` and `scheduler` are open dictionaries: their keys are the
-arguments of a `_target_`.
+`model`, `data`, `criterion`, `optimizer`, `scheduler` and `strategy` are open dictionaries: their keys
+are the arguments of a `_target_`.
 
 Neither torch nor MLflow is imported here: a mistake in the configuration is answered at once.
 """
@@ -153,6 +153,7 @@ class Config:
     criterion: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
     scheduler: dict[str, Any] = MISSING
+    strategy: dict[str, Any] = MISSING
     accum: AccumConfig = MISSING
     runtime: RuntimeConfig = MISSING
     tracking: TrackingConfig = MISSING
@@ -174,6 +175,8 @@ class Settings:
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     """Without a `_target_` there is none."""
+    strategy: Mapping[str, Any]
+    """How a window's gradient is accumulated."""
     accum: AccumConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig

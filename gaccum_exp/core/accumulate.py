@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.cached import CACHED, Cached
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import (
     Denominator,
@@ -20,6 +22,7 @@ from gaccum_exp.core.reductions import Reduction, ReductionName, reduction_named
 from gaccum_exp.core.seeding import set_random_states
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
 
+StrategyName = Literal["in_place", "cached"]
 AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
 
@@ -48,6 +51,7 @@ def accumulate_gradients(
     sum_divisor: float = 1.0,
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     buffer_dtype: torch.dtype | None = None,
+    strategy: StrategyName | InPlace = "in_place",
 ) -> WindowLoss:
     """Add the window's gradient to every parameter's `.grad`, one micro-batch at a time.
 
@@ -69,6 +73,10 @@ def accumulate_gradients(
             `lambda loss: scaler.scale(loss).backward()` under a GradScaler.
         buffer_dtype: in which micro gradients are added up where the parameters' own type is too coarse,
             e.g. torch.float32 for bfloat16 parameters; rounded to the parameters' type once, at the end.
+        strategy: `in_place`, for a loss that is a sum over samples; or `cached`, for any loss of the
+            window's outputs (contrastive, ranking, a criterion of one's own that couples samples): one
+            forward pass more, then the gradient is the large batch's whatever the loss. Under it
+            `loss_fn` is called on the joined window too, and a criterion's mean is its own.
 
     Returns:
         The window's loss sum and denominator, whatever the reduction.
@@ -77,15 +85,16 @@ def accumulate_gradients(
     the host reads the window's denominator once.
 
     Raises:
-        BadInputError: the criterion has no such reduction.
-        ValueError: an unknown reduction, or an empty window.
+        BadInputError: the criterion has no such reduction; or `cached` cannot be exact, and why.
+        ValueError: an unknown reduction or strategy, or an empty window.
     """
+    chosen = strategy_named(strategy, buffer_dtype)
     return accumulate(
         model,
-        as_loss_fn(loss_fn, reduction),
+        as_loss_fn(loss_fn, reduction, whole_window=chosen.takes_window_at_once),
         window if isinstance(window, Sequence) else list(window),
         reduction_named(reduction, sum_divisor),
-        IN_PLACE if buffer_dtype is None else Buffered(buffer_dtype),
+        chosen,
         backward=backward,
     )
 
@@ -117,6 +126,16 @@ def accumulate(
     """
     if not window:
         raise ValueError("the window holds no micro-batch")
+    strategy.require(reduction)
+    if isinstance(strategy, Cached):
+        held = strategy.held
+        if len(window) > 1:
+            # The loss over the outputs is a window of one pass: in place, whatever the strategy.
+            in_one = partial(
+                accumulate, loss_fn=loss_fn, reduction=reduction, strategy=held, backward=backward
+            )
+            return strategy.accumulate(model, loss_fn, window, in_one, begun=begun, around=around)
+        strategy = held
     state = begun or AccumulatorState([count(loss_fn, micro_batch) for micro_batch in window])
     if state.generators is not None:
         set_random_states(state.generators)
@@ -157,6 +176,19 @@ def accumulate(
             factor = float(state.provisional_divisor / denominator) if denominator else 0.0
             strategy.rescale(state, parameters, factor)
     return WindowLoss(state.loss_sum, denominator)
+
+
+def strategy_named(strategy: StrategyName | InPlace, buffer_dtype: torch.dtype | None) -> InPlace:
+    """Return the strategy of this name, or the given one, with micro gradients added up in this type.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    named: dict[Any, InPlace] = {"in_place": IN_PLACE, "cached": CACHED}
+    found = strategy if isinstance(strategy, InPlace) else named.get(strategy)
+    if found is None:
+        raise ValueError(f"strategy={strategy!r}: not one of {', '.join(named)}")
+    return found if buffer_dtype is None else found.buffered(buffer_dtype)
 
 
 def _back_propagate(

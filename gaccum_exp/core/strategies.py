@@ -8,13 +8,14 @@ window can be interrupted after any micro-batch and go on from there.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import in_precision, is_narrower
-from gaccum_exp.core.losses.protocol import Denominator
+from gaccum_exp.core.losses.protocol import Denominator, LossFn
+from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.seeding import random_states
 
 
@@ -72,6 +73,19 @@ class AccumulatorState:
 
 class InPlace:
     """Adds micro gradients up in `.grad`, as autograd does."""
+
+    takes_window_at_once: ClassVar[bool] = False
+    """Whether the loss is taken once, over the outputs of the whole window."""
+
+    def buffered(self, dtype: torch.dtype) -> "InPlace":
+        """Return the same with micro gradients added up in this type, where parameters' is narrower."""
+        return Buffered(dtype)
+
+    def require(self, reduction: Reduction) -> None:
+        """Raise a `BadInputError` where this strategy has no meaning under a reduction."""
+
+    def inspect(self, model: nn.Module, loss_fn: LossFn, window: Sequence[Any]) -> None:
+        """Raise a `BadInputError` where this strategy does not suit a model, before its first window."""
 
     def collecting(
         self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool

@@ -7,8 +7,9 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gaccum_exp.core.cached import Cached
+from gaccum_exp.core.joined_samples import size_of
 from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
+from gaccum_exp.core.model_outputs import Call, signature
+from gaccum_exp.core.strategies import InPlace
 
 _CACHED = type(functools.lru_cache(len))
 _settled: list[weakref.ref[Any]] = []  # those of the frozen objects that can hold a fake tensor
@@ -137,6 +142,61 @@ class SizesOnly(LossWrapper):
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch."""
         return self.loss_sum(model, micro_batch), 1.0
+
+
+def sizes_only(strategy: InPlace) -> InPlace:
+    """Return the strategy for tensors without values."""
+    return CachedSizes(strategy.held) if isinstance(strategy, Cached) else strategy
+
+
+class CachedSizes(Cached):
+    """Predicts a window's passes from its first micro-batches: a larger one stands for all others.
+
+    That one is never run, and its outputs are made like those of the first.
+    """
+
+    reads_values = False
+    _first_size = 0
+
+    def accumulate(
+        self, model: nn.Module, loss_fn: LossFn, window: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take a window's passes."""
+        self._first_size = 0
+        if model not in self._known:
+            self.inspect(model, loss_fn, window)
+        self._first_size = size_of(window[0])
+        self._like = [
+            replace(call, tensors=[t.new_empty(()).expand(t.shape) for t in call.tensors])
+            for call in self.first_pass(model, loss_fn, window[0])
+        ]
+        return super().accumulate(model, loss_fn, window, *args, **kwargs)
+
+    def first_pass(
+        self, model: nn.Module, loss_fn: LossFn, micro_batch: Any, *, graph: bool = False
+    ) -> list[Call]:
+        """Return what the model puts out for a micro-batch, or would."""
+        if not self._stands_for_others(micro_batch):
+            return super().first_pass(model, loss_fn, micro_batch, graph=graph)
+        size, first = size_of(micro_batch), self._first_size
+        known = self._known[model][signature(model, self._like)]
+
+        def grown(like: Tensor, dim: int | None) -> Tensor:
+            shape = [n // first * size if d == dim else n for d, n in enumerate(like.shape)]
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+        return [
+            replace(call, tensors=list(map(grown, call.tensors, dims)))
+            for call, dims in zip(self._like, known, strict=True)
+        ]
+
+    def second_pass(self, model: nn.Module, loss_fn: LossFn, micro_batch: Any, *gradients: Any) -> None:
+        """Run a micro-batch again, unless it stands for others."""
+        if not self._stands_for_others(micro_batch):
+            super().second_pass(model, loss_fn, micro_batch, *gradients)
+
+    def _stands_for_others(self, micro_batch: Any) -> bool:
+        return 0 < self._first_size < size_of(micro_batch)
 
 
 def _is_real_parameter(found: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from gaccum_exp.core.accumulate import accumulate_gradients
+from gaccum_exp.core.accumulate import StrategyName, accumulate_gradients, strategy_named
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import Placed, Placement
@@ -18,6 +18,7 @@ from gaccum_exp.core.losses.protocol import LossFn
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.reductions import ReductionName, reduction_named
 from gaccum_exp.core.seeding import random_state_kept
+from gaccum_exp.core.strategies import InPlace
 from gaccum_exp.memory.fake import (
     SizesOnly,
     copies,
@@ -26,6 +27,7 @@ from gaccum_exp.memory.fake import (
     nothing_left_behind,
     resized,
     samples_in,
+    sizes_only,
 )
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
@@ -46,6 +48,7 @@ def plan_memory(
     budget_bytes: int | None = None,
     reduction: ReductionName = "global_mean",
     buffer_dtype: torch.dtype | None = None,
+    strategy: StrategyName | InPlace = "in_place",
 ) -> MemoryPlan:
     """Predict the peak memory of accumulation for every N, without running anything.
 
@@ -61,7 +64,7 @@ def plan_memory(
         budget_bytes: what the peak may be at most; None: no N is chosen.
         reduction: as for `accumulate_gradients`; under `mean` only an N that divides the batch
             is chosen.
-        buffer_dtype: as for `accumulate_gradients`.
+        buffer_dtype: as for `accumulate_gradients`; `strategy` as well.
 
     Returns a row for every power of two up to one sample a micro-batch, the smallest N that fits, the N
     past which nothing shrinks, and what else would save memory.
@@ -78,7 +81,9 @@ def plan_memory(
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
-    step = _Step(model, loss_fn, batch, optimizer, reduction, buffer_dtype, device)
+    chosen = strategy_named(strategy, buffer_dtype)
+    chosen.require(reduction_named(reduction))
+    step = _Step(model, loss_fn, batch, optimizer, reduction, chosen, device)
     tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
     real = None if any(t.is_meta for t in tensors) else step.real
     source, notes = peak_source(step.fake, real, samples)
@@ -95,7 +100,7 @@ class _Step:
     batch: Any
     optimizer: torch.optim.Optimizer | OptimizerOf
     reduction: ReductionName
-    buffer_dtype: torch.dtype | None
+    strategy: InPlace
     device: torch.device
 
     def real(self) -> MeteredStep:
@@ -124,28 +129,32 @@ class _Step:
                 change == CHECKPOINTING and not checkpoint_blocks(model)
             ):
                 raise ValueError(f"{change.name} does not apply")
+            whole = self.strategy.takes_window_at_once
             half = torch.bfloat16 if change == BF16 else None
             placement = Placement(self.device, autocast=half, device_type=self.device.type)
-            sizes_only = Placed(SizesOnly(as_loss_fn(loss_fn, self.reduction), self.batch), placement)
+            wrapped = as_loss_fn(loss_fn, self.reduction, whole_window=whole)
+            valueless = Placed(SizesOnly(wrapped, self.batch), placement)
+        strategy = self.strategy if mode is None else sizes_only(self.strategy)
 
         def take(window: list[Any], meter: TensorMeter) -> None:
             optimizer.zero_grad()
             with meter.phase(FORWARD_BACKWARD):
                 accumulate_gradients(
                     model,
-                    meter.loss_fn(sizes_only),
+                    meter.loss_fn(valueless),
                     window,
                     reduction=self.reduction,
-                    buffer_dtype=self.buffer_dtype,
+                    strategy=strategy,
                 )
             with meter.phase(OPTIMIZER_STEP):
                 optimizer.step()
 
         def window(sizes: Sequence[int]) -> list[Any]:
             with context():  # what is on meta becomes fake, or memory
-                return [resized(self.batch, size, self.device) for size in decisive_sizes(sizes)]
+                decisive = decisive_sizes(sizes, strategy)
+                return [resized(self.batch, size, self.device) for size in decisive]
 
-        return MeteredStep(modules, optimizer, self.device, window, take, context)
+        return MeteredStep(modules, optimizer, self.device, window, take, context, strategy)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import highest
 from gaccum_exp.memory.plan import (
     BF16,
@@ -20,6 +21,8 @@ from gaccum_exp.memory.plan import (
     knee,
 )
 from gaccum_exp.memory.predict import Extrapolated, MeteredStep, PeakSource, Predicted
+
+WHOLE_WINDOW = "The outputs of the whole window, and the loss over them, are there at every N."
 
 
 @dataclass(slots=True)
@@ -105,7 +108,9 @@ def peak_source(
 ) -> tuple[PeakSource, list[str]]:
     """Return predictions, or, of a step that needs values, an extrapolation if there are, and why."""
     try:
-        return Predicted(fake(), samples), []
+        step = fake()
+        notes = [WHOLE_WINDOW] if step.strategy.takes_window_at_once else []
+        return Predicted(step, samples), notes
     except Exception as error:  # each model fails on fake tensors in its own way
         if real is None:
             error.add_note(
@@ -113,10 +118,17 @@ def peak_source(
                 "give both with memory: then it is measured on micro-batches of four and eight samples."
             )
             raise
+        failure = error
         why = str(getattr(error, "func", None) or f"{type(error).__name__}: {error}").splitlines()[0]
         on_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
         what = "depends on values" if on_values else "cannot be taken on tensors without values"
-    found = Extrapolated(real(), samples)  # what is wrong with real tensors as well is raised here
+    step = real()
+    if step.strategy.takes_window_at_once:
+        raise BadInputError(
+            f"this model's step {what} ({why}); it would be measured on small windows, and they do not "
+            "tell what the loss of a whole window holds: plan without strategy=cached"
+        ) from failure
+    found = Extrapolated(step, samples)  # what is wrong with real tensors as well is raised here
     return found, [f"This model's step {what} ({why}): it was run on small micro-batches."]
 
 

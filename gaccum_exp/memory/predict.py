@@ -2,7 +2,8 @@
 
 Only two micro-batches of a window are taken, and the last if it is smaller, so that the cost does not
 depend on N. From the second on gradients lie beside the activations, and none that follows holds more,
-though a model may refuse a smaller one.
+though a model may refuse a smaller one. Where the loss is of the whole window, the outputs of all others
+are there as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS
@@ -31,6 +33,8 @@ class MeteredStep:
     """Take the step on these micro-batches, within the phases of a meter."""
     context: Callable[[], AbstractContextManager[Any]]
     """What the step is taken in."""
+    strategy: InPlace = IN_PLACE
+    """By which it accumulates."""
 
     def peaks(self, sizes: Sequence[int]) -> dict[str, Peak]:
         """Return the peak of each phase of a window whose micro-batches hold so many samples."""
@@ -87,13 +91,17 @@ class Extrapolated:
         return {phase: continued(low, other[phase]) for phase, low in one.items()}
 
 
-def decisive_sizes(sizes: Sequence[int]) -> list[int]:
+def decisive_sizes(sizes: Sequence[int], strategy: InPlace = IN_PLACE) -> list[int]:
     """Return the sizes of the micro-batches that decide a window's peak, given the largest first.
+
+    Where the loss is of the whole window all samples are there, and those of the others in one.
 
     >>> decisive_sizes([2, 2, 1, 1]), decisive_sizes([3, 3, 3])
     ([2, 2, 1], [3, 3])
     """
-    return [*sizes[:2], *(sizes[-1:] if len(sizes) > 2 and sizes[-1] < sizes[1] else [])]
+    decisive = [*sizes[:2], *(sizes[-1:] if len(sizes) > 2 and sizes[-1] < sizes[1] else [])]
+    others = sum(sizes) - sum(decisive)
+    return [*decisive, others] if others and strategy.takes_window_at_once else decisive
 
 
 PeakSource = Predicted | Extrapolated

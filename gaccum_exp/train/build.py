@@ -27,10 +27,10 @@ from gaccum_exp.core.losses.placement import placed
 from gaccum_exp.core.losses.protocol import LossFn, count, window_denominator
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.seeding import derive_seed, seed_host
-from gaccum_exp.core.strategies import IN_PLACE, Buffered
+from gaccum_exp.core.strategies import InPlace
 from gaccum_exp.core.window import BatchStage, WindowPlan
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind
+from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind, sizes_only
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.device_and_precision import (
     placed_weights,
@@ -112,7 +112,9 @@ def build(
     """
     loaded = loaded or load(settings)
     device, train_data, plan = loaded.device, loaded.train_data, loaded.plan
-    placement = placement_of(settings, device)
+    placement, strategy = placement_of(settings, device), _strategy(settings)
+    reduction = reduction_named(settings.accum.reduction)
+    strategy.require(reduction)
     first = first_samples(train_data, plan)
     if fake is None:
         model = placed_weights(_model(settings, train_data), settings, placement)
@@ -120,16 +122,20 @@ def build(
         weights = _sized_model(settings, train_data)
         weights = placed_weights(weights, settings, replace(placement, device=None))
         (model,) = fake_copies(fake, (weights,), device)
+    criterion_loss, loss_fn = _loss(settings, strategy, model, device, fake)
     with fake or nullcontext():
         if settings.runtime.activation_checkpointing and not checkpoint_blocks(model):
             raise BadInputError(
                 f"runtime.activation_checkpointing=true: {type(model).__name__} has no blocks that "
                 "could be run again one by one"
             )
-        criterion_loss, loss_fn = _loss(settings, model, device)
         if fake is not None:
             loss_fn = SizesOnly(loss_fn, first)
         try_first_samples(model, None if fake else criterion_loss, loss_fn, first, placement)
+        if fake is not None:
+            strategy = sizes_only(strategy)
+        elif settings.accum_steps > 1:
+            strategy.inspect(model, placed(loss_fn, placement), [first])
         if settings.runtime.compile and fake is None:
             model.compile()
         modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
@@ -140,7 +146,6 @@ def build(
     from_host = placed(loss_fn, placement)
     criterion = None if criterion_loss is None else criterion_loss.criterion
     ignored = getattr(criterion, "ignore_index", None)
-    reduction = reduction_named(settings.accum.reduction)
     if isinstance(reduction, Sum) and settings.accum.sum_scale == "constant" and fake is None:
         reduction = Sum(nominal_denominator(model, from_host, train_data, plan))
     return TrainState(
@@ -155,7 +160,7 @@ def build(
         plan=plan,
         total_steps=loaded.total_steps,
         reduction=reduction,
-        strategy=Buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else IN_PLACE,
+        strategy=strategy,
         device=device,
         placement=placement,
         # A scaler's step reads values, which fake tensors do not have; it holds a few bytes.
@@ -255,8 +260,17 @@ def _number_of_classes(dataset: Dataset[Any], key: str) -> int:
     )
 
 
+def _strategy(settings: Settings) -> InPlace:
+    strategy: InPlace = checked("strategy", settings.strategy, InPlace)
+    return strategy.buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else strategy
+
+
 def _loss(
-    settings: Settings, model: nn.Module, device: torch.device
+    settings: Settings,
+    strategy: InPlace,
+    model: nn.Module,
+    device: torch.device,
+    fake: FakeTensorMode | None,
 ) -> tuple[CriterionLoss | None, LossFn]:
     node = settings.criterion
     # On the command line a tensor can only be a list; these are torch's names for such arguments.
@@ -270,8 +284,11 @@ def _loss(
         # Class weights have to be as precise as the outputs that they weigh.
         double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
         precision = torch.float64 if double else torch.float32
-        criterion = module_in_precision(criterion, device, precision)
-        loss = CriterionLoss(criterion, settings.accum.reduction)
+        criterion = module_in_precision(criterion, None if fake else device, precision)
+        if fake is not None:
+            (criterion,) = fake_copies(fake, (criterion,), device)
+        whole = strategy.takes_window_at_once
+        loss = CriterionLoss(criterion, settings.accum.reduction, whole_window=whole)
         return loss, loss
     if isinstance(criterion, ModelLoss):
         criterion.reduction = settings.accum.reduction

@@ -87,6 +87,8 @@ def _compared(state: TrainState, window: Window) -> list[Agreement]:
         mode = evaluation_mode(state.model)
     with mode:
         if drawn:
+            if len(window) > 1:
+                state.strategy.inspect(state.model, state.loss_fn, window)
             eager, exact, drawn = _eager(state, configured)
         if drawn:
             raise BadInputError(

@@ -69,11 +69,13 @@ def stackable(settings: Sequence[Settings], loaded: TrainingData) -> list[TrainS
 
 def _ruled_out(settings: Settings) -> str | None:
     """Return what in the configuration a stacked training does not know."""
+    strategy = settings.strategy.get("_target_")
     runtime, accum, workers = settings.runtime, settings.accum, settings.data.workers
     found = {
         "accum.steps=auto": settings.chooses_accum_steps,
         "accum.on_oom=increase_steps": accum.on_oom == "increase_steps",
         "accum.buffer_dtype=float32": accum.buffer_dtype != "same",
+        f"strategy._target_={strategy}": strategy != "gaccum_exp.core.strategies.InPlace",
         f"runtime.precision={runtime.precision}": runtime.precision not in ("fp32", "fp64"),
         "runtime.compile=true": runtime.compile,
         "runtime.activation_checkpointing=true": runtime.activation_checkpointing,

@@ -211,6 +211,7 @@ def late(seeds: int) -> list[int]:
         (("runtime.compile=true",), "runtime.compile=true"),
         (("accum.steps=auto",), "accum.steps=auto"),
         (("accum.on_oom=increase_steps",), "accum.on_oom=increase_steps"),
+        (("strategy=cached",), "strategy.*Cached"),
         (("data.workers=2",), "data.workers=2"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -20,8 +20,9 @@ from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_
 from gaccum_exp.memory.available import SavedForBackward, needed_bytes, require_memory
 
 T = TypeVar("T")
-ForwardContext = Callable[[int], AbstractContextManager[None]]
-"""Gives what is entered for the forward pass of the micro-batch of this number."""
+ForwardContext = Callable[[int | None], AbstractContextManager[None]]
+"""Gives what is entered for the forward pass of the micro-batch of this number, which may come twice;
+None: for the loss alone, over the outputs of all micro-batches."""
 Cast = Callable[[Any], Any]
 """Brings a batch into the precision and onto the device of a pass."""
 
@@ -138,7 +139,11 @@ class Rerun:
             states = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
 
             @contextmanager
-            def context(index: int) -> Iterator[None]:
+            def context(index: int | None) -> Iterator[None]:
+                if index is None:
+                    with replay.loss_of_outputs():
+                        yield
+                    return
                 if apart and index > 0:
                     taken.append(keep(self._taken(parameters)))
                 for buffer, state in states:

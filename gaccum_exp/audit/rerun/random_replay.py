@@ -96,16 +96,28 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         self._pass: int | None = None
         self._order: Tensor | None = None
         self._count = 0
+        self._again = False
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Run the forward pass of one micro-batch."""
         self._begin(index, None)
-        if self._draws_are == "recorded":
+        self._again = index < len(self._draws.passes)
+        if self._draws_are == "recorded" and not self._again:
             self._draws.passes.append([])
         yield
         if self._count < len(self._draws.passes[index]):
             self._draws.refuse("a pass drew fewer random numbers when it was run again")
+
+    @contextmanager
+    def loss_of_outputs(self) -> Iterator[None]:
+        """Run the loss alone, over outputs that are there."""
+        passes, before = self._draws.passes, self._count
+        recorded = len(passes[-1])
+        yield
+        del passes[-1][recorded:]
+        if self._count > before:
+            self._draws.refuse("the loss of the whole window draws numbers of its own", foreign=True)
 
     @contextmanager
     def whole(self, order: Tensor | None) -> Iterator[None]:
@@ -144,12 +156,23 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             elif not is_inexact(drawn):
                 # No constant stands for integers; for the mask of a dropout it does.
                 self._draws.foreign |= func.overloadpacket not in _DROPOUT
-            self._draws.passes[-1].append(Draw(drawn, self._tracer.module))
+            if self._again:
+                self._compare(index, drawn)
+            else:
+                self._draws.passes[-1].append(Draw(drawn, self._tracer.module))
             return result
         if self._draws_are == "constant" and drawn is not None:
             return _with_draw(func, args, result, torch.full_like(drawn, _constant(func, drawn)))
         replayed = self._replayed(index, drawn)
         return result if replayed is None else _with_draw(func, args, result, replayed)
+
+    def _compare(self, index: int, drawn: Tensor | None) -> None:
+        """Compare what a pass draws that comes again with what it drew before."""
+        of_pass = self._draws.passes[self._pass or 0]
+        before = of_pass[index].value if index < len(of_pass) else None
+        alike = before is drawn if before is None or drawn is None else torch.equal(before, drawn)
+        if not alike:
+            raise RuntimeError("a pass that comes twice drew other random numbers the second time")
 
     def _replayed(self, index: int, drawn: Tensor | None) -> Tensor | None:
         """Return the recorded numbers in the shape of the new draw."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from gaccum_exp.core.losses.denominator import (
     closed_form,
     is_kind,
 )
-from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.core.losses.micro_batch import Keywords, outputs_in, run_model, split_micro_batch
 from gaccum_exp.core.losses.probe import Probe, Refusal
 from gaccum_exp.core.losses.protocol import Denominator, LossFn
 from gaccum_exp.core.reductions import reduction_named
@@ -29,6 +30,8 @@ class CriterionLoss:
             is set there does not matter, `batchmean` apart: how to reduce is the window's affair.
         reduction: the window's. It matters only where the criterion's mean is not its sum divided by
             a count: then `mean` takes the criterion's own mean and `global_mean` is refused.
+        whole_window: every call is of a whole window: then `global_mean` is the criterion's own mean,
+            whatever that divides by, and a criterion without `reduction` is taken as it is.
 
     Outputs and targets in float16 or bfloat16 are given to the criterion in float32, as autocast does:
     a sum over a batch needs more digits than they have.
@@ -38,9 +41,12 @@ class CriterionLoss:
             micro-batch that shows it, where only a look at the criterion's values can tell).
     """
 
-    def __init__(self, criterion: nn.Module, reduction: str = "global_mean") -> None:
+    def __init__(
+        self, criterion: nn.Module, reduction: str = "global_mean", *, whole_window: bool = False
+    ) -> None:
         self._name = type(criterion).__name__
-        if not hasattr(criterion, "reduction"):
+        own_mean = whole_window and reduction != "sum"
+        if not hasattr(criterion, "reduction") and not own_mean:
             raise BadInputError(
                 f"criterion {self._name} has no attribute `reduction`: use a criterion that takes "
                 "reduction='sum', or a loss_fn(model, micro_batch) -> (loss_sum, denominator)"
@@ -49,9 +55,13 @@ class CriterionLoss:
         self._reduction = reduction_named(reduction)
         self._of_target = None if hasattr(criterion, "denominator") else closed_form(criterion)
         self._elementwise = self._of_target is not None and is_kind(criterion, PER_ELEMENT)
-        self._own_mean = False
-        self._reduced = ReducedAs(criterion, "sum")
+        self._own_mean = own_mean and self._of_target is None
+        self._reduced: AbstractContextManager[Any] = nullcontext()
+        if hasattr(criterion, "reduction"):
+            self._reduced = ReducedAs(criterion, "mean" if self._own_mean else "sum")
         self._probe: Probe | None = None
+        if self._own_mean:
+            return
         why = next((why for kind, why in NOT_A_RATIO.items() if is_kind(criterion, [kind])), None)
         if why is not None:
             self._refuse(Refusal(why))
@@ -66,6 +76,17 @@ class CriterionLoss:
     def window_denominator(self, count: Denominator) -> Denominator:
         """Return what a window that counts so much is divided by: a clamp is of the window's count."""
         return count if self._probe is None else self._probe.window_denominator(float(count))
+
+    def outputs(self, model: nn.Module, micro_batch: Any) -> Any:
+        """Run the model alone on one micro-batch."""
+        return run_model(model, split_micro_batch(micro_batch)[0])
+
+    def without_inputs(self, micro_batch: Any) -> Any:
+        """Return the micro-batch's targets alone, as a micro-batch."""
+        inputs, targets = split_micro_batch(micro_batch)
+        if isinstance(inputs, Keywords):
+            return {key: value for key, value in micro_batch.items() if key not in inputs}
+        return (None, *targets)
 
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim."""
@@ -109,7 +130,8 @@ class CriterionLoss:
             if not isinstance(found, Refusal):
                 return found
             self._refuse(found)
-        return int(counted.shape[0])  # there is no denominator: the loss is reported per sample
+        # There is no denominator: the loss is reported per sample.
+        return int(counted.shape[0]) if isinstance(counted, Tensor) and counted.ndim else 1
 
     def _refuse(self, refusal: Refusal) -> None:
         reduction = self._reduction
@@ -118,7 +140,8 @@ class CriterionLoss:
             others = "accum.reduction=sum, or " if refusal.has_sum else ""
             raise BadInputError(
                 f"accum.reduction={reduction.name} is refused for criterion {self._name}: "
-                f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean"
+                f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean of each "
+                "micro-batch, or strategy=cached for that of the window"
             )
         self._probe = None
         self._own_mean = own_mean
@@ -133,9 +156,11 @@ class CriterionLoss:
         return [*outputs[:at], *targets, *outputs[at:]]
 
 
-def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str) -> LossFn:
+def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str, *, whole_window: bool = False) -> LossFn:
     """Wrap a criterion; return anything else, which must be a loss function already, as it is."""
-    return CriterionLoss(loss_fn, reduction) if isinstance(loss_fn, nn.Module) else loss_fn
+    if isinstance(loss_fn, nn.Module):
+        return CriterionLoss(loss_fn, reduction, whole_window=whole_window)
+    return loss_fn
 
 
 def _widened(outputs: Any, targets: list[Any]) -> list[list[Any]]:

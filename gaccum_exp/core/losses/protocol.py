@@ -57,6 +57,15 @@ class LossWrapper:
         with self.around(micro_batch) as given:
             return loss_sum(self.wrapped, model, given)
 
+    def outputs(self, model: nn.Module, micro_batch: Any) -> Any:
+        """Run the model on one micro-batch, and the loss if it cannot do without."""
+        with self.around(micro_batch) as given:
+            return outputs(self.wrapped, model, given)
+
+    def without_inputs(self, micro_batch: Any) -> Any:
+        """Return what the loss needs of a micro-batch beside the model's outputs."""
+        return without_inputs(self.wrapped, micro_batch)
+
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch; return its loss sum, 0-dim, and denominator."""
         with self.around(micro_batch) as given:
@@ -85,6 +94,17 @@ def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:
     method = getattr(loss_fn, "loss_sum", None)
     result: Tensor = loss_fn(model, micro_batch)[0] if method is None else method(model, micro_batch)
     return result
+
+
+def outputs(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Any:
+    """Run the model on a micro-batch as the loss function does, and the loss if it cannot do without."""
+    return getattr(loss_fn, "outputs", loss_fn)(model, micro_batch)
+
+
+def without_inputs(loss_fn: LossFn, micro_batch: Any) -> Any:
+    """Return a micro-batch without what the loss function gives to the model only, where it knows."""
+    method = getattr(loss_fn, "without_inputs", None)
+    return micro_batch if method is None else method(micro_batch)
 
 
 def criterion_of(loss_fn: LossFn) -> nn.Module | None:
