@@ -171,14 +171,30 @@ class Observations:
     changed: set[int] = field(default_factory=set)
     """The same where they were found changed in another way."""
     clippings: list[Clipping] = field(default_factory=list)
-    scheduler_steps: list[int] = field(default_factory=list)
-    """Backward passes of the window before each step of the learning-rate schedule."""
+    clipped_by_hand: float | None = None
+    """The norm to which the loop itself has scaled what it accumulated, if it is a chosen one."""
+    looked_at: int = 0
+    """Backward passes before the loop last took a norm, or the like, of the gradients."""
+    scheduler_steps: list[tuple[int, int]] = field(default_factory=list)
+    """Which schedule was stepped (its id), after how many backward passes of the window."""
     unscaled: list[int] = field(default_factory=list)
-    """The same before each `unscale_` of a GradScaler."""
+    """Backward passes of the window before each `unscale_` of a GradScaler."""
     retained: list[bool] = field(default_factory=list)
     """Whether each backward pass was told to keep its graph."""
     loss_scale: float = 1.0
-    """The GradScaler's."""
+    """The GradScaler's, as the last loss was scaled."""
+    loss_scales: list[tuple[int, float]] = field(default_factory=list)
+    """Every scaler (its id) with every scale that it had in the window, in order."""
+    stepped: set[str] = field(default_factory=set)
+    """The parameters whose optimizers took the step: of several, each may step at another time."""
+    carried: set[str] = field(default_factory=set)
+    """Those of them that hold gradients from before another optimizer's step."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters as they were in the passes, where they have moved since."""
+    moved: set[int] = field(default_factory=set)
+    """Backward passes after which the weights were found changed though no optimizer had stepped."""
+    hidden: list[str] = field(default_factory=list)
+    """Names of compiled functions in which nothing is seen."""
 
 
 def leaves(value: Any) -> list[Any]:
