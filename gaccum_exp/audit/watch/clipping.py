@@ -8,15 +8,15 @@ from torch import Tensor
 from gaccum_exp.core.gradient import Gradient, finite, norm
 
 RESIDUAL = 1e-5
-"""Relative: how close clipped gradients are to multiples of the accumulated ones, or to a chosen norm."""
+"""Relative: how close a clipped gradient is to a multiple of the accumulated, or to a chosen norm."""
 
 
 def clipped_by_hand(before: Gradient, after: Gradient, *, looked_at: bool) -> float | None:
     """Return the norm, or the largest element, that a gradient was clipped to; None: it was not.
 
-    What is scaled by one number, or parameter by parameter, was clipped if the loop has looked at
-    the gradients first (`looked_at`) and if what is left has a norm of at most two digits, as a chosen one
-    has. Of the numbers near a given one, about one in a thousand is so close to such a number.
+    What is scaled by one number, or parameter by parameter, was clipped if the loop has looked at the
+    gradients first (`looked_at`) and if what is left has a norm of two digits at most, as a chosen one
+    has: by chance about one norm in a thousand is so close to such a number.
     """
     moved = before.keys() == after.keys() and finite(before) and finite(after)
     changed = {k: g for k, g in after.items() if moved and not torch.equal(g, before[k])}

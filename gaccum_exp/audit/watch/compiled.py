@@ -1,8 +1,8 @@
 """Keep an observer out of what torch.compile compiles.
 
-The compiler would trace the observer's operations into the loop's graphs: other graphs, graph breaks, and
-an error under `fullgraph=True`. So modes are taken off for the length of a compiled call, which is
-reported as a whole; inside it nothing is seen. What compiled code calls back runs uncompiled.
+The compiler would trace the observer's operations into the loop's graphs: other graphs, breaks in them,
+an error under `fullgraph=True`. So the mode is off for the length of a compiled call, which is reported
+as a whole; inside it nothing is seen. What compiled code calls back runs uncompiled.
 """
 
 import inspect

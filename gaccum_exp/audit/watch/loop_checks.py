@@ -4,9 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from gaccum_exp.audit import result
 from gaccum_exp.audit.result import Audit, Check
 from gaccum_exp.audit.watch.tape import Observations, Tape, TapedCall, TapedMicroBatch
+from gaccum_exp.core.joined_samples import tensors_in
 
 
 def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -> tuple[Check, ...]:
@@ -59,31 +63,57 @@ def explained(audit: Audit, seen: Observations) -> Audit:
         audit = audit.noting(f"the loop's own scaling of the gradient to {size} is taken for clipping")
     if not audit.accum_steps and seen.hidden:
         names = ", ".join(dict.fromkeys(seen.hidden))
-        why = (
-            f"nothing is seen inside what torch.compile compiled ({names}): give watch as criterion the"
-        )
-        return replace(audit, detail=f"{why} compiled function that returns the loss")
+        why = f"inside what torch.compile compiled nothing is seen ({names}): give watch the compiled"
+        return replace(audit, detail=f"{why} function that returns the loss, as its criterion")
+    if seen.stepped_in_backward:
+        why = "an optimizer steps inside the backward pass, so that nothing accumulates"
+        if audit.verdict == "biased":
+            return replace(audit, remedy=f"{why}: step after the window's last backward pass")
+        return audit.noting(why)
+    if audit.sound and seen.zeroed_at_other_weights:
+        if _of_the_same_samples(seen):
+            return audit.noting("of two gradients at two weights, as SAM takes, this is the second")
+        why = "gradients of other samples were zeroed inside the window, where the weights changed too"
+        return replace(audit, verdict="inconclusive", detail=f"{why}: only what came after is known")
+    if audit.verdict not in ("biased", "inconclusive") or audit.e is None:
+        return audit
     scales = list(dict.fromkeys(scale for _, scale in seen.loss_scales))
-    of_scale = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.UNKNOWN)
-    if len(scales) > 1 and not audit.sound and audit.cause in (*of_scale, None):
-        said = f"the loss scale changed inside the window ({', '.join(f'{s:g}' for s in scales[:8])})"
-        what = "update the GradScaler once, after the step"
-        if len({which for which, _ in seen.loss_scales}) > 1:
-            what = "scale all losses of a window by one GradScaler"
-        what = f"{said}: {what}"
-        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=what, detail=None)
-    if seen.moved and audit.cause == result.UNKNOWN and audit.verdict == "inconclusive":
-        inside, of = [k for k in seen.moved if k < seen.tape.backwards], seen.tape.backwards
-        if not inside:
-            why = (
-                "the weights were changed after the last backward pass and before the step: the passes "
-            )
-            return replace(audit, detail=f"{why}cannot be run again at the weights that they had")
-        why = f"the weights were changed after backward pass {min(inside)} of {of}"
-        said = "gradients of other weights were added up: call zero_grad where the weights change"
-        stale = replace(audit, verdict="biased", cause=result.STALE_OR_MISSING)
-        return replace(stale, remedy=said, detail=why)
+    of_weights = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.UNKNOWN, None)
+    if len(scales) > 1 and audit.cause in of_weights:
+        one = len({which for which, _ in seen.loss_scales}) == 1
+        what = "update the GradScaler once, after the step" if one else "scale by one GradScaler"
+        listed = ", ".join(f"{scale:g}" for scale in scales[:8])
+        said = f"the loss scale changed inside the window ({listed}): {what}"
+        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
+    if seen.moved and audit.verdict == "inconclusive" and audit.cause == result.UNKNOWN:
+        return _of_moved_weights(audit, seen)
     return audit
+
+
+def _of_the_same_samples(seen: Observations) -> bool:
+    """Whether the passes at other weights, which left no gradient, had the same samples (SAM)."""
+
+    def inputs(tape: Tape) -> list[Tensor]:
+        return [t for call in tape.calls if call.kind == "model" for t in tensors_in(call.arguments)]
+
+    *others, then = seen.zeroed_at_other_weights
+    one, other = inputs(then), inputs(seen.tape)
+    same = len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return same and not others
+
+
+def _of_moved_weights(audit: Audit, seen: Observations) -> Audit:
+    first, every = min(seen.moved), seen.tape.backwards
+    if first == every:
+        why = "the weights were changed after the last backward pass and before the step: its passes"
+        return replace(audit, detail=f"{why} cannot be run again at the weights that they had")
+    return replace(
+        audit,
+        verdict="biased",
+        cause=result.STALE_OR_MISSING,
+        remedy="call zero_grad where the weights change: gradients at other weights were added up",
+        detail=f"the weights were changed after backward pass {first} of {every}",
+    )
 
 
 def _graphs_joined(tape: Tape, micro_batches: Sequence[TapedMicroBatch]) -> bool:

@@ -78,7 +78,7 @@ class TapedCall:
         """Return the model's calls that it depends on."""
         found: set[TapedCall] = set()
         for ref in self.refs():
-            found |= {ref.call} if ref.call.kind == "model" else ref.call.sources()
+            found |= ({ref.call} if ref.call.kind == "model" else set()) | ref.call.sources()
         return found
 
 
@@ -189,10 +189,16 @@ class Observations:
     """The parameters whose optimizers took the step: of several, each may step at another time."""
     carried: set[str] = field(default_factory=set)
     """Those of them that hold gradients from before another optimizer's step."""
+    stepped_in_backward: bool = False
+    """Whether an optimizer stepped while a backward pass was running."""
+    reached: dict[int, set[str]] = field(default_factory=dict)
+    """The parameters whose gradients each backward pass has changed."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Parameters as they were in the passes, where they have moved since."""
     moved: set[int] = field(default_factory=set)
     """Backward passes after which the weights were found changed though no optimizer had stepped."""
+    zeroed_at_other_weights: list[Tape] = field(default_factory=list)
+    """Earlier passes whose gradients were zeroed when the weights changed: SAM's ascent."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
 

@@ -169,8 +169,10 @@ class TapedWindow:
 
         for calls, inputs in self._models:
             outputs = tensors_in(run_whole(calls, inputs))
+            # What is made of other calls' outputs has their rows, back in the loop's order.
+            here = None if inputs is None else order
             for index, call in enumerate(calls):
-                each[index][call] = self._rows(call, outputs, index, order)
+                each[index][call] = self._rows(call, outputs, index, here)
         losses = []
         for calls, inputs in self._losses:
             if calls[0].function is tape.models_own_loss:

@@ -292,6 +292,7 @@ class LoopTracer:
         if not self.judging and self._stepping is None and parameter.grad is not None:
             kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
             kept[name] = parameter.grad.detach().clone()
+            self.seen.reached.setdefault(self.seen.tape.backwards, set()).add(name)
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
         """Count backward passes, and keep the gradients after the last one."""
@@ -330,6 +331,7 @@ class LoopTracer:
             if moved:  # as SAM does: what follows is another gradient, at other weights
                 self._begin_window()
                 self.seen.weights = self._weights_of(self._parameters)
+                self.seen.zeroed_at_other_weights = [*seen.zeroed_at_other_weights, seen.tape]
                 return
             seen.zeroed.add(backwards)
         elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
@@ -400,6 +402,7 @@ class LoopTracer:
             self._weights_moved()
         self._taken |= now
         self.seen.stepped |= names
+        self.seen.stepped_in_backward |= self._counting
         if not self._close_if_complete():
             self.seen.weights = self._weights_of(names) | self.seen.weights
 
@@ -415,10 +418,11 @@ class LoopTracer:
         seen, taken = self.seen, self._taken
         if not seen.stepped or self.judging:
             return
+        if seen.stepped != self._parameters.keys():
+            _leave_out_others(seen)
         left = seen.at_start.keys() & seen.stepped
         before = seen.stepped if self._stepped_before is None else self._stepped_before
         seen.carried = left - before
-        seen.at_start = {k: g for k, g in seen.at_start.items() if k in seen.stepped}
         self._between.note_clipping_by_hand(taken)
         self.judging = True
         try:
@@ -451,6 +455,20 @@ class LoopTracer:
     def _begin_window(self) -> None:
         self.past, self.seen, self._taken = self.seen.tape, Observations(), {}
         self._norms = -1, []
+
+
+def _leave_out_others(seen: Observations) -> None:
+    """Leave out what belongs to optimizers that did not step: their passes and their gradients."""
+
+    def own(gradient: Gradient) -> Gradient:
+        return {name: g for name, g in gradient.items() if name in seen.stepped}
+
+    for call in seen.tape.calls:
+        if call.backward is not None and not seen.reached.get(call.backward, set()) & seen.stepped:
+            call.cotangent = None
+    seen.at_start = own(seen.at_start)
+    for clipping in seen.clippings:
+        clipping.before, clipping.after = own(clipping.before), own(clipping.after)
 
 
 class _Operations(TorchFunctionMode):

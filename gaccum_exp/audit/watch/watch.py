@@ -71,6 +71,12 @@ class Watched:
     def __str__(self) -> str:
         return self.worst.report()
 
+    def __repr__(self) -> str:
+        return repr(self.worst)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
 
 class watch:  # noqa: N801  # used as a function
     """Watch a training loop, and judge the gradient of every optimizer step in the block.
@@ -138,14 +144,14 @@ class watch:  # noqa: N801  # used as a function
         if judged != modules.compared:
             parameters = modules.parameters()
             modules = self._named_modules([parameters[name] for name in judged])
-        with random_state_kept(), _weights_as(seen.weights, modules):
+        with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
                 windows.append(explained(judge(seen, here, modules, self._dim), seen))
             if seen.carried:
                 why = (
-                    f"{len(seen.carried)} parameters hold gradients from before another optimizer's step: "
-                    "watch each optimizer alone"
+                    f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
+                    "step: watch each optimizer alone"
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
@@ -179,10 +185,15 @@ def _optimizers(given: Any) -> list[Any]:
 
 
 @contextmanager
-def _weights_as(then: Mapping[str, Tensor], modules: NamedModules) -> Iterator[None]:
+def _as_in_the_passes(
+    then: Mapping[str, Tensor], gradient: Gradient, modules: NamedModules
+) -> Iterator[None]:
     """Give parameters the values that they had in the passes, for the length of a block."""
     parameters = modules.parameters()
     now = {name: parameters[name].data for name in then}
+    frozen = [p for name, p in parameters.items() if name in gradient and not p.requires_grad]
+    for parameter in frozen:  # since the passes, as where a loop toggles its optimizers
+        parameter.requires_grad_(True)
     for name, weights in then.items():
         parameters[name].data = weights
     try:
@@ -190,3 +201,5 @@ def _weights_as(then: Mapping[str, Tensor], modules: NamedModules) -> Iterator[N
     finally:
         for name, weights in now.items():
             parameters[name].data = weights
+        for parameter in frozen:
+            parameter.requires_grad_(False)
