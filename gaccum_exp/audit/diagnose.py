@@ -1,6 +1,7 @@
 """Diagnose one window: run the experiments on it, in the order in which they rule causes out."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from gaccum_exp.audit.verdict import (
     Measured,
     hidden_difference,
     multiple,
+    of_each_type,
     parameter_errors,
     remedy_of,
     remedy_of_counts,
@@ -160,7 +162,7 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if verdict == "stochastic":
         why = "; ".join(draws.not_replayed)
         audit = replace(audit, verdict=verdict, cause=result.RANDOMNESS, detail=why or None)
-        return _blaming(audit, drew)
+        return _blaming(rerun, audit, drew)
     if distance(rerun.gradient(ONE_PASS64), runs.one_pass64) > NEVER_ROUNDING64:
         draws.refuse("the same pass, run twice, differs", foreign=True)
     if draws.any:
@@ -171,18 +173,18 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
         if e64 <= NEVER_ROUNDING64:
             why = "; ".join([*draws.not_replayed, "with every draw a constant it is equivalent"])
             audit = replace(audit, verdict="stochastic", cause=result.RANDOMNESS, e64=e64, detail=why)
-            return _blaming(audit, drew)
+            return _blaming(rerun, audit, drew)
         if draws.foreign:
             why = "; ".join([*draws.not_replayed, "without these numbers it could be settled"])
             audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=why)
-            return _blaming(audit, drew)
+            return _blaming(rerun, audit, drew)
     audit = replace(audit, verdict="biased")
     blamed = _of_the_weights(rerun, runs, audit)
     if blamed is not None:
-        return replace(blamed, culprits=tuple(drew))
+        return _still_drawing(blamed, drew)
     if mixing:
         mixers = [_culprit(rerun, name, result.BATCH_STATISTICS) for name in mixing]
-        return _blaming(audit, [*mixers, *drew])
+        return _still_drawing(_blaming(rerun, audit, mixers), drew)
     carrying = _carrying_state(rerun, runs)
     if carrying is not None:
         culprit = _culprit(rerun, carrying, result.BATCH_STATISTICS)
@@ -190,8 +192,9 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
             f"{carrying or 'the model'} ({culprit.type}) uses a state that every forward pass moves, N "
             "times in a window of N passes: freeze it, or move it once per window"
         )
-        return replace(_blaming(audit, [culprit, *drew]), remedy=said)
-    return replace(_of_the_loss(rerun, runs, audit), culprits=tuple(drew))
+        blamed = replace(_blaming(rerun, audit, [culprit]), remedy=said)
+        return _still_drawing(blamed, drew)
+    return _still_drawing(_of_the_loss(rerun, runs, audit), drew)
 
 
 def _rounded(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Audit:
@@ -262,7 +265,7 @@ def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
     return replace(audit, cause=result.UNKNOWN, detail=why)
 
 
-def _blaming(audit: Audit, culprits: Sequence[Culprit]) -> Audit:
+def _blaming(rerun: Rerun, audit: Audit, culprits: Sequence[Culprit]) -> Audit:
     if not culprits:
         return audit
     first = culprits[0]
@@ -272,8 +275,16 @@ def _blaming(audit: Audit, culprits: Sequence[Culprit]) -> Audit:
         culprit=first.name,
         culprit_type=first.type,
         culprits=tuple(culprits),
-        remedy=remedy_of(first),
+        remedy=remedy_of(first, Counter(type(module).__name__ for module in rerun.window.modules)),
     )
+
+
+def _still_drawing(audit: Audit, drew: Sequence[Culprit]) -> Audit:
+    """Say what is left once a cause is removed: the modules that draw random numbers."""
+    if not drew:
+        return audit
+    said = f"{audit.remedy or 'that settled'}; then it is still stochastic ({of_each_type(drew)})"
+    return replace(audit, culprits=(*audit.culprits, *drew), remedy=said)
 
 
 def _culprit(rerun: Rerun, name: str, cause: str) -> Culprit:

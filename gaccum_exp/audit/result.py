@@ -56,7 +56,7 @@ class Check:
     """A sentence."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Audit:
     """The verdict on one window (on several: the worst window's).
 
@@ -103,22 +103,46 @@ class Audit:
         return replace(self, detail=f"{self.detail}; {detail}" if self.detail else detail)
 
     def report(self) -> str:
-        """Return the verdict in a few lines."""
+        """Return the verdict in a few lines; where there is none, the reason instead of its numbers."""
         numbers = {"e64": self.e64, "e": self.e, "floor": self.floor, "scale": self.scale}
-        said = [f"{k} {v:.2g}" for k, v in numbers.items() if v is not None]
-        lines = [f"{self.verdict} (N = {self.accum_steps}, {self.reduction}): {', '.join(said)}"]
+        said = ", ".join(f"{k} {v:.2g}" for k, v in numbers.items() if v is not None)
+        open_question = self.verdict == "inconclusive"
+        # They would read like a good result, or a bad one, that nobody vouches for.
+        first = (self.detail or "nothing was measured") if open_question else said
+        lines = [f"{self.verdict} (N = {self.accum_steps}, {self.reduction}): {first}"]
         if self.cause is not None:
             at = f" at {self.culprit or 'the model itself'} ({self.culprit_type})"
             lines.append(f"cause: {self.cause}{at if self.culprit_type else ''}")
-        others = [f"{c.name} ({c.type}): {c.cause}" for c in self.culprits if c.name != self.culprit]
-        lines += [f"also: {', '.join(others[:3])}"] if others else []
+        others = _counted([c for c in self.culprits if c.name != self.culprit])
+        lines += [f"also: {', '.join(others)}"] if others else []
         lines += [f"remedy: {self.remedy}"] if self.remedy else []
-        lines += [f"seen: {self.detail}"] if self.detail else []
+        lines += [f"seen: {self.detail}"] if self.detail and not open_question else []
         return "\n".join([*lines, *(f"{check.name}: {check.finding}" for check in self.checks)])
+
+    def __str__(self) -> str:
+        return self.report()
+
+    def __repr__(self) -> str:
+        return f"<{'; '.join(self.report().splitlines())}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the report where IPython or a notebook shows the audit."""
+        printer.text(self.report())
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as written to `audit.json`."""
         return asdict(self)
+
+
+def _counted(culprits: Iterable[Culprit]) -> list[str]:
+    """Name each culprit, and those of one type together, by how many they are."""
+    by_type: dict[tuple[str, str], list[str]] = {}
+    for culprit in culprits:
+        by_type.setdefault((culprit.type, culprit.cause), []).append(culprit.name or "the model itself")
+    return [
+        f"{names[0]} ({kind}): {cause}" if len(names) == 1 else f"{len(names)} of type {kind}: {cause}"
+        for (kind, cause), names in by_type.items()
+    ]
 
 
 def worst(audits: Iterable[Audit]) -> Audit:

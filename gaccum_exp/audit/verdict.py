@@ -1,7 +1,8 @@
 """The verdict that follows from what was measured, and what to do about its cause."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gaccum_exp.audit import result
@@ -84,15 +85,24 @@ def multiple(gradient: Gradient, reference: Gradient, tolerance: float) -> float
     return c if c and distance(gradient, reference, c) <= tolerance * abs(c) else None
 
 
-def remedy_of(culprit: Culprit) -> str:
-    """Return what to do about a module, in a sentence."""
+def of_each_type(culprits: Sequence[Culprit]) -> str:
+    """Return how many modules of which types they are."""
+    counts = Counter(culprit.type for culprit in culprits).items()
+    return ", ".join(f"{n} module{'s' if n > 1 else ''} of type {kind}" for kind, n in counts)
+
+
+def remedy_of(culprit: Culprit, counts: Mapping[str, int]) -> str:
+    """Return what to do about a module, in a sentence; `counts` are the modules by class name."""
+    number = counts.get(culprit.type, 1)
+    one_of = f", one of {number} modules of type {culprit.type}" if number > 1 else f", {culprit.type}"
     if culprit.cause == result.RANDOMNESS:
         return (
-            f"random numbers are drawn in every pass ({culprit.name or 'the model'}, {culprit.type}): "
-            "compare averages over seeds, or switch them off to compare gradients"
+            f"random numbers are drawn in every pass ({culprit.name or 'the model'}{one_of}): compare "
+            "averages over seeds, or switch them off to compare gradients"
         )
     if "BatchNorm" in culprit.type:
-        return f"replace {culprit.type} by GroupNorm, or freeze its statistics"
+        every = f" ({number} modules)" if number > 1 else ""
+        return f"replace {culprit.type}{every} by GroupNorm, or freeze its statistics"
     where = culprit.name or "the model's own forward pass"
     return (
         f"{where} ({culprit.type}) makes a sample's output depend on the other samples of its micro-"

@@ -109,7 +109,8 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> 
         return _column_by_column(parts, sizes, dim, name)
     if isinstance(first, int) and not isinstance(first, bool) and list(parts) == list(sizes):
         return sum(sizes)  # the micro-batch's own number of samples
-    if name in ("batch_idx", "dataloader_idx"):  # Lightning numbers its batches
+    counts_up = all(type(part) is int for part in parts) and sorted(set(parts)) == list(parts)
+    if (counts_up and len(parts) > 1) or name == "dataloader_idx":  # Lightning numbers its batches
         return first
     if any(part is not first and part != first for part in parts):
         raise NotJoinableError(f"micro-batches were called with different values{_at(name)}: {parts}")

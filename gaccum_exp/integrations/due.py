@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import nn
 
 from gaccum_exp.audit.result import Audit
@@ -49,7 +48,7 @@ class DueWindows:
         ranks: int,
         model: nn.Module,
         criterion: Callable[..., Any] | None,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
     ) -> None:
         """Watch the window that begins with the next micro-batch, if it is due."""
         if ranks > 1:

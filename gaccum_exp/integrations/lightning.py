@@ -1,5 +1,6 @@
 """The audit as a callback of Lightning's Trainer."""
 
+import inspect
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,9 +21,9 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
     Args:
         every_n_steps: how often; the first window is always judged. A window that is judged takes about
             a dozen times as long.
-        criterion: as in `watch`; None: what `training_step` returns. With manual optimization give the
-            loss function that `training_step` calls; None is then a loss of `torch.nn.functional`. Of
-            several optimizers the first one's steps are judged.
+        criterion: as in `watch`; None: what `training_step` returns. With manual optimization, or where
+            `training_step` takes `dataloader_iter`, give the loss function that it calls; None is then a
+            loss of `torch.nn.functional`. Of several optimizers see `watch`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,10 +35,13 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
     ) -> None:
         """Watch, if a window begins that is due."""
         criterion = self._criterion
-        if criterion is None and pl_module.automatic_optimization:
+        automatic = pl_module.automatic_optimization
+        # A step that takes the iterator fetches its samples itself, and cannot be run again.
+        fetching = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
+        if criterion is None and automatic and not fetching:
             criterion = pl_module.training_step
         step, ranks = trainer.global_step, trainer.world_size
-        self._begin(step, ranks, pl_module, criterion, trainer.optimizers[0])
+        self._begin(step, ranks, pl_module, criterion, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

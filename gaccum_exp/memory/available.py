@@ -1,5 +1,6 @@
 """Free memory, and what a pass needs of it: asked before the pass, since running out ends the run."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+log = logging.getLogger(__name__)
+LARGE = 0.25
+"""The part of the free memory above which an audit says beforehand what it needs."""
 MARGIN = 0.8
 """The part of the free memory that an audit may take."""
 
@@ -71,6 +75,15 @@ def free_bytes(device: torch.device) -> int | None:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         found += [int(limit) - int(used)] if limit.isdigit() else []
     return min(found, default=None)
+
+
+def announce(needed: int, device: torch.device, what: str) -> None:
+    """Say what is about to be needed, if that is much; warn where it is a large part of what is free."""
+    free, gib = free_bytes(device), needed / 2**30
+    large = free is not None and needed > LARGE * free
+    level = logging.WARNING if large else logging.INFO if gib >= 1 else logging.DEBUG
+    said = "" if free is None else f", {free / 2**30:.2g} GiB are free"
+    log.log(level, "%s needs about %.2g GiB on %s%s", what, gib, device, said)
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:

@@ -189,6 +189,121 @@ def test_the_callback_lets_go_of_a_training_that_fails(tmp_path: Path) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+class Named(Lit):
+    """A step whose second argument has another name."""
+
+    def training_step(self, batch: Any, _: int) -> Any:  # type: ignore[override]  # as Lightning allows
+        return super().training_step(batch, _)
+
+
+class Starred(Lit):
+    def training_step(self, *args: Any) -> Any:
+        return super().training_step(*args)
+
+
+class WithoutIndex(Lit):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]  # as Lightning allows
+        return super().training_step(batch, 0)
+
+
+class Dictionary(Lit):
+    """Returns more than its loss, and logs in all ways."""
+
+    def training_step(self, batch: Any, batch_nb: int) -> Any:  # type: ignore[override]  # as above
+        loss = super().training_step(batch, batch_nb)
+        self.log_dict({"twice": 2 * loss.detach(), "number": loss.item()})
+        return {"loss": loss, "logs": {"loss": loss.detach()}, "inputs": batch[0]}
+
+
+class Skipping(Lit):
+    """Leaves every fourth batch out, as for a bad sample."""
+
+    def training_step(self, batch: Any, i: int) -> Any:  # type: ignore[override]  # as above
+        return None if i % 4 == 1 else super().training_step(batch, i)
+
+
+class Manual(Lit):
+    """Divides, back-propagates and steps itself."""
+
+    divisor = 4.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, i: int) -> None:  # type: ignore[override]  # as above
+        loss = super().training_step(batch, i)
+        self.manual_backward(loss / self.divisor)
+        if (i + 1) % 4 == 0:
+            optimizer = self.optimizers()
+            self.clip_gradients(optimizer, gradient_clip_val=0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class ManualUndivided(Manual):
+    divisor = 1.0
+
+
+class ManualTwo(Manual):
+    """Two models in turns, each with its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = net()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.second)]
+
+    def training_step(self, batch: Any, i: int) -> None:  # type: ignore[override]  # as above
+        for part, optimizer in zip((self.net, self.second), self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            self.manual_backward(F.cross_entropy(part(batch[0]), batch[1]))
+            self.clip_gradients(optimizer, gradient_clip_val=0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("kind", [Named, Starred, WithoutIndex, Dictionary])
+def test_a_training_step_with_any_arguments_and_returns_is_judged(tmp_path: Path, kind: Any) -> None:
+    """And the audit prints as its report."""
+    audit = integration.AuditCallback(every_n_steps=1)
+    fit(tmp_path, kind(), EQUAL, [audit])
+    assert [(a.verdict, a.accum_steps) for _, a in audit.audits] == [("equivalent", 4)] * 2, audit.audits
+    assert str(audit.audits[0][1]).startswith("equivalent (N = 4, mean): e64 ")
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_returns_nothing_leaves_a_window_too_small(tmp_path: Path) -> None:
+    """Lightning divides by four what three micro-batches gave."""
+    audit = integration.AuditCallback(every_n_steps=1)
+    with pytest.warns(UserWarning, match="3 micro-batches"):
+        fit(tmp_path, Skipping(), EQUAL, [audit])
+    found = {(a.verdict, a.cause, a.accum_steps) for _, a in audit.audits}
+    assert found == {("biased", "loss scale", 3)}
+
+
+@pytest.mark.parametrize(("kind", "scale"), [(Manual, 1), (ManualUndivided, 4)])
+def test_manual_optimization_is_judged(tmp_path: Path, kind: Any, scale: int) -> None:
+    """By the loss of torch that the step calls on a part of the module; clipped by Lightning."""
+    audit = integration.AuditCallback(every_n_steps=1)
+    settings: Any = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    with pytest.warns(UserWarning, match="not divided") if scale > 1 else nullcontext():
+        fit(tmp_path, kind(), EQUAL, [audit], **settings)
+    found = [(a.accum_steps, a.scale, a.verdict == "equivalent") for _, a in audit.audits]
+    assert found == [(4, pytest.approx(scale), scale == 1)] * 2, audit.audits
+
+
+def test_several_optimizers_in_turns_are_each_judged(tmp_path: Path) -> None:
+    """Toggled, clipped one by one, and stepped after each pass of their own."""
+    audit = integration.AuditCallback(every_n_steps=1)
+    settings: Any = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    fit(tmp_path, ManualTwo(), EQUAL[:2], [audit], **settings)
+    found = [(a.verdict in ("equivalent", "identical"), a.accum_steps) for _, a in audit.audits]
+    assert found == [(True, 1)] * 4, audit.audits
+
+
 def test_a_callback_that_is_never_due_is_an_error() -> None:
     """Said with the number, before anything runs."""
     with pytest.raises(ValueError, match="every_n_steps=0"):

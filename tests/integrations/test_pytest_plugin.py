@@ -111,7 +111,7 @@ def test_a_strangers_test_fails_with_the_report_where_the_loop_is_not_sound(
         assert f"PASSED test_mine.py::test_{name}\n" in said, said
     assert "6 failed, 2 passed" in said, said
     assert "FAILED test_mine.py::test_own_failure_comes_first - LookupError: mine" in said
-    assert "seen: no optimizer step was seen" in said
+    assert "inconclusive (N = 0, mean): no optimizer step was seen" in said
     assert "gradient is 4 × the large batch's: the loss is not divided by N" in said
     assert "optimizer step 0 of the block\nstochastic (N = 4" in said
 

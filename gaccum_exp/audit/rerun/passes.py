@@ -17,7 +17,7 @@ from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.joined_samples import mapped
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_state, set_random_states
-from gaccum_exp.memory.available import SavedForBackward, needed_bytes, require_memory
+from gaccum_exp.memory.available import SavedForBackward, announce, needed_bytes, require_memory
 
 T = TypeVar("T")
 ForwardContext = Callable[[int | None], AbstractContextManager[None]]
@@ -109,7 +109,12 @@ class Rerun:
                 self.window.one_pass(replay.whole(how.order), self._cast(how), how.order)
                 return self._taken(parameters)
         if not how.summed_in_float64:
-            return self._accumulated(how, lambda gradient: gradient, apart=False)[0]
+            taken = self._accumulated(how, lambda gradient: gradient, apart=False)[0]
+            if how is RECORDING:  # what it has saved tells what the passes after it will need
+                tensors = list(self.window.modules.parameters().values())
+                needed = needed_bytes(tensors, self.saved.bytes, float64=True, held=2)
+                announce(needed, self._device, f"an audit of {sum(self.window.sizes)} samples")
+            return taken
         total: Gradient = {}
         self._accumulated(how, lambda micro: add(total, micro), apart=True)
         return total

@@ -1,9 +1,16 @@
-"""Faults of a loop outside its gradient: in the schedule, the memory and the loss that it reports."""
+"""Faults of a loop outside its gradient, and what was seen around its passes that explains a verdict."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from gaccum_exp.audit.result import Check
+import torch
+from torch import Tensor
+
+from gaccum_exp.audit import result
+from gaccum_exp.audit.result import Audit, Check
 from gaccum_exp.audit.watch.tape import Observations, Tape, TapedCall, TapedMicroBatch
+from gaccum_exp.core.joined_samples import tensors_in
 
 
 def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -> tuple[Check, ...]:
@@ -11,9 +18,10 @@ def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -
     if len(micro_batches) < 2:
         return ()
     found = []
-    inside = [k for k in seen.scheduler_steps if 0 < k < seen.tape.backwards]
+    inside = Counter(which for which, k in seen.scheduler_steps if 0 < k < seen.tape.backwards)
     if inside:
-        times = f"{len(inside)} time{'s' if len(inside) > 1 else ''}"
+        number = max(inside.values())  # several schedules side by side are each stepped as often
+        times = f"{number} time{'s' if number > 1 else ''}"
         found.append(
             Check(
                 "schedule",
@@ -46,6 +54,66 @@ def reported_loss(micro_batches: Sequence[TapedMicroBatch]) -> Check | None:
         said = "of the window's losses only the last micro-batch's was read: report the mean of all"
         return Check("reported loss", said)
     return None
+
+
+def explained(audit: Audit, seen: Observations) -> Audit:
+    """Return the audit with what was seen around the passes: scaling, clipping, weights that moved."""
+    if seen.clipped_by_hand is not None:
+        size = f"{seen.clipped_by_hand:.2g}"
+        audit = audit.noting(f"the loop's own scaling of the gradient to {size} is taken for clipping")
+    if not audit.accum_steps and seen.hidden:
+        names = ", ".join(dict.fromkeys(seen.hidden))
+        why = f"inside what torch.compile compiled nothing is seen ({names}): give watch the compiled"
+        return replace(audit, detail=f"{why} function that returns the loss, as its criterion")
+    if seen.stepped_in_backward:
+        why = "an optimizer steps inside the backward pass, so that nothing accumulates"
+        if audit.verdict == "biased":
+            return replace(audit, remedy=f"{why}: step after the window's last backward pass")
+        return audit.noting(why)
+    if audit.sound and seen.zeroed_at_other_weights:
+        if _of_the_same_samples(seen):
+            return audit.noting("of two gradients at two weights, as SAM takes, this is the second")
+        why = "gradients of other samples were zeroed inside the window, where the weights changed too"
+        return replace(audit, verdict="inconclusive", detail=f"{why}: only what came after is known")
+    if audit.verdict not in ("biased", "inconclusive") or audit.e is None:
+        return audit
+    scales = list(dict.fromkeys(scale for _, scale in seen.loss_scales))
+    of_weights = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.UNKNOWN, None)
+    if len(scales) > 1 and audit.cause in of_weights:
+        one = len({which for which, _ in seen.loss_scales}) == 1
+        what = "update the GradScaler once, after the step" if one else "scale by one GradScaler"
+        listed = ", ".join(f"{scale:g}" for scale in scales[:8])
+        said = f"the loss scale changed inside the window ({listed}): {what}"
+        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
+    if seen.moved and audit.verdict == "inconclusive" and audit.cause == result.UNKNOWN:
+        return _of_moved_weights(audit, seen)
+    return audit
+
+
+def _of_the_same_samples(seen: Observations) -> bool:
+    """Whether the passes at other weights, which left no gradient, had the same samples (SAM)."""
+
+    def inputs(tape: Tape) -> list[Tensor]:
+        return [t for call in tape.calls if call.kind == "model" for t in tensors_in(call.arguments)]
+
+    *others, then = seen.zeroed_at_other_weights
+    one, other = inputs(then), inputs(seen.tape)
+    same = len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return same and not others
+
+
+def _of_moved_weights(audit: Audit, seen: Observations) -> Audit:
+    first, every = min(seen.moved), seen.tape.backwards
+    if first == every:
+        why = "the weights were changed after the last backward pass and before the step: its passes"
+        return replace(audit, detail=f"{why} cannot be run again at the weights that they had")
+    return replace(
+        audit,
+        verdict="biased",
+        cause=result.STALE_OR_MISSING,
+        remedy="call zero_grad where the weights change: gradients at other weights were added up",
+        detail=f"the weights were changed after backward pass {first} of {every}",
+    )
 
 
 def _graphs_joined(tape: Tape, micro_batches: Sequence[TapedMicroBatch]) -> bool:

@@ -98,7 +98,7 @@ class TapedCall:
         """Return the model's calls that it depends on."""
         found: set[TapedCall] = set()
         for ref in self.refs():
-            found |= {ref.call} if ref.call.kind == "model" else ref.call.sources()
+            found |= ({ref.call} if ref.call.kind == "model" else set()) | ref.call.sources()
         return found
 
 
@@ -148,8 +148,8 @@ class Tape:
     calls: list[TapedCall] = field(default_factory=list)
     backwards: int = 0
     """Backward passes so far."""
-    reached: set[int | None] = field(default_factory=set)
-    """Numbers of those that reached a judged parameter."""
+    reached: dict[int | None, set[str]] = field(default_factory=dict)
+    """The judged parameters that each of them reached."""
     parameters: Mapping[int, ParameterRef] = field(default_factory=dict)
     """The judged parameters, by the identity of their tensors."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -274,16 +274,36 @@ class Observations:
     changed: set[int] = field(default_factory=set)
     """The same where they were found changed in another way."""
     clippings: list[Clipping] = field(default_factory=list)
-    scheduler_steps: list[int] = field(default_factory=list)
-    """Backward passes of the window before each step of the learning-rate schedule."""
+    clipped_by_hand: float | None = None
+    """The norm to which the loop itself has scaled what it accumulated, if it is a chosen one."""
+    looked_at: int = 0
+    """Backward passes before the loop last took a norm, or the like, of the gradients."""
+    scheduler_steps: list[tuple[int, int]] = field(default_factory=list)
+    """Which schedule was stepped (its id), after how many backward passes of the window."""
     unscaled: list[int] = field(default_factory=list)
-    """The same before each `unscale_` of a GradScaler."""
+    """Backward passes of the window before each `unscale_` of a GradScaler."""
     retained: list[bool] = field(default_factory=list)
     """Whether each backward pass was told to keep its graph."""
     other_steps: list[int] = field(default_factory=list)
     """The same before each step of another optimizer."""
     loss_scale: float = 1.0
-    """The GradScaler's."""
+    """The GradScaler's, as the last loss was scaled."""
+    loss_scales: list[tuple[int, float]] = field(default_factory=list)
+    """Every scaler (its id) with every scale that it had in the window, in order."""
+    stepped: set[str] = field(default_factory=set)
+    """The parameters whose optimizers took the step: of several, each may step at another time."""
+    carried: set[str] = field(default_factory=set)
+    """Those of them that hold gradients from before another optimizer's step."""
+    stepped_in_backward: bool = False
+    """Whether an optimizer stepped while a backward pass was running."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters as they were in the passes, where they have moved since."""
+    moved: set[int] = field(default_factory=set)
+    """Backward passes after which the weights were found changed though no optimizer had stepped."""
+    zeroed_at_other_weights: list[Tape] = field(default_factory=list)
+    """Earlier passes whose gradients were zeroed when the weights changed: SAM's ascent."""
+    hidden: list[str] = field(default_factory=list)
+    """Names of compiled functions in which nothing is seen."""
 
 
 def leaves(value: Any) -> list[Any]:

@@ -357,7 +357,9 @@ class TapedWindow:
 
         for column in self._models:
             outputs = tensors_in(column.first.run(arguments(column)))
-            here = _order_of(order, self.sizes, column.sizes)
+            # What is made of other calls' outputs has their rows, back in the loop's order.
+            own_order = column.inputs is not None
+            here = _order_of(order, self.sizes, column.sizes) if own_order else None
             for index, call in enumerate(column.calls):
                 if call is not None:
                     each[index][call] = _rows(call, outputs, column.sizes, index, here)

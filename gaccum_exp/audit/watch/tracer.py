@@ -1,29 +1,32 @@
-"""Trace a loop: by hooks on model, criterion, optimizer and parameters, and by the functions it calls.
+"""Trace a loop: by hooks on optimizers and parameters, and by the functions and modules that it calls.
 
 Nothing here changes a number of the loop's: hooks return nothing, operations are passed on as they are.
 """
 
 import functools
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
+from gaccum_exp.audit.watch.between_passes import BetweenPasses
+from gaccum_exp.audit.watch.compiled import WRAPPER, ModeOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
-    Clipping,
     Observations,
     ParameterRef,
     Tape,
@@ -52,26 +55,30 @@ LOSSES = frozenset(
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
 """Operations by which a loop reads a value."""
 PLAIN = (str, int, float, bool, type(None))
+OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
+"""The code around the `step` of every optimizer, which calls its hooks."""
 
 
 class LoopTracer:
     """Traces a loop, and hands each window over when its gradient reaches the optimizer.
 
     Args:
-        model, criterion, optimizer: as in `watch`, without wrappers.
-        modules: of model and criterion, with the parameters whose gradients are judged.
-        reached: gets what was observed of a window, and the gradient that reached the optimizer.
+        model, criterion: as in `watch`, without wrappers.
+        optimizers: whose learning rates a schedule sets.
+        modules: of model and criterion, with the parameters whose gradients are judged. An optimizer
+            that holds some of these takes a step of the loop's.
+        reached: gets what was observed of a window, and the gradient that reached its optimizers.
     """
 
     def __init__(
         self,
         model: nn.Module,
         criterion: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[Optimizer],
         modules: NamedModules,
         reached: Callable[[Observations, Gradient], None],
     ) -> None:
-        self._model, self._criterion, self._optimizer = model, criterion, optimizer
+        self._model, self._criterion, self._optimizers = model, criterion, optimizers
         named = modules.parameters()
         self._parameters = {name: p for name, p in named.items() if name in modules.compared}
         self._reached = reached
@@ -81,6 +88,7 @@ class LoopTracer:
             for name, parameter in module._parameters.items()
             if parameter is not None
         }
+        self._parts = {id(module) for module in model.modules()}
         self._loss_function = criterion
         while isinstance(self._loss_function, functools.partial):
             self._loss_function = self._loss_function.func  # its own arguments are seen in each call
@@ -93,10 +101,21 @@ class LoopTracer:
         self._inside: list[TapedCall] = []
         """The call of model or loss that is running, if any."""
         self._frames: list[tuple[FrameType, TapedCall]] = []
-        self._judging = self._stepping = False
+        self._frames_compiled: list[tuple[FrameType, ModeOff]] = []
+        self.judging = False
+        self._stepping: Optimizer | None = None
+        """The outermost optimizer whose step is running; what steps inside it is a part of it."""
+        self._taken: Gradient = {}
+        """What has reached optimizers since the window's passes."""
+        self._stepped_before: set[str] | None = None
+        """The parameters of the window before."""
         self._counting = False
         """Whether the backward pass that is running reaches the parameters."""
-        self._global_step = self._step_before_scaler = 0
+        self.steps_taken = 0
+        self._norms: tuple[int, list[float]] = (-1, [])
+        """Of the weights, after so many backward passes."""
+        self._between = BetweenPasses(self)
+        self._operations = _Operations(self)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -104,41 +123,33 @@ class LoopTracer:
         with ExitStack() as stack:
             for handle in self._hooks():
                 stack.callback(handle.remove)
-            stack.enter_context(_Operations(self))
-            stack.enter_context(calls_reported(self._functions(), {"step": self._on_step}))
+            stack.enter_context(self._operations)
+            named = self._between.named | {WRAPPER: self._on_compiled}
+            stack.enter_context(calls_reported(self._functions(), named))
             yield
+            self._close()
 
     @property
     def idle(self) -> bool:
         """Whether operations are passed on unseen: inside model, loss or step, or while judging."""
-        return self._judging or self._stepping or bool(self._inside)
+        return self.judging or self._stepping is not None or bool(self._inside)
 
     def _hooks(self) -> Iterator[Any]:
-        called = [("model", self._model)]
-        if isinstance(self._criterion, nn.Module):
-            called.append(("loss", self._criterion))
-        for kind, module in called:
-            before = functools.partial(self._before_module, kind)
-            yield module.register_forward_pre_hook(_Hook(before), with_kwargs=True)
-            yield module.register_forward_hook(_Hook(self._after_module), with_kwargs=True)
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.is_leaf:
                 register: Any = parameter.register_post_accumulate_grad_hook
-                yield register(functools.partial(self._on_accumulation, name))
-        yield register_optimizer_step_pre_hook(self._before_any_step)
-        yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
-        yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
+                yield register(uncompiled(functools.partial(self._on_accumulation, name)))
+        yield register_optimizer_step_pre_hook(uncompiled(self._before_step))
+        yield register_optimizer_step_post_hook(uncompiled(self._after_step))
 
     def _functions(self) -> dict[CodeType, OnCall]:
         found: dict[CodeType, OnCall] = {
-            GradScaler.scale.__code__: self._on_scale,
-            GradScaler.unscale_.__code__: self._on_unscale,
-            GradScaler.step.__code__: self._on_scaler_step,
+            **self._between.functions(),
+            nn.Module._call_impl.__code__: self._on_module,
             torch.autograd.backward.__code__: self._on_backward,
             torch.autograd.grad.__code__: self._on_backward,
+            OPTIMIZER_STEP: self._on_optimizer_step,
         }
-        for clip in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
-            found[inspect.unwrap(clip).__code__] = self._on_clipping
         code = code_of(self._loss_function)
         if code is not None and not isinstance(self._criterion, nn.Module):
             found[code] = self._on_loss
@@ -146,13 +157,55 @@ class LoopTracer:
 
     # Calls of model and loss.
 
-    def _before_module(self, kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.idle and torch.is_grad_enabled():
-            self._begin(kind, module, args, kwargs)
+    def _on_module(self, event: str, frame: FrameType, value: Any) -> None:
+        """Tape a call of model or criterion, or of a part of the model that the loop itself calls.
 
-    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._inside and self._inside[-1].function is module and not self._judging:
-            self._end(self._inside[-1], output)
+        By the function that runs every module, since a hook would be a part of what is compiled.
+        """
+        if self.judging:
+            return
+        if event == "return":
+            self._returned(frame, value)
+            return
+        module = frame.f_locals["self"]
+        kind = self._kind_of(module)
+        if kind is not None and not self.idle and torch.is_grad_enabled():
+            call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
+            self._frames.append((frame, call))
+
+    def _kind_of(self, module: Any) -> str | None:
+        if module is self._criterion:
+            return "loss"
+        if id(module) not in self._parts:
+            return None
+        return "loss" if self._criterion is None and isinstance(module, _Loss) else "model"
+
+    def _returned(self, frame: FrameType, value: Any) -> None:
+        """End the call of this frame; one that raised has returned None."""
+        if self._frames and self._frames[-1][0] is frame:
+            self._end(self._frames.pop()[1], value)
+
+    def _on_compiled(self, event: str, frame: FrameType, value: Any) -> None:
+        """Keep out of what is compiled, and tape it where model or loss is compiled as a whole."""
+        function = None if self.judging else compiled_function(frame)
+        if function is None:
+            return
+        if event == "return":
+            self._returned(frame, value)
+            if self._frames_compiled and self._frames_compiled[-1][0] is frame:
+                self._frames_compiled.pop()[1].restore()
+            return
+        owner = getattr(function, "__self__", function)
+        kind = self._kind_of(owner) if isinstance(owner, nn.Module) else None
+        if function == self._loss_function:
+            kind, owner = "loss", function
+        if not self.idle and torch.is_grad_enabled():
+            if kind is not None:
+                call = self._begin(kind, owner, frame.f_locals["args"], frame.f_locals["kwargs"])
+                self._frames.append((frame, call))
+            else:
+                self.seen.hidden.append(getattr(function, "__name__", type(function).__name__))
+        self._frames_compiled.append((frame, ModeOff(self._operations)))
 
     def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         device = self._device_type
@@ -195,20 +248,19 @@ class LoopTracer:
         tape = self.seen.tape
 
         def back_propagated(cotangent: Tensor) -> None:
-            if self._counting and not self._judging and not self._stepping:
+            if self._counting and not self.judging and self._stepping is None:
                 before = call.cotangent
                 call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
                 call.backward = tape.backwards
 
         if loss is not None:
-            loss.register_hook(back_propagated)  # type: ignore[no-untyped-call]  # torch's own
+            loss.register_hook(uncompiled(back_propagated))  # type: ignore[no-untyped-call]  # torch's own
 
     def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
-        if self._judging:
+        if self.judging:
             return
         if event == "return":
-            if self._frames and self._frames[-1][0] is frame:
-                self._end(self._frames.pop()[1], value)
+            self._returned(frame, value)
             return
         if self.idle or not torch.is_grad_enabled():
             return
@@ -227,9 +279,9 @@ class LoopTracer:
             self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
         tape, graphs = self.seen.tape, torch.is_grad_enabled()
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
-        if not origins and not (
-            graphs and name not in READS and self._computes_with_parameters(tensors)
-        ):
+        with_parameters = graphs and name not in READS and self._computes_with_parameters(tensors)
+        if not origins and not with_parameters:
+            self._between.look(name, tensors)
             return function(*args, **kwargs)
         if function in LOSSES and self._criterion in (None, function) and graphs:
             call = self._begin("loss", function, args, kwargs)
@@ -269,24 +321,25 @@ class LoopTracer:
     # Gradients, and the optimizer's step.
 
     def _on_accumulation(self, name: str, parameter: Tensor) -> None:
-        if not self._judging and not self._stepping and parameter.grad is not None:
-            self.seen.tape.reached.add(self.seen.tape.backwards)
+        if not self.judging and self._stepping is None and parameter.grad is not None:
             kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
             kept[name] = parameter.grad.detach().clone()
+            self.seen.tape.reached.setdefault(self.seen.tape.backwards, set()).add(name)
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
         """Count backward passes, and keep the gradients after the last one."""
         seen = self.seen
-        if self._judging or self._stepping:
+        if self.judging or self._stepping is not None:
             return
         if event == "call":
             # The gradient of an attack on the inputs, or of a penalty, reaches no parameter.
             inputs = frame.f_locals.get("inputs")
             asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
-            judged = {id(p) for p in self._parameters.values()}
-            self._counting = inputs is None or any(id(t) in judged for t in asked)
-            if self._counting and inputs is not None:
-                seen.tape.reached.add(seen.tape.backwards)
+            given = {id(t) for t in asked}
+            names = {name for name, p in self._parameters.items() if id(p) in given}
+            self._counting = inputs is None or bool(names)
+            if names:
+                seen.tape.reached.setdefault(seen.tape.backwards, set()).update(names)
             if self._counting:
                 seen.retained.append(bool(frame.f_locals.get("retain_graph")))
             return
@@ -294,11 +347,15 @@ class LoopTracer:
             last = seen.accumulated.get(seen.tape.backwards)
             seen.tape.backwards += 1
             seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+            if seen.stepped:  # an optimizer that steps inside the backward pass
+                self._close_if_complete()
         self._counting = False
 
     def _look_at_gradients(self) -> None:
         """Compare the gradients, before a pass, with those that the pass before left."""
-        seen, now, backwards = self.seen, self._gradients(), self.seen.tape.backwards
+        self._close()
+        seen, now, backwards = self.seen, self.gradients(), self.seen.tape.backwards
+        moved = self._weights_moved()
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
             return
@@ -306,92 +363,153 @@ class LoopTracer:
         if last is None or not any(bool(g.any()) for g in last.values()):
             return
         if not any(bool(g.any()) for g in now.values()):
+            if moved:  # as SAM does: what follows is another gradient, at other weights
+                self._begin_window()
+                self.seen.weights = self._weights_of(self._parameters)
+                self.seen.zeroed_at_other_weights = [*seen.zeroed_at_other_weights, seen.tape]
+                return
             seen.zeroed.add(backwards)
         elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
             seen.changed.add(backwards)
 
-    def _gradients(self) -> Gradient:
+    def _weights_moved(self) -> bool:
+        """Whether the weights have changed since the backward pass before."""
+        backwards = self.seen.tape.backwards
+        then, before = self._norms
+        if then == backwards:
+            return False
+        now = [float(torch.linalg.vector_norm(p.detach())) for p in self._parameters.values()]
+        self._norms = backwards, now
+        moved = 0 <= then < backwards and now != before
+        if moved:
+            self.seen.moved.add(backwards)
+        return moved
+
+    def _weights_of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._parameters[name].detach().clone() for name in names}
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rates of all optimizers' groups."""
+        return [float(group.get("lr", 0)) for o in self._optimizers for group in o.param_groups]
+
+    def judges(self, optimizer: Any) -> set[str]:
+        """Return the judged parameters of an optimizer."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name for name, p in self._parameters.items() if id(p) in held}
+
+    def gradients(self) -> Gradient:
+        """Return the gradients that are there, dense, by parameter name."""
         return {
             name: p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
             for name, p in self._parameters.items()
             if p.grad is not None
         }
 
-    def _before_any_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if optimizer is not self._optimizer and not self._judging and not self._stepping:
-            self.seen.other_steps.append(self.seen.tape.backwards)
-
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        if self._judging:
+        if self.judging or self._stepping is not None:
+            return None
+        if not self.judges(optimizer):
+            self.seen.other_steps.append(self.seen.tape.backwards)
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
         if closure is None:
-            self._hand_over()
+            self._hand_over(optimizer)
             return None
 
         def traced(*a: Any, **k: Any) -> Any:
             value = closure(*a, **k)
-            if not self._stepping:  # what it runs again within the step is no window of its own
-                self._hand_over()
+            if self._stepping is None:  # what it runs again within the step is no window of its own
+                self._hand_over(optimizer)
             return value
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": traced}
         return (args[0], traced, *args[2:]), kwargs
 
-    def _hand_over(self) -> None:
-        self._global_step += 1
-        self._stepping = self._judging = True
+    def _hand_over(self, optimizer: Optimizer) -> None:
+        self.steps_taken += 1
+        names = self.judges(optimizer)
+        if names & self.seen.stepped:
+            self._close()
+        self._stepping = optimizer
+        # A fused optimizer unscales by itself, in its step.
+        scale = getattr(optimizer, "grad_scale", None)
+        by = float(scale) if isinstance(scale, Tensor) else 1.0
+        now = {k: g / by if by != 1 else g.clone() for k, g in self.gradients().items() if k in names}
+        if self.seen.tape.calls:
+            self._weights_moved()
+        self._taken |= now
+        self.seen.stepped |= names
+        self.seen.stepped_in_backward |= self._counting
+        if not self._close_if_complete():
+            self.seen.weights = self._weights_of(names) | self.seen.weights
+
+    def _close_if_complete(self) -> bool:
+        """Judge the window once all have stepped; inside a backward pass, when that has ended."""
+        complete = self.seen.stepped == self._parameters.keys() and not self._counting
+        if complete:
+            self._close()
+        return complete
+
+    def _close(self) -> None:
+        """Judge the window whose step was taken, if there is one."""
+        seen, taken = self.seen, self._taken
+        if not seen.stepped or self.judging:
+            return
+        if seen.stepped != self._parameters.keys():
+            _leave_out_others(seen)
+        left = seen.at_start.keys() & seen.stepped
+        before = seen.stepped if self._stepped_before is None else self._stepped_before
+        seen.carried = left - before
+        self._between.note_clipping_by_hand(taken)
+        self.judging = True
         try:
-            # A fused optimizer unscales by itself, in its step.
-            scale = getattr(self._optimizer, "grad_scale", None)
-            by = float(scale) if isinstance(scale, Tensor) else 1.0
-            now = {k: g / by if by != 1 else g.clone() for k, g in self._gradients().items()}
-            self._reached(self.seen, now)
+            self._reached(seen, taken)
         finally:
-            self._judging = False
+            self.judging = False
+            self._stepped_before = seen.stepped
+            self._begin_window()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._stepping:
-            self._begin_window()
-            self._stepping = False
+        if self._stepping is optimizer:
+            self._stepping = None
+
+    def _on_optimizer_step(self, event: str, frame: FrameType, value: Any) -> None:
+        """Let a window go whose step has raised, for then no hook is called after it."""
+        if event == "return" and self._stepping is not None:
+            args = frame.f_locals.get("args")
+            if args and args[0] is self._stepping:
+                self._stepping = None
+                self._begin_window()
+
+    def give_up(self, optimizer: Any) -> None:
+        """Let the gradients go whose step a scaler has skipped."""
+        names = self.judges(optimizer)
+        if names:
+            self.seen.stepped |= names
+            if not self._taken and self.seen.stepped == self._parameters.keys():
+                self._begin_window()
 
     def _begin_window(self) -> None:
-        self.past, self.seen = self.seen.tape, self._nothing_seen()
+        self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
+        self._norms = -1, []
 
     def _nothing_seen(self) -> Observations:
         return Observations(Tape(parameters=self._refs))
 
-    # Functions that the loop calls between passes.
 
-    def _on_clipping(self, event: str, frame: FrameType, value: Any) -> None:
-        if self._judging:
-            return
-        now = {k: g.clone() for k, g in self._gradients().items()}
-        if event == "call":
-            self.seen.clippings.append(Clipping(self.seen.tape.backwards, now))
-        elif self.seen.clippings:
-            self.seen.clippings[-1].after = now
+def _leave_out_others(seen: Observations) -> None:
+    """Leave out what belongs to optimizers that did not step: their passes and their gradients."""
 
-    def _on_step(self, event: str, frame: FrameType, value: Any) -> None:
-        scheduler = isinstance(frame.f_locals.get("self"), LRScheduler)
-        if event == "call" and scheduler and not self._judging:
-            self.seen.scheduler_steps.append(self.seen.tape.backwards)
+    def own(gradient: Gradient) -> Gradient:
+        return {name: g for name, g in gradient.items() if name in seen.stepped}
 
-    def _on_scaler_step(self, event: str, frame: FrameType, value: Any) -> None:
-        """Give a window up where a gradient overflowed: the scaler skips its step."""
-        if event == "call":
-            self._step_before_scaler = self._global_step
-        elif self._global_step == self._step_before_scaler and not self._judging:
-            self._begin_window()
-
-    def _on_scale(self, event: str, frame: FrameType, value: Any) -> None:
-        if event == "return" and not self._judging:
-            self.seen.loss_scale = float(frame.f_locals["self"].get_scale())
-
-    def _on_unscale(self, event: str, frame: FrameType, value: Any) -> None:
-        if event == "call" and not self._judging:
-            self.seen.unscaled.append(self.seen.tape.backwards)
+    for call in seen.tape.calls:
+        if call.backward is not None and not seen.tape.reached.get(call.backward, set()) & seen.stepped:
+            call.cotangent = None
+    seen.at_start = own(seen.at_start)
+    for clipping in seen.clippings:
+        clipping.before, clipping.after = own(clipping.before), own(clipping.after)
 
 
 class _Operations(TorchFunctionMode):
@@ -406,19 +524,3 @@ class _Operations(TorchFunctionMode):
         if self._tracer.idle:
             return func(*args, **kwargs)
         return self._tracer.operation(func, args, kwargs)
-
-
-class _Hook:
-    """A hook that does nothing on a copy of its module, or once that is stored and loaded."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(nothing)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (nothing,)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
+from gaccum_exp.audit.watch.compiled import uncompiled
+
 OnCall = Callable[[str, FrameType, Any], None]
 """Takes `call` or `return`, the frame, and what is returned."""
 
@@ -20,13 +22,14 @@ def calls_reported(by_code: dict[CodeType, OnCall], by_name: dict[str, OnCall]) 
     """Report every call of these code objects, and of functions of these names."""
     before = sys.getprofile()
     # By identity: code that torch.compile makes may hold constants that have no hash.
-    of_code = {id(code): report for code, report in by_code.items()}
+    of_code = {id(code): uncompiled(report) for code, report in by_code.items()}
+    of_name = {name: uncompiled(report) for name, report in by_name.items()}
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
         if before is not None:
             before(frame, event, arg)  # type: ignore[arg-type]  # passed on as it came
         if event in ("call", "return"):
-            report = of_code.get(id(frame.f_code)) or by_name.get(frame.f_code.co_name)
+            report = of_code.get(id(frame.f_code)) or of_name.get(frame.f_code.co_name)
             if report is not None:
                 report(event, frame, arg)
 

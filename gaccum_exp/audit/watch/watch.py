@@ -1,18 +1,19 @@
 """`watch`: audit any training loop from outside."""
 
-from collections.abc import Callable, Container
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit, Check, worst
+from gaccum_exp.audit.watch.compiled import original
 from gaccum_exp.audit.watch.judge import judge
-from gaccum_exp.audit.watch.loop_checks import reported_loss
+from gaccum_exp.audit.watch.loop_checks import explained, reported_loss
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
@@ -70,6 +71,12 @@ class Watched:
     def __str__(self) -> str:
         return self.worst.report()
 
+    def __repr__(self) -> str:
+        return repr(self.worst)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
 
 class watch:  # noqa: N801  # used as a function
     """Watch a training loop, and judge the gradient of every optimizer step in the block.
@@ -86,24 +93,30 @@ class watch:  # noqa: N801  # used as a function
         criterion: a module or function that the loop calls on the model's outputs; a function that
             calls the model itself (`lit.training_step`, a `compute_loss(model, batch)`); or None: a loss
             of `torch.nn.functional`, or the model's own `loss`.
-        optimizer: whose `step` ends a window, wrapped or not.
+        optimizer: whose `step` ends a window, wrapped or not; or several (an iterable, or a mapping's
+            values). Those that step one after the other take one window; where passes lie between their
+            steps (a GAN), each takes its own, and its own parameters are judged.
         steps: which optimizer steps of the block to judge, the first being 0; None: all.
         batch_dim: the dimension of the model's inputs that counts samples.
+
+    Raises:
+        TypeError: there is no optimizer.
     """
 
     def __init__(
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[..., Any] | None,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer],
         *,
         steps: Container[int] | None = None,
         batch_dim: int = 0,
     ) -> None:
-        model, optimizer = _unwrapped(model), _unwrapped(optimizer)
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        self._modules = NamedModules(model, *modules_in(criterion), compared=stepped)
-        self._tracer = LoopTracer(model, criterion, optimizer, self._modules, self._reached)
+        self._model, self._criterion = _unwrapped(model), original(_unwrapped(criterion))
+        optimizers = _optimizers(optimizer)
+        stepped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        self._modules = self._named_modules(stepped)
+        self._tracer = LoopTracer(self._model, self._criterion, optimizers, self._modules, self._reached)
         self._judged, self._dim = steps, batch_dim
         self._global_step = 0
         self._watched = Watched()
@@ -115,7 +128,7 @@ class watch:  # noqa: N801  # used as a function
         return self._watched
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._stack.close()  # which may judge a last window
         self._close_reports()
         self._watched.left_over = self._tracer.seen.tape.backwards
         self._tracer.seen = Observations()  # which holds gradients
@@ -123,10 +136,27 @@ class watch:  # noqa: N801  # used as a function
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
         global_step, self._global_step = self._global_step, self._global_step + 1
         self._close_reports()
-        if self._judged is None or global_step in self._judged:
-            with random_state_kept():
-                self._watched.windows.append(judge(seen, gradient, self._modules, self._dim))
-            self._unreported = seen.tape.micro_batches()
+        if self._judged is not None and global_step not in self._judged:
+            return
+        judged = seen.stepped - seen.carried
+        modules, windows = self._modules, self._watched.windows
+        if judged != modules.compared:
+            parameters = modules.parameters()
+            modules = self._named_modules([parameters[name] for name in judged])
+        with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
+            if judged:
+                here = {name: g for name, g in gradient.items() if name in judged}
+                windows.append(explained(judge(seen, here, modules, self._dim), seen))
+            if seen.carried:
+                why = (
+                    f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
+                    "step: watch each optimizer alone"
+                )
+                windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
+        self._unreported = seen.tape.micro_batches()
+
+    def _named_modules(self, compared: Iterable[Tensor]) -> NamedModules:
+        return NamedModules(self._model, *modules_in(self._criterion), compared=compared)
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.
@@ -141,3 +171,34 @@ def _unwrapped(wrapped: Any) -> Any:
     while type(wrapped).__name__ in WRAPPERS:
         wrapped = getattr(wrapped, WRAPPERS[type(wrapped).__name__])
     return wrapped
+
+
+def _optimizers(given: Any) -> list[Any]:
+    several = given.values() if isinstance(given, Mapping) else given
+    one = hasattr(given, "param_groups") or not isinstance(several, Iterable)
+    found = [_unwrapped(optimizer) for optimizer in ([given] if one else several)]
+    wrong = [type(each).__name__ for each in found if not hasattr(each, "param_groups")]
+    if wrong or not found:
+        raise TypeError(f"watch needs a torch optimizer, or several, not {(wrong or ['none'])[0]}")
+    return found
+
+
+@contextmanager
+def _as_in_the_passes(
+    then: Mapping[str, Tensor], gradient: Gradient, modules: NamedModules
+) -> Iterator[None]:
+    """Give parameters the values that they had in the passes, for the length of a block."""
+    parameters = modules.parameters()
+    now = {name: parameters[name].data for name in then}
+    frozen = [p for name, p in parameters.items() if name in gradient and not p.requires_grad]
+    for parameter in frozen:  # since the passes, as where a loop toggles its optimizers
+        parameter.requires_grad_(True)
+    for name, weights in then.items():
+        parameters[name].data = weights
+    try:
+        yield
+    finally:
+        for name, weights in now.items():
+            parameters[name].data = weights
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -38,19 +38,22 @@ def block(audit: Audit) -> RenderableType:
     grid.add_column()
     grid.add_column(overflow="fold")
     grid.add_row("verdict", Text(audit.verdict, style=f"bold {_STYLES.get(audit.verdict, _OPEN)}"))
+    open_question = audit.verdict == "inconclusive"  # whose numbers would read like a result
+    if open_question and audit.detail:
+        grid.add_row("reason", Text(audit.detail))
     for label, number, say, meaning in (
         ("e64", audit.e64, say_gap, "relative error of the accumulated gradient, in float64"),
         ("e", audit.e, say_gap, "the same in the run's own precision"),
         ("floor", audit.floor, say_gap, "how far rounding alone moves the one-pass gradient there"),
         ("scale", audit.scale, say_ratio, "× the large batch's mean gradient"),
     ):
-        if number is not None:
+        if number is not None and not open_question:
             grid.add_row(label, Text(f"{say(number):<9}{meaning}"))
     for label, words in (
         ("cause", audit.cause),
         ("culprit", _culprit(audit)),
         ("remedy", audit.remedy),
-        ("detail", audit.detail),
+        ("detail", None if open_question else audit.detail),
         *((check.name, check.finding) for check in audit.checks),
     ):
         if words:
@@ -87,7 +90,9 @@ def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
             table.add_row(Text(name), f" {MISSING}", style="dim")
             continue
         verdict = Text(f" {outcome.verdict}", style=_STYLES.get(outcome.verdict, _OPEN))
-        numbers = (f" {say_gap(number)}" for number in (outcome.e64, outcome.e, outcome.floor))
+        measured = (outcome.e64, outcome.e, outcome.floor)
+        known = outcome.verdict != "inconclusive"
+        numbers = (f" {say_gap(number) if known else MISSING}" for number in measured)
         cause = Text(f" {outcome.cause or MISSING}")
         table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(outcome) or MISSING}"))
     return table
