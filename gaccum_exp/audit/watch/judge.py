@@ -98,8 +98,12 @@ class _LoopWindow:
         if self._window.computed_by_user:
             self._rerun.gradient(ONE_PASS64)  # which shows what is constant in the user's function
         shares = shares_of(self._window, self._rerun, (factor or 1.0) / loss_scale)
-        outside = self._window.constants_outside
-        faults, remark = faults_of(shares, len(self._micro_batches), constants_outside=outside)
+        faults, remark = faults_of(
+            shares,
+            len(self._micro_batches),
+            constants_outside=self._window.constants_outside,
+            rescaled=factor not in (None, 1.0),
+        )
         micro, whole = [], []
         for term, off in zip(shares, faults, strict=True):
             meant = [c * term.whole_weight for c in term.coefficients or []]

@@ -98,7 +98,7 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
 
 
 def faults_of(
-    shares: Sequence[TermShares], accum_steps: int, *, constants_outside: bool
+    shares: Sequence[TermShares], accum_steps: int, *, constants_outside: bool, rescaled: bool
 ) -> tuple[list[float], str | None]:
     """Return the factors by which the terms are off, and a remark on what is taken as given.
 
@@ -106,6 +106,7 @@ def faults_of(
         shares: of each term.
         accum_steps: N.
         constants_outside: whether no loss function multiplies by a constant itself.
+        rescaled: whether the gradient was multiplied after its last backward pass.
     """
     means = [term for term in shares if not term.summed]
     totals = [term.whole_weight / term.literal for term in means]
@@ -115,8 +116,8 @@ def faults_of(
         weights = [w / means[0].literal for w in means[0].weights]
         tried = [weights, [total], [1 / total]] if total > 0 else []
         divided = any(common_divisor(each) is not None for each in tried)
-        if len(means) == 1 and divided and constants_outside:
-            faults = [total]
+        if rescaled or (len(means) == 1 and divided and constants_outside):
+            faults = [total] * len(means)
         else:
             said = f"the loop multiplies the loss by {total:.4g} in all"
             remark = f"{said}, which is taken as given"

@@ -441,6 +441,9 @@ class LoopTracer:
         self._taken |= now
         self.seen.stepped |= names
         self.seen.stepped_in_backward |= self._counting
+        if self._counting:  # it takes the gradient away before the accumulation is seen
+            tape = self.seen.tape
+            tape.reached.setdefault(tape.backwards, set()).update(names)
         if not self._close_if_complete():
             self.seen.weights = self._weights_of(names) | self.seen.weights
 
