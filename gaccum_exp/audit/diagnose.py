@@ -96,6 +96,11 @@ def diagnose(
     try:
         one_pass64 = rerun.gradient(ONE_PASS64, held=2)
         accumulated64 = rerun.gradient(ACCUMULATED64)
+        same = rerun.window.with_first_values()
+        if same is not None:
+            with_first = replace(rerun, window=same).gradient(ACCUMULATED64)
+            if distance(with_first, accumulated64) > SAME64:
+                return Diagnosis(replace(blank, detail=_differing(same.differing)))
         permuted = rerun.gradient(replace(ONE_PASS64, order=orders[0]))
         floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
         del permuted  # of a large model a third gradient may not fit beside what comes next
@@ -121,6 +126,13 @@ def diagnose(
     )
     runs = _Runs(accumulated, replayed, one_pass, accumulated64, one_pass64, forward)
     return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
+
+
+def _differing(names: Sequence[str]) -> str:
+    return (
+        f"micro-batches were called with different values of {', '.join(names)}, on which the gradient "
+        "depends, and one pass has one value: give it for each sample, as a tensor, or one to a window"
+    )
 
 
 def error_line(error: Exception) -> str:

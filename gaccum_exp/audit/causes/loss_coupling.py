@@ -11,8 +11,8 @@ from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, lea
 from gaccum_exp.core.joined_samples import tensors_in
 
 
-def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
-    """Whether the operations between model and loss mix a micro-batch's samples."""
+def couples_samples(micro_batch: TapedMicroBatch, size: int, dim: int = 0) -> bool:
+    """Whether the operations between model and loss mix a micro-batch's samples, along `dim`."""
     losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
     if size < 2 or not losses:
         return False
@@ -29,22 +29,19 @@ def couples_samples(micro_batch: TapedMicroBatch, size: int) -> bool:
         for call in micro_batch.models
     }
     with torch.no_grad():
-        return any(_mixes(loss, outputs, size, generator) for loss in losses)
+        return any(_mixes(loss, outputs, size, dim, generator) for loss in losses)
 
 
-def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Generator) -> bool:
+def _mixes(loss: TapedCall, outputs: Outputs, size: int, dim: int, generator: torch.Generator) -> bool:
     before = tensors_in(resolved(loss.arguments, dict(outputs)))
 
     def rows_changed(chosen: Tensor) -> list[Tensor]:
         redrawn = {
-            call: [_redrawn(t, chosen, size, generator) for t in tensors]
+            call: [_redrawn(t, chosen, size, dim, generator) for t in tensors]
             for call, tensors in outputs.items()
         }
         after = tensors_in(resolved(loss.arguments, redrawn))
-        return [
-            (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
-            for a, b in zip(after, before, strict=True)
-        ]
+        return [_by_sample(a != b, size, dim) for a, b in zip(after, before, strict=True)]
 
     numbers = torch.arange(size)
     for bit in range((size - 1).bit_length()):  # any two samples differ in a bit of their numbers
@@ -55,9 +52,18 @@ def _mixes(loss: TapedCall, outputs: Outputs, size: int, generator: torch.Genera
     return False
 
 
-def _redrawn(tensor: Tensor, chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if dim is None or not tensor.is_floating_point():
+def _by_sample(changed: Tensor, size: int, dim: int) -> Tensor:
+    """Return which samples of a tensor have changed, or which of its rows, (samples,) or (rows,)."""
+    if not changed.ndim:
+        return changed.reshape(1)
+    own = dim if dim < changed.ndim and changed.shape[dim] == size else 0
+    return changed.movedim(own, 0).reshape(changed.shape[own], -1).any(1)
+
+
+def _redrawn(tensor: Tensor, chosen: Tensor, size: int, dim: int, generator: torch.Generator) -> Tensor:
+    fitting = [d for d, n in enumerate(tensor.shape) if n == size]
+    if not fitting or not tensor.is_floating_point():
         return tensor
-    mask = chosen.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    own = dim if dim in fitting else fitting[0]
+    mask = chosen.to(tensor.device).reshape([-1 if d == own else 1 for d in range(tensor.ndim)])
     return torch.where(mask, torch.randn(tensor.shape, generator=generator).to(tensor), tensor)

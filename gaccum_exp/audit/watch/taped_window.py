@@ -13,9 +13,15 @@ from gaccum_exp.audit.causes.loss_coupling import couples_samples
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
-from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
-from gaccum_exp.core.joined_samples import NotJoinableError, sample_dim, size_of, tensors_in
+from gaccum_exp.core.joined_samples import (
+    NotJoinableError,
+    SampleLayout,
+    sample_dim,
+    sample_layouts,
+    tensors_in,
+)
 
 
 class CouplingError(NotJoinableError):
@@ -31,21 +37,23 @@ class TapedWindow:
     Args:
         modules: of model and loss.
         micro_batches: of the tape.
-        dim: the dimension of the model's inputs that counts samples.
+        layout: where the samples are in the arguments of each one's first call.
 
     Raises:
         NotJoinableError: they do not make one batch.
     """
 
     def __init__(
-        self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], dim: int
+        self,
+        modules: NamedModules,
+        micro_batches: Sequence[TapedMicroBatch],
+        layout: SampleLayout,
     ) -> None:
         self.modules = modules
-        self._dim = dim
         self._micro_batches = micro_batches
         if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
-        self.sizes = [size_of(m.first.arguments, dim) for m in micro_batches]
+        self.sizes = layout.sizes
         self.starts = [m.first.start for m in micro_batches]
         """The random states in which they began."""
         cotangents = [_cotangents(m) for m in micro_batches]
@@ -56,14 +64,21 @@ class TapedWindow:
         self.whole_weight = 1.0
         self.coefficients: list[float] | None = None
         """Of the ∇ℓᵢ in the gradient of ℓ, if they have been fitted and it is a combination of them."""
-        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
-        """Whether joining the micro-batches pads their sequences."""
         self._models, self._losses = (
-            [(calls, self._joined_constants(calls)) for calls in zip(*each, strict=True)]
+            [
+                (calls, layout if calls[0] is micro_batches[0].first else self._layout(calls))
+                for calls in zip(*each, strict=True)
+            ]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
-        """Corresponding calls, one of each micro-batch, and their arguments as one batch."""
-        if couples_samples(micro_batches[0], self.sizes[0]):
+        """Corresponding calls, one of each micro-batch, and where their samples are."""
+        layouts = [each for _, each in (*self._models, *self._losses)]
+        self.padded = any(each.padded for each in layouts)
+        """Whether joining the micro-batches pads their sequences."""
+        self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
+        """Names of arguments that belong to no sample, and differ between micro-batches."""
+        self._first_values = False
+        if couples_samples(micro_batches[0], self.sizes[0], layout.dim):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
 
     def weighed(
@@ -77,9 +92,9 @@ class TapedWindow:
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run the micro-batches as the loop did."""
-        for index, micro_batch in enumerate(self._micro_batches):
+        for index in range(len(self._micro_batches)):
             with context(index):
-                losses = self._losses_of(micro_batch, cast)
+                losses = self._losses_of(index, cast)
             weight, units = self.weights[index], self._cotangents[index]
             cotangents = [u.to(x) * weight for u, x in zip(units, losses, strict=True)]
             torch.autograd.backward(losses, cotangents)
@@ -98,7 +113,7 @@ class TapedWindow:
             losses = self._whole_losses(cast, None)
             units, count = self._whole_cotangents(losses), sum(counts)
         else:
-            losses = self._losses_of(self._micro_batches[index], cast)
+            losses = self._losses_of(index, cast)
             units, count = self._cotangents[index], counts[index]
         total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
         assert isinstance(total, Tensor)
@@ -114,6 +129,14 @@ class TapedWindow:
             return None
         weights = [coefficient * self.whole_weight for coefficient in self.coefficients]
         return self.weighed(weights, self.whole_weight, self.coefficients)
+
+    def with_first_values(self) -> "TapedWindow | None":
+        """Return the window with the first micro-batch's values of what differs; None: nothing does."""
+        if not self.differing:
+            return None
+        other = copy.copy(self)
+        other._first_values = True
+        return other
 
     def counts(self) -> list[float] | None:
         """Return what each micro-batch's loss counts, for criteria that are known to count."""
@@ -139,45 +162,48 @@ class TapedWindow:
         counted = torch.cat([units[0] != 0 for units in self._cotangents])
         return [(counted / counted.sum()).to(losses[0]).reshape(losses[0].shape)]
 
-    def _joined_constants(self, calls: Sequence[TapedCall]) -> Any:
-        """Return the calls' arguments as one batch; None where some come from other calls."""
-        given = [call.arguments for call in calls]
-        if any(isinstance(leaf, OutputRef) for leaf in tape.leaves(given)):
-            return None
-        return samples.joined(given, [size_of(g, self._dim) for g in given], self._dim)
+    def _layout(self, calls: Sequence[TapedCall]) -> SampleLayout:
+        """Return where the samples are in the arguments of corresponding calls."""
+        given = [tape.shapes_of(call.arguments) for call in calls]
+        others = [[shape for shape, _ in call.outputs] for call in calls]
+        return sample_layouts(given, others=others, sizes=self.sizes)[0]
 
-    def _losses_of(self, micro_batch: TapedMicroBatch, cast: Cast) -> list[Tensor]:
+    def _losses_of(self, index: int, cast: Cast) -> list[Tensor]:
         outputs: Outputs = {}
-        for call in micro_batch.models:
-            outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
-        return [
-            _loss_of(loss.run(resolved(loss.arguments, outputs, cast))) for loss in micro_batch.losses
-        ]
+
+        def run(calls: Sequence[TapedCall], layout: SampleLayout) -> Any:
+            given = calls[index].arguments
+            if self._first_values:
+                given = layout.with_first_values([calls[0].arguments, given])[1]
+            return calls[index].run(resolved(given, outputs, cast))
+
+        for calls, layout in self._models:
+            outputs[calls[index]] = tensors_in(run(calls, layout))
+        return [_loss_of(run(calls, layout)) for calls, layout in self._losses]
 
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[Tensor]:
         """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
         each: list[Outputs] = [{} for _ in self._micro_batches]
 
-        def run_whole(calls: Sequence[TapedCall], inputs: Any) -> Any:
-            if inputs is None:
-                done = zip(calls, each, strict=True)
-                given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
-                return calls[0].run(samples.joined(given, [size_of(g) for g in given]))
-            if order is not None:
-                inputs = samples.picked(inputs, order, sum(self.sizes), self._dim)
-            return calls[0].run(cast(inputs))
+        def run_whole(calls: Sequence[TapedCall], layout: SampleLayout) -> Any:
+            done = zip(calls, each, strict=True)
+            given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
+            inputs = layout.joined(given)
+            if order is not None and not calls[0].refs():  # else they come in the order of the rows
+                inputs = layout.picked(inputs, order)
+            return calls[0].run(inputs)
 
-        for calls, inputs in self._models:
-            outputs = tensors_in(run_whole(calls, inputs))
+        for calls, layout in self._models:
+            outputs = tensors_in(run_whole(calls, layout))
             for index, call in enumerate(calls):
                 each[index][call] = self._rows(call, outputs, index, order)
         losses = []
-        for calls, inputs in self._losses:
+        for calls, layout in self._losses:
             if calls[0].function is tape.models_own_loss:
                 ref = calls[0].refs()[0]
                 losses.append(each[0][ref.call][ref.place])
             else:
-                losses.append(_loss_of(run_whole(calls, inputs)))
+                losses.append(_loss_of(run_whole(calls, layout)))
         return losses
 
     def _rows(
@@ -195,6 +221,20 @@ class TapedWindow:
             own = where[start : start + size]
             rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
         return rows
+
+
+def sample_readings(micro_batches: Sequence[TapedMicroBatch], dim: int | None) -> list[SampleLayout]:
+    """Return where the samples of the micro-batches' first calls may be, the likeliest first.
+
+    Args:
+        micro_batches: of the tape.
+        dim: the dimension of the model's inputs that counts samples; None: what the shapes agree on.
+
+    Raises:
+        NotJoinableError: they do not make one batch.
+    """
+    given = [tape.shapes_of(m.first.arguments) for m in micro_batches]
+    return sample_layouts(given, others=[tape.shapes_around(m) for m in micro_batches], dim=dim)
 
 
 def _loss_of(output: Any) -> Tensor:

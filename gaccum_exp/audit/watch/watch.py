@@ -88,7 +88,8 @@ class watch:  # noqa: N801  # used as a function
             of `torch.nn.functional`, or the model's own `loss`.
         optimizer: whose `step` ends a window, wrapped or not.
         steps: which optimizer steps of the block to judge, the first being 0; None: all.
-        batch_dim: the dimension of the model's inputs that counts samples.
+        batch_dim: the dimension of the model's inputs that counts samples; None: that on which the
+            shapes of inputs, outputs and targets agree.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class watch:  # noqa: N801  # used as a function
         optimizer: torch.optim.Optimizer,
         *,
         steps: Container[int] | None = None,
-        batch_dim: int = 0,
+        batch_dim: int | None = None,
     ) -> None:
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
