@@ -16,7 +16,7 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import scale_of
 from gaccum_exp.core.accumulate import accumulate
-from gaccum_exp.core.joined_samples import NotJoinableError, joined, picked, size_of
+from gaccum_exp.core.joined_samples import NotJoinableError, sample_layouts
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
 from gaccum_exp.core.losses.protocol import LossFn, LossWrapper, window_denominator
@@ -48,7 +48,8 @@ def audit_window(
     Args:
         model: at the weights and in the mode to be audited.
         loss_fn: as for `accumulate_gradients`.
-        window: the micro-batches, each any nesting of tensors whose first dimension counts samples.
+        window: the micro-batches, each any nesting of tensors of one number of samples, and of lists
+            with an entry per sample; where shapes leave a choice, the first dimension counts samples.
         reduction: of the window.
         strategy: by which its micro gradients are held.
         loss_scale: what a GradScaler multiplies the loss by, so that float16 does not lose it.
@@ -131,8 +132,6 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
 class ConfiguredWindow:
     """A window under `accumulate_gradients`: in N passes as it is cut, in one pass with N = 1."""
 
-    samples_known = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -144,15 +143,16 @@ class ConfiguredWindow:
     ) -> None:
         self.reduction, self.loss_scale, self._strategy = reduction, loss_scale, strategy
         self.modules = NamedModules(model, *modules_in(loss_fn))
-        self.sizes = [size_of(micro_batch) for micro_batch in micro_batches]
         self._model, self._loss_fn = model, on_device(loss_fn)
         self._micro_batches = list(micro_batches)
-        self._whole = joined(self._micro_batches, self.sizes)
+        self._layout = sample_layouts(self._micro_batches)[0]
+        self.sizes, self.differing = self._layout.sizes, self._layout.differing
+        self._whole = self._layout.joined(self._micro_batches)
 
     def halved(self) -> "ConfiguredWindow":
         """Return the window with the first half of each micro-batch's samples, rounded up."""
         halves = [
-            picked(m, torch.arange(-(-size // 2)), size)
+            self._layout.picked(m, torch.arange(-(-size // 2)))
             for m, size in zip(self._micro_batches, self.sizes, strict=True)
         ]
         how = self.reduction, self._strategy, self.loss_scale
@@ -170,7 +170,7 @@ class ConfiguredWindow:
 
     def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run the same with N = 1."""
-        whole = self._whole if order is None else picked(self._whole, order, sum(self.sizes))
+        whole = self._whole if order is None else self._layout.picked(self._whole, order)
         self._run([cast(whole)], lambda index: context)
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
@@ -183,6 +183,14 @@ class ConfiguredWindow:
         """Whether the micro-batches' loss sums add up."""
         total = sum(loss for loss, _ in parts)
         return math.isclose(total, whole[0], rel_tol=1e-9, abs_tol=1e-12)
+
+    def with_first_values(self) -> "ConfiguredWindow | None":
+        """Return the window with the first micro-batch's values of what differs; None: nothing does."""
+        if not self.differing:
+            return None
+        other = copy.copy(self)
+        other._micro_batches = self._layout.with_first_values(self._micro_batches)
+        return other
 
     def recounted(self, counts: Sequence[float]) -> "ConfiguredWindow | None":
         """Return the same window under the reduction that weighs by what each micro-batch counts."""

@@ -13,7 +13,6 @@ from gaccum_exp.audit.agreement import (
     IN_FLOAT64,
     IN_OWN_PRECISION,
     NEVER_ROUNDING64,
-    ROUNDING64,
     Agreement,
 )
 from gaccum_exp.audit.causes.batch_mixing import ForwardRuns, compare_forward
@@ -104,6 +103,11 @@ def diagnose(
     try:
         one_pass64 = rerun.gradient(ONE_PASS64, held=2)
         accumulated64 = rerun.gradient(ACCUMULATED64)
+        same = rerun.window.with_first_values()
+        if same is not None:
+            with_first = replace(rerun, window=same).gradient(ACCUMULATED64)
+            if distance(with_first, accumulated64) > SAME64:
+                return Diagnosis(replace(blank, detail=_differing(same.differing)))
         permuted = rerun.gradient(replace(ONE_PASS64, order=orders[0]))
         floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
         del permuted  # of a large model a third gradient may not fit beside what comes next
@@ -131,6 +135,13 @@ def diagnose(
     return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
 
 
+def _differing(names: Sequence[str]) -> str:
+    return (
+        f"micro-batches were called with different values of {', '.join(names)}, on which the gradient "
+        "depends, and one pass has one value: give it for each sample, as a tensor, or one to a window"
+    )
+
+
 def error_line(error: Exception) -> str:
     """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -143,14 +154,6 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
         why = "the large batch's gradient is zero but for rounding: audit at other weights"
-        return replace(audit, detail=why)
-    ordered = measured.float64.floor > ZERO and measured.float64.error > ROUNDING64
-    if ordered and not rerun.window.samples_known and not draws.any:
-        why = (
-            f"the samples in another order give another gradient ({measured.float64.floor:.2g} away): "
-            "either the loss depends on their order, or another dimension of the inputs counts them; "
-            "say which to watch, e.g. batch_dim=1 for (time, batch, features)"
-        )
         return replace(audit, detail=why)
     verdict = verdict_of(measured, draws.any)
     if verdict in ("identical", "equivalent"):

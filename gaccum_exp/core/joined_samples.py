@@ -1,33 +1,146 @@
 """Join micro-batches to the large batch that they were cut from, and pick samples out of it.
 
-A micro-batch is any nesting of mappings, lists, tuples and data classes around tensors whose dimension
-`dim` counts samples. What does not grow with the samples (a mask that all share, a number) has to be the
-same in every micro-batch.
+A micro-batch is any nesting of mappings, lists, tuples and data classes. Its samples lie along a
+dimension of its tensors, or are the entries of its lists (images of several sizes, the boxes of each).
+Which dimension that is follows from what agrees: the numbers of samples of all micro-batches are the
+lengths of some dimension in every tensor that is not the same in all of them. What does not grow with
+the samples (a mask that all share, a number) has to be the same in every micro-batch, or not to matter.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
 """The value that pads a tensor whose name holds one of these words; the first that fits."""
+ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
+Sizes = tuple[int, ...]
+"""The number of samples of each micro-batch."""
+Shapes = Sequence[tuple[int, ...]]
+"""Of several tensors."""
 
 
 class NotJoinableError(ValueError):
     """Micro-batches that do not make one batch; the message says why."""
 
 
-def size_of(value: Any, dim: int = 0) -> int:
-    """Return the number of samples in a micro-batch: the length of its first tensor's `dim`."""
-    for tensor in tensors_in(value):
-        if tensor.ndim > dim:
-            return int(tensor.shape[dim])
-    raise NotJoinableError("a micro-batch holds no tensor with a dimension of samples")
+@dataclass(frozen=True, slots=True)
+class Along:
+    """A tensor whose samples lie along a dimension."""
+
+    dim: int
+
+
+Role = Along | Literal["samples", "size", "shared", "differs"] | list[Any]
+"""What a part of a micro-batch is: a tensor of samples; a list with an entry per sample; the number of
+samples; the same in all micro-batches; a value that differs between them and belongs to no sample; or,
+of a container, the roles of its children."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLayout:
+    """Where the samples are in corresponding micro-batches."""
+
+    sizes: list[int]
+    """Samples of each micro-batch."""
+    roles: Role
+    differing: tuple[str, ...] = ()
+    """Names of values that belong to no sample and yet differ; the one pass has the first of each."""
+    padded: bool = False
+    """Whether joining the micro-batches pads their sequences."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the first tensor with samples; 0 for lists."""
+        return next((role.dim for role in _flat(self.roles) if isinstance(role, Along)), 0)
+
+    def of(self, which: Sequence[int]) -> "SampleLayout":
+        """Return the layout of some of the micro-batches."""
+        return dataclasses.replace(self, sizes=[self.sizes[i] for i in which])
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Return one batch of all micro-batches' samples, in order.
+
+        Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are
+        padded at the end, with the value that belongs to their name: labels with -100, masks with what
+        stands for padding, token ids and embeddings with 0.
+        """
+        return _joined(parts, self.roles, "")
+
+    def picked(self, whole: Any, rows: Tensor) -> Any:
+        """Return the samples at `rows`, of one micro-batch or of the joined ones."""
+        return _picked(whole, self.roles, rows)
+
+    def with_first_values(self, parts: Sequence[Any]) -> list[Any]:
+        """Return the micro-batches, each with the first one's values where they differ."""
+        return [_with_values_of(parts[0], part, self.roles) for part in parts]
+
+
+def sample_layouts(
+    parts: Sequence[Any],
+    *,
+    others: Sequence[Shapes] = (),
+    dim: int | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[SampleLayout]:
+    """Return where the samples may be in corresponding micro-batches, the likeliest first.
+
+    There is more than one entry where all shapes agree with more than one reading, as those of
+    (time, batch) sequences do: then only a run can tell, for the order of samples changes nothing.
+
+    Args:
+        parts: the micro-batches, or the arguments of corresponding calls.
+        others: for each of them the shapes of what belongs to it: outputs, targets.
+        dim: the dimension that counts samples, if that is known.
+        sizes: the samples of each micro-batch, if they are known: other readings come after.
+
+    Raises:
+        NotJoinableError: they do not make one batch.
+    """
+    found: list[tuple[tuple[int, bool, int], SampleLayout]] = []
+    refusals = []
+    for numbers, along in dict.fromkeys(_numbers(parts)):
+        if dim is not None and max(along, 0) != dim:
+            continue
+        try:
+            layout = _read(parts, numbers, along, counting=True)
+        except NotJoinableError as error:
+            refusals.append(error)
+            continue
+        unknown = sizes is not None and list(numbers) != list(sizes)
+        lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others)
+        found.append(((lacking, unknown, along), layout))
+    if not found and sizes is not None:  # what belongs to no sample is joined, too: a model's own loss
+        return [_read(parts, sizes, dim or 0, counting=False)]
+    if not found:
+        raise refusals[0] if refusals else NotJoinableError(_nothing_counts(parts, dim))
+    fewest, layouts = min(lacking for (lacking, *_), _ in found), list[SampleLayout]()
+    for (lacking, *_), layout in sorted(found, key=lambda pair: pair[0]):
+        if lacking == fewest and all(layout.roles != other.roles for other in layouts):
+            layouts.append(layout)
+    return layouts
+
+
+def size_of(value: Any, dim: int | None = None) -> int:
+    """Return the number of samples in a micro-batch: the length of its first tensor's `dim`, or list."""
+    return sample_layouts([value], dim=dim)[0].sizes[0]
+
+
+def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int | None = None) -> Any:
+    """Return one batch of all micro-batches' samples, in order; as `SampleLayout.joined` does."""
+    return _read(parts, sizes, dim or 0, counting=False).joined(parts)
+
+
+def picked(value: Any, rows: Tensor, size: int, dim: int | None = None) -> Any:
+    """Return the samples at `rows` of a batch of `size`."""
+    return _read([value], [size], dim or 0, counting=False).picked(value, rows)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -43,44 +156,6 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     if children:
         return _rebuilt(value, [mapped(function, child) for child in children])
     return value if _is_container(value) else function(value)
-
-
-def joined(parts: Sequence[Any], sizes: Sequence[int], dim: int = 0) -> Any:
-    """Return one batch of all micro-batches' samples, in order.
-
-    Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are padded
-    at the end, with the value that belongs to their name: labels with -100, masks with what stands for
-    padding, token ids and embeddings with 0.
-
-    Raises:
-        NotJoinableError: they do not make one batch.
-    """
-    if isinstance(parts[0], (list, tuple)):  # a pair of two samples is no list of samples
-        return _column_by_column(parts, sizes, dim, "")
-    return _joined(parts, sizes, dim, "")
-
-
-def ragged(parts: Sequence[Any], dim: int = 0) -> bool:
-    """Whether micro-batches differ in other lengths than their number of samples."""
-    columns = zip(*map(tensors_in, parts), strict=False)
-    return any(len({(t.shape[:dim], t.shape[dim + 1 :]) for t in column}) > 1 for column in columns)
-
-
-def picked(value: Any, rows: Tensor, size: int, dim: int = 0) -> Any:
-    """Return the samples at `rows` of a batch of `size`."""
-    if isinstance(value, (list, tuple)):
-        return _rebuilt(value, [_picked(child, rows, size, dim) for child in _children(value)])
-    return _picked(value, rows, size, dim)
-
-
-def _picked(value: Any, rows: Tensor, size: int, dim: int) -> Any:
-    if isinstance(value, Tensor):
-        counts = value.ndim > dim and value.shape[dim] == size
-        return value.index_select(dim, rows.to(value.device)) if counts else value
-    if _is_sample_list(value, size):
-        return _rebuilt(value, [_children(value)[row] for row in rows.tolist()])
-    children = _children(value)
-    return _rebuilt(value, [_picked(c, rows, size, dim) for c in children]) if children else value
 
 
 def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
@@ -99,68 +174,265 @@ def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: 
     return grown[0] if n * size == of_part * total and n % total == 0 else None
 
 
-def _joined(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
-    first = parts[0]
+def _numbers(parts: Sequence[Any]) -> Iterator[tuple[Sizes, int]]:
+    """Yield what may be the numbers of samples: lengths of lists, and of tensors' dimensions."""
     if all(isinstance(part, Tensor) for part in parts):
-        return _joined_tensors(parts, sizes, dim, name)
-    if all(_is_sample_list(part, size) for part, size in zip(parts, sizes, strict=True)):
-        return _rebuilt(first, [child for part in parts for child in _children(part)])
-    if _is_container(first):
-        return _column_by_column(parts, sizes, dim, name)
-    if isinstance(first, int) and not isinstance(first, bool) and list(parts) == list(sizes):
-        return sum(sizes)  # the micro-batch's own number of samples
-    counts_up = all(type(part) is int for part in parts) and sorted(set(parts)) == list(parts)
-    if (counts_up and len(parts) > 1) or name == "dataloader_idx":  # Lightning numbers its batches
-        return first
-    if any(part is not first and part != first for part in parts):
-        raise NotJoinableError(f"micro-batches were called with different values{_at(name)}: {parts}")
-    return first
-
-
-def _column_by_column(parts: Sequence[Any], sizes: Sequence[int], dim: int, name: str) -> Any:
-    first = parts[0]
+        if len({part.ndim for part in parts}) == 1:
+            yield from ((tuple(part.shape[d] for part in parts), d) for d in range(parts[0].ndim))
+        return
     every = [_children(part) for part in parts]
-    if any(type(part) is not type(first) for part in parts) or len({len(c) for c in every}) != 1:
-        raise NotJoinableError(f"micro-batches differ in structure{_at(name)}")
-    names = list(first) if isinstance(first, Mapping) else [name] * len(every[0])
-    columns = zip(zip(*every, strict=True), names, strict=True)
-    return _rebuilt(first, [_joined(column, sizes, dim, str(n)) for column, n in columns])
+    if len({len(children) for children in every}) == 1:
+        for column in zip(*every, strict=True):
+            yield from _numbers(column)
+    if all(_may_list_samples(part) for part in parts):
+        # A list of records is hardly anything else, though their tensors may agree by chance.
+        records = all(isinstance(entry, Mapping) for part in parts for entry in part)
+        yield tuple(map(len, parts)), -1 if records else 0
 
 
-def _joined_tensors(parts: Sequence[Tensor], sizes: Sequence[int], dim: int, name: str) -> Tensor:
+def _unplaced(value: Any, role: Role) -> int:
+    """Return how many tensors of what may be a list of samples this reading takes for no samples."""
+    if not isinstance(role, list):
+        return 0
+    pairs = list(zip(_children(value), role, strict=True))
+    if _may_list_samples(value):
+        return sum(_shared_tensors(*pair) for pair in pairs)
+    return sum(_unplaced(*pair) for pair in pairs)
+
+
+def _shared_tensors(value: Any, role: Role) -> int:
+    if isinstance(role, list):
+        return sum(map(_shared_tensors, _children(value), role))
+    return int(role == "shared" and isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _lacking(numbers: Sizes, others: Sequence[Shapes]) -> int:
+    """Return how many of the tensors that belong to the micro-batches have no dimension of samples."""
+    lacking = 0
+    for column in zip(*others, strict=False):
+        if len({len(shape) for shape in column}) > 1 or not column[0]:
+            continue
+        lengths = zip(*column, strict=True)
+        # Sequences may be laid end to end, in front of a loss: a sample has several rows then.
+        lacking += not any(
+            all(n and of_dim % n == 0 for of_dim, n in zip(each, numbers, strict=True))
+            and len({of_dim // n for of_dim, n in zip(each, numbers, strict=True)}) == 1
+            for each in lengths
+        )
+    return lacking
+
+
+def _nothing_counts(parts: Sequence[Any], dim: int | None) -> str:
+    shapes = _listed(tuple(t.shape) for t in tensors_in(parts[0]))
+    if dim is None:
+        return f"a micro-batch holds no tensor with a dimension of samples, and no list ({shapes})"
+    return f"no tensor of a micro-batch has a dimension {dim} to count samples ({shapes}): {ASKED}"
+
+
+def _read(parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool) -> SampleLayout:
+    """Read lists as columns (inputs and targets), and where that fails as lists of samples."""
+    try:
+        return _Reading(tuple(numbers), along).layout(parts, counting=counting)
+    except NotJoinableError:
+        try:
+            return _Reading(tuple(numbers), along, listed=True).layout(parts, counting=counting)
+        except NotJoinableError:
+            pass
+        raise
+
+
+class _Reading:
+    """The reading of micro-batches as having these numbers of samples, along a dimension if it can be.
+
+    Lists of as many entries have one per sample: all of them (`listed`), or those without such tensors.
+    """
+
+    def __init__(self, numbers: Sizes, along: int, *, listed: bool = False) -> None:
+        self._numbers, self._along, self._listed = numbers, along, listed
+        self._differing: list[str] = []
+        self._padded = False
+        self._edges: str | None = None
+        self._dims: set[int] = set()
+
+    def layout(self, parts: Sequence[Any], *, counting: bool = True) -> SampleLayout:
+        """Return the layout; raise NotJoinableError where this reading does not fit."""
+        first = parts[0]
+        # Inputs and targets are no list of two samples, however alike they are.
+        pair = isinstance(first, tuple) or all(isinstance(child, Tensor) for child in _children(first))
+        apart = _is_container(first) and pair and len({len(_children(part)) for part in parts}) == 1
+        roles = self._of_columns(parts, "") if apart else self._role(parts, "")
+        if self._edges is not None and 0 in self._dims:
+            raise NotJoinableError(
+                f"graphs are not joined{_at(self._edges)}: edges would point to the first one's nodes"
+            )
+        if counting and not _counts(roles):
+            raise NotJoinableError(_nothing_counts(parts, None))
+        return SampleLayout(list(self._numbers), roles, tuple(self._differing), self._padded)
+
+    def _role(self, parts: Sequence[Any], name: str) -> Role:
+        first = parts[0]
+        if all(isinstance(part, Tensor) for part in parts):
+            return self._of_tensors(parts, name)
+        if isinstance(first, PackedSequence):
+            raise NotJoinableError(f"packed sequences are not joined{_at(name)}: pack inside the model")
+        if all(_is_container(part) for part in parts):
+            if not (all(map(_may_list_samples, parts)) and tuple(map(len, parts)) == self._numbers):
+                return self._of_columns(parts, name)
+            if not self._listed and len(first):
+                before = list(self._differing)
+                columns = self._of_columns(parts, name)
+                if _counts(columns):
+                    return columns
+                self._differing = before  # names, one of each sample
+            return "samples"
+        if isinstance(first, int) and not isinstance(first, bool) and tuple(parts) == self._numbers:
+            return "size"
+        if all(_same(part, first) for part in parts):
+            return "shared"
+        self._differing.append(name or type(first).__name__)
+        return "differs"
+
+    def _of_columns(self, parts: Sequence[Any], name: str) -> list[Role]:
+        first = parts[0]
+        every = [_children(part) for part in parts]
+        alike = all(type(part) is type(first) for part in parts) and len({len(c) for c in every}) == 1
+        if not alike or (
+            isinstance(first, Mapping) and any(part.keys() != first.keys() for part in parts)
+        ):
+            raise NotJoinableError(
+                f"micro-batches differ in structure{_at(name)}, and are no lists of their samples"
+            )
+        columns = zip(zip(*every, strict=True), _names(first, name), strict=True)
+        return [self._role(column, of_column) for column, of_column in columns]
+
+    def _of_tensors(self, parts: Sequence[Tensor], name: str) -> Role:
+        first, alike = parts[0], len({t.ndim for t in parts}) == 1
+        if any(t.is_nested for t in parts):
+            raise NotJoinableError(f"nested tensors are not joined{_at(name)}: pad them")
+        fitting = [
+            d for d in range(first.ndim) if alike and tuple(t.shape[d] for t in parts) == self._numbers
+        ]
+        if fitting:
+            dim = self._along if self._along in fitting else fitting[0]
+            self._dims.add(dim)
+            if first.ndim == 2 and len(first) == 2 and dim == 1 and not first.is_floating_point():
+                self._edges = name
+            self._check_padding(parts, dim, name)
+            return Along(dim)
+        if all(t.shape == first.shape and torch.equal(t, first) for t in parts if not t.is_meta):
+            return "shared"
+        if all(t.ndim == 0 for t in parts):
+            self._differing.append(name or "a tensor")
+            return "differs"
+        shapes, numbers = _listed(tuple(t.shape) for t in parts), _listed(self._numbers)
+        raise NotJoinableError(
+            f"tensors of shapes {shapes} do not make one batch{_at(name)}: they differ, and no "
+            f"dimension counts the micro-batches' {numbers} samples; {ASKED}, or give one tensor to all"
+        )
+
+    def _check_padding(self, parts: Sequence[Tensor], dim: int, name: str) -> None:
+        if len({(*t.shape[:dim], *t.shape[dim + 1 :]) for t in parts}) == 1:
+            return
+        self._padded = True
+        if _fill(name) is None:
+            raise NotJoinableError(
+                f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not "
+                f"known; give a list with a tensor per sample, or {ASKED}"
+            )
+
+
+def _flat(role: Role) -> list[Role]:
+    return [leaf for child in role for leaf in _flat(child)] if isinstance(role, list) else [role]
+
+
+def _counts(role: Role) -> bool:
+    """Whether anything in it counts samples."""
+    return any(isinstance(leaf, Along) or leaf == "samples" for leaf in _flat(role))
+
+
+def _joined(parts: Sequence[Any], role: Role, name: str) -> Any:
     first = parts[0]
-    count = all(t.ndim > dim and t.shape[dim] == n for t, n in zip(parts, sizes, strict=True))
-    if count and len({t.ndim for t in parts}) == 1:
-        return torch.cat(_padded(parts, dim, name), dim)
-    if all(t.shape == first.shape and torch.equal(t, first) for t in parts):
-        return first
-    shapes = ", ".join(str(tuple(t.shape)) for t in parts[:4])
-    raise NotJoinableError(f"tensors of shapes {shapes} do not make one batch{_at(name)}")
+    if isinstance(role, list):
+        every = zip(zip(*map(_children, parts), strict=True), role, _names(first, name), strict=True)
+        return _rebuilt(first, [_joined(column, of_column, n) for column, of_column, n in every])
+    if isinstance(role, Along):
+        return torch.cat(_padded(parts, role.dim, name), role.dim)
+    if role == "samples":
+        return _rebuilt(first, [child for part in parts for child in part])
+    return sum(parts) if role == "size" else first
+
+
+def _picked(value: Any, role: Role, rows: Tensor) -> Any:
+    if isinstance(role, list):
+        pairs = zip(_children(value), role, strict=True)
+        return _rebuilt(value, [_picked(child, of_child, rows) for child, of_child in pairs])
+    if isinstance(role, Along):
+        return value.index_select(role.dim, rows.to(value.device))
+    if role == "samples":
+        return _rebuilt(value, [value[row] for row in rows.tolist()])
+    return len(rows) if role == "size" else value
+
+
+def _with_values_of(first: Any, value: Any, role: Role) -> Any:
+    if not isinstance(role, list):
+        return first if role == "differs" else value
+    every = zip(_children(first), _children(value), role, strict=True)
+    return _rebuilt(value, [_with_values_of(*each) for each in every])
 
 
 def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
     longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
     if all(t.shape[d] == longest[d] for t in parts for d in range(t.ndim) if d != dim):
         return list(parts)
-    fill = next((value for word, value in PADDING.items() if word in name.lower()), None)
-    if fill is None:
-        raise NotJoinableError(
-            f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not known"
-        )
 
     def padded(tensor: Tensor) -> Tensor:
         lacking = [0 if d == dim else longest[d] - n for d, n in enumerate(tensor.shape)]
         # torch pads the last dimension first, and each of them in front and behind.
-        return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=fill)
+        return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=_fill(name))
 
     return [padded(tensor) for tensor in parts]
 
 
-def _is_sample_list(value: Any, size: int) -> bool:
-    # With an entry per sample, e.g. of names, or of images of several sizes.
-    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
+def _fill(name: str) -> int | None:
+    return next((value for word, value in PADDING.items() if word in name.lower()), None)
+
+
+def _may_list_samples(value: Any) -> bool:
+    """Whether it may have an entry per sample, e.g. of names, or of images of several sizes."""
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
         return False
-    return not any(isinstance(v, Tensor) and v.ndim and v.shape[0] == size for v in value)
+    return len({_kind(entry) for entry in value}) <= 1
+
+
+def _kind(entry: Any) -> Any:
+    if isinstance(entry, Tensor):
+        return Tensor, entry.ndim, entry.dtype
+    return type(entry), tuple(entry) if isinstance(entry, Mapping) else tuple(
+        map(_kind, _children(entry))
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except (ValueError, RuntimeError, TypeError):  # arrays compare element by element
+        return False
+
+
+def _names(container: Any, name: str) -> list[str]:
+    """Return names for a container's children; a call's arguments are numbered in a mapping."""
+    if isinstance(container, Mapping):
+        return [f"argument {key}" if isinstance(key, int) else str(key) for key in container]
+    if isinstance(container, (list, tuple)):
+        return list(getattr(container, "_fields", [name] * len(container)))
+    return [f.name for f in dataclasses.fields(container) if f.init]
+
+
+def _listed(values: Any) -> str:
+    said = list(map(str, values))
+    return ", ".join(said[:4]) + (", …" if len(said) > 4 else "")
 
 
 def _is_container(value: Any) -> bool:

@@ -149,6 +149,17 @@ def test_the_built_in_model_is_judged_by_its_normalisation(
     assert (ended.status, told["verdict"], told["culprit"]) == (status, verdict, culprit)
 
 
+def test_a_detector_on_lists_of_boxes_is_judged(program: Program) -> None:
+    """A stranger's data set, model and loss; by boxes it is the large batch, whatever their number."""
+    names = {"model": "Detector", "data.train": "Scenes", "criterion": "BoxLoss"}
+    targets = [f"{key}._target_=tests.boxes.{name}" for key, name in names.items()]
+    groups = ("model=custom", "data=custom", "criterion=custom", "runtime.device=cpu")
+    size = ("accum.steps=3", "data.global_batch_size=7")
+    ended = program("task=audit", *groups, *targets, *size)
+    told = strict((program.sweep_folder / "audit.json").read_text())
+    assert (ended.status, told["verdict"], told["accum_steps"]) == (0, "equivalent", 3)
+
+
 @pytest.mark.slow
 def test_a_resnet_is_biased_by_its_first_batch_normalisation(program: Program) -> None:
     """The first recipe of the README."""

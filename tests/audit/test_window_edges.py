@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.core.reductions import Mean, reduction_named
 from tests.audit.support import CE, CLASSES, FEATURES, HIDDEN, Fn, net, window
+from tests.boxes import BoxLoss, Detector, Scenes
 
 SIZES = (4, 4, 3)
 SOUND = ("equivalent", "identical")
@@ -67,6 +68,35 @@ def test_micro_batches_of_two_samples_with_a_dict_first_are_a_window() -> None:
 
     parts = [({"x": x}, y) for x, y in window(2, 2, 2)]
     assert audit_window(net(), loss_fn, parts).verdict in SOUND
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"), [("records", (2, 2, 2)), ("pair", (3, 2, 1)), ("sides", (2, 1))]
+)
+def test_a_detector_on_lists_of_images_and_boxes_is_audited(form: str, sizes: tuple[int, ...]) -> None:
+    """In every structure that a collate function gives: sound by boxes, biased by the mean of means."""
+    scenes, start, parts = Scenes(form=form, counts=(1, 2, 4)), 0, []
+    for size in sizes:
+        parts.append(scenes.collate_fn([scenes[i] for i in range(start, start + size)]))
+        start += size
+    torch.manual_seed(0)
+    found = audit_window(Detector(), BoxLoss(), parts)
+    assert found.verdict in SOUND, found.report()
+    found = audit_window(Detector(), BoxLoss(), parts, reduction=Mean())
+    assert (found.verdict, found.cause) == ("biased", "unequal denominators"), found.report()
+
+
+def test_a_batch_in_front_of_time_stays_a_batch() -> None:
+    """Where inputs, outputs and labels have both dimensions, the first one counts samples."""
+    torch.manual_seed(0)
+    model = nn.LSTM(FEATURES, HIDDEN, batch_first=True)
+
+    def loss_fn(model: nn.Module, micro_batch: Any) -> Any:
+        x, y = micro_batch
+        return F.mse_loss(model(x)[0], y, reduction="sum"), y.numel()
+
+    parts = [(torch.randn(3, 4, FEATURES), torch.randn(3, 4, HIDDEN)) for _ in range(2)]
+    assert audit_window(model, loss_fn, parts).verdict in SOUND
 
 
 class Tagger(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
 from gaccum_exp.core.dtypes import is_inexact
-from gaccum_exp.core.joined_samples import NotJoinableError, size_of, tensors_in
+from gaccum_exp.core.joined_samples import tensors_in
 
 MIXED = "samples are mixed between the model's outputs and the loss"
 FOREIGN = (
@@ -21,10 +21,16 @@ FOREIGN = (
 )
 
 
-def coupling_of(micro_batch: TapedMicroBatch, dim: int) -> str | None:
-    """Return how the operations between model and losses mix samples; None where they do not."""
+def coupling_of(micro_batch: TapedMicroBatch, sizes: dict[TapedCall, int], dim: int) -> str | None:
+    """Return how the operations between model and losses mix samples; None where they do not.
+
+    Args:
+        micro_batch: of the tape.
+        sizes: the samples of each call of the model's.
+        dim: along which the model's inputs count them.
+    """
     losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
-    sizes = {call: _size_of(call, dim) for call in micro_batch.models}
+    sizes = {call: sizes[call] for call in micro_batch.models}
     if not losses or max(sizes.values(), default=0) < 1:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -40,27 +46,31 @@ def coupling_of(micro_batch: TapedMicroBatch, dim: int) -> str | None:
         for call in micro_batch.models
     }
     with torch.no_grad():
-        return next((why for x in losses if (why := _coupling(x, outputs, sizes, generator))), None)
+        return next((why for x in losses if (why := _coupling(x, outputs, sizes, dim, generator))), None)
 
 
 def _coupling(
-    loss: TapedCall, outputs: Outputs, sizes: dict[TapedCall, int], generator: torch.Generator
+    loss: TapedCall,
+    outputs: Outputs,
+    sizes: dict[TapedCall, int],
+    dim: int,
+    generator: torch.Generator,
 ) -> str | None:
     before = tensors_in(resolved(loss.arguments, dict(outputs)))
+    largest = max(sizes.values())
 
     def rows_changed(bit: int, value: int) -> list[Tensor]:
         redrawn: Outputs = {}
         for call, tensors in outputs.items():
             chosen = ((torch.arange(sizes[call]) >> bit) & 1 == value) if bit >= 0 else None
-            redrawn[call] = [_redrawn(t, chosen, sizes[call], generator) for t in tensors]
+            redrawn[call] = [_redrawn(t, chosen, sizes[call], dim, generator) for t in tensors]
         after = tensors_in(resolved(loss.arguments, redrawn))
         return [
-            (a != b).reshape(a.shape[0] if a.ndim else 1, -1).any(1)
+            _by_sample(a != b, largest, dim)
             for a, b in zip(after, before, strict=True)
             if b.ndim > 0  # a scalar is made of all samples, by right
         ]
 
-    largest = max(sizes.values())
     for bit in range((largest - 1).bit_length()):  # any two samples differ in a bit of their numbers
         for one, other in zip(rows_changed(bit, 1), rows_changed(bit, 0), strict=True):
             if bool((one & other).any()):
@@ -76,19 +86,21 @@ def _coupling(
     return None
 
 
-def _size_of(call: TapedCall, dim: int) -> int:
-    try:
-        return size_of(call.arguments, dim)
-    except NotJoinableError:
-        return 1
+def _by_sample(changed: Tensor, size: int, dim: int) -> Tensor:
+    """Return which samples of a tensor have changed, or which of its rows, (samples,) or (rows,)."""
+    own = dim if dim < changed.ndim and changed.shape[dim] == size else 0
+    return changed.movedim(own, 0).reshape(changed.shape[own], -1).any(1)
 
 
-def _redrawn(tensor: Tensor, chosen: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
-    dim = next((d for d, n in enumerate(tensor.shape) if n == size), None)
-    if not is_inexact(tensor) or (dim is None and chosen is not None):
+def _redrawn(
+    tensor: Tensor, chosen: Tensor | None, size: int, dim: int, generator: torch.Generator
+) -> Tensor:
+    fitting = [d for d, n in enumerate(tensor.shape) if n == size]
+    if not is_inexact(tensor) or (not fitting and chosen is not None):
         return tensor
     drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
-    if chosen is None or dim is None:
+    if chosen is None:
         return drawn
-    mask = chosen.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    own = dim if dim in fitting else fitting[0]
+    mask = chosen.to(tensor.device).reshape([-1 if d == own else 1 for d in range(tensor.ndim)])
     return torch.where(mask, drawn, tensor)

@@ -57,8 +57,6 @@ class RerunnableWindow(Protocol):
 
     sizes: list[int]
     """Samples of each micro-batch."""
-    samples_known: bool
-    """Whether it is certain which dimension counts samples."""
     modules: NamedModules
     """Everything with parameters or buffers that it uses."""
 
@@ -76,6 +74,17 @@ class RerunnableWindow(Protocol):
 
     def recounted(self, counts: Sequence[float]) -> "RerunnableWindow | None":
         """Return the window with each micro-batch weighed by what it counts; None: it is so already."""
+
+    def with_first_values(self) -> "RerunnableWindow | None":
+        """Return the window with the first micro-batch's values of what differs; None: nothing does.
+
+        One pass has one value only: a number that goes up (`batch_idx`) does not matter where this
+        window's gradient is the same.
+        """
+
+    @property
+    def differing(self) -> Sequence[str]:
+        """Names of values that belong to no sample, and differ between micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

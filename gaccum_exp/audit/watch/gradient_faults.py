@@ -11,7 +11,7 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, RECORDING, Rerun
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import listed, multiple
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
-from gaccum_exp.audit.watch.taped_window import TapedWindow
+from gaccum_exp.audit.watch.taped_window import TapedWindow, sample_readings
 from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm
 
 AS_REPLAYED = 1e-4
@@ -98,7 +98,8 @@ class GradientOfLoop:
     def _with_others(self) -> float | None:
         total: Gradient = {}
         for micro_batch in [*self.of_others, *self.micro_batches]:
-            window = TapedWindow(self.rerun.window.modules, [micro_batch], 0)
+            layout = sample_readings([micro_batch], None)[0]
+            window = TapedWindow(self.rerun.window.modules, [micro_batch], layout)
             add(total, Rerun(window, self.rerun.device, window.starts).gradient(RECORDING))
         return multiple(self.observed, total, AS_REPLAYED)
 

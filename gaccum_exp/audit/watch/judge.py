@@ -12,7 +12,7 @@ import torch
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import common_divisor, snapped, unrounded
-from gaccum_exp.audit.diagnose import Diagnosis, diagnose, error_line
+from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
@@ -20,14 +20,14 @@ from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
-from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow
+from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
-from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.joined_samples import ASKED, NotJoinableError, SampleLayout
 from gaccum_exp.memory.available import out_of_memory
 
 
-def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int) -> Audit:
+def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int | None) -> Audit:
     """Return the verdict on a window, given the gradient that reached the optimizer.
 
     It is judged where it ran; on the CPU where that has no memory left or no float64.
@@ -42,11 +42,11 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
     try:
         try:
             if own.type != "mps":
-                return _LoopWindow(seen, reached, modules, dim, blank, own).audit()
+                return _under_every_reading(seen, reached, modules, dim, blank, own)
         except Exception as error:
             if not out_of_memory(error) or own == host:
                 raise
-        audit = _LoopWindow(seen, reached, modules, dim, blank, host).audit()
+        audit = _under_every_reading(seen, reached, modules, dim, blank, host)
         return audit.noting("run again on the CPU")
     except CouplingError as error:
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
@@ -57,6 +57,69 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
         return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
 
 
+def _under_every_reading(
+    seen: Observations,
+    reached: Gradient,
+    modules: NamedModules,
+    dim: int | None,
+    blank: Audit,
+    device: torch.device,
+) -> Audit:
+    """Judge along the dimension that counts samples, where shapes alone leave more than one.
+
+    A dimension in which another order changes the gradient counts time, or pixels, and no samples.
+    """
+    every = seen.tape.micro_batches()
+    micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
+    layouts = sample_readings(micro_batches, dim)
+    judged: list[tuple[_LoopWindow, Audit]] = []
+    refusals: list[Exception] = []
+    for layout in layouts:
+        try:
+            window = _LoopWindow(seen, reached, modules, every, micro_batches, layout, blank, device)
+            judged.append((window, window.audit()))
+        except Exception as error:  # a model may not take more of what are no samples
+            if out_of_memory(error):
+                raise
+            refusals.append(error)
+            continue
+        audit = judged[-1][1]
+        if audit.sound or not (window.order_matters or audit.cause == result.BATCH_STATISTICS):
+            break
+    unordered = [audit for window, audit in judged if not window.order_matters]
+    if not judged:
+        raise refusals[0]
+    if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
+        return unordered[0] if unordered else judged[0][1]
+    if not unordered:
+        why = f"another order of the samples changes the gradient: {ASKED}"
+    elif unordered[-1].verdict in ("identical", "equivalent", "stochastic"):
+        why = f"{unordered[0].culprit or 'the model'} mixes what are samples, or time steps: {ASKED}"
+    else:
+        return unordered[0]
+    return replace(blank, verdict="inconclusive", detail=why)
+
+
+def _since_dropped(seen: Observations, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
+    """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
+    if len(seen.zeroed) != 1:
+        return micro_batches
+    kept = [m for m in micro_batches if m.last_backward >= max(seen.zeroed)]
+    return kept if len(micro_batches) - len(kept) < len(kept) else micro_batches
+
+
+def _since_other_steps(
+    seen: Observations, micro_batches: list[TapedMicroBatch]
+) -> list[TapedMicroBatch]:
+    """Leave out passes that another optimizer's step ended, where none like them came later."""
+    for step in seen.other_steps:
+        later = [m for m in micro_batches if m.last_backward >= step]
+        earlier = {m.signature for m in micro_batches if m.last_backward < step}
+        if later and earlier and not earlier & {m.signature for m in later}:
+            micro_batches = later
+    return micro_batches
+
+
 class _LoopWindow:
     """One window of a loop, on one device: what reached the optimizer, and its passes run again."""
 
@@ -65,11 +128,15 @@ class _LoopWindow:
         seen: Observations,
         reached: Gradient,
         modules: NamedModules,
-        dim: int,
+        every: list[TapedMicroBatch],
+        micro_batches: list[TapedMicroBatch],
+        layout: SampleLayout,
         blank: Audit,
         device: torch.device,
     ) -> None:
-        self._seen, self._modules, self._dim, self._device = seen, modules, dim, device
+        self._seen, self._device, self._micro_batches = seen, device, micro_batches
+        self.order_matters = False
+        """Whether another order of the samples changed the gradient."""
         self._loss_scale = seen.loss_scale
         self._reached = self._here(reached)
         at_end = [c for c in seen.clippings[-1:] if c.after_backward == seen.tape.backwards]
@@ -79,12 +146,10 @@ class _LoopWindow:
         """The accumulated gradient: what reached the optimizer, before clipping, at the loss's scale."""
         if self._loss_scale != 1:
             self._observed = scaled(self._observed, self._loss_scale)
-        every = seen.tape.micro_batches()
-        self._micro_batches = self._since_dropped(self._since_other_steps(every))
         self._of_others = [m for m in every if m.last_backward < self._micro_batches[0].last_backward]
         """Micro-batches that came before those, of another optimizer's window or an epoch's rest."""
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
-        self._window = TapedWindow(modules, self._micro_batches, dim)
+        self._window = TapedWindow(modules, micro_batches, layout)
         self._rerun = self._rerun_of(self._window)
 
     def audit(self) -> Audit:
@@ -118,6 +183,7 @@ class _LoopWindow:
         audit = self._with_scale(found, base)
         if found.measured is None:
             return audit
+        self.order_matters = found.measured.float64.floor > ZERO and not self._rerun.draws.any
         if factor is None and not found.measured.own.agrees:
             fault = self._gradient().fault(audit, replayed)
             if fault is not None:
@@ -144,22 +210,6 @@ class _LoopWindow:
 
     def _rerun_of(self, window: TapedWindow) -> Rerun:
         return Rerun(window, self._device, window.starts)
-
-    def _since_dropped(self, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
-        """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
-        if len(self._seen.zeroed) != 1:
-            return micro_batches
-        kept = [m for m in micro_batches if m.last_backward >= max(self._seen.zeroed)]
-        return kept if len(micro_batches) - len(kept) < len(kept) else micro_batches
-
-    def _since_other_steps(self, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
-        """Leave out passes that another optimizer's step ended, where none like them came later."""
-        for step in self._seen.other_steps:
-            later = [m for m in micro_batches if m.last_backward >= step]
-            earlier = {m.signature for m in micro_batches if m.last_backward < step}
-            if later and earlier and not earlier & {m.signature for m in later}:
-                micro_batches = later
-        return micro_batches
 
     def _gradient(self) -> GradientOfLoop:
         seen, scale = self._seen, self._loss_scale

@@ -313,6 +313,26 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
+def shapes_of(arguments: Any) -> Any:
+    """Return arguments with a tensor of the right shape, and without values, for every reference."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, OutputRef):
+            return x
+        shape, dtype = x.call.outputs[x.place]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return mapped(leaf, arguments)
+
+
+def shapes_around(micro_batch: TapedMicroBatch) -> list[tuple[int, ...]]:
+    """Return the shapes of a micro-batch's outputs and targets."""
+    outputs = [shape for call in micro_batch.models for shape, _ in call.outputs]
+    calls = [loss for loss in micro_batch.losses if loss is not micro_batch.first]
+    targets = [leaf for call in calls for leaf in leaves(call.arguments) if isinstance(leaf, Tensor)]
+    return [*outputs, *(tuple(target.shape) for target in targets)]
+
+
 def loss_in(output: Any) -> Tensor | None:
     """Return the loss in what a function or a model returned: it, its `loss`, or its first scalar."""
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

@@ -20,9 +20,15 @@ from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
-from gaccum_exp.audit.watch.tape import OutputRef, Outputs, TapedCall, TapedMicroBatch, resolved
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
-from gaccum_exp.core.joined_samples import NotJoinableError, sample_dim, size_of, tensors_in
+from gaccum_exp.core.joined_samples import (
+    NotJoinableError,
+    SampleLayout,
+    sample_dim,
+    sample_layouts,
+    tensors_in,
+)
 
 SAME_FACTOR = 1e-5
 """Relative: how close a factor of the whole pass is to that of a micro-batch where it is a constant."""
@@ -37,15 +43,20 @@ class _Column:
     """Corresponding calls, one of each micro-batch; None where a micro-batch has none."""
 
     calls: list[TapedCall | None]
-    inputs: Any
-    """Their arguments as one batch; None where some come from other calls."""
+    layout: SampleLayout | None
+    """Where the samples are in the arguments of those that there are; None: they have scalars alone."""
     sizes: list[int]
-    """Samples in each micro-batch's call, where its arguments are known."""
+    """Samples in each micro-batch's call; 0 where there is none."""
 
     @property
     def first(self) -> TapedCall:
         """The first call that there is."""
         return next(call for call in self.calls if call is not None)
+
+    @property
+    def computed(self) -> bool:
+        """Whether an argument comes from other calls."""
+        return bool(self.first.refs())
 
 
 @dataclass(slots=True)
@@ -75,36 +86,43 @@ class TapedWindow:
     Args:
         modules: of model and loss.
         micro_batches: of the tape.
-        dim: the dimension of the model's inputs that counts samples.
+        layout: where the samples are in the arguments of each one's first call.
 
     Raises:
         NotJoinableError: they do not make one batch.
     """
 
     def __init__(
-        self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], dim: int
+        self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], layout: SampleLayout
     ) -> None:
         self.modules = modules
-        self.samples_known = False
-        self._dim = dim
+        self.layout = layout
         self._micro_batches = micro_batches
         self._models, self._losses = (
             [self._column(calls) for calls in _corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
-        full = [c.sizes for c in [*self._models, *self._losses] if 0 not in c.sizes]
-        self.sizes = full[0] if full else [size_of(m.first.arguments, dim) for m in micro_batches]
+        columns = [*self._models, *self._losses]
+        self.sizes = layout.sizes
         started = [next((c.start for c in m.calls if c.start), []) for m in micro_batches]
         self.starts = [start for start in started if start]
         """The random states in which they began."""
-        self.padded = samples.ragged([m.first.arguments for m in micro_batches], dim)
+        layouts = [column.layout for column in columns if column.layout is not None]
+        self.padded = any(each.padded for each in layouts)
         """Whether joining the micro-batches pads their sequences."""
+        self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
+        """Names of arguments that belong to no sample, and differ between micro-batches."""
+        self._first_values = False
         self._forms = _Forms()
         self._micro_weights: list[list[float]] | None = None
         self._whole_weights: list[float] | None = None
         self.coefficients: list[list[float] | None] = []
         """By term, of the ∇ℓᵢ in the gradient of ℓ; None where it is no combination of them."""
-        why = next((w for m in micro_batches if (w := coupling_of(m, dim)) is not None), None)
+        sizes = {
+            c: n for column in columns for c, n in zip(column.calls, column.sizes, strict=True) if c
+        }
+        found = (coupling_of(m, sizes, layout.dim) for m in micro_batches)
+        why = next((why for why in found if why is not None), None)
         if why is not None:
             raise CouplingError(why)
 
@@ -122,7 +140,17 @@ class TapedWindow:
 
     def doubled(self) -> "TapedWindow":
         """Return the window with every micro-batch twice."""
-        return TapedWindow(self.modules, [*self._micro_batches, *self._micro_batches], self._dim)
+        twice = [*range(len(self.sizes))] * 2
+        micro_batches = [self._micro_batches[i] for i in twice]
+        return TapedWindow(self.modules, micro_batches, self.layout.of(twice))
+
+    def with_first_values(self) -> "TapedWindow | None":
+        """Return the window with the first micro-batch's values of what differs; None: nothing does."""
+        if not self.differing:
+            return None
+        other = copy.copy(self)
+        other._first_values = True
+        return other
 
     def only(self, term: int) -> "TapedWindow":
         """Return the window with one of its terms alone, of weight 1 everywhere."""
@@ -149,9 +177,9 @@ class TapedWindow:
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run the micro-batches as the loop did, or with the weights that were given."""
-        for index, micro_batch in enumerate(self._micro_batches):
+        for index in range(len(self._micro_batches)):
             with context(index):
-                losses = self._losses_of(index, micro_batch, cast)
+                losses = self._losses_of(index, cast)
             pairs = [(x, w) for x, w in self._weighed(losses, index) if w != 0 and x.requires_grad]
             if pairs:
                 torch.autograd.backward([x for x, _ in pairs], [torch.full_like(x, w) for x, w in pairs])
@@ -172,7 +200,7 @@ class TapedWindow:
         if index is None:
             losses, count = self._whole_losses(cast, None), sum(counts)
         else:
-            losses, count = self._losses_of(index, self._micro_batches[index], cast), counts[index]
+            losses, count = self._losses_of(index, cast), counts[index]
         total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
@@ -254,14 +282,19 @@ class TapedWindow:
         return math.prod(f.value for f in _factors(micro, 0, constant[0]) if f.weight)
 
     def _column(self, calls: list[TapedCall | None]) -> _Column:
-        given = [None if call is None else call.arguments for call in calls]
-        there = [g for g in given if g is not None]
-        refs = (OutputRef, tape.ParameterRef)
-        if any(isinstance(leaf, refs) for leaf in tape.leaves(there)):
-            return _Column(calls, None, [])
-        sizes = [0 if g is None else size_of(g, self._dim) for g in given]
-        inputs = samples.joined(there, [n for n in sizes if n], self._dim)
-        return _Column(calls, inputs, sizes)
+        there = [call for call in calls if call is not None]
+        if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:
+            return _Column(calls, self.layout, self.layout.sizes)
+        given = [tape.shapes_of(call.arguments) for call in there]
+        if not any(tensor.ndim for tensor in tensors_in(given)):
+            return _Column(calls, None, [int(call is not None) for call in calls])
+        others = [[shape for shape, _ in call.outputs] for call in there]
+        sizes = self.layout.sizes if len(there) == len(calls) else None
+        readings = sample_layouts(given, others=others, sizes=sizes)
+        # What has samples of its own has them where the first call has.
+        along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        numbers = iter(along.sizes)
+        return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
 
     def _weighed(self, losses: list[list[Term]], index: int | None) -> list[tuple[Tensor, float]]:
         """Return every term and its weight, in a micro-batch or (None) in the one pass."""
@@ -313,14 +346,22 @@ class TapedWindow:
             for t, term in enumerate(whole)
         ]
 
-    def _losses_of(self, index: int, micro_batch: TapedMicroBatch, cast: Cast) -> list[list[Term]]:
+    def _losses_of(self, index: int, cast: Cast) -> list[list[Term]]:
         outputs: Outputs = {}
-        for call in micro_batch.models:
-            outputs[call] = tensors_in(call.run(resolved(call.arguments, outputs, cast)))
+
+        def arguments(column: _Column, call: TapedCall) -> Any:
+            given = call.arguments
+            if self._first_values and column.layout is not None:
+                given = column.layout.with_first_values([column.first.arguments, given])[1]
+            return resolved(given, outputs, cast)
+
+        for column in self._models:
+            if (call := column.calls[index]) is not None:
+                outputs[call] = tensors_in(call.run(arguments(column, call)))
         losses = []
         for c, column in enumerate(self._losses):
             taped = column.calls[index]
-            terms = [] if taped is None else _run(taped, resolved(taped.arguments, outputs, cast))
+            terms = [] if taped is None else _run(taped, arguments(column, taped))
             if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
             losses.append(terms or [Term(torch.zeros(()), "loss")] * len(self._constant(c)))
@@ -331,17 +372,18 @@ class TapedWindow:
         each: list[Outputs] = [{} for _ in self._micro_batches]
 
         def arguments(column: _Column) -> Any:
-            if column.inputs is not None:
-                order_here = _order_of(order, self.sizes, column.sizes)
-                inputs = column.inputs
-                if order_here is not None:
-                    inputs = samples.picked(inputs, order_here, sum(column.sizes), self._dim)
-                return cast(inputs)
-            whole_scalars([call for call in column.calls if call is not None])
-            pairs = zip(column.calls, each, strict=True)
-            given = [resolved(c.arguments, outputs, cast) for c, outputs in pairs if c is not None]
-            column.sizes = [0 if c is None else _size_or_one(g) for c, g in _paired(column.calls, given)]
-            return samples.joined(given, [_size_or_one(g) for g in given])
+            there = [
+                (c, outputs) for c, outputs in zip(column.calls, each, strict=True) if c is not None
+            ]
+            whole_scalars([call for call, _ in there])
+            given = [resolved(call.arguments, outputs, cast) for call, outputs in there]
+            if column.layout is None:
+                return given[0]
+            inputs = column.layout.joined(given)
+            here = _order_of(order, self.sizes, column.sizes)
+            if here is None or column.computed:  # else they come in the order of the rows
+                return inputs
+            return column.layout.picked(inputs, here)
 
         def whole_scalars(calls: Sequence[TapedCall]) -> None:
             """Take what a loss makes of other losses from the one pass."""
@@ -357,9 +399,7 @@ class TapedWindow:
 
         for column in self._models:
             outputs = tensors_in(column.first.run(arguments(column)))
-            # What is made of other calls' outputs has their rows, back in the loop's order.
-            own_order = column.inputs is not None
-            here = _order_of(order, self.sizes, column.sizes) if own_order else None
+            here = None if column.computed else _order_of(order, self.sizes, column.sizes)
             for index, call in enumerate(column.calls):
                 if call is not None:
                     each[index][call] = _rows(call, outputs, column.sizes, index, here)
@@ -372,6 +412,20 @@ class TapedWindow:
             else:
                 losses.append(_run(column.first, arguments(column)))
         return losses
+
+
+def sample_readings(micro_batches: Sequence[TapedMicroBatch], dim: int | None) -> list[SampleLayout]:
+    """Return where the samples of the micro-batches' first calls may be, the likeliest first.
+
+    Args:
+        micro_batches: of the tape.
+        dim: the dimension of the model's inputs that counts samples; None: what the shapes agree on.
+
+    Raises:
+        NotJoinableError: they do not make one batch.
+    """
+    given = [tape.shapes_of(m.first.arguments) for m in micro_batches]
+    return sample_layouts(given, others=[tape.shapes_around(m) for m in micro_batches], dim=dim)
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
@@ -390,18 +444,6 @@ def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | No
     if max(len(calls) for calls in every) != len(columns):
         raise NotJoinableError("micro-batches differ in how often they call model and loss")
     return columns
-
-
-def _paired(calls: list[TapedCall | None], given: list[Any]) -> list[tuple[TapedCall | None, Any]]:
-    values = iter(given)
-    return [(call, None if call is None else next(values)) for call in calls]
-
-
-def _size_or_one(given: Any) -> int:
-    try:
-        return size_of(given)
-    except NotJoinableError:  # scalars alone
-        return 1
 
 
 def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor | None:

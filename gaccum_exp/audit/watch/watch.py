@@ -97,7 +97,8 @@ class watch:  # noqa: N801  # used as a function
             values). Those that step one after the other take one window; where passes lie between their
             steps (a GAN), each takes its own, and its own parameters are judged.
         steps: which optimizer steps of the block to judge, the first being 0; None: all.
-        batch_dim: the dimension of the model's inputs that counts samples.
+        batch_dim: the dimension of the model's inputs that counts samples; None: that on which the
+            shapes of inputs, outputs and targets agree.
 
     Raises:
         TypeError: there is no optimizer.
@@ -110,7 +111,7 @@ class watch:  # noqa: N801  # used as a function
         optimizer: Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer],
         *,
         steps: Container[int] | None = None,
-        batch_dim: int = 0,
+        batch_dim: int | None = None,
     ) -> None:
         self._model, self._criterion = _unwrapped(model), original(_unwrapped(criterion))
         optimizers = _optimizers(optimizer)
