@@ -38,10 +38,17 @@ class Along:
     dim: int
 
 
-Role = Along | Literal["samples", "size", "shared", "differs"] | list[Any]
-"""What a part of a micro-batch is: a tensor of samples; a list with an entry per sample; the number of
-samples; the same in all micro-batches; a value that differs between them and belongs to no sample; or,
-of a container, the roles of its children."""
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A tensor with samples of its own along a dimension, of other numbers than the window's."""
+
+    dim: int
+
+
+Role = Along | Beside | Literal["samples", "size", "shared", "differs"] | list[Any]
+"""What a part of a micro-batch is: a tensor of samples; one of samples of its own; a list with an entry
+per sample; the number of samples; the same in all micro-batches; a value that differs between them and
+belongs to no sample; or, of a container, the roles of its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,11 @@ class SampleLayout:
     """Names of values that belong to no sample and yet differ; the one pass has the first of each."""
     padded: bool = False
     """Whether joining the micro-batches pads their sequences."""
+
+    @property
+    def guessed(self) -> bool:
+        """Whether tensors of other lengths are taken for samples of their own."""
+        return any(isinstance(role, Beside) for role in _flat(self.roles))
 
     @property
     def dim(self) -> int:
@@ -116,6 +128,7 @@ def sample_layouts(
             continue
         unknown = sizes is not None and list(numbers) != list(sizes)
         lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others)
+        lacking += sum(isinstance(role, Beside) for role in _flat(layout.roles))
         found.append(((lacking, unknown, along), layout))
     if not found and sizes is not None:  # what belongs to no sample is joined, too: a model's own loss
         return [_read(parts, sizes, dim or 0, counting=False)]
@@ -231,24 +244,25 @@ def _nothing_counts(parts: Sequence[Any], dim: int | None) -> str:
 
 def _read(parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool) -> SampleLayout:
     """Read lists as columns (inputs and targets), and where that fails as lists of samples."""
-    try:
-        return _Reading(tuple(numbers), along).layout(parts, counting=counting)
-    except NotJoinableError:
+    refusal = None
+    for how in ({}, {"listed": True}, {"apart": True}):
         try:
-            return _Reading(tuple(numbers), along, listed=True).layout(parts, counting=counting)
-        except NotJoinableError:
-            pass
-        raise
+            return _Reading(tuple(numbers), along, **how).layout(parts, counting=counting)
+        except NotJoinableError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
 class _Reading:
     """The reading of micro-batches as having these numbers of samples, along a dimension if it can be.
 
     Lists of as many entries have one per sample: all of them (`listed`), or those without such tensors.
+    Tensors of other lengths may have samples of their own (`apart`), e.g. unlabelled ones.
     """
 
-    def __init__(self, numbers: Sizes, along: int, *, listed: bool = False) -> None:
-        self._numbers, self._along, self._listed = numbers, along, listed
+    def __init__(self, numbers: Sizes, along: int, *, listed: bool = False, apart: bool = False) -> None:
+        self._numbers, self._along, self._listed, self._apart = numbers, along, listed, apart
         self._differing: list[str] = []
         self._padded = False
         self._edges: str | None = None
@@ -324,6 +338,10 @@ class _Reading:
         if all(t.ndim == 0 for t in parts):
             self._differing.append(name or "a tensor")
             return "differs"
+        own = max(self._along, 0)
+        others = {(*t.shape[:own], *t.shape[own + 1 :]) for t in parts}
+        if self._apart and alike and first.ndim > own and len(others) == 1:
+            return Beside(own)
         shapes, numbers = _listed(tuple(t.shape) for t in parts), _listed(self._numbers)
         raise NotJoinableError(
             f"tensors of shapes {shapes} do not make one batch{_at(name)}: they differ, and no "
@@ -355,6 +373,8 @@ def _joined(parts: Sequence[Any], role: Role, name: str) -> Any:
     if isinstance(role, list):
         every = zip(zip(*map(_children, parts), strict=True), role, _names(first, name), strict=True)
         return _rebuilt(first, [_joined(column, of_column, n) for column, of_column, n in every])
+    if isinstance(role, Beside):
+        return torch.cat(list(parts), role.dim)
     if isinstance(role, Along):
         return torch.cat(_padded(parts, role.dim, name), role.dim)
     if role == "samples":

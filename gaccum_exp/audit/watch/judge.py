@@ -199,9 +199,11 @@ class _LoopWindow:
             audit = audit.noting(f"it is {names} that couples samples; the other terms do not")
         # Padding may change what a model computes; where the weights explain all, it has not.
         proven = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
-        if audit.verdict == "biased" and audit.cause not in proven and window.padded:
+        if audit.verdict == "biased" and audit.cause not in proven and (window.padded or window.guessed):
             what = "micro-batches of different lengths were padded to one, which may change what is"
             why = f"{what} computed"
+            if window.guessed:
+                why = "tensors of other lengths were taken for samples of their own, which may be wrong"
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit
 

@@ -94,6 +94,11 @@ class TapedCall:
         """Return where its arguments come from."""
         return [leaf for leaf in leaves(self.arguments) if isinstance(leaf, OutputRef)]
 
+    @property
+    def of_weights_alone(self) -> bool:
+        """Whether it is a penalty on the weights: the same for any samples."""
+        return not self.start and not self.sources()
+
     def sources(self) -> set["TapedCall"]:
         """Return the model's calls that it depends on."""
         found: set[TapedCall] = set()
@@ -121,6 +126,11 @@ class TapedMicroBatch:
         return sorted([*self.models, *self.losses], key=lambda call: call.order)
 
     @property
+    def backwards(self) -> set[int | None]:
+        """Numbers of its backward passes."""
+        return {loss.backward for loss in self.losses}
+
+    @property
     def of_weights_alone(self) -> bool:
         """Whether it is a penalty on the weights, and no pass over samples."""
         return not any(call.start for call in self.calls)
@@ -132,8 +142,8 @@ class TapedMicroBatch:
 
     @property
     def first(self) -> TapedCall:
-        """The call that it began with."""
-        return self.calls[0]
+        """The call of model or loss that it began with."""
+        return next((call for call in self.calls if call.start), self.calls[0])
 
     @property
     def last_backward(self) -> int:
@@ -229,10 +239,10 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
     for piece in pieces:
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
-        together = last and {x.backward for x in piece.losses} & {x.backward for x in last[-1].losses}
-        # A penalty on the weights alone is no micro-batch by itself.
-        alone = last and (piece.of_weights_alone or last[-1].of_weights_alone)
-        if alone or (together and not places & set(piece.signature)):
+        repeats = places & set(piece.signature) and not piece.of_weights_alone
+        if last and piece.backwards & last[-1].backwards and not repeats:
+            last.append(piece)
+        elif piece.of_weights_alone and last and piece is pieces[-1]:  # after all micro-batches
             last.append(piece)
         else:
             found.append([piece])

@@ -6,8 +6,10 @@ denominator of its own.
 """
 
 import copy
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +112,8 @@ class TapedWindow:
         layouts = [column.layout for column in columns if column.layout is not None]
         self.padded = any(each.padded for each in layouts)
         """Whether joining the micro-batches pads their sequences."""
+        self.guessed = any(each.guessed for each in layouts)
+        """Whether tensors of other lengths are taken for samples of their own."""
         self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
         """Names of arguments that belong to no sample, and differ between micro-batches."""
         self._first_values = False
@@ -262,8 +266,7 @@ class TapedWindow:
 
     def of_weights_alone(self, column: int) -> bool:
         """Whether a loss is a penalty on the weights: the same for any samples."""
-        first = self._losses[column].first
-        return not first.start and not first.sources()
+        return self._losses[column].first.of_weights_alone
 
     @property
     def computed_by_user(self) -> bool:
@@ -286,7 +289,7 @@ class TapedWindow:
         if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:
             return _Column(calls, self.layout, self.layout.sizes)
         given = [tape.shapes_of(call.arguments) for call in there]
-        if not any(tensor.ndim for tensor in tensors_in(given)):
+        if there[0].of_weights_alone or not any(tensor.ndim for tensor in tensors_in(given)):
             return _Column(calls, None, [int(call is not None) for call in calls])
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
@@ -482,13 +485,18 @@ def _run(call: TapedCall, arguments: Any) -> list[Term]:
     return forms.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
 
 
-def _own_code(function: Callable[..., Any]) -> bool:
-    """Whether a loss is computed by the user's code."""
-    if function is tape.models_own_loss or not callable(function):
+def _own_code(function: Any) -> bool:
+    """Whether a loss is computed by Python code that is none of torch's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if function is tape.models_own_loss:
         return False
-    home = type(function) if isinstance(function, nn.Module) else function
-    module = getattr(home, "__module__", None) or ""
-    return not (module.startswith("torch.") or module in ("", "torch", "builtins"))
+    if isinstance(function, nn.Module):
+        function = type(function).forward
+    elif not inspect.isroutine(function):
+        function = type(function).__call__
+    code = getattr(inspect.unwrap(function), "__globals__", None)
+    return code is not None and not str(code.get("__name__", "")).startswith("torch.")
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -113,11 +113,15 @@ def faults_of(
     faults, remark = scale_faults(totals, accum_steps), None
     if faults is None:
         faults, total = [1.0] * len(means), sum(totals)
-        weights = [w / means[0].literal for w in means[0].weights]
-        tried = [weights, [total], [1 / total]] if total > 0 else []
-        divided = any(common_divisor(each) is not None for each in tried)
-        if rescaled or (len(means) == 1 and divided and constants_outside):
+        weights = [w / term.literal for term in means for w in term.weights if w]
+        divisor = common_divisor(weights) if weights else None
+        # One loss has hardly a weight of a half, or of two; several may have.
+        tried = [[total], [1 / total]] if len(means) == 1 and total > 0 else []
+        whole = any(common_divisor(each) is not None for each in tried)
+        if rescaled or (constants_outside and whole):
             faults = [total] * len(means)
+        elif constants_outside and divisor is not None and divisor > 1:
+            faults = [accum_steps / divisor] * len(means)
         else:
             said = f"the loop multiplies the loss by {total:.4g} in all"
             remark = f"{said}, which is taken as given"

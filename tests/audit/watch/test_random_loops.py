@@ -18,7 +18,7 @@ from experiments.random_loops.judge import (
 from experiments.random_loops.plan import FAULTS, Scope
 from experiments.random_loops.source import text_of
 
-EVERY_KIND = False  # once `watch` judges losses of several terms, and calls by their place in the loop
+EVERY_KIND = True  # once `watch` judges losses of several terms, and calls by their place in the loop
 SCOPE = Scope()
 PLANTED = sorted(FAULTS)
 if not EVERY_KIND:
