@@ -90,8 +90,10 @@ def reached_shares(
         return None
 
     def fits(shares: Sequence[float]) -> bool:
-        gap = columns @ torch.tensor(shares, dtype=columns.dtype) - target
-        return float(gap.norm()) <= 1e-4 * float(target.norm())
+        """Whether these shares make it, but for a factor of them all."""
+        made = columns @ torch.tensor(shares, dtype=columns.dtype)
+        by = float(made @ target) / max(float(made @ made), 1e-300)
+        return by > 0 and float((made * by - target).norm()) <= 1e-4 * float(target.norm())
 
     kept = [
         *(range(first, last) for first in range(count) for last in range(first + 1, count + 1)),
@@ -104,8 +106,9 @@ def reached_shares(
     if len(target) < 4 * count or int(torch.linalg.matrix_rank(columns)) < count:
         return None
     found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].real.tolist()
-    rounded = [float(round(share)) if abs(share - round(share)) < 1e-3 else share for share in found]
-    return rounded if fits(rounded) else None
+    largest = max(map(abs, found)) or 1.0
+    found = [0.0 if abs(share) < 1e-3 * largest else share for share in found]
+    return found if fits(found) else None
 
 
 def intended_weight(

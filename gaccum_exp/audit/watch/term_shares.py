@@ -87,8 +87,13 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
         counting = [i for i, c in enumerate(coefficients or [1.0] * len(weights)) if c]
         own = [weights[i] for i in counting]
         if summed:
-            amounts = None if counts is None else [counts[i] for i in counting]
-            whole = intended_weight(own, amounts, [sizes[i] for i in counting]) if any(own) else 0.0
+            # A sum that its function has divided by its count is divided by N once too often outside.
+            inside = [f for f in window.constants_inside(t) if not _one(f * len(weights))]
+            counted = math.prod(inside)
+            amounts = None if counts is None or inside else [counts[i] for i in counting]
+            of_sizes = [sizes[i] for i in counting]
+            given = [w / counted for w in own]
+            whole = counted * intended_weight(given, amounts, of_sizes) if any(own) else 0.0
         else:
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
