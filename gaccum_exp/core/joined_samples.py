@@ -301,7 +301,7 @@ class _Reading:
             if not self._listed and len(first):
                 before = list(self._differing)
                 columns = self._of_columns(parts, name)
-                if _counts(columns):
+                if _counts(columns) or any(isinstance(role, Beside) for role in _flat(columns)):
                     return columns
                 self._differing = before  # names, one of each sample
             return "samples"

@@ -112,18 +112,23 @@ def reached_shares(
 
 
 def intended_weight(
-    weights: Sequence[float], counts: Sequence[float] | None, sizes: Sequence[int]
+    weights: Sequence[float],
+    counts: Sequence[float] | None,
+    sizes: Sequence[int],
+    accum_steps: int,
 ) -> float:
     """Return the weight that a loop of weighted loss sums means the whole window's sum to have.
 
     The sizes of micro-batches are no counts, but tell unequal ones apart where counts are not known.
     """
     amounts = list(counts) if counts is not None else [float(size) for size in sizes]
-    n, accum_steps = sum(amounts), len(weights)
+    n = sum(amounts)
     means = [w * k for w, k in zip(weights, amounts, strict=True)]
     if not alike(weights):
         # Each micro-batch's own mean, or weights that no large batch has.
-        return 1 / n if alike(means) else sum(weights) / accum_steps
+        return 1 / n if alike(means) else sum(weights) / len(weights)
+    if counts is not None and math.isclose(weights[0] * n, 1, rel_tol=ROUNDED):
+        return 1 / n
     if accum_steps > 1 and math.isclose(weights[0], 1 / accum_steps, rel_tol=ROUNDED):
         return 1.0  # a sum that counts already, divided by N once more
     # Where counts are not known, a constant is taken as it is.
