@@ -10,12 +10,11 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from gaccum_exp.core.feed import Window
+from gaccum_exp.core.moved_state import ModuleSnapshot
 from gaccum_exp.core.seeding import random_states, set_random_states
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, first_line
@@ -43,12 +42,8 @@ class FinerSplit(Hook):
 
     @contextmanager
     def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
-        """Put modules and generators back where memory runs out.
-
-        Of a module that is its buffers and attributes, whether they are set anew or tensors that are
-        written to; what is changed inside its lists and other objects stays so.
-        """
-        modules = [_ModuleSnapshot(module) for module in state.modules.modules()]
+        """Put modules and generators back where memory runs out."""
+        modules = [ModuleSnapshot(module) for module in state.modules.modules()]
         generators = random_states()
         try:
             yield
@@ -95,28 +90,3 @@ class FinerSplit(Hook):
         if before == 1:
             self._sink.describe({"role": "candidate"})  # it is no longer the large batch in one pass
         return True
-
-
-class _ModuleSnapshot:
-    """A module's buffers and attributes, to be put back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._attributes, self._buffers = dict(vars(module)), dict(module._buffers)
-        tensors = (t for t in (*self._attributes.values(), *self._buffers.values()))
-        self._values = [(t, t.clone()) for t in tensors if _is_plain(t)]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for held, before in (
-            (vars(self._module), self._attributes),
-            (self._module._buffers, self._buffers),
-        ):
-            held.clear()
-            held.update(before)
-        for tensor, value in self._values:
-            tensor.copy_(value)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_leaf and not isinstance(value, nn.Parameter)

@@ -134,7 +134,7 @@ class Rerun:
 
             @contextmanager
             def context(index: int) -> Iterator[None]:
-                if apart and index > 0:
+                if apart and index > 0 and torch.is_grad_enabled():
                     taken.append(keep(self._taken(parameters)))
                 for buffer, state in states:
                     buffer.copy_(state)

@@ -94,12 +94,15 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         self._pass: int | None = None
         self._order: Tensor | None = None
         self._count = 0
+        self._recording = draws_are == "recorded"
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
         """Run the forward pass of one micro-batch."""
         self._begin(index, None)
-        if self._draws_are == "recorded":
+        # A micro-batch that comes again, after it was counted, gets what it drew then.
+        self._recording = self._draws_are == "recorded" and index == len(self._draws.passes)
+        if self._recording:
             self._draws.passes.append([])
         yield
         if self._count < len(self._draws.passes[index]):
@@ -135,7 +138,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             return result  # tagged, and drew nothing: attention with a dropout of 0
         index, self._count = self._count, self._count + 1
         drawn = _draw_of(func, args, result)
-        if self._draws_are == "recorded":
+        if self._recording:
             if drawn is None:
                 name = func.overloadpacket.__name__
                 self._draws.refuse(f"{name} cannot be replayed sample by sample", foreign=True)

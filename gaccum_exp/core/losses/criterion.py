@@ -75,6 +75,8 @@ class CriterionLoss:
         inputs, targets = split_micro_batch(micro_batch)
         return self.of_outputs(run_model(model, inputs), targets)
 
+    split = staticmethod(split_micro_batch)
+
     def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
         """Return loss sum and denominator of the model's outputs for these targets."""
         outputs, targets = _widened(outputs, targets)
