@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.losses.protocol import (
-    AtLeast,
+    Clamped,
     Counts,
     Denominator,
     LossResult,
@@ -51,8 +51,8 @@ class WindowTerms:
     """Σ Sᵢ over the passes done, detached, in float32 at least."""
     counts: dict[str, Denominator] = field(default_factory=dict)
     """Σ nᵢ over these."""
-    least: dict[str, float] = field(default_factory=dict)
-    """What the counts are clamped to."""
+    divisors: dict[str, Denominator] = field(default_factory=dict)
+    """What the sums are divided by for their mean: of a term counted late, over the passes done."""
     weights: dict[str, list[Denominator]] = field(default_factory=dict)
     """The first one, or that of each pass where they are to be compared on a device."""
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -78,9 +78,9 @@ class WindowTerms:
                 )
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
             self.counts[name] = self.counts.get(name, 0) + term.denominator
-            self.least[name] = term.least
+            self.divisors[name] = term.divides_by(self.window_counts.get(name, self.counts[name]))
             if term.of is not None:
-                mean = quotient(self.sums[name], self._clamped(name, self.counts[name]))
+                mean = quotient(self.sums[name], term.divides_by(self.counts[name]))
                 if mean is not None:
                     with torch.no_grad():
                         self.values[name] = _value_of(name, term, mean)
@@ -99,10 +99,10 @@ class WindowTerms:
         return total
 
     def _share_of(self, name: str, term: Term, reduction: Reduction) -> Tensor | None:
-        n = self._clamped(name, term.denominator, term.least)
+        n = term.divides_by(term.denominator)
         window_count = self.window_counts.get(name)
         if window_count is not None:
-            window_count = self._clamped(name, window_count, term.least)
+            window_count = term.divides_by(window_count)
         elif self.accum_steps == 1:
             window_count = n
         elif reduction.needs_window_count:
@@ -134,7 +134,7 @@ class WindowTerms:
     def differentiate(self, functions: Mapping[str, Term]) -> None:
         """Take the gradients of functions at the means of all that was added."""
         for name, term in functions.items():
-            mean = quotient(self.sums[name], self._clamped(name, self.counts[name]))
+            mean = quotient(self.sums[name], term.divides_by(self.counts[name]))
             if mean is not None:
                 self.means[name] = mean
                 with torch.enable_grad():
@@ -154,8 +154,7 @@ class WindowTerms:
         total: Any = torch.zeros(())
         counted: Any = 0.0
         for name, sums in self.sums.items():
-            n = self.window_counts.get(name)
-            n = self._clamped(name, float(self.counts[name]) if n is None else n)
+            n = self.divisors[name] if name in self.window_counts else float(self.divisors[name])
             if not isinstance(n, Tensor) and not n:
                 continue
             weight = self._weight(name)
@@ -173,12 +172,6 @@ class WindowTerms:
         state = {f.name: getattr(self, f.name) for f in fields(self)}
         copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().clone(), state)
         return copied
-
-    def _clamped(self, name: str, n: Denominator, least: float | None = None) -> Denominator:
-        least = self.least.get(name, 0.0) if least is None else least
-        if not least:
-            return n
-        return n.clamp(min=least) if isinstance(n, Tensor) else max(n, least)
 
     def _add_weight(self, name: str, weight: Denominator) -> None:
         now = weight.detach() if isinstance(weight, Tensor) else weight
@@ -224,7 +217,7 @@ class LossTotal:
         """Return the denominator of so many times as much, or of each term that counts something."""
         if self._terms is None:
             return float(self._denominator) * scale
-        every = {name: float(n) * scale for name, n in self._terms.counts.items()}
+        every = {name: float(n) * scale for name, n in self._terms.divisors.items()}
         return {name: n for name, n in every.items() if n}
 
 
@@ -248,8 +241,8 @@ def counted_as(terms: Mapping[str, Term], counts: Counts | None) -> dict[str, Te
     for name, n in counts.items():
         if name in terms:
             found[name] = terms[name]._replace(denominator=plain_count(n))
-            if isinstance(n, AtLeast):
-                found[name] = found[name]._replace(least=n.least)
+            if isinstance(n, Clamped):
+                found[name] = found[name]._replace(window=n.window)
     return found
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gaccum_exp import accumulate_gradients
 from gaccum_exp.core.accumulate import accumulate
-from gaccum_exp.core.losses.protocol import AtLeast
+from gaccum_exp.core.losses.protocol import at_least
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered
 from gaccum_exp.core.window import split_sizes
@@ -274,10 +274,13 @@ def test_a_clamp_is_of_the_windows_count(steps: int) -> None:
 
         def focal(model: nn.Module, part: Any) -> dict[str, Any]:
             out = model(part[0])
-            return {"focal": (out.square().sum(), AtLeast(part[2].sum())), "size": (out.sum(), len(out))}
+            return {
+                "focal": (out.square().sum(), at_least(part[2].sum())),
+                "size": (out.sum(), len(out)),
+            }
 
         def counted(part: Any) -> dict[str, Any]:
-            return {"focal": AtLeast(part[2].sum()), "size": len(part[0])}
+            return {"focal": at_least(part[2].sum()), "size": len(part[0])}
 
         def whole(m: nn.Module, n: int = max(1, int(boxes.sum()))) -> Tensor:
             return m(x).square().sum() / n + m(x).sum() / len(x)

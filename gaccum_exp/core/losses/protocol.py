@@ -21,12 +21,22 @@ Denominator = float | Tensor
 """A number of samples, elements or tokens, or a sum of class weights; a 0-dim tensor on a device."""
 
 
-class AtLeast(NamedTuple):
-    """A denominator that a window clamps: max(least, Σ nᵢ), and never a micro-batch by itself."""
+class Clamped(NamedTuple):
+    """A denominator that is no sum of its micro-batches': a clamp is of the window's count."""
 
     denominator: Denominator
-    """nᵢ, not clamped."""
-    least: float = 1.0
+    """nᵢ, which adds up."""
+    window: Callable[[Denominator], Denominator]
+    """Returns what Σ nᵢ stands for, e.g. max(1, Σ nᵢ)."""
+
+
+def at_least(n: Denominator, least: float = 1.0) -> Clamped:
+    """Return the denominator max(least, Σ nᵢ)."""
+
+    def window(total: Denominator) -> Denominator:
+        return total.clamp(min=least) if isinstance(total, Tensor) else max(total, least)
+
+    return Clamped(n, window)
 
 
 class Term(NamedTuple):
@@ -35,16 +45,20 @@ class Term(NamedTuple):
     sum: Tensor
     """Sᵢ, 0-dim; of any shape where there is a function `of` it."""
     denominator: Denominator
-    """nᵢ, not clamped."""
+    """nᵢ, which adds up."""
     weight: Denominator = 1.0
     """The same in all of a window; a 0-dim tensor gets its own gradient."""
     of: Callable[[Tensor], Tensor] | None = None
     """What is taken of Σ Sᵢ / Σ nᵢ, 0-dim; None: that itself is the term."""
-    least: float = 0.0
-    """What the window's count is clamped to."""
+    window: Callable[[Denominator], Denominator] | None = None
+    """Returns what the window divides by for Σ nᵢ; None: that itself."""
+
+    def divides_by(self, n: Denominator) -> Denominator:
+        """Return what is divided by for so large a count."""
+        return n if self.window is None else self.window(n)
 
 
-Counts = Denominator | dict[str, Denominator | AtLeast]
+Counts = Denominator | dict[str, Denominator | Clamped]
 """A micro-batch's denominator, or those of its terms."""
 LossResult = tuple[Tensor, Denominator] | Mapping[str, Any]
 """A loss sum and its denominator, or terms."""
@@ -130,8 +144,8 @@ def terms_of(result: LossResult) -> dict[str, Term]:
 
     Of each name `(sum, denominator)`, `(sum, denominator, weight)` or `(sums, denominator, weight, of)`:
     the term is weight × Σ sum / Σ denominator, or weight × of(Σ sums / Σ denominator), over the window.
-    A denominator `AtLeast(n, least)` divides by max(least, Σ n), and None leaves the sums of a function
-    undivided: weight × of(Σ sums).
+    A denominator `at_least(n)` divides by max(1, Σ n), and None leaves the sums of a function undivided:
+    weight × of(Σ sums).
 
     Raises:
         BadInputError: anything else.
@@ -162,14 +176,14 @@ def _term(name: str, given: Any) -> Term:
             "sums need a function: (sums, denominator, weight, of)"
         )
     if n is None:  # undivided, and there in every window: max(1, 0)
-        n = AtLeast(0.0)
-    least = n.least if isinstance(n, AtLeast) else 0.0
-    return Term(total, plain_count(n), weight, of, least)
+        n = at_least(0.0)
+    window = n.window if isinstance(n, Clamped) else None
+    return Term(total, plain_count(n), weight, of, window)
 
 
-def plain_count(n: Denominator | AtLeast) -> Denominator:
-    """Return a denominator that is not clamped, as a number where it is on the host."""
-    return _on_host(n.denominator if isinstance(n, AtLeast) else n)
+def plain_count(n: Denominator | Clamped) -> Denominator:
+    """Return a denominator that adds up, as a number where it is on the host."""
+    return _on_host(n.denominator if isinstance(n, Clamped) else n)
 
 
 def _on_host(n: Denominator) -> Denominator:

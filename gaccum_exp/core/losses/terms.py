@@ -8,7 +8,7 @@ from torch import nn
 
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.micro_batch import Keywords, outputs_in, run_model, split_micro_batch
-from gaccum_exp.core.losses.protocol import Counts
+from gaccum_exp.core.losses.protocol import Clamped, Counts
 from gaccum_exp.errors import BadInputError, nearest
 
 Place = str | int | Sequence[str | int] | None
@@ -80,7 +80,9 @@ class TermsLoss:
         for name, term in self._terms.items():
             given = _picked(name, "output", outputs, term.output)
             asked = _picked(name, "target", targets, term.target)
-            terms[name] = (*self._losses[name].of_outputs(given, asked), term.weight)
+            total, n = self._losses[name].of_outputs(given, asked)
+            window = getattr(self._losses[name], "window_denominator", None)
+            terms[name] = (total, n if window is None else Clamped(n, window), term.weight)
         return terms
 
 
