@@ -224,7 +224,7 @@ def _count_terms(
             terms = counted_as(terms_of(loss_fn(model, micro_batch)), counts)
             counting.add(terms)
             functions |= {n: term for n, term in terms.items() if term.of}
-    torch.clear_autocast_cache()  # of weights that were cast without graph
+    torch.clear_autocast_cache()  # of weights that were cast without graph, which older torch gives out
     counting.differentiate(functions)
     state.terms.slopes, state.terms.means = counting.slopes, counting.means
     # What counts decides whether there is a step, so the host reads it.

@@ -106,10 +106,7 @@ class WindowTerms:
         elif self.accum_steps == 1:
             window_count = n
         elif reduction.needs_window_count:
-            raise BadInputError(
-                f"term {name!r} was not there when the window was counted: return it in its first "
-                "micro-batch too, as (0.0, 0) if need be, or name it in count(micro_batch)"
-            )
+            raise _not_counted(name)
         by = reduction.of_term(name).divisor(n, window_count, self.accum_steps)
         if term.of is None:
             part = quotient(term.sum, by)
@@ -122,7 +119,9 @@ class WindowTerms:
         if not reduction.needs_window_count or self.accum_steps == 1:
             mean = quotient(wide(term.sum), n)
             return None if mean is None else term.weight * _value_of(name, term, mean) / self.accum_steps
-        if name not in self.slopes:  # nothing of it counts in the window
+        if name not in self.slopes:
+            if isinstance(by, Tensor) or by:
+                raise _not_counted(name)
             return None
         part = quotient((self.slopes[name] * term.sum).sum(), by)
         weight = term.weight.detach() if isinstance(term.weight, Tensor) else term.weight
@@ -259,6 +258,13 @@ def wide(sums: Tensor) -> Tensor:
     """Return loss sums in float32 at least."""
     # In half precision a window's sum would lose its last micro-batches.
     return sums.float() if sums.dtype in (torch.float16, torch.bfloat16) else sums
+
+
+def _not_counted(name: str) -> BadInputError:
+    return BadInputError(
+        f"term {name!r} was not there when the window was counted: return it in the first micro-batch "
+        "too, as sums of 0 with a denominator of 0, or name it in count(micro_batch) if it is no function"
+    )
 
 
 def _require_equal(name: str, first: float, now: float) -> None:

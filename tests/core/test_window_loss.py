@@ -163,11 +163,18 @@ def test_every_term_is_divided_by_its_own_count_of_the_window(steps: int, loss_f
 
 
 @pytest.mark.parametrize("steps", STEPS)
-def test_a_function_of_the_windows_sums_is_the_large_batchs(steps: int) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_function_of_the_windows_sums_is_the_large_batchs(steps: int, counted: bool) -> None:
     """A balance term: as a sum it would be biased, in two passes it is exact."""
+
+    def loss_fn(model: nn.Module, part: Any) -> dict[str, Any]:
+        return balance(model, part)
+
+    if counted:
+        loss_fn.count = lambda part: {"class": (part[1] != -100).sum(), "balance": len(part[0])}  # type: ignore[attr-defined]
     data, model = batch(), Net()
     expected, exact = large(balance_of(data))
-    loss = accumulate_gradients(model, balance, split(data, steps))
+    loss = accumulate_gradients(model, loss_fn, split(data, steps))
     assert relative(gradient(model), exact) < TIGHT
     assert loss.mean == pytest.approx(float(expected), rel=1e-14)
 
@@ -501,13 +508,19 @@ def test_terms_are_buffered_and_scaled_as_a_plain_loss_is() -> None:
     assert relative(gradient(model).double(), 8 * gradient(exact) + 1) < 0.05
 
 
-def test_outside_autocast_weights_keep_their_gradient() -> None:
-    """Weights that the counting pass has cast, without graph, are not taken from the cache."""
+def test_inside_autocast_weights_keep_their_gradient() -> None:
+    """Weights of a head that the counting pass casts first, without graph, in the loop's own cache."""
+
+    def loss_fn(model: Any, part: Any) -> dict[str, Any]:
+        hidden, boxed = model.first(part[0]), part[2]
+        terms: dict[str, Any] = {"size": (hidden.square().sum(), len(hidden))}
+        return terms | ({"box": (model.last(hidden[boxed]).sum(), boxed.sum())} if boxed.any() else {})
+
     found = []
     for steps in (1, 3):
         model = Net().float()
         with torch.autocast("cpu", torch.bfloat16):
-            accumulate_gradients(model, balance, [(x.float(), *r) for x, *r in split(batch(), steps)])
+            accumulate_gradients(model, loss_fn, [(x.float(), *r) for x, *r in split(batch(), steps)])
         found.append(gradient(model))
     assert relative(found[1], found[0]) < 0.02
 
@@ -548,4 +561,8 @@ def test_terms_and_pairs_do_not_mix() -> None:
     later = alternating(several, {**several, "b": pair})
     later.count = lambda part: {"a": 1}
     with pytest.raises(BadInputError, match=r"term 'b' was not there.*name it in count"):
+        accumulate_gradients(Net(), later, window)
+    later = alternating(several, {**several, "b": (torch.ones(2), 1, 1.0, torch.sum)})
+    later.count = lambda part: {"a": 1, "b": 1}
+    with pytest.raises(BadInputError, match="term 'b' was not there"):
         accumulate_gradients(Net(), later, window)
