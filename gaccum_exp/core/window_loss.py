@@ -263,7 +263,7 @@ def wide(sums: Tensor) -> Tensor:
 def _not_counted(name: str) -> BadInputError:
     return BadInputError(
         f"term {name!r} was not there when the window was counted: return it in the first micro-batch "
-        "too, as sums of 0 with a denominator of 0; if it is no function, or name it in count(micro_batch)"
+        "too, as sums of 0 over 0; one that is no function may be named in count(micro_batch) instead"
     )
 
 
