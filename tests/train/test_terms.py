@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaccum_exp.arms import plan as planning
 from gaccum_exp.core.accumulate import accumulate_gradients
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
@@ -178,8 +179,13 @@ def test_a_plan_of_terms_is_what_is_measured() -> None:
         assert row.peak.bytes == pytest.approx(peak.bytes, rel=0.01)
 
 
-def test_the_program_plans_terms(program: Program) -> None:
-    """`task=plan`, for criteria and for a function of the user's own."""
-    for overrides in (TERMS, BALANCE):
-        ended = program(*overrides, "task=plan", "runtime.memory_budget_gib=1")
-        assert ended.status == 0, ended.plain
+@pytest.mark.parametrize("overrides", [TERMS, BALANCE], ids=["criteria", "a function of sums"])
+def test_the_peak_of_a_run_with_terms_is_predicted(overrides: tuple[str, ...]) -> None:
+    """Without values, so that nothing is counted; within the sums of losses."""
+    for steps in (1, 3):
+        call = (*overrides, f"accum.steps={steps}", "audit.at_start=false", "train.epochs=null")
+        configured = settings(*call, "train.steps=3")
+        predicted = planning.predicted_peak(configured, load(configured))
+        _, sink = trained(*call, "train.steps=3")
+        assert predicted is not None
+        assert predicted.bytes == pytest.approx(sink.last["memory/peak_bytes"], abs=64)

@@ -50,6 +50,11 @@ class TermsLoss:
         """All of them, by name."""
         named = [key for term in terms.values() for key in _keys(term.target) if isinstance(key, str)]
         self._targets = list(dict.fromkeys(named))
+        self._counts = True
+
+    def assume(self, micro_batch: Any) -> None:
+        """Count nothing where values cannot be read: passes hold the same memory."""
+        self._counts = False
 
     def split(self, micro_batch: Any) -> tuple[Any, Any]:
         """Split a micro-batch into the model's inputs and the targets: a mapping or a list."""
@@ -76,13 +81,17 @@ class TermsLoss:
 
     def of_outputs(self, outputs: Any, targets: Any) -> dict[str, Any]:
         """Return the terms of the model's outputs for the targets that `split` gives."""
-        terms = {}
+        terms: dict[str, Any] = {}
         for name, term in self._terms.items():
+            loss = self._losses[name]
             given = _picked(name, "output", outputs, term.output)
             asked = _picked(name, "target", targets, term.target)
-            total, n = self._losses[name].of_outputs(given, asked)
-            window = getattr(self._losses[name], "window_denominator", None)
-            terms[name] = (total, n if window is None else Clamped(n, window), term.weight)
+            if not self._counts:
+                terms[name] = loss.sum_of_outputs(given, asked), 1.0, term.weight
+                continue
+            total, n = loss.of_outputs(given, asked)
+            window = getattr(loss, "window_denominator", None)
+            terms[name] = total, n if window is None else Clamped(n, window), term.weight
         return terms
 
 
