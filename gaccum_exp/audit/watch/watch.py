@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
+from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.loop_checks import reported_loss
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.seeding import random_state_kept
 
 WRAPPERS = {
@@ -102,7 +103,7 @@ class watch:  # noqa: N801  # used as a function
     ) -> None:
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        self._modules = NamedModules(model, *modules_in(criterion), compared=stepped)
+        self._modules = NamedModules(model, *modules_of(criterion), compared=stepped)
         self._tracer = LoopTracer(model, criterion, optimizer, self._modules, self._reached)
         self._judged, self._dim = steps, batch_dim
         self._global_step = 0
