@@ -560,7 +560,7 @@ def test_terms_and_pairs_do_not_mix() -> None:
         accumulate_gradients(Net(), one_number, window)
     later = alternating(several, {**several, "b": pair})
     later.count = lambda part: {"a": 1}
-    with pytest.raises(BadInputError, match=r"term 'b' was not there.*name it in count"):
+    with pytest.raises(BadInputError, match=r"term 'b' was not there.*count\(micro_batch\)"):
         accumulate_gradients(Net(), later, window)
     later = alternating(several, {**several, "b": (torch.ones(2), 1, 1.0, torch.sum)})
     later.count = lambda part: {"a": 1, "b": 1}
