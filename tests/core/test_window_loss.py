@@ -314,6 +314,12 @@ def uncertainty(model: Any, micro_batch: Any) -> dict[str, Any]:
     }
 
 
+def test_a_pair_says_its_clamp_otherwise() -> None:
+    """By a method, since the window is counted before; the message names both ways."""
+    with pytest.raises(BadInputError, match=r"mapping.*or have a method window_denominator"):
+        accumulate_gradients(Net(), lambda model, part: (model(part[0]).sum(), at_least(3)), [batch()])
+
+
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_learned_weight_gets_the_large_batchs_gradient(steps: int) -> None:
     """Its gradient is the term's mean over the window; for functions of sums as well."""

@@ -42,6 +42,14 @@ class Focal(nn.Module):
         return loss.mean() if self.reduction == "mean" else loss.sum()
 
 
+class Positives(Focal):
+    """A focal loss over max(1, positives), which is no sum over micro-batches."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = (torch.sigmoid(outputs) - targets).abs() ** 3
+        return loss.sum() / (targets.sum().clamp(min=1) if self.reduction == "mean" else 1)
+
+
 def batch(samples: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(samples, 4, generator=generator, dtype=torch.float64)
@@ -97,6 +105,61 @@ def test_each_criterion_is_divided_by_its_own_denominator(
             assert torch.allclose(p.grad, q.grad, rtol=1e-12, atol=1e-15)  # type: ignore[arg-type]
         assert loss.mean == pytest.approx(expected.item(), rel=1e-13)
         assert loss.terms["seg"].mean == pytest.approx(of_seg.item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("rows", [[], [6], [2, 3, 6]])
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 2, 4], [1] * 7])
+def test_a_clamp_of_one_criterion_is_of_its_terms_window(rows: list[int], sizes: list[int]) -> None:
+    """Beside another term; with no positive in the window, with one, and with several late ones."""
+    x, y, _ = batch()
+    positive = torch.zeros(7, 2, dtype=torch.float64)
+    positive[rows] = 1
+    whole, model = Net(pair), Net(pair)
+    (
+        nn.CrossEntropyLoss(ignore_index=255)(whole.out(x), y) + Positives()(whole.aux(x), positive)
+    ).backward()
+    loss_fn = TermsLoss({
+        "seg": CriterionTerm(nn.CrossEntropyLoss(ignore_index=255), 0, 0),
+        "focal": CriterionTerm(Positives(), 1, 1),
+    })  # fmt: skip
+    window = list(zip(*(t.split(sizes) for t in (x, y, positive)), strict=True))
+    loss = accumulate_gradients(model, loss_fn, window)
+    assert loss.terms["focal"].denominator == max(1, 2 * len(rows))
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-12, atol=1e-15)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "output", "target", "made"), SHAPES)
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 2, 4]])
+def test_over_the_whole_window_each_criterion_has_its_own_mean(
+    kind: Any, output: Any, target: Any, made: Any, sizes: list[int]
+) -> None:
+    """Under strategy=cached: CTC's or any other, with targets at every kind of place."""
+
+    def coupled(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.cdist(outputs.exp(), targets).square().mean().sqrt()
+
+    class Coupled(nn.Module):
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return coupled(outputs, targets)
+
+    x, y, z = batch()
+    whole, model = Net(kind), Net(kind)
+    classes = nn.CrossEntropyLoss(ignore_index=255)
+    expected = classes(whole.out(x), y) + 0.4 * coupled(whole.aux(x), z)
+    expected.backward()
+    loss_fn = TermsLoss(
+        {
+            "seg": CriterionTerm(classes, output[0], target[0]),
+            "aux": CriterionTerm(Coupled(), output[1], target[1], 0.4),
+        },
+        whole_window=True,
+    )
+    window = [made(*part) for part in zip(*(t.split(sizes) for t in (x, y, z)), strict=True)]
+    loss = accumulate_gradients(model, loss_fn, window, strategy="cached")
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-12, atol=1e-15)  # type: ignore[arg-type]
+    assert loss.mean == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_without_places_a_criterion_gets_all_outputs_and_targets() -> None:
