@@ -251,6 +251,20 @@ class Spectral(nn.Module):
         return self.last(torch.fft.irfft(torch.fft.rfft(hidden) * self.filter, n=8))
 
 
+class Turned(nn.Module):
+    """A criterion with a complex buffer: the squared difference of logits and labels, turned by i."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.register_buffer("turn", torch.tensor(1j, dtype=torch.complex64))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(batch, classes), (batch,) -> 0-dim."""
+        loss = ((logits[:, 0] - target) * self.turn).abs().square()
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+
 class TwoHeads(nn.Module):
     """Classes of points and a number beside them, by name; `p` is the dropout between."""
 

@@ -422,6 +422,26 @@ def test_what_the_counting_pass_moves_is_put_back() -> None:
     assert torch.equal(late.own.get_state(), counted.own.get_state())
 
 
+@pytest.mark.parametrize("strategy", ["in_place", "cached"])
+def test_what_an_object_keeps_whose_method_is_the_loss_is_put_back(strategy: Any) -> None:
+    """Its counter, its list and the statistics of a module beside the model move as in one pass each."""
+
+    class Task:
+        def __init__(self) -> None:
+            self.calls, self.seen, self.beside = 0, [], nn.BatchNorm1d(5).double()
+
+        def loss(self, model: nn.Module, part: Any) -> dict[str, Any]:
+            self.calls += 1
+            self.seen.append(len(part[0]))
+            self.beside(part[0])
+            return detection(model, part)
+
+    task, window = Task(), split(batch(), 3)
+    accumulate_gradients(Net(), task.loss, window, strategy=strategy)
+    calls = 3 if strategy == "in_place" else 1
+    assert (task.calls, sum(task.seen), int(task.beside.num_batches_tracked)) == (calls, SAMPLES, calls)  # type: ignore[arg-type]
+
+
 def test_a_parameter_that_a_pass_moves_cannot_be_put_back() -> None:
     """A teacher's average: there is no copy of it, so the message says what to do."""
     teacher = Net().requires_grad_(False)

@@ -81,6 +81,8 @@ def test_loss_gradient_and_evaluation_are_the_large_batchs(steps: int) -> None:
         ((*TERMS, "accum.steps=5", "accum.reduction=mean"), "biased", "unequal denominators"),
         ((*BALANCE, "accum.steps=3"), "equivalent", None),
         ((*BALANCE, "accum.steps=3", "+model.p=0.4"), "stochastic", "randomness"),
+        ((*TERMS, "accum.steps=3", "strategy=cached"), "equivalent", None),
+        ((*BALANCE, "accum.steps=3", "strategy=cached"), "equivalent", None),
     ],
 )
 def test_the_audit_of_terms(overrides: tuple[str, ...], verdict: str, cause: str | None) -> None:
@@ -102,9 +104,10 @@ def test_a_function_under_mean_is_told_from_unequal_counts() -> None:
 
 
 def test_partial_windows_a_schedule_and_a_finer_split_train_alike() -> None:
-    """24 samples in windows of 10; N that grows; and N doubled after the first window."""
+    """24 samples in windows of 10; N that grows, or is doubled after one window; outputs cached."""
     curves = []
-    for how in (("accum.steps=1",), ("accum.steps=3",), ("accum.schedule={0:1,1:4}",)):
+    hows = ("accum.steps=1",), ("accum.steps=3",), ("accum.schedule={0:1,1:4}",)
+    for how in (*hows, ("accum.steps=3", "strategy=cached")):
         _, sink = trained(*BALANCE, *how, "train.epochs=2")
         curves.append(sink.curve("train/loss/balance/of classes"))
     state = build(settings(*BALANCE, "accum.steps=2", "train.epochs=2"))
@@ -179,9 +182,30 @@ def test_a_plan_of_terms_is_what_is_measured() -> None:
         assert row.peak.bytes == pytest.approx(peak.bytes, rel=0.01)
 
 
+def test_class_weights_of_terms_are_as_precise_as_complex_outputs() -> None:
+    """Their own complex numbers as well, which a module's `to` would make real."""
+    where = "output:0,target:0"
+    terms = (
+        f"+criterion.terms.seg={{criterion:{{_target_:torch.nn.CrossEntropyLoss,weight:[1,2,1]}},{where}}}",
+        f"+criterion.terms.turned={{criterion:{{_target_:tests.strangers.Turned}},{where}}}",
+    )
+    spectral = ("model=custom", "model._target_=tests.strangers.Spectral", "data=custom",
+                "data.train._target_=tests.strangers.Points", "+data.train.samples=20",
+                "data.global_batch_size=10", "runtime.device=cpu", "train.epochs=1")  # fmt: skip
+    for precision, dtype in (("fp32", torch.complex64), ("fp64", torch.complex128)):
+        state = build(settings(*spectral, "criterion=terms", *terms, f"runtime.precision={precision}"))
+        assert state.criterion_loss is not None
+        buffers = dict(state.criterion_loss.criterion.named_buffers())
+        assert buffers["turned.turn"].dtype == dtype
+        assert buffers["seg.weight"].dtype == buffers["turned.turn"].real.dtype
+        assert float(buffers["turned.turn"].imag) == 1.0
+
+
+@pytest.mark.parametrize("strategy", ["in_place", "cached"])
 @pytest.mark.parametrize("overrides", [TERMS, BALANCE], ids=["criteria", "a function of sums"])
-def test_the_peak_of_a_run_with_terms_is_predicted(overrides: tuple[str, ...]) -> None:
+def test_the_peak_of_a_run_with_terms_is_predicted(overrides: tuple[str, ...], strategy: str) -> None:
     """Without values, so that nothing is counted; within the sums of losses."""
+    overrides = (*overrides, f"strategy={strategy}")
     for steps in (1, 3):
         call = (*overrides, f"accum.steps={steps}", "audit.at_start=false", "train.epochs=null")
         configured = settings(*call, "train.steps=3")
