@@ -172,8 +172,8 @@ def _coefficients(
     if not any(float(g.norm()) for g in whole.values()):
         return None, window.sums(window.column_of(term))
     ones, equal = [1.0] * accum_steps, [1 / accum_steps] * accum_steps
-    amounts = [list(map(float, c)) for c in (counts, sizes, weights) if c is not None and sum(map(float, c))]
-    candidates = [ones, *([n / sum(c) for n in c] for c in amounts), equal]
+    amounts = [list(map(float, c)) for c in (counts, sizes, weights) if c is not None]
+    candidates = [ones, *([n / sum(c) for n in c] for c in amounts if sum(c)), equal]
     coefficients = fitted_coefficients(micro, whole, candidates)
     if coefficients is None:
         return None, window.sums(window.column_of(term))
