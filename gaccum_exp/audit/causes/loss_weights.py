@@ -115,11 +115,12 @@ def intended_weight(
     weights: Sequence[float],
     counts: Sequence[float] | None,
     sizes: Sequence[int],
-    accum_steps: int,
+    accum_steps: int | None,
 ) -> float:
     """Return the weight that a loop of weighted loss sums means the whole window's sum to have.
 
     The sizes of micro-batches are no counts, but tell unequal ones apart where counts are not known.
+    `accum_steps` is N; None: a division by N may be one by what is counted.
     """
     amounts = list(counts) if counts is not None else [float(size) for size in sizes]
     n = sum(amounts)
@@ -129,6 +130,8 @@ def intended_weight(
         return 1 / n if alike(means) else sum(weights) / len(weights)
     if counts is not None and math.isclose(weights[0] * n, 1, rel_tol=ROUNDED):
         return 1 / n
+    if accum_steps is None:
+        return weights[0]
     if accum_steps > 1 and math.isclose(weights[0], 1 / accum_steps, rel_tol=ROUNDED):
         return 1.0  # a sum that counts already, divided by N once more
     # Where counts are not known, a constant is taken as it is.
@@ -162,18 +165,21 @@ def snapped(weights: list[float]) -> list[float]:
     return weights if by is None or abs(weights[0] * by - 1) > ROUNDED else [1 / by] * len(weights)
 
 
-def scale_faults(totals: Sequence[float], accum_steps: int) -> list[float] | None:
+def scale_faults(
+    totals: Sequence[float], accum_steps: int, *, together: bool = True
+) -> list[float] | None:
     """Return the factor by which each term is off in a loop of means; None where that is not known.
 
     Args:
         totals: of each term the sum of its weights over the window: 1 for a mean divided by N, unless
             the loss has a weight of its own.
         accum_steps: N.
+        together: whether the terms may have their mean taken: weights of 1 in all.
     """
 
     def plain(factor: float) -> bool:
         each = [total / factor for total in totals]
-        return any(math.isclose(x, 1, rel_tol=1e-4) for x in [*each, sum(each)])
+        return any(math.isclose(x, 1, rel_tol=1e-4) for x in [*each, *([sum(each)] if together else [])])
 
     if not totals or plain(1.0):
         # A term may lack the division by N that others have.

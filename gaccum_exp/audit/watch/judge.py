@@ -171,7 +171,8 @@ class _LoopWindow:
         )
         micro, whole = [], []
         for term, off in zip(shares, faults, strict=True):
-            meant = [c * term.whole_weight for c in term.coefficients or []]
+            pairs = zip(term.coefficients or [], term.weights, strict=False)
+            meant = [c * term.whole_weight if c else weight for c, weight in pairs]
             exact = unrounded(term.weights, meant) if meant else snapped(term.weights)
             micro.append([weight * loss_scale for weight in exact])
             whole.append(term.whole_weight * loss_scale / off)

@@ -45,6 +45,8 @@ class Factor:
     value: float
     weight: bool = False
     """Whether it stands in the source as a literal: a weight of the loss, and no N."""
+    counted: bool = False
+    """Whether it is a tensor: something that was counted, and no N."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,12 @@ def linear(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear
     divides, number = SCALING[name], given[1] if given[0] is graphs[0] else given[0]
     if divides and (reverse or number is given[0]):
         return None
-    value = float(number)
+    value, counted = float(number), isinstance(number, Tensor)
     literal = not isinstance(number, Tensor) and literal_operand(calling_frame())
     if divides:  # half of a sum is a weight; a third may be one, or N
-        return Linear([(graphs[0], Factor(1 / value if value else torch.inf, literal and value == 2))])
-    return Linear([(graphs[0], Factor(value, literal))])
+        by = 1 / value if value else torch.inf
+        return Linear([(graphs[0], Factor(by, literal and value == 2, counted))])
+    return Linear([(graphs[0], Factor(value, literal, counted))])
 
 
 @dataclass(slots=True)

@@ -71,7 +71,9 @@ class TapedCall:
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     literal: float = 1.0
-    """Of an operation on scalars: a number in the source that it multiplies by."""
+    """Of an operation on scalars, or of all after a loss: numbers in the source that multiply it."""
+    counted: float = 1.0
+    """The same of tensors without a graph."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -206,16 +208,17 @@ class Tape:
         return _recurring(_sharing_a_backward_pass(pieces))
 
     def _find_literal_weights(self) -> None:
-        """Give each loss the product of the literals that the loop multiplies it by."""
+        """Give each loss the products of the literals, and of the tensors, that multiply it."""
         users: dict[TapedCall, list[TapedCall]] = {}
         for call in self.calls:
             if call.kind == "between" and call.has_graph and [s for s, _ in call.outputs] == [()]:
                 for ref in call.refs():
                     users.setdefault(ref.call, []).append(call)
         for loss in (c for c in self.calls if c.kind == "loss"):
-            loss.literal, after = 1.0, users.get(loss, [])
+            loss.literal, loss.counted, after = 1.0, 1.0, users.get(loss, [])
             while len(after) == 1:
                 loss.literal *= after[0].literal
+                loss.counted *= after[0].counted
                 after = users.get(after[0], [])
 
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,8 @@ class TermWeights:
     """Of each micro-batch's ∇ℓᵢ: d(what was back-propagated) / dℓᵢ, as the loop's precision has it."""
     literal: float
     """The part of them that stands in the source: a weight of the term, and no N."""
+    counted: float
+    """The part that is a tensor of the loop's: what a window counts, and no N."""
 
 
 @dataclass(slots=True)
@@ -176,7 +178,8 @@ class TapedWindow:
                     weights.append(by * _constant_part(self._forms.micro, c, i, t, constant))
                 literal = [f.value for f in _factors(shown, t, constant) if f.weight]
                 name = shown[t].name if t < len(shown) else "loss"
-                found.append(TermWeights(name, weights, column.first.literal * math.prod(literal)))
+                of_source = column.first.literal * math.prod(literal)
+                found.append(TermWeights(name, weights, of_source, column.first.counted))
         return found
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
@@ -271,19 +274,20 @@ class TapedWindow:
     @property
     def computed_by_user(self) -> bool:
         """Whether a loss is computed by the user's own code, which may hold terms and factors."""
-        return any(_own_code(column.first.function) for column in self._losses)
+        functions = [column.first.function for column in self._losses]
+        return any(f is tape.models_own_loss or _own_code(f) for f in functions)
 
     @property
     def constants_outside(self) -> bool:
         """Whether no loss function multiplies by a constant itself."""
         return not any(self.constants_inside(t) for t in range(len(self.terms())))
 
-    def constants_inside(self, term: int) -> list[float]:
-        """Return the numbers, and no literals, that a loss function multiplies a term by itself."""
+    def constants_inside(self, term: int) -> list[Factor]:
+        """Return the factors, and no literals, that a loss function multiplies a term by itself."""
         column = self.column_of(term)
         micro = next(terms for (c, _), terms in self._forms.micro.items() if c == column)
         t = term - sum(len(self._constant(c)) for c in range(column))
-        return [f.value for f in _factors(micro, t, self._constant(column)[t]) if not f.weight]
+        return [f for f in _factors(micro, t, self._constant(column)[t]) if not f.weight]
 
     def literal_inside(self, column: int) -> float:
         """Return the weight that a loss function's own source gives its only term."""
@@ -300,9 +304,13 @@ class TapedWindow:
             return _Column(calls, None, [int(call is not None) for call in calls])
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
-        readings = sample_layouts(given, others=others, sizes=sizes)
-        # What has samples of its own has them where the first call has.
-        along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        try:  # what has samples of its own has them where the first call has
+            if self.layout.dim:
+                raise NotJoinableError
+            along = sample_layouts(given, others=others, sizes=sizes, dim=0)[0]
+        except NotJoinableError:
+            readings = sample_layouts(given, others=others, sizes=sizes)
+            along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         numbers = iter(along.sizes)
         return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
 
@@ -368,13 +376,14 @@ class TapedWindow:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
             return resolved(given, outputs, cast)
 
-        for column in self._models:
-            if (call := column.calls[index]) is not None:
-                outputs[call] = tensors_in(call.run(arguments(column, call)))
+        with self._forms_of_model() as forms:
+            for column in self._models:
+                if (call := column.calls[index]) is not None:
+                    outputs[call] = tensors_in(call.run(arguments(column, call)))
         losses = []
         for c, column in enumerate(self._losses):
             taped = column.calls[index]
-            terms = [] if taped is None else _run(taped, arguments(column, taped))
+            terms = [] if taped is None else _run(taped, arguments(column, taped), forms)
             if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
             losses.append(terms)
@@ -411,21 +420,27 @@ class TapedWindow:
                     for outputs in each:
                         outputs.update({call: found for call in inner if call is not None})
 
-        for column in self._models:
-            outputs = tensors_in(column.first.run(arguments(column)))
-            here = None if column.computed else _order_of(order, self.sizes, column.sizes)
-            for index, call in enumerate(column.calls):
-                if call is not None:
-                    each[index][call] = _rows(call, outputs, column.sizes, index, here)
+        with self._forms_of_model() as forms:
+            for column in self._models:
+                outputs = tensors_in(column.first.run(arguments(column)))
+                here = None if column.computed else _order_of(order, self.sizes, column.sizes)
+                for index, call in enumerate(column.calls):
+                    if call is not None:
+                        each[index][call] = _rows(call, outputs, column.sizes, index, here)
         losses = []
         for column in self._losses:
             if column.first.function is tape.models_own_loss:
                 ref = column.first.refs()[0]
-                index = column.calls.index(column.first)
-                losses.append([Term(each[index][ref.call][ref.place], "the model's loss")])
+                own = each[column.calls.index(column.first)][ref.call][ref.place]
+                losses.append(_run(column.first, {0: own}, forms))
             else:
-                losses.append(_run(column.first, arguments(column)))
+                losses.append(_run(column.first, arguments(column), None))
         return losses
+
+    def _forms_of_model(self) -> AbstractContextManager[ScalarForms | None]:
+        """Follow the scalars inside the model, where it computes its loss itself."""
+        own = any(column.first.function is tape.models_own_loss for column in self._losses)
+        return ScalarForms() if own else nullcontext()
 
 
 def sample_readings(micro_batches: Sequence[TapedMicroBatch], dim: int | None) -> list[SampleLayout]:
@@ -487,8 +502,11 @@ def _rows(
     return rows
 
 
-def _run(call: TapedCall, arguments: Any) -> list[Term]:
+def _run(call: TapedCall, arguments: Any, of_model: ScalarForms | None) -> list[Term]:
     """Run a loss; return the terms that it is the sum of."""
+    if call.function is tape.models_own_loss and of_model is not None:
+        loss = arguments[0]
+        return of_model.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
     if not _own_code(call.function):
         return [Term(_loss_of(call.run(arguments)), getattr(call.function, "__name__", "loss"))]
     with ScalarForms() as forms:

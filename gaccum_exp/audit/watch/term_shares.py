@@ -46,6 +46,10 @@ class TermShares:
     literal: float
     counts: list[float] | None
     sizes: list[int]
+    inside: float = 1.0
+    """What its function multiplies it by, apart from a 1/N."""
+    averages_inside: bool = False
+    """Whether its function divides it by N."""
 
     @property
     def unequal(self) -> bool:
@@ -86,20 +90,24 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
         weights = [w * factor for w in term.weights]
         counting = [i for i, c in enumerate(coefficients or [1.0] * len(weights)) if c]
         own = [weights[i] for i in counting]
+        constants = window.constants_inside(t)
+        inside = [f.value for f in constants if f.counted or not _one(f.value * len(weights))]
         if summed:
-            # A sum that its function has divided by its count is divided by N once too often outside.
-            inside = [f for f in window.constants_inside(t) if not _one(f * len(weights))]
-            counted = math.prod(inside) * term.literal
-            amounts = None if counts is None or inside else [counts[i] for i in counting]
+            # A sum that is divided by its count is divided by N once too often.
+            counted = math.prod(inside) * term.literal * (term.counted or 1.0)
+            known = counts is not None and not inside and term.counted == 1
+            amounts = [counts[i] for i in counting] if counts is not None and known else None
             of_sizes = [sizes[i] for i in counting]
             given = [w / counted for w in own]
-            meant = intended_weight(given, amounts, of_sizes, len(weights)) if any(own) else 0.0
-            whole = counted * meant
+            averages = counts is not None or bool(inside) or term.counted != 1
+            meant = intended_weight(given, amounts, of_sizes, len(weights) if averages else None)
+            whole = counted * meant if any(own) else 0.0
         else:
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
         shares = TermShares(term.name, weights, coefficients, summed, whole, term.literal, counts, sizes)
-        found.append(shares)
+        averages_inside = len(constants) > len(inside)
+        found.append(replace(shares, inside=math.prod(inside), averages_inside=averages_inside))
     return found
 
 
@@ -115,8 +123,9 @@ def faults_of(
         rescaled: whether the gradient was multiplied after its last backward pass.
     """
     means = [term for term in shares if not term.summed]
-    totals = [term.whole_weight / term.literal for term in means]
-    faults, remark = scale_faults(totals, accum_steps), None
+    totals = [term.whole_weight / (term.literal * term.inside) for term in means]
+    together = not any(term.averages_inside for term in means)
+    faults, remark = scale_faults(totals, accum_steps, together=together), None
     if faults is None:
         faults, total = [1.0] * len(means), sum(totals)
         weights = [w / term.literal for term in means for w in term.weights if w]

@@ -303,6 +303,7 @@ class LoopTracer:
             if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
                 weights = [f.value for _, f in form.operands if f is not None and f.weight]
                 between.literal = math.prod(weights) if "div" not in name else 1.0
+                between.counted = math.prod(f.value for _, f in form.operands if f and f.counted)
             elif output.ndim == 0:  # a loss that the loop itself computes
                 between.kind = "loss"
                 self._follow_loss(between, output)
