@@ -45,6 +45,8 @@ class Factor:
     value: float
     weight: bool = False
     """Whether it stands in the source as a literal: a weight of the loss, and no N."""
+    literal: bool = False
+    """Whether it stands in the source at all, a weight or a divisor."""
     counted: bool = False
     """Whether it is a tensor: something that was counted, and no N."""
 
@@ -100,8 +102,8 @@ def linear(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear
     literal = not isinstance(number, Tensor) and literal_operand(calling_frame())
     if divides:  # half of a sum is a weight; a third may be one, or N
         by = 1 / value if value else torch.inf
-        return Linear([(graphs[0], Factor(by, literal and value == 2, counted))])
-    return Linear([(graphs[0], Factor(value, literal, counted))])
+        return Linear([(graphs[0], Factor(by, literal and value == 2, literal, counted))])
+    return Linear([(graphs[0], Factor(value, literal, literal, counted))])
 
 
 @dataclass(slots=True)

@@ -74,6 +74,8 @@ class TapedCall:
     """Of an operation on scalars, or of all after a loss: numbers in the source that multiply it."""
     counted: float = 1.0
     """The same of tensors without a graph."""
+    numbers: tuple[float, ...] = ()
+    """The same of numbers that are no literals, one by one."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -215,10 +217,12 @@ class Tape:
                 for ref in call.refs():
                     users.setdefault(ref.call, []).append(call)
         for loss in (c for c in self.calls if c.kind == "loss"):
-            loss.literal, loss.counted, after = 1.0, 1.0, users.get(loss, [])
+            loss.literal, loss.counted, loss.numbers = 1.0, 1.0, ()
+            after = users.get(loss, [])
             while len(after) == 1:
                 loss.literal *= after[0].literal
                 loss.counted *= after[0].counted
+                loss.numbers += after[0].numbers
                 after = users.get(after[0], [])
 
 

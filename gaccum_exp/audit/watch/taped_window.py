@@ -72,6 +72,8 @@ class TermWeights:
     """The part of them that stands in the source: a weight of the term, and no N."""
     counted: float
     """The part that is a tensor of the loop's: what a window counts, and no N."""
+    numbers: tuple[float, ...]
+    """The numbers among them, one by one, that the loop multiplies by and that are no literals."""
 
 
 @dataclass(slots=True)
@@ -179,7 +181,8 @@ class TapedWindow:
                 literal = [f.value for f in _factors(shown, t, constant) if f.weight]
                 name = shown[t].name if t < len(shown) else "loss"
                 of_source = column.first.literal * math.prod(literal)
-                found.append(TermWeights(name, weights, of_source, column.first.counted))
+                first = column.first
+                found.append(TermWeights(name, weights, of_source, first.counted, first.numbers))
         return found
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:

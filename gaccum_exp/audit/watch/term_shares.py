@@ -48,8 +48,8 @@ class TermShares:
     sizes: list[int]
     inside: float = 1.0
     """What its function multiplies it by, apart from a 1/N."""
-    averages_inside: bool = False
-    """Whether its function divides it by N."""
+    divided_by_n: int = 0
+    """How often its function and the loop divide it by a number that is N."""
 
     @property
     def unequal(self) -> bool:
@@ -106,8 +106,9 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
         shares = TermShares(term.name, weights, coefficients, summed, whole, term.literal, counts, sizes)
-        averages_inside = len(constants) > len(inside)
-        found.append(replace(shares, inside=math.prod(inside), averages_inside=averages_inside))
+        outside = sum(_one(number * len(weights)) for number in term.numbers)
+        divided_by_n = outside + len(constants) - len(inside)
+        found.append(replace(shares, inside=math.prod(inside), divided_by_n=divided_by_n))
     return found
 
 
@@ -124,7 +125,7 @@ def faults_of(
     """
     means = [term for term in shares if not term.summed]
     totals = [term.whole_weight / (term.literal * term.inside) for term in means]
-    together = not any(term.averages_inside for term in means)
+    together = all(term.divided_by_n < 2 for term in means)
     faults, remark = scale_faults(totals, accum_steps, together=together), None
     if faults is None:
         faults, total = [1.0] * len(means), sum(totals)

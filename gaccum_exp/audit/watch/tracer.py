@@ -301,9 +301,12 @@ class LoopTracer:
             tape.add(between, output)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
             if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
-                weights = [f.value for _, f in form.operands if f is not None and f.weight]
+                factors = [factor for _, factor in form.operands if factor is not None]
+                weights = [f.value for f in factors if f.weight]
                 between.literal = math.prod(weights) if "div" not in name else 1.0
-                between.counted = math.prod(f.value for _, f in form.operands if f and f.counted)
+                between.counted = math.prod(f.value for f in factors if f.counted)
+                plain = (f.value for f in factors if not (f.counted or f.literal or f.weight))
+                between.numbers = tuple(plain)
             elif output.ndim == 0:  # a loss that the loop itself computes
                 between.kind = "loss"
                 self._follow_loss(between, output)
