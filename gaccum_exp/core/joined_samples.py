@@ -43,6 +43,8 @@ class Beside:
     """A tensor with samples of its own along a dimension, of other numbers than the window's."""
 
     dim: int
+    shapes: str
+    """In the micro-batches, and its name."""
 
 
 Role = Along | Beside | Literal["samples", "size", "shared", "differs"] | list[Any]
@@ -64,9 +66,9 @@ class SampleLayout:
     """Whether joining the micro-batches pads their sequences."""
 
     @property
-    def guessed(self) -> bool:
-        """Whether tensors of other lengths are taken for samples of their own."""
-        return any(isinstance(role, Beside) for role in _flat(self.roles))
+    def guessed(self) -> list[str]:
+        """The shapes of tensors of other lengths, taken for samples of their own."""
+        return [role.shapes for role in _flat(self.roles) if isinstance(role, Beside)]
 
     @property
     def dim(self) -> int:
@@ -331,8 +333,9 @@ class _Reading:
             raise NotJoinableError(f"nested tensors are not joined{_at(name)}: pad them")
         own = max(self._along, 0)
         lengths = tuple(t.shape[own] if t.ndim > own else 0 for t in parts)
+        shapes, numbers = _listed(tuple(t.shape) for t in parts), _listed(self._numbers)
         if alike and lengths in self._others:
-            return Beside(own)
+            return Beside(own, f"{shapes}{_at(name)}")
         fitting = [
             d for d in range(first.ndim) if alike and tuple(t.shape[d] for t in parts) == self._numbers
         ]
@@ -352,8 +355,7 @@ class _Reading:
         others = {(*t.shape[:own], *t.shape[own + 1 :]) for t in parts}
         if self._apart and alike and first.ndim > own and len(others) == 1:
             self._others.add(lengths)
-            return Beside(own)
-        shapes, numbers = _listed(tuple(t.shape) for t in parts), _listed(self._numbers)
+            return Beside(own, f"{shapes}{_at(name)}")
         raise NotJoinableError(
             f"tensors of shapes {shapes} do not make one batch{_at(name)}: they differ, and no "
             f"dimension counts the micro-batches' {numbers} samples; {ASKED}, or give one tensor to all"

@@ -206,7 +206,10 @@ class _LoopWindow:
             what = "micro-batches of different lengths were padded to one, which may change what is"
             why = f"{what} computed"
             if window.guessed:
-                why = "tensors of other lengths were taken for samples of their own, which may be wrong"
+                why = (
+                    f"tensors of shapes {window.guessed[0]} were taken for samples of their own, which "
+                    "may be wrong: if they are none, give one tensor to all"
+                )
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit
 

@@ -116,8 +116,8 @@ class TapedWindow:
         layouts = [column.layout for column in columns if column.layout is not None]
         self.padded = any(each.padded for each in layouts)
         """Whether joining the micro-batches pads their sequences."""
-        self.guessed = any(each.guessed for each in layouts)
-        """Whether tensors of other lengths are taken for samples of their own."""
+        self.guessed = [shapes for each in layouts for shapes in each.guessed]
+        """The shapes of tensors of other lengths, taken for samples of their own."""
         self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
         """Names of arguments that belong to no sample, and differ between micro-batches."""
         self._first_values = False

@@ -134,7 +134,8 @@ def faults_of(
         # One loss has hardly a weight of a half, or of two; several may have.
         tried = [[total], [1 / total]] if len(means) == 1 and total > 0 else []
         whole = any(common_divisor(each) is not None for each in tried)
-        if rescaled or (constants_outside and whole):
+        undivided = accum_steps > 1 and bool(weights) and min(weights) >= 1
+        if rescaled or (constants_outside and (whole or undivided)):
             faults = [total] * len(means)
         elif constants_outside and divisor is not None and divisor > 1:
             faults = [accum_steps / divisor] * len(means)

@@ -163,13 +163,14 @@ def test_no_message_holds_the_values_of_a_tensor() -> None:
     model = nn.Linear(FEATURES, 3).double()
 
     def compute_loss(out: Tensor, y: Tensor, prior: Tensor) -> Tensor:
-        return F.cross_entropy(out + prior.sum(), y)
+        return F.cross_entropy(out * prior.sum(), y)
 
     def each(prior: Tensor) -> Tensor:
         out = model(torch.randn(4, FEATURES, dtype=D))
         return compute_loss(out, torch.randint(3, (4,)), prior) / 2
 
     for shape in ((), (2, 3)):
+        model.zero_grad()
         priors = [torch.full(shape, 0.8125 + i, dtype=D) for i in range(2)]
         found = judged(model, compute_loss, lambda: [lambda p=p: each(p) for p in priors])  # type: ignore[misc]  # noqa: B023
         if shape:
