@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from gaccum_exp.audit.rerun.passes import (
     ONE_PASS64,
     Rerun,
 )
+from gaccum_exp.audit.rerun.slots import places_of
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import (
     REMEDIES,
@@ -181,14 +183,14 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if mixing:
         mixers = [_culprit(rerun, name, result.BATCH_STATISTICS) for name in mixing]
         return _blaming(audit, [*mixers, *drew])
-    carrying = _carrying_state(rerun, runs)
-    if carrying is not None:
-        culprit = _culprit(rerun, carrying, result.BATCH_STATISTICS)
+    moving = _moving_state(rerun, runs)
+    if moving is not None:
+        times = rerun.window.moves.get(moving.type) or len(rerun.window.sizes)
         said = (
-            f"{carrying or 'the model'} ({culprit.type}) uses a state that every forward pass moves, N "
-            "times in a window of N passes: freeze it, or move it once per window"
+            f"{moving.name or 'the model'} ({moving.type}) has a state that moves {times} times in the "
+            "window, and the large batch meets its first: move it once per optimizer step"
         )
-        return replace(_blaming(audit, [culprit, *drew]), remedy=said)
+        return replace(_blaming(audit, [moving, *drew]), remedy=said)
     return replace(_of_the_loss(rerun, runs, audit), culprits=tuple(drew))
 
 
@@ -232,19 +234,36 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
     return replace(audit, cause=result.LOSS_SCALE, remedy=said)
 
 
-def _carrying_state(rerun: Rerun, runs: _Runs) -> str | None:
-    """Return the module whose buffers carry a state from one pass to the next, if that is the cause."""
-    modules = rerun.window.modules
-    holding = [m for m in modules if any(b is not None for b in m._buffers.values())]
+def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
+    """Return the module whose state carries from one pass to the next, if that is the cause."""
+    window, modules = rerun.window, rerun.window.modules
 
-    def settled(reset: Sequence[nn.Module]) -> bool:
-        gradient = rerun.gradient(replace(ACCUMULATED64, reset_buffers_of=reset))
+    def settled(held: Sequence[nn.Module], owners: Sequence[Any] | None) -> bool:
+        holding = replace(rerun, window=window.holding(owners))
+        gradient = holding.gradient(replace(ACCUMULATED64, state_held_of=held))
         return distance(gradient, runs.one_pass64) <= SAME64
 
-    if not holding or not settled(holding):
+    beside = [(what, _within(what), owners) for what, owners in window.moved_beside]
+    if not settled([*modules, *(m for _, held, _ in beside for m in held)], None):
         return None
-    alone = (module for module in holding if settled([module]))
-    return modules.name(next(alone, holding[0]))
+    for what, held, owners in beside:
+        if settled(held, owners):
+            name = what if isinstance(what, str) else type(what).__name__
+            return Culprit("beside the model", name, result.MOVING_STATE)
+    holding = [m for m in modules if any(places_of(m, set()))]
+    # The shortest row of modules that settles it ends with one that is needed.
+    low, high = 0, len(holding)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if settled(holding[:middle], holding[:middle]):
+            high = middle
+        else:
+            low = middle
+    return _culprit(rerun, modules.name(holding[high - 1]), result.MOVING_STATE)
+
+
+def _within(what: Any) -> list[nn.Module]:
+    return list(what.modules()) if isinstance(what, nn.Module) else []
 
 
 def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:

@@ -6,6 +6,8 @@ passes, run again, add up to.
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,10 +26,11 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.moving_state import FirstValues
+from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.core.gradient import Gradient, difference, distance, norm, scaled
-from gaccum_exp.core.joined_samples import ASKED, NotJoinableError, SampleLayout
+from gaccum_exp.core.joined_samples import ASKED, NotJoinableError
 from gaccum_exp.memory.available import out_of_memory
 
 AS_REPLAYED = 1e-4
@@ -76,14 +79,16 @@ def _under_every_reading(
 
     A dimension in which another order changes the gradient counts time, or pixels, and no samples.
     """
-    micro_batches = _since_dropped(seen)
+    micro_batches, moving = _since_dropped(seen), seen.tape.moving
+    first_values = FirstValues() if moving is None else moving.first_values(_made_of(micro_batches))
     layouts = sample_readings(micro_batches, dim)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
         try:
-            window = _LoopWindow(seen, reached, modules, micro_batches, layout, blank, device)
-            judged.append((window, window.audit()))
+            made = TapedWindow(modules, micro_batches, layout, first_values)
+            window = _LoopWindow(seen, reached, modules, micro_batches, made, blank, device)
+            judged.append((window, _settled(window.audit(), first_values)))
         except Exception as error:  # a model may not take more of what are no samples
             if out_of_memory(error):
                 raise
@@ -106,6 +111,27 @@ def _under_every_reading(
     return replace(blank, verdict="inconclusive", detail=why)
 
 
+def _made_of(micro_batches: Sequence[TapedMicroBatch]) -> list[TapedCall]:
+    """Return the calls that the micro-batches' losses are made of."""
+    found: dict[TapedCall, None] = {}
+    waiting = [call for m in micro_batches for call in m.losses]
+    while waiting:
+        call = waiting.pop()
+        if call not in found:
+            found[call] = None
+            waiting += [ref.call for ref in call.refs()]
+    return list(found)
+
+
+def _settled(audit: Audit, first_values: FirstValues) -> Audit:
+    """Return the audit; where a state that moved may matter and cannot be replayed, inconclusive."""
+    open_questions = first_values.refused
+    if not open_questions or audit.verdict not in ("identical", "equivalent", "stochastic"):
+        return audit
+    said = f"{'; '.join(open_questions)}: move it once per optimizer step"
+    return replace(audit, verdict="inconclusive", cause=result.MOVING_STATE, remedy=None, detail=said)
+
+
 def _since_dropped(seen: Observations) -> list[TapedMicroBatch]:
     """Leave out an epoch's left-over passes whose gradients the loop has zeroed on purpose."""
     micro_batches = seen.tape.micro_batches()
@@ -124,12 +150,12 @@ class _LoopWindow:
         reached: Gradient,
         modules: NamedModules,
         micro_batches: list[TapedMicroBatch],
-        layout: SampleLayout,
+        window: TapedWindow,
         blank: Audit,
         device: torch.device,
     ) -> None:
         self._seen, self._modules, self._device = seen, modules, device
-        self._micro_batches, self._layout = micro_batches, layout
+        self._micro_batches, self._window = micro_batches, window
         self.order_matters = False
         """Whether another order of the samples changed the gradient."""
         self._loss_scale = seen.loss_scale
@@ -142,7 +168,6 @@ class _LoopWindow:
         if self._loss_scale != 1:
             self._observed = scaled(self._observed, self._loss_scale)
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
-        self._window = TapedWindow(modules, micro_batches, layout)
         self._rerun = self._rerun_of(self._window)
 
     def audit(self) -> Audit:
@@ -196,13 +221,15 @@ class _LoopWindow:
         return {name: g.to(self._device) for name, g in gradient.items()}
 
     def _rerun_of(self, window: TapedWindow) -> Rerun:
-        return Rerun(window, self._device, window.starts)
+        moving = self._seen.tape.moving
+        around = nullcontext if moving is None else moving.as_at_first
+        return Rerun(window, self._device, window.starts, around=around)
 
     def _coefficients(self) -> tuple[list[float] | None, bool]:
         """Fit the micro gradients' coefficients in the one pass; return whether it is their sum, too."""
         window, alone = self._window, len(self._micro_batches) == 1
         if alone:  # one micro-batch and its double: a sum doubles, a mean does not
-            window = TapedWindow(self._modules, self._micro_batches * 2, self._layout.of([0, 0]))
+            window = window.of(self._micro_batches * 2, [0, 0])
         window = window.weighed([1.0] * len(window.sizes), 1.0)
         rerun = self._rerun_of(window)
         if alone:
@@ -254,8 +281,7 @@ class _LoopWindow:
         which = [i for i, m in enumerate(self._micro_batches) if m.last_backward >= last]
         kept = [self._micro_batches[i] for i in which]
         if kept:
-            window = TapedWindow(self._modules, kept, self._layout.of(which))
-            since = self._rerun_of(window).gradient(RECORDING)
+            since = self._rerun_of(self._window.of(kept, which)).gradient(RECORDING)
             if multiple(observed, since, AS_REPLAYED) is not None:
                 every = len(self._micro_batches)
                 missing = f"{every - len(kept)} of {every} micro-batches are missing"

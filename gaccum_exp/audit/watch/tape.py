@@ -5,7 +5,8 @@ and the loss, and calls of the loss. Tensors that come from the model are record
 from, all others (inputs, targets, masks) by value.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.passes import Cast
+from gaccum_exp.audit.rerun.slots import Slot
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.joined_samples import mapped, tensors_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
@@ -41,6 +44,8 @@ class TapedCall:
     order: int
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
+    states: list[tuple[Slot, Any]] = field(default_factory=list)
+    """What had moved since the window began, other than inside such calls, and what it was then."""
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     start: list[Any] = field(default_factory=list)
     """The random states before it; empty for operations between."""
@@ -55,8 +60,10 @@ class TapedCall:
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
-    def run(self, arguments: Mapping[int | str, Any]) -> Any:
-        """Call the function again with these arguments, under the same autocast."""
+    def run(self, arguments: Mapping[int | str, Any], states: Sequence[tuple[Slot, Any]] = ()) -> Any:
+        """Call the function again with these arguments and states, under the same autocast."""
+        for slot, state in states:
+            slot.put(state)
         device = next((t.device.type for t in tensors_in(arguments)), "cpu")
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
@@ -107,7 +114,14 @@ class Tape:
     calls: list[TapedCall] = field(default_factory=list)
     backwards: int = 0
     """Backward passes so far."""
+    moving: MovingState | None = None
+    """What else the loop's calls met."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    @property
+    def number(self) -> float:
+        """Number of the micro-batch in progress; infinite before the window's first call."""
+        return self.backwards if self.calls else math.inf
 
     def recorded(self, value: Any) -> Any:
         """Return arguments to keep: references, or copies, since a loop may reuse its tensors."""
@@ -116,7 +130,12 @@ class Tape:
             if not isinstance(x, Tensor):
                 return x
             origin = self.origin(x)
-            return x.detach().clone() if origin is None else origin
+            if origin is not None:
+                return origin
+            kept = x.detach().clone()
+            if self.moving is not None:
+                self.moving.note(x, kept, self.backwards)
+            return kept
 
         return mapped(leaf, value)
 
@@ -226,14 +245,22 @@ def models_own_loss(loss: Tensor) -> Tensor:
     return loss
 
 
-def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
-    """Return arguments with every reference replaced by its tensor, and all others cast."""
+def resolved(
+    value: Any,
+    outputs: Outputs,
+    cast: Cast = lambda value: value,
+    values: Mapping[int, Tensor] | None = None,
+) -> Any:
+    """Return arguments with every reference replaced by its tensor, and all others cast.
+
+    Of those the `values` replace some, by identity.
+    """
 
     def leaf(x: Any) -> Any:
         if not isinstance(x, OutputRef):
-            return cast(x)
+            return cast((values or {}).get(id(x), x))
         if x.call not in outputs:
-            arguments = resolved(x.call.arguments, outputs, cast)
+            arguments = resolved(x.call.arguments, outputs, cast, values)
             outputs[x.call] = tensors_in(x.call.run(arguments))
         return outputs[x.call][x.place]
 

@@ -13,6 +13,7 @@ from gaccum_exp.audit.causes.loss_coupling import couples_samples
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
+from gaccum_exp.audit.watch.moving_state import FirstValues
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
 from gaccum_exp.core.joined_samples import (
@@ -22,6 +23,11 @@ from gaccum_exp.core.joined_samples import (
     sample_layouts,
     tensors_in,
 )
+
+BESIDE = "beside"
+"""Stands for the modules beside model and loss, and for the loop's own tensors."""
+Holding = Sequence[Any] | None
+"""Modules, and BESIDE; None: everything."""
 
 
 class CouplingError(NotJoinableError):
@@ -38,6 +44,7 @@ class TapedWindow:
         modules: of model and loss.
         micro_batches: of the tape.
         layout: where the samples are in the arguments of each one's first call.
+        first_values: of what moved beside model and loss.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -48,8 +55,16 @@ class TapedWindow:
         modules: NamedModules,
         micro_batches: Sequence[TapedMicroBatch],
         layout: SampleLayout,
+        first_values: FirstValues | None = None,
     ) -> None:
         self.modules = modules
+        self._layout_of_first = layout
+        self.first_values = first_values or FirstValues()
+        """Of what moved beside model and loss: the one pass meets these."""
+        self._holding: Holding = ()
+        self.moves = self.first_values.moves
+        self.moved_beside = [(each, [each]) for each in self.first_values.inside]
+        self.moved_beside += [(name, [BESIDE]) for name in self.first_values.owners[:1]]
         self._micro_batches = micro_batches
         if len({(len(m.models), len(m.losses)) for m in micro_batches}) != 1:
             raise NotJoinableError("micro-batches differ in how often they call model and loss")
@@ -80,6 +95,11 @@ class TapedWindow:
         self._first_values = False
         if couples_samples(micro_batches[0], self.sizes[0], layout.dim):
             raise CouplingError("samples are mixed between the model's outputs and the loss")
+
+    def of(self, micro_batches: Sequence[TapedMicroBatch], which: Sequence[int]) -> "TapedWindow":
+        """Return the window of these micro-batches: by number, those `which` of it."""
+        layout = self._layout_of_first.of(which)
+        return TapedWindow(self.modules, micro_batches, layout, self.first_values)
 
     def weighed(
         self, weights: Sequence[float], whole_weight: float, coefficients: list[float] | None = None
@@ -113,7 +133,7 @@ class TapedWindow:
             losses = self._whole_losses(cast, None)
             units, count = self._whole_cotangents(losses), sum(counts)
         else:
-            losses = self._losses_of(index, cast)
+            losses = self.holding(None)._losses_of(index, cast)
             units, count = self._cotangents[index], counts[index]
         total = sum((x.double() * u.to(x.device)).sum() for x, u in zip(losses, units, strict=True))
         assert isinstance(total, Tensor)
@@ -129,6 +149,12 @@ class TapedWindow:
             return None
         weights = [coefficient * self.whole_weight for coefficient in self.coefficients]
         return self.weighed(weights, self.whole_weight, self.coefficients)
+
+    def holding(self, owners: Holding) -> "TapedWindow":
+        """Return the window in which the state of these keeps still between micro-batches."""
+        other = copy.copy(self)
+        other._holding = owners
+        return other
 
     def with_first_values(self) -> "TapedWindow | None":
         """Return the window with the first micro-batch's values of what differs; None: nothing does."""
@@ -175,7 +201,13 @@ class TapedWindow:
             given = calls[index].arguments
             if self._first_values:
                 given = layout.with_first_values([calls[0].arguments, given])[1]
-            return calls[index].run(resolved(given, outputs, cast))
+            held, values = self._holding, None
+            if held is None or BESIDE in held:
+                values = self.first_values.values
+            call = calls[index]
+            still = {id(owner) for owner in held or ()}
+            states = [s for s in call.states if held is not None and id(s[0].owner) not in still]
+            return call.run(resolved(given, outputs, cast, values), states)
 
         for calls, layout in self._models:
             outputs[calls[index]] = tensors_in(run(calls, layout))
@@ -187,7 +219,8 @@ class TapedWindow:
 
         def run_whole(calls: Sequence[TapedCall], layout: SampleLayout) -> Any:
             done = zip(calls, each, strict=True)
-            given = [resolved(call.arguments, outputs, cast) for call, outputs in done]
+            values = self.first_values.values
+            given = [resolved(call.arguments, outputs, cast, values) for call, outputs in done]
             inputs = layout.joined(given)
             if order is not None and not calls[0].refs():  # else they come in the order of the rows
                 inputs = layout.picked(inputs, order)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 
-from gaccum_exp.audit.rerun.sandbox import nothing
+from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import (
     Clipping,
     Observations,
@@ -54,6 +56,7 @@ class LoopTracer:
 
     Args:
         model, criterion, optimizer: as in `watch`, without wrappers.
+        modules: of model and loss.
         parameters: by name, those whose gradients are judged.
         reached: gets what was observed of a window, and the gradient that reached the optimizer.
     """
@@ -63,16 +66,20 @@ class LoopTracer:
         model: nn.Module,
         criterion: Any,
         optimizer: torch.optim.Optimizer,
+        modules: NamedModules,
         parameters: dict[str, nn.Parameter],
         reached: Callable[[Observations, Gradient], None],
+        moving: MovingState,
     ) -> None:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
+        self._modules = modules
         self._parameters, self._reached = parameters, reached
         self._loss_function = criterion
         while isinstance(self._loss_function, functools.partial):
             self._loss_function = self._loss_function.func  # its own arguments are seen in each call
         self._device_type = next((p.device.type for p in parameters.values()), "cpu")
-        self.seen = Observations()
+        self._moving = moving
+        self.seen = Observations(Tape(moving=moving))
         """Of the window in progress."""
         self.past = Tape()
         """Of the window before: its losses may be read after its step."""
@@ -90,6 +97,8 @@ class LoopTracer:
         """Trace for the length of the block."""
         with ExitStack() as stack:
             for handle in self._hooks():
+                stack.callback(handle.remove)
+            for handle in self._beside_hooks():
                 stack.callback(handle.remove)
             stack.enter_context(_Operations(self))
             stack.enter_context(calls_reported(self._functions(), {"step": self._on_step}))
@@ -114,6 +123,31 @@ class LoopTracer:
                 yield register(functools.partial(self._on_accumulation, name))
         yield self._optimizer.register_step_pre_hook(_Hook(self._before_step))
         yield self._optimizer.register_step_post_hook(_Hook(self._after_step))
+
+    def _beside_hooks(self) -> Iterator[Any]:
+        """See modules beside model and loss run, and the model where it gets no gradient."""
+        own = {id(module) for module in self._modules}
+        starts: list[list[Any] | None] = []
+
+        def taped(module: nn.Module) -> bool:
+            called = module is self._model or module is self._criterion
+            within = bool(self._inside) and id(module) in own
+            if called and torch.is_grad_enabled():
+                return True
+            return self._judging or self._stepping or within or torch.compiler.is_compiling()
+
+        def before(module: nn.Module, args: Any) -> None:
+            if not taped(module) and self._moving.before_module(module, inside=bool(self._inside)):
+                starts.append(None if self._inside else random_states())
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not taped(module) and self._moving.runs(module):
+                origin = self.seen.tape.origin
+                number = self.seen.tape.number
+                self._moving.after_module(module, args, kwargs, output, starts.pop(), origin, number)
+
+        yield register_module_forward_pre_hook(before)
+        yield register_module_forward_hook(after, with_kwargs=True, always_call=True)
 
     def _functions(self) -> dict[CodeType, OnCall]:
         found: dict[CodeType, OnCall] = {
@@ -150,6 +184,7 @@ class LoopTracer:
         self._look_at_gradients()
         call = self._taped(kind, function, args, kwargs)
         call.start = random_states()
+        call.states = self._moving.before_call()
         if kind == "loss" and isinstance(function, nn.Module):  # a loop may set these before each call
             for of in (vars(module) for module in function.modules()):
                 call.attributes.append((of, {k: v for k, v in of.items() if isinstance(v, PLAIN)}))
@@ -158,6 +193,7 @@ class LoopTracer:
 
     def _end(self, call: TapedCall, output: Any) -> None:
         self._inside.remove(call)
+        self._moving.after_call()
         self.seen.tape.add(call, output)
         if call.kind == "loss":
             self._follow_loss(call, loss_in(output))
@@ -205,8 +241,9 @@ class LoopTracer:
             self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
         tape = self.seen.tape
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
+        run = functools.partial(self._moving.run, from_model=tape.origin, number=tape.number)
         if not origins:
-            return function(*args, **kwargs)
+            return run(function, args, kwargs)
         if function in LOSSES and self._criterion in (None, function) and torch.is_grad_enabled():
             call = self._begin("loss", function, args, kwargs)
             try:
@@ -219,7 +256,7 @@ class LoopTracer:
         if name in READS:
             self._note_reading(origins)
         between = self._taped("between", function, args, kwargs)
-        output = function(*args, **kwargs)
+        output = run(function, args, kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             tape.add(between, output)
         return output
@@ -315,7 +352,8 @@ class LoopTracer:
             self._stepping = False
 
     def _begin_window(self) -> None:
-        self.past, self.seen = self.seen.tape, Observations()
+        self._moving.begin()
+        self.past, self.seen = self.seen.tape, Observations(Tape(moving=self._moving))
 
     # Functions that the loop calls between passes.
 

@@ -1,6 +1,6 @@
 """`watch`: audit any training loop from outside."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
 from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.loop_checks import reported_loss
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
@@ -90,6 +91,8 @@ class watch:  # noqa: N801  # used as a function
         steps: which optimizer steps of the block to judge, the first being 0; None: all.
         batch_dim: the dimension of the model's inputs that counts samples; None: that on which the
             shapes of inputs, outputs and targets agree.
+        also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a
+            teacher in compiled code, an average of the weights). What moves there is found, too.
     """
 
     def __init__(
@@ -100,12 +103,16 @@ class watch:  # noqa: N801  # used as a function
         *,
         steps: Container[int] | None = None,
         batch_dim: int | None = None,
+        also: Sequence[Any] = (),
     ) -> None:
         model, optimizer = _unwrapped(model), _unwrapped(optimizer)
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         self._modules = NamedModules(model, *modules_in(criterion), compared=stepped)
         compared = {n: p for n, p in self._modules.parameters().items() if n in self._modules.compared}
-        self._tracer = LoopTracer(model, criterion, optimizer, compared, self._reached)
+        moving = MovingState(self._modules, also)
+        self._tracer = LoopTracer(
+            model, criterion, optimizer, self._modules, compared, self._reached, moving
+        )
         self._judged, self._dim = steps, batch_dim
         self._global_step = 0
         self._watched = Watched()
