@@ -158,6 +158,8 @@ class ConfiguredWindow:
         self.reduction, self.loss_scale, self._strategy = reduction, loss_scale, strategy
         self.modules = NamedModules(model, *modules_of(loss_fn))
         self._model, self._loss_fn = model, on_device(loss_fn)
+        self.moves: dict[str, int] = {}
+        self.moved_beside: list[tuple[Any, list[Any]]] = []
         self._micro_batches = list(micro_batches)
         self._layout = sample_layouts(self._micro_batches)[0]
         self.sizes, self.differing = self._layout.sizes, self._layout.differing
@@ -214,6 +216,10 @@ class ConfiguredWindow:
             return all(t is not None and torch.allclose(s, t, rtol=1e-9, atol=1e-12) for s, t in pairs)
         total = sum(loss for loss, _ in parts)
         return math.isclose(total, whole[0], rel_tol=1e-9, abs_tol=1e-12)
+
+    def holding(self, owners: Sequence[Any] | None) -> "ConfiguredWindow":
+        """Return the window: between its passes nothing moves."""
+        return self
 
     def with_first_values(self) -> "ConfiguredWindow | None":
         """Return the window with the first micro-batch's values of what differs; None: nothing does."""

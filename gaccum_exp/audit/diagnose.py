@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from gaccum_exp.audit.rerun.passes import (
     ONE_PASS64,
     Rerun,
 )
+from gaccum_exp.audit.rerun.slots import places_of
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import (
     REMEDIES,
@@ -188,14 +190,14 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if mixing:
         mixers = [_culprit(rerun, name, result.BATCH_STATISTICS) for name in mixing]
         return _still_drawing(_blaming(rerun, audit, mixers), drew)
-    carrying = _carrying_state(rerun, runs)
-    if carrying is not None:
-        culprit = _culprit(rerun, carrying, result.BATCH_STATISTICS)
+    moving = _moving_state(rerun, runs)
+    if moving is not None:
+        times = rerun.window.moves.get(moving.type) or len(rerun.window.sizes)
         said = (
-            f"{carrying or 'the model'} ({culprit.type}) uses a state that every forward pass moves, N "
-            "times in a window of N passes: freeze it, or move it once per window"
+            f"{moving.name or 'the model'} ({moving.type}) has a state that moves {times} times in the "
+            "window, and the large batch meets its first: move it once per optimizer step"
         )
-        blamed = replace(_blaming(rerun, audit, [culprit]), remedy=said)
+        blamed = replace(_blaming(rerun, audit, [moving]), remedy=said)
         return _still_drawing(blamed, drew)
     return _still_drawing(_of_the_loss(rerun, runs, audit), drew)
 
@@ -240,19 +242,41 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
     return replace(audit, cause=result.LOSS_SCALE, remedy=said)
 
 
-def _carrying_state(rerun: Rerun, runs: _Runs) -> str | None:
-    """Return the module whose buffers carry a state from one pass to the next, if that is the cause."""
-    modules = rerun.window.modules
-    holding = [m for m in modules if any(b is not None for b in m._buffers.values())]
+def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
+    """Return the module whose state carries from one pass to the next, if that is the cause."""
+    window, modules = rerun.window, rerun.window.modules
 
-    def settled(reset: Sequence[nn.Module]) -> bool:
-        gradient = rerun.gradient(replace(ACCUMULATED64, reset_buffers_of=reset))
-        return distance(gradient, runs.one_pass64) <= SAME64
+    def settled(held: Sequence[nn.Module], owners: Sequence[Any] | None) -> bool:
+        # Held, micro-batches may still be weighed wrongly, or be off by a factor.
+        counts = [n for _, n in runs.forward.parts]
+        for weighed in filter(None, (window, window.recounted(counts))):
+            holding = replace(rerun, window=weighed.holding(owners))
+            gradient = holding.gradient(replace(ACCUMULATED64, state_held_of=held))
+            if multiple(gradient, runs.one_pass64, SAME64) is not None:
+                return True
+        return False
 
-    if not holding or not settled(holding):
+    beside = [(what, _within(what), owners) for what, owners in window.moved_beside]
+    if not settled([*modules, *(m for _, held, _ in beside for m in held)], None):
         return None
-    alone = (module for module in holding if settled([module]))
-    return modules.name(next(alone, holding[0]))
+    for what, held, owners in beside:
+        if settled(held, owners):
+            name = what if isinstance(what, str) else type(what).__name__
+            return Culprit("beside the model", name, result.MOVING_STATE)
+    holding = [m for m in modules if any(places_of(m, set()))]
+    # The shortest row of modules that settles it ends with one that is needed.
+    low, high = 0, len(holding)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if settled(holding[:middle], holding[:middle]):
+            high = middle
+        else:
+            low = middle
+    return _culprit(rerun, modules.name(holding[high - 1]), result.MOVING_STATE)
+
+
+def _within(what: Any) -> list[nn.Module]:
+    return list(what.modules()) if isinstance(what, nn.Module) else []
 
 
 def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:

@@ -15,10 +15,11 @@ LOSS_SCALE = "loss scale"
 NOT_ADDITIVE = "loss not additive over samples"
 STALE_OR_MISSING = "stale or missing gradients"
 LOW_PRECISION = "low-precision accumulation"
+MOVING_STATE = "state moves in the window"
 UNKNOWN = "unknown"
 CAUSES = (
     *(BATCH_STATISTICS, RANDOMNESS, UNEQUAL_DENOMINATORS, LOSS_SCALE, NOT_ADDITIVE),
-    *(STALE_OR_MISSING, LOW_PRECISION, UNKNOWN),
+    *(STALE_OR_MISSING, LOW_PRECISION, MOVING_STATE, UNKNOWN),
 )
 
 

@@ -284,9 +284,9 @@ def test_a_state_that_every_pass_moves_is_found_with_its_module() -> None:
     """Spectral norm takes a step of its power iteration in each forward pass, N of them in a window."""
     model = net(nn.utils.parametrizations.spectral_norm(nn.Linear(HIDDEN, HIDDEN)))
     found = audit_window(model, CE, window(4, 4, 3))
-    assert (found.verdict, found.cause) == ("biased", "batch statistics")
+    assert (found.verdict, found.cause) == ("biased", "state moves in the window")
     assert (found.culprit, found.culprit_type) == ("1.parametrizations.weight.0", "_SpectralNorm")
-    assert "every forward pass" in (found.remedy or "")
+    assert "moves 3 times" in (found.remedy or "")
 
 
 @pytest.mark.parametrize("free", [60_000, 200_000])

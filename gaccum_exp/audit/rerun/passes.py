@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
 from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
+from gaccum_exp.audit.rerun.slots import Slot, copied, places_of
 from gaccum_exp.core.dtypes import in_precision
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
 from gaccum_exp.core.joined_samples import mapped
@@ -39,8 +40,8 @@ class Pass:
     """Of the samples of one pass; None: as they come."""
     draws: DrawsAre = "replayed"
     """The random numbers: recorded, replayed from the recording, or each replaced by a constant."""
-    reset_buffers_of: Sequence[nn.Module] = ()
-    """Modules whose buffers are set back before the forward pass of each micro-batch."""
+    state_held_of: Sequence[nn.Module] = ()
+    """Modules whose state is set back before the forward pass of each micro-batch."""
     weights_moved: int = 0
     """Seed of what is added to the weights, to see the same samples at other weights; 0: nothing."""
     summed_in_float64: bool = False
@@ -59,6 +60,10 @@ class RerunnableWindow(Protocol):
     """Samples of each micro-batch."""
     modules: NamedModules
     """Everything with parameters or buffers that it uses."""
+    moves: dict[str, int]
+    """How often the state of a module of this type was seen to move in the window."""
+    moved_beside: list[tuple[Any, list[Any]]]
+    """What moved beside model and loss, a module or the name of a type, and what to hold for it."""
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run all micro-batches forward and backward."""
@@ -74,6 +79,9 @@ class RerunnableWindow(Protocol):
 
     def recounted(self, counts: Sequence[float]) -> "RerunnableWindow | None":
         """Return the window with each micro-batch weighed by what it counts; None: it is so already."""
+
+    def holding(self, owners: Sequence[Any] | None) -> "RerunnableWindow":
+        """Return the window in which the state of these (None: all) keeps still between passes."""
 
     def with_first_values(self) -> "RerunnableWindow | None":
         """Return the window with the first micro-batch's values of what differs; None: nothing does.
@@ -100,6 +108,8 @@ class Rerun:
     starts: Sequence[list[Any]] = field(default_factory=lambda: [random_states()])
     """The random states in which its first micro-batches began, one at least."""
     draws: Draws = field(default_factory=Draws)
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Gives what is entered for every run: puts the state in place that the window began with."""
     saved: SavedForBackward = field(default_factory=SavedForBackward)
     """Of the forward passes of all micro-batches, in the window's own precision."""
 
@@ -149,8 +159,9 @@ class Rerun:
         """Accumulate; give `keep` the window's gradient, or each micro-batch's own (`apart`)."""
         recording, taken = how.draws == "recorded", dict[int, T]()
         with self._running(how) as (replay, parameters):
-            buffers = (buffer for m in how.reset_buffers_of for buffer in m._buffers.values())
-            states = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
+            stepped = {id(parameters[name]) for name in self.window.modules.compared}
+            places = [place for m in how.state_held_of for place in places_of(m, stepped)]
+            states = [(Slot(*place, None), copied(place[-1])) for place in places]
 
             @contextmanager
             def context(index: int | None) -> Iterator[None]:
@@ -160,8 +171,8 @@ class Rerun:
                     return
                 if apart and index > 0:  # of one that comes twice, the second time's is kept
                     taken[index - 1] = keep(self._taken(parameters))
-                for buffer, state in states:
-                    buffer.copy_(state)
+                for slot, state in states:
+                    slot.put(state)
                 if not recording:
                     # torch's draws are replayed; Python's and NumPy's begin anew in each pass.
                     set_random_states(self.starts[0])
@@ -208,7 +219,7 @@ class Rerun:
         why = "numbers come from a generator of the model's own"
         drawn = partial(self.draws.refuse, why, foreign=True)
         copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
-        with random_state_kept(), copies as parameters:
+        with random_state_kept(), self.around(), copies as parameters:
             set_random_states(self.starts[0])
             if how.weights_moved:
                 _move(parameters.values(), how.weights_moved)

@@ -8,6 +8,7 @@ from torch import Tensor
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import alike, reached_shares, sampled
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, RECORDING, Rerun
+from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import listed, multiple
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
@@ -118,7 +119,8 @@ class GradientOfLoop:
         for micro_batch in [*self.of_others, *self.micro_batches]:
             layout = sample_readings([micro_batch], None)[0]
             window = TapedWindow(self.rerun.window.modules, [micro_batch], layout)
-            add(total, Rerun(window, self.rerun.device, window.starts).gradient(RECORDING))
+            rerun = replace(self.rerun, window=window, starts=window.starts, draws=Draws())
+            add(total, rerun.gradient(RECORDING))
         return multiple(self.observed, total, AS_REPLAYED)
 
     def _some_missing(self, audit: Audit, replayed: Gradient) -> Audit | None:

@@ -6,6 +6,8 @@ passes, run again, add up to.
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,11 +21,12 @@ from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.moving_state import FirstValues
+from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
-from gaccum_exp.core.joined_samples import ASKED, NotJoinableError, SampleLayout
+from gaccum_exp.core.joined_samples import ASKED, NotJoinableError
 from gaccum_exp.memory.available import out_of_memory
 
 
@@ -71,13 +74,19 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
-    layouts = sample_readings(micro_batches, dim)
+    moving = seen.tape.moving
+    moved = FirstValues()
+    if moving is not None and micro_batches:
+        ends = sorted(m.last_backward for m in every)
+        moved = moving.first_values(_made_of(micro_batches), ends, micro_batches[0].last_backward)
+    layouts = sample_readings(micro_batches, dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
         try:
-            window = _LoopWindow(seen, reached, modules, every, micro_batches, layout, blank, device)
-            judged.append((window, window.audit()))
+            taped = TapedWindow(modules, micro_batches, layout, moved)
+            window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
+            judged.append((window, _settled(window.audit(), moved)))
         except Exception as error:  # a model may not take more of what are no samples
             if out_of_memory(error):
                 raise
@@ -98,6 +107,26 @@ def _under_every_reading(
     else:
         return unordered[0]
     return replace(blank, verdict="inconclusive", detail=why)
+
+
+def _made_of(micro_batches: Sequence[TapedMicroBatch]) -> list[TapedCall]:
+    """Return the calls that the micro-batches' losses are made of."""
+    found: dict[TapedCall, None] = {}
+    waiting = [call for m in micro_batches for call in m.losses]
+    while waiting:
+        call = waiting.pop()
+        if call not in found:
+            found[call] = None
+            waiting += [ref.call for ref in call.refs()]
+    return list(found)
+
+
+def _settled(audit: Audit, moved: FirstValues) -> Audit:
+    """Return the audit; where a state that moved may matter and cannot be replayed, inconclusive."""
+    if not moved.refused or audit.verdict not in ("identical", "equivalent", "stochastic"):
+        return audit
+    said = f"{'; '.join(moved.refused)}: move it once per optimizer step"
+    return replace(audit, verdict="inconclusive", cause=result.MOVING_STATE, remedy=None, detail=said)
 
 
 def _since_dropped(seen: Observations, micro_batches: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
@@ -127,10 +156,9 @@ class _LoopWindow:
         self,
         seen: Observations,
         reached: Gradient,
-        modules: NamedModules,
         every: list[TapedMicroBatch],
         micro_batches: list[TapedMicroBatch],
-        layout: SampleLayout,
+        window: TapedWindow,
         blank: Audit,
         device: torch.device,
     ) -> None:
@@ -149,7 +177,7 @@ class _LoopWindow:
         self._of_others = [m for m in every if m.last_backward < self._micro_batches[0].last_backward]
         """Micro-batches that came before those, of another optimizer's window or an epoch's rest."""
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
-        self._window = TapedWindow(modules, micro_batches, layout)
+        self._window = window
         self._rerun = self._rerun_of(self._window)
 
     def audit(self) -> Audit:
@@ -201,7 +229,8 @@ class _LoopWindow:
             names = " and ".join(window.coupled)
             audit = audit.noting(f"it is {names} that couples samples; the other terms do not")
         # Padding may change what a model computes; where the weights explain all, it has not.
-        proven = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
+        weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
+        proven = (*weighed, result.STALE_OR_MISSING, result.MOVING_STATE)
         if audit.verdict == "biased" and audit.cause not in proven and (window.padded or window.guessed):
             what = "micro-batches of different lengths were padded to one, which may change what is"
             why = f"{what} computed"
@@ -217,7 +246,9 @@ class _LoopWindow:
         return {name: g.to(self._device) for name, g in gradient.items()}
 
     def _rerun_of(self, window: TapedWindow) -> Rerun:
-        return Rerun(window, self._device, window.starts)
+        moving = self._seen.tape.moving
+        around = nullcontext if moving is None else moving.as_at_first
+        return Rerun(window, self._device, window.starts, around=around)
 
     def _gradient(self) -> GradientOfLoop:
         seen, scale = self._seen, self._loss_scale

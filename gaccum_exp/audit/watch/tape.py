@@ -8,6 +8,7 @@ targets, masks) by value.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.passes import Cast
+from gaccum_exp.audit.rerun.slots import Slot
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.joined_samples import mapped, tensors_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
@@ -59,6 +62,8 @@ class TapedCall:
     """Where the loop calls it: equal for calls from one place, by way of the same functions."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
+    states: list[tuple[Slot, Any]] = field(default_factory=list)
+    """What had moved since the window began, other than inside such calls, and what it was then."""
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     start: list[Any] = field(default_factory=list)
     """The random states before it; empty for operations between."""
@@ -79,8 +84,10 @@ class TapedCall:
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
-    def run(self, arguments: Mapping[int | str, Any]) -> Any:
-        """Call the function again with these arguments, under the same autocast."""
+    def run(self, arguments: Mapping[int | str, Any], states: Sequence[tuple[Slot, Any]] = ()) -> Any:
+        """Call the function again with these arguments and states, under the same autocast."""
+        for slot, state in states:
+            slot.put(state)
         device = next((t.device.type for t in tensors_in(arguments)), "cpu")
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
@@ -166,7 +173,14 @@ class Tape:
     """The judged parameters that each of them reached."""
     parameters: Mapping[int, ParameterRef] = field(default_factory=dict)
     """The judged parameters, by the identity of their tensors."""
+    moving: MovingState | None = None
+    """What else the loop's calls met."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    @property
+    def number(self) -> float:
+        """Number of the micro-batch in progress; infinite before the window's first call."""
+        return self.backwards if self.calls else math.inf
 
     def recorded(self, value: Any) -> Any:
         """Return arguments to keep: references, or copies, since a loop may reuse its tensors."""
@@ -175,7 +189,12 @@ class Tape:
             if not isinstance(x, Tensor):
                 return x
             origin = self.origin(x) or self.parameters.get(id(x))
-            return x.detach().clone() if origin is None else origin
+            if origin is not None:
+                return origin
+            kept = x.detach().clone()
+            if self.moving is not None:
+                self.moving.note(x, kept, self.backwards)
+            return kept
 
         return mapped(leaf, value)
 
@@ -330,12 +349,15 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
-def shapes_of(arguments: Any) -> Any:
-    """Return arguments with a tensor of the right shape, and without values, for every reference."""
+def shapes_of(arguments: Any, values: Mapping[int, Tensor] | None = None) -> Any:
+    """Return arguments with a tensor of the right shape, and without values, for every reference.
+
+    Of the others the `values` replace some, by identity.
+    """
 
     def leaf(x: Any) -> Any:
         if not isinstance(x, OutputRef):
-            return x
+            return (values or {}).get(id(x), x)
         shape, dtype = x.call.outputs[x.place]
         if x.call.of_weights_alone:  # the same in all micro-batches
             return torch.zeros((), dtype=dtype).expand(shape)
@@ -382,16 +404,24 @@ def models_own_loss(loss: Tensor) -> Tensor:
     return loss
 
 
-def resolved(value: Any, outputs: Outputs, cast: Cast = lambda value: value) -> Any:
-    """Return arguments with every reference replaced by its tensor, and all others cast."""
+def resolved(
+    value: Any,
+    outputs: Outputs,
+    cast: Cast = lambda value: value,
+    values: Mapping[int, Tensor] | None = None,
+) -> Any:
+    """Return arguments with every reference replaced by its tensor, and all others cast.
+
+    Of those the `values` replace some, by identity.
+    """
 
     def leaf(x: Any) -> Any:
         if isinstance(x, ParameterRef):
             return x.tensor()
         if not isinstance(x, OutputRef):
-            return cast(x)
+            return cast((values or {}).get(id(x), x))
         if x.call not in outputs:
-            arguments = resolved(x.call.arguments, outputs, cast)
+            arguments = resolved(x.call.arguments, outputs, cast, values)
             outputs[x.call] = tensors_in(x.call.run(arguments))
         return outputs[x.call][x.place]
 

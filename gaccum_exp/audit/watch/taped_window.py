@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from gaccum_exp.audit.causes.loss_coupling import coupling_of
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
+from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch import tape
+from gaccum_exp.audit.watch.moving_state import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
@@ -34,6 +36,10 @@ from gaccum_exp.core.joined_samples import (
 
 SAME_FACTOR = 1e-5
 """Relative: how close a factor of the whole pass is to that of a micro-batch where it is a constant."""
+BESIDE = "beside"
+"""Stands for the modules beside model and loss, and for the loop's own tensors."""
+Holding = Sequence[Any] | None
+"""Modules, and BESIDE; None: everything."""
 
 
 class CouplingError(NotJoinableError):
@@ -93,16 +99,27 @@ class TapedWindow:
         modules: of model and loss.
         micro_batches: of the tape.
         layout: where the samples are in the arguments of each one's first call.
+        moved: what moved in the window, and what the large batch would have met in its place.
 
     Raises:
         NotJoinableError: they do not make one batch.
     """
 
     def __init__(
-        self, modules: NamedModules, micro_batches: Sequence[TapedMicroBatch], layout: SampleLayout
+        self,
+        modules: NamedModules,
+        micro_batches: Sequence[TapedMicroBatch],
+        layout: SampleLayout,
+        moved: FirstValues | None = None,
     ) -> None:
         self.modules = modules
         self.layout = layout
+        self.moved = moved or FirstValues()
+        """The one pass meets its values; micro-batches do where they are held."""
+        self._holding: Holding = ()
+        self.moves = self.moved.moves
+        self.moved_beside = [(each, [each]) for each in self.moved.inside]
+        self.moved_beside += [(name, [BESIDE]) for name in self.moved.owners[:1]]
         self._micro_batches = micro_batches
         self._models, self._losses = (
             [self._column(calls) for calls in _corresponding(each)]
@@ -150,7 +167,13 @@ class TapedWindow:
         """Return the window with every micro-batch twice."""
         twice = [*range(len(self.sizes))] * 2
         micro_batches = [self._micro_batches[i] for i in twice]
-        return TapedWindow(self.modules, micro_batches, self.layout.of(twice))
+        return TapedWindow(self.modules, micro_batches, self.layout.of(twice), self.moved)
+
+    def holding(self, owners: Holding) -> "TapedWindow":
+        """Return the window in which the state of these keeps still between micro-batches."""
+        other = copy.copy(self)
+        other._holding = owners
+        return other
 
     def with_first_values(self) -> "TapedWindow | None":
         """Return the window with the first micro-batch's values of what differs; None: nothing does."""
@@ -210,7 +233,7 @@ class TapedWindow:
         if index is None:
             losses, count = self._whole_losses(cast, None), sum(counts)
         else:
-            losses, count = self._losses_of(index, cast), counts[index]
+            losses, count = self.holding(None)._losses_of(index, cast), counts[index]
         total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
@@ -302,7 +325,7 @@ class TapedWindow:
         there = [call for call in calls if call is not None]
         if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:
             return _Column(calls, self.layout, self.layout.sizes)
-        given = [tape.shapes_of(call.arguments) for call in there]
+        given = [tape.shapes_of(call.arguments, self.moved.values) for call in there]
         if there[0].of_weights_alone or not any(tensor.ndim for tensor in tensors_in(given)):
             return _Column(calls, None, [int(call is not None) for call in calls])
         others = [[shape for shape, _ in call.outputs] for call in there]
@@ -372,21 +395,28 @@ class TapedWindow:
 
     def _losses_of(self, index: int, cast: Cast) -> list[list[Term]]:
         outputs: Outputs = {}
+        held = self._holding
+        values = self.moved.values if held is None or BESIDE in held else None
+        still = {id(owner) for owner in held or ()}
+
+        def states(call: TapedCall) -> list[tuple[Slot, Any]]:
+            return [s for s in call.states if held is not None and id(s[0].owner) not in still]
 
         def arguments(column: _Column, call: TapedCall) -> Any:
             given = call.arguments
             if self._first_values and column.layout is not None:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
-            return resolved(given, outputs, cast)
+            return resolved(given, outputs, cast, values)
 
         with self._forms_of_model() as forms:
             for column in self._models:
                 if (call := column.calls[index]) is not None:
-                    outputs[call] = tensors_in(call.run(arguments(column, call)))
+                    outputs[call] = tensors_in(call.run(arguments(column, call), states(call)))
         losses = []
         for c, column in enumerate(self._losses):
-            taped = column.calls[index]
-            terms = [] if taped is None else _run(taped, arguments(column, taped), forms)
+            taped, terms = column.calls[index], list[Term]()
+            if taped is not None:
+                terms = _run(taped, arguments(column, taped), forms, states(taped))
             if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
             losses.append(terms)
@@ -401,7 +431,8 @@ class TapedWindow:
                 (c, outputs) for c, outputs in zip(column.calls, each, strict=True) if c is not None
             ]
             whole_scalars(column.calls)
-            given = [resolved(call.arguments, outputs, cast) for call, outputs in there]
+            values = self.moved.values
+            given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
             if column.layout is None:
                 return given[0]
             inputs = column.layout.joined(given)
@@ -446,17 +477,21 @@ class TapedWindow:
         return ScalarForms() if own else nullcontext()
 
 
-def sample_readings(micro_batches: Sequence[TapedMicroBatch], dim: int | None) -> list[SampleLayout]:
+def sample_readings(
+    micro_batches: Sequence[TapedMicroBatch], dim: int | None, moved: FirstValues | None = None
+) -> list[SampleLayout]:
     """Return where the samples of the micro-batches' first calls may be, the likeliest first.
 
     Args:
         micro_batches: of the tape.
         dim: the dimension of the model's inputs that counts samples; None: what the shapes agree on.
+        moved: what moved in the window, and its first values.
 
     Raises:
         NotJoinableError: they do not make one batch.
     """
-    given = [tape.shapes_of(m.first.arguments) for m in micro_batches]
+    values = moved.values if moved is not None else None
+    given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
     return sample_layouts(given, others=tape.shapes_around(micro_batches), dim=dim)
 
 
@@ -505,15 +540,21 @@ def _rows(
     return rows
 
 
-def _run(call: TapedCall, arguments: Any, of_model: ScalarForms | None) -> list[Term]:
+def _run(
+    call: TapedCall,
+    arguments: Any,
+    of_model: ScalarForms | None,
+    states: Sequence[tuple[Slot, Any]] = (),
+) -> list[Term]:
     """Run a loss; return the terms that it is the sum of."""
     if call.function is tape.models_own_loss and of_model is not None:
         loss = arguments[0]
         return of_model.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
     if not _own_code(call.function):
-        return [Term(_loss_of(call.run(arguments)), getattr(call.function, "__name__", "loss"))]
+        loss = _loss_of(call.run(arguments, states))
+        return [Term(loss, getattr(call.function, "__name__", "loss"))]
     with ScalarForms() as forms:
-        loss = _loss_of(call.run(arguments))
+        loss = _loss_of(call.run(arguments, states))
     return forms.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from gaccum_exp.audit.causes.loss_weights import (
     alike,
@@ -174,12 +175,13 @@ def _coefficients(
         return [1 / accum_steps] * accum_steps, False
     if alone:  # one micro-batch and its double: a sum doubles, a mean does not
         window = window.doubled()
-        rerun = Rerun(window, rerun.device, window.starts)
+        rerun = Rerun(window, rerun.device, window.starts, around=rerun.around)
         rerun.gradient(RECORDING)
         rerun.gradient(ONE_PASS64)
         counts, sizes, weights, accum_steps = None, sizes * 2, weights * 2, 2
-    rerun = replace(rerun, window=window.only(term))
-    micro, whole = _at_several_weights(rerun, accum_steps)
+    # What moves in the window is no matter of weights: here it keeps still.
+    rerun = replace(rerun, window=window.only(term).holding(None))
+    micro, whole = _at_several_weights(rerun, accum_steps, window.moved.modules)
     if not any(float(g.norm()) for g in whole.values()):
         return None, window.sums(window.column_of(term))
     ones, equal = [1.0] * accum_steps, [1 / accum_steps] * accum_steps
@@ -196,7 +198,7 @@ def _coefficients(
 
 
 def _at_several_weights(
-    rerun: Rerun, accum_steps: int
+    rerun: Rerun, accum_steps: int, moved: Sequence[nn.Module]
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Return micro gradients and the one pass's; of few parameters at other weights, too."""
     micro: list[dict[str, torch.Tensor]] = [{} for _ in range(accum_steps)]
@@ -204,7 +206,8 @@ def _at_several_weights(
     for seed in range(WEIGHTS):
         one_pass = sampled(rerun.gradient(replace(ONE_PASS64, weights_moved=seed)))
         whole |= {f"{seed} {name}": g for name, g in one_pass.items()}
-        each = rerun.micro_gradients(replace(ACCUMULATED64, weights_moved=seed), sampled)
+        how = replace(ACCUMULATED64, weights_moved=seed, state_held_of=moved)
+        each = rerun.micro_gradients(how, sampled)
         for kept, own in zip(micro, each, strict=True):
             kept |= {f"{seed} {name}": g for name, g in own.items()}
         if sum(int(g.count_nonzero()) for g in whole.values()) >= ENOUGH * accum_steps:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
 from gaccum_exp.audit.watch.between_passes import BetweenPasses
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModeOff, compiled_function, uncompiled
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
     Observations,
@@ -68,6 +69,7 @@ class LoopTracer:
         modules: of model and criterion, with the parameters whose gradients are judged. An optimizer
             that holds some of these takes a step of the loop's.
         reached: gets what was observed of a window, and the gradient that reached its optimizers.
+        moving: sees what the loop's calls meet besides, and whether it moves.
     """
 
     def __init__(
@@ -77,18 +79,22 @@ class LoopTracer:
         optimizers: Sequence[Optimizer],
         modules: NamedModules,
         reached: Callable[[Observations, Gradient], None],
+        moving: MovingState,
     ) -> None:
+        self._moving = moving
         self._model, self._criterion, self._optimizers = model, criterion, optimizers
         named = modules.parameters()
         self._parameters = {name: p for name, p in named.items() if name in modules.compared}
         self._reached = reached
+        judged = {id(p) for p in self._parameters.values()}
         self._refs = {
             id(parameter): ParameterRef(module, name)
             for module in modules
             for name, parameter in module._parameters.items()
-            if parameter is not None
+            if id(parameter) in judged
         }
         self._parts = {id(module) for module in model.modules()}
+        self._own = {id(module) for module in modules}
         self._loss_function = criterion
         while isinstance(self._loss_function, functools.partial):
             self._loss_function = self._loss_function.func  # its own arguments are seen in each call
@@ -101,6 +107,8 @@ class LoopTracer:
         self._inside: list[TapedCall] = []
         """The call of model or loss that is running, if any."""
         self._frames: list[tuple[FrameType, TapedCall]] = []
+        self._frames_beside: list[tuple[FrameType, nn.Module, list[Any] | None]] = []
+        """Of modules beside model and loss, with the random states before; None: inside a loss."""
         self._frames_compiled: list[tuple[FrameType, ModeOff]] = []
         self.judging = False
         self._stepping: Optimizer | None = None
@@ -172,6 +180,16 @@ class LoopTracer:
         if kind is not None and not self.idle and torch.is_grad_enabled():
             call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
             self._frames.append((frame, call))
+            return
+        inside = bool(self._inside)
+        own = id(module) in self._own
+        if self._stepping is not None or (own and inside):
+            return
+        if not own and any(id(part) in self._own for part in module.modules()):
+            return  # it holds the model, so what it does is the loop's
+        if self._moving.before_module(module, inside=inside):  # as the model does without gradient
+            start = None if inside else random_states()
+            self._frames_beside.append((frame, module, start))
 
     def _kind_of(self, module: Any) -> str | None:
         if module is self._criterion:
@@ -184,6 +202,11 @@ class LoopTracer:
         """End the call of this frame; one that raised has returned None."""
         if self._frames and self._frames[-1][0] is frame:
             self._end(self._frames.pop()[1], value)
+        elif self._frames_beside and self._frames_beside[-1][0] is frame:
+            _, module, start = self._frames_beside.pop()
+            args, kwargs = frame.f_locals["args"], frame.f_locals["kwargs"]
+            tape = self.seen.tape
+            self._moving.after_module(module, args, kwargs, value, start, tape.origin, tape.number)
 
     def _on_compiled(self, event: str, frame: FrameType, value: Any) -> None:
         """Keep out of what is compiled, and tape it where model or loss is compiled as a whole."""
@@ -219,6 +242,7 @@ class LoopTracer:
         self._look_at_gradients()
         call = self._taped(kind, function, args, kwargs)
         call.start = random_states()
+        call.states = self._moving.before_call()
         if kind == "loss" and isinstance(function, nn.Module):  # a loop may set these before each call
             for of in (vars(module) for module in function.modules()):
                 call.attributes.append((of, {k: v for k, v in of.items() if isinstance(v, PLAIN)}))
@@ -227,6 +251,7 @@ class LoopTracer:
 
     def _end(self, call: TapedCall, output: Any) -> None:
         self._inside.remove(call)
+        self._moving.after_call()
         tape = self.seen.tape
         tape.add(call, output)
         if call.kind == "loss":
@@ -280,9 +305,10 @@ class LoopTracer:
         tape, graphs = self.seen.tape, torch.is_grad_enabled()
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
         with_parameters = graphs and name not in READS and self._computes_with_parameters(tensors)
+        run = functools.partial(self._moving.run, from_model=tape.origin, number=tape.number)
         if not origins and not with_parameters:
             self._between.look(name, tensors)
-            return function(*args, **kwargs)
+            return run(function, args, kwargs)
         if function in LOSSES and self._criterion in (None, function) and graphs:
             call = self._begin("loss", function, args, kwargs)
             try:
@@ -296,7 +322,7 @@ class LoopTracer:
             self._note_reading(origins)
         between = self._taped("between", function, args, kwargs)
         form = linear(function, args, kwargs) if graphs else None
-        output = function(*args, **kwargs)
+        output = run(function, args, kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             tape.add(between, output)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
@@ -373,6 +399,7 @@ class LoopTracer:
                 self.seen.zeroed_at_other_weights = [*seen.zeroed_at_other_weights, seen.tape]
                 return
             seen.zeroed.add(backwards)
+            self._moving.may_begin(backwards)
         elif any(k not in now or not torch.equal(now[k], g) for k, g in last.items()):
             seen.changed.add(backwards)
 
@@ -414,6 +441,7 @@ class LoopTracer:
             return None
         if not self.judges(optimizer):
             self.seen.other_steps.append(self.seen.tape.backwards)
+            self._moving.may_begin(self.seen.tape.backwards)
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: the optimizer
         if closure is None:
@@ -498,11 +526,12 @@ class LoopTracer:
                 self._begin_window()
 
     def _begin_window(self) -> None:
+        self._moving.begin()
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
         self._norms = -1, []
 
     def _nothing_seen(self) -> Observations:
-        return Observations(Tape(parameters=self._refs))
+        return Observations(Tape(parameters=self._refs, moving=self._moving))
 
 
 def _leave_out_others(seen: Observations) -> None:

@@ -1,6 +1,6 @@
 """`watch`: audit any training loop from outside."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.compiled import original
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.loop_checks import explained, reported_loss
+from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
@@ -100,6 +101,8 @@ class watch:  # noqa: N801  # used as a function
         steps: which optimizer steps of the block to judge, the first being 0; None: all.
         batch_dim: the dimension of the model's inputs that counts samples; None: that on which the
             shapes of inputs, outputs and targets agree.
+        also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a
+            teacher in compiled code, an average of the weights). What moves there is found, too.
 
     Raises:
         TypeError: there is no optimizer.
@@ -113,12 +116,16 @@ class watch:  # noqa: N801  # used as a function
         *,
         steps: Container[int] | None = None,
         batch_dim: int | None = None,
+        also: Sequence[Any] = (),
     ) -> None:
         self._model, self._criterion = _unwrapped(model), original(_unwrapped(criterion))
         optimizers = _optimizers(optimizer)
         stepped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
         self._modules = self._named_modules(stepped)
-        self._tracer = LoopTracer(self._model, self._criterion, optimizers, self._modules, self._reached)
+        moving = MovingState(self._modules, also)
+        self._tracer = LoopTracer(
+            self._model, self._criterion, optimizers, self._modules, self._reached, moving
+        )
         self._judged, self._dim = steps, batch_dim
         self._global_step = 0
         self._watched = Watched()

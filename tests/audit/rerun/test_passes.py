@@ -52,7 +52,7 @@ def test_a_run_leaves_nothing_for_the_next() -> None:
     others = (
         replace(ACCUMULATED64, draws="constant"),
         replace(ONE_PASS, order=torch.arange(sum(SIZES)).flip(0)),
-        replace(ACCUMULATED64, reset_buffers_of=(norm,)),
+        replace(ACCUMULATED64, state_held_of=(norm,)),
         replace(ACCUMULATED, summed_in_float64=True),
     )
     for other in others:
