@@ -114,6 +114,26 @@ class GradientOfLoop:
             f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
         )  # fmt: skip
 
+    def _some_losses_missing(self, audit: Audit) -> Audit | None:
+        """Find out whether some of the micro-batches' several losses are missing."""
+        window = self.rerun.window
+        assert isinstance(window, TapedWindow)
+        terms = window.terms()
+        columns: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
+        for t, term in enumerate(terms):
+            alone = replace(self.rerun, window=window.only(t))
+            for i, gradient in enumerate(alone.micro_gradients(ACCUMULATED, sampled)):
+                columns.append(((i, t), {n: g * term.weights[i] for n, g in gradient.items()}))
+        columns.sort(key=lambda column: column[0])
+        reached = reached_shares([g for _, g in columns], sampled(self.observed))
+        if len(terms) < 2 or reached is None or 0 not in reached:
+            return None
+        gone = sum(share == 0 for share in reached)
+        return stale(
+            audit, "call zero_grad once per optimizer step, not inside the window",
+            f"the gradients of {gone} of the window's {len(reached)} losses are missing",
+        )  # fmt: skip
+
     def _with_others(self) -> float | None:
         total: Gradient = {}
         for micro_batch in [*self.of_others, *self.micro_batches]:
@@ -146,7 +166,7 @@ class GradientOfLoop:
         micro = self.rerun.micro_gradients(ACCUMULATED, sampled)
         reached = reached_shares(micro, sampled(observed))
         if reached is None:
-            return None
+            return self._some_losses_missing(audit)
         gone = [i for i, share in enumerate(reached) if share == 0]
         if gone:
             last = max(seen.zeroed, default=math.inf)
