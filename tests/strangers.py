@@ -249,3 +249,60 @@ class Spectral(nn.Module):
         """(batch, 2) -> logits (batch, 3)."""
         hidden = torch.tanh(self.first(x.to(self.first.weight.dtype)))
         return self.last(torch.fft.irfft(torch.fft.rfft(hidden) * self.filter, n=8))
+
+
+class Turned(nn.Module):
+    """A criterion with a complex buffer: the squared difference of logits and labels, turned by i."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.register_buffer("turn", torch.tensor(1j, dtype=torch.complex64))
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(batch, classes), (batch,) -> 0-dim."""
+        loss = ((logits[:, 0] - target) * self.turn).abs().square()
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+
+class TwoHeads(nn.Module):
+    """Classes of points and a number beside them, by name; `p` is the dropout between."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Dropout(p)).double()
+        self.classes, self.number = nn.Linear(6, 3).double(), nn.Linear(6, 1).double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(batch, 2) -> logits (batch, 3) and numbers (batch,)."""
+        hidden = self.trunk(x)
+        return {"classes": self.classes(hidden), "number": self.number(hidden).squeeze(1)}
+
+
+class Labelled(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Points with two targets by name, of which every so many labels one is ignored."""
+
+    def __init__(self, samples: int = 24, seed: int = 0, every: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(3, (samples,), generator=generator)
+        self.y[every - 1 :: every] = -100
+        self.numbers = torch.randn(samples, generator=generator, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.x[index], {"label": self.y[index], "number": self.numbers[index]}
+
+
+def expert_balance(model: nn.Module, micro_batch: tuple[Tensor, dict[str, Tensor]]) -> dict[str, tuple]:
+    """Cross entropy, and a balance of the classes over the window; nothing is counted beforehand."""
+    x, target = micro_batch
+    logits = model(x)["classes"]
+    p = logits.softmax(1)
+    loss = nn.functional.cross_entropy(logits, target["label"], reduction="sum")
+    return {
+        "class": (loss, (target["label"] != -100).sum()),
+        "balance/of classes": (p.sum(0), len(x), 0.5, lambda means: means.square().sum()),
+    }

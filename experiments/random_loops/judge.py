@@ -24,8 +24,6 @@ ROUNDING = 1e-12
 COUNTS = 1e-9
 """What a fault must move the gradient by, relative."""
 EVERYTHING = Scope()
-TERMS = False
-"""Whether a loss function may return several terms, each with its denominator."""
 
 
 class GeneratorError(AssertionError):
@@ -108,7 +106,7 @@ def accumulated_error(plan: Plan) -> float | None:
     Its loss function is by hand: `(sum, count)` of one term, or a mapping of such for several.
     """
     several = len(plan.terms) > 1
-    if plan.fault or (several and not TERMS) or any(term.summed for term in plan.terms):
+    if plan.fault or any(term.summed for term in plan.terms):
         return None
     built = ground(replace(plan, single=False))
 

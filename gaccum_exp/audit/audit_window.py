@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,17 +12,26 @@ from torch import Tensor, nn
 
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
-from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
-from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import scale_of
+from gaccum_exp.audit.rerun.sandbox import NamedModules
+from gaccum_exp.audit.result import NOT_ADDITIVE, UNEQUAL_DENOMINATORS, Audit
+from gaccum_exp.audit.verdict import remedy_of_counts, scale_of
 from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.joined_samples import NotJoinableError, sample_layouts
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
-from gaccum_exp.core.losses.protocol import LossFn, LossWrapper, window_denominator
+from gaccum_exp.core.losses.protocol import (
+    LossFn,
+    LossWrapper,
+    Term,
+    count,
+    terms_of,
+    window_denominator,
+)
+from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.reductions import GLOBAL_MEAN, Reduction
 from gaccum_exp.core.seeding import random_state_kept, seed_model
 from gaccum_exp.core.strategies import IN_PLACE, InPlace
+from gaccum_exp.core.window_loss import LossTotal, WindowTerms, counted_as
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
 
@@ -117,16 +126,21 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
     rerun, reduction = Rerun(window, device), window.reduction
     replayed = rerun.gradient(RECORDING)
     if len(window.sizes) == 1:  # the reference itself
-        _, denominator = rerun.forward(ACCUMULATED64, None)
-        scale = reduction.one_pass_factor(denominator)
+        _, n = rerun.forward(ACCUMULATED64, None)
+        scale, denominator = (v if math.isfinite(v) else None for v in (reduction.one_pass_factor(n), n))
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     found = diagnose(rerun, replayed, blank)
-    audit = found.audit
-    if found.accumulated64 is None or found.one_pass64 is None or audit.denominator is None:
+    audit = window.naming_terms(found.audit)
+    if found.accumulated64 is None or found.one_pass64 is None:
         return audit
-    per_mean = reduction.one_pass_factor(audit.denominator)
-    along = scale_of(found.accumulated64, found.one_pass64)
-    return replace(audit, scale=None if along is None else along * per_mean)
+    # Several terms have no denominator in common, and their sum is no multiple of their mean.
+    n = math.nan if audit.denominator is None else audit.denominator
+    along, per_mean = (
+        scale_of(found.accumulated64, found.one_pass64),
+        reduction.one_pass_factor(n),
+    )
+    known = along is not None and math.isfinite(per_mean)
+    return replace(audit, scale=along * per_mean if along is not None and known else None)
 
 
 class ConfiguredWindow:
@@ -142,7 +156,7 @@ class ConfiguredWindow:
         loss_scale: float = 1.0,
     ) -> None:
         self.reduction, self.loss_scale, self._strategy = reduction, loss_scale, strategy
-        self.modules = NamedModules(model, *modules_in(loss_fn))
+        self.modules = NamedModules(model, *modules_of(loss_fn))
         self._model, self._loss_fn = model, on_device(loss_fn)
         self.moves: dict[str, int] = {}
         self.moved_beside: list[tuple[Any, list[Any]]] = []
@@ -150,6 +164,8 @@ class ConfiguredWindow:
         self._layout = sample_layouts(self._micro_batches)[0]
         self.sizes, self.differing = self._layout.sizes, self._layout.differing
         self._whole = self._layout.joined(self._micro_batches)
+        self._terms: dict[int | None, dict[str, Term]] = {}
+        """Of the forward passes by themselves, of each micro-batch and of all samples (None)."""
 
     def halved(self) -> "ConfiguredWindow":
         """Return the window with the first half of each micro-batch's samples, rounded up."""
@@ -176,13 +192,28 @@ class ConfiguredWindow:
         self._run([cast(whole)], lambda index: context)
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
-        """Return loss sum and denominator of one micro-batch, or of all samples."""
-        micro_batch = self._whole if index is None else self._micro_batches[index]
-        loss, n = self._loss_fn(self._model, cast(micro_batch))
-        return loss, window_denominator(self._loss_fn, n) if index is None else n
+        """Return loss sum and denominator of one micro-batch, or of all samples.
+
+        Of a loss with terms their total, which has no denominator: NaN.
+        """
+        micro_batch = cast(self._whole if index is None else self._micro_batches[index])
+        result = self._loss_fn(self._model, micro_batch)
+        if not isinstance(result, Mapping):
+            loss, n = result
+            return loss, window_denominator(self._loss_fn, n) if index is None else n
+        self._terms[index] = counted_as(terms_of(result), count(self._loss_fn, micro_batch))
+        total = LossTotal(self._loss_fn)
+        total.add(result)
+        return total.loss().loss_sum, math.nan
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
-        """Whether the micro-batches' loss sums add up."""
+        """Whether the micro-batches' loss sums add up, of terms each one's."""
+        if self._terms:
+            sums, of_whole = WindowTerms(1), WindowTerms(1)
+            for index, terms in self._terms.items():
+                (of_whole if index is None else sums).add(terms)
+            pairs = ((s, of_whole.sums.get(name)) for name, s in sums.sums.items())
+            return all(t is not None and torch.allclose(s, t, rtol=1e-9, atol=1e-12) for s, t in pairs)
         total = sum(loss for loss, _ in parts)
         return math.isclose(total, whole[0], rel_tol=1e-9, abs_tol=1e-12)
 
@@ -206,11 +237,30 @@ class ConfiguredWindow:
         other.reduction = GLOBAL_MEAN
         return other
 
-    def _run(self, micro_batches: list[Any], context: ForwardContext) -> None:
-        twice = self._strategy.takes_window_at_once and len(micro_batches) > 1
+    def naming_terms(self, audit: Audit) -> Audit:
+        """Return an audit that finds unequal denominators with the terms that have them."""
+        if audit.cause != UNEQUAL_DENOMINATORS or not self._terms:
+            return audit
+        parts = [self._terms[index] for index in range(len(self.sizes))]
+        names = {name: term for part in parts for name, term in part.items()}
+        for name in names:
+            counts = [float(part[name].denominator) if name in part else 0.0 for part in parts]
+            if len(set(counts)) > 1:
+                said = remedy_of_counts(self.sizes, counts)
+                return replace(audit, remedy=said.replace("their loss", f"their term {name!r}"))
+        functions = ", ".join(repr(name) for name, term in names.items() if term.of is not None)
+        said = (
+            f"{self.reduction.name} takes the function {functions} of each micro-batch's means, and not "
+            "of the window's: use global_mean"
+        )
+        return replace(audit, cause=NOT_ADDITIVE, remedy=said)
+
+    def _run(self, window: list[Any], context: ForwardContext) -> None:
+        # Each an object of its own, to be known by: a window may hold one twice.
+        micro_batches = [copy.copy(micro_batch) for micro_batch in window]
         accumulate(
             self._model,
-            _Following(self._loss_fn, context, len(micro_batches) if twice else None),
+            _Following(self._loss_fn, context, micro_batches),
             micro_batches,
             self.reduction,
             self._strategy,
@@ -221,23 +271,16 @@ class ConfiguredWindow:
 class _Following(LossWrapper):
     """A loss function whose calls each enter the context of their micro-batch.
 
-    Args:
-        loss_fn: it.
-        context: gives what is entered.
-        again_after: micro-batches after which there is a call for the loss alone, over all their
-            outputs, and then each comes again; None: each comes once.
+    A micro-batch may come twice: under strategy=cached, and where terms are counted in a pass of their
+    own. What is none of the window's is the call for the loss alone, over all outputs (None).
     """
 
-    def __init__(self, loss_fn: LossFn, context: ForwardContext, again_after: int | None) -> None:
+    def __init__(self, loss_fn: LossFn, context: ForwardContext, micro_batches: Sequence[Any]) -> None:
         super().__init__(loss_fn)
-        self._context, self._next, self._again_after = context, 0, again_after
+        self._context = context
+        self._indices = {id(micro_batch): index for index, micro_batch in enumerate(micro_batches)}
 
     @contextmanager
     def around(self, micro_batch: Any) -> Iterator[Any]:
-        index: int | None = self._next
-        self._next += 1
-        if self._again_after is not None:
-            number = (self._next - 1) % (self._again_after + 1)
-            index = None if number == self._again_after else number
-        with self._context(index):
+        with self._context(self._indices.get(id(micro_batch))):
             yield micro_batch

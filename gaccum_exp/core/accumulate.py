@@ -1,9 +1,9 @@
 """Window in, gradients out: gradient accumulation under a reduction (`reductions`) and a strategy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,33 +13,25 @@ from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import (
     Denominator,
     LossFn,
+    LossResult,
+    Term,
     count,
     criterion_of,
     loss_sum,
+    pair_of,
+    terms_of,
     window_denominator,
 )
-from gaccum_exp.core.reductions import Reduction, ReductionName, reduction_named
-from gaccum_exp.core.seeding import set_random_states
+from gaccum_exp.core.module_state import held_by, state_put_back
+from gaccum_exp.core.reductions import Reduction, ReductionName, quotient, reduction_named
+from gaccum_exp.core.seeding import random_state_kept, set_random_states
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
+from gaccum_exp.core.window_loss import WindowLoss, WindowTerms, counted_as, wide, window_counts
+from gaccum_exp.errors import BadInputError
 
 StrategyName = Literal["in_place", "cached"]
 AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
-
-
-class WindowLoss(NamedTuple):
-    """What a window added up to."""
-
-    loss_sum: Tensor
-    """Σ Sᵢ, a 0-dim tensor on the model's device, detached."""
-    denominator: Denominator
-    """Σ nᵢ, or what a loss function with a clamp makes of it; 0 where nothing in the window counts, and
-    then no gradient was added. A number, or a 0-dim tensor where the targets lie on a device."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The loss over all that counts in the window, 0-dim."""
-        return self.loss_sum / self.denominator
 
 
 def accumulate_gradients(
@@ -65,7 +57,8 @@ def accumulate_gradients(
     Args:
         model: called by the loss function.
         loss_fn: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`, or a `torch.nn` criterion for
-            micro-batches `(input, target)`, or mappings of the model's arguments with `labels`.
+            micro-batches `(input, target)`, or mappings of the model's arguments with `labels`. A loss
+            of several terms returns a mapping of names to what `losses.protocol.terms_of` lists.
         window: the micro-batches of one optimizer step.
         reduction: how micro gradients become the window's gradient.
         sum_divisor: what `sum` divides by, a constant (1: the literal sum).
@@ -82,10 +75,12 @@ def accumulate_gradients(
         The window's loss sum and denominator, whatever the reduction.
 
     Nothing waits for the device, unless the loss function cannot count a micro-batch beforehand: then
-    the host reads the window's denominator once.
+    the host reads the window's denominator once. Terms that it cannot count, and functions of a window's
+    sums, take a forward pass without graph more, on all micro-batches but the first.
 
     Raises:
-        BadInputError: the criterion has no such reduction; or `cached` cannot be exact, and why.
+        BadInputError: the criterion has no such reduction, or a term breaks its contract; or `cached`
+            cannot be exact, and why.
         ValueError: an unknown reduction or strategy, or an empty window.
     """
     chosen = strategy_named(strategy, buffer_dtype)
@@ -139,7 +134,7 @@ def accumulate(
     state = begun or AccumulatorState([count(loss_fn, micro_batch) for micro_batch in window])
     if state.generators is not None:
         set_random_states(state.generators)
-    known = [n for n in state.counts if n is not None]
+    known = [n for n in state.counts if n is not None and not isinstance(n, dict)]
     total = window_denominator(loss_fn, sum(known)) if len(known) == len(window) else None
     if isinstance(total, (int, float)) and total == 0:
         parameter = next(model.parameters(), torch.empty(0))
@@ -161,11 +156,10 @@ def accumulate(
     with strategy.collecting(state, parameters, rescaled=divided_late):
         for index in range(state.passes_done, len(window)):
             with around(state) if around else nullcontext():
-                counted = state.counts[index]
-                loss, n = _back_propagate(model, loss_fn, window[index], counted, divisor, backward)
-                state.loss_sum = loss if state.loss_sum is None else state.loss_sum + loss
-                state.denominator = state.denominator + n
-                state.passes_done += 1
+                _back_propagate(model, loss_fn, window, reduction, state, divisor, backward)
+                state.passes_done = index + 1
+        if state.terms is not None:
+            return state.terms.loss()
         assert state.loss_sum is not None
         if total is None:
             # Counted late: whether anything counted at all has to be known on the host.
@@ -194,26 +188,82 @@ def strategy_named(strategy: StrategyName | InPlace, buffer_dtype: torch.dtype |
 def _back_propagate(
     model: nn.Module,
     loss_fn: LossFn,
-    micro_batch: Any,
-    counted: Denominator | None,
+    window: Sequence[Any],
+    reduction: Reduction,
+    state: AccumulatorState,
     divisor: Callable[[Denominator], Denominator],
     backward: Callable[[Tensor], None],
-) -> tuple[Tensor, Denominator]:
-    """Back-propagate one micro-batch's share; a function, so that nothing of its graph outlives it.
+) -> None:
+    """Back-propagate the next micro-batch's share, and add its loss up in the window's state.
 
-    Returns:
-        Its loss sum, detached and in float32 at least, and its denominator.
+    A function, so that nothing of its graph outlives it.
     """
-    if counted is None:
-        loss, n = loss_fn(model, micro_batch)
+    micro_batch, counted = window[state.passes_done], state.counts[state.passes_done]
+    if counted is None or isinstance(counted, dict):
+        result = loss_fn(model, micro_batch)
+        if isinstance(result, Mapping) or counted is not None or state.terms is not None:
+            share = _share_of_terms(model, loss_fn, window, result, reduction, state)
+            if share is not None and share.requires_grad:
+                backward(share)
+            return
+        loss, n = pair_of(result)
     else:
         loss, n = loss_sum(loss_fn, model, micro_batch), counted
-    by = divisor(n)
-    if isinstance(by, Tensor):
-        # On a device the count stays there: x / inf is the zero that zero elements give.
-        backward(loss / torch.where(by == 0, torch.inf, by))
-    elif by:
-        backward(loss / by)
-    loss = loss.detach()
-    # In half precision a window's sum would lose its last micro-batches.
-    return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss), n
+    share = quotient(loss, divisor(n))
+    if share is not None:
+        backward(share)
+    loss = wide(loss.detach())
+    state.loss_sum = loss if state.loss_sum is None else state.loss_sum + loss
+    state.denominator = state.denominator + n
+
+
+def _share_of_terms(
+    model: nn.Module,
+    loss_fn: LossFn,
+    window: Sequence[Any],
+    result: LossResult,
+    reduction: Reduction,
+    state: AccumulatorState,
+) -> Tensor | None:
+    """Return what is to be back-propagated of a micro-batch with terms; None: nothing counts."""
+    terms = counted_as(terms_of(result), state.counts[state.passes_done])
+    if state.terms is None:
+        if state.passes_done:
+            raise BadInputError(
+                f"the loss function returns terms in micro-batch {state.passes_done + 1} of a window, "
+                "and a pair before: return a mapping from all"
+            )
+        state.terms = WindowTerms(len(window), window_counts(state.counts))
+        late = [n for n, term in terms.items() if term.of or n not in state.terms.window_counts]
+        if len(window) > 1 and reduction.needs_window_count and (late or None in state.counts):
+            _count_terms(model, loss_fn, window, terms, state)
+    state.terms.add(terms)
+    return state.terms.share(terms, reduction)
+
+
+def _count_terms(
+    model: nn.Module,
+    loss_fn: LossFn,
+    window: Sequence[Any],
+    first: dict[str, Term],
+    state: AccumulatorState,
+) -> None:
+    """Count the window's terms: a pass without graph over all micro-batches after the first.
+
+    They draw the random numbers that their own passes are going to draw, and what they move is put back.
+    Of the first the graph is kept meanwhile, so that it need not run twice.
+    """
+    assert state.terms is not None
+    counting, functions = WindowTerms(len(window)), {n: term for n, term in first.items() if term.of}
+    counting.add(first)
+    with torch.no_grad(), random_state_kept(), state_put_back([model, *held_by(loss_fn)]):
+        for micro_batch, counts in zip(window[1:], state.counts[1:], strict=True):
+            terms = counted_as(terms_of(loss_fn(model, micro_batch)), counts)
+            counting.add(terms)
+            functions |= {n: term for n, term in terms.items() if term.of}
+    torch.clear_autocast_cache()  # of weights that were cast without graph, which older torch gives out
+    counting.differentiate(functions)
+    state.terms.slopes, state.terms.means = counting.slopes, counting.means
+    # What counts decides whether there is a step, so the host reads it.
+    counted_late = {name: float(n) for name, n in counting.counts.items()}
+    state.terms.window_counts = {**counted_late, **state.terms.window_counts}

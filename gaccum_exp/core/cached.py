@@ -13,7 +13,6 @@ GradCache (Gao et al. 2021, arXiv 2101.06983). It costs one forward pass more, a
 window's outputs and of the loss over them. A sample's output must not depend on other samples.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -42,7 +41,7 @@ from gaccum_exp.core.model_outputs import (
     refused,
     signature,
 )
-from gaccum_exp.core.module_state import states_of
+from gaccum_exp.core.module_state import held_by, state_put_back, states_of
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.sample_mixing import agree, mixing_module, swaps
 from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
@@ -120,7 +119,7 @@ class Cached(InPlace):
         size = size_of(first)
         if size < 2:
             return
-        kept = states_of([model, *_held_by(loss_fn)])
+        kept = states_of([model, *held_by(loss_fn)])
 
         def run(rows: Tensor, graph: bool = False) -> list[Call]:
             with random_state_kept():
@@ -176,13 +175,11 @@ class Cached(InPlace):
             raise ValueError("a window under strategy=cached cannot go on in its middle: begin it again")
         if state.generators is not None:
             set_random_states(state.generators)
-        sizes, moved = list(map(size_of, window)), states_of([model, *_held_by(loss_fn)])
-        starts, parts = [], []
-        for micro_batch in window:
-            starts.append(random_states())
-            parts.append(self.first_pass(model, loss_fn, micro_batch))
-        for before in moved:
-            before.put_back()
+        sizes, starts, parts = list(map(size_of, window)), [], []
+        with state_put_back([model, *held_by(loss_fn)]):
+            for micro_batch in window:
+                starts.append(random_states())
+                parts.append(self.first_pass(model, loss_fn, micro_batch))
         torch.clear_autocast_cache()  # where older torch keeps weights that were cast without a graph
         dims = self._dims(model, loss_fn, window, parts)
         whole = WholeOutputs(parts, sizes, dims, reads_values=self.reads_values)
@@ -192,17 +189,17 @@ class Cached(InPlace):
             return loss
         gradients = whole.gradients()
         state.loss_sum, state.denominator = loss.loss_sum, loss.denominator
-        after, moved = random_states(), states_of(_held_by(loss_fn))
+        after = random_states()
         modules = nn.ModuleList([m for m in (model, criterion_of(loss_fn)) if m is not None])
         parameters = list(modules.parameters()) if isinstance(self.held, Buffered) else []
-        with self.held.collecting(state, parameters, rescaled=False):
+        collecting = self.held.collecting(state, parameters, rescaled=False)
+        # The loss has been taken already, and moves nothing a second time.
+        with collecting, state_put_back(of for of in held_by(loss_fn) if of is not model):
             for index, micro_batch in enumerate(window):
                 set_random_states(starts[index])
                 with around(state) if around else nullcontext():
                     self.second_pass(model, loss_fn, micro_batch, gradients[index], whole.written)
                     state.passes_done += 1
-        for before in moved:
-            before.put_back()
         set_random_states(after)
         return loss
 
@@ -258,20 +255,3 @@ def _unwrapped(loss_fn: Any) -> Any:
     while isinstance(loss_fn, LossWrapper):
         loss_fn = loss_fn.wrapped
     return loss_fn
-
-
-def _held_by(loss_fn: Any) -> list[Any]:
-    """Return what a loss function may move: itself, its modules, and those that it closes over."""
-    loss_fn = _unwrapped(loss_fn)
-    held = [*getattr(loss_fn, "__dict__", {}).values(), getattr(loss_fn, "__self__", None)]
-    if isinstance(loss_fn, functools.partial):
-        held += [*loss_fn.args, *loss_fn.keywords.values(), *_held_by(loss_fn.func)]
-    held += [cell.cell_contents for cell in getattr(loss_fn, "__closure__", None) or () if _filled(cell)]
-    return [loss_fn, *(of for of in held if isinstance(of, nn.Module))]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

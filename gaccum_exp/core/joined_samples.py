@@ -267,6 +267,8 @@ class _Reading:
         self._padded = False
         self._edges: str | None = None
         self._dims: set[int] = set()
+        self._others: set[Sizes] = set()
+        """Numbers of samples that some tensors have of their own."""
 
     def layout(self, parts: Sequence[Any], *, counting: bool = True) -> SampleLayout:
         """Return the layout; raise NotJoinableError where this reading does not fit."""
@@ -274,7 +276,11 @@ class _Reading:
         # Inputs and targets are no list of two samples, however alike they are.
         pair = isinstance(first, tuple) or all(isinstance(child, Tensor) for child in _children(first))
         apart = _is_container(first) and pair and len({len(_children(part)) for part in parts}) == 1
-        roles = self._of_columns(parts, "") if apart else self._role(parts, "")
+        read = self._of_columns if apart else self._role
+        roles = read(parts, "")
+        if self._others:  # known by now, and found again in tensors that might be read otherwise
+            self._differing = []
+            roles = read(parts, "")
         if self._edges is not None and 0 in self._dims:
             raise NotJoinableError(
                 f"graphs are not joined{_at(self._edges)}: edges would point to the first one's nodes"
@@ -295,7 +301,7 @@ class _Reading:
             if not self._listed and len(first):
                 before = list(self._differing)
                 columns = self._of_columns(parts, name)
-                if _counts(columns):
+                if _counts(columns) or any(isinstance(role, Beside) for role in _flat(columns)):
                     return columns
                 self._differing = before  # names, one of each sample
             return "samples"
@@ -323,6 +329,10 @@ class _Reading:
         first, alike = parts[0], len({t.ndim for t in parts}) == 1
         if any(t.is_nested for t in parts):
             raise NotJoinableError(f"nested tensors are not joined{_at(name)}: pad them")
+        own = max(self._along, 0)
+        lengths = tuple(t.shape[own] if t.ndim > own else 0 for t in parts)
+        if alike and lengths in self._others:
+            return Beside(own)
         fitting = [
             d for d in range(first.ndim) if alike and tuple(t.shape[d] for t in parts) == self._numbers
         ]
@@ -333,14 +343,15 @@ class _Reading:
                 self._edges = name
             self._check_padding(parts, dim, name)
             return Along(dim)
-        if all(t.shape == first.shape and torch.equal(t, first) for t in parts if not t.is_meta):
+        known = not any(t.is_meta and t.ndim for t in parts)
+        if known and all(t.is_meta or (t.shape == first.shape and torch.equal(t, first)) for t in parts):
             return "shared"
         if all(t.ndim == 0 for t in parts):
             self._differing.append(name or "a tensor")
             return "differs"
-        own = max(self._along, 0)
         others = {(*t.shape[:own], *t.shape[own + 1 :]) for t in parts}
         if self._apart and alike and first.ndim > own and len(others) == 1:
+            self._others.add(lengths)
             return Beside(own)
         shapes, numbers = _listed(tuple(t.shape) for t in parts), _listed(self._numbers)
         raise NotJoinableError(

@@ -1,8 +1,11 @@
-"""What the passes of a module may move beside its gradients, kept to be put back."""
+"""What passes may move beside gradients (running statistics, counters, queues), kept to be put back."""
 
+import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.losses.protocol import LossWrapper
+from gaccum_exp.errors import BadInputError
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
 
@@ -40,7 +45,7 @@ class ObjectState:
         for restore in self._restorers:
             restore()
         for tensor, value in self._values:
-            tensor.copy_(value)
+            tensor.data.copy_(value)  # by way of data: a graph may hold it, and finds it as it was
 
 
 def states_of(objects: Iterable[Any]) -> list[ObjectState]:
@@ -52,6 +57,59 @@ def states_of(objects: Iterable[Any]) -> list[ObjectState]:
         if hasattr(part, "__dict__")
     }
     return [ObjectState(part) for part in every.values()]
+
+
+@contextmanager
+def state_put_back(objects: Iterable[Any]) -> Iterator[None]:
+    """Put objects, and all modules inside those that are modules, back at the end of a block.
+
+    Raises:
+        BadInputError: a parameter was moved, of which there is no copy.
+    """
+    every = list(objects)
+    states = states_of(every)
+    versions = [
+        (module, name, parameter, parameter._version)
+        for root in every
+        if isinstance(root, nn.Module)
+        for module in root.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    yield
+    for state in states:
+        state.put_back()
+    for module, name, parameter, version in versions:
+        if parameter._version != version:
+            raise BadInputError(
+                f"a forward pass moves {type(module).__name__}.{name}, and this window needs its passes "
+                "twice: move that parameter after the optimizer step, or, where only terms have to be "
+                "counted, let the loss function offer count(micro_batch) -> {name: n}"
+            )
+
+
+def held_by(function: Any) -> list[Any]:
+    """Return what a loss function may move: itself, what it is bound to, and the modules it holds.
+
+    It holds them as attributes, arguments of a partial function, or enclosed.
+    """
+    if isinstance(function, LossWrapper):
+        return held_by(function.wrapped)
+    owner = getattr(function, "__self__", None)
+    own = [] if isinstance(owner, (type, ModuleType, type(None))) else [owner]
+    found = [value for of in (*own, function) for value in getattr(of, "__dict__", {}).values()]
+    if isinstance(function, functools.partial):
+        own += held_by(function.func)
+        found += [*function.args, *function.keywords.values()]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled yet
+            found.append(cell.cell_contents)
+    return [function, *own, *(value for value in found if isinstance(value, nn.Module))]
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """Return the modules that a loss function is, is bound to or holds."""
+    return [of for of in held_by(function) if isinstance(of, nn.Module)]
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -175,9 +175,11 @@ def accumulate_stacked(
         reduction: of all seeds, as `core.reductions.stacked` makes it of theirs.
 
     Raises:
-        ValueError: a denominator is known only after the forward pass.
+        ValueError: the loss has several terms, or a denominator is known only after the forward pass.
     """
-    known = [[count(loss_fn, micro_batch) for micro_batch in part.each] for part in window]
+    known: Any = [[count(loss_fn, micro_batch) for micro_batch in part.each] for part in window]
+    if any(isinstance(n, dict) for counts in known for n in counts):
+        raise ValueError("its loss has several terms")
     if any(n is None for counts in known for n in counts):
         raise ValueError("what its loss divides by is known only after the forward pass")
     counts = torch.tensor(known, dtype=torch.float64)  # (N, seeds)

@@ -5,6 +5,7 @@ at the optimizer step. All that it holds in between stands in the window's `Accu
 window can be interrupted after any micro-batch and go on from there.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import in_precision, is_narrower
-from gaccum_exp.core.losses.protocol import Denominator, LossFn
+from gaccum_exp.core.losses.protocol import Counts, Denominator, LossFn
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.seeding import random_states
+from gaccum_exp.core.window_loss import WindowTerms
 
 
 @dataclass(slots=True)
 class AccumulatorState:
     """What a window that has begun holds beside the parameters' `.grad`."""
 
-    counts: list[Denominator | None]
-    """Each micro-batch's denominator; None where it is known after its forward pass only."""
+    counts: list[Counts | None]
+    """Each micro-batch's denominator, or those of its terms; None where it is known after its forward
+    pass only."""
     passes_done: int = 0
     """Micro-batches whose gradient has been taken."""
     loss_sum: Tensor | None = None
@@ -33,6 +36,8 @@ class AccumulatorState:
     """Σ nᵢ over these."""
     provisional_divisor: float | None = None
     """What stands in for a window's denominator that is not known before its end."""
+    terms: WindowTerms | None = None
+    """In place of loss sum and denominator, where the loss has several terms."""
     buffers: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Gradients that are added up outside `.grad`."""
     earlier: dict[nn.Parameter, Tensor] = field(default_factory=dict)
@@ -50,6 +55,7 @@ class AccumulatorState:
             "loss_sum": None if self.loss_sum is None else self.loss_sum.clone(),
             "denominator": self.denominator,
             "provisional_divisor": self.provisional_divisor,
+            "terms": None if self.terms is None else self.terms.state_dict(),
             "generators": random_states(),
             **{key: {names[p]: t.clone() for p, t in of.items()} for key, of in held.items()},
         }
@@ -68,6 +74,8 @@ class AccumulatorState:
         }
         plain = ("passes_done", "loss_sum", "denominator", "provisional_divisor", "generators")
         values: dict[str, Any] = {key: state[key] for key in plain}
+        if state["terms"] is not None:
+            values["terms"] = WindowTerms(**copy.deepcopy(state["terms"]))
         return cls(list(state["counts"]), **values, **tensors)
 
 

@@ -7,7 +7,7 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.cached import Cached
 from gaccum_exp.core.joined_samples import size_of
-from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper
+from gaccum_exp.core.losses.protocol import Counts, LossFn, LossResult, LossWrapper
 from gaccum_exp.core.model_outputs import Call, signature
 from gaccum_exp.core.strategies import InPlace
 
@@ -132,16 +132,33 @@ class SizesOnly(LossWrapper):
 
     def __init__(self, loss_fn: LossFn, micro_batch: Any) -> None:
         super().__init__(loss_fn)
+        self._terms: list[str] | None = None if not hasattr(loss_fn, "loss_sum") else []
+        """Their names; a loss that is one sum has none. None: it has not been called yet."""
         if hasattr(loss_fn, "assume"):  # what it would infer from values
             loss_fn.assume(micro_batch)
 
-    def count(self, micro_batch: Any) -> Denominator:
-        """Return any denominator."""
-        return 1.0
+    def count(self, micro_batch: Any) -> Counts | None:
+        """Return any denominator; None for terms that are counted in a pass of their own."""
+        if self._terms == []:
+            return 1.0
+        known = self._terms is not None and hasattr(self.wrapped, "count")
+        return dict.fromkeys(self._terms or (), 1.0) if known else None
 
-    def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
-        """Run the model on one micro-batch."""
-        return self.loss_sum(model, micro_batch), 1.0
+    def __call__(self, model: nn.Module, micro_batch: Any) -> LossResult:
+        """Run the model on one micro-batch; return what needs no value of denominators and weights."""
+        if self._terms == []:
+            return self.loss_sum(model, micro_batch), 1.0
+        with self.around(micro_batch) as given:
+            result = self.wrapped(model, given)
+        if not isinstance(result, Mapping):
+            self._terms = []
+            return result[0], 1.0
+        self._terms = list(result)
+        weights = [term[2] if len(term) > 2 else 1.0 for term in result.values()]
+        return {
+            name: (term[0] * weight, 1.0, 1.0, *term[3:])
+            for (name, term), weight in zip(result.items(), weights, strict=True)
+        }
 
 
 def sizes_only(strategy: InPlace) -> InPlace:

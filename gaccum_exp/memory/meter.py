@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.losses.placement import Placed, on_device
-from gaccum_exp.core.losses.protocol import Denominator, LossFn, LossWrapper, count
+from gaccum_exp.core.losses.protocol import Counts, LossFn, LossWrapper, count
 from gaccum_exp.memory.storages import (
     GRADIENTS,
     INPUTS,
@@ -163,7 +163,7 @@ class _Followed(LossWrapper):
         self._from_host, self._tracker = loss_fn, tracker
         self._placement = loss_fn.placement if isinstance(loss_fn, Placed) else None
 
-    def count(self, micro_batch: Any) -> Denominator | None:
+    def count(self, micro_batch: Any) -> Counts | None:
         self._tracker.paused = True  # the window itself is nobody's memory here, and is only looked at
         try:
             return count(self._from_host, micro_batch)

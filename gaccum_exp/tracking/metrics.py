@@ -1,5 +1,7 @@
 """The names of a run's metrics, as they are stored."""
 
+import re
+
 TRAIN_LOSS = "train/loss"
 LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/grad_norm"
@@ -24,6 +26,12 @@ COMPILED_FLOOR = "compile/floor"
 STEP_TIME_S = "time/step_s"
 SAMPLES_PER_S = "throughput/samples_per_s"
 TOKENS_PER_S = "throughput/tokens_per_s"
+
+
+def of_term(metric: str, name: str) -> str:
+    """Return the metric of one term of a loss: `train/loss/box`, in letters that the store takes."""
+    taken = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    return f"{metric}/{taken}"
 
 
 def memory_part(name: str) -> str:

@@ -3,9 +3,9 @@
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,15 @@ from gaccum_exp.core.losses.micro_batch import tokens_in
 from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.losses.placement import placed
 from gaccum_exp.core.losses.protocol import LossFn, count, window_denominator
+from gaccum_exp.core.losses.terms import CriterionTerm, TermsLoss
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.seeding import derive_seed, seed_host
 from gaccum_exp.core.strategies import InPlace
 from gaccum_exp.core.window import BatchStage, WindowPlan
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.core.window_loss import LossTotal
+from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind, sizes_only
+from gaccum_exp.tracking import metrics
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.device_and_precision import (
     placed_weights,
@@ -184,8 +187,8 @@ def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
 
 def nominal_denominator(
     model: nn.Module, loss_fn: LossFn, train_data: Dataset[Any], plan: WindowPlan
-) -> float:
-    """Return the denominator of a full window, the same for every N.
+) -> float | dict[str, float]:
+    """Return the denominator of a full window, or that of each term, the same for every N.
 
     It is that of the run's first window, scaled to full size. A loss function that cannot count
     beforehand is run once, on a copy of the model, so that nothing of the run moves.
@@ -194,13 +197,17 @@ def nominal_denominator(
     # One sample at a time where the model must run: this never takes more memory than training does.
     window = next(windows(train_data, plan, accum_steps=samples, global_steps=range(1)))
     counts = [count(loss_fn, micro_batch) for micro_batch in window]
-    if any(n is None for n in counts):
+    known = [n for n in counts if n is not None and not isinstance(n, dict)]
+    scale, total = plan.largest_batch / samples, LossTotal(loss_fn)
+    if len(known) == len(window):
+        nominal: float | dict[str, float] = float(window_denominator(loss_fn, sum(known) * scale))
+    else:
         model = copy.deepcopy(model).eval()
         with torch.no_grad():
-            counts = [loss_fn(model, micro_batch)[1] for micro_batch in window]
-    total = sum(n for n in counts if n is not None)  # none is None by now
-    nominal = float(window_denominator(loss_fn, float(total) * plan.largest_batch / samples))
-    if nominal == 0:
+            for micro_batch, of_it in zip(window, counts, strict=True):
+                total.add(loss_fn(model, micro_batch), of_it)
+        nominal = total.denominators(scale)
+    if not nominal:
         raise BadInputError(
             "accum.sum_scale=constant: nothing in the first window counts, so there is no constant; "
             "use accum.sum_scale=none or accum.reduction=global_mean"
@@ -271,33 +278,76 @@ def _loss(
     model: nn.Module,
     device: torch.device,
     fake: FakeTensorMode | None,
-) -> tuple[CriterionLoss | None, LossFn]:
-    node = settings.criterion
-    # On the command line a tensor can only be a list; these are torch's names for such arguments.
-    tensors = {
-        key: torch.tensor(value, dtype=torch.float32)
-        for key, value in node.items()
-        if key in ("weight", "pos_weight") and isinstance(value, list)
-    }
-    criterion = instantiate("criterion", {k: v for k, v in node.items() if k not in tensors}, **tensors)
+) -> tuple[CriterionLoss | TermsLoss | None, LossFn]:
+    node, reduction = settings.criterion, settings.accum.reduction
+    # Class weights have to be as precise as the outputs that they weigh.
+    double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
+    dtype = torch.float64 if double else torch.float32
+    whole = strategy.takes_window_at_once
+
+    def placed_criterion(criterion: nn.Module) -> nn.Module:
+        criterion = module_in_precision(criterion, None if fake else device, dtype)
+        return criterion if fake is None else fake_copies(fake, (criterion,), device)[0]
+
+    if "terms" in node and not node.get("_target_"):
+        terms = {
+            name: replace(term, criterion=placed_criterion(term.criterion))
+            for name, term in _terms(node).items()
+        }
+        loss_of_terms = TermsLoss(terms, reduction, whole_window=whole)
+        return loss_of_terms, loss_of_terms
+    criterion = _criterion("criterion", node)
     if isinstance(criterion, nn.Module):
-        # Class weights have to be as precise as the outputs that they weigh.
-        double = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
-        precision = torch.float64 if double else torch.float32
-        criterion = module_in_precision(criterion, None if fake else device, precision)
-        if fake is not None:
-            (criterion,) = fake_copies(fake, (criterion,), device)
-        whole = strategy.takes_window_at_once
-        loss = CriterionLoss(criterion, settings.accum.reduction, whole_window=whole)
+        loss = CriterionLoss(placed_criterion(criterion), reduction, whole_window=whole)
         return loss, loss
     if isinstance(criterion, ModelLoss):
-        criterion.reduction = settings.accum.reduction
+        criterion.reduction = reduction
     if not callable(criterion):
         raise BadInputError(
             f"criterion._target_={node['_target_']}: gives {type(criterion).__name__}, neither a "
             "torch.nn module nor a callable loss_fn(model, micro_batch) -> (loss_sum, denominator)"
         )
     return None, criterion
+
+
+def _criterion(key: str, node: Mapping[str, Any]) -> Any:
+    # On the command line a tensor can only be a list; these are torch's names for such arguments.
+    tensors = {
+        key: torch.tensor(value, dtype=torch.float32)
+        for key, value in node.items()
+        if key in ("weight", "pos_weight") and isinstance(value, list)
+    }
+    return instantiate(key, {k: v for k, v in node.items() if k not in tensors}, **tensors)
+
+
+def _terms(node: Mapping[str, Any]) -> dict[str, CriterionTerm]:
+    """Build the criteria of `criterion.terms`."""
+    given, known = node["terms"], [f.name for f in fields(CriterionTerm)]
+    if not isinstance(given, Mapping) or not given or set(node) - {"terms", "_target_"}:
+        raise BadInputError(
+            "criterion.terms: is a mapping of names to {criterion: {_target_: …}, output: …, target: …, "
+            "weight: …}, and nothing stands beside it"
+        )
+    terms = {}
+    for name, term in given.items():
+        key = f"criterion.terms.{name}"
+        if not isinstance(term, Mapping) or not isinstance(term.get("criterion"), Mapping):
+            raise BadInputError(f"{key}.criterion._target_ must be set")
+        for other in set(map(str, term)) - set(known):
+            raise BadInputError(f"{key}.{other}: no such key{nearest(other, known)}")
+        weight = term.get("weight", 1.0)
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise BadInputError(f"{key}.weight={weight}: must be a number")
+        if "." in str(name) or metrics.of_term("", str(name)) != f"/{name}":
+            raise BadInputError(f"{key}: a term's name is made of letters, digits, - and _")
+        criterion = _criterion(f"{key}.criterion", term["criterion"])
+        if not isinstance(criterion, nn.Module):
+            raise BadInputError(
+                f"{key}.criterion._target_={term['criterion']['_target_']}: gives "
+                f"{type(criterion).__name__}, not a torch.nn.Module"
+            )
+        terms[str(name)] = CriterionTerm(**{**term, "criterion": criterion, "weight": float(weight)})
+    return terms
 
 
 def optimizer_of(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -1,26 +1,26 @@
 """Loss and accuracy on held-out data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.accumulate import WindowLoss
 from gaccum_exp.core.feed import windows
-from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
-from gaccum_exp.core.losses.protocol import window_denominator
+from gaccum_exp.core.losses.micro_batch import outputs_in, run_model
+from gaccum_exp.core.losses.protocol import LossResult
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.seeding import derive_seed, seed_model
 from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.core.window_loss import LossTotal
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook, Values
 from gaccum_exp.train.state import TrainState
 
-Sums = tuple[Tensor, Any, Any, Any]
-"""Of a batch: loss sum, denominator, right answers and labels asked for."""
+Sums = tuple[LossResult, Any, Any]
+"""Of a batch: its loss, right answers and labels asked for."""
 Over = Callable[[Callable[[nn.Module], Sums]], Sums]
 """Calls a function of a model with a model."""
 
@@ -60,8 +60,7 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
     seed = derive_seed(state.settings.seed, "evaluation")
     samples = len(data)  # type: ignore[arg-type]  # checked to be map-style
     plan = WindowPlan(samples, state.settings.data.eval_batch_size, seed, shuffle=False)
-    loss_sum: Any = 0.0
-    denominator: Any = 0.0
+    total = LossTotal(state.loss_fn)
     right: Any = 0
     labels: Any = 0
     seed_model(seed, state.device)
@@ -71,16 +70,15 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
         )
         for (batch,) in batches:
             of_model = partial(_sums, state, batch)
-            loss, n, hits, counted = over(of_model) if over else of_model(state.model)
+            result, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted
-            # In half precision a long sum loses its last batches.
-            wide = torch.promote_types(loss.dtype, torch.float32)
-            loss_sum, denominator = loss_sum + loss.to(wide), denominator + n
-    denominator = window_denominator(state.loss_fn, denominator)
-    loss = torch.as_tensor(WindowLoss(loss_sum, denominator).mean)
-    values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: loss}
-    if state.counts_tokens:
-        values[metrics.EVAL_PERPLEXITY] = loss.exp()
+            total.add(result)
+    loss = total.loss()
+    values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: torch.as_tensor(loss.mean)}
+    for name, term in loss.terms.items():
+        values[metrics.of_term(metrics.EVAL_LOSS, name)] = term.mean
+    if state.counts_tokens and not loss.terms:
+        values[metrics.EVAL_PERPLEXITY] = torch.as_tensor(loss.mean).exp()
     if isinstance(labels, Tensor):
         values[metrics.EVAL_ACCURACY] = right / labels
     return values
@@ -88,12 +86,14 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
 
 def _sums(state: TrainState, batch: Any, model: nn.Module) -> Sums:
     if state.criterion_loss is None:
-        return *state.loss_fn(model, batch), 0, 0
-    inputs, targets = split_micro_batch(state.placement.place(batch))
+        return state.loss_fn(model, batch), 0, 0
+    inputs, targets = state.criterion_loss.split(state.placement.place(batch))
     with state.placement.passes():
         outputs = run_model(model, inputs)
-        loss, n = state.criterion_loss.of_outputs(outputs, targets)
-    return loss, n, *_hits(outputs, targets, state.criterion_loss.criterion)
+        result = state.criterion_loss.of_outputs(outputs, targets)
+    if isinstance(result, Mapping):  # which of the terms would be the one?
+        return result, 0, 0
+    return result, *_hits(outputs, targets, state.criterion_loss.criterion)
 
 
 def _hits(outputs: Any, targets: list[Any], criterion: nn.Module) -> tuple[Tensor | int, Tensor | int]:

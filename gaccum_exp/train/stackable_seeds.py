@@ -28,6 +28,7 @@ from gaccum_exp.core.seeding import (
     seed_model,
 )
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.tracking import metrics
 from gaccum_exp.train.build import TrainingData, build
 from gaccum_exp.train.device_and_precision import needs_closure
 from gaccum_exp.train.evaluation import evaluate
@@ -140,6 +141,8 @@ def _quiet_step(state: TrainState, window: Window) -> Values:
         raise NotStackableError("its passes draw random numbers")
     if not values:
         raise NotStackableError("there are windows in which nothing counts")
+    if any(key.startswith(f"{metrics.TRAIN_LOSS}/") for key in values):
+        raise NotStackableError("its loss has several terms")
     return values
 
 

@@ -14,6 +14,7 @@ from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.placement import Placement
 from gaccum_exp.core.losses.protocol import LossFn
+from gaccum_exp.core.losses.terms import TermsLoss
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.strategies import AccumulatorState, InPlace
 from gaccum_exp.core.window import WindowPlan
@@ -27,8 +28,9 @@ class TrainState:
     model: nn.Module
     loss_fn: LossFn
     """Takes micro-batches from the host."""
-    criterion_loss: CriterionLoss | None
-    """The criterion as a loss function, for evaluation; None where the user gave a loss function."""
+    criterion_loss: CriterionLoss | TermsLoss | None
+    """The criterion, or those of several terms, as a loss function, for evaluation; None where the user
+    gave a loss function."""
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None

@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from gaccum_exp.core.accumulate import WindowLoss, accumulate
+from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.gradient import gradient_norm
 from gaccum_exp.core.seeding import derive_seed, seed_model
+from gaccum_exp.core.window_loss import WindowLoss
 from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
@@ -55,6 +56,7 @@ def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Val
         return {}
     values: dict[str, float | Tensor] = {
         metrics.TRAIN_LOSS: loss.mean,
+        **{metrics.of_term(metrics.TRAIN_LOSS, name): term.mean for name, term in loss.terms.items()},
         metrics.LEARNING_RATE: rate,
         metrics.GRADIENT_NORM: norm,
         **scaled,

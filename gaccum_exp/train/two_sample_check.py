@@ -10,11 +10,13 @@ from torch.utils.data import Dataset
 
 from gaccum_exp.core.feed import windows
 from gaccum_exp.core.losses.criterion import CriterionLoss
-from gaccum_exp.core.losses.micro_batch import outputs_in, run_model, split_micro_batch
+from gaccum_exp.core.losses.micro_batch import outputs_in, run_model
 from gaccum_exp.core.losses.placement import Placement
 from gaccum_exp.core.losses.protocol import LossFn
+from gaccum_exp.core.losses.terms import TermsLoss
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.core.window_loss import LossTotal
 from gaccum_exp.errors import BadInputError
 
 
@@ -27,7 +29,7 @@ def first_samples(train_data: Dataset[Any], plan: WindowPlan) -> Any:
 
 def try_first_samples(
     model: nn.Module,
-    criterion: CriterionLoss | None,
+    criterion: CriterionLoss | TermsLoss | None,
     loss_fn: LossFn,
     micro_batch: Any,
     placement: Placement,
@@ -40,13 +42,14 @@ def try_first_samples(
         BadInputError: they fail, with the shapes.
     """
     outputs: Any = None
+    targets: Any = None
     try:
         with torch.no_grad(), evaluation_mode(model), placement.passes():
             here = placement.place(micro_batch)
             if criterion is None:
-                loss_fn(model, here)
+                LossTotal(loss_fn).add(loss_fn(model, here))  # which it has to be
                 return
-            inputs, targets = split_micro_batch(here)
+            inputs, targets = criterion.split(here)
             outputs = run_model(model, inputs)
             criterion.of_outputs(outputs, targets)
     except BadInputError:
@@ -62,15 +65,14 @@ def try_first_samples(
         of_model = "model" if criterion is not None else "model or loss function"
         raise BadInputError(
             f"{of_model if outputs is None else 'criterion'}: fails on {given}: "
-            f"{type(error).__name__}: {first}{_hint(outputs, micro_batch)}"
+            f"{type(error).__name__}: {first}{_hint(outputs, targets)}"
         ) from error
 
 
-def _hint(outputs: Any, micro_batch: Any) -> str:
+def _hint(outputs: Any, targets: Any) -> str:
     """Name the criterion for logits that have their classes in the last dimension."""
-    if outputs is None:
+    if outputs is None or not isinstance(targets, list):
         return ""
-    _, targets = split_micro_batch(micro_batch)
     logits = outputs_in(outputs)[0]
     if not (isinstance(logits, Tensor) and targets and isinstance(targets[0], Tensor)):
         return ""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.core.cached import Cached
-from gaccum_exp.core.strategies import IN_PLACE
+from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.errors import BadInputError
 from tests.contrastive import InfoNCE, Normalised, Towers
 
@@ -31,6 +31,15 @@ def sampled(model: nn.Module, micro_batch: Any) -> tuple[Tensor, int]:
     one, other = model(micro_batch[0])
     logits = one @ other[torch.randperm(len(other))].T
     return F.cross_entropy(logits, torch.arange(len(one)), reduction="sum"), len(one)
+
+
+def several(model: nn.Module, micro_batch: Any) -> dict[str, Any]:
+    """Terms of samples and of sums, counted late."""
+    one, other = model(micro_batch[0])
+    return {
+        "near": ((one - other).square().sum(), (micro_batch[0][:, 0] > -0.5).sum()),
+        "spread": (one.softmax(1).sum(0), len(one), 0.5, lambda mean: mean.square().sum()),
+    }
 
 
 class Careless(Cached):
@@ -76,6 +85,26 @@ def test_draws_of_both_passes_are_replayed() -> None:
     assert found.e64 is not None
     assert found.e64 < 1e-14
     assert found.detail is None
+
+
+@pytest.mark.parametrize("strategy", [IN_PLACE, Cached()])
+@pytest.mark.parametrize(("dropout", "verdict"), [(0.0, "equivalent"), (0.3, "stochastic")])
+def test_micro_batches_that_come_twice_are_told_apart(
+    strategy: InPlace, dropout: float, verdict: str
+) -> None:
+    """In place terms are counted first, under the strategy outputs; and a window may hold one twice."""
+    x = WINDOW[0][0]
+    for window in (WINDOW, [WINDOW[0], WINDOW[2], WINDOW[0], WINDOW[0]], [x, x, WINDOW[2][0]]):
+        bare = isinstance(window[0], Tensor)
+
+        def loss_fn(model: nn.Module, micro_batch: Any, bare: bool = bare) -> Any:
+            return several(model, (micro_batch,) if bare else micro_batch)
+
+        found = audit_window(towers(dropout), loss_fn, window, strategy=strategy)
+        assert found.verdict == verdict, str(found)
+        assert found.e64 is not None
+        assert found.e64 < 1e-14
+        assert found.detail is None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.cached import Cached
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.model_loss import ModelLoss
+from gaccum_exp.core.losses.protocol import at_least
 from gaccum_exp.core.reductions import GLOBAL_MEAN
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import BadInputError
@@ -92,6 +93,57 @@ def test_a_contrastive_loss_has_the_large_batchs_gradient(sizes: list[int]) -> N
     )
     accumulate_gradients(model, contrastive, split(batch, sizes))
     assert (apart(taken(model), expected) > 0.1) == (len(sizes) > 1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_terms_are_of_the_windows_outputs(sizes: list[int]) -> None:
+    """Coupled samples, a mean over what counts, a clamped one, and a function of sums; a learned weight.
+
+    Each as the large batch has it, with a graph over all samples.
+    """
+    model, batch = towers(), (*pairs(), torch.arange(11) % 4 - 2)
+
+    def terms(model: Any, micro_batch: Any) -> dict[str, Any]:
+        image, text, label = micro_batch
+        a, b = model(image, text)
+        of_labels = F.cross_entropy(a, label.clamp(min=-1), ignore_index=-1, reduction="sum")
+        none = (a * 0).sum()
+        return {
+            "pairs": (info_nce(a, b, model.temperature) * len(a), len(a)),
+            "labels": (of_labels, (label >= 0).sum(), (-model.temperature).exp()),
+            "clamped": (b.square().sum(), at_least(len(b), 20.0), 0.3),
+            "balance": (a.softmax(1).sum(0), len(a), 0.5, lambda mean: mean.square().sum()),
+            "empty": (none, 0),
+        }
+
+    a, b = model(*batch[:2])
+    of_labels = F.cross_entropy(a, batch[2].clamp(min=-1), ignore_index=-1)
+    total = (
+        info_nce(a, b, model.temperature)
+        + (-model.temperature).exp() * of_labels
+        + 0.3 * b.square().sum() / 20
+        + 0.5 * a.softmax(1).mean(0).square().sum()
+    )
+    total.backward()
+    expected = taken(model)
+    loss = accumulate_gradients(model, terms, split(batch, sizes), strategy="cached")
+    assert apart(taken(model), expected) < 1e-13
+    assert float(loss.mean) == pytest.approx(float(total.detach()), rel=1e-13)
+    assert float(loss.terms["labels"].mean) == pytest.approx(float(of_labels.detach()), rel=1e-13)
+    assert set(loss.terms) == {"pairs", "labels", "clamped", "balance"}
+
+
+def test_a_window_in_which_no_term_counts_has_no_gradient() -> None:
+    """And says so by its denominator."""
+    model = towers()
+
+    def nothing(model: Any, micro_batch: Any) -> dict[str, Any]:
+        a, _ = model(*micro_batch)
+        return {"none": (a.sum() * 0, 0)}
+
+    loss = accumulate_gradients(model, nothing, split(pairs(), [6, 5]), strategy="cached")
+    assert (loss.denominator, loss.terms) == (0, {})
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("sizes", SIZES)

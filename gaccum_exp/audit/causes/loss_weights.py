@@ -90,8 +90,10 @@ def reached_shares(
         return None
 
     def fits(shares: Sequence[float]) -> bool:
-        gap = columns @ torch.tensor(shares, dtype=columns.dtype) - target
-        return float(gap.norm()) <= 1e-4 * float(target.norm())
+        """Whether these shares make it, but for a factor of them all."""
+        made = columns @ torch.tensor(shares, dtype=columns.dtype)
+        by = float(made @ target) / max(float(made @ made), 1e-300)
+        return by > 0 and float((made * by - target).norm()) <= 1e-4 * float(target.norm())
 
     kept = [
         *(range(first, last) for first in range(count) for last in range(first + 1, count + 1)),
@@ -104,23 +106,29 @@ def reached_shares(
     if len(target) < 4 * count or int(torch.linalg.matrix_rank(columns)) < count:
         return None
     found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].real.tolist()
-    rounded = [float(round(share)) if abs(share - round(share)) < 1e-3 else share for share in found]
-    return rounded if fits(rounded) else None
+    largest = max(map(abs, found)) or 1.0
+    found = [0.0 if abs(share) < 1e-3 * largest else share for share in found]
+    return found if fits(found) else None
 
 
 def intended_weight(
-    weights: Sequence[float], counts: Sequence[float] | None, sizes: Sequence[int]
+    weights: Sequence[float],
+    counts: Sequence[float] | None,
+    sizes: Sequence[int],
+    accum_steps: int,
 ) -> float:
     """Return the weight that a loop of weighted loss sums means the whole window's sum to have.
 
     The sizes of micro-batches are no counts, but tell unequal ones apart where counts are not known.
     """
     amounts = list(counts) if counts is not None else [float(size) for size in sizes]
-    n, accum_steps = sum(amounts), len(weights)
+    n = sum(amounts)
     means = [w * k for w, k in zip(weights, amounts, strict=True)]
     if not alike(weights):
         # Each micro-batch's own mean, or weights that no large batch has.
-        return 1 / n if alike(means) else sum(weights) / accum_steps
+        return 1 / n if alike(means) else sum(weights) / len(weights)
+    if counts is not None and math.isclose(weights[0] * n, 1, rel_tol=ROUNDED):
+        return 1 / n
     if accum_steps > 1 and math.isclose(weights[0], 1 / accum_steps, rel_tol=ROUNDED):
         return 1.0  # a sum that counts already, divided by N once more
     # Where counts are not known, a constant is taken as it is.

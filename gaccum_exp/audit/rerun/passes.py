@@ -157,7 +157,7 @@ class Rerun:
 
     def _accumulated(self, how: Pass, keep: Callable[[Gradient], T], *, apart: bool) -> list[T]:
         """Accumulate; give `keep` the window's gradient, or each micro-batch's own (`apart`)."""
-        recording, taken = how.draws == "recorded", []
+        recording, taken = how.draws == "recorded", dict[int, T]()
         with self._running(how) as (replay, parameters):
             stepped = {id(parameters[name]) for name in self.window.modules.compared}
             places = [place for m in how.state_held_of for place in places_of(m, stepped)]
@@ -169,8 +169,8 @@ class Rerun:
                     with replay.loss_of_outputs():
                         yield
                     return
-                if apart and index > 0:
-                    taken.append(keep(self._taken(parameters)))
+                if apart and index > 0:  # of one that comes twice, the second time's is kept
+                    taken[index - 1] = keep(self._taken(parameters))
                 for slot, state in states:
                     slot.put(state)
                 if not recording:
@@ -186,8 +186,8 @@ class Rerun:
                     self.draws.refuse("numbers come from Python's or NumPy's generator", foreign=True)
 
             self.window.accumulate(context, self._cast(how))
-            taken.append(keep(self._taken(parameters)))
-        return taken
+            taken[len(self.window.sizes) - 1] = keep(self._taken(parameters))
+        return list(taken.values())
 
     @property
     def _device(self) -> torch.device:

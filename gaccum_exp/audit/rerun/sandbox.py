@@ -6,11 +6,10 @@ Every tensor in them is exchanged for the length of a `with` block, so that noth
 """
 
 import copy
-import functools
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,19 +65,6 @@ class NamedModules:
                 if parameter is not None:
                     found.setdefault(id(parameter), (f"{prefix}.{name}".lstrip("."), parameter))
         return dict(found.values())
-
-
-def modules_in(function: Any) -> list[nn.Module]:
-    """Return the modules that a loss function holds: bound, partial, enclosed, or as attributes."""
-    if isinstance(function, nn.Module):
-        return [function]
-    held = [getattr(function, "__self__", None), *getattr(function, "__dict__", {}).values()]
-    if isinstance(function, functools.partial):
-        held += [*function.args, *function.keywords.values(), *modules_in(function.func)]
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # not filled yet
-            held.append(cell.cell_contents)
-    return [module for module in held if isinstance(module, nn.Module)]
 
 
 @contextmanager

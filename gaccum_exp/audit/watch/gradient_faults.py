@@ -13,7 +13,7 @@ from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import listed, multiple
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import TapedWindow, sample_readings
-from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm
+from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm, scaled
 
 AS_REPLAYED = 1e-4
 """How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
@@ -40,14 +40,8 @@ class GradientOfLoop:
         """Find what came in between where the gradient is not what its passes add up to."""
         seen, observed = self.seen, self.observed
         audit = replace(audit, verdict="biased", culprit=None, culprit_type=None, culprits=())
-        if seen.at_start:
-            extra = difference(observed, replayed)
-            if multiple(extra, self.at_start, 1e-2) is not None:
-                size = norm(self.at_start) / max(norm(replayed), 1e-300)
-                return stale(
-                    audit, "call zero_grad before the window's first backward pass",
-                    f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
-                )  # fmt: skip
+        if self.left_over(replayed):
+            return self.stale_from_before(audit, replayed)
         if self.of_others and self._with_others() is not None:
             return stale(
                 audit, "call zero_grad before the window's first backward pass",
@@ -95,6 +89,30 @@ class GradientOfLoop:
                 f"torch's ways to clip (cosine with what the passes gave: {along:.3g})"
             )
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
+
+    def left_over(self, replayed: Gradient) -> bool:
+        """Whether the gradient holds a part that was there before the window's first pass."""
+        own, left = norm(replayed), norm(self.at_start)
+        if not self.seen.at_start or not own or not left:
+            return False
+        # observed = α × replayed + β × left over, by the normal equations.
+        cosine = dot(replayed, self.at_start) / (own * left)
+        if 1 - cosine**2 < 1e-6:
+            return multiple(self.observed, replayed, AS_REPLAYED) not in (None, 1.0)
+        a, b = dot(self.observed, replayed) / own, dot(self.observed, self.at_start) / left
+        beta = (b - a * cosine) / (1 - cosine**2)
+        alpha = a - beta * cosine
+        parts = scaled(replayed, alpha / own), scaled(self.at_start, beta / left)
+        rest = difference(difference(self.observed, parts[0]), parts[1])
+        return norm(rest) <= 1e-2 * norm(self.observed) and abs(beta) > 1e-2 * abs(alpha)
+
+    def stale_from_before(self, audit: Audit, replayed: Gradient) -> Audit:
+        """Return the audit of a window that began with gradients of earlier passes."""
+        size = norm(self.at_start) / max(norm(replayed), 1e-300)
+        return stale(
+            audit, "call zero_grad before the window's first backward pass",
+            f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
+        )  # fmt: skip
 
     def _with_others(self) -> float | None:
         total: Gradient = {}

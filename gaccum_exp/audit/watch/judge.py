@@ -216,6 +216,8 @@ class _LoopWindow:
             fault = self._gradient().fault(audit, replayed)
             if fault is not None:
                 return fault
+        if audit.verdict == "biased" and factor != 1 and self._gradient().left_over(replayed):
+            return self._gradient().stale_from_before(audit, replayed)
         if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
         if audit.cause == result.UNEQUAL_DENOMINATORS:

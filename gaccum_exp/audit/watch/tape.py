@@ -259,9 +259,9 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
         repeats = places & set(piece.signature) and not piece.of_weights_alone
-        if last and piece.backwards & last[-1].backwards and not repeats:
-            last.append(piece)
-        elif piece.of_weights_alone and last and piece is pieces[-1]:  # after all micro-batches
+        together = bool(last) and piece.backwards & last[-1].backwards and not repeats
+        afterwards = bool(last) and piece.of_weights_alone and piece is pieces[-1]
+        if together or afterwards:
             last.append(piece)
         else:
             found.append([piece])
@@ -352,17 +352,31 @@ def shapes_of(arguments: Any, values: Mapping[int, Tensor] | None = None) -> Any
         if not isinstance(x, OutputRef):
             return (values or {}).get(id(x), x)
         shape, dtype = x.call.outputs[x.place]
+        if x.call.of_weights_alone:  # the same in all micro-batches
+            return torch.zeros((), dtype=dtype).expand(shape)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     return mapped(leaf, arguments)
 
 
-def shapes_around(micro_batch: TapedMicroBatch) -> list[tuple[int, ...]]:
-    """Return the shapes of a micro-batch's outputs and targets."""
-    outputs = [shape for call in micro_batch.models for shape, _ in call.outputs]
-    calls = [loss for loss in micro_batch.losses if loss is not micro_batch.first]
-    targets = [leaf for call in calls for leaf in leaves(call.arguments) if isinstance(leaf, Tensor)]
-    return [*outputs, *(tuple(target.shape) for target in targets)]
+def shapes_around(micro_batches: Sequence[TapedMicroBatch]) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of each micro-batch's outputs and targets, without what is the same in all."""
+    every = []
+    for micro_batch in micro_batches:
+        calls = [loss for loss in micro_batch.losses if loss is not micro_batch.first]
+        given = [leaf for call in calls for leaf in leaves(call.arguments)]
+        every.append([leaf for leaf in given if isinstance(leaf, Tensor)])
+    own = [
+        column
+        for column in zip(*every, strict=False)
+        if len(column) == 1
+        or any(t.shape != column[0].shape for t in column)
+        or not all(torch.equal(t, column[0]) for t in column)
+    ]
+    return [
+        [shape for call in m.models for shape, _ in call.outputs] + [tuple(c[i].shape) for c in own]
+        for i, m in enumerate(micro_batches)
+    ]
 
 
 def loss_in(output: Any) -> Tensor | None:

@@ -299,7 +299,14 @@ class TapedWindow:
     @property
     def constants_outside(self) -> bool:
         """Whether no loss function multiplies by a constant itself."""
-        return not any(any(same) for c in range(len(self._losses)) for same in self._constant(c))
+        return not any(self.constants_inside(t) for t in range(len(self.terms())))
+
+    def constants_inside(self, term: int) -> list[float]:
+        """Return the numbers, and no literals, that a loss function multiplies a term by itself."""
+        column = self.column_of(term)
+        micro = next(terms for (c, _), terms in self._forms.micro.items() if c == column)
+        t = term - sum(len(self._constant(c)) for c in range(column))
+        return [f.value for f in _factors(micro, t, self._constant(column)[t]) if not f.weight]
 
     def literal_inside(self, column: int) -> float:
         """Return the weight that a loss function's own source gives its only term."""
@@ -331,6 +338,9 @@ class TapedWindow:
                 call = self._losses[c].first if index is None else self._losses[c].calls[index]
                 by = 0.0 if call is None else _number(call.cotangent)
                 pairs += [(t.tensor, by * math.prod(f.value for f in t.factors)) for t in terms]
+                continue
+            if not terms:  # a micro-batch without this loss
+                pairs += [(torch.zeros(()), 0.0)] * len(self._constant(c))
                 continue
             for constant, term in zip(self._constant(c), self._collapsed(c, terms), strict=True):
                 weight: Any = given[len(pairs)]
@@ -396,7 +406,7 @@ class TapedWindow:
             terms = [] if taped is None else _run(taped, arguments(column, taped), states(taped))
             if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
-            losses.append(terms or [Term(torch.zeros(()), "loss")] * len(self._constant(c)))
+            losses.append(terms)
         return losses
 
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[list[Term]]:
@@ -407,7 +417,7 @@ class TapedWindow:
             there = [
                 (c, outputs) for c, outputs in zip(column.calls, each, strict=True) if c is not None
             ]
-            whole_scalars([call for call, _ in there])
+            whole_scalars(column.calls)
             values = self.moved.values
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
             if column.layout is None:
@@ -418,17 +428,18 @@ class TapedWindow:
                 return inputs
             return column.layout.picked(inputs, here)
 
-        def whole_scalars(calls: Sequence[TapedCall]) -> None:
+        def whole_scalars(calls: Sequence[TapedCall | None]) -> None:
             """Take what a loss makes of other losses from the one pass."""
-            for place, ref in enumerate(calls[0].refs()):
-                inner = [call.refs()[place].call for call in calls]
+            first = next(call for call in calls if call is not None)
+            for place, ref in enumerate(first.refs()):
                 if ref.call.kind == "model" or ref.call.outputs[ref.place][0] != ():
                     continue
-                if all(call not in outputs for call in inner for outputs in each):
-                    made = arguments(self._column(list(inner)))
-                    found = tensors_in(inner[0].run(made))
+                inner = [None if call is None else call.refs()[place].call for call in calls]
+                if not any(call in outputs for call in inner for outputs in each):
+                    made = arguments(self._column(inner))
+                    found = tensors_in(ref.call.run(made))
                     for outputs in each:
-                        outputs.update(dict.fromkeys(inner, found))
+                        outputs.update({call: found for call in inner if call is not None})
 
         for column in self._models:
             outputs = tensors_in(column.first.run(arguments(column)))
@@ -462,7 +473,7 @@ def sample_readings(
     """
     values = moved.values if moved is not None else None
     given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
-    return sample_layouts(given, others=[tape.shapes_around(m) for m in micro_batches], dim=dim)
+    return sample_layouts(given, others=tape.shapes_around(micro_batches), dim=dim)
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:

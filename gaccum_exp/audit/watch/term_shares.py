@@ -83,13 +83,19 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
     for t, term in enumerate(window.terms()):
         column = window.column_of(t)
         counts, sizes = window.counts_of(column), window.sizes_of(column)
-        coefficients, summed = _coefficients(window, rerun, t, counts, sizes)
+        coefficients, summed = _coefficients(window, rerun, t, counts, sizes, term.weights)
         weights = [w * factor for w in term.weights]
         counting = [i for i, c in enumerate(coefficients or [1.0] * len(weights)) if c]
         own = [weights[i] for i in counting]
         if summed:
-            amounts = None if counts is None else [counts[i] for i in counting]
-            whole = intended_weight(own, amounts, [sizes[i] for i in counting]) if any(own) else 0.0
+            # A sum that its function has divided by its count is divided by N once too often outside.
+            inside = [f for f in window.constants_inside(t) if not _one(f * len(weights))]
+            counted = math.prod(inside) * term.literal
+            amounts = None if counts is None or inside else [counts[i] for i in counting]
+            of_sizes = [sizes[i] for i in counting]
+            given = [w / counted for w in own]
+            meant = intended_weight(given, amounts, of_sizes, len(weights)) if any(own) else 0.0
+            whole = counted * meant
         else:
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
@@ -145,7 +151,12 @@ def _one(number: float) -> bool:
 
 
 def _coefficients(
-    window: TapedWindow, rerun: Rerun, term: int, counts: list[float] | None, sizes: list[int]
+    window: TapedWindow,
+    rerun: Rerun,
+    term: int,
+    counts: list[float] | None,
+    sizes: list[int],
+    weights: list[float],
 ) -> tuple[list[float] | None, bool]:
     """Fit a term's micro gradients in the one pass; return whether it is their sum, too."""
     accum_steps, alone = len(window.sizes), len(window.sizes) == 1
@@ -156,15 +167,15 @@ def _coefficients(
         rerun = Rerun(window, rerun.device, window.starts, around=rerun.around)
         rerun.gradient(RECORDING)
         rerun.gradient(ONE_PASS64)
-        counts, sizes, accum_steps = None, sizes * 2, 2
+        counts, sizes, weights, accum_steps = None, sizes * 2, weights * 2, 2
     # What moves in the window is no matter of weights: here it keeps still.
     rerun = replace(rerun, window=window.only(term).holding(None))
     micro, whole = _at_several_weights(rerun, accum_steps, window.moved.modules)
     if not any(float(g.norm()) for g in whole.values()):
         return None, window.sums(window.column_of(term))
     ones, equal = [1.0] * accum_steps, [1 / accum_steps] * accum_steps
-    amounts = [list(map(float, c)) for c in (counts, sizes) if c is not None and any(c)]
-    candidates = [ones, *([n / sum(c) for n in c] for c in amounts), equal]
+    amounts = [list(map(float, c)) for c in (counts, sizes, weights) if c is not None]
+    candidates = [ones, *([n / sum(c) for n in c] for c in amounts if sum(c)), equal]
     coefficients = fitted_coefficients(micro, whole, candidates)
     if coefficients is None:
         return None, window.sums(window.column_of(term))

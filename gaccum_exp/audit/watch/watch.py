@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.rerun.sandbox import NamedModules, modules_in
+from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.compiled import original
 from gaccum_exp.audit.watch.judge import judge
@@ -18,6 +18,7 @@ from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.seeding import random_state_kept
 
 WRAPPERS = {
@@ -164,7 +165,7 @@ class watch:  # noqa: N801  # used as a function
         self._unreported = seen.tape.micro_batches()
 
     def _named_modules(self, compared: Iterable[Tensor]) -> NamedModules:
-        return NamedModules(self._model, *modules_in(self._criterion), compared=compared)
+        return NamedModules(self._model, *modules_of(self._criterion), compared=compared)
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.

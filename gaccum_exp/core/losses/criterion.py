@@ -91,12 +91,18 @@ class CriterionLoss:
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim."""
         inputs, targets = split_micro_batch(micro_batch)
-        return self._loss(*_widened(run_model(model, inputs), targets))
+        return self.sum_of_outputs(run_model(model, inputs), targets)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
         """Run the model on one micro-batch; return its loss sum (0-dim) and denominator."""
         inputs, targets = split_micro_batch(micro_batch)
         return self.of_outputs(run_model(model, inputs), targets)
+
+    split = staticmethod(split_micro_batch)
+
+    def sum_of_outputs(self, outputs: Any, targets: list[Any]) -> Tensor:
+        """Return the loss sum of the model's outputs for these targets."""
+        return self._loss(*_widened(outputs, targets))
 
     def of_outputs(self, outputs: Any, targets: list[Any]) -> tuple[Tensor, Denominator]:
         """Return loss sum and denominator of the model's outputs for these targets."""
