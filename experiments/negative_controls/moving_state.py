@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from experiments.negative_controls.control import Control, Ground
 from experiments.negative_controls.models import CLASSES, mlp, points, views
-from gaccum_exp.audit.result import BATCH_STATISTICS
+from gaccum_exp.audit.result import MOVING_STATE
 
 
 def taught(student: Tensor, teacher: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ CONTROLS = (
         ground=Ground(loader=ONE_WINDOW, model=mlp, criterion=taught, large_batch=teacher_large_batch),
         faulty=teacher_faulty,
         sound=teacher_sound,
-        expected=BATCH_STATISTICS,
+        expected=MOVING_STATE,
     ),
     Control(
         slug="centre_moves",
@@ -163,7 +163,7 @@ CONTROLS = (
         ),
         faulty=centre_loop,
         sound=centre_loop,
-        expected=BATCH_STATISTICS,
+        expected=MOVING_STATE,
     ),
     Control(
         slug="queue_moves",
@@ -174,6 +174,6 @@ CONTROLS = (
         ),
         faulty=queue_faulty,
         sound=queue_sound,
-        expected=BATCH_STATISTICS,
+        expected=MOVING_STATE,
     ),
 )

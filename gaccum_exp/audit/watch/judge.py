@@ -123,7 +123,8 @@ def _made_of(micro_batches: Sequence[TapedMicroBatch]) -> list[TapedCall]:
 
 def _settled(audit: Audit, moved: FirstValues) -> Audit:
     """Return the audit; where a state that moved may matter and cannot be replayed, inconclusive."""
-    if not moved.refused or audit.verdict not in ("identical", "equivalent", "stochastic"):
+    explained = audit.verdict == "biased" and audit.cause not in (result.NOT_ADDITIVE, result.UNKNOWN)
+    if not moved.refused or explained:
         return audit
     said = f"{'; '.join(moved.refused)}: move it once per optimizer step"
     return replace(audit, verdict="inconclusive", cause=result.MOVING_STATE, remedy=None, detail=said)
