@@ -158,6 +158,40 @@ class TeacherHeldElsewhere(TeacherInTheLoss):
         self.criterion = criterion
 
 
+class TeacherInASystem(TeacherByLerp):
+    """A module that is not watched holds student and teacher, and runs both."""
+
+    def begin(self) -> None:
+        class System(nn.Module):
+            def __init__(self, loop: Loop) -> None:
+                super().__init__()
+                self.student, self.teacher, self.loss = loop.model, loop.teacher, loop.criterion
+
+            def forward(self, x: Tensor) -> Tensor:
+                loss: Tensor = self.loss(self.student(x), self.teacher(x))
+                return loss
+
+        self.system = System(self)
+
+    def loss(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.system(x)
+        return loss
+
+
+class TeacherCountedBefore(TeacherHeldElsewhere):
+    """The teacher has run outside of the loss that calls it, too."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        self.teacher(x)
+        return super().loss(x)
+
+
+class TeacherAndScale(TeacherByLerp):
+    """The loop's loss is off by a factor besides."""
+
+    criterion = staticmethod(lambda s, t: N * soft(s, t))
+
+
 class AveragedWeights(Loop):
     """The model itself is the teacher, under an average of its weights."""
 
@@ -271,6 +305,9 @@ FAULTY: dict[type[Loop], tuple[str, ...]] = {
     TeacherSharpened: ("Linear",),
     TeacherInTheLoss: ("Linear",),
     TeacherHeldElsewhere: ("Linear",),
+    TeacherInASystem: ("Linear",),
+    TeacherCountedBefore: ("Linear",),
+    TeacherAndScale: ("Linear",),
     AveragedWeights: ("Linear",),
     OwnTensor: ("Tensor",),
     OwnTensorUnderTheTeacher: ("Tensor",),
@@ -389,6 +426,15 @@ class TargetsBeforehand(TeacherSharpened):
         self.targets = []
 
 
+class EachTermBackward(TeacherOncePerStep):
+    """What the teacher says is used after the first of a micro-batch's backward passes."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        out, taught = self.model(x), self.teacher(x)
+        (self.criterion(out, 0 * taught) / N).backward(retain_graph=True)
+        return self.criterion(out, taught)
+
+
 class TeacherThatDraws(Loop):
     def begin(self) -> None:
         self.teacher = nn.Sequential(self.teacher, nn.Dropout(0.5))
@@ -396,7 +442,7 @@ class TeacherThatDraws(Loop):
 
 HARMLESS = (
     *(CentreOncePerStep, TeacherOncePerStep, AverageForEvaluation, Counters, Metrics, ReusedBuffers),
-    *(TargetsBeforehand, TeacherThatDraws, Loop),
+    *(TargetsBeforehand, EachTermBackward, TeacherThatDraws, Loop),
 )
 
 
