@@ -15,7 +15,7 @@ from experiments.negative_controls import (
     window_edges,
 )
 
-LEFT_OPEN = frozenset(("cached_features", "gan_leak", "image_lists"))
+LEFT_OPEN = frozenset(("cached_features",))
 """Faults that `watch` calls inconclusive, with the reason: measured here all the same."""
 ALL = (
     *loss_scale.CONTROLS,

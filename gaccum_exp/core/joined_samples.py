@@ -47,10 +47,10 @@ class Beside:
     """In the micro-batches, and its name."""
 
 
-Role = Along | Beside | Literal["samples", "size", "shared", "differs"] | list[Any]
+Role = Along | Beside | Literal["samples", "size", "total", "shared", "differs"] | list[Any]
 """What a part of a micro-batch is: a tensor of samples; one of samples of its own; a list with an entry
-per sample; the number of samples; the same in all micro-batches; a value that differs between them and
-belongs to no sample; or, of a container, the roles of its children."""
+per sample; the number of samples, or of rows in a list of them; the same in all micro-batches; a value
+that differs between them and belongs to no sample; or, of a container, the roles of its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +271,8 @@ class _Reading:
         self._dims: set[int] = set()
         self._others: set[Sizes] = set()
         """Numbers of samples that some tensors have of their own."""
+        self._totals: set[Sizes] = set()
+        """Rows of the tensors in each micro-batch's lists, e.g. the boxes of all its images."""
 
     def layout(self, parts: Sequence[Any], *, counting: bool = True) -> SampleLayout:
         """Return the layout; raise NotJoinableError where this reading does not fit."""
@@ -278,6 +280,10 @@ class _Reading:
         # Inputs and targets are no list of two samples, however alike they are.
         pair = isinstance(first, tuple) or all(isinstance(child, Tensor) for child in _children(first))
         apart = _is_container(first) and pair and len({len(_children(part)) for part in parts}) == 1
+        rows = [_rows_in_lists(part) for part in parts]
+        self._totals = {
+            tuple(of[key] for of in rows) for key in rows[0] if all(key in of for of in rows)
+        }
         read = self._of_columns if apart else self._role
         roles = read(parts, "")
         if self._others:  # known by now, and found again in tensors that might be read otherwise
@@ -307,8 +313,11 @@ class _Reading:
                     return columns
                 self._differing = before  # names, one of each sample
             return "samples"
-        if isinstance(first, int) and not isinstance(first, bool) and tuple(parts) == self._numbers:
+        whole = isinstance(first, int) and not isinstance(first, bool)
+        if whole and tuple(parts) == self._numbers:
             return "size"
+        if whole and tuple(parts) in self._totals:
+            return "total"
         if all(_same(part, first) for part in parts):
             return "shared"
         self._differing.append(name or type(first).__name__)
@@ -392,7 +401,7 @@ def _joined(parts: Sequence[Any], role: Role, name: str) -> Any:
         return torch.cat(_padded(parts, role.dim, name), role.dim)
     if role == "samples":
         return _rebuilt(first, [child for part in parts for child in part])
-    return sum(parts) if role == "size" else first
+    return sum(parts) if role in ("size", "total") else first
 
 
 def _picked(value: Any, role: Role, rows: Tensor) -> Any:
@@ -424,6 +433,21 @@ def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
         return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=_fill(name))
 
     return [padded(tensor) for tensor in parts]
+
+
+def _rows_in_lists(value: Any, listed: bool = False, path: str = "") -> dict[str, int]:
+    """Return how many rows tensors have that are entries of lists, by their place."""
+    if isinstance(value, Tensor):
+        return {path: len(value)} if listed and value.ndim else {}
+    total: dict[str, int] = {}
+    inside = listed or isinstance(value, list)
+    for name, child in (
+        zip(_names(value, ""), _children(value), strict=True) if _is_container(value) else ()
+    ):
+        place = path if isinstance(value, list) else f"{path}/{name}"
+        for key, n in _rows_in_lists(child, inside, place).items():
+            total[key] = total.get(key, 0) + n
+    return total
 
 
 def _fill(name: str) -> int | None:

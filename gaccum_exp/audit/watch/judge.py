@@ -141,7 +141,13 @@ def _since_dropped(seen: Observations, micro_batches: list[TapedMicroBatch]) -> 
 def _since_other_steps(
     seen: Observations, micro_batches: list[TapedMicroBatch]
 ) -> list[TapedMicroBatch]:
-    """Leave out passes that another optimizer's step ended, where none like them came later."""
+    """Leave out another optimizer's passes: those through its modules, and those before its step.
+
+    Where all are such passes, as of a decoder behind an encoder, they are this optimizer's, too.
+    """
+    own = [m for m in micro_batches if not any(call.fed for call in m.models)]
+    if seen.other_steps and own:
+        micro_batches = own
     for step in seen.other_steps:
         later = [m for m in micro_batches if m.last_backward >= step]
         earlier = {m.signature for m in micro_batches if m.last_backward < step}

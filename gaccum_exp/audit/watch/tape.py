@@ -60,6 +60,8 @@ class TapedCall:
     order: int
     site: int = 0
     """Where the loop calls it: equal for calls from one place, by way of the same functions."""
+    fed: bool = False
+    """Whether an argument has a graph of modules that are not watched."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
     states: list[tuple[Slot, Any]] = field(default_factory=list)

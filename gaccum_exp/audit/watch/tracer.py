@@ -233,10 +233,12 @@ class LoopTracer:
     def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         device = self._device_type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        arguments = self.seen.tape.recorded({**dict(enumerate(args)), **kwargs})
-        return TapedCall(
-            kind, function, arguments, next(self._order), site=call_site(), autocast=autocast
-        )
+        tape = self.seen.tape
+        arguments = tape.recorded({**dict(enumerate(args)), **kwargs})
+        given = tensors_in([args, kwargs]) if kind == "model" else []
+        fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
+        order = next(self._order)
+        return TapedCall(kind, function, arguments, order, call_site(), fed, autocast=autocast)
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         self._look_at_gradients()
