@@ -115,8 +115,8 @@ class Cached(InPlace):
                 f"{type(model).__name__} takes its loss itself, on each micro-batch: take it outside "
                 "the model, over its outputs"
             )
-        first = window[0] if size_of(window[0]) > 1 else _joined(window[:2])
-        size = size_of(first)
+        first = window[0] if size_of(window[0], 0) > 1 else _joined(window[:2])
+        size = size_of(first, 0)
         if size < 2:
             return
         kept = states_of([model, *held_by(loss_fn)])
@@ -175,7 +175,7 @@ class Cached(InPlace):
             raise ValueError("a window under strategy=cached cannot go on in its middle: begin it again")
         if state.generators is not None:
             set_random_states(state.generators)
-        sizes, starts, parts = list(map(size_of, window)), [], []
+        sizes, starts, parts = [size_of(m, 0) for m in window], [], []
         with state_put_back([model, *held_by(loss_fn)]):
             for micro_batch in window:
                 starts.append(random_states())
@@ -240,7 +240,7 @@ CACHED = Cached()
 
 def _joined(parts: Sequence[Any], sizes: Sequence[int] | None = None) -> Any:
     try:
-        return joined(parts, sizes or list(map(size_of, parts)))
+        return joined(parts, sizes or [size_of(part, 0) for part in parts])
     except NotJoinableError as error:
         raise refused(f"the window's micro-batches do not make one batch: {error}") from None
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from gaccum_exp.core.dtypes import is_inexact
+
 PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
 """The value that pads a tensor whose name holds one of these words; the first that fits."""
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
@@ -103,6 +105,7 @@ def sample_layouts(
     others: Sequence[Shapes] = (),
     dim: int | None = None,
     sizes: Sequence[int] | None = None,
+    apart: bool = False,
 ) -> list[SampleLayout]:
     """Return where the samples may be in corresponding micro-batches, the likeliest first.
 
@@ -114,6 +117,7 @@ def sample_layouts(
         others: for each of them the shapes of what belongs to it: outputs, targets.
         dim: the dimension that counts samples, if that is known.
         sizes: the samples of each micro-batch, if they are known: other readings come after.
+        apart: whether tensors of other lengths may have samples of their own, e.g. unlabelled ones.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -124,7 +128,7 @@ def sample_layouts(
         if dim is not None and max(along, 0) != dim:
             continue
         try:
-            layout = _read(parts, numbers, along, counting=True)
+            layout = _read(parts, numbers, along, counting=True, apart=apart)
         except NotJoinableError as error:
             refusals.append(error)
             continue
@@ -133,7 +137,7 @@ def sample_layouts(
         lacking += sum(isinstance(role, Beside) for role in _flat(layout.roles))
         found.append(((lacking, unknown, along), layout))
     if not found and sizes is not None:  # what belongs to no sample is joined, too: a model's own loss
-        return [_read(parts, sizes, dim or 0, counting=False)]
+        return [_read(parts, sizes, dim or 0, counting=False, apart=apart)]
     if not found:
         raise refusals[0] if refusals else NotJoinableError(_nothing_counts(parts, dim))
     fewest, layouts = min(lacking for (lacking, *_), _ in found), list[SampleLayout]()
@@ -244,10 +248,12 @@ def _nothing_counts(parts: Sequence[Any], dim: int | None) -> str:
     return f"no tensor of a micro-batch has a dimension {dim} to count samples ({shapes}): {ASKED}"
 
 
-def _read(parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool) -> SampleLayout:
+def _read(
+    parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool, apart: bool = False
+) -> SampleLayout:
     """Read lists as columns (inputs and targets), and where that fails as lists of samples."""
     refusal = None
-    for how in ({}, {"listed": True}, {"apart": True}):
+    for how in ({}, {"listed": True}, *([{"apart": True}] if apart else [])):
         try:
             return _Reading(tuple(numbers), along, **how).layout(parts, counting=counting)
         except NotJoinableError as error:
@@ -356,13 +362,16 @@ class _Reading:
             self._check_padding(parts, dim, name)
             return Along(dim)
         known = not any(t.is_meta and t.ndim for t in parts)
-        if known and all(t.is_meta or (t.shape == first.shape and torch.equal(t, first)) for t in parts):
+        if known and all(
+            t is first or t.is_meta or (t.shape == first.shape and torch.equal(t, first)) for t in parts
+        ):
             return "shared"
         if all(t.ndim == 0 for t in parts):
             self._differing.append(name or "a tensor")
             return "differs"
         others = {(*t.shape[:own], *t.shape[own + 1 :]) for t in parts}
-        if self._apart and alike and first.ndim > own and len(others) == 1:
+        edges = first.ndim == 2 and len(first) == 2 and not is_inexact(first)
+        if self._apart and alike and first.ndim > own and len(others) == 1 and not edges:
             self._others.add(lengths)
             return Beside(own, f"{shapes}{_at(name)}")
         raise NotJoinableError(

@@ -182,7 +182,7 @@ class CachedSizes(Cached):
         self._first_size = 0
         if model not in self._known:
             self.inspect(model, loss_fn, window)
-        self._first_size = size_of(window[0])
+        self._first_size = size_of(window[0], 0)
         self._like = [
             replace(call, tensors=[t.new_empty(()).expand(t.shape) for t in call.tensors])
             for call in self.first_pass(model, loss_fn, window[0])
@@ -195,7 +195,7 @@ class CachedSizes(Cached):
         """Return what the model puts out for a micro-batch, or would."""
         if not self._stands_for_others(micro_batch):
             return super().first_pass(model, loss_fn, micro_batch, graph=graph)
-        size, first = size_of(micro_batch), self._first_size
+        size, first = size_of(micro_batch, 0), self._first_size
         known = self._known[model][signature(model, self._like)]
 
         def grown(like: Tensor, dim: int | None) -> Tensor:
@@ -213,7 +213,7 @@ class CachedSizes(Cached):
             super().second_pass(model, loss_fn, micro_batch, *gradients)
 
     def _stands_for_others(self, micro_batch: Any) -> bool:
-        return 0 < self._first_size < size_of(micro_batch)
+        return 0 < self._first_size < size_of(micro_batch, 0)
 
 
 def _is_real_parameter(found: Any) -> bool:

@@ -363,7 +363,7 @@ class _LoopWindow:
             why = f"{accum_steps} micro-batches reached this step, each divided by {divisor}"
             said = "call zero_grad where the epoch begins, or take the step on what is left: an earlier"
             return stale(audit, f"{said} window's gradients were left over", why)
-        if accum_steps < divisor and divisor != accum_steps**2:
+        if accum_steps < divisor and shares[0].divided_by_n < 2:
             said = f"gradient is {total:.4g} × the large batch's: {accum_steps} micro-batches, each"
             what = f"{said} divided by {divisor}: divide by the number in this window"
             return replace(audit, remedy=what)

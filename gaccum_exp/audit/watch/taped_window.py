@@ -333,9 +333,9 @@ class TapedWindow:
         try:  # what has samples of its own has them where the first call has
             if self.layout.dim:
                 raise NotJoinableError
-            along = sample_layouts(given, others=others, sizes=sizes, dim=0)[0]
+            along = sample_layouts(given, others=others, sizes=sizes, dim=0, apart=True)[0]
         except NotJoinableError:
-            readings = sample_layouts(given, others=others, sizes=sizes)
+            readings = sample_layouts(given, others=others, sizes=sizes, apart=True)
             along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         numbers = iter(along.sizes)
         return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
@@ -492,7 +492,8 @@ def sample_readings(
     """
     values = moved.values if moved is not None else None
     given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
-    return sample_layouts(given, others=tape.shapes_around(micro_batches), dim=dim)
+    around = tape.shapes_around(micro_batches)
+    return sample_layouts(given, others=around, dim=dim, apart=True)
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:

