@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -330,13 +330,13 @@ class TapedWindow:
             return _Column(calls, None, [int(call is not None) for call in calls])
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
-        try:  # what has samples of its own has them where the first call has
-            if self.layout.dim:
-                raise NotJoinableError
-            along = sample_layouts(given, others=others, sizes=sizes, dim=0, apart=True)[0]
-        except NotJoinableError:
+        readings: list[SampleLayout] = []
+        if self.layout.dim == 0:  # what has samples of its own has them there, too
+            with suppress(NotJoinableError):
+                readings = sample_layouts(given, others=others, sizes=sizes, dim=0, apart=True)
+        if not readings:
             readings = sample_layouts(given, others=others, sizes=sizes, apart=True)
-            along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         numbers = iter(along.sizes)
         return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
 
