@@ -35,6 +35,8 @@ from gaccum_exp.audit.watch.tape import (
     loss_in,
     losses_in,
     models_own_loss,
+    of_the_loop,
+    surrogate,
 )
 from gaccum_exp.audit.watch.user_functions import (
     OnCall,
@@ -234,7 +236,9 @@ class LoopTracer:
         device = self._device_type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         tape = self.seen.tape
-        arguments = tape.recorded({**dict(enumerate(args)), **kwargs})
+        if kind == "loss":
+            self._note_leaves(tensors_in([args, kwargs]))
+        arguments = tape.recorded({**dict(enumerate(args)), **kwargs}, to_model=kind == "model")
         given = tensors_in([args, kwargs]) if kind == "model" else []
         fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
         order = next(self._order)
@@ -252,10 +256,10 @@ class LoopTracer:
         return call
 
     def _end(self, call: TapedCall, output: Any) -> None:
-        self._inside.remove(call)
-        self._moving.after_call()
         tape = self.seen.tape
         tape.add(call, output)
+        self._inside.remove(call)
+        self._moving.after_call()
         if call.kind == "loss":
             loss = loss_in(output)
             if loss is not None and loss.numel() == 1:
@@ -305,6 +309,8 @@ class LoopTracer:
         if name in READS:
             self._note_reading([ref for t in tensors if (ref := self.past.origin(t)) is not None])
         tape, graphs = self.seen.tape, torch.is_grad_enabled()
+        if graphs:
+            self._note_leaves(tensors)
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
         with_parameters = graphs and name not in READS and self._computes_with_parameters(tensors)
         run = functools.partial(self._moving.run, from_model=tape.origin, number=tape.number)
@@ -340,6 +346,16 @@ class LoopTracer:
                 self._follow_loss(between, output)
         return output
 
+    def _note_leaves(self, tensors: list[Tensor]) -> None:
+        """Tape tensors that a loop made to get a gradient, as of features without a graph."""
+        tape = self.seen.tape
+        for tensor in tensors:
+            leaf = tensor.requires_grad and tensor.is_leaf and tensor.ndim > 1
+            known = isinstance(tensor, nn.Parameter) or id(tensor) in self._refs
+            if leaf and not known and tape.origin(tensor) is None:
+                own: dict[int | str, Any] = {0: tensor.detach().clone()}
+                tape.add(TapedCall("between", of_the_loop, own, next(self._order)), tensor)
+
     def _computes_with_parameters(self, tensors: list[Tensor]) -> bool:
         return any(id(t) in self._refs for t in tensors)
 
@@ -370,6 +386,8 @@ class LoopTracer:
             given = {id(t) for t in asked}
             names = {name for name, p in self._parameters.items() if id(p) in given}
             self._counting = inputs is None or bool(names)
+            if self._counting and not self._inside:
+                self._note_surrogates(frame.f_locals)
             if names:
                 seen.tape.reached.setdefault(seen.tape.backwards, set()).update(names)
             if self._counting:
@@ -382,6 +400,19 @@ class LoopTracer:
             if seen.stepped:  # an optimizer that steps inside the backward pass
                 self._close_if_complete()
         self._counting = False
+
+    def _note_surrogates(self, given: dict[str, Any]) -> None:
+        """Tape outputs that are back-propagated with a gradient of their own: surrogates of a loss."""
+        tape = self.seen.tape
+        pairs = [given.get("tensors", given.get("outputs")), given.get("grad_tensors")]
+        if pairs[1] is None:
+            pairs[1] = given.get("grad_outputs")
+        tensors, gradients = ([x] if isinstance(x, Tensor) else list(x or ()) for x in pairs)
+        for tensor, gradient in zip(tensors, gradients, strict=False):
+            if tensor.ndim and gradient is not None and tape.origin(tensor) is not None:
+                call = self._taped("loss", surrogate, (tensor, gradient), {})
+                call.cotangent, call.backward = torch.ones((), dtype=tensor.dtype), tape.backwards
+                tape.add(call, ())
 
     def _look_at_gradients(self) -> None:
         """Compare the gradients, before a pass, with those that the pass before left."""
