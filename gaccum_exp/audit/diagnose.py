@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from gaccum_exp.audit.rerun.passes import (
     ONE_PASS64,
     Rerun,
 )
-from gaccum_exp.audit.rerun.slots import places_of
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import (
     REMEDIES,
@@ -50,6 +49,10 @@ ROUNDING_ONLY = 0.5
 SAME64 = 1e-9
 """Relative distance of two float64 gradients that should be equal."""
 NOT_FINITE = "the gradient is not finite"
+DIFFERING = (
+    "micro-batches were called with different values of {names}, on which the gradient depends, and one "
+    "pass has one value: give it for each sample, as a tensor, or one to a window"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,14 @@ class _Runs:
     accumulated64: Gradient
     one_pass64: Gradient
     forward: ForwardRuns
+
+
+class _State(NamedTuple):
+    """A state that may be held, to see whether the gradient is the large batch's then."""
+
+    culprit: Culprit
+    modules: list[nn.Module]
+    owners: list[Any]
 
 
 def diagnose(
@@ -109,7 +120,8 @@ def diagnose(
         if same is not None:
             with_first = replace(rerun, window=same).gradient(ACCUMULATED64)
             if distance(with_first, accumulated64) > SAME64:
-                return Diagnosis(replace(blank, detail=_differing(same.differing)))
+                said = DIFFERING.format(names=", ".join(same.differing))
+                return Diagnosis(replace(blank, detail=said))
         permuted = rerun.gradient(replace(ONE_PASS64, order=orders[0]))
         floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
         del permuted  # of a large model a third gradient may not fit beside what comes next
@@ -135,13 +147,6 @@ def diagnose(
     )
     runs = _Runs(accumulated, replayed, one_pass, accumulated64, one_pass64, forward)
     return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
-
-
-def _differing(names: Sequence[str]) -> str:
-    return (
-        f"micro-batches were called with different values of {', '.join(names)}, on which the gradient "
-        "depends, and one pass has one value: give it for each sample, as a tensor, or one to a window"
-    )
 
 
 def error_line(error: Exception) -> str:
@@ -244,9 +249,11 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
 
 def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
     """Return the module whose state carries from one pass to the next, if that is the cause."""
-    window, modules = rerun.window, rerun.window.modules
+    window = rerun.window
 
-    def settled(held: Sequence[nn.Module], owners: Sequence[Any] | None) -> bool:
+    def settled(states: Sequence[_State], *, all_beside: bool = False) -> bool:
+        held = [module for state in states for module in state.modules]
+        owners = None if all_beside else [owner for state in states for owner in state.owners]
         # Held, micro-batches may still be weighed wrongly, or be off by a factor.
         counts = [n for _, n in runs.forward.parts]
         for weighed in filter(None, (window, window.recounted(counts))):
@@ -256,27 +263,25 @@ def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
                 return True
         return False
 
-    beside = [(what, _within(what), owners) for what, owners in window.moved_beside]
-    if not settled([*modules, *(m for _, held, _ in beside for m in held)], None):
+    states = []
+    for what, owners in window.moved_beside:
+        name = what if isinstance(what, str) else type(what).__name__
+        inside = list(what.modules()) if isinstance(what, nn.Module) else []
+        culprit = Culprit("beside the model", name, result.MOVING_STATE)
+        states.append(_State(culprit, inside, owners))
+    for name, module in window.modules.by_name.items():
+        states.append(_State(_culprit(rerun, name, result.MOVING_STATE), [module], [module]))
+    if not settled(states, all_beside=True):
         return None
-    for what, held, owners in beside:
-        if settled(held, owners):
-            name = what if isinstance(what, str) else type(what).__name__
-            return Culprit("beside the model", name, result.MOVING_STATE)
-    holding = [m for m in modules if any(places_of(m, set()))]
-    # The shortest row of modules that settles it ends with one that is needed.
-    low, high = 0, len(holding)
+    # The shortest row of states that settles it ends with one that is needed.
+    low, high = 0, len(states)
     while low + 1 < high:
         middle = (low + high) // 2
-        if settled(holding[:middle], holding[:middle]):
+        if settled(states[:middle]):
             high = middle
         else:
             low = middle
-    return _culprit(rerun, modules.name(holding[high - 1]), result.MOVING_STATE)
-
-
-def _within(what: Any) -> list[nn.Module]:
-    return list(what.modules()) if isinstance(what, nn.Module) else []
+    return states[high - 1].culprit
 
 
 def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
@@ -315,6 +320,4 @@ def _still_drawing(audit: Audit, drew: Sequence[Culprit]) -> Audit:
 
 
 def _culprit(rerun: Rerun, name: str, cause: str) -> Culprit:
-    modules = rerun.window.modules
-    module = next(m for m in modules if modules.name(m) == name)
-    return Culprit(name, type(module).__name__, cause)
+    return Culprit(name, type(rerun.window.modules.by_name[name]).__name__, cause)

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
-from gaccum_exp.audit.rerun.slots import (
-    Place,
-    Slot,
-    copied,
-    places_of,
-    same_mark,
-    same_state,
-    version_of,
-)
-from gaccum_exp.core.joined_samples import mapped, tensors_in
+from gaccum_exp.audit.watch.slots import Place, Slot, copied, places_of, same_mark, same_state
+from gaccum_exp.core.module_state import version_of
+from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.seeding import random_state_kept, set_random_states
 
 LOADS = frozenset(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.passes import Cast
-from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch.moving_state import MovingState
+from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.core.gradient import Gradient
-from gaccum_exp.core.joined_samples import mapped, tensors_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
+from gaccum_exp.core.nesting import mapped, tensors_in
 
 MOST_FEATURES = 1 << 20
 """Elements of a tensor of features at most; what is larger is no input of a loss over the window."""

@@ -20,19 +20,15 @@ from torch import Tensor, nn
 from gaccum_exp.audit.causes.loss_coupling import coupling_of
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.moving_state import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
+from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
-from gaccum_exp.core.joined_samples import (
-    NotJoinableError,
-    SampleLayout,
-    sample_dim,
-    sample_layouts,
-    tensors_in,
-)
+from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, sample_dim
+from gaccum_exp.core.nesting import tensors_in
+from gaccum_exp.core.sample_reading import sample_layouts
 
 SAME_FACTOR = 1e-5
 """Relative: how close a factor of the whole pass is to that of a micro-batch where it is a constant."""

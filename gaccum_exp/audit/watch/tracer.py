@@ -46,7 +46,7 @@ from gaccum_exp.audit.watch.user_functions import (
     code_of,
 )
 from gaccum_exp.core.gradient import Gradient
-from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.nesting import tensors_in
 from gaccum_exp.core.seeding import random_states
 
 LOSSES = frozenset(
