@@ -123,6 +123,11 @@ class MovingState:
         """The modules beside the model that were called, and their state."""
         self.begin()
 
+    def forget(self) -> None:
+        """Let go of everything."""
+        self.slots, self._beside = [], {}
+        self.begin()
+
     def begin(self) -> None:
         """Forget the window before, but for copies of what did not move in it."""
         self._copies = {id(s.value): s for s in self._all_slots() if isinstance(s.value, Tensor)}

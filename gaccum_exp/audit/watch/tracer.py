@@ -6,6 +6,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
@@ -20,11 +21,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _push_mode
+from torch.utils.hooks import unserializable_hook
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
 from gaccum_exp.audit.watch.between_passes import BetweenPasses
-from gaccum_exp.audit.watch.compiled import WRAPPER, ModeOff, compiled_function, uncompiled
+from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
@@ -41,6 +43,7 @@ from gaccum_exp.audit.watch.user_functions import (
     arguments_of,
     bound_to,
     calls_reported,
+    calls_unreported,
     code_of,
 )
 from gaccum_exp.core.gradient import Gradient
@@ -109,7 +112,7 @@ class LoopTracer:
         self._frames: list[tuple[FrameType, TapedCall]] = []
         self._frames_beside: list[tuple[FrameType, nn.Module, list[Any] | None]] = []
         """Of modules beside model and loss, with the random states before; None: inside a loss."""
-        self._frames_compiled: list[tuple[FrameType, ModeOff]] = []
+        self._frames_compiled: list[tuple[FrameType, ModesOff]] = []
         self.judging = False
         self._stepping: Optimizer | None = None
         """The outermost optimizer whose step is running; what steps inside it is a part of it."""
@@ -117,8 +120,12 @@ class LoopTracer:
         """What has reached optimizers since the window's passes."""
         self._stepped_before: set[str] | None = None
         """The parameters of the window before."""
+        self._backward: FrameType | None = None
+        """The outermost call that is running: checkpoints and own functions have more inside."""
         self._counting = False
         """Whether the backward pass that is running reaches the parameters."""
+        self._loss_hooks: list[Any] = []
+        """Handles of those on the window's losses, which a loop may keep for longer."""
         self.steps_taken = 0
         self._norms: tuple[int, list[float]] = (-1, [])
         """Of the weights, after so many backward passes."""
@@ -131,11 +138,15 @@ class LoopTracer:
         with ExitStack() as stack:
             for handle in self._hooks():
                 stack.callback(handle.remove)
-            stack.enter_context(self._operations)
+            _push_mode(self._operations)  # type: ignore[no-untyped-call]  # torch's own
+            stack.callback(ModesOff, lambda mode: mode is self._operations)
             named = self._between.named | {WRAPPER: self._on_compiled}
             stack.enter_context(calls_reported(self._functions(), named))
-            yield
-            self._close()
+            try:
+                yield
+                self._close()  # not after an error: it may be an interrupt
+            finally:
+                self._forget()
 
     @property
     def idle(self) -> bool:
@@ -228,7 +239,7 @@ class LoopTracer:
                 self._frames.append((frame, call))
             else:
                 self.seen.hidden.append(getattr(function, "__name__", type(function).__name__))
-        self._frames_compiled.append((frame, ModeOff(self._operations)))
+        self._frames_compiled.append((frame, ModesOff(_is_tracers)))
 
     def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         device = self._device_type
@@ -281,7 +292,9 @@ class LoopTracer:
                 call.backward = tape.backwards
 
         if loss is not None:
-            loss.register_hook(uncompiled(back_propagated))  # type: ignore[no-untyped-call]  # torch's own
+            # The mark: torch warns of any other where the loss is saved.
+            hook = unserializable_hook(uncompiled(back_propagated))  # type: ignore[no-untyped-call]
+            self._loss_hooks.append(loss.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
         if self.judging:
@@ -363,6 +376,9 @@ class LoopTracer:
         seen = self.seen
         if self.judging or self._stepping is not None:
             return
+        if self._backward not in (None, frame):
+            return
+        self._backward = frame if event == "call" else None
         if event == "call":
             # The gradient of an attack on the inputs, or of a penalty, reaches no parameter.
             inputs = frame.f_locals.get("inputs")
@@ -499,10 +515,12 @@ class LoopTracer:
         before = seen.stepped if self._stepped_before is None else self._stepped_before
         seen.carried = left - before
         self._between.note_clipping_by_hand(taken)
-        self.judging = True
+        self.judging, others = True, ModesOff(_is_tracers)
         try:
-            self._reached(seen, taken)
+            with calls_unreported():  # to other tracers neither
+                self._reached(seen, taken)
         finally:
+            others.restore()
             self.judging = False
             self._stepped_before = seen.stepped
             self._begin_window()
@@ -531,6 +549,15 @@ class LoopTracer:
         self._moving.begin()
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
         self._norms = -1, []
+        while self._loss_hooks:
+            self._loss_hooks.pop().remove()
+
+    def _forget(self) -> None:
+        """Let go of the loop's tensors; how many passes were left over is still to be read."""
+        left_over = self.seen.tape.backwards
+        self._begin_window()
+        self._moving.forget()
+        self.past, self.seen.tape.backwards = Tape(), left_over
 
     def _nothing_seen(self) -> Observations:
         return Observations(Tape(parameters=self._refs, moving=self._moving))
@@ -562,3 +589,11 @@ class _Operations(TorchFunctionMode):
         if self._tracer.idle:
             return func(*args, **kwargs)
         return self._tracer.operation(func, args, kwargs)
+
+
+def _is_tracers(mode: TorchFunctionMode) -> bool:
+    return isinstance(mode, _Operations)
+
+
+# In a process that is forked from the loop's, as a DataLoader's workers are, nothing is traced.
+os.register_at_fork(after_in_child=lambda: ModesOff(_is_tracers))
