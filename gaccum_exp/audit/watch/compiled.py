@@ -1,8 +1,8 @@
-"""Keep an observer out of what torch.compile compiles.
+"""Calls of compiled code, seen as a whole: nothing of the tracer is compiled into them.
 
-The compiler would trace the observer's operations into the loop's graphs: other graphs, breaks in them,
-an error under `fullgraph=True`. So the mode is off for the length of a compiled call, which is reported
-as a whole; inside it nothing is seen. What compiled code calls back runs uncompiled.
+The compiler would put the tracer's operations into the loop's graphs: other graphs, breaks in them, an
+error under `fullgraph=True`. So the tracer's mode is off for the length of a compiled call; inside it
+nothing is seen. What compiled code calls back runs uncompiled.
 """
 
 import inspect

@@ -22,7 +22,7 @@ from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch import tape
-from gaccum_exp.audit.watch.moving_state import FirstValues
+from gaccum_exp.audit.watch.first_values import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
 from gaccum_exp.core import joined_samples as samples
