@@ -135,7 +135,7 @@ class MovingState:
     # In the loop.
 
     def before_call(self) -> list[tuple[Slot, Any]]:
-        """Look before a call of model or loss; return the states that no rerun would bring about."""
+        """Return, before a call of model or loss, the states that something else has moved."""
         if not self.slots:
             compared = {id(self.modules.parameters()[n]) for n in self.modules.compared}
             self.slots = [self._slot(*s) for m in self.modules for s in places_of(m, compared)]
@@ -193,7 +193,7 @@ class MovingState:
         from_model: Callable[[Tensor], Any],
         number: float,
     ) -> None:
-        """Note what a module beside the model has put out, and of what; `start` None: it ran inside."""
+        """Note what a module beside the model puts out, and of what; `start` None: a loss ran it."""
         self._running.pop()
         moved = [slot.look() for slot in self.beside[id(module)][1]]
         outputs = tensors_in(output)
