@@ -18,10 +18,10 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Re
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
+from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.moving_state import FirstValues
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
@@ -80,11 +80,8 @@ def _under_every_reading(
     moved = FirstValues()
     if moving is not None and micro_batches:
         ends = sorted(m.last_backward for m in every)
-        moved = moving.first_values(
-            list(made_of([x for m in micro_batches for x in m.losses])),
-            ends,
-            micro_batches[0].last_backward,
-        )
+        replay = Replay(moving, ends, micro_batches[0].last_backward)
+        moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
     layouts = sample_readings(micro_batches, dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []

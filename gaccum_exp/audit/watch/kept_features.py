@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, row_marks
-from gaccum_exp.core.joined_samples import NotJoinableError, mapped
+from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.nesting import mapped
 
 SAME_ROW = 1e-5
 """How close the marks of two rows are that hold the same numbers, in parts of the largest mark."""
@@ -85,12 +86,11 @@ class KeptFeatures:
         for i, micro_batch in enumerate(self.micro_batches):
             first = micro_batch.losses[0]
             own = [loss for loss in taken if i in owners[loss]]
-            assert first.cotangent is not None
             losses = [
                 replace(
                     self.alive[loss] if len(owners[loss]) == 1 else loss,
                     backward=first.backward,
-                    cotangent=first.cotangent * loss.cotangent,
+                    cotangent=torch.tensor(_by(first) * _by(loss)),
                 )
                 for loss in own
             ]

@@ -21,7 +21,7 @@ from gaccum_exp.audit.causes.loss_coupling import coupling_of
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
-from gaccum_exp.audit.watch.moving_state import FirstValues
+from gaccum_exp.audit.watch.first_values import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
