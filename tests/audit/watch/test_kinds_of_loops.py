@@ -626,7 +626,7 @@ def scaled_unscaled_and_clipped() -> Stepped:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop_is_judged_with_its_cause(name: str) -> None:
-    """By verdict, and by cause where there is one; as its measured gradient is the large batch's or not."""
+    """By verdict and cause, and the measured gradient is the large batch's where none is named."""
     run_it, verdict, cause = LOOPS[name]
     audit, gap, rounding = run_it()
     assert (gap <= rounding) == (verdict != "biased"), gap

@@ -5,6 +5,7 @@ Every loop is measured against the loss of the whole window, taken by hand in fl
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,7 +43,7 @@ def linear(inputs: int = 5, outputs: int = 3) -> nn.Module:
 
 def tanh(*widths: int) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())][:-1]).double()
 
 
