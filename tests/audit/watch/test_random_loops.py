@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from experiments.random_loops.judge import (
@@ -19,17 +19,18 @@ from experiments.random_loops.source import text_of
 
 SCOPE = Scope()
 PLANTED = sorted(FAULTS)
-A_FEW = settings(
-    max_examples=6,
+A_DOZEN = settings(
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],  # to shrink one that fails takes minutes, and it prints itself
     suppress_health_check=list(HealthCheck),
 )
 DRAWS = st.randoms(use_true_random=False)
 
 
-@A_FEW
+@A_DOZEN
 @given(DRAWS)
 def test_watch_accuses_no_random_sound_loop(rng: random.Random) -> None:
     """Each is the large batch's to rounding, measured without `watch` before it is judged."""
@@ -37,7 +38,7 @@ def test_watch_accuses_no_random_sound_loop(rng: random.Random) -> None:
     assert outcome.said == "sound", f"{text_of(outcome.plan)}\n{outcome.plan}\n{outcome.audit}"
 
 
-@A_FEW
+@A_DOZEN
 @given(DRAWS, st.sampled_from(PLANTED))
 def test_watch_catches_every_random_faulty_loop(rng: random.Random, fault: str) -> None:
     """Biased, and with the cause that names the planted fault; or inconclusive, and never sound."""
