@@ -111,6 +111,8 @@ class Rerun:
     draws: Draws = field(default_factory=Draws)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered for every run: puts the state in place that the window began with."""
+    hooks: bool = True
+    """Whether the hooks on parameters, which change gradients, are a part of the model."""
     saved: SavedForBackward = field(default_factory=SavedForBackward)
     """Of the forward passes of all micro-batches, in the window's own precision."""
 
@@ -222,7 +224,7 @@ class Rerun:
         outermost = not torch.is_autocast_enabled(self._device.type)
         why = "numbers come from a generator of the model's own"
         drawn = partial(self.draws.refuse, why, foreign=True)
-        copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
+        copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn, hooks=self.hooks)
         with random_state_kept(), self.around(), copies as parameters:
             set_random_states(self.starts[0])
             if how.weights_moved:

@@ -80,13 +80,15 @@ def sandbox(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
+    hooks: bool = True,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
     They have no gradients. Real and complex ones are as precise as `dtype`, all of them on `device`, if
-    given. `drawn` is called where a generator that a module holds has been drawn from.
+    given. `drawn` is called where a generator that a module holds has been drawn from. `hooks` on
+    parameters, which change their gradients, are the copies' too.
     """
-    copies = _Copies(dtype, device)
+    copies = _Copies(dtype, device, hooks=hooks)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
     gradients = [(p, p.grad) for p in modules.parameters().values()]
     before = [Entries(vars(m), m._parameters, m._buffers) for m in modules]
@@ -117,8 +119,10 @@ def sandbox(
 class _Copies:
     """One copy of each tensor, however many modules share it."""
 
-    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(
+        self, dtype: torch.dtype | None, device: torch.device | None, *, hooks: bool = True
+    ) -> None:
+        self._dtype, self._device, self._hooks = dtype, device, hooks
         self._made: dict[int, Any] = {}
         self._generators: list[tuple[Any, Any]] = []
         self.objects: dict[int, Entries] = {}
@@ -127,7 +131,8 @@ class _Copies:
     def of_parameter(self, parameter: nn.Parameter | None) -> Any:
         if parameter is not None and id(parameter) not in self._made:
             made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
-            for hook in (parameter._backward_hooks or {}).values():  # they make the gradient, too
+            # They make the gradient, too.
+            for hook in (parameter._backward_hooks or {}).values() if self._hooks else ():
                 made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
             self._made[id(parameter)] = made
         return None if parameter is None else self._made[id(parameter)]

@@ -183,6 +183,12 @@ class _LoopWindow:
         replayed = self._rerun.gradient(RECORDING)
         if (empty := self._without_loss(replayed)) is not None:
             return empty
+        if any(p._backward_hooks for p in self._window.modules.parameters().values()):
+            bare = replace(self._rerun, hooks=False)
+            unhooked = bare.gradient(ACCUMULATED)
+            if multiple(replayed, unhooked, AS_REPLAYED) is not None:
+                # They scale the whole gradient, which is the loop's doing and no model's.
+                self._rerun, replayed = bare, unhooked
         factor = multiple(observed, replayed, AS_REPLAYED)
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
