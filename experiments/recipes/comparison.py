@@ -79,7 +79,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return ‖found − expected‖ / ‖expected‖ over all parameters; a recipe must draw no random numbers."""
+    """Return ‖found − expected‖ / ‖expected‖ over all parameters; of steps that draw nothing."""
     assert found.keys() == expected.keys()
     a, b = (torch.cat([g[name].flatten() for name in expected]) for g in (found, expected))
     return float((a - b).norm() / b.norm())

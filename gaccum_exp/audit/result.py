@@ -82,8 +82,8 @@ class Audit:
     denominator: float | None = None
     """What the window's loss sum is divided by for its mean."""
     cause: str | None = None
-    """One of CAUSES; None where there is nothing to explain. Of `inconclusive` it is what the experiments
-    point to, and not proven."""
+    """One of CAUSES; None where there is nothing to explain. Of `inconclusive` it is what the
+    experiments point to, and not proven."""
     culprit: str | None = None
     """The first culprit's dotted name."""
     culprit_type: str | None = None

@@ -42,8 +42,8 @@ def one_line(error: BaseException, arguments: list[str]) -> str | None:
         key = overridden[1].split("@")[0]
         if (Path(conf_dir()) / key).is_dir():
             return (
-                f"{key}: takes the name of a file ({key}=custom); values are set one by one "
-                f"({key}.key=value, with + in front where it is new), or in a file of your own (--config-dir)"
+                f"{key}: takes the name of a file ({key}=custom); set values one by one ({key}.x=value, "
+                "with + in front where it is new), or write a file of your own (--config-dir)"
             )
         return f"{key}: no such key{nearest(key, _known_keys(arguments))}"
     deepest = cause if isinstance(cause, OmegaConfBaseException) else error
@@ -55,7 +55,9 @@ def _own_folders(arguments: list[str]) -> list[str]:
     """Return the folders of configurations that the command line adds to the program's."""
     flags = ("--config-dir", "-cd")
     after = [value for flag, value in pairwise(arguments) if flag in flags]
-    return after + [a.partition("=")[2] for a in arguments if a.startswith(tuple(f"{f}=" for f in flags))]
+    return after + [
+        a.partition("=")[2] for a in arguments if a.startswith(tuple(f"{f}=" for f in flags))
+    ]
 
 
 def _known_keys(arguments: list[str]) -> list[str]:

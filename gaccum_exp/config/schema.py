@@ -361,7 +361,7 @@ def _take_schedule(config: Config) -> tuple[AccumStage, ...]:
 
 
 def _check_targets(cfg: DictConfig) -> None:
-    """Refuse a block that says what to build neither by `_target_` nor by `terms`, with the likely reason."""
+    """Refuse a block that does not say what to build, with the likely reason."""
     for block in ("model", "criterion", "optimizer"):
         node = cfg[block]
         missing = OmegaConf.is_missing(node, "_target_")

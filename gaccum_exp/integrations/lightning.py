@@ -15,9 +15,10 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
         Trainer(accumulate_grad_batches=4, callbacks=[audit]).fit(model)
         print(audit.audits[0][1])
 
-    `audits` holds (optimizer steps taken before the window, its audit). A window that is biased is warned
-    about, once per cause; a line at the end of the training counts the verdicts; nothing is logged. On
-    several processes it says so once and judges nothing: a window would be all ranks' micro-batches.
+    `audits` holds (optimizer steps taken before the window, its audit). A window that is biased is
+    warned about, once per cause; a line at the end of the training counts the verdicts; nothing is
+    logged. On several processes it says so once and judges nothing: a window would be all ranks'
+    micro-batches.
 
     Args:
         every_n_steps: how often; the first window is always judged, and the last of each epoch where it

@@ -15,9 +15,10 @@ class AuditCallback(DueWindows, TrainerCallback):  # type: ignore[misc]  # which
         Trainer(model, args, train_dataset=data, callbacks=[audit]).train()
         print(audit.audits[0][1])
 
-    `audits` holds (optimizer steps taken before the window, its audit). A window that is biased is warned
-    about, once per cause; a line at the end of the training counts the verdicts; nothing is logged. On
-    several processes it says so once and judges nothing: a window would be all ranks' micro-batches.
+    `audits` holds (optimizer steps taken before the window, its audit). A window that is biased is
+    warned about, once per cause; a line at the end of the training counts the verdicts; nothing is
+    logged. On several processes it says so once and judges nothing: a window would be all ranks'
+    micro-batches.
     The Trainer does not report exceptions to its callbacks: after one inside a window, call `close`.
 
     Args:

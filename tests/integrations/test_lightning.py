@@ -158,8 +158,8 @@ def test_the_callback_judges_every_partial_window_and_counts_the_biased(
         (0, "equivalent"), (1, "biased"), (3, "biased")
     ]  # fmt: skip
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "gradient accumulation: of the windows judged 1 equivalent, 2 biased; see .audits of those after "
-        "1, 3 optimizer steps"
+        "gradient accumulation: of the windows judged 1 equivalent, 2 biased; see .audits of those "
+        "after 1, 3 optimizer steps"
     )
 
 

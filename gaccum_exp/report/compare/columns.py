@@ -156,7 +156,7 @@ class ComparisonRow:
     """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
     envelope: float | None = column(lambda arm: arm.envelope.values[-1] if arm.envelope else None)
     """The largest gap that the controls' envelope reaches."""
-    eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY))
+    eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY), "eval\nppl.", say_loss)
     """exp(eval loss), where the loss counts tokens."""
     tokens_per_s: float | None = column(_last(metrics.TOKENS_PER_S))
     """Median over windows, where the loss counts tokens."""
