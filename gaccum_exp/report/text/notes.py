@@ -53,7 +53,7 @@ def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def _about_reference(group: Group) -> str | None:
     reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
-    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm that finished"
     if reference is None and group.n_multiplies:
         return None
     if reference is None and not any(arm.finished for arm in group.arms):
