@@ -250,7 +250,7 @@ class ConfiguredWindow:
         functions = ", ".join(repr(name) for name, term in names.items() if term.of is not None)
         said = (
             f"{self.reduction.name} takes the function {functions} of each micro-batch's means, and not "
-            "of the window's: use global_mean"
+            "of the window's: use accum.reduction=global_mean"
         )
         return replace(audit, cause=NOT_ADDITIVE, remedy=said)
 

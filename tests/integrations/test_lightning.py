@@ -152,6 +152,31 @@ def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path, kind: Any)
     assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
 
 
+def test_the_callback_judges_every_partial_window_and_counts_the_biased(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However seldom windows are due; the last line of the training says where to look."""
+    audit = integration.AuditCallback(every_n_steps=1000)
+    with pytest.warns(UserWarning, match="each divided by 4"):
+        fit(tmp_path, Lit(), PARTIAL, [audit], max_epochs=2)
+    assert [(step, a.verdict) for step, a in audit.audits] == [
+        (0, "equivalent"), (1, "biased"), (3, "biased")
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "gradient accumulation: of the windows judged 1 equivalent, 2 biased; see .audits of those "
+        "after 1, 3 optimizer steps"
+    )
+
+
+def test_the_callback_says_in_a_line_that_all_is_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end of the training; no window is short, and none but the first is due."""
+    fit(tmp_path, Lit(), EQUAL, [integration.AuditCallback()])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1:] == ["gradient accumulation: of the windows judged 1 equivalent"]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_callback_leaves_the_training_bit_for_bit_as_it_was(tmp_path: Path, dropout: float) -> None:
     """Weights, logged numbers and random state after two epochs; nothing stays attached."""
@@ -389,7 +414,9 @@ def test_a_callback_that_is_never_due_is_an_error() -> None:
 def test_the_callback_judges_nothing_on_several_processes_and_says_so_once() -> None:
     """A rank sees its own micro-batches only, and a gradient of all ranks'."""
     audit = integration.AuditCallback()
-    ranks = SimpleNamespace(world_size=2, global_step=0, optimizers=[None])
+    ranks = SimpleNamespace(
+        world_size=2, global_step=0, optimizers=[None], accumulate_grad_batches=4, num_training_batches=8
+    )
     with pytest.warns(UserWarning, match="one process only"):
         audit.on_train_batch_start(ranks, Lit(), None, 0)
     audit.on_train_batch_start(ranks, Lit(), None, 1)  # a second warning would be an error

@@ -17,7 +17,7 @@ from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
+from gaccum_exp.audit.verdict import DIVIDE_ONCE, REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
@@ -230,8 +230,9 @@ class _LoopWindow:
         elif audit.cause == result.LOSS_SCALE:
             audit = self._with_factor(audit, shares, factor or 1.0, faults[0])
         elif audit.cause == result.NOT_ADDITIVE and window.coupled:
-            names = " and ".join(window.coupled)
-            audit = audit.noting(f"it is {names} that couples samples; the other terms do not")
+            names = " and ".join(dict.fromkeys(window.coupled))
+            others = "; the other terms do not" if len(window.coupled) < len(shares) else ""
+            audit = audit.noting(f"it is {names} that couples samples{others}")
         # Padding may change what a model computes; where the weights explain all, it has not.
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
         proven = (*weighed, result.STALE_OR_MISSING, result.MOVING_STATE)
@@ -317,7 +318,7 @@ class _LoopWindow:
         if len(shares) == 1:
             said = said.removesuffix(f" in {shares[0].name}")
             where = " in their loss" if said.startswith("count ") else ""
-            return replace(audit, remedy=f"micro-batches {said}{where}: use global_mean")
+            return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}")
         what = "divide each term's sum once by what the window counts for it"
         return replace(audit, remedy=f"micro-batches {said}: {what}")
 
@@ -339,7 +340,7 @@ class _LoopWindow:
         empty = [i for i, c in enumerate(shares[0].coefficients or []) if c == 0]
         if empty and math.isclose(audit.scale or 0.0, 1 - len(empty) / accum_steps, rel_tol=1e-4):
             what = f"{len(empty)} of {accum_steps} micro-batches count nothing, and have a share"
-            said = f"{what}: use global_mean"
+            said = f"{what}: {DIVIDE_ONCE}"
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
         divisor = common_divisor([w / shares[0].literal for w in weights]) if not summed else None
         total = off
