@@ -318,14 +318,12 @@ class _LoopWindow:
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
         said = "; ".join(term.said() for term in unequal[:3])
-        off_by = [
-            (t, remedy_of_factor(off, len(t.weights)))
-            for t, off in zip(shares, faults, strict=True)
-            if off != 1
+        every = len(set(faults)) == 1
+        named = [
+            ("" if every else f"of {t.name} the ", off) for t, off in zip(shares, faults, strict=True)
         ]
-        besides = "".join(
-            f"; besides, {'' if len(shares) == 1 else f'in {t.name} '}{what}" for t, what in off_by
-        )
+        offs = [f"{of}{remedy_of_factor(off, audit.accum_steps)}" for of, off in named if off != 1]
+        besides = "".join(f"; besides, {what}" for what in dict.fromkeys(offs))
         if len(shares) == 1:
             said = said.removesuffix(f" in {shares[0].name}")
             where = " in their loss" if said.startswith("count ") else ""
