@@ -131,7 +131,7 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
         scale, denominator = (v if math.isfinite(v) else None for v in (reduction.one_pass_factor(n), n))
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     found = diagnose(rerun, replayed, blank)
-    audit = window.naming_terms(found.audit)
+    audit = found.completed(window.naming_terms(found.audit))
     if found.accumulated64 is None or found.one_pass64 is None:
         return audit
     # Several terms have no denominator in common, and their sum is no multiple of their mean.

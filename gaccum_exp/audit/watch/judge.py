@@ -17,7 +17,7 @@ from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import DIVIDE_ONCE, REMEDIES, multiple, scale_of
+from gaccum_exp.audit.verdict import DIVIDE_ONCE, REMEDIES, multiple, remedy_of_factor, scale_of
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
@@ -245,6 +245,7 @@ class _LoopWindow:
                     "may be wrong: if they are none, give one tensor to all"
                 )
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
+        audit = found.completed(audit)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit
 
     def _here(self, gradient: Gradient) -> Gradient:
@@ -315,12 +316,18 @@ class _LoopWindow:
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
         said = "; ".join(term.said() for term in unequal[:3])
+        every = len(set(faults)) == 1
+        named = [
+            ("" if every else f"of {t.name} the ", off) for t, off in zip(shares, faults, strict=True)
+        ]
+        offs = [f"{of}{remedy_of_factor(off, audit.accum_steps)}" for of, off in named if off != 1]
+        besides = "".join(f"; besides, {what}" for what in dict.fromkeys(offs))
         if len(shares) == 1:
             said = said.removesuffix(f" in {shares[0].name}")
             where = " in their loss" if said.startswith("count ") else ""
-            return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}")
+            return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}{besides}")
         what = "divide each term's sum once by what the window counts for it"
-        return replace(audit, remedy=f"micro-batches {said}: {what}")
+        return replace(audit, remedy=f"micro-batches {said}: {what}{besides}")
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":

@@ -126,7 +126,7 @@ def _counted(constants: Sequence[Factor], term: TermWeights, accum_steps: int) -
     # A multiplication by N takes a division back, as where a trainer divides what comes to it.
     times_n = [n for n in numbers if _one(n / accum_steps)][: len(by_n)]
     own = [f.value for f in constants if f.counted or not _one(f.value * accum_steps)]
-    counted = math.prod(own) * term.literal * (term.counted or 1.0) / accum_steps ** len(times_n)
+    counted = math.prod(own) * term.literal * (term.counted or 1.0) / math.pow(accum_steps, len(times_n))
     # What is counted is whole; an N-th part of it is the average micro-batch's.
     if by_n and not times_n and counted > 0 and not _whole(1 / counted):
         return counted / accum_steps if _whole(accum_steps / counted) else counted
