@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.losses.criteria import TokenCrossEntropy
-from gaccum_exp.core.losses.protocol import Denominator
+from gaccum_exp.core.losses.protocol import Denominator, described
+from gaccum_exp.errors import BadInputError
 
 PER_ELEMENT: tuple[type[nn.Module], ...] = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
@@ -88,6 +89,21 @@ class ReducedAs:
     def __exit__(self, *error: object) -> None:
         for attributes in self._attributes:
             attributes["reduction"] = self._before
+
+
+def one_loss(value: Any, criterion: nn.Module) -> Tensor:
+    """Return what a criterion gives, where that is one loss.
+
+    Raises:
+        BadInputError: it gives losses per sample, or several in a nesting.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
+    raise BadInputError(
+        f"criterion {type(criterion).__name__} returns {described(value)}, whatever its `reduction`: "
+        "let it return one loss, a 0-dim tensor, their sum under reduction='sum'; or use a "
+        "loss_fn(model, micro_batch) -> (loss_sum, denominator), or of several terms a mapping"
+    )
 
 
 class _LabelCount:
