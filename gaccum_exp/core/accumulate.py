@@ -78,11 +78,13 @@ def accumulate_gradients(
 
     Nothing waits for the device, unless the loss function cannot count a micro-batch beforehand: then
     the host reads the window's denominator once. Terms that it cannot count, and functions of a window's
-    sums, take a forward pass without graph more, on all micro-batches but the first.
+    sums, take a forward pass more, on all micro-batches but the first: without graph, unless the loss
+    function takes gradients itself.
 
     Raises:
-        BadInputError: the criterion has no such reduction, or a term breaks its contract; or `cached`
-            cannot be exact, and why.
+        BadInputError: the criterion has no such reduction; or what the loss function returns breaks its
+            contract, has a denominator with a gradient, or contradicts its `count`; or `cached` cannot be
+            exact, and why.
         ValueError: an unknown reduction or strategy, or an empty window.
     """
     chosen = strategy_named(strategy, buffer_dtype)

@@ -7,8 +7,8 @@ expose that number. It comes, in this order, from
 1. the criterion's own method `denominator(*arguments)`, with forward's arguments, if it has one;
 2. a closed form for the criteria of `torch.nn`, which needs the target only, so that a window can be
    counted before its first forward pass;
-3. a probe (`probe`): loss sum over loss mean, in float64, on random outputs of the same shape. Never on
-   the live loss, where it is NaN at loss 0 and 0.6 % off in bfloat16.
+3. a probe (`probe`): loss sum over loss mean, asked of a copy in float64, of the model's outputs, or of
+   random ones where that loss is 0. Never of the live loss, which is 0.6 % off in bfloat16.
 
 What 1 and 3 give need not add up over samples: a clamp or an ε in it is of the window's count, and a
 loss function says so by `window_denominator`.
