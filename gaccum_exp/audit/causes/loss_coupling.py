@@ -5,6 +5,7 @@ row. A row that no sample of the micro-batch moves belongs to another one's samp
 """
 
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -21,15 +22,22 @@ FOREIGN = (
 )
 
 
-def coupling_of(micro_batch: TapedMicroBatch, sizes: dict[TapedCall, int], dim: int) -> str | None:
+def coupling_of(
+    micro_batch: TapedMicroBatch,
+    sizes: dict[TapedCall, int],
+    dim: int,
+    apart: Container[TapedCall] = (),
+) -> str | None:
     """Return how the operations between model and losses mix samples; None where they do not.
 
     Args:
         micro_batch: of the tape.
         sizes: the samples of each call of the model's.
         dim: along which the model's inputs count them.
+        apart: losses that are known to mix them.
     """
-    losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
+    between = [x for x in micro_batch.losses if any(r.call.kind == "between" for r in x.refs())]
+    losses = [loss for loss in between if loss not in apart]
     sizes = {call: sizes[call] for call in micro_batch.models}
     if not losses or max(sizes.values(), default=0) < 1:
         return None

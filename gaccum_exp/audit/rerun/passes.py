@@ -200,7 +200,9 @@ class Rerun:
             if not isinstance(value, Tensor):
                 return value
             dtype = in_precision(value.dtype, torch.float64 if how.float64 else None)
-            return value.to(self.device or value.device, dtype)
+            # A copy each time, for a model may write to its inputs.
+            copied = value.detach().to(self.device or value.device, dtype, copy=True)
+            return copied.requires_grad_(value.requires_grad)
 
         return partial(mapped, leaf)
 

@@ -6,7 +6,6 @@ passes, run again, add up to.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,10 +18,11 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Re
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
+from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
+from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.moving_state import FirstValues
-from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
@@ -74,17 +74,20 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
+    kept = KeptFeatures(micro_batches)
+    micro_batches = kept.with_surrogates(seen.tape)
     moving = seen.tape.moving
     moved = FirstValues()
     if moving is not None and micro_batches:
         ends = sorted(m.last_backward for m in every)
-        moved = moving.first_values(_made_of(micro_batches), ends, micro_batches[0].last_backward)
+        replay = Replay(moving, ends, micro_batches[0].last_backward)
+        moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
     layouts = sample_readings(micro_batches, dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
         try:
-            taped = TapedWindow(modules, micro_batches, layout, moved)
+            taped = TapedWindow(modules, micro_batches, layout, moved, kept.alive)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             judged.append((window, _settled(window.audit(), moved)))
         except Exception as error:  # a model may not take more of what are no samples
@@ -107,18 +110,6 @@ def _under_every_reading(
     else:
         return unordered[0]
     return replace(blank, verdict="inconclusive", detail=why)
-
-
-def _made_of(micro_batches: Sequence[TapedMicroBatch]) -> list[TapedCall]:
-    """Return the calls that the micro-batches' losses are made of."""
-    found: dict[TapedCall, None] = {}
-    waiting = [call for m in micro_batches for call in m.losses]
-    while waiting:
-        call = waiting.pop()
-        if call not in found:
-            found[call] = None
-            waiting += [ref.call for ref in call.refs()]
-    return list(found)
 
 
 def _settled(audit: Audit, moved: FirstValues) -> Audit:

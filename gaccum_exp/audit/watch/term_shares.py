@@ -173,6 +173,8 @@ def _coefficients(
     accum_steps, alone = len(window.sizes), len(window.sizes) == 1
     if window.of_weights_alone(window.column_of(term)):
         return [1 / accum_steps] * accum_steps, False
+    if window.of_the_whole(window.column_of(term)):  # each has the part of its own samples
+        return [1.0] * accum_steps, False
     if alone:  # one micro-batch and its double: a sum doubles, a mean does not
         window = window.doubled()
         rerun = Rerun(window, rerun.device, window.starts, around=rerun.around)
