@@ -82,9 +82,9 @@ def accumulate_gradients(
     function takes gradients itself.
 
     Raises:
-        BadInputError: the criterion has no such reduction; or what the loss function returns breaks its
-            contract, has a denominator with a gradient, or contradicts its `count`; or `cached` cannot be
-            exact, and why.
+        BadInputError: the criterion has no such reduction; what the loss function returns breaks its
+            contract, has a denominator with a gradient, or contradicts its `count`; or `cached` cannot
+            be exact, and why.
         ValueError: an unknown reduction or strategy, or an empty window.
     """
     chosen = strategy_named(strategy, buffer_dtype)
