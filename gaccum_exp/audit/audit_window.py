@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.result import NOT_ADDITIVE, UNEQUAL_DENOMINATORS, Audit
-from gaccum_exp.audit.verdict import remedy_of_counts, scale_of
+from gaccum_exp.audit.result import LOSS_SCALE, NOT_ADDITIVE, UNEQUAL_DENOMINATORS, Audit
+from gaccum_exp.audit.verdict import listed, remedy_of_counts, scale_of
 from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.losses.criterion import as_loss_fn
@@ -27,6 +27,7 @@ from gaccum_exp.core.losses.protocol import (
     terms_of,
     window_denominator,
 )
+from gaccum_exp.core.modes import without_graph
 from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.reductions import GLOBAL_MEAN, Reduction
 from gaccum_exp.core.sample_reading import sample_layouts
@@ -127,11 +128,11 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
     rerun, reduction = Rerun(window, device), window.reduction
     replayed = rerun.gradient(RECORDING)
     if len(window.sizes) == 1:  # the reference itself
-        _, n = rerun.forward(ACCUMULATED64, None)
+        _, n = without_graph(lambda: rerun.forward(ACCUMULATED64, None))
         scale, denominator = (v if math.isfinite(v) else None for v in (reduction.one_pass_factor(n), n))
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     found = diagnose(rerun, replayed, blank)
-    audit = found.completed(window.naming_terms(found.audit))
+    audit = found.completed(window.naming_denominators(window.naming_terms(found.audit)))
     if found.accumulated64 is None or found.one_pass64 is None:
         return audit
     # Several terms have no denominator in common, and their sum is no multiple of their mean.
@@ -163,6 +164,8 @@ class ConfiguredWindow:
         self._layout = sample_layouts(self._micro_batches)[0]
         self.sizes, self.differing = self._layout.sizes, self._layout.differing
         self._whole = self._layout.joined(self._micro_batches)
+        self._pairs: dict[int | None, tuple[float, float, float]] = {}
+        """Loss sum, count and denominator of the forward passes by themselves, as in `_terms`."""
         self._terms: dict[int | None, dict[str, Term]] = {}
         """Of the forward passes by themselves, of each micro-batch and of all samples (None)."""
 
@@ -199,6 +202,11 @@ class ConfiguredWindow:
         result = self._loss_fn(self._model, micro_batch)
         if not isinstance(result, Mapping):
             loss, n = result
+            self._pairs[index] = (
+                float(loss.detach()),
+                float(n),
+                float(window_denominator(self._loss_fn, n)),
+            )
             return loss, window_denominator(self._loss_fn, n) if index is None else n
         self._terms[index] = counted_as(terms_of(result), count(self._loss_fn, micro_batch))
         total = LossTotal(self._loss_fn)
@@ -253,6 +261,30 @@ class ConfiguredWindow:
             "of the window's: use accum.reduction=global_mean"
         )
         return replace(audit, cause=NOT_ADDITIVE, remedy=said)
+
+    def naming_denominators(self, audit: Audit) -> Audit:
+        """Return an audit whose cause is a denominator that is the same whatever a micro-batch holds."""
+        parts = [self._pairs[index] for index in range(len(self.sizes)) if index in self._pairs]
+        whole = self._pairs.get(None)
+        if whole is None or len(parts) < 2 or any(part[2] != whole[2] for part in parts):
+            return audit
+        if audit.cause == LOSS_SCALE and self.reduction.needs_equal_parts:
+            said = (
+                f"each micro-batch's loss sum is divided by a constant, {whole[2]:.6g}, as the large "
+                "batch's is, so that nothing is left to be divided by N: use global_mean"
+            )
+            return replace(audit, remedy=said)
+        # Means, each called the sum of so many: the large batch's is that of all samples.
+        weighed = sum(part[0] * size for part, size in zip(parts, self.sizes, strict=True))
+        if audit.cause == NOT_ADDITIVE and math.isclose(
+            weighed / sum(self.sizes), whole[0], rel_tol=1e-9, abs_tol=1e-12
+        ):
+            said = (
+                f"the loss function returns the denominator {whole[2]:.6g} for every micro-batch, and "
+                f"they hold {listed(self.sizes)} samples: return the losses' sum and what it counts"
+            )
+            return replace(audit, cause=UNEQUAL_DENOMINATORS, remedy=said, detail=None)
+        return audit
 
     def _run(self, window: list[Any], context: ForwardContext) -> None:
         # Each an object of its own, to be known by: a window may hold one twice.

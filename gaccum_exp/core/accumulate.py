@@ -23,6 +23,7 @@ from gaccum_exp.core.losses.protocol import (
     terms_of,
     window_denominator,
 )
+from gaccum_exp.core.modes import without_graph
 from gaccum_exp.core.module_state import held_by, state_put_back
 from gaccum_exp.core.reductions import Reduction, ReductionName, quotient, reduction_named
 from gaccum_exp.core.seeding import random_state_kept, set_random_states
@@ -77,11 +78,13 @@ def accumulate_gradients(
 
     Nothing waits for the device, unless the loss function cannot count a micro-batch beforehand: then
     the host reads the window's denominator once. Terms that it cannot count, and functions of a window's
-    sums, take a forward pass without graph more, on all micro-batches but the first.
+    sums, take a forward pass more, on all micro-batches but the first: without graph, unless the loss
+    function takes gradients itself.
 
     Raises:
-        BadInputError: the criterion has no such reduction, or a term breaks its contract; or `cached`
-            cannot be exact, and why.
+        BadInputError: the criterion has no such reduction; what the loss function returns breaks its
+            contract, has a denominator with a gradient, or contradicts its `count`; or `cached` cannot
+            be exact, and why.
         ValueError: an unknown reduction or strategy, or an empty window.
     """
     chosen = strategy_named(strategy, buffer_dtype)
@@ -209,9 +212,14 @@ def _back_propagate(
             return
         loss, n = pair_of(result)
     else:
-        loss, n = loss_sum(loss_fn, model, micro_batch), counted
+        loss, n = loss_sum(loss_fn, model, micro_batch, counted), counted
     share = quotient(loss, divisor(n))
     if share is not None:
+        if not share.requires_grad:
+            raise BadInputError(
+                f"the loss sum of micro-batch {state.passes_done + 1} has no graph to go back through: "
+                "return it as the model's outputs give it, neither detached nor a number of its own"
+            )
         backward(share)
     loss = out_of_half(loss.detach())
     state.loss_sum = loss if state.loss_sum is None else state.loss_sum + loss
@@ -255,13 +263,18 @@ def _count_terms(
     Of the first the graph is kept meanwhile, so that it need not run twice.
     """
     assert state.terms is not None
-    counting, functions = WindowTerms(len(window)), {n: term for n, term in first.items() if term.of}
-    counting.add(first)
-    with torch.no_grad(), random_state_kept(), state_put_back([model, *held_by(loss_fn)]):
-        for micro_batch, counts in zip(window[1:], state.counts[1:], strict=True):
-            terms = counted_as(terms_of(loss_fn(model, micro_batch)), counts)
-            counting.add(terms)
-            functions |= {n: term for n, term in terms.items() if term.of}
+
+    def counted() -> tuple[WindowTerms, dict[str, Term]]:
+        counting, functions = WindowTerms(len(window)), {n: term for n, term in first.items() if term.of}
+        counting.add(first)
+        with random_state_kept(), state_put_back([model, *held_by(loss_fn)]):
+            for micro_batch, counts in zip(window[1:], state.counts[1:], strict=True):
+                terms = counted_as(terms_of(loss_fn(model, micro_batch)), counts)
+                counting.add(terms)
+                functions |= {n: term for n, term in terms.items() if term.of}
+        return counting, functions
+
+    counting, functions = without_graph(counted)
     torch.clear_autocast_cache()  # of weights that were cast without graph, which older torch gives out
     counting.differentiate(functions)
     state.terms.slopes, state.terms.means = counting.slopes, counting.means

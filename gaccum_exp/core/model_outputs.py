@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gaccum_exp.core.joined_samples import sample_dim
 from gaccum_exp.core.losses.protocol import LossFn, outputs
+from gaccum_exp.core.modes import asks_for_graph
 from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.seeding import random_states, same_states
 from gaccum_exp.core.stand_in import stand_in
@@ -69,7 +70,15 @@ def record(model: nn.Module, loss_fn: LossFn, micro_batch: Any, *, graph: bool =
         handed.append([t.clone() for t in tensors])  # which the loss function may write to
         return _filled(found, handed[-1])
 
-    outputs(loss_fn, stand_in(model, answer), micro_batch)
+    try:
+        outputs(loss_fn, stand_in(model, answer), micro_batch)
+    except RuntimeError as error:
+        if not asks_for_graph(error):
+            raise
+        raise refused(
+            "the loss function takes gradients of the model's outputs itself, as a gradient penalty "
+            "does: it is no function of the outputs alone; use strategy=in_place"
+        ) from error
     for call, copies in zip(calls, handed, strict=True):
         call.written = [t._version > 0 for t in copies]
     return calls

@@ -1,9 +1,9 @@
 """The modes in which a model runs: training or evaluation, compiled or eager."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import (
 )
 
 from gaccum_exp.core.seeding import random_state_kept
+
+T = TypeVar("T")
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's metaclass
@@ -53,6 +55,26 @@ def unobserved() -> Iterator[None]:
             hidden.enter_context(temporarily_clear_interpreter_stack())
         hidden.enter_context(random_state_kept())
         yield
+
+
+def without_graph(run: Callable[[], T]) -> T:
+    """Return what `run` returns without graph, or with one where it takes gradients itself.
+
+    A gradient penalty does. `run` then begins anew, and so has to leave everything as it was.
+    """
+    try:
+        with torch.no_grad():
+            return run()
+    except RuntimeError as error:
+        if not asks_for_graph(error):
+            raise
+    with torch.enable_grad():
+        return run()
+
+
+def asks_for_graph(error: RuntimeError) -> bool:
+    """Whether it is torch's for a gradient of what was computed without graph."""
+    return "does not require grad" in str(error)
 
 
 def eagerly() -> AbstractContextManager[Any]:

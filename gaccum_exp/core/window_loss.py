@@ -19,6 +19,7 @@ from gaccum_exp.core.losses.protocol import (
     Term,
     pair_of,
     plain_count,
+    require_same_count,
     terms_of,
     window_denominator,
 )
@@ -74,7 +75,8 @@ class WindowTerms:
             BadInputError: a weight is another than before.
         """
         for name, term in terms.items():
-            self._add_weight(name, term.weight)
+            if not _is_empty(term):
+                self._add_weight(name, term.weight)
             sums = out_of_half(term.sum.detach())
             if name in self.sums and self.sums[name].shape != sums.shape:
                 raise BadInputError(
@@ -186,7 +188,8 @@ class WindowTerms:
             _require_equal(name, float(given[0]), float(now))
 
     def _weight(self, name: str) -> Denominator:
-        first, *others = self.weights[name]
+        # None was given where nothing counts and a clamp is divided by: times its sum of 0.
+        first, *others = self.weights.get(name, [1.0])
         if others:
             values = torch.stack([w for w in others if isinstance(w, Tensor)]).tolist()
             for value in values:
@@ -239,16 +242,30 @@ def window_counts(counts: Sequence[Counts | None]) -> dict[str, Denominator]:
 
 
 def counted_as(terms: Mapping[str, Term], counts: Counts | None) -> dict[str, Term]:
-    """Return the terms of a micro-batch with the denominators that it was counted to have."""
+    """Return the terms of a micro-batch with the denominators that it was counted to have.
+
+    Raises:
+        BadInputError: they are others than the loss function has returned.
+    """
     if not isinstance(counts, dict):
         return dict(terms)
     found = dict(terms)
     for name, n in counts.items():
+        # One that is left out counts nothing.
+        returned = terms[name].denominator if name in terms else 0.0
+        require_same_count(plain_count(n), returned, f"term {name!r}: ")
         if name in terms:
             found[name] = terms[name]._replace(denominator=plain_count(n))
             if isinstance(n, Clamped):
                 found[name] = found[name]._replace(window=n.window)
     return found
+
+
+def _is_empty(term: Term) -> bool:
+    """Whether a term of a micro-batch adds nothing, as (0.0, 0) does: its weight does not matter."""
+    if isinstance(term.denominator, Tensor) or term.denominator:
+        return False
+    return term.window is None or (term.sum.is_cpu and not term.sum.any())
 
 
 def _value_of(name: str, term: Term, mean: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.cached import Cached
-from gaccum_exp.core.losses.protocol import Counts, LossFn, LossResult, LossWrapper
+from gaccum_exp.core.losses.protocol import Counts, Denominator, LossFn, LossResult, LossWrapper
 from gaccum_exp.core.model_outputs import Call, signature
 from gaccum_exp.core.sample_reading import size_of
 from gaccum_exp.core.strategies import InPlace
@@ -143,6 +143,10 @@ class SizesOnly(LossWrapper):
             return 1.0
         known = self._terms is not None and hasattr(self.wrapped, "count")
         return dict.fromkeys(self._terms or (), 1.0) if known else None
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any, counted: Denominator | None = None) -> Tensor:
+        """Run the model on one micro-batch; return its loss sum, which no count is compared with."""
+        return super().loss_sum(model, micro_batch)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> LossResult:
         """Run the model on one micro-batch; return what needs no value of denominators and weights."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gaccum_exp.audit.rerun.passes import Pass, Rerun
 from gaccum_exp.core.joined_samples import sample_dim
+from gaccum_exp.core.modes import without_graph
 from gaccum_exp.core.module_calls import Key, ModuleCall
 
 TOLERANCE = 1e-9
@@ -36,14 +37,18 @@ class ForwardRuns(NamedTuple):
 def compare_forward(rerun: Rerun, how: Pass) -> ForwardRuns:
     """Run the window forward, whole and in micro-batches, and compare every module's output."""
     sizes = rerun.window.sizes
-    comparison = _Comparison(sizes)
-    rerun.forward(how, 0, comparison.see_shapes)
-    whole = rerun.forward(how, None, comparison.see_whole)
-    parts = [
-        rerun.forward(how, i, partial(comparison.see_part, i) if size else None)
-        for i, size in enumerate(sizes)
-    ]
-    return ForwardRuns(parts, whole, comparison.mixing())
+
+    def compared() -> ForwardRuns:
+        comparison = _Comparison(sizes)
+        rerun.forward(how, 0, comparison.see_shapes)
+        whole = rerun.forward(how, None, comparison.see_whole)
+        parts = [
+            rerun.forward(how, i, partial(comparison.see_part, i) if size else None)
+            for i, size in enumerate(sizes)
+        ]
+        return ForwardRuns(parts, whole, comparison.mixing())
+
+    return without_graph(compared)
 
 
 @dataclass(slots=True)

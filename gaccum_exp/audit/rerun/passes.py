@@ -150,13 +150,14 @@ class Rerun:
     ) -> tuple[float, float]:
         """Run one micro-batch, or all samples (None), forward; return loss sum and denominator.
 
-        `see` gets each call of a module.
+        `see` gets each call of a module. Whether a graph is made is the caller's mode.
         """
-        with self._running(how, see) as (replay, _), torch.no_grad():
+        graph = torch.is_grad_enabled()
+        with self._running(how, see) as (replay, _), torch.set_grad_enabled(graph):
             context = replay.whole(None) if index is None else replay.micro_batch(index)
             with context:
                 loss, denominator = self.window.forward(index, self._cast(how))
-        return float(loss), float(denominator)
+        return float(loss.detach()), float(denominator)
 
     def _accumulated(self, how: Pass, keep: Callable[[Gradient], T], *, apart: bool) -> list[T]:
         """Accumulate; give `keep` the window's gradient, or each micro-batch's own (`apart`)."""

@@ -225,6 +225,8 @@ class _LoopWindow:
             return self._gradient().stale_from_before(audit, replayed)
         if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
+        if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
+            audit = self._with_multiples(audit, found.one_pass64)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, shares, faults)
         elif audit.cause == result.LOSS_SCALE:
@@ -340,6 +342,35 @@ class _LoopWindow:
         said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
 
+    def _with_multiples(self, audit: Audit, one_pass64: Gradient) -> Audit:
+        """Say where each parameter's gradient is another multiple of the large batch's."""
+        found: dict[float, list[str]] = {}
+        for name, gradient in one_pass64.items():
+            own = {name: self._observed.get(name, torch.zeros_like(gradient))}
+            by = multiple(own, {name: gradient}, AS_REPLAYED) if bool(gradient.any()) else 1.0
+            if by is None:
+                return audit
+            by = next((known for known in found if math.isclose(known, by, rel_tol=1e-3)), by)
+            found.setdefault(by, []).append(name)
+        off = {by: names for by, names in found.items() if not math.isclose(by, 1, rel_tol=1e-3)}
+        if not off or len(found) < 2:
+            return audit
+        if self._window.shares_scalars:
+            named = ", ".join([name for names in off.values() for name in names][:3])
+            why = (
+                f"the loop computes with {named} beside the features, and what of that was detached on "
+                "purpose is not seen: freeze it for the window that is judged"
+            )
+            return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
+        said = "; ".join(
+            f"{by:.4g} × the large batch's at {', '.join(names[:3])}"
+            + (" and others" * (len(names) > 3))
+            for by, names in off.items()
+        )
+        why = "what all samples share gets its gradient from every micro-batch's loss"
+        remedy = f"gradient is {said}: {why}, so give it from one, or divide it"
+        return replace(audit, cause=result.LOSS_SCALE, remedy=remedy)
+
     def _with_factor(self, audit: Audit, shares: list[TermShares], factor: float, off: float) -> Audit:
         """Say where a scale comes from; after its last backward pass the gradient was times `factor`."""
         weights = [w / factor for w in shares[0].weights]
@@ -349,7 +380,12 @@ class _LoopWindow:
             what = f"{len(empty)} of {accum_steps} micro-batches count nothing, and have a share"
             said = f"{what}: {DIVIDE_ONCE}"
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
-        divisor = common_divisor([w / shares[0].literal for w in weights]) if not summed else None
+        literal = shares[0].literal
+        means = [term.weights for term in shares if not term.summed]
+        readings = [weights, [sum(each) / factor for each in zip(*means, strict=True)]]
+        divisors = [None if summed else common_divisor([w / literal for w in each]) for each in readings]
+        # Terms may have their mean taken: then their weights make one of a loss together.
+        divisor = next((d for d in divisors if d in (1, accum_steps)), divisors[0])
         total = off
         if self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3):
             said = f"gradient is {factor:.4g} × the large batch's: it was unscaled twice"

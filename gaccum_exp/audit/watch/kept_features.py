@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, row_marks
+from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, leaves, row_marks
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.nesting import mapped
 
@@ -61,6 +61,9 @@ class KeptFeatures:
                     ref, shape = OutputRef(call, place), call.outputs[place][0][1:]
                     found = [_Row(m, ref, k, self._owner[call]) for k, m in enumerate(marks.tolist())]
                     self._rows.setdefault(shape, []).extend(found)
+
+        for call in [c for c in self.alive if c.kind == "loss"]:
+            self.alive[call] = _undetached(self.alive[call])
 
     def with_surrogates(self, tape: Tape) -> list[TapedMicroBatch]:
         """Return the micro-batches; for surrogates, each with the loss whose gradient it was given.
@@ -150,6 +153,28 @@ def _depth(call: TapedCall, depths: dict[TapedCall, int]) -> int:
     if call not in depths:
         depths[call] = max((_depth(ref.call, depths) + 1 for ref in call.refs()), default=0)
     return depths[call]
+
+
+def _undetached(call: TapedCall) -> TapedCall:
+    """Return the call with scalars of the model's alive that were detached.
+
+    A scale that all samples share gets its gradient from every micro-batch's loss, so that a loop may
+    detach a part of it; the features of samples are detached for their own sake.
+    """
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, OutputRef) or x.call.kind == "model":
+            return x
+        first = x.call.arguments.get(0)
+        scalar = x.call.outputs[x.place][0] == () if x.call.outputs else False
+        if scalar and not x.call.has_graph and isinstance(first, OutputRef):
+            return leaf(first)
+        made = _undetached(x.call)
+        return x if made is x.call else OutputRef(made, x.place)
+
+    arguments = mapped(leaf, call.arguments)
+    same = all(a is b for a, b in zip(leaves(arguments), leaves(call.arguments), strict=True))
+    return call if same else replace(call, arguments=arguments)
 
 
 def _by(loss: TapedCall) -> float:

@@ -229,9 +229,16 @@ class Tape:
         """Return the losses that reached judged parameters, with the model's calls, as micro-batches."""
         used = [c for c in self.calls if c.kind == "loss" and c.cotangent is not None]
         inner = {id(ref.call) for c in used for ref in _all_refs(c)}
+        # What a model puts out is no loss of its own where the loop's losses are made of it.
+        made = [c for c in used if c.function is not models_own_loss]
+        taken = {(id(r.call), r.place) for c in made for x in (c, *_calls_of(c)) for r in x.refs()}
         pieces: list[TapedMicroBatch] = []
         for loss in used:
             if id(loss) in inner or loss.backward not in self.reached:
+                continue
+            if loss.function is models_own_loss and any(
+                (id(ref.call), ref.place) in taken for ref in loss.refs()
+            ):
                 continue
             sources = loss.sources()
             sharing = [p for p in pieces if sources & set(p.models)]
@@ -274,6 +281,10 @@ def _losses(piece: TapedMicroBatch) -> list[TapedCall]:
 def _all_refs(call: TapedCall) -> list[OutputRef]:
     """Return the outputs that a loss is made of, from near to far."""
     return [r for ref in call.refs() if ref.call.kind != "model" for r in (ref, *_all_refs(ref.call))]
+
+
+def _calls_of(call: TapedCall) -> list[TapedCall]:
+    return [ref.call for ref in _all_refs(call)]
 
 
 def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMicroBatch]:

@@ -22,6 +22,7 @@ from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.first_values import FirstValues
+from gaccum_exp.audit.watch.kept_features import made_of
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
@@ -296,6 +297,15 @@ class TapedWindow:
     def of_the_whole(self, column: int) -> bool:
         """Whether each micro-batch's loss is one over all of the window's features."""
         return bool(self._losses[column].whole)
+
+    @property
+    def shares_scalars(self) -> bool:
+        """Whether the loop makes scalars of its own from the model's for a loss of kept features."""
+        losses = [call for column in self._losses for call in column.whole]
+        return any(
+            call.kind == "between" and call.outputs[:1] and call.outputs[0][0] == ()
+            for call in made_of(losses)
+        )
 
     def sums(self, column: int) -> bool:
         """Whether a loss is known to reduce by a sum."""

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gaccum_exp.core.dtypes import is_inexact, wide
-from gaccum_exp.core.losses.denominator import ReducedAs
+from gaccum_exp.core.losses.denominator import ReducedAs, one_loss
 from gaccum_exp.core.modes import evaluation_mode
 from gaccum_exp.core.module_state import own_attributes, version_of
 from gaccum_exp.core.nesting import tensors_in
 from gaccum_exp.core.seeding import seed_host
 
-NARROW, WIDE = (0.9, 0.5), (20.0, 0.0)
-"""Width and middle of random outputs: inside the domain of probabilities and of logits alike; and where
-these have a loss of zero, as those of a hinge may."""
+NARROW, WIDE, AROUND_ZERO = (0.9, 0.5), (20.0, 0.0), (2.0, 0.0)
+"""Width and middle of random outputs: inside the domain of probabilities and of logits alike; where
+these have a loss of zero, as those of a hinge may; and of both signs, as a threshold may ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ def together(*parts: Samples) -> Samples:
         shapes.append((torch.Size((sum(shape[0] for shape, _ in each), *first[1:])), kind))
     targets = [of(values) for values in zip(*(part.targets for part in parts), strict=True)]
     given = [part.outputs for part in parts if part.outputs is not None]
-    return Samples(shapes, targets, [of(v) for v in zip(*given, strict=True)] if given else None)
+    known = len(given) == len(parts)
+    return Samples(shapes, targets, [of(v) for v in zip(*given, strict=True)] if known else None)
 
 
 def make_one_batch(one: Samples, other: Samples) -> bool:
@@ -129,6 +130,8 @@ class CriterionCopies:
     def __init__(self, criterion: nn.Module, arguments: Callable[[Any, Any], list[Any]]) -> None:
         self._criterion, self._arguments = criterion, arguments
         self._state: list[Any] = []
+        self._asked = criterion
+        """What has answered last."""
         self._copy: tuple[nn.Module, list[Any]] | None = None
         """With its state when it was made."""
         self.changes = 0
@@ -152,25 +155,47 @@ class CriterionCopies:
         copied: Any = self._copied()
         return float(copied.denominator(*self._arguments(samples.outputs, samples.targets)))
 
-    def gradients_parallel(self, samples: Samples, outputs: list[Tensor], n: float) -> bool:
-        """Whether the gradient of the sum is n times that of the mean."""
-        leaves = [t.clone().requires_grad_() for t in outputs]
-        gradients = []
+    def own_denominator_has_graph(self, samples: Samples) -> bool:
+        """Whether the criterion's own method gives what has a gradient, by outputs or parameters."""
+        assert samples.outputs is not None
+        copied: Any = self._copied()
         with torch.enable_grad():
+            leaves = [t.clone().requires_grad_(is_inexact(t)) for t in samples.outputs]
+            n = copied.denominator(*self._arguments(leaves, samples.targets))
+        return isinstance(n, Tensor) and n.requires_grad
+
+    def gradients_parallel(self, samples: Samples, outputs: list[Tensor], n: float) -> bool:
+        """Whether the gradient of the sum is n times that of the mean.
+
+        By the outputs, and by all that the criterion reads itself: class weights may be learned.
+        """
+        leaves = [t.clone().requires_grad_(is_inexact(t)) for t in outputs]
+        with torch.enable_grad():
+            values, own = [], []
             for reduction in ("sum", "mean"):
-                value = self._answer(reduction, samples, leaves, 0)
-                gradients.append(torch.autograd.grad(value, leaves, materialize_grads=True))
-        return not n > 0 or all(
-            torch.allclose(of_sum, n * of_mean, rtol=1e-6, atol=1e-12)
-            for of_sum, of_mean in zip(*gradients, strict=True)
-        )
+                values.append(self._answer(reduction, samples, leaves, 0))
+                own.append(_trained_in(self._asked))
+        if not n > 0 or not any(value.requires_grad for value in values):
+            return True
+        known = {id(t) for t in (*leaves, *own[0], *own[1])}
+        beside = {id(t): t for value in values for t in _leaves_of(value) if id(t) not in known}
+        gradients = [
+            torch.autograd.grad(
+                value,
+                [*(t for t in leaves if t.requires_grad), *held, *beside.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for value, held in zip(values, own, strict=True)
+        ]
+        return all(_alike(of_sum, n * of_mean) for of_sum, of_mean in zip(*gradients, strict=True))
 
     def _answer(self, reduction: str, samples: Samples, outputs: list[Tensor], seed: int) -> Tensor:
-        module = self._copied()
+        module = self._asked = self._copied()
         seed_host(seed)
         quiet = evaluation_mode(module) if self.as_in_evaluation else nullcontext()
         with ReducedAs(module, reduction), quiet:
-            value: Tensor = module(*self._arguments(outputs, samples.targets))
+            value = one_loss(module(*self._arguments(outputs, samples.targets)), self._criterion)
         self.is_coarse |= value.dtype != torch.float64
         return value
 
@@ -197,7 +222,8 @@ class CriterionCopies:
                 if isinstance(leaf, nn.Parameter):
                     memo[id(leaf)] = nn.Parameter(as_asked(leaf, copied=True), leaf.requires_grad)
                 elif isinstance(leaf, Tensor):
-                    memo[id(leaf)] = as_asked(leaf, copied=True)
+                    trained = leaf.requires_grad and leaf.is_leaf
+                    memo[id(leaf)] = as_asked(leaf, copied=True).requires_grad_(trained)
         copied = copy.deepcopy(self._criterion, memo)
         self._copy = copied, list(_state_of(copied))
         return copied
@@ -226,6 +252,34 @@ def _state_of(criterion: nn.Module) -> Iterator[Any]:
                     yield _Version(weakref.ref(leaf), version_of(leaf))
                 else:
                     yield leaf if isinstance(leaf, (int, float, str, type(None))) else id(leaf)
+
+
+def _trained_in(criterion: nn.Module) -> list[Tensor]:
+    """Return the tensors of a criterion that get a gradient, in order."""
+    found = [leaf for module in criterion.modules() for leaf in tree_leaves(vars(module))]
+    every = {id(t): t for t in found if isinstance(t, Tensor) and t.requires_grad and t.is_leaf}
+    return list(every.values())
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients are equal but for the rounding of their type."""
+    within = 1e-6 if one.dtype in (torch.float64, torch.complex128) else 1e-3
+    of_both = [wide(g.to_dense() if g.is_sparse else g) for g in (one, other)]
+    return torch.allclose(of_both[0], of_both[1], rtol=within, atol=1e-12)
+
+
+def _leaves_of(value: Tensor) -> list[Tensor]:
+    """Return the tensors at the ends of a value's graph."""
+    found, seen, waiting = list[Tensor](), set[Any](), [value.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(before for before, _ in node.next_functions)
+    return found
 
 
 def as_asked(tensor: Any, copied: bool = False) -> Any:

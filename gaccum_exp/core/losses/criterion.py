@@ -14,6 +14,7 @@ from gaccum_exp.core.losses.denominator import (
     ReducedAs,
     closed_form,
     is_kind,
+    one_loss,
 )
 from gaccum_exp.core.losses.micro_batch import Keywords, outputs_in, run_model, split_micro_batch
 from gaccum_exp.core.losses.probe import Probe, Refusal
@@ -75,7 +76,13 @@ class CriterionLoss:
 
     def window_denominator(self, count: Denominator) -> Denominator:
         """Return what a window that counts so much is divided by: a clamp is of the window's count."""
-        return count if self._probe is None else self._probe.window_denominator(float(count))
+        if self._probe is None:
+            return count
+        found = self._probe.window_denominator(float(count))
+        if not isinstance(found, Refusal):
+            return found
+        self._refuse(found)
+        return count
 
     def outputs(self, model: nn.Module, micro_batch: Any) -> Any:
         """Run the model alone on one micro-batch."""
@@ -119,8 +126,8 @@ class CriterionLoss:
                 f"against the target {tuple(targets[0].shape)}: give them the same shape"
             )
         with self._reduced:
-            loss: Tensor = self.criterion(*self._arguments(outputs, targets))
-        return loss
+            loss = self.criterion(*self._arguments(outputs, targets))
+        return one_loss(loss, self.criterion)
 
     def _denominator(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Denominator:
         counted = targets[0] if targets else outputs[0]

@@ -7,8 +7,8 @@ expose that number. It comes, in this order, from
 1. the criterion's own method `denominator(*arguments)`, with forward's arguments, if it has one;
 2. a closed form for the criteria of `torch.nn`, which needs the target only, so that a window can be
    counted before its first forward pass;
-3. a probe (`probe`): loss sum over loss mean, in float64, on random outputs of the same shape. Never on
-   the live loss, where it is NaN at loss 0 and 0.6 % off in bfloat16.
+3. a probe (`probe`): loss sum over loss mean, asked of a copy in float64, of the model's outputs, or of
+   random ones where that loss is 0. Never of the live loss, which is 0.6 % off in bfloat16.
 
 What 1 and 3 give need not add up over samples: a clamp or an ε in it is of the window's count, and a
 loss function says so by `window_denominator`.
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.losses.criteria import TokenCrossEntropy
-from gaccum_exp.core.losses.protocol import Denominator
+from gaccum_exp.core.losses.protocol import Denominator, described
+from gaccum_exp.errors import BadInputError
 
 PER_ELEMENT: tuple[type[nn.Module], ...] = (
     nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
@@ -88,6 +89,21 @@ class ReducedAs:
     def __exit__(self, *error: object) -> None:
         for attributes in self._attributes:
             attributes["reduction"] = self._before
+
+
+def one_loss(value: Any, criterion: nn.Module) -> Tensor:
+    """Return what a criterion gives, where that is one loss.
+
+    Raises:
+        BadInputError: it gives losses per sample, or several in a nesting.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
+    raise BadInputError(
+        f"criterion {type(criterion).__name__} returns {described(value)}, whatever its `reduction`: "
+        "let it return one loss, a 0-dim tensor, their sum under reduction='sum'; or use a "
+        "loss_fn(model, micro_batch) -> (loss_sum, denominator), or of several terms a mapping"
+    )
 
 
 class _LabelCount:

@@ -1,20 +1,27 @@
 """The denominator of an unknown criterion, found by asking it for sums and means.
 
-Its denominator D of some samples is its sum over its mean, in float64, on random outputs of the right
-shape; or its own method says it. What the samples *count*, n, adds up over samples, and D need not:
+Its denominator D of some samples is its sum over its mean, in float64, of the model's outputs, or, where
+its loss of these is zero, of random ones of the same shape; or its own method says it. What the samples
+*count*, n, adds up over samples, and D need not:
 
     D = n              the sum is divided by what is counted
     D = max(c, n)      and by c at least, as where nothing is found: max(1, boxes)
     D = n + ε          lest it be divided by zero
+    D = min(C, n)      and by no more than C
 
 A window counts Σnᵢ, and its one denominator is that function of the count: a clamp is of the window's
 count, and ε is added once. Which of these holds, and what a micro-batch counts whose D does not show
 it, D of k copies of the samples tells, since they count k·n; or D beside samples that count much. What
 agrees with none of them, e.g. a division by √n, is refused.
+
+D may depend on the outputs' values without a gradient, as a count of those above a threshold does; one
+that has a gradient is refused. The first micro-batches are looked at joined, too: what couples samples
+need not show in one of few.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.losses.asked_criterion import (
+    AROUND_ZERO,
     NARROW,
     WIDE,
     CriterionCopies,
@@ -33,6 +41,7 @@ from gaccum_exp.core.losses.asked_criterion import (
 )
 from gaccum_exp.core.modes import unobserved
 from gaccum_exp.core.seeding import drawn_since
+from gaccum_exp.errors import BadInputError
 
 FINE, COARSE = 1e-11, 1e-6
 """Relative rounding of D where the criterion computes in float64, and in float32 of its own accord."""
@@ -40,7 +49,10 @@ MOST_COPIES, FEWEST_COPIES, MOST_ELEMENTS = 4096, 16, 2**20
 """Of the samples, in search of a count far below a clamp, and elements of outputs in all of them."""
 MOST_AT_ONCE = 2**24
 """Elements of outputs of which copies are made, or that are kept."""
+LOOKS, MOST_LOOKED_AT = 8, 2**18
+"""Micro-batches that are looked at joined, and elements of each; later ones are at 16, 32, 64, …"""
 NOT_ADDITIVE = "its denominator over a batch is not the sum over the batch's parts"
+NOT_A_SUM = "its sum over a batch is not the sum over the batch's parts"
 NOT_A_RATIO = "its mean is not its sum divided by a count"
 ATTEMPTS = 6
 """At random outputs whose loss is not zero."""
@@ -64,8 +76,9 @@ class RefusedError(Exception):
 
 @dataclass(slots=True)
 class DenominatorForm:
-    """A denominator as a function of what is counted: max(floor, count + offset)."""
+    """A denominator as a function of what is counted: min(cap, max(floor, count + offset))."""
 
+    cap: float = math.inf
     floor: float | None = None
     """None: none has shown."""
     offset: float | None = None
@@ -75,7 +88,7 @@ class DenominatorForm:
 
     def __call__(self, count: float) -> float:
         """Return the denominator of samples that count so much."""
-        return max(self.floor or 0.0, count + (self.offset or 0.0))
+        return min(self.cap, max(self.floor or 0.0, count + (self.offset or 0.0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,17 @@ class _Seen:
     count: float
     offset: float | None = None
     floor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """A micro-batch that later ones are joined with."""
+
+    samples: Samples
+    count: float
+    """NaN: of the samples that are kept it is not known."""
+    changes: int
+    """How often the criterion had changed when they were counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +126,8 @@ class Probe:
     """Finds what each micro-batch counts under an unknown criterion, and its denominator's form.
 
     That its sum adds up, and that its mean is parallel to it, is checked on the first micro-batch whose
-    loss is not zero. What a micro-batch counts is its denominator, one sum and one mean, wherever that
+    loss is not zero, and that micro-batches joined give what they give apart on the first LOOKS. What a
+    micro-batch counts is its denominator, one sum and one mean, wherever that
     is larger than the smallest seen, and no more or fewer of its samples count than was seen; else it is
     looked at closely.
 
@@ -116,6 +141,13 @@ class Probe:
         self._own = getattr(criterion, "denominator", None)
         self._arguments = arguments
         self._inspected = False
+        self._reads_outputs = self._own is not None
+        """Whether the denominator depends on the outputs' values."""
+        self._draws = self._in_evaluation = False
+        """Whether it draws random numbers even as in evaluation; and whether it is compared so."""
+        self._looks, self._looked = 0, list[_Looked]()
+        self._checked_up_to = 0.0
+        """The largest count whose denominator was looked at."""
         self._within = FINE
         self._form = DenominatorForm()
         self._smallest = math.inf
@@ -130,44 +162,115 @@ class Probe:
     def count(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> float | Refusal:
         """Return what a micro-batch counts, or why nothing can be said to be counted.
 
-        Of the outputs the shapes are used; only a criterion's own `denominator` gets their values.
+        Raises:
+            BadInputError: the criterion does not return one loss.
         """
+        return self._asking(lambda: self._count(outputs, targets))
+
+    def window_denominator(self, count: float) -> float | Refusal:
+        """Return the denominator of a window that counts so much, or why it has none."""
+        if count > self._checked_up_to:
+            refusal = self._asking(lambda: self._check(count))
+            if isinstance(refusal, Refusal):
+                return refusal
+        return self._form(count)
+
+    def _asking(self, ask: Callable[[], float]) -> float | Refusal:
         try:
             with unobserved(), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self._criterion.look()
-                if self._inspected and self._own is not None:
-                    denominator = float(self._own(*self._arguments(outputs, targets)))
-                    rows = outputs[0].shape[0]
-                    if self._is_plain(denominator, rows):
-                        return denominator - (self._form.offset or 0.0)
-                shapes = [(t.shape, t.is_complex()) for t in outputs]
-                values = [as_asked(t) for t in outputs] if self._own is not None else None
-                asked = [tree_map_only(Tensor, as_asked, t) for t in targets]
-                samples = Samples(shapes, asked, values)
-                if not self._inspected:
-                    few = max(2, MOST_AT_ONCE * samples.rows // max(1, samples.elements))
-                    self._inspect(samples.cut(slice(0, few)) if few < samples.rows else samples)
-                return self._counted(samples)
+                return ask()
         except RefusedError as error:
             return error.refusal
+        except BadInputError:
+            raise
         except Exception as error:  # the user's code, on values that it has not seen before
             first = (str(error).splitlines() or [""])[0]
             return Refusal(
                 f"it could not be asked for its denominator ({type(error).__name__}: {first})"
             )
 
-    def window_denominator(self, count: float) -> float:
-        """Return the denominator of a window that counts so much."""
-        return self._form(count)
+    def _count(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> float:
+        if self._own is not None and self._looks >= LOOKS:
+            denominator = float(self._own(*self._arguments(outputs, targets)))
+            if self._is_plain(denominator, outputs[0].shape[0]):
+                return denominator - (self._form.offset or 0.0)
+        shapes = [(t.shape, t.is_complex()) for t in outputs]
+        # torch.func hands on tensors without values to be read.
+        no_values = any(map(torch._C._functorch.is_functorch_wrapped_tensor, outputs))
+        values = None if no_values else [as_asked(t) for t in outputs]
+        samples = Samples(shapes, [tree_map_only(Tensor, as_asked, t) for t in targets], values)
+        if not self._inspected:
+            few = max(2, MOST_AT_ONCE * samples.rows // max(1, samples.elements))
+            self._inspect(samples.cut(slice(0, few)) if few < samples.rows else samples)
+        count = self._counted(samples)
+        self._looks += 1
+        if self._looks <= LOOKS or self._looks & (self._looks - 1) == 0:
+            self._look_at_joined(samples, count)
+        return count
+
+    def _check(self, count: float) -> float:
+        """Check the denominator of as many copies of some samples as count so much: it may be capped."""
+        self._recount_witnesses()
+        witness = next((w for w in reversed(self._witnesses) if w.samples and w.samples.joinable), None)
+        if witness is not None:
+            assert witness.samples is not None
+            most = max(1, MOST_ELEMENTS // max(1, witness.samples.elements))
+            copies = min(math.ceil(count / witness.count), most, MOST_COPIES)
+            self._require_form(together(*[witness.samples] * copies), copies * witness.count)
+        self._checked_up_to = 2 * count
+        return count
+
+    def _look_at_joined(self, samples: Samples, count: float) -> None:
+        """Check that micro-batches joined have the sum and the denominator that they have apart."""
+        ask, few = self._criterion, MOST_LOOKED_AT * samples.rows // max(1, samples.elements)
+        if not few or not samples.joinable:
+            return
+        if few < samples.rows:
+            samples, count = samples.cut(slice(0, few)), math.nan
+        others = [s for s in self._looked if make_one_batch(s.samples, samples)]
+        self._looked = [*self._looked[1 - LOOKS :], _Looked(samples, count, ask.changes)]
+        if not others:
+            return
+        parts = [*(other.samples for other in others), samples]
+        whole, sizes = together(*parts), [part.rows for part in parts]
+        ask.as_in_evaluation = self._in_evaluation
+        for outputs in [] if self._draws else [whole.draw(self._looks), whole.outputs]:
+            if outputs is None:
+                continue
+            pieces = zip(*(torch.split(t, sizes) for t in outputs), strict=True)
+            sums = [ask.sum(part, list(of)) for part, of in zip(parts, pieces, strict=True)]
+            total = ask.sum(whole, outputs)
+            if all(map(math.isfinite, [total, *sums])) and not self._adds_up(total, sums):
+                raise RefusedError(NOT_A_SUM)
+        ask.as_in_evaluation = False
+        if math.isfinite(count) and all(math.isfinite(other.count) for other in others):
+            # What was counted of an earlier state of the criterion is not of this one.
+            counts = [
+                other.count if other.changes == ask.changes else self._counted(other.samples)
+                for other in others
+            ]
+            self._require_form(whole, sum(counts) + count)
+
+    def _require_form(self, samples: Samples, count: float) -> None:
+        """Refuse a denominator of samples that count so much which is not as the form has it."""
+        found, expected = self._denominator(samples), self._form(count)
+        if math.isnan(found):
+            return
+        # What grew with the samples and then stays, however many they are, is capped.
+        may_be = self._witnesses and found < expected and self._form.cap == math.inf
+        if may_be and self._same(found, self._denominator(together(samples, samples))):
+            self._form.cap = expected = found
+        self._require_same(found, expected)
 
     def _inspect(self, samples: Samples) -> None:
         """Check that the criterion is a sum over samples, divided by what does not depend on outputs."""
         ask = self._criterion
         xs, total, attempt = self._draw(samples, seed=0)
         if drawn_since(attempt):  # asked as in evaluation it may draw nothing, and can be compared
-            ask.as_in_evaluation = True
+            ask.as_in_evaluation = self._in_evaluation = True
             xs, total, attempt = self._draw(samples, seed=0)
-        drew = drawn_since(attempt)
+        drew = self._draws = drawn_since(attempt)
         self._inspected = total != 0
         self._within = COARSE if ask.is_coarse else FINE
         ys = samples.draw(ATTEMPTS, WIDE if attempt else NARROW)
@@ -176,26 +279,46 @@ class Probe:
         parts = [samples.cut(rows) for rows in (slice(0, half), slice(half, None)) if half]
         # Where it draws, the sums of other samples are of other draws.
         of_twice = ask.sum(twice, both)
-        additive = drew or _adds_up(of_twice, [total, ask.sum(samples, ys)])
+        additive = drew or self._adds_up(of_twice, [total, ask.sum(samples, ys)])
         if not additive and self._same(of_twice, ask.mean(twice, both)):
             raise RefusedError("its `reduction` changes nothing", has_sum=False)
         if self._own is None:
-            n, other = self._denominator(samples), self._denominator(samples, seed=1)
-            other = n if math.isnan(other) else other
-            depends = n > 0 and not math.isclose(n, other, rel_tol=COARSE)
-            if depends or not ask.gradients_parallel(samples, xs, n):
-                raise RefusedError(NOT_A_RATIO)
-            self._within = self._within if self._same(n, other) else COARSE
+            self._inspect_ratio(samples, xs)
+        elif ask.own_denominator_has_graph(samples):
+            raise RefusedError("its denominator has a gradient, which would be lost")
         if parts and not drew:
             rows = ([x[:half] for x in xs], [x[half:] for x in xs])
             sums = [ask.sum(part, values) for part, values in zip(parts, rows, strict=True)]
-            additive = additive and _adds_up(total, sums)
+            additive = additive and self._adds_up(total, sums)
         if not additive:
-            raise RefusedError("its sum over a batch is not the sum over the batch's parts")
+            raise RefusedError(NOT_A_SUM)
         if parts and samples.joinable:
             counts = [self._counted(part) for part in parts]
             self._require_same(self._counted(samples), sum(counts))
         ask.as_in_evaluation = False
+
+    def _inspect_ratio(self, samples: Samples, xs: list[Tensor]) -> None:
+        """Check that sum and mean are parallel; see whether the denominator depends on the outputs."""
+        ask, drawn = self._criterion, replace(samples, outputs=None)
+        n = self._denominator(drawn)
+        if not ask.gradients_parallel(samples, xs, n):
+            raise RefusedError(NOT_A_RATIO)
+        live = self._denominator(samples)
+        if samples.outputs is not None and not ask.gradients_parallel(samples, samples.outputs, live):
+            raise RefusedError(NOT_A_RATIO)
+        other = self._denominator(drawn, seed=1)
+        self._within = self._within if self._same(n, other) or math.isnan(other) else COARSE
+        # Of few samples a clamp may hide what is counted.
+        copies = max(1, min(FEWEST_COPIES, MOST_ELEMENTS // max(1, drawn.elements)))
+        many = together(*[drawn] * copies) if drawn.joinable else drawn
+        found = []
+        for seed, within in enumerate((NARROW, NARROW, WIDE, AROUND_ZERO)):
+            ys = many.draw(seed, within)
+            with suppress(Exception):  # the user's code, perhaps outside of its domain
+                total = ask.sum(many, ys)
+                found.append(total / ask.mean(many, ys) if total else 0.0)
+        known = [d for d in found if math.isfinite(d)]
+        self._reads_outputs = not all(math.isclose(d, known[0], rel_tol=COARSE) for d in known)
 
     def _counted(self, samples: Samples) -> float:
         """Return what the samples count, from as few questions as tell."""
@@ -204,8 +327,10 @@ class Probe:
             return self._counted_beside_others(samples)
         if not math.isfinite(denominator) or denominator < 0:
             raise RefusedError(NOT_A_RATIO)
-        if self._is_plain(denominator, samples.rows):
+        capped = denominator >= self._form.cap * (1 - COARSE)
+        if capped or self._is_plain(denominator, samples.rows):
             return self._rounded(denominator - (self._form.offset or 0.0), denominator)
+        samples = self._kept(samples, denominator)
         self._recount_witnesses()
         if samples.elements > MOST_AT_ONCE and samples.rows > 1 and samples.joinable:
             half = samples.rows // 2  # several copies would not fit into memory
@@ -237,6 +362,18 @@ class Probe:
         self._smallest = min(self._smallest, denominator)
         return count
 
+    def _kept(self, samples: Samples, denominator: float) -> Samples:
+        """Return the samples as they may be kept: without outputs that do not matter."""
+        if self._reads_outputs or samples.outputs is None:
+            return samples
+        drawn = replace(samples, outputs=None)
+        if math.isclose(self._denominator(drawn), denominator, rel_tol=COARSE):
+            return drawn
+        # What was learned of random outputs does not hold.
+        self._reads_outputs, self._form, self._smallest = True, DenominatorForm(), math.inf
+        self._witnesses, self._uncounted, self._looked = [], None, []
+        return samples
+
     def _counted_beside_others(self, samples: Samples) -> float:
         """Return what samples without a loss count: all are masked, and yet may be divided by."""
         self._recount_witnesses()
@@ -256,7 +393,12 @@ class Probe:
         return 0.0
 
     def _with_a_loss(self, samples: Samples) -> Iterator[Samples]:
-        """Yield many samples of the same shapes whose targets were changed so that they have a loss."""
+        """Yield many samples of the same shapes whose outputs or targets were changed to have a loss."""
+        if self._reads_outputs and self._own is None and samples.joinable:
+            many = together(*[samples] * FEWEST_COPIES)
+            xs, total, _ = self._draw(many, seed=0)
+            if total:
+                yield replace(many, outputs=xs)
         for value in (1, 0):
             targets = [
                 torch.full_like(t, value) if isinstance(t, Tensor) and t.ndim else t
@@ -358,10 +500,23 @@ class Probe:
         """Return D, what the criterion divides its sum by for its mean; NaN where its sum is zero."""
         if self._own is not None:
             return self._criterion.own_denominator(samples)
+        live = math.nan
+        if samples.outputs is not None:
+            total = self._criterion.sum(samples, samples.outputs)
+            if total != 0 and math.isfinite(total):
+                live = self._ratio(total, self._criterion.mean(samples, samples.outputs))
+            # In lower precision losses that cancel out leave few digits of it.
+            if math.isfinite(live) and (self._reads_outputs or not self._criterion.is_coarse):
+                return live
+            if total == 0 and self._reads_outputs:
+                return math.nan
         xs, total, attempt = self._draw(samples, seed)
         if total == 0:
-            return math.nan
-        mean = self._criterion.mean(samples, xs, attempt)
+            return live
+        drawn = self._ratio(total, self._criterion.mean(samples, xs, attempt))
+        return drawn if math.isnan(live) or math.isclose(drawn, live, rel_tol=1e-3) else live
+
+    def _ratio(self, total: float, mean: float) -> float:
         if mean == 0 or math.isnan(mean):
             raise RefusedError(NOT_A_RATIO)
         return total / mean
@@ -378,10 +533,16 @@ class Probe:
                 continue
             if math.isfinite(total) and total != 0:
                 return xs, total, attempt
-        return samples.draw(seed), 0.0, 0
+        xs = samples.draw(seed)
+        self._criterion.sum(samples, xs)  # once more, so that what it draws can be told
+        return xs, 0.0, 0
 
     def _same(self, one: float, other: float, scale: float = 0.0) -> bool:
         return abs(one - other) <= self._within * max(abs(one), abs(other), abs(scale))
+
+    def _adds_up(self, whole: float, parts: Sequence[float]) -> bool:
+        within = 100 * COARSE if self._criterion.is_coarse else COARSE
+        return abs(sum(parts) - whole) <= within * max(map(abs, (whole, *parts)))
 
     def _error(self, denominator: float) -> float:
         return 4 * self._within * denominator
@@ -395,7 +556,3 @@ class Probe:
     def _require_same(self, found: float, expected: float) -> None:
         if not self._same(found, expected):
             raise RefusedError(f"{NOT_ADDITIVE} ({found:.6g}, and {expected:.6g})")
-
-
-def _adds_up(whole: float, parts: Sequence[float]) -> bool:
-    return abs(sum(parts) - whole) <= COARSE * max(map(abs, (whole, *parts)))

@@ -10,6 +10,8 @@ A loss of several terms returns a mapping, each term with its own sum, denominat
 `count` one of the names to denominators; `terms_of` says what may stand in it.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.dtypes import HALF
 from gaccum_exp.errors import BadInputError
 
 Denominator = float | Tensor
@@ -101,10 +104,10 @@ class LossWrapper:
         """Return what a window that counts so much is divided by."""
         return window_denominator(self.wrapped, count)
 
-    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
-        """Run the model on a micro-batch that has been counted; return its loss sum, 0-dim."""
+    def loss_sum(self, model: nn.Module, micro_batch: Any, counted: Denominator | None = None) -> Tensor:
+        """Run the model on a micro-batch that counts so much; return its loss sum, 0-dim."""
         with self.around(micro_batch) as given:
-            return loss_sum(self.wrapped, model, given)
+            return loss_sum(self.wrapped, model, given, counted)
 
     def outputs(self, model: nn.Module, micro_batch: Any) -> Any:
         """Run the model on one micro-batch, and the loss if it cannot do without."""
@@ -121,13 +124,22 @@ class LossWrapper:
             return self.wrapped(model, given)
 
 
+def attribute_of(loss_fn: LossFn, name: str) -> Any:
+    """Return a loss function's attribute, or that of what it is a partial function of; None: neither."""
+    found = getattr(loss_fn, name, None)
+    while found is None and isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+        found = getattr(loss_fn, name, None)
+    return found
+
+
 def count(loss_fn: LossFn, micro_batch: Any) -> Counts | None:
     """Return a micro-batch's denominator if the loss function can tell it without a forward pass."""
-    counter = getattr(loss_fn, "count", None)
+    counter = attribute_of(loss_fn, "count")
     n: Any = None if counter is None else counter(micro_batch)
     if n is None or isinstance(n, (int, float)):
         return n
-    return dict(n) if isinstance(n, Mapping) else _on_host(n)
+    return dict(n) if isinstance(n, Mapping) else _on_host(_checked(n, "count(micro_batch)"))
 
 
 def window_denominator(loss_fn: LossFn, count: Denominator) -> Denominator:
@@ -135,30 +147,65 @@ def window_denominator(loss_fn: LossFn, count: Denominator) -> Denominator:
 
     It is the count itself, unless the loss function says otherwise: max(1, count), or count + 1e-8.
     """
-    method = getattr(loss_fn, "window_denominator", None)
+    method = attribute_of(loss_fn, "window_denominator")
     n: Denominator = count if method is None else method(count)
     return n
 
 
-def loss_sum(loss_fn: LossFn, model: nn.Module, micro_batch: Any) -> Tensor:
-    """Return the loss sum alone, of a loss function whose micro-batch has been counted already."""
+def loss_sum(
+    loss_fn: LossFn, model: nn.Module, micro_batch: Any, counted: Denominator | None = None
+) -> Tensor:
+    """Return the loss sum alone, of a loss function whose micro-batch has been counted already.
+
+    Raises:
+        BadInputError: the loss function returns another denominator than was counted.
+    """
+    if isinstance(loss_fn, LossWrapper):
+        return loss_fn.loss_sum(model, micro_batch, counted)
     method = getattr(loss_fn, "loss_sum", None)
     if method is not None:
         result: Tensor = method(model, micro_batch)
         return result
-    return pair_of(loss_fn(model, micro_batch))[0]
+    total, n = pair_of(loss_fn(model, micro_batch))
+    if counted is not None:
+        require_same_count(counted, n)
+    return total
+
+
+def require_same_count(counted: Denominator, returned: Denominator, of: str = "") -> None:
+    """Raise a `BadInputError` where a count and the denominator that was returned differ.
+
+    On a device they are not compared, since the host would have to wait for it.
+    """
+    if any(isinstance(n, Tensor) and n.device.type != "cpu" for n in (counted, returned)):
+        return
+    one, other = float(counted), float(returned)
+    # A sum of weights may be added up in float32, and one in half precision is rounded at the end.
+    if math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6) or any(
+        float(torch.tensor(one, dtype=dtype)) == other for dtype in HALF
+    ):
+        return
+    raise BadInputError(
+        f"{of}count(micro_batch) gives {one:.10g}, and the loss function returns the denominator "
+        f"{other:.10g} for the same micro-batch: let both count the same"
+    )
 
 
 def pair_of(result: LossResult) -> tuple[Tensor, Denominator]:
     """Return loss sum and denominator of a loss that is one sum.
 
     Raises:
-        BadInputError: it has terms, which its `count` has not; or its denominator is no number.
+        BadInputError: it has terms, which its `count` has not; or it is no such pair.
     """
     if isinstance(result, Mapping):
         raise BadInputError(
             f"the loss function returns the terms {', '.join(map(str, result))}, and its count one "
             "number: let it return a mapping of their names to numbers, or None"
+        )
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise BadInputError(
+            f"the loss function returns {described(result)}: let it return (loss_sum, denominator), "
+            "both 0-dim, or a mapping of names to terms"
         )
     total, n = result
     if isinstance(n, Clamped):
@@ -166,7 +213,46 @@ def pair_of(result: LossResult) -> tuple[Tensor, Denominator]:
             "the loss function returns one sum over a clamped denominator: let it return a mapping, "
             '{"loss": (sum, at_least(n))}, or have a method window_denominator(count)'
         )
+    n = _checked(n, "the loss function: its denominator")
+    given: Any = total
+    if isinstance(given, (int, float)) and not isinstance(n, Tensor) and not n:
+        return torch.tensor(float(given)), n  # (0.0, 0): nothing counts
+    if not isinstance(given, Tensor) or given.numel() != 1:
+        raise BadInputError(
+            f"the loss function: its loss sum is {described(given)}, and has to be a 0-dim tensor: the "
+            "sum of the micro-batch's losses, with its graph"
+        )
     return total, n
+
+
+def described(value: Any) -> str:
+    """Return what a value is, in words and without its numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.ndim else "a 0-dim tensor"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _checked(n: Any, whose: str) -> Any:
+    """Return a denominator as it was given.
+
+    Raises:
+        BadInputError: it is no number; or it has a gradient, which is lost where a sum is divided by it.
+    """
+    if isinstance(n, Tensor) and n.requires_grad:
+        raise BadInputError(
+            f"{whose} has a gradient, which is lost where the window's sum is divided by it: detach it, "
+            "n.detach(), where it only counts; where it belongs to the loss, return a function of the "
+            'window\'s sums, {"loss": (torch.stack([loss_sum, n]), None, 1.0, lambda v: v[0] / v[1])}'
+        )
+    # What else can be made a number, e.g. NumPy's, is one.
+    if n.numel() != 1 if isinstance(n, Tensor) else not hasattr(n, "__float__"):
+        raise BadInputError(
+            f"{whose} is {described(n)}, and has to be a number or a 0-dim tensor: what the micro-batch "
+            "counts, e.g. mask.sum()"
+        )
+    return n
 
 
 def terms_of(result: LossResult) -> dict[str, Term]:
@@ -194,7 +280,8 @@ def _term(name: str, given: Any) -> Term:
     )
     values: list[Any] = [*parts, *(1.0, None)[len(parts) - 2 :]]
     total, n, weight, of = values
-    if total is None or (n is None and of is None):
+    is_term = isinstance(total, (Tensor, int, float)) and (of is None or callable(of))
+    if not is_term or (n is None and of is None):
         raise BadInputError(
             f"term {name!r}: is neither (sum, denominator) nor (sum, denominator, weight) nor "
             "(sums, denominator, weight, of)"
@@ -205,15 +292,19 @@ def _term(name: str, given: Any) -> Term:
             f"term {name!r}: its sum has the shape {tuple(total.shape)} and has to be 0-dim; several "
             "sums need a function: (sums, denominator, weight, of)"
         )
+    if weight.numel() != 1 if isinstance(weight, Tensor) else not hasattr(weight, "__float__"):
+        raise BadInputError(
+            f"term {name!r}: its weight is {described(weight)}, and has to be a number or a 0-dim tensor"
+        )
     if n is None:  # undivided, and there in every window: max(1, 0)
         n = at_least(0.0)
     window = n.window if isinstance(n, Clamped) else None
-    return Term(total, plain_count(n), weight, of, window)
+    return Term(total, plain_count(n, f"term {name!r}: its denominator"), weight, of, window)
 
 
-def plain_count(n: Denominator | Clamped) -> Denominator:
+def plain_count(n: Denominator | Clamped, whose: str = "count(micro_batch)") -> Denominator:
     """Return a denominator that adds up, as a number where it is on the host."""
-    return _on_host(n.denominator if isinstance(n, Clamped) else n)
+    return _on_host(_checked(n.denominator if isinstance(n, Clamped) else n, whose))
 
 
 def _on_host(n: Denominator) -> Denominator:
@@ -233,5 +324,5 @@ def without_inputs(loss_fn: LossFn, micro_batch: Any) -> Any:
 
 def criterion_of(loss_fn: LossFn) -> nn.Module | None:
     """Return the criterion that a loss function is made of, where that is a module."""
-    criterion = getattr(loss_fn, "criterion", None)
+    criterion = attribute_of(loss_fn, "criterion")
     return criterion if isinstance(criterion, nn.Module) else None

@@ -443,7 +443,7 @@ def test_a_probe_works_in_a_transformed_function() -> None:
 
 
 def test_a_clamp_of_the_first_window_costs_later_ones_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A micro-batch that counts more than the least seen is asked for one sum and one mean."""
+    """Past the first micro-batches one that counts as those seen is asked for one sum and one mean."""
     asked: list[int] = []
     answer: Callable[..., Tensor] = asked_criterion.CriterionCopies._answer
 
@@ -453,7 +453,8 @@ def test_a_clamp_of_the_first_window_costs_later_ones_nothing(monkeypatch: pytes
 
     monkeypatch.setattr(asked_criterion.CriterionCopies, "_answer", counted)
     loss_fn = CriterionLoss(Positives())
-    accumulate_gradients(Net(), loss_fn, window([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]))
+    for _ in range(3):
+        accumulate_gradients(Net(), loss_fn, window([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]))
     asked.clear()
     accumulate_gradients(Net(), loss_fn, window([[1, 1, 0, 0], [1, 1, 1, 0]]))
     assert len(asked) == 4
