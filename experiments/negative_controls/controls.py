@@ -15,9 +15,7 @@ from experiments.negative_controls import (
     window_edges,
 )
 
-LEFT_OPEN = frozenset(("cached_features",))
-"""Faults that `watch` calls inconclusive, with the reason: measured here all the same."""
-ALL = (
+CONTROLS = (
     *loss_scale.CONTROLS,
     *unequal_counts.CONTROLS,
     *window_edges.CONTROLS,
@@ -31,6 +29,5 @@ ALL = (
     *sound_losses.CONTROLS,
     *sound_steps.CONTROLS,
 )
-CONTROLS = tuple(control for control in ALL if control.slug not in LEFT_OPEN)
 PAIRS = tuple(control for control in CONTROLS if control.faulty)
 STYLES = tuple(control for control in CONTROLS if not control.faulty)

@@ -21,6 +21,7 @@ from torch.utils.hooks import unserializable_hook
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
+from gaccum_exp.audit.watch.moving_state import writes
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
     TapedCall,
@@ -279,6 +280,10 @@ class TracedCalls:
         between = self._taped("between", function, args, kwargs)
         form = linear(function, args, kwargs) if graphs else None
         output = run(function, args, kwargs)
+        if writes(name) and isinstance(args[0], Tensor):  # what it wrote to is what it has put out
+            between.function = on_copy(function)
+            if output is None:  # of an assignment to rows
+                tape.add(between, [args[0]] if args[0].requires_grad else [])
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             tape.add(between, output)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
@@ -323,6 +328,18 @@ class TracedCalls:
                 ref.call.read = True
             elif ref.call.kind == "between":
                 self._note_reading(ref.call.refs())
+
+
+def on_copy(function: Any) -> Any:
+    """Return an operation that leaves its first operand as it is, and writes to a copy."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copied = first.clone()
+        function(copied, *args, **kwargs)
+        return copied
+
+    return run
 
 
 class _Operations(TorchFunctionMode):
