@@ -10,7 +10,7 @@ the samples (a mask that all share, a number) has to be the same in every micro-
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,6 @@ from gaccum_exp.core.dtypes import is_inexact
 
 PADDING = {"label": -100, "padding_mask": 1, "mask": 0, "_ids": 0, "embeds": 0}
 """The value that pads a tensor whose name holds one of these words; the first that fits."""
-ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 Sizes = tuple[int, ...]
 """The number of samples of each micro-batch."""
 Shapes = Sequence[tuple[int, ...]]
@@ -38,6 +37,17 @@ class Along:
     """A tensor whose samples lie along a dimension."""
 
     dim: int
+    lengths: tuple[int, ...] | None = None
+    """Of its dimensions, the longest of all micro-batches; None: they differ in samples alone."""
+    fill: float = 0
+    """What it is padded with up to these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Longest:
+    """A tensor without samples (a causal mask, positions): shorter micro-batches hold its head."""
+
+    value: Tensor = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +59,11 @@ class Beside:
     """In the micro-batches, and its name."""
 
 
-Role = Along | Beside | Literal["samples", "size", "total", "shared", "differs"] | list[Any]
-"""What a part of a micro-batch is: a tensor of samples; one of samples of its own; a list with an entry
-per sample; the number of samples, or of rows in a list of them; the same in all micro-batches; a value
-that differs between them and belongs to no sample; or, of a container, the roles of its children."""
+Role = Along | Longest | Beside | Literal["samples", "size", "total", "shared", "differs"] | list[Any]
+"""What a part of a micro-batch is: a tensor of samples; one that all share up to its length; one of
+samples of its own; a list with an entry per sample; the number of samples, or of rows in a list of them;
+the same in all micro-batches; a value that differs between them and belongs to no sample; or, of a
+container, the roles of its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +75,14 @@ class SampleLayout:
     roles: Role
     differing: tuple[str, ...] = ()
     """Names of values that belong to no sample and yet differ; the one pass has the first of each."""
-    padded: bool = False
-    """Whether joining the micro-batches pads their sequences."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether joining the micro-batches pads their sequences."""
+        return any(
+            isinstance(role, Longest) or (isinstance(role, Along) and role.lengths is not None)
+            for role in _flat(self.roles)
+        )
 
     @property
     def guessed(self) -> list[str]:
@@ -85,10 +102,13 @@ class SampleLayout:
         """Return one batch of all micro-batches' samples, in order.
 
         Tensors that differ in another dimension (sequences padded to each micro-batch's longest) are
-        padded at the end, with the value that belongs to their name: labels with -100, masks with what
-        stands for padding, token ids and embeddings with 0.
+        padded at the end.
         """
-        return _joined(parts, self.roles, "")
+        return _joined(parts, self.roles)
+
+    def padded_alone(self, part: Any) -> Any:
+        """Return one micro-batch as it stands in the joined ones, without the others."""
+        return _padded_alone(part, self.roles)
 
     def picked(self, whole: Any, rows: Tensor) -> Any:
         """Return the samples at `rows`, of one micro-batch or of the joined ones."""
@@ -106,6 +126,8 @@ def sample_layouts(
     dim: int | None = None,
     sizes: Sequence[int] | None = None,
     apart: bool = False,
+    label: int | None = None,
+    guess: bool = False,
 ) -> list[SampleLayout]:
     """Return where the samples may be in corresponding micro-batches, the likeliest first.
 
@@ -118,6 +140,9 @@ def sample_layouts(
         dim: the dimension that counts samples, if that is known.
         sizes: the samples of each micro-batch, if they are known: other readings come after.
         apart: whether tensors of other lengths may have samples of their own, e.g. unlabelled ones.
+        label: what integers are to be padded with, where they are known to be labels.
+        guess: whether a tensor may be padded whose name does not tell with what: by what its own
+            sequences end with, or 0. Whether that changes nothing is for the caller to try.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -128,16 +153,16 @@ def sample_layouts(
         if dim is not None and max(along, 0) != dim:
             continue
         try:
-            layout = _read(parts, numbers, along, counting=True, apart=apart)
+            layout = _read(parts, numbers, along, counting=True, apart=apart, label=label, guess=guess)
         except NotJoinableError as error:
             refusals.append(error)
             continue
         unknown = sizes is not None and list(numbers) != list(sizes)
-        lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others)
+        lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others, layout.padded)
         lacking += sum(isinstance(role, Beside) for role in _flat(layout.roles))
         found.append(((lacking, unknown, along), layout))
     if not found and sizes is not None:  # what belongs to no sample is joined, too: a model's own loss
-        return [_read(parts, sizes, dim or 0, counting=False, apart=apart)]
+        return [_read(parts, sizes, dim or 0, counting=False, apart=apart, label=label, guess=guess)]
     if not found:
         raise refusals[0] if refusals else NotJoinableError(_nothing_counts(parts, dim))
     fewest, layouts = min(lacking for (lacking, *_), _ in found), list[SampleLayout]()
@@ -184,6 +209,41 @@ def picked_rows(tensor: Tensor, dim: int, order: Tensor, total: int) -> Tensor:
     return tensor.index_select(dim, index.flatten().to(tensor.device))
 
 
+def own_rows(
+    whole: Tensor, shape: tuple[int, ...], rows: Tensor, total: int, dim: int, padded: bool
+) -> Tensor:
+    """Return a micro-batch's samples of an output for `total` samples, without their padding.
+
+    Args:
+        whole: the output for all samples.
+        shape: of the micro-batch's own output.
+        rows: where its samples are among all.
+        total: the number of all samples.
+        dim: the dimension that counts samples, where shapes leave a choice.
+        padded: whether the samples were padded; else shapes differ in the number of samples alone.
+    """
+    size = len(rows)
+    if size != total:
+        along = sample_dim(tuple(whole.shape), shape, total, size)
+    else:  # nothing grows that would tell which dimension counts samples
+        along = next((d for d, n in enumerate(shape) if n == total), None)
+    if not padded or len(shape) != whole.ndim:
+        return whole if along is None else picked_rows(whole, along, rows, total)
+
+    def fits(d: int) -> bool:
+        of_sample, rest = divmod(whole.shape[d], total)
+        others = all(m >= n for k, (m, n) in enumerate(zip(whole.shape, shape, strict=True)) if k != d)
+        return rest == 0 and shape[d] % size == 0 and shape[d] // size <= of_sample and others
+
+    choices = [dim, *range(len(shape))] if dim < len(shape) else range(len(shape))
+    along = next(filter(fits, choices), None)
+    if along is not None:
+        by_sample = (*whole.shape[:along], total, -1, *whole.shape[along + 1 :])
+        of_sample = whole.reshape(by_sample).index_select(along, rows.to(whole.device))
+        whole = of_sample.narrow(along + 1, 0, shape[along] // size).flatten(along, along + 1)
+    return whole[tuple(slice(n) for n in shape)]
+
+
 def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
     """Return the one dimension that grows from a micro-batch to the whole as the samples do."""
     grown = [d for d, (n, of_part) in enumerate(zip(whole, part, strict=False)) if n != of_part]
@@ -225,17 +285,18 @@ def _shared_tensors(value: Any, role: Role) -> int:
     return int(role == "shared" and isinstance(value, Tensor) and value.ndim > 0)
 
 
-def _lacking(numbers: Sizes, others: Sequence[Shapes]) -> int:
+def _lacking(numbers: Sizes, others: Sequence[Shapes], padded: bool) -> int:
     """Return how many of the tensors that belong to the micro-batches have no dimension of samples."""
     lacking = 0
     for column in zip(*others, strict=False):
         if len({len(shape) for shape in column}) > 1 or not column[0]:
             continue
         lengths = zip(*column, strict=True)
-        # Sequences may be laid end to end, in front of a loss: a sample has several rows then.
+        # Sequences may be laid end to end, in front of a loss: a sample has several rows then, and
+        # as many in all micro-batches where these are of one length.
         lacking += not any(
             all(n and of_dim % n == 0 for of_dim, n in zip(each, numbers, strict=True))
-            and len({of_dim // n for of_dim, n in zip(each, numbers, strict=True)}) == 1
+            and (padded or len({of_dim // n for of_dim, n in zip(each, numbers, strict=True)}) == 1)
             for each in lengths
         )
     return lacking
@@ -243,19 +304,28 @@ def _lacking(numbers: Sizes, others: Sequence[Shapes]) -> int:
 
 def _nothing_counts(parts: Sequence[Any], dim: int | None) -> str:
     shapes = _listed(tuple(t.shape) for t in tensors_in(parts[0]))
+    shapes = f" ({shapes})" if shapes else ""
     if dim is None:
-        return f"a micro-batch holds no tensor with a dimension of samples, and no list ({shapes})"
-    return f"no tensor of a micro-batch has a dimension {dim} to count samples ({shapes}): {ASKED}"
+        return f"a micro-batch holds no tensor with a dimension of samples, and no list{shapes}"
+    return f"no tensor of a micro-batch has a dimension {dim} to count samples{shapes}"
 
 
 def _read(
-    parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool, apart: bool = False
+    parts: Sequence[Any],
+    numbers: Sequence[int],
+    along: int,
+    *,
+    counting: bool,
+    apart: bool = False,
+    label: int | None = None,
+    guess: bool = False,
 ) -> SampleLayout:
     """Read lists as columns (inputs and targets), and where that fails as lists of samples."""
     refusal = None
     for how in ({}, {"listed": True}, *([{"apart": True}] if apart else [])):
         try:
-            return _Reading(tuple(numbers), along, **how).layout(parts, counting=counting)
+            reading = _Reading(tuple(numbers), along, label=label, guess=guess, **how)
+            return reading.layout(parts, counting=counting)
         except NotJoinableError as error:
             refusal = refusal or error
     assert refusal is not None
@@ -269,10 +339,19 @@ class _Reading:
     Tensors of other lengths may have samples of their own (`apart`), e.g. unlabelled ones.
     """
 
-    def __init__(self, numbers: Sizes, along: int, *, listed: bool = False, apart: bool = False) -> None:
+    def __init__(
+        self,
+        numbers: Sizes,
+        along: int,
+        *,
+        label: int | None,
+        guess: bool,
+        listed: bool = False,
+        apart: bool = False,
+    ) -> None:
         self._numbers, self._along, self._listed, self._apart = numbers, along, listed, apart
+        self._label, self._guess = label, guess
         self._differing: list[str] = []
-        self._padded = False
         self._edges: str | None = None
         self._dims: set[int] = set()
         self._others: set[Sizes] = set()
@@ -301,7 +380,7 @@ class _Reading:
             )
         if counting and not _counts(roles):
             raise NotJoinableError(_nothing_counts(parts, None))
-        return SampleLayout(list(self._numbers), roles, tuple(self._differing), self._padded)
+        return SampleLayout(list(self._numbers), roles, tuple(self._differing))
 
     def _role(self, parts: Sequence[Any], name: str) -> Role:
         first = parts[0]
@@ -359,13 +438,14 @@ class _Reading:
             self._dims.add(dim)
             if first.ndim == 2 and len(first) == 2 and dim == 1 and not first.is_floating_point():
                 self._edges = name
-            self._check_padding(parts, dim, name)
-            return Along(dim)
+            return self._along_dim(parts, dim, name)
         known = not any(t.is_meta and t.ndim for t in parts)
         if known and all(
             t is first or t.is_meta or (t.shape == first.shape and torch.equal(t, first)) for t in parts
         ):
             return "shared"
+        if known and alike and (longest := _longest(parts)) is not None:
+            return longest
         if all(t.ndim == 0 for t in parts):
             self._differing.append(name or "a tensor")
             return "differs"
@@ -376,18 +456,28 @@ class _Reading:
             return Beside(own, f"{shapes}{_at(name)}")
         raise NotJoinableError(
             f"tensors of shapes {shapes} do not make one batch{_at(name)}: they differ, and no "
-            f"dimension counts the micro-batches' {numbers} samples; {ASKED}, or give one tensor to all"
+            f"dimension counts the micro-batches' {numbers} samples: give one tensor to all"
         )
 
-    def _check_padding(self, parts: Sequence[Tensor], dim: int, name: str) -> None:
+    def _along_dim(self, parts: Sequence[Tensor], dim: int, name: str) -> Along:
+        """Return the role of a tensor of samples: with what it is padded, where lengths differ."""
         if len({(*t.shape[:dim], *t.shape[dim + 1 :]) for t in parts}) == 1:
-            return
-        self._padded = True
-        if _fill(name) is None:
+            return Along(dim)
+        longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
+        lengths = (*longest[:dim], 0, *longest[dim + 1 :])
+        labels = self._label is not None and not is_inexact(parts[0]) and parts[0].dtype != torch.bool
+        found: float | None = self._label if labels else None
+        if found is None and self._guess:
+            found = _ending(parts, dim)
+        if found is None:
+            word = next((word for word in PADDING if word in name.lower()), None)
+            found = 0 if word is None and self._guess else PADDING.get(word or "")
+        if found is None:
             raise NotJoinableError(
                 f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not "
-                f"known; give a list with a tensor per sample, or {ASKED}"
+                "known; pad all of them to one length"
             )
+        return Along(dim, lengths, found)
 
 
 def _flat(role: Role) -> list[Role]:
@@ -399,18 +489,29 @@ def _counts(role: Role) -> bool:
     return any(isinstance(leaf, Along) or leaf == "samples" for leaf in _flat(role))
 
 
-def _joined(parts: Sequence[Any], role: Role, name: str) -> Any:
+def _joined(parts: Sequence[Any], role: Role) -> Any:
     first = parts[0]
     if isinstance(role, list):
-        every = zip(zip(*map(_children, parts), strict=True), role, _names(first, name), strict=True)
-        return _rebuilt(first, [_joined(column, of_column, n) for column, of_column, n in every])
+        columns = zip(zip(*map(_children, parts), strict=True), role, strict=True)
+        return _rebuilt(first, [_joined(column, of_column) for column, of_column in columns])
     if isinstance(role, Beside):
         return torch.cat(list(parts), role.dim)
     if isinstance(role, Along):
-        return torch.cat(_padded(parts, role.dim, name), role.dim)
+        return torch.cat([_padded(part, role) for part in parts], role.dim)
+    if isinstance(role, Longest):
+        return role.value.to(first)
     if role == "samples":
         return _rebuilt(first, [child for part in parts for child in part])
     return sum(parts) if role in ("size", "total") else first
+
+
+def _padded_alone(value: Any, role: Role) -> Any:
+    if isinstance(role, list):
+        pairs = zip(_children(value), role, strict=True)
+        return _rebuilt(value, [_padded_alone(*pair) for pair in pairs])
+    if isinstance(role, Longest):
+        return role.value.to(value)
+    return _padded(value, role) if isinstance(role, Along) else value
 
 
 def _picked(value: Any, role: Role, rows: Tensor) -> Any:
@@ -431,17 +532,46 @@ def _with_values_of(first: Any, value: Any, role: Role) -> Any:
     return _rebuilt(value, [_with_values_of(*each) for each in every])
 
 
-def _padded(parts: Sequence[Tensor], dim: int, name: str) -> list[Tensor]:
-    longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
-    if all(t.shape[d] == longest[d] for t in parts for d in range(t.ndim) if d != dim):
-        return list(parts)
+def _padded(tensor: Tensor, role: Along) -> Tensor:
+    """Return a tensor as long as the longest micro-batch's, filled up at the end."""
+    if role.lengths is None:
+        return tensor
+    lacking = [max(0, longest - n) for longest, n in zip(role.lengths, tensor.shape, strict=True)]
+    if not any(lacking):
+        return tensor
+    # torch pads the last dimension first, and each of them in front and behind.
+    return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=role.fill)
 
-    def padded(tensor: Tensor) -> Tensor:
-        lacking = [0 if d == dim else longest[d] - n for d, n in enumerate(tensor.shape)]
-        # torch pads the last dimension first, and each of them in front and behind.
-        return F.pad(tensor, [n for lack in reversed(lacking) for n in (0, lack)], value=_fill(name))
 
-    return [padded(tensor) for tensor in parts]
+def _longest(parts: Sequence[Tensor]) -> Longest | None:
+    """Return the longest of tensors that differ in how much of it they hold."""
+    longest = max(parts, key=Tensor.numel)
+    if any(n > m for t in parts for n, m in zip(t.shape, longest.shape, strict=True)):
+        return None
+    heads = (longest[tuple(slice(n) for n in t.shape)] for t in parts)
+    alike = all(t.dtype == h.dtype and torch.equal(t, h) for t, h in zip(parts, heads, strict=True))
+    return Longest(longest) if alike and len({t.shape for t in parts}) > 1 else None
+
+
+def _ending(parts: Sequence[Tensor], dim: int) -> float | None:
+    """Return the one value that shorter sequences within the micro-batches are filled up with.
+
+    It ends them more than once (a mask's needs no more), and is not all that they are.
+    """
+    votes: dict[float, int] = {}
+    for d in range(parts[0].ndim):
+        if d == dim or len({t.shape[d] for t in parts}) == 1:
+            continue
+        for t in parts:
+            if t.is_meta or t.is_complex() or not t.numel():
+                continue
+            rows = t.movedim((dim, d), (0, 1)).flatten(2) if t.ndim > 2 else t.movedim(dim, 0)[..., None]
+            last = rows[:, -1, 0]
+            run = (rows == last[:, None, None]).all(2).flip(1).int().cumprod(1).sum(1)
+            enough = 1 if t.dtype == torch.bool else 2
+            for value in last[(run >= enough) & (run < rows.shape[1])].tolist():
+                votes[value] = votes.get(value, 0) + 1
+    return max(votes, key=lambda value: votes[value]) if votes else None
 
 
 def _rows_in_lists(value: Any, listed: bool = False, path: str = "") -> dict[str, int]:
@@ -457,10 +587,6 @@ def _rows_in_lists(value: Any, listed: bool = False, path: str = "") -> dict[str
         for key, n in _rows_in_lists(child, inside, place).items():
             total[key] = total.get(key, 0) + n
     return total
-
-
-def _fill(name: str) -> int | None:
-    return next((value for word, value in PADDING.items() if word in name.lower()), None)
 
 
 def _may_list_samples(value: Any) -> bool:

@@ -450,6 +450,14 @@ def count_of(loss: TapedCall) -> float | None:
     return None if counted is None else float(counted)
 
 
+def ignored_label(loss: TapedCall) -> int | None:
+    """Return the label that one call of a criterion does not count, if that is one of torch's."""
+    named = [of for of, _ in loss.attributes[:1]] + [loss.arguments]
+    given = [of["ignore_index"] for of in named if isinstance(of.get("ignore_index"), int)]
+    torchs = loss.function in (nn.functional.cross_entropy, nn.functional.nll_loss)
+    return given[-1] if given else -100 if torchs else None
+
+
 def losses_in(output: Any) -> list[Tensor]:
     """Return the losses that a model put out: its `loss`, or every scalar with a graph."""
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

@@ -25,11 +25,10 @@ from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.moving_state import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
-from gaccum_exp.core import joined_samples as samples
 from gaccum_exp.core.joined_samples import (
     NotJoinableError,
     SampleLayout,
-    sample_dim,
+    own_rows,
     sample_layouts,
     tensors_in,
 )
@@ -137,7 +136,7 @@ class TapedWindow:
         """The shapes of tensors of other lengths, taken for samples of their own."""
         self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
         """Names of arguments that belong to no sample, and differ between micro-batches."""
-        self._first_values = False
+        self._first_values = self._padding = False
         self._forms = _Forms()
         self._micro_weights: list[list[float]] | None = None
         self._whole_weights: list[float] | None = None
@@ -181,6 +180,14 @@ class TapedWindow:
             return None
         other = copy.copy(self)
         other._first_values = True
+        return other
+
+    def padded_alone(self) -> "TapedWindow | None":
+        """Return the window whose micro-batches are as long as the longest; None: they are."""
+        if not self.padded:
+            return None
+        other = copy.copy(self)
+        other._padding = True
         return other
 
     def only(self, term: int) -> "TapedWindow":
@@ -233,7 +240,9 @@ class TapedWindow:
         if index is None:
             losses, count = self._whole_losses(cast, None), sum(counts)
         else:
-            losses, count = self.holding(None)._losses_of(index, cast), counts[index]
+            # As they are in the one pass, so that module by module samples can be compared.
+            window = self.holding(None)
+            losses, count = (window.padded_alone() or window)._losses_of(index, cast), counts[index]
         total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
@@ -330,12 +339,14 @@ class TapedWindow:
             return _Column(calls, None, [int(call is not None) for call in calls])
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
+        how: dict[str, Any] = {"others": others, "sizes": sizes, "apart": True, "guess": True}
+        how["label"] = tape.ignored_label(there[0])
         readings: list[SampleLayout] = []
         if self.layout.dim == 0:  # what has samples of its own has them there, too
             with suppress(NotJoinableError):
-                readings = sample_layouts(given, others=others, sizes=sizes, dim=0, apart=True)
+                readings = sample_layouts(given, dim=0, **how)
         if not readings:
-            readings = sample_layouts(given, others=others, sizes=sizes, apart=True)
+            readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         numbers = iter(along.sizes)
         return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
@@ -406,12 +417,16 @@ class TapedWindow:
             given = call.arguments
             if self._first_values and column.layout is not None:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
-            return resolved(given, outputs, cast, values)
+            given = resolved(given, outputs, cast, values)
+            return column.layout.padded_alone(given) if self._padding and column.layout else given
 
         with self._forms_of_model() as forms:
             for column in self._models:
                 if (call := column.calls[index]) is not None:
-                    outputs[call] = tensors_in(call.run(arguments(column, call), states(call)))
+                    found = tensors_in(call.run(arguments(column, call), states(call)))
+                    outputs[call] = found
+                    if self._padding and column.layout is not None:
+                        outputs[call] = _rows(call, found, [column.sizes[index]], 0, None, column.layout)
         losses = []
         for c, column in enumerate(self._losses):
             taped, terms = column.calls[index], list[Term]()
@@ -460,7 +475,9 @@ class TapedWindow:
                 here = None if column.computed else _order_of(order, self.sizes, column.sizes)
                 for index, call in enumerate(column.calls):
                     if call is not None:
-                        each[index][call] = _rows(call, outputs, column.sizes, index, here)
+                        each[index][call] = _rows(
+                            call, outputs, column.sizes, index, here, column.layout
+                        )
         losses = []
         for column in self._losses:
             if column.first.function is tape.models_own_loss:
@@ -493,7 +510,7 @@ def sample_readings(
     values = moved.values if moved is not None else None
     given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
     around = tape.shapes_around(micro_batches)
-    return sample_layouts(given, others=around, dim=dim, apart=True)
+    return sample_layouts(given, others=around, dim=dim, apart=True, guess=True)
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
@@ -525,20 +542,22 @@ def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor 
 
 
 def _rows(
-    call: TapedCall, whole: list[Tensor], sizes: list[int], index: int, order: Tensor | None
+    call: TapedCall,
+    whole: list[Tensor],
+    sizes: list[int],
+    index: int,
+    order: Tensor | None,
+    layout: SampleLayout | None,
 ) -> list[Tensor]:
-    """Return a micro-batch's own rows of the model's outputs for all samples."""
+    """Return a micro-batch's own rows of the model's outputs for all samples, without their padding."""
     start, size, total = sum(sizes[:index]), sizes[index], sum(sizes)
     where = torch.arange(total) if order is None else torch.argsort(order)
-    rows = []
-    for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
-        if size != total:
-            dim = sample_dim(tuple(tensor.shape), shape, total, size)
-        else:  # nothing grows that would tell which dimension counts samples
-            dim = next((d for d, n in enumerate(shape) if n == total), None)
-        own = where[start : start + size]
-        rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
-    return rows
+    own = where[start : start + size]
+    dim, padded = (0, False) if layout is None else (layout.dim, layout.padded)
+    return [
+        own_rows(tensor, shape, own, total, dim, padded)
+        for tensor, (shape, _) in zip(whole, call.outputs, strict=True)
+    ]
 
 
 def _run(
