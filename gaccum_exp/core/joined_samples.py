@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from gaccum_exp.core.dtypes import is_inexact
 
@@ -41,6 +41,8 @@ class Along:
     """Of its dimensions, the longest of all micro-batches; None: they differ in samples alone."""
     fill: float = 0
     """What it is padded with up to these."""
+    unknown: bool = False
+    """Whether it holds integers that may be labels, or something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,17 @@ class Beside:
     """In the micro-batches, and its name."""
 
 
-Role = Along | Longest | Beside | Literal["samples", "size", "total", "shared", "differs"] | list[Any]
+Role = (
+    Along
+    | Longest
+    | Beside
+    | Literal["samples", "packed", "size", "total", "shared", "differs"]
+    | list[Any]
+)
 """What a part of a micro-batch is: a tensor of samples; one that all share up to its length; one of
-samples of its own; a list with an entry per sample; the number of samples, or of rows in a list of them;
-the same in all micro-batches; a value that differs between them and belongs to no sample; or, of a
-container, the roles of its children."""
+samples of its own; a list with an entry per sample; a packed sequence of samples; the number of samples,
+or of rows in a list of them; the same in all micro-batches; a value that differs between them and
+belongs to no sample; or, of a container, the roles of its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,8 @@ class SampleLayout:
     sizes: list[int]
     """Samples of each micro-batch."""
     roles: Role
+    labels_last: bool = False
+    """Whether the last integers that may be labels are padded as such."""
     differing: tuple[str, ...] = ()
     """Names of values that belong to no sample and yet differ; the one pass has the first of each."""
 
@@ -97,6 +107,16 @@ class SampleLayout:
     def of(self, which: Sequence[int]) -> "SampleLayout":
         """Return the layout of some of the micro-batches."""
         return dataclasses.replace(self, sizes=[self.sizes[i] for i in which])
+
+    def with_labels_last(self) -> "SampleLayout":
+        """Return the layout with the last integers that may be labels taken for them."""
+        unknown = [r for r in _flat(self.roles) if isinstance(r, Along) and r.unknown]
+        roles = self.roles
+        if unknown:
+            roles = _exchanged(
+                roles, unknown[-1], dataclasses.replace(unknown[-1], fill=PADDING["label"])
+            )
+        return dataclasses.replace(self, roles=roles, labels_last=True)
 
     def joined(self, parts: Sequence[Any]) -> Any:
         """Return one batch of all micro-batches' samples, in order.
@@ -227,6 +247,10 @@ def own_rows(
         along = sample_dim(tuple(whole.shape), shape, total, size)
     else:  # nothing grows that would tell which dimension counts samples
         along = next((d for d, n in enumerate(shape) if n == total), None)
+    inner = dim == 1 and along in (None, 0) and _fits_inside(whole, shape, total, size)
+    if inner:  # samples are the inner ones of the rows of (time, batch)
+        by_time = whole.reshape(-1, total, *whole.shape[1:])[: shape[0] // size]
+        return by_time.index_select(1, rows.to(whole.device)).flatten(0, 1)
     if not padded or len(shape) != whole.ndim:
         return whole if along is None else picked_rows(whole, along, rows, total)
 
@@ -241,7 +265,16 @@ def own_rows(
         by_sample = (*whole.shape[:along], total, -1, *whole.shape[along + 1 :])
         of_sample = whole.reshape(by_sample).index_select(along, rows.to(whole.device))
         whole = of_sample.narrow(along + 1, 0, shape[along] // size).flatten(along, along + 1)
-    return whole[tuple(slice(n) for n in shape)]
+    # A loop that takes a view of its rows finds them in one piece.
+    return whole[tuple(map(slice, shape))].contiguous()
+
+
+def _fits_inside(whole: Tensor, shape: tuple[int, ...], total: int, size: int) -> bool:
+    """Whether an output has a row for each step in time of each sample, one after another in time."""
+    if not shape or whole.ndim != len(shape) or tuple(whole.shape[1:]) != shape[1:]:
+        return False
+    (steps, rest), (own, of_own) = divmod(whole.shape[0], total), divmod(shape[0], size)
+    return rest == of_own == 0 and 0 < own <= steps and steps > 1
 
 
 def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: int) -> int | None:
@@ -258,6 +291,9 @@ def _numbers(parts: Sequence[Any]) -> Iterator[tuple[Sizes, int]]:
     if all(isinstance(part, Tensor) for part in parts):
         if len({part.ndim for part in parts}) == 1:
             yield from ((tuple(part.shape[d] for part in parts), d) for d in range(parts[0].ndim))
+        return
+    if all(isinstance(part, PackedSequence) for part in parts):
+        yield tuple(int(part.batch_sizes[0]) for part in parts), 0
         return
     every = [_children(part) for part in parts]
     if len({len(children) for children in every}) == 1:
@@ -380,14 +416,16 @@ class _Reading:
             )
         if counting and not _counts(roles):
             raise NotJoinableError(_nothing_counts(parts, None))
-        return SampleLayout(list(self._numbers), roles, tuple(self._differing))
+        return SampleLayout(list(self._numbers), roles, differing=tuple(self._differing))
 
     def _role(self, parts: Sequence[Any], name: str) -> Role:
         first = parts[0]
         if all(isinstance(part, Tensor) for part in parts):
             return self._of_tensors(parts, name)
-        if isinstance(first, PackedSequence):
-            raise NotJoinableError(f"packed sequences are not joined{_at(name)}: pack inside the model")
+        if all(isinstance(part, PackedSequence) for part in parts):
+            if tuple(int(part.batch_sizes[0]) for part in parts) != self._numbers:
+                raise NotJoinableError(f"packed sequences of other numbers of samples{_at(name)}")
+            return "packed"
         if all(_is_container(part) for part in parts):
             if not (all(map(_may_list_samples, parts)) and tuple(map(len, parts)) == self._numbers):
                 return self._of_columns(parts, name)
@@ -465,19 +503,29 @@ class _Reading:
             return Along(dim)
         longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
         lengths = (*longest[:dim], 0, *longest[dim + 1 :])
-        labels = self._label is not None and not is_inexact(parts[0]) and parts[0].dtype != torch.bool
-        found: float | None = self._label if labels else None
+        integers = not is_inexact(parts[0]) and parts[0].dtype != torch.bool
+        word = next((word for word in PADDING if word in name.lower()), None)
+        found: float | None = self._label if integers else None
+        unknown = integers and found is None and word in (None, "label")
         if found is None and self._guess:
             found = _ending(parts, dim)
+        if found is None and word is None and self._guess and parts[0].dtype == torch.bool:
+            values = {value for t in parts for value in t.flatten().tolist()}
+            found = float(not values.pop()) if len(values) == 1 else 0
         if found is None:
-            word = next((word for word in PADDING if word in name.lower()), None)
             found = 0 if word is None and self._guess else PADDING.get(word or "")
         if found is None:
             raise NotJoinableError(
                 f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not "
                 "known; pad all of them to one length"
             )
-        return Along(dim, lengths, found)
+        return Along(dim, lengths, found, unknown)
+
+
+def _exchanged(role: Role, old: Along, new: Along) -> Role:
+    if isinstance(role, list):
+        return [_exchanged(child, old, new) for child in role]
+    return new if role is old else role
 
 
 def _flat(role: Role) -> list[Role]:
@@ -486,7 +534,7 @@ def _flat(role: Role) -> list[Role]:
 
 def _counts(role: Role) -> bool:
     """Whether anything in it counts samples."""
-    return any(isinstance(leaf, Along) or leaf == "samples" for leaf in _flat(role))
+    return any(isinstance(leaf, Along) or leaf in ("samples", "packed") for leaf in _flat(role))
 
 
 def _joined(parts: Sequence[Any], role: Role) -> Any:
@@ -500,6 +548,9 @@ def _joined(parts: Sequence[Any], role: Role) -> Any:
         return torch.cat([_padded(part, role) for part in parts], role.dim)
     if isinstance(role, Longest):
         return role.value.to(first)
+    if role == "packed":
+        every = [sequence for part in parts for sequence in unpack_sequence(part)]
+        return pack_sequence(every, enforce_sorted=False)
     if role == "samples":
         return _rebuilt(first, [child for part in parts for child in part])
     return sum(parts) if role in ("size", "total") else first
@@ -520,6 +571,9 @@ def _picked(value: Any, role: Role, rows: Tensor) -> Any:
         return _rebuilt(value, [_picked(child, of_child, rows) for child, of_child in pairs])
     if isinstance(role, Along):
         return value.index_select(role.dim, rows.to(value.device))
+    if role == "packed":
+        sequences = unpack_sequence(value)
+        return pack_sequence([sequences[row] for row in rows.tolist()], enforce_sorted=False)
     if role == "samples":
         return _rebuilt(value, [value[row] for row in rows.tolist()])
     return len(rows) if role == "size" else value
@@ -649,7 +703,7 @@ def _rebuilt(like: Any, children: Sequence[Any]) -> Any:
             clone[key] = child  # type: ignore[index]  # batches come in mutable mappings
         return clone
     if hasattr(like, "_fields"):
-        return type(like)(*children)
+        return type(like)._make(children)  # a named tuple's own constructor may be another
     if isinstance(like, (list, tuple)):
         return list(children) if isinstance(like, list) else tuple(children)
     names = [f.name for f in dataclasses.fields(like) if f.init]

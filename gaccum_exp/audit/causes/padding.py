@@ -21,9 +21,6 @@ def difference_by_padding(rerun: Rerun) -> str | None:
     padded = rerun.window.padded_alone()
     if padded is None:
         return None
-    if rerun.draws.any:
-        why = "micro-batches of several lengths draw numbers that cannot be replayed in one pass"
-        return f"{why}: pad all to one length, or switch the randomness off"
     own: list[Any] = rerun.micro_gradients(ACCUMULATED64, sampled)
     other: list[Any] = replace(rerun, window=padded).micro_gradients(ACCUMULATED64, sampled)
     pairs = list(zip(other, own, strict=True))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.audit.rerun.module_calls import ModuleTracer
 from gaccum_exp.core.dtypes import in_precision, is_inexact, wide
-from gaccum_exp.core.joined_samples import picked_rows, sample_dim
+from gaccum_exp.core.joined_samples import picked_rows
 from gaccum_exp.core.modes import EagerMode
 
 aten = torch.ops.aten
@@ -185,7 +185,10 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             return None
         if self._pass is not None:
             value = known[0 if index in self._draws.shared else self._pass]
-            return value if value.shape == drawn.shape else self._shared(index, known, drawn)
+            if value.ndim != drawn.ndim or any(map(int.__gt__, value.shape, drawn.shape)):
+                return self._shared(index, known, drawn)
+            drawn[tuple(map(slice, value.shape))] = value  # what is left belongs to padding
+            return drawn
         return self._joined(index, known, drawn)
 
     def _joined(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
@@ -197,17 +200,41 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             if grown is None or self._order is None:
                 return values[0]
             return picked_rows(values[0], grown, self._order, total)
-        dim = sample_dim(tuple(drawn.shape), tuple(values[0].shape), total, sizes[0])
-        if dim is None or sum(value.shape[dim] for value in values) != drawn.shape[dim]:
+        dim = self._sample_dim(values, drawn)
+        if dim is None:
             return self._shared(index, values, drawn)
-        whole = torch.cat(values, dim)
+        whole, row = drawn.clone(), 0  # what no pass has drawn belongs to padding
+        for value in values:
+            place = [slice(n) for n in value.shape]
+            place[dim] = slice(row, row := row + value.shape[dim])
+            whole[tuple(place)] = value
         return whole if self._order is None else picked_rows(whole, dim, self._order, total)
+
+    def _sample_dim(self, values: list[Tensor], drawn: Tensor) -> int | None:
+        """Return the one dimension in which the passes' draws make up the one pass's, as samples do.
+
+        In the others shorter sequences are padded at their ends, where micro-batches are joined.
+        """
+        total, shape = sum(self._sizes), drawn.shape
+        if any(v.ndim != drawn.ndim for v in values):
+            return None
+        fitting = [
+            d
+            for d, n in enumerate(shape)
+            if n % total == 0
+            and all(v.shape[d] * total == n * size for v, size in zip(values, self._sizes, strict=True))
+            and all(max(v.shape[k] for v in values) == shape[k] for k in range(len(shape)) if k != d)
+        ]
+        return fitting[0] if len(fitting) == 1 else None
 
     def _shared(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:
         """Return noise that all samples share: the first pass's, where all passes' have one shape."""
+        if any(value.shape != drawn.shape for value in values):
+            self._draws.refuse("numbers are drawn in shapes that do not tell which sample has which")
+            return None
         self._draws.refuse("noise is shared by all samples of a pass")
         self._draws.shared.add(index)
-        return values[0] if values[0].shape == drawn.shape else None
+        return values[0]
 
 
 def _draw_of(func: Any, args: Sequence[Any], result: Any) -> Tensor | None:

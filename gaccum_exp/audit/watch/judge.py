@@ -83,9 +83,13 @@ def _under_every_reading(
         ends = sorted(m.last_backward for m in every)
         moved = moving.first_values(_made_of(micro_batches), ends, micro_batches[0].last_backward)
     layouts = sample_readings(micro_batches, dim, moved)
+    layouts += [layout.with_labels_last() for layout in layouts if layout.padded]
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
+        # What integers are padded with is no matter where padding was none.
+        if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
+            continue
         try:
             taped = TapedWindow(modules, micro_batches, layout, moved)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
@@ -99,7 +103,9 @@ def _under_every_reading(
         doubtful = window.order_matters or window.padding_matters
         if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
             break
-    unordered = [audit for window, audit in judged if not window.order_matters]
+    kept = [(window, audit) for window, audit in judged if not window.order_matters]
+    unordered = [audit for window, audit in kept if not window.padding_matters]
+    unordered = unordered or [audit for _, audit in kept][:1]
     if not judged:
         raise refusals[0]
     if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
@@ -245,7 +251,7 @@ class _LoopWindow:
         proven = (result.BATCH_STATISTICS, result.STALE_OR_MISSING, result.MOVING_STATE)
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
         why = None
-        if not audit.sound and audit.cause not in proven:
+        if (remark or not audit.sound) and audit.cause not in proven:
             why = difference_by_padding(self._rerun)
             self.padding_matters = why is not None
         if why is None and audit.verdict == "biased" and audit.cause not in (*proven[1:], *weighed):

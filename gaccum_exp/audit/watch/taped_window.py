@@ -28,6 +28,7 @@ from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, res
 from gaccum_exp.core.joined_samples import (
     NotJoinableError,
     SampleLayout,
+    mapped,
     own_rows,
     sample_layouts,
     tensors_in,
@@ -54,6 +55,8 @@ class _Column:
     """Where the samples are in the arguments of those that there are; None: they have scalars alone."""
     sizes: list[int]
     """Samples in each micro-batch's call; 0 where there is none."""
+    by_element: bool = False
+    """Whether its tensors are laid end to end, of sequences of other lengths: none is padded then."""
 
     @property
     def first(self) -> TapedCall:
@@ -337,6 +340,8 @@ class TapedWindow:
         given = [tape.shapes_of(call.arguments, self.moved.values) for call in there]
         if there[0].of_weights_alone or not any(tensor.ndim for tensor in tensors_in(given)):
             return _Column(calls, None, [int(call is not None) for call in calls])
+        by_element = tape.by_element(there)
+        given = [_laid_out(each) for each in given] if by_element else given
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
         how: dict[str, Any] = {"others": others, "sizes": sizes, "apart": True, "guess": True}
@@ -348,8 +353,10 @@ class TapedWindow:
         if not readings:
             readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        along = along.with_labels_last() if self.layout.labels_last else along
         numbers = iter(along.sizes)
-        return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
+        own = [0 if call is None else next(numbers) for call in calls]
+        return _Column(calls, along, own, by_element)
 
     def _weighed(self, losses: list[list[Term]], index: int | None) -> list[tuple[Tensor, float]]:
         """Return every term and its weight, in a micro-batch or (None) in the one pass."""
@@ -418,6 +425,7 @@ class TapedWindow:
             if self._first_values and column.layout is not None:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
             given = resolved(given, outputs, cast, values)
+            given = _laid_out(given) if column.by_element else given
             return column.layout.padded_alone(given) if self._padding and column.layout else given
 
         with self._forms_of_model() as forms:
@@ -450,6 +458,7 @@ class TapedWindow:
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
             if column.layout is None:
                 return given[0]
+            given = [_laid_out(each) for each in given] if column.by_element else given
             inputs = column.layout.joined(given)
             here = _order_of(order, self.sizes, column.sizes)
             if here is None or column.computed:  # else they come in the order of the rows
@@ -539,6 +548,11 @@ def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor 
     if rest or [n * by for n in sizes] != own:
         return None
     return (order[:, None] * by + torch.arange(by, device=order.device)).flatten()
+
+
+def _laid_out(arguments: Any) -> Any:
+    """Return arguments with all elements of their tensors in one row."""
+    return mapped(lambda x: x.flatten() if isinstance(x, Tensor) else x, arguments)
 
 
 def _rows(
