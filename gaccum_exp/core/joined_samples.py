@@ -610,7 +610,7 @@ def _longest(parts: Sequence[Tensor]) -> Longest | None:
 def _ending(parts: Sequence[Tensor], dim: int) -> float | None:
     """Return the one value that shorter sequences within the micro-batches are filled up with.
 
-    It ends them more than once (a mask's needs no more), and is not all that they are.
+    It ends several more than once (in a mask one, and once), and is not all that they are.
     """
     votes: dict[float, int] = {}
     for d in range(parts[0].ndim):
@@ -625,7 +625,9 @@ def _ending(parts: Sequence[Tensor], dim: int) -> float | None:
             enough = 1 if t.dtype == torch.bool else 2
             for value in last[(run >= enough) & (run < rows.shape[1])].tolist():
                 votes[value] = votes.get(value, 0) + 1
-    return max(votes, key=lambda value: votes[value]) if votes else None
+    found = max(votes, key=lambda value: votes[value]) if votes else None
+    # One sentence may end with a word said twice.
+    return None if found is None or (votes[found] < 2 and parts[0].dtype != torch.bool) else found
 
 
 def _rows_in_lists(value: Any, listed: bool = False, path: str = "") -> dict[str, int]:

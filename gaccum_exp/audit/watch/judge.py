@@ -104,8 +104,10 @@ def _under_every_reading(
         if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
             break
     kept = [(window, audit) for window, audit in judged if not window.order_matters]
+    padded = [audit for window, audit in kept if window.padding_matters]
     unordered = [audit for window, audit in kept if not window.padding_matters]
-    unordered = unordered or [audit for _, audit in kept][:1]
+    if padded and all(audit.cause == result.BATCH_STATISTICS for audit in unordered):
+        return padded[0]  # that a module mixes what are perhaps time steps is no verdict then
     if not judged:
         raise refusals[0]
     if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
@@ -251,7 +253,7 @@ class _LoopWindow:
         proven = (result.BATCH_STATISTICS, result.STALE_OR_MISSING, result.MOVING_STATE)
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
         why = None
-        if (remark or not audit.sound) and audit.cause not in proven:
+        if audit.cause not in proven:
             why = difference_by_padding(self._rerun)
             self.padding_matters = why is not None
         if why is None and audit.verdict == "biased" and audit.cause not in (*proven[1:], *weighed):

@@ -413,9 +413,16 @@ class TapedWindow:
 
     def _losses_of(self, index: int, cast: Cast) -> list[list[Term]]:
         outputs: Outputs = {}
+        uncut: Outputs = {}
+        """The model's outputs with their padding, where micro-batches are padded."""
         held = self._holding
         values = self.moved.values if held is None or BESIDE in held else None
         still = {id(owner) for owner in held or ()}
+
+        def same_shapes(padded: Any, call: TapedCall) -> bool:
+            """Whether what is made of the outputs, a pooled state, is of one shape for any length."""
+            pairs = zip(tensors_in(padded), tensors_in(tape.shapes_of(call.arguments)), strict=True)
+            return all(one.shape == other.shape for one, other in pairs)
 
         def states(call: TapedCall) -> list[tuple[Slot, Any]]:
             return [s for s in call.states if held is not None and id(s[0].owner) not in still]
@@ -424,6 +431,11 @@ class TapedWindow:
             given = call.arguments
             if self._first_values and column.layout is not None:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
+            with suppress(RuntimeError, IndexError):  # what is as long as the micro-batch does not fit
+                if uncut and column.computed and call.kind == "loss":
+                    padded = resolved(given, dict(uncut), cast, values)
+                    if same_shapes(padded, call):
+                        return padded
             given = resolved(given, outputs, cast, values)
             given = _laid_out(given) if column.by_element else given
             return column.layout.padded_alone(given) if self._padding and column.layout else given
@@ -434,6 +446,7 @@ class TapedWindow:
                     found = tensors_in(call.run(arguments(column, call), states(call)))
                     outputs[call] = found
                     if self._padding and column.layout is not None:
+                        uncut[call] = found
                         outputs[call] = _rows(call, found, [column.sizes[index]], 0, None, column.layout)
         losses = []
         for c, column in enumerate(self._losses):
