@@ -108,11 +108,11 @@ class SampleLayout:
         """Return the layout of some of the micro-batches."""
         return dataclasses.replace(self, sizes=[self.sizes[i] for i in which])
 
-    def with_labels_last(self) -> "SampleLayout":
-        """Return the layout with the last integers that may be labels taken for them."""
+    def with_labels_last(self, least: int = 1) -> "SampleLayout":
+        """Return the layout with the last of so many integers that may be labels taken for them."""
         unknown = [r for r in _flat(self.roles) if isinstance(r, Along) and r.unknown]
         roles = self.roles
-        if unknown:
+        if len(unknown) >= least:
             roles = _exchanged(
                 roles, unknown[-1], dataclasses.replace(unknown[-1], fill=PADDING["label"])
             )
@@ -400,6 +400,7 @@ class _Reading:
         first = parts[0]
         # Inputs and targets are no list of two samples, however alike they are.
         pair = isinstance(first, tuple) or all(isinstance(child, Tensor) for child in _children(first))
+        pair = pair and not isinstance(first, PackedSequence)
         apart = _is_container(first) and pair and len({len(_children(part)) for part in parts}) == 1
         rows = [_rows_in_lists(part) for part in parts]
         self._totals = {

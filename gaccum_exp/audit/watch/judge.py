@@ -23,7 +23,7 @@ from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.moving_state import FirstValues
-from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch, ignored_label
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
@@ -83,7 +83,8 @@ def _under_every_reading(
         ends = sorted(m.last_backward for m in every)
         moved = moving.first_values(_made_of(micro_batches), ends, micro_batches[0].last_backward)
     layouts = sample_readings(micro_batches, dim, moved)
-    layouts += [layout.with_labels_last() for layout in layouts if layout.padded]
+    if any(ignored_label(loss) is None for m in micro_batches[:1] for loss in m.losses):
+        layouts += [layout.with_labels_last(least=2) for layout in layouts if layout.padded]
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
