@@ -95,9 +95,8 @@ def _run(given: list[str]) -> int:
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra reads `accum.steps=1,2 -m seed=0` as two lists of overrides and refuses the second.
-    flags_first = sorted(given, key=lambda argument: argument not in ("-m", "--multirun"))
-    sys.argv = [sys.argv[0], *flags_first]
+    # Hydra reads `seed=0 --config-dir mine model=x` as two lists of overrides and refuses the second.
+    sys.argv = [sys.argv[0], *sorted(given, key=_place)]
     command, status = Command(), OK
     token = current_command.set(command)
     try:
@@ -115,6 +114,13 @@ def _run(given: list[str]) -> int:
         current_command.reset(token)
         config.register()  # without this command's id
     return _end(command.launch, status)
+
+
+def _place(argument: str) -> int:
+    """Order arguments: `-m`, other flags with their values, overrides (`key=value`, `~key`)."""
+    if argument in ("-m", "--multirun"):
+        return 0
+    return 2 if argument.startswith("~") or ("=" in argument and not argument.startswith("-")) else 1
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")

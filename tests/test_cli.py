@@ -286,7 +286,7 @@ def test_a_server_that_goes_away_during_a_sweep_leaves_a_line_for_each_arm(
     assert ended.status == 1
     assert [line.partition(":")[0] for line in ended.lines] == [
         "N=1 · micro 256 · global_mean failed",
-        "N=2 · micro 128 · global_mean failed",
+        "N=2 · micro 128 · global_mean failed, as N=1 · micro 256 · global_mean did",
         "gaccum_exp",
     ]
 

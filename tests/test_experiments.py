@@ -2,12 +2,10 @@
 
 import csv
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.program import Program
 from tests.support import ROOT
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -44,15 +42,13 @@ def test_a_study_has_its_page_with_results_figure_and_provenance(slug: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", STUDIES)
-def test_a_study_runs_shortened(slug: str, tmp_path: Path) -> None:
+def test_a_study_runs_shortened(slug: str, program: Program) -> None:
     """Two optimizer steps, two arms: it composes, trains and is compared."""
-    command = [sys.executable, "-m", "gaccum_exp", "-m", f"experiment={slug}"]
     short = ["train.steps=2", "train.epochs=null", "train.samples=null", "runtime.device=cpu"]
     arms = ["hydra.sweeper.params=null", "accum.steps=1,2"]
-    subprocess.run(
-        [*command, *short, *arms], cwd=tmp_path, check=True, env={"PYTHONPATH": str(ROOT), "CI": "1"}
-    )
-    (table,) = tmp_path.glob("multirun/*/comparison.csv")
+    ended = program("-m", f"experiment={slug}", *short, *arms)
+    assert ended.status == 0, ended.plain
+    (table,) = program.folder.glob("multirun/*/comparison.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["accum_steps"] for row in rows] == ["1", "2"]

@@ -1,7 +1,6 @@
 """A stranger's package in the working directory, used exactly as the README says."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
@@ -44,21 +43,22 @@ SHORT = ("train.epochs=3", "data.global_batch_size=12", "runtime.device=cpu")
 
 
 @pytest.mark.slow
-def test_a_package_in_the_working_directory_is_swept_and_compared(tmp_path: Path) -> None:
+def test_a_package_in_the_working_directory_is_swept_and_compared(program: Program) -> None:
     """By `python -m`, where N divides neither batch nor data; and compared again later."""
-    (tmp_path / "my_pkg.py").write_text(PACKAGE)
-    ended = in_a_process(tmp_path, "-m", "accum.steps=1,5", *CALL, *EVALUATION, MEAN_SQUARE, *SHORT)
+    folder = program.folder
+    (folder / "my_pkg.py").write_text(PACKAGE)
+    ended = in_a_process(folder, "-m", "accum.steps=1,5", *CALL, *EVALUATION, MEAN_SQUARE, *SHORT)
     assert ended.status == 0, ended.err
-    (table,) = (tmp_path / "multirun").rglob("comparison.csv")
+    (table,) = (folder / "multirun").rglob("comparison.csv")
     with table.open() as file:
         reference, arm = csv.DictReader(file)
     assert (reference["accum_steps"], arm["accum_steps"]) == ("1", "5")
     assert reference["eval_loss"]
     assert not reference["eval_accuracy"]  # there are no classes
     assert float(arm["max_loss_gap"]) < 1e-3 * float(reference["train_loss"])
-    again = in_a_process(tmp_path, "report", table.parent.name, "--out", "again")
+    again = program.report(table.parent.name, "--out", "again")
     assert again.status == 0, again.err
-    assert (tmp_path / "again/comparison.csv").read_bytes() == table.read_bytes()
+    assert (folder / "again/comparison.csv").read_bytes() == table.read_bytes()
 
 
 def test_evaluation_is_optional(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class Recipe:
     watched: Any = None
     """What `watch` is given as the criterion of the step that is first written."""
     cause: str
-    """What `watch` should name."""
+    """What `watch` should name of the step that is first written."""
     before_step: Callable[[list[nn.Parameter]], Any] = list
     """What rightly happens to the large batch's gradient before the step, as clipping does."""
     optimizer: Callable[[nn.Module], Any] = sgd

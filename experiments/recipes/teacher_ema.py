@@ -10,7 +10,7 @@ from torch import nn
 
 from experiments.recipes.recipe import Recipe, drawn
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.audit.result import BATCH_STATISTICS
+from gaccum_exp.audit.result import MOVING_STATE
 
 SAMPLES, WIDTH, CLASSES, DECAY = 12, 5, 3, 0.5
 
@@ -76,7 +76,7 @@ RECIPES = {
         large_batch=compute_loss,
         first_written=first_written,
         watched=compute_loss,
-        cause=BATCH_STATISTICS,
+        cause=MOVING_STATE,
         equal=True,
     )
 }

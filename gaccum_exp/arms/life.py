@@ -136,7 +136,7 @@ class Life:
         if self.control_of is not None:
             log.warning("%s failed: %s", self.name, reason)
         else:
-            log.error("%s failed: %s", self.name, reason)
+            _say_failed(self.context.sweep_id, self.name, reason)
             if not isinstance(error, (BadInputError, NonFiniteLossError)):  # a fault of the program's
                 path = self.context.folder / "traceback.txt"
                 path.write_text("".join(traceback.format_exception(error)))
@@ -308,7 +308,7 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> None:
     config, lines = context.config, context.overrides
     swept = [line for line in lines if line.partition("=")[0].lstrip("+") in context.swept_keys]
     name = " · ".join(swept) or " · ".join(lines)
-    log.error("%s failed: %s", name, error)
+    _say_failed(context.sweep_id, name, str(error))
     task = str(config.task)
     Outcome(context.sweep_id, name, "FAILED", str(error), task, bad_input=True).write(context.folder)
     tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate"}
@@ -319,6 +319,18 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> None:
         run.end("FAILED", str(error))
     except Exception as recording:  # the reason is in arm.json
         log.warning("%s could not be recorded (%s)", name, recording)
+
+
+def _say_failed(sweep_id: str, name: str, reason: str) -> None:
+    """Log that an arm failed; a reason that several share is said of the first, in this process."""
+    first = _first_failed(sweep_id).setdefault(reason, name)
+    log.error("%s failed%s", name, f": {reason}" if first == name else f", as {first} did")
+
+
+@lru_cache(maxsize=1)
+def _first_failed(sweep_id: str) -> dict[str, str]:
+    """Return the name of the first arm that failed for a reason, by that; the last sweep's are kept."""
+    return {}
 
 
 @lru_cache(maxsize=1)

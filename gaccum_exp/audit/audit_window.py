@@ -17,7 +17,7 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import BATCH_STATISTICS, NOT_ADDITIVE, UNEQUAL_DENOMINATORS, Audit
 from gaccum_exp.audit.verdict import remedy_of_counts, scale_of
 from gaccum_exp.core.accumulate import accumulate
-from gaccum_exp.core.joined_samples import NotJoinableError, sample_layouts
+from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
 from gaccum_exp.core.losses.protocol import (
@@ -31,6 +31,7 @@ from gaccum_exp.core.losses.protocol import (
 )
 from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.reductions import GLOBAL_MEAN, Reduction
+from gaccum_exp.core.sample_reading import sample_layouts
 from gaccum_exp.core.seeding import random_state_kept, seed_model
 from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.core.window_loss import LossTotal, WindowTerms, counted_as
@@ -132,7 +133,7 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
         scale, denominator = (v if math.isfinite(v) else None for v in (reduction.one_pass_factor(n), n))
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     found = diagnose(rerun, replayed, blank)
-    audit = window.naming_terms(found.audit)
+    audit = found.completed(window.naming_terms(found.audit))
     if found.measured is not None and not audit.sound and audit.cause != BATCH_STATISTICS:
         why = difference_by_padding(rerun)
         if why is not None:
@@ -141,10 +142,8 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
         return audit
     # Several terms have no denominator in common, and their sum is no multiple of their mean.
     n = math.nan if audit.denominator is None else audit.denominator
-    along, per_mean = (
-        scale_of(found.accumulated64, found.one_pass64),
-        reduction.one_pass_factor(n),
-    )
+    along = scale_of(found.accumulated64, found.one_pass64)
+    per_mean = reduction.one_pass_factor(n)
     known = along is not None and math.isfinite(per_mean)
     return replace(audit, scale=along * per_mean if along is not None and known else None)
 
@@ -235,11 +234,11 @@ class ConfiguredWindow:
         return math.isclose(total, whole[0], rel_tol=1e-9, abs_tol=1e-12)
 
     def holding(self, owners: Sequence[Any] | None) -> "ConfiguredWindow":
-        """Return the window: between its passes nothing moves."""
+        """Return this window: nothing moves between its passes."""
         return self
 
     def with_first_values(self) -> "ConfiguredWindow | None":
-        """Return the window with the first micro-batch's values of what differs; None: nothing does."""
+        """Return the window with the first micro-batch's value of all that differs; None: none does."""
         if not self.differing:
             return None
         other = copy.copy(self)
@@ -255,7 +254,7 @@ class ConfiguredWindow:
         return other
 
     def naming_terms(self, audit: Audit) -> Audit:
-        """Return an audit that finds unequal denominators with the terms that have them."""
+        """Return the audit, with the term that has unequal denominators where it found such."""
         if audit.cause != UNEQUAL_DENOMINATORS or not self._terms:
             return audit
         parts = [self._terms[index] for index in range(len(self.sizes))]
@@ -268,7 +267,7 @@ class ConfiguredWindow:
         functions = ", ".join(repr(name) for name, term in names.items() if term.of is not None)
         said = (
             f"{self.reduction.name} takes the function {functions} of each micro-batch's means, and not "
-            "of the window's: use global_mean"
+            "of the window's: use accum.reduction=global_mean"
         )
         return replace(audit, cause=NOT_ADDITIVE, remedy=said)
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from gaccum_exp.audit.rerun.passes import (
     ONE_PASS64,
     Rerun,
 )
-from gaccum_exp.audit.rerun.slots import places_of
+from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.audit.verdict import (
     REMEDIES,
@@ -50,6 +50,11 @@ ROUNDING_ONLY = 0.5
 SAME64 = 1e-9
 """Relative distance of two float64 gradients that should be equal."""
 NOT_FINITE = "the gradient is not finite"
+DIFFERING = (
+    "micro-batches were called with different values of {names}, on which the gradient depends, and one "
+    "pass has one value: give it for each sample, as a tensor, or one to a window"
+)
+NOT_FINITE_IN_FLOAT64 = "run again in float64, the gradient is not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,14 @@ class Diagnosis:
     measured: Measured | None = None
     one_pass64: Gradient | None = None
     accumulated64: Gradient | None = None
+    left: str | None = None
+    """What is left once the cause is removed, if anything: a clause behind the remedy."""
+
+    def completed(self, audit: Audit) -> Audit:
+        """Return the audit, its remedy in full; what names a cause closer has worded it anew."""
+        if audit.verdict != "biased" or self.left is None:
+            return audit
+        return replace(audit, remedy=f"{audit.remedy or 'that settled'}; {self.left}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,14 @@ class _Runs:
     accumulated64: Gradient
     one_pass64: Gradient
     forward: ForwardRuns
+
+
+class _State(NamedTuple):
+    """A state that may be held, to see whether the gradient is the large batch's then."""
+
+    culprit: Culprit
+    modules: list[nn.Module]
+    owners: list[Any]
 
 
 def diagnose(
@@ -105,12 +126,15 @@ def diagnose(
     try:
         one_pass64 = rerun.gradient(ONE_PASS64, held=2)
         accumulated64 = rerun.gradient(ACCUMULATED64)
+        if not finite(accumulated64) or not finite(one_pass64):
+            return Diagnosis(replace(blank, detail=NOT_FINITE_IN_FLOAT64))
         same = rerun.window.with_first_values()
         if same is not None:
             with_first = replace(rerun, window=same).gradient(ACCUMULATED64)
             if distance(with_first, accumulated64) > SAME64:
-                return Diagnosis(replace(blank, detail=_differing(same.differing)))
-        permuted = rerun.gradient(replace(ONE_PASS64, order=orders[0]))
+                said = DIFFERING.format(names=", ".join(same.differing))
+                return Diagnosis(replace(blank, detail=said))
+        permuted = rerun.gradient(replace(ONE_PASS64, order=orders[-1]))
         floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
         del permuted  # of a large model a third gradient may not fit beside what comes next
         forward = compare_forward(rerun, ACCUMULATED64)
@@ -134,14 +158,11 @@ def diagnose(
         parameters=errors if measured.same_function else errors64,
     )
     runs = _Runs(accumulated, replayed, one_pass, accumulated64, one_pass64, forward)
-    return Diagnosis(_explained(rerun, measured, runs, audit), measured, one_pass64, accumulated64)
-
-
-def _differing(names: Sequence[str]) -> str:
-    return (
-        f"micro-batches were called with different values of {', '.join(names)}, on which the gradient "
-        "depends, and one pass has one value: give it for each sample, as a tensor, or one to a window"
-    )
+    audit, left = _explained(rerun, measured, runs, audit), None
+    if rerun.draws.any:
+        who = of_each_type(_drawing(rerun)) or "numbers are drawn outside of the modules"
+        left = f"then it is still stochastic ({who})"
+    return Diagnosis(audit, measured, one_pass64, accumulated64, left)
 
 
 def error_line(error: Exception) -> str:
@@ -152,11 +173,15 @@ def error_line(error: Exception) -> str:
 def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Audit:
     """Find the cause by experiments; the verdict follows from the numbers and from what was drawn."""
     draws, mixing = rerun.draws, runs.forward.mixing
-    drew = [_culprit(rerun, name, result.RANDOMNESS) for name in draws.modules]
+    drew = _drawing(rerun)
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
         why = "the large batch's gradient is zero but for rounding: audit at other weights"
         return replace(audit, detail=why)
+    if draws.any and not measured.same_function and measured.float64.floor > ZERO:
+        draws.refuse("drawn numbers do not follow the samples into another order")
+    if draws.not_replayed and (unequal := _under_own_draws(rerun, audit)) is not None:
+        return _still_drawing(unequal, drew)
     verdict = verdict_of(measured, draws.any)
     if verdict in ("identical", "equivalent"):
         return replace(audit, verdict=verdict)
@@ -170,19 +195,17 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
         return _blaming(rerun, audit, drew)
     if distance(rerun.gradient(ONE_PASS64), runs.one_pass64) > NEVER_ROUNDING64:
         draws.refuse("the same pass, run twice, differs", foreign=True)
-    if draws.any:
+    if draws.not_replayed:  # else the comparison with the same draws has decided
         constant = replace(ACCUMULATED64, draws="constant")
         one_pass = rerun.gradient(replace(ONE_PASS64, draws="constant"))
         e64 = distance(rerun.gradient(constant), one_pass)
         mixing = compare_forward(rerun, constant).mixing
-        if e64 <= NEVER_ROUNDING64:
+        if e64 <= NEVER_ROUNDING64 and norm(one_pass) > 0:
             why = "; ".join([*draws.not_replayed, "with every draw a constant it is equivalent"])
             audit = replace(audit, verdict="stochastic", cause=result.RANDOMNESS, e64=e64, detail=why)
             return _blaming(rerun, audit, drew)
-        if draws.foreign:
-            why = "; ".join([*draws.not_replayed, "without these numbers it could be settled"])
-            audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=why)
-            return _blaming(rerun, audit, drew)
+        if draws.foreign or norm(one_pass) == 0:
+            return _unsettled(rerun, audit, drew)
     audit = replace(audit, verdict="biased")
     blamed = _of_the_weights(rerun, runs, audit)
     if blamed is not None:
@@ -190,6 +213,8 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if mixing:
         mixers = [_culprit(rerun, name, result.BATCH_STATISTICS) for name in mixing]
         return _still_drawing(_blaming(rerun, audit, mixers), drew)
+    if draws.foreign:  # integers may be the numbers of other samples
+        return _unsettled(rerun, audit, drew)
     moving = _moving_state(rerun, runs)
     if moving is not None:
         times = rerun.window.moves.get(moving.type) or len(rerun.window.sizes)
@@ -200,6 +225,35 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
         blamed = replace(_blaming(rerun, audit, [moving]), remedy=said)
         return _still_drawing(blamed, drew)
     return _still_drawing(_of_the_loss(rerun, runs, audit), drew)
+
+
+def _unsettled(rerun: Rerun, audit: Audit, drew: Sequence[Culprit]) -> Audit:
+    why = "; ".join([*rerun.draws.not_replayed, "without these numbers it could be settled"])
+    audit = replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, detail=why)
+    return _blaming(rerun, audit, drew)
+
+
+def _under_own_draws(rerun: Rerun, audit: Audit) -> Audit | None:
+    """Weigh micro-batches as they count under their own draws, which no one pass can have.
+
+    Constant draws, or the first micro-batch's for all, would hide how much each one counts.
+    """
+    window = rerun.window
+    own = replace(rerun, draws=Draws(rerun.draws.passes))
+    counts = [own.forward(ACCUMULATED64, index)[1] for index in range(len(window.sizes))]
+    other = window.recounted(counts)
+    if other is None or not all(map(math.isfinite, counts)) or len(set(counts)) == 1:
+        return None
+    weighed, again = own.gradient(ACCUMULATED64), own.gradient(ACCUMULATED64)
+    if distance(again, weighed) > SAME64:  # it draws other numbers each time
+        return None
+    recounted = replace(own, window=other).gradient(ACCUMULATED64)
+    e64 = distance(weighed, recounted)
+    if not e64 > SAME64:
+        return None
+    said = remedy_of_counts(window.sizes, counts)
+    cause = result.UNEQUAL_DENOMINATORS
+    return replace(audit, verdict="biased", cause=cause, e64=e64, remedy=said)
 
 
 def _rounded(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> Audit:
@@ -236,6 +290,10 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
             said = remedy_of_counts(window.sizes, counts)
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
         factor = multiple(recounted, runs.one_pass64, SAME64)
+        if factor is not None:
+            counted = remedy_of_counts(window.sizes, counts)
+            said = f"{counted}; besides, {remedy_of_factor(factor, len(window.sizes))}"
+            return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
     if factor is None:
         return None
     said = remedy_of_factor(factor, len(window.sizes))
@@ -244,9 +302,11 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
 
 def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
     """Return the module whose state carries from one pass to the next, if that is the cause."""
-    window, modules = rerun.window, rerun.window.modules
+    window = rerun.window
 
-    def settled(held: Sequence[nn.Module], owners: Sequence[Any] | None) -> bool:
+    def settled(states: Sequence[_State], *, all_beside: bool = False) -> bool:
+        held = [module for state in states for module in state.modules]
+        owners = None if all_beside else [owner for state in states for owner in state.owners]
         # Held, micro-batches may still be weighed wrongly, or be off by a factor.
         counts = [n for _, n in runs.forward.parts]
         for weighed in filter(None, (window, window.recounted(counts))):
@@ -256,27 +316,25 @@ def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
                 return True
         return False
 
-    beside = [(what, _within(what), owners) for what, owners in window.moved_beside]
-    if not settled([*modules, *(m for _, held, _ in beside for m in held)], None):
+    states = []
+    for what, owners in window.moved_beside:
+        name = what if isinstance(what, str) else type(what).__name__
+        inside = list(what.modules()) if isinstance(what, nn.Module) else []
+        culprit = Culprit("beside the model", name, result.MOVING_STATE)
+        states.append(_State(culprit, inside, owners))
+    for name, module in window.modules.by_name.items():
+        states.append(_State(_culprit(rerun, name, result.MOVING_STATE), [module], [module]))
+    if not settled(states, all_beside=True):
         return None
-    for what, held, owners in beside:
-        if settled(held, owners):
-            name = what if isinstance(what, str) else type(what).__name__
-            return Culprit("beside the model", name, result.MOVING_STATE)
-    holding = [m for m in modules if any(places_of(m, set()))]
-    # The shortest row of modules that settles it ends with one that is needed.
-    low, high = 0, len(holding)
+    # The shortest row of states that settles it ends with one that is needed.
+    low, high = 0, len(states)
     while low + 1 < high:
         middle = (low + high) // 2
-        if settled(holding[:middle], holding[:middle]):
+        if settled(states[:middle]):
             high = middle
         else:
             low = middle
-    return _culprit(rerun, modules.name(holding[high - 1]), result.MOVING_STATE)
-
-
-def _within(what: Any) -> list[nn.Module]:
-    return list(what.modules()) if isinstance(what, nn.Module) else []
+    return states[high - 1].culprit
 
 
 def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
@@ -306,15 +364,15 @@ def _blaming(rerun: Rerun, audit: Audit, culprits: Sequence[Culprit]) -> Audit:
     )
 
 
+def _drawing(rerun: Rerun) -> list[Culprit]:
+    """Return the modules that draw random numbers."""
+    return [_culprit(rerun, name, result.RANDOMNESS) for name in rerun.draws.modules]
+
+
 def _still_drawing(audit: Audit, drew: Sequence[Culprit]) -> Audit:
-    """Say what is left once a cause is removed: the modules that draw random numbers."""
-    if not drew:
-        return audit
-    said = f"{audit.remedy or 'that settled'}; then it is still stochastic ({of_each_type(drew)})"
-    return replace(audit, culprits=(*audit.culprits, *drew), remedy=said)
+    """Name what is left once a cause is removed, too."""
+    return replace(audit, culprits=(*audit.culprits, *drew))
 
 
 def _culprit(rerun: Rerun, name: str, cause: str) -> Culprit:
-    modules = rerun.window.modules
-    module = next(m for m in modules if modules.name(m) == name)
-    return Culprit(name, type(module).__name__, cause)
+    return Culprit(name, type(rerun.window.modules.by_name[name]).__name__, cause)

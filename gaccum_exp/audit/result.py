@@ -68,7 +68,8 @@ class Audit:
     accum_steps: int
     """N, micro-batches of the window."""
     reduction: str
-    """global_mean | mean | sum: how the gradients were accumulated."""
+    """How the gradients were accumulated; of a loop that is watched, as its losses' divisors show it:
+    mean (each micro-batch's own mean) | global_mean (sums over the window's count) | sum (neither)."""
     e64: float | None = None
     """‖g_N − g_1‖ / ‖g_1‖ in float64; None where that could not be had."""
     e: float | None = None
@@ -81,7 +82,8 @@ class Audit:
     denominator: float | None = None
     """What the window's loss sum is divided by for its mean."""
     cause: str | None = None
-    """One of CAUSES; None where there is nothing to explain."""
+    """One of CAUSES; None where there is nothing to explain. Of `inconclusive` it is what the
+    experiments point to, and not proven."""
     culprit: str | None = None
     """The first culprit's dotted name."""
     culprit_type: str | None = None

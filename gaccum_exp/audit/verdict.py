@@ -10,9 +10,15 @@ from gaccum_exp.audit.agreement import FAR, ROUNDING64, Agreement
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
 from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
 
+DIVIDE_ONCE = (
+    "sum the loss over each micro-batch and divide it by what the whole window counts "
+    "(in a configuration: accum.reduction=global_mean)"
+)
+"""What to do about unequal denominators, in a loop of one's own and in a configuration."""
 REMEDIES = {
-    result.NOT_ADDITIVE: "this loss couples samples, it is no sum over them: take it over the whole "
-    "window's outputs (strategy=cached)",
+    result.NOT_ADDITIVE: "this loss couples samples, it is no sum over them: take it once over the "
+    "outputs of the whole window, and send its gradient back through each micro-batch "
+    "(accumulate_gradients(..., strategy='cached'); in a configuration: strategy=cached)",
     result.LOW_PRECISION: "keep the gradient in float32 while it accumulates",
 }
 """What to do about a cause, in a sentence, where the cause says it all."""
@@ -98,7 +104,7 @@ def remedy_of(culprit: Culprit, counts: Mapping[str, int]) -> str:
     if culprit.cause == result.RANDOMNESS:
         return (
             f"random numbers are drawn in every pass ({culprit.name or 'the model'}{one_of}): compare "
-            "averages over seeds, or switch them off to compare gradients"
+            "averages over seeds, or switch them off (for dropout: p = 0) to compare gradients"
         )
     if "BatchNorm" in culprit.type:
         every = f" ({number} modules)" if number > 1 else ""
@@ -115,10 +121,10 @@ def remedy_of_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
     counted = bool(counts) and list(counts) != [float(size) for size in sizes]
     numbers: Sequence[float] = counts if counted else sizes
     if len(set(numbers)) == 1:  # what makes them unequal is not known
-        return "micro-batches do not count alike in their loss: use global_mean"
+        return f"micro-batches do not count alike in their loss: {DIVIDE_ONCE}"
     said = listed(numbers)
     what = f"count {said} in their loss" if counted else f"hold {said} samples"
-    return f"micro-batches {what}: use global_mean"
+    return f"micro-batches {what}: {DIVIDE_ONCE}"
 
 
 def listed(numbers: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 """Hydra's and OmegaConf's errors as one line that names the nearest valid key or file."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -26,7 +27,8 @@ def one_line(error: BaseException, arguments: list[str]) -> str | None:
         return f"{error.override}: cannot be read as key=value"
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        options = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+        folders = [Path(folder) / group for folder in (conf_dir(), *_own_folders(arguments))]
+        options = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         if not group or not options:
             return first_line(error)
         return f"{group}={name}: not one of {', '.join(options)}{nearest(name, options)}"
@@ -38,10 +40,24 @@ def one_line(error: BaseException, arguments: list[str]) -> str | None:
     # A key that does not exist, as against a value that its key does not take.
     if overridden is not None and (cause is None or "not in" in str(cause)):
         key = overridden[1].split("@")[0]
+        if (Path(conf_dir()) / key).is_dir():
+            return (
+                f"{key}: takes the name of a file ({key}=custom); set values one by one ({key}.x=value, "
+                "with + in front where it is new), or write a file of your own (--config-dir)"
+            )
         return f"{key}: no such key{nearest(key, _known_keys(arguments))}"
     deepest = cause if isinstance(cause, OmegaConfBaseException) else error
     full_key, text = getattr(deepest, "full_key", None), first_line(deepest)
     return f"{full_key}: {text}" if full_key and full_key not in text else text
+
+
+def _own_folders(arguments: list[str]) -> list[str]:
+    """Return the folders of configurations that the command line adds to the program's."""
+    flags = ("--config-dir", "-cd")
+    after = [value for flag, value in pairwise(arguments) if flag in flags]
+    return after + [
+        a.partition("=")[2] for a in arguments if a.startswith(tuple(f"{f}=" for f in flags))
+    ]
 
 
 def _known_keys(arguments: list[str]) -> list[str]:

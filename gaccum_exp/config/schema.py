@@ -262,6 +262,7 @@ def validate(cfg: DictConfig) -> Settings:
         BadInputError: a value that cannot be used, with the numbers and the nearest valid value.
     """
     _refuse_unknown_keys(cfg)
+    _check_targets(cfg)
     try:
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
@@ -357,6 +358,24 @@ def _take_schedule(config: Config) -> tuple[AccumStage, ...]:
     spelled = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
     accum.schedule = f"{{{spelled}}}"  # one value to be recorded, as on the command line
     return stages
+
+
+def _check_targets(cfg: DictConfig) -> None:
+    """Refuse a block that does not say what to build, with the likely reason."""
+    for block in ("model", "criterion", "optimizer"):
+        node = cfg[block]
+        missing = OmegaConf.is_missing(node, "_target_")
+        if not missing and node.get("_target_"):
+            continue
+        if isinstance(node.get(block), DictConfig):
+            raise BadInputError(
+                f"{block}.{block}: a file {block}/NAME.yaml holds the keys of the block, without a line "
+                f"`{block}:` around them"
+            )
+        terms = block == "criterion" and "terms" in node
+        if missing or not terms:
+            instead = "; criterion.terms belongs to criterion=terms" if terms else ""
+            raise BadInputError(f"{block}._target_ must be set{instead}")
 
 
 def _refuse_unknown_keys(cfg: DictConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.cached import CACHED, Cached
+from gaccum_exp.core.dtypes import out_of_half
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import (
     Denominator,
@@ -26,7 +27,7 @@ from gaccum_exp.core.module_state import held_by, state_put_back
 from gaccum_exp.core.reductions import Reduction, ReductionName, quotient, reduction_named
 from gaccum_exp.core.seeding import random_state_kept, set_random_states
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
-from gaccum_exp.core.window_loss import WindowLoss, WindowTerms, counted_as, wide, window_counts
+from gaccum_exp.core.window_loss import WindowLoss, WindowTerms, counted_as, window_counts
 from gaccum_exp.errors import BadInputError
 
 StrategyName = Literal["in_place", "cached"]
@@ -212,7 +213,7 @@ def _back_propagate(
     share = quotient(loss, divisor(n))
     if share is not None:
         backward(share)
-    loss = wide(loss.detach())
+    loss = out_of_half(loss.detach())
     state.loss_sum = loss if state.loss_sum is None else state.loss_sum + loss
     state.denominator = state.denominator + n
 

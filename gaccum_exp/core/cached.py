@@ -13,6 +13,7 @@ GradCache (Gao et al. 2021, arXiv 2101.06983). It costs one forward pass more, a
 window's outputs and of the loss over them. A sample's output must not depend on other samples.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.joined_samples import NotJoinableError, joined, picked, size_of
+from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.losses.model_loss import ModelLoss
 from gaccum_exp.core.losses.protocol import (
     Denominator,
@@ -44,6 +45,7 @@ from gaccum_exp.core.model_outputs import (
 from gaccum_exp.core.module_state import held_by, state_put_back, states_of
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.sample_mixing import agree, mixing_module, swaps
+from gaccum_exp.core.sample_reading import joined, picked, size_of
 from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
 from gaccum_exp.core.stand_in import stand_in
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
@@ -51,7 +53,7 @@ from gaccum_exp.errors import BadInputError
 
 
 class Totals(Protocol):
-    """What a window has added up to."""
+    """The sums of a window."""
 
     @property
     def loss_sum(self) -> Tensor:
@@ -67,7 +69,7 @@ L = TypeVar("L", bound=Totals)
 
 @dataclass(eq=False)
 class Cached(InPlace):
-    """Takes the loss once, over the outputs of the whole window, and every micro-batch twice.
+    """Takes the loss once, over the outputs of the whole window, and runs every micro-batch twice.
 
     A loss function is called twice on each micro-batch, with a stand-in for the model that sees its
     calls, and once on the joined window, with one that answers them. So it may call the model, its
@@ -104,19 +106,23 @@ class Cached(InPlace):
     def inspect(self, model: nn.Module, loss_fn: LossFn, window: Sequence[Any]) -> None:
         """Find out where outputs have their samples, and refuse a module that mixes these.
 
-        The first micro-batch (the first two, where it holds one sample) runs with one sample more, with
-        every second sample replaced, and with a graph, always with the same draws.
+        The first micro-batch (the first ones joined, where it holds less than two samples) runs with one
+        sample more, with every second sample replaced, and with a graph, always with the same draws.
 
         Raises:
             BadInputError: a sample's output depends on others, or a pass cannot be repeated.
         """
-        if isinstance(_unwrapped(loss_fn), ModelLoss):
+        unwrapped = loss_fn
+        while isinstance(unwrapped, LossWrapper):
+            unwrapped = unwrapped.wrapped
+        if isinstance(unwrapped, ModelLoss):
             raise refused(
                 f"{type(model).__name__} takes its loss itself, on each micro-batch: take it outside "
                 "the model, over its outputs"
             )
-        first = window[0] if size_of(window[0], 0) > 1 else _joined(window[:2])
-        size = size_of(first, 0)
+        totals = list(itertools.accumulate(size_of(micro_batch, 0) for micro_batch in window))
+        needed = next((n for n, total in enumerate(totals, 1) if total > 1), len(window))
+        first, size = window[0] if needed == 1 else _joined(window[:needed]), totals[needed - 1]
         if size < 2:
             return
         kept = states_of([model, *held_by(loss_fn)])
@@ -250,9 +256,3 @@ def _agree(ones: Sequence[Call], others: Sequence[Call], dims: Dims, rows: Tenso
     """Whether the outputs of these samples agree, and those that have no samples."""
     columns = zip(ones, others, dims, strict=True)
     return all(agree(one.tensors, other.tensors, of, rows, size) for one, other, of in columns)
-
-
-def _unwrapped(loss_fn: Any) -> Any:
-    while isinstance(loss_fn, LossWrapper):
-        loss_fn = loss_fn.wrapped
-    return loss_fn

@@ -39,6 +39,15 @@ def wide(tensor: Tensor) -> Tensor:
     return here.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def out_of_half(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32, and any other as it is.
+
+    Half precision has no count of 257 (bfloat16) and no sum beyond 65,504 (float16), and a window's sum
+    would lose its last micro-batches.
+    """
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
 def reals(tensor: Tensor) -> Tensor:
     """Return the real numbers that a tensor is made of: of complex ones (...) both parts, (..., 2)."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

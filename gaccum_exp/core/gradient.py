@@ -128,8 +128,4 @@ def relative(gap: float, size: float) -> float:
 
 
 def _root(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(_square(tensor) for tensor in tensors))
-
-
-def _square(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None else float(reals(wide(tensor)).square().sum())
+    return math.sqrt(sum(float(reals(wide(tensor)).square().sum()) for tensor in tensors))

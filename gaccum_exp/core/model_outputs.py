@@ -1,4 +1,4 @@
-"""What a model puts out for the micro-batches of a window: recorded by calls, joined, and played."""
+"""The outputs of a model for the micro-batches of a window: recorded call by call, joined, replayed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.joined_samples import mapped, sample_dim, tensors_in
+from gaccum_exp.core.joined_samples import sample_dim
 from gaccum_exp.core.losses.protocol import LossFn, outputs
+from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.seeding import random_states, same_states
 from gaccum_exp.core.stand_in import stand_in
 from gaccum_exp.errors import BadInputError
@@ -207,7 +208,7 @@ class WholeOutputs:
 
 
 def signature(model: nn.Module, calls: Sequence[Call]) -> Any:
-    """Return what decides where outputs have their samples, and whether these are mixed."""
+    """Return what places of samples in outputs depend on: modes, and which calls of how many dims."""
     modes = tuple(module.training for module in model.modules())
     return modes, tuple((call.path, *(t.ndim for t in call.tensors)) for call in calls)
 

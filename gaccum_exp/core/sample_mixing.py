@@ -3,14 +3,14 @@
 All runs have the same shapes and the same draws, so dropout and the like hide nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.joined_samples import picked_rows, sample_dim, tensors_in
+from gaccum_exp.core.joined_samples import picked_rows, sample_dim
+from gaccum_exp.core.module_calls import Key, ModuleCall, ModuleTracer
 
 
 class Swap(NamedTuple):
@@ -57,59 +57,32 @@ def mixing_module(model: nn.Module, run: Callable[[Tensor], Any], swap: Swap) ->
         run: runs the model on these samples of a batch.
         swap: shows it.
     """
-    size = len(swap.rows)
+    size, modules = len(swap.rows), dict(model.named_modules())
     samples = torch.arange(size)
-    with _traced(model) as calls:
-        ends = []
+    runs: list[dict[Key, ModuleCall]] = []
+
+    def keep(call: ModuleCall) -> None:
+        call.outputs = [t.clone() for t in call.outputs]  # the next module may write to them
+        runs[-1][call.key] = call
+
+    tracer = ModuleTracer(modules, keep)
+    with tracer():
         for rows in (samples, torch.cat([samples, samples[:1]]), swap.rows):
+            runs.append({})
+            tracer.begin()
             run(rows)
-            ends.append(len(calls))
-    runs = calls[: ends[0]], calls[ends[0] : ends[1]], calls[ends[1] :]
-    for base, grown, swapped in zip(*runs, strict=False):
-        alike = [
-            agree(ones, others, _dims(ones, more, size), swap.kept, size)
-            for ones, more, others in zip(base[1:], grown[1:], swapped[1:], strict=True)
-            if len(ones) == len(more) == len(others)
-        ]
+    base, grown, swapped = runs
+    for key in (key for key in base if key in grown and key in swapped):  # in the order of their ends
+        alike = []
+        for of in ("inputs", "outputs"):
+            ones, more, others = (getattr(calls[key], of) for calls in runs)
+            if len(ones) == len(more) == len(others):
+                pairs = zip(more, ones, strict=True)
+                dims = [sample_dim(tuple(m.shape), tuple(one.shape), size + 1, size) for m, one in pairs]
+                alike.append(agree(ones, others, dims, swap.kept, size))
         if alike == [True, False]:
-            return base.name
+            return f"{key[0] or 'the model'} ({type(modules[key[0]]).__name__})"
     return type(model).__name__
-
-
-class _ModuleCall(NamedTuple):
-    name: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
-@contextmanager
-def _traced(model: nn.Module) -> Iterator[list[_ModuleCall]]:
-    """Trace the calls of all modules, in the order in which they end."""
-    calls: list[_ModuleCall] = []
-    begun: list[list[Tensor]] = []
-    handles = []
-    for name, module in model.named_modules():
-        full = f"{name or 'the model'} ({type(module).__name__})"
-
-        def before(of: nn.Module, args: Any, kwargs: Any) -> None:
-            begun.append([t.detach().clone() for t in tensors_in([args, kwargs])])
-
-        def after(of: nn.Module, args: Any, output: Any, full: str = full) -> None:
-            made = [t.detach().clone() for t in tensors_in(output)]
-            calls.append(_ModuleCall(full, begun.pop(), made))
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dims(ones: Sequence[Tensor], more: Sequence[Tensor], size: int) -> list[int | None]:
-    pairs = zip(ones, more, strict=True)
-    return [sample_dim(tuple(m.shape), tuple(one.shape), size + 1, size) for one, m in pairs]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

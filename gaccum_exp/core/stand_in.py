@@ -11,7 +11,7 @@ Answer = Callable[[str, Callable[..., Any], Any, Any], Any]
 
 
 def stand_in(module: nn.Module, answer: Answer) -> Any:
-    """Return what passes for a module: any, since it is none."""
+    """Return a stand-in for a module, of no type since it is none and passes for one."""
     return StandIn(module, answer)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gaccum_exp.core.dtypes import out_of_half
 from gaccum_exp.core.losses.protocol import (
     Clamped,
     Counts,
@@ -67,14 +68,14 @@ class WindowTerms:
     """The window's means, where what weight and function hold themselves has no gradient yet."""
 
     def add(self, terms: Mapping[str, Term]) -> None:
-        """Take one micro-batch.
+        """Add one micro-batch.
 
         Raises:
             BadInputError: a weight is another than before.
         """
         for name, term in terms.items():
             self._add_weight(name, term.weight)
-            sums = wide(term.sum.detach())
+            sums = out_of_half(term.sum.detach())
             if name in self.sums and self.sums[name].shape != sums.shape:
                 raise BadInputError(
                     f"term {name!r}: its sums have the shapes {tuple(self.sums[name].shape)} and "
@@ -121,7 +122,7 @@ class WindowTerms:
                 "means, which a sum has not; use global_mean"
             )
         if not reduction.needs_window_count or self.accum_steps == 1:
-            mean = quotient(wide(term.sum), n)
+            mean = quotient(out_of_half(term.sum), n)
             return None if mean is None else term.weight * _value_of(name, term, mean) / self.accum_steps
         if name not in self.slopes:
             if isinstance(by, Tensor) or by:
@@ -146,7 +147,7 @@ class WindowTerms:
                 (self.slopes[name],) = torch.autograd.grad(value, at, materialize_grads=True)
 
     def loss(self) -> WindowLoss:
-        """Return what all that was added makes.
+        """Return the loss of all that was added.
 
         Where the loss function counts late, the host reads the counts here, which waits for the device.
 
@@ -203,22 +204,22 @@ class LossTotal:
         self._terms: WindowTerms | None = None
 
     def add(self, result: LossResult, counts: Counts | None = None) -> None:
-        """Take what a loss function has returned, and what it has counted."""
+        """Add what a loss function has returned, and what it has counted."""
         if isinstance(result, Mapping) or self._terms is not None:
             self._terms = self._terms or WindowTerms(1)
             self._terms.add(counted_as(terms_of(result), counts))
         else:
             loss, n = pair_of(result)
-            self._sum, self._denominator = self._sum + wide(loss), self._denominator + n
+            self._sum, self._denominator = self._sum + out_of_half(loss), self._denominator + n
 
     def loss(self) -> WindowLoss:
-        """Return what all of them make."""
+        """Return the loss over all of them."""
         if self._terms is None:
             return WindowLoss(self._sum, window_denominator(self._loss_fn, self._denominator))
         return self._terms.loss()
 
     def denominators(self, scale: float) -> float | dict[str, float]:
-        """Return the denominator of so many times as much, or of each term that counts something."""
+        """Return the denominator of `scale` times as much, or of each term that counts something."""
         if self._terms is None:
             return float(window_denominator(self._loss_fn, float(self._denominator) * scale))
         every = {name: float(n) * scale for name, n in self._terms.divisors.items()}
@@ -257,12 +258,6 @@ def _value_of(name: str, term: Term, mean: Tensor) -> Tensor:
         said = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise BadInputError(f"term {name!r}: its function gives {said}, and has to give a 0-dim tensor")
     return value
-
-
-def wide(sums: Tensor) -> Tensor:
-    """Return loss sums in float32 at least."""
-    # In half precision a window's sum would lose its last micro-batches.
-    return sums.float() if sums.dtype in (torch.float16, torch.bfloat16) else sums
 
 
 def _not_counted(name: str) -> BadInputError:

@@ -1,13 +1,14 @@
 """Watch windows of a training that a framework runs, each from its first micro-batch to its step."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.result import SEVERITY, Audit
 from gaccum_exp.audit.watch.watch import Watched, watch
 
 
@@ -20,7 +21,7 @@ class DueWindows:
 
     Args:
         every_n_steps: a window is due where the number of optimizer steps taken before it is a multiple
-            of this; the first always is.
+            of this, as the first is. One that ends an epoch with fewer micro-batches always is.
         criterion: as in `watch`.
 
     Raises:
@@ -36,6 +37,19 @@ class DueWindows:
         self._open: tuple[int, Watched, ExitStack] | None = None
         self._warned: set[str] = set()
 
+    def summary(self) -> str:
+        """Return in a line how many windows were judged, with which verdicts, and where to look."""
+        if not self.audits:
+            return "gradient accumulation: no window was judged"
+        counts = Counter(audit.verdict for _, audit in self.audits)
+        said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in SEVERITY if counts[verdict])
+        line = f"gradient accumulation: of the windows judged {said}"
+        unsound = [str(before) for before, audit in self.audits if not audit.sound]
+        if not unsound:
+            return line
+        first = ", ".join([*unsound[:4], *(["…"] if len(unsound) > 4 else [])])
+        return f"{line}; see .audits of those after {first} optimizer steps"
+
     def close(self) -> None:
         """Let go of a window in progress; without a step it has no audit."""
         if self._open is not None:
@@ -49,11 +63,16 @@ class DueWindows:
         model: nn.Module,
         criterion: Callable[..., Any] | None,
         optimizer: Any,
+        ends_short: bool = False,
     ) -> None:
-        """Watch the window that begins with the next micro-batch, if it is due."""
+        """Watch the window that begins with the next micro-batch, if it is due.
+
+        `ends_short`: it ends its epoch, with fewer micro-batches than the others.
+        """
+        due = global_step % self._every == 0 or ends_short
         if ranks > 1:
             self._warn_once("ranks", "AuditCallback judges one process only: nothing is audited here")
-        elif global_step % self._every == 0 and (self._open is None or self._open[0] != global_step):
+        elif due and (self._open is None or self._open[0] != global_step):
             self.close()
             stack = ExitStack()
             self._open = global_step, stack.enter_context(watch(model, criterion, optimizer)), stack

@@ -15,12 +15,14 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
         Trainer(accumulate_grad_batches=4, callbacks=[audit]).fit(model)
         print(audit.audits[0][1])
 
-    Nothing is logged; a window that is biased is warned about, once per cause. On several processes it
-    says so once and judges nothing: a window would be all ranks' micro-batches.
+    `audits` holds (optimizer steps taken before the window, its audit). A window that is biased is
+    warned about, once per cause; a line at the end of the training counts the verdicts; nothing is
+    logged. On several processes it says so once and judges nothing: a window would be all ranks'
+    micro-batches.
 
     Args:
-        every_n_steps: how often; the first window is always judged. A window that is judged takes about
-            a dozen times as long.
+        every_n_steps: how often; the first window is always judged, and the last of each epoch where it
+            has fewer micro-batches. A window that is judged takes about a dozen times as long.
         criterion: as in `watch`; None: what `training_step` returns. With manual optimization, or where
             `training_step` takes `dataloader_iter`, give the loss function that it calls; None is then a
             loss of `torch.nn.functional`. Of several optimizers see `watch`.
@@ -40,8 +42,10 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
         fetching = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
         if criterion is None and automatic and not fetching:
             criterion = pl_module.training_step
-        step, ranks = trainer.global_step, trainer.world_size
-        self._begin(step, ranks, pl_module, criterion, trainer.optimizers)
+        step, ranks, n = trainer.global_step, trainer.world_size, trainer.accumulate_grad_batches
+        # Lightning counts micro-batches from each epoch's beginning, and steps at its end.
+        ends_short = batch_idx % n == 0 and trainer.num_training_batches - batch_idx < n
+        self._begin(step, ranks, pl_module, criterion, trainer.optimizers, ends_short)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,8 +54,9 @@ class AuditCallback(DueWindows, Callback):  # type: ignore[misc]  # Lightning is
         self._end(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of a window that has no step."""
+        """Let go of a window that has no step, and sum up."""
         self.close()
+        print(self.summary())
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

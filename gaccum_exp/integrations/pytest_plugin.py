@@ -23,9 +23,10 @@ AuditLoop = Callable[..., "AbstractContextManager[Watched]"]
 def audit_loop() -> AuditLoop:
     """Return `watch` as an assertion: `with audit_loop(model, criterion, optimizer): ...`.
 
-    The test fails, with the audit's report, unless every optimizer step in the block is sound.
-    `stochastic=True` also allows steps that differ from the large batch's in the numbers drawn alone
-    (dropout). Other arguments are those of `watch`.
+    The test fails, with the audit's report, unless every optimizer step in the block is sound: identical
+    or equivalent, with no fault beside the gradient. So `inconclusive` fails, as does a block without a
+    step. `stochastic=True` also allows steps that differ from the large batch's in the numbers drawn
+    alone (dropout). Other arguments are those of `watch`.
     """
     return _audited
 
@@ -41,4 +42,6 @@ def _audited(*args: Any, stochastic: bool = False, **options: Any) -> "Iterator[
     for number, window in enumerate(audit.windows):
         drawn = stochastic and window.verdict == "stochastic" and not window.checks
         if not (window.sound or drawn):
-            pytest.fail(f"optimizer step {number} of the block\n{window.report()}", pytrace=False)
+            only_drawn = window.verdict == "stochastic" and not window.checks
+            hint = "\nallow it: audit_loop(..., stochastic=True)" if only_drawn else ""
+            pytest.fail(f"optimizer step {number} of the block\n{window.report()}{hint}", pytrace=False)

@@ -19,9 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gaccum_exp.core.cached import Cached
-from gaccum_exp.core.joined_samples import size_of
 from gaccum_exp.core.losses.protocol import Counts, LossFn, LossResult, LossWrapper
 from gaccum_exp.core.model_outputs import Call, signature
+from gaccum_exp.core.sample_reading import size_of
 from gaccum_exp.core.strategies import InPlace
 
 _CACHED = type(functools.lru_cache(len))

@@ -1,7 +1,7 @@
 """Loops as people write them, sound and faulty, each of one optimizer step or two."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gaccum_exp import watch
 from gaccum_exp.audit.result import Audit
-from tests.audit.support import CE, net
+from tests.audit.support import CE, large_batch, net, relative, taken
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Loop = Callable[[nn.Module, torch.optim.Optimizer, Pairs], None]
@@ -24,6 +24,42 @@ def watched(
     with watch(model, criterion, optimizer) as audit:
         loop(model, optimizer, parts)
     return audit.worst
+
+
+class Stepped(NamedTuple):
+    """What `watch` says of a loop, and what is measured beside it."""
+
+    audit: Any
+    gap: float
+    """How far the gradient that the optimizer took is off the large batch's in float64, relative."""
+    rounding: float
+    """What a sound loop may be off by."""
+
+
+def stepped(
+    model: nn.Module,
+    criterion: Any,
+    passes: Callable[[Any, Any], None],
+    large: Callable[[Any], Tensor],
+    most: float | None = None,
+) -> Stepped:
+    """Watch the passes of one window and its step, and measure it against the loss `large(model)`.
+
+    The step is taken here, unless `passes` has taken it.
+    Where the loop clips its gradient, `most` is the norm.
+    """
+    single = any(p.dtype in (torch.float32, torch.complex64) for p in model.parameters())
+    expected = large_batch(model, large)
+    if most is not None:
+        norm = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+        expected = {name: g * min(1.0, most / (norm + 1e-6)) for name, g in expected.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = taken(model, optimizer)
+    with watch(model, criterion, optimizer) as audit:
+        passes(model, optimizer)
+        if not found:
+            optimizer.step()
+    return Stepped(audit, relative(found[-1], expected), 1e-5 if single else 1e-12)
 
 
 def looped(each: Callable[[nn.Module, Tensor, Tensor, Pairs], Tensor | None]) -> Loop:

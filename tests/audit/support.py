@@ -45,22 +45,49 @@ def window(
     ]
 
 
+def wide(t: Tensor) -> Tensor:
+    """Return the tensor in double precision, a complex one in both parts."""
+    return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
+
+
 def gradients(model: nn.Module) -> Gradients:
     """Return the gradients that are there, dense, and in float64."""
     return {
-        name: p.grad.detach().to_dense().double().clone()
-        if p.grad.layout != torch.strided
-        else p.grad.detach().double().clone()
+        name: wide(
+            p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
+        ).clone()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
 
 
+def large_batch(model: nn.Module, loss: Callable[[Any], Tensor]) -> Gradients:
+    """Return the gradient of a loss of the whole window, of a copy of the model in float64."""
+    model = copy.deepcopy(model)._apply(wide)  # type: ignore[no-untyped-call]
+    model.zero_grad()
+    loss(model).backward()
+    return or_zero(model)
+
+
+def or_zero(model: nn.Module) -> Gradients:
+    """Return the gradients of all that is trained, zero where there is none."""
+    there = gradients(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {n: there.get(n, torch.zeros_like(wide(p.detach()))) for n, p in trained.items()}
+
+
+def taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Gradients]:
+    """Return a list that gets each gradient as the optimizer takes it."""
+    found: list[Gradients] = []
+    optimizer.register_step_pre_hook(lambda *_: found.append(or_zero(model)))
+    return found
+
+
 def relative(found: Gradients, expected: Gradients) -> float:
     """Return ‖found − expected‖ / ‖expected‖ over all parameters; 0 where both are zero."""
     assert found.keys() == expected.keys()
-    gap = sum(float((found[k] - expected[k]).square().sum()) for k in expected)
-    size = sum(float(expected[k].square().sum()) for k in expected)
+    gap = sum(float((found[k] - expected[k]).abs().square().sum()) for k in expected)
+    size = sum(float(expected[k].abs().square().sum()) for k in expected)
     return float((gap / size) ** 0.5) if size else float("inf") if gap else 0.0
 
 
@@ -79,10 +106,9 @@ def naive(
     return gradients(model)
 
 
-def whole(micro_batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def whole(micro_batches: Sequence[tuple[Tensor, ...]], dim: int = 0) -> Any:
     """Return the large batch."""
-    inputs, labels = zip(*micro_batches, strict=True)
-    return torch.cat(inputs), torch.cat(labels)
+    return tuple(torch.cat(part, dim) for part in zip(*micro_batches, strict=True))
 
 
 def plain_loop(

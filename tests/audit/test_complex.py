@@ -1,6 +1,7 @@
 """Models with complex numbers are judged as others are: in float64's precision, both parts counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from gaccum_exp import plan_memory, watch
 from gaccum_exp.audit.agreement import ROUNDING64
 from gaccum_exp.audit.audit_window import audit_window
+from tests.audit.support import large_batch, relative, taken, whole, wide
 
 C64 = torch.complex64
 Window = list[tuple[Tensor, Tensor]]
@@ -25,7 +27,7 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.fft.rfft(x.view(-1, 2, 8))
-        out = torch.zeros(len(x), 3, 5, dtype=torch.cfloat)
+        out = torch.zeros(len(x), 3, 5, dtype=C64)
         out[:, :, :4] = torch.einsum("bix,iox->box", spectrum[:, :, :4], self.weight)
         return self.last(torch.fft.irfft(out, n=8)).mean(1)
 
@@ -90,6 +92,16 @@ def made(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Window]:
     return kind(), [(torch.randn(n, 16), torch.randn(n, 6)) for n in (3, 3, 3)]
 
 
+@contextmanager
+def in_double_precision() -> Iterator[None]:
+    """Let the models above make their own tensors in double precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "C64", torch.complex128)
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_configured_window_is_equivalent(kind: Callable[[], nn.Module]) -> None:
     """To float64's rounding, so that no part of a pass was left in single precision."""
@@ -105,10 +117,15 @@ def test_a_loop_is_judged(kind: Callable[[], nn.Module], divided: bool) -> None:
     """The sound loop is equivalent, and the one that does not divide by N is told so."""
     model, window = made(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = map(wide, whole(window))
+    with in_double_precision():
+        expected = large_batch(model, lambda m: MSE(m(x), y))
+    found = taken(model, optimizer)
     with watch(model, MSE, optimizer) as audit:
         for inputs, target in window:
             (MSE(model(inputs), target) / (len(window) if divided else 1)).backward()
         optimizer.step()
+    assert relative(found[0], expected) == pytest.approx(0 if divided else 2, abs=1e-5)
     if divided:
         assert audit.verdict in ("equivalent", "identical"), audit.report()
     else:

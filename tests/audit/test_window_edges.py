@@ -149,3 +149,10 @@ def test_a_module_that_changes_no_gradient_is_not_blamed_for_the_counts(
     assert audit_window(net(middle()), CE, window(*SIZES)).verdict == "equivalent"
     found = audit_window(net(middle()), CE, window(*SIZES), reduction=Mean())
     assert (found.verdict, found.cause) == ("biased", "unequal denominators")
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2), (0, 3, 2), (3, 2, 0)])
+def test_a_micro_batch_without_samples_is_judged_like_any_other(sizes: tuple[int, ...]) -> None:
+    """It has no sample that any module's output could be compared by."""
+    audit = audit_window(net(nn.LayerNorm(HIDDEN)), CE, window(*sizes))
+    assert audit.verdict == "equivalent"

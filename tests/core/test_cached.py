@@ -80,7 +80,7 @@ def apart(one: Tensor, reference: Tensor) -> float:
     return float((one - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [*SIZES, [1, 0, 10], [0, 0, 1, 10]])
 def test_a_contrastive_loss_has_the_large_batchs_gradient(sizes: list[int]) -> None:
     """The temperature's as well; and in place the gradient of every split is another."""
     model, batch = towers(), pairs()

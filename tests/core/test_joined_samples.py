@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
-from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, joined, picked, sample_layouts
+from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout
+from gaccum_exp.core.sample_reading import joined, picked, sample_layouts
 
 SIZES = (2, 3, 1)
 T, F = 7, 5

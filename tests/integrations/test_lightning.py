@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaccum_exp import watch
-from tests.integrations.small import EQUAL, PARTIAL, SHORT, adamw, loader, net, same, weights
+from tests.audit.support import Gradients, gradients, large_batch, relative
+from tests.integrations.small import EQUAL, PARTIAL, SHORT, adamw, loader, net, points, same, weights
 
 lightning = pytest.importorskip("lightning", reason="the extra `peers` is not installed")
 torchmetrics = pytest.importorskip("torchmetrics")
@@ -35,6 +36,10 @@ class Lit(lightning.LightningModule):
         self.drop = nn.Dropout(dropout)
         self.accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=3)
         self.optimizer = adamw(self)
+        self.reached: list[Gradients] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.reached.append(gradients(self))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.drop(x))
@@ -145,6 +150,31 @@ def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path, kind: Any)
     fit(tmp_path, kind(), [4] * 16, [audit])
     found = [(step, a.verdict, a.accum_steps) for step, a in audit.audits]
     assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
+
+
+def test_the_callback_judges_every_partial_window_and_counts_the_biased(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However seldom windows are due; the last line of the training says where to look."""
+    audit = integration.AuditCallback(every_n_steps=1000)
+    with pytest.warns(UserWarning, match="each divided by 4"):
+        fit(tmp_path, Lit(), PARTIAL, [audit], max_epochs=2)
+    assert [(step, a.verdict) for step, a in audit.audits] == [
+        (0, "equivalent"), (1, "biased"), (3, "biased")
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "gradient accumulation: of the windows judged 1 equivalent, 2 biased; see .audits of those "
+        "after 1, 3 optimizer steps"
+    )
+
+
+def test_the_callback_says_in_a_line_that_all_is_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end of the training; no window is short, and none but the first is due."""
+    fit(tmp_path, Lit(), EQUAL, [integration.AuditCallback()])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1:] == ["gradient accumulation: of the windows judged 1 equivalent"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -265,13 +295,84 @@ class ManualTwo(Manual):
             self.untoggle_optimizer(optimizer)
 
 
+def first_gap(model: Any, large: Callable[[Any], Tensor], run: Callable[[], object]) -> float:
+    """Run a training; return how far its first gradient is off the large batch's, in float64."""
+    expected = large_batch(model, large)
+    run()
+    return relative(model.reached[0], expected)
+
+
+def cross_entropy(model: Any, samples: int = 32) -> Tensor:
+    x, y = points(samples)
+    return F.cross_entropy(model.net(x.double()), y)
+
+
 @pytest.mark.parametrize("kind", [Named, Starred, WithoutIndex, Dictionary])
 def test_a_training_step_with_any_arguments_and_returns_is_judged(tmp_path: Path, kind: Any) -> None:
     """And the audit prints as its report."""
-    audit = integration.AuditCallback(every_n_steps=1)
-    fit(tmp_path, kind(), EQUAL, [audit])
+    audit, model = integration.AuditCallback(every_n_steps=1), kind()
+    assert first_gap(model, cross_entropy, lambda: fit(tmp_path, model, EQUAL, [audit])) < 1e-5
     assert [(a.verdict, a.accum_steps) for _, a in audit.audits] == [("equivalent", 4)] * 2, audit.audits
     assert str(audit.audits[0][1]).startswith("equivalent (N = 4, mean): e64 ")
+
+
+class DividedTwice(Lit):
+    """Divides by N, and so does Lightning (roboflow/rf-detr#1503)."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1]) / self.trainer.accumulate_grad_batches
+
+    @staticmethod
+    def large_batch(model: Any, samples: int) -> Tensor:
+        return cross_entropy(model, samples)
+
+
+class DividedTwiceByANumber(DividedTwice):
+    """In a function of its own, of a dictionary that it returns."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.multi_margin_loss(self.net(batch[0]), batch[1]) / 3
+        return {"loss": loss, "of": batch_idx}
+
+    @staticmethod
+    def large_batch(model: Any, samples: int) -> Tensor:
+        x, y = points(samples)
+        return F.multi_margin_loss(model.net(x.double()), y)
+
+
+class DividedTwiceWithAPenalty(DividedTwice):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.large(self.net(batch[0]), batch[1]) / 4
+
+    @staticmethod
+    def large(out: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(out, labels) + 0.1 * out.square().mean()
+
+    @staticmethod
+    def large_batch(model: Any, samples: int) -> Tensor:
+        x, y = points(samples)
+        return DividedTwiceWithAPenalty.large(model.net(x.double()), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"), [(DividedTwice, 4), (DividedTwiceByANumber, 3), (DividedTwiceWithAPenalty, 4)]
+)
+def test_a_training_step_that_divides_by_n_itself_is_told_so(tmp_path: Path, kind: Any, n: int) -> None:
+    """What reaches the optimizer is 1 / N of the large batch's gradient, and that is what is printed."""
+    audit, model = integration.AuditCallback(every_n_steps=1), kind()
+    settings: Any = {"accumulate_grad_batches": n, "gradient_clip_val": None}
+
+    def train() -> None:
+        with pytest.warns(UserWarning, match="twice"):
+            fit(tmp_path, model, EQUAL[:n], [audit], **settings)
+
+    gap = first_gap(model, lambda m: kind.large_batch(m, 8 * n), train)
+    assert gap == pytest.approx(1 - 1 / n, rel=1e-5)
+    ((_, found),) = audit.audits
+    assert (found.verdict, found.cause, found.accum_steps) == ("biased", "loss scale", n), str(found)
+    assert found.e64 == pytest.approx(gap, rel=1e-5)
+    assert str(found) == found.report()
+    assert f"e64 {found.e64:.2g}, " in str(found), str(found)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -313,7 +414,9 @@ def test_a_callback_that_is_never_due_is_an_error() -> None:
 def test_the_callback_judges_nothing_on_several_processes_and_says_so_once() -> None:
     """A rank sees its own micro-batches only, and a gradient of all ranks'."""
     audit = integration.AuditCallback()
-    ranks = SimpleNamespace(world_size=2, global_step=0, optimizers=[None])
+    ranks = SimpleNamespace(
+        world_size=2, global_step=0, optimizers=[None], accumulate_grad_batches=4, num_training_batches=8
+    )
     with pytest.warns(UserWarning, match="one process only"):
         audit.on_train_batch_start(ranks, Lit(), None, 0)
     audit.on_train_batch_start(ranks, Lit(), None, 1)  # a second warning would be an error

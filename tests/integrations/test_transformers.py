@@ -146,6 +146,16 @@ def test_the_callback_judges_the_windows_that_are_due(tmp_path: Path) -> None:
     assert found == [(0, "equivalent", 4), (2, "equivalent", 4)]
 
 
+def test_the_callback_judges_every_partial_window_and_sums_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However seldom windows are due: two epochs of four and two micro-batches."""
+    audit = integration.AuditCallback(every_n_steps=1000)
+    trained(tmp_path, WithLoss(), rows(24), False, [audit], num_train_epochs=2)
+    assert [(step, a.accum_steps) for step, a in audit.audits] == [(0, 4), (1, 2), (3, 2)]
+    assert "gradient accumulation: of the windows judged 3 equivalent\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_callback_leaves_the_training_bit_for_bit_as_it_was(tmp_path: Path, dropout: float) -> None:
     """Weights and random state after two epochs; nothing stays attached."""
@@ -164,10 +174,10 @@ def test_the_callback_leaves_the_training_bit_for_bit_as_it_was(tmp_path: Path, 
 def test_the_callback_warns_of_a_bias_once_per_cause(tmp_path: Path) -> None:
     """Two epochs with a short micro-batch each: two audits that are biased, one warning."""
     audit = integration.AuditCallback(every_n_steps=1)
-    with pytest.warns(UserWarning, match="use global_mean") as said:
+    with pytest.warns(UserWarning, match="divide it by what the whole window counts") as said:
         trained(tmp_path, WithLoss(), rows(15), False, [audit], num_train_epochs=2)
     assert [a.verdict for _, a in audit.audits] == ["biased", "biased"]
-    assert len([w for w in said if "use global_mean" in str(w.message)]) == 1
+    assert len([w for w in said if "what the whole window counts" in str(w.message)]) == 1
 
 
 def test_the_callback_can_be_closed_after_a_training_that_fails(tmp_path: Path) -> None:

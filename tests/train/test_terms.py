@@ -90,7 +90,7 @@ def test_the_audit_of_terms(overrides: tuple[str, ...], verdict: str, cause: str
     _, sink = trained(*overrides)
     assert (sink.tags["verdict"], sink.tags.get("cause")) == (verdict, cause)
     if cause == "unequal denominators":
-        assert "in their term 'seg': use global_mean" in sink.tags["remedy"]
+        assert "in their term 'seg': sum the loss over each micro-batch" in sink.tags["remedy"]
     else:
         assert sink.curve("audit/e64")[0] < 1e-12
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.rerun.module_calls import Key, ModuleCall
 from gaccum_exp.audit.rerun.passes import Pass, Rerun
 from gaccum_exp.core.joined_samples import sample_dim
+from gaccum_exp.core.module_calls import Key, ModuleCall
 
 TOLERANCE = 1e-9
 """Relative to a tensor's size: far above float64 rounding (1e-16 to 1e-12), far below real mixing."""
@@ -39,7 +39,10 @@ def compare_forward(rerun: Rerun, how: Pass) -> ForwardRuns:
     comparison = _Comparison(sizes)
     rerun.forward(how, 0, comparison.see_shapes)
     whole = rerun.forward(how, None, comparison.see_whole)
-    parts = [rerun.forward(how, i, partial(comparison.see_part, i)) for i in range(len(sizes))]
+    parts = [
+        rerun.forward(how, i, partial(comparison.see_part, i) if size else None)
+        for i, size in enumerate(sizes)
+    ]
     return ForwardRuns(parts, whole, comparison.mixing())
 
 
@@ -80,8 +83,15 @@ class _Comparison:
         shapes = self._shapes.get(call.key)
         if shapes is None or [len(s) for s in shapes] != [len(call.inputs), len(call.outputs)]:
             return
+
+        def of_whole(tensor: Tensor, part: torch.Size) -> _Fingerprints | None:
+            dim = sample_dim(tuple(tensor.shape), tuple(part), self._total, self._sizes[0])
+            if dim is None and (tensor.shape != part or self._total == self._sizes[0]):
+                return None
+            return _fingerprints(tensor, dim, self._total)
+
         inputs, outputs = (
-            [self._of_whole(t, shape) for t, shape in zip(tensors, part, strict=True)]
+            list(map(of_whole, tensors, part))
             for tensors, part in zip((call.inputs, call.outputs), shapes, strict=True)
         )
         if any(p is not None and p.dim is not None for p in inputs):
@@ -110,12 +120,6 @@ class _Comparison:
         innermost = sorted(guilty.keys() - outer, key=lambda key: guilty[key].start)
         return list(dict.fromkeys(name for name, _ in innermost))
 
-    def _of_whole(self, tensor: Tensor, part: torch.Size) -> _Fingerprints | None:
-        dim = sample_dim(tuple(tensor.shape), tuple(part), self._total, self._sizes[0])
-        if dim is None and (tensor.shape != part or self._total == self._sizes[0]):
-            return None
-        return _fingerprints(tensor, dim, self._total)
-
     def _agree(self, index: int, tensors: list[Tensor], whole: list[_Fingerprints | None]) -> bool:
         first_row, size = sum(self._sizes[:index]), self._sizes[index]
         for tensor, prints in zip(tensors, whole, strict=True):
@@ -126,10 +130,9 @@ class _Comparison:
                 if tensor.shape[prints.dim] % size:
                     return False
                 rows = rows[first_row : first_row + size]
-            values = _fingerprints(tensor, prints.dim, size).values
-            gap = (values - rows).abs().max()
+            gap = (_fingerprints(tensor, prints.dim, size).values - rows).abs().max()
             # Not a <=, so that NaN on both sides is no difference between them.
-            if values.shape != rows.shape or bool(gap > TOLERANCE * prints.size):
+            if bool(gap > TOLERANCE * prints.size):
                 return False
         return True
 

@@ -5,13 +5,14 @@ row. A row that no sample of the micro-batch moves belongs to another one's samp
 """
 
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
 from gaccum_exp.core.dtypes import is_inexact
-from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.nesting import tensors_in
 
 MIXED = "samples are mixed between the model's outputs and the loss"
 FOREIGN = (
@@ -21,15 +22,22 @@ FOREIGN = (
 )
 
 
-def coupling_of(micro_batch: TapedMicroBatch, sizes: dict[TapedCall, int], dim: int) -> str | None:
+def coupling_of(
+    micro_batch: TapedMicroBatch,
+    sizes: dict[TapedCall, int],
+    dim: int,
+    apart: Container[TapedCall] = (),
+) -> str | None:
     """Return how the operations between model and losses mix samples; None where they do not.
 
     Args:
         micro_batch: of the tape.
         sizes: the samples of each call of the model's.
         dim: along which the model's inputs count them.
+        apart: losses that are known to mix them.
     """
-    losses = [loss for loss in micro_batch.losses if any(r.call.kind == "between" for r in loss.refs())]
+    between = [x for x in micro_batch.losses if any(r.call.kind == "between" for r in x.refs())]
+    losses = [loss for loss in between if loss not in apart]
     sizes = {call: sizes[call] for call in micro_batch.models}
     if not losses or max(sizes.values(), default=0) < 1:
         return None
@@ -60,16 +68,17 @@ def _coupling(
     largest = max(sizes.values())
 
     def rows_changed(bit: int, value: int) -> list[Tensor]:
+        """Return which samples of each argument change, or which of its rows, if these samples' do."""
         redrawn: Outputs = {}
         for call, tensors in outputs.items():
             chosen = ((torch.arange(sizes[call]) >> bit) & 1 == value) if bit >= 0 else None
             redrawn[call] = [_redrawn(t, chosen, sizes[call], dim, generator) for t in tensors]
-        after = tensors_in(resolved(loss.arguments, redrawn))
-        return [
-            _by_sample(a != b, largest, dim)
-            for a, b in zip(after, before, strict=True)
-            if b.ndim > 0  # a scalar is made of all samples, by right
-        ]
+        changed = []
+        for a, b in zip(tensors_in(resolved(loss.arguments, redrawn)), before, strict=True):
+            if b.ndim > 0:  # a scalar is made of all samples, by right
+                own = dim if dim < b.ndim and b.shape[dim] == largest else 0
+                changed.append((a != b).movedim(own, 0).reshape(b.shape[own], -1).any(1))
+        return changed
 
     for bit in range((largest - 1).bit_length()):  # any two samples differ in a bit of their numbers
         for one, other in zip(rows_changed(bit, 1), rows_changed(bit, 0), strict=True):
@@ -84,12 +93,6 @@ def _coupling(
         if 0 < own < len(moved) and len(moved) > largest and len(moved) not in explained:
             return FOREIGN.format(rows=len(moved), own=own)
     return None
-
-
-def _by_sample(changed: Tensor, size: int, dim: int) -> Tensor:
-    """Return which samples of a tensor have changed, or which of its rows, (samples,) or (rows,)."""
-    own = dim if dim < changed.ndim and changed.shape[dim] == size else 0
-    return changed.movedim(own, 0).reshape(changed.shape[own], -1).any(1)
 
 
 def _redrawn(

@@ -16,9 +16,9 @@ from gaccum_exp.core.gradient import Gradient
 ROUNDED = 1e-5
 """How close a weight, seen in the loop's precision, is to the number that was meant."""
 EXACT = 1e-11
-"""The same where the coefficients are known beforehand."""
+"""Of the fit, relative, where the coefficients are known beforehand."""
 RESIDUAL = 1e-6
-"""Of the fit, relative, where the one pass's gradient is a combination of the micro gradients."""
+"""Of the fit, relative, where they are not, and the micro gradients combine to the one pass's."""
 MOST_ELEMENTS = 1_000_000
 """Elements kept of each micro gradient; the unknowns are far fewer."""
 
@@ -42,16 +42,7 @@ def fitted_coefficients(
         candidates: coefficients to be tried first. Without them N shares always fit where all gradients
             lie in N dimensions, so a fit of few numbers, or one with negative shares, is none.
     """
-    names = sorted({name for g in [*micro, whole] for name in g})
-    like = {name: next(g[name] for g in [*micro, whole] if name in g) for name in names}
-
-    def vector(g: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([g.get(name, torch.zeros_like(like[name])) for name in names])
-
-    if not names:
-        return None
-    target = vector(whole)
-    columns = torch.stack([vector(g) for g in micro], 1)
+    columns, target = _columns(micro, whole)
     length = float(target.norm())
     if length == 0 or not bool(torch.isfinite(columns).all()):
         return None
@@ -82,15 +73,12 @@ def reached_shares(
     Subsets that leave some out are tried first; else the gradients must be many more than these.
     """
     count = len(micro)
-    names = sorted({name for g in [*micro, reached] for name in g})
-    like = {name: next(g[name] for g in [*micro, reached] if name in g) for name in names}
-    of = [torch.cat([g.get(n, torch.zeros_like(like[n])) for n in names]) for g in [*micro, reached]]
-    columns, target = torch.stack(of[:-1], 1), of[-1]
+    columns, target = _columns(micro, reached)
     if not bool(torch.isfinite(columns).all()) or not bool(torch.isfinite(target).all()):
         return None
 
     def fits(shares: Sequence[float]) -> bool:
-        """Whether these shares make it, but for a factor of them all."""
+        """Whether what reached the optimizer is a multiple of the sum with these shares."""
         made = columns @ torch.tensor(shares, dtype=columns.dtype)
         by = float(made @ target) / max(float(made @ made), 1e-300)
         return by > 0 and float((made * by - target).norm()) <= 1e-4 * float(target.norm())
@@ -109,6 +97,20 @@ def reached_shares(
     largest = max(map(abs, found)) or 1.0
     found = [0.0 if abs(share) < 1e-3 * largest else share for share in found]
     return found if fits(found) else None
+
+
+def _columns(
+    micro: Sequence[dict[str, torch.Tensor]], whole: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return micro gradients as columns, (elements, N), and another one as a vector, (elements,)."""
+    every = [*micro, whole]
+    like = {name: elements for g in every for name, elements in g.items()}
+    zeros = [torch.zeros(0, dtype=torch.float64)]
+    vectors = [
+        torch.cat([g.get(name, torch.zeros_like(like[name])) for name in sorted(like)] or zeros)
+        for g in every
+    ]
+    return torch.stack(vectors[:-1], 1), vectors[-1]
 
 
 def intended_weight(
@@ -160,7 +162,7 @@ def alike(numbers: Sequence[float]) -> bool:
 
 
 def snapped(weights: list[float]) -> list[float]:
-    """Return weights that are all one unit fraction, but for rounding, as exactly that."""
+    """Return weights that are all 1/M but for rounding as exactly that, and others as they are."""
     by = common_divisor(weights) if weights and weights[0] > 0 else None
     return weights if by is None or abs(weights[0] * by - 1) > ROUNDED else [1 / by] * len(weights)
 

@@ -8,21 +8,22 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gaccum_exp.audit.rerun.module_calls import ModuleCall, ModuleTracer
 from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre, Replay
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
-from gaccum_exp.audit.rerun.slots import Slot, copied, places_of
 from gaccum_exp.core.dtypes import in_precision
 from gaccum_exp.core.gradient import Gradient, add, gradient_of
-from gaccum_exp.core.joined_samples import mapped
 from gaccum_exp.core.modes import eagerly
+from gaccum_exp.core.module_calls import ModuleCall, ModuleTracer
+from gaccum_exp.core.module_state import ObjectState
+from gaccum_exp.core.nesting import mapped
 from gaccum_exp.core.seeding import random_state_kept, random_states, same_host_state, set_random_states
 from gaccum_exp.memory.available import SavedForBackward, announce, needed_bytes, require_memory
 
 T = TypeVar("T")
 ForwardContext = Callable[[int | None], AbstractContextManager[None]]
-"""Gives what is entered for the forward pass of the micro-batch of this number, which may come twice;
+"""Returns what is entered for the forward pass of the micro-batch of this number, which may come twice;
 None: for the loss alone, over the outputs of all micro-batches."""
 Cast = Callable[[Any], Any]
 """Brings a batch into the precision and onto the device of a pass."""
@@ -78,19 +79,19 @@ class RerunnableWindow(Protocol):
         """Whether the micro-batches' losses and gradients make those of all samples."""
 
     def recounted(self, counts: Sequence[float]) -> "RerunnableWindow | None":
-        """Return the window with each micro-batch weighed by what it counts; None: it is so already."""
+        """Return the window with its micro-batches weighed by these counts; None: they are already."""
 
     def holding(self, owners: Sequence[Any] | None) -> "RerunnableWindow":
-        """Return the window in which the state of these (None: all) keeps still between passes."""
+        """Return the window with the state of these owners (None: all) held still between passes."""
 
     def padded_alone(self) -> "RerunnableWindow | None":
         """Return the window with each micro-batch padded as in the one pass; None: it pads none."""
 
     def with_first_values(self) -> "RerunnableWindow | None":
-        """Return the window with the first micro-batch's values of what differs; None: nothing does.
+        """Return the window with the first micro-batch's value of all that differs; None: none does.
 
-        One pass has one value only: a number that goes up (`batch_idx`) does not matter where this
-        window's gradient is the same.
+        One pass has one value only: a number that goes up (`batch_idx`) does not matter where the
+        gradient is the same with the first.
         """
 
     @property
@@ -112,7 +113,9 @@ class Rerun:
     """The random states in which its first micro-batches began, one at least."""
     draws: Draws = field(default_factory=Draws)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Gives what is entered for every run: puts the state in place that the window began with."""
+    """Entered for every run: puts the state in place that the window began with."""
+    hooks: bool = True
+    """Whether the hooks on parameters, which change gradients, are a part of the model."""
     saved: SavedForBackward = field(default_factory=SavedForBackward)
     """Of the forward passes of all micro-batches, in the window's own precision."""
 
@@ -163,8 +166,7 @@ class Rerun:
         recording, taken = how.draws == "recorded", dict[int, T]()
         with self._running(how) as (replay, parameters):
             stepped = {id(parameters[name]) for name in self.window.modules.compared}
-            places = [place for m in how.state_held_of for place in places_of(m, stepped)]
-            states = [(Slot(*place, None), copied(place[-1])) for place in places]
+            states = [ObjectState(module, stepped) for module in how.state_held_of]
 
             @contextmanager
             def context(index: int | None) -> Iterator[None]:
@@ -174,8 +176,8 @@ class Rerun:
                     return
                 if apart and index > 0:  # of one that comes twice, the second time's is kept
                     taken[index - 1] = keep(self._taken(parameters))
-                for slot, state in states:
-                    slot.put(state)
+                for state in states:
+                    state.put_back()
                 if not recording:
                     # torch's draws are replayed; Python's and NumPy's begin anew in each pass.
                     set_random_states(self.starts[0])
@@ -202,7 +204,9 @@ class Rerun:
             if not isinstance(value, Tensor):
                 return value
             dtype = in_precision(value.dtype, torch.float64 if how.float64 else None)
-            return value.to(self.device or value.device, dtype)
+            # A copy each time, for a model may write to its inputs.
+            copied = value.detach().to(self.device or value.device, dtype, copy=True)
+            return copied.requires_grad_(value.requires_grad)
 
         return partial(mapped, leaf)
 
@@ -215,20 +219,22 @@ class Rerun:
         self, how: Pass, see: Callable[[ModuleCall], None] | None = None
     ) -> Iterator[tuple[Replay, dict[str, nn.Parameter]]]:
         modules, dtype = self.window.modules, torch.float64 if how.float64 else None
-        tracer = ModuleTracer(modules, see)
+        tracer = ModuleTracer(modules.by_name, see)
         replay = Replay(self.draws, self.window.sizes, tracer, how.draws, float64=how.float64)
         default = torch.get_default_dtype()
+        # Written out, so that its dropout is an operator; the fused kernel draws inside itself.
+        attention = sdpa_kernel(SDPBackend.MATH) if torch.accelerator.is_available() else nullcontext()
         outermost = not torch.is_autocast_enabled(self._device.type)
         why = "numbers come from a generator of the model's own"
         drawn = partial(self.draws.refuse, why, foreign=True)
-        copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn)
+        copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn, hooks=self.hooks)
         with random_state_kept(), self.around(), copies as parameters:
             set_random_states(self.starts[0])
             if how.weights_moved:
                 _move(parameters.values(), how.weights_moved)
             torch.set_default_dtype(dtype or default)
             try:
-                with torch.enable_grad(), eagerly(), tracer(), replay, _unfused_attention():
+                with torch.enable_grad(), eagerly(), tracer(), replay, attention:
                     yield replay, parameters
             finally:
                 torch.set_default_dtype(default)
@@ -244,10 +250,3 @@ def _move(parameters: Iterable[nn.Parameter], seed: int) -> None:
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             size = float(parameter.abs().mean()) if parameter.numel() else 0.0
             parameter.add_(drawn.to(parameter.device) * (0.1 * size + 1e-3))
-
-
-def _unfused_attention() -> AbstractContextManager[Any]:
-    """Write attention out, so that its dropout is an operator; the fused kernel draws inside itself."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH) if torch.accelerator.is_available() else nullcontext()

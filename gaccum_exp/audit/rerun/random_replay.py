@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gaccum_exp.audit.rerun.module_calls import ModuleTracer
 from gaccum_exp.core.dtypes import in_precision, is_inexact, wide
 from gaccum_exp.core.joined_samples import picked_rows
 from gaccum_exp.core.modes import EagerMode
+from gaccum_exp.core.module_calls import ModuleTracer
 
 aten = torch.ops.aten
 _PURE = frozenset(
@@ -167,7 +167,7 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
         return result if replayed is None else _with_draw(func, args, result, replayed)
 
     def _compare(self, index: int, drawn: Tensor | None) -> None:
-        """Compare what a pass draws that comes again with what it drew before."""
+        """Compare a draw of a pass that comes again with the one before."""
         of_pass = self._draws.passes[self._pass or 0]
         before = of_pass[index].value if index < len(of_pass) else None
         alike = before is drawn if before is None or drawn is None else torch.equal(before, drawn)
@@ -295,7 +295,7 @@ def _promoted(
 
 
 def _widest(value: Any) -> Any:
-    """Return an argument, types of real and complex numbers as the widest of their kind."""
+    """Return an argument, a type of real or complex numbers as the widest of its kind."""
     return in_precision(value, torch.float64) if isinstance(value, torch.dtype) else value
 
 

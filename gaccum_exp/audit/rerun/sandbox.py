@@ -18,10 +18,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import in_precision
+from gaccum_exp.core.module_state import Entries, own_attributes
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _FRAMEWORKS = ("builtins", "torch", "lightning", "pytorch_lightning", "accelerate", "transformers")
-_REGISTRIES = frozenset(vars(nn.Module()))
 
 
 class NamedModules:
@@ -29,7 +29,8 @@ class NamedModules:
 
     Args:
         model: its modules and parameters keep their names.
-        others: what the loss holds; their names are preceded by `criterion`.
+        others: what the loss holds; their names are preceded by `criterion`, or `criterion_` where that
+            is a part of the model's.
         compared: the parameters whose gradients are compared; None: all.
     """
 
@@ -38,18 +39,23 @@ class NamedModules:
     ) -> None:
         inside = {id(module) for module in model.modules()}
         outside = [module for module in others if id(module) not in inside]
-        numbered = {f"criterion.{i}": module for i, module in enumerate(outside)}
-        roots = {"": model, **({"criterion": outside[0]} if len(outside) == 1 else numbered)}
+        loss = "criterion"
+        while loss in model._modules:
+            loss += "_"
+        numbered = {f"{loss}.{i}": module for i, module in enumerate(outside)}
+        roots = {"": model, **({loss: outside[0]} if len(outside) == 1 else numbered)}
         named = [pair for prefix, root in roots.items() for pair in root.named_modules(prefix=prefix)]
         # By identity, for a module may hash by a state that changes (torchmetrics' do).
-        self._each = list({id(module): module for _, module in named}.values())
         self._names = {id(module): name for name, module in reversed(named)}
+        each = {id(module): module for _, module in named}.values()
+        self.by_name = {self.name(module): module for module in each}
+        """Every module under its dotted name; the model's own is empty."""
         chosen = None if compared is None else {id(parameter) for parameter in compared}
         self.compared = {n for n, p in self.parameters().items() if chosen is None or id(p) in chosen}
         """Names of the parameters whose gradients are compared."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._each)
+        return iter(self.by_name.values())
 
     def name(self, module: nn.Module) -> str:
         """Return a module's dotted name; the model's own is empty."""
@@ -74,24 +80,28 @@ def sandbox(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
+    hooks: bool = True,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
     They have no gradients. Real and complex ones are as precise as `dtype`, all of them on `device`, if
-    given. `drawn` is called where a generator that a module holds has been drawn from.
+    given. `drawn` is called where a generator that a module holds has been drawn from. `hooks` on
+    parameters, which change their gradients, are the copies' too.
     """
-    copies = _Copies(dtype, device)
+    copies = _Copies(dtype, device, hooks=hooks)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
     gradients = [(p, p.grad) for p in modules.parameters().values()]
-    before = [(m, dict(m._parameters), dict(m._buffers), _attributes(m)) for m in modules]
+    before = [Entries(vars(m), m._parameters, m._buffers) for m in modules]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        for module, parameters, buffers, _ in before:
-            module._parameters.update({k: copies.of_parameter(p) for k, p in parameters.items()})
-            module._buffers.update({k: copies.of_tensor(b) for k, b in buffers.items()})
-        for module, _, _, attributes in before:
-            vars(module).update({k: copies.of_attribute(v) for k, v in attributes.items()})
+        for module in modules:
+            parameters, buffers = module._parameters.items(), module._buffers.items()
+            module._parameters.update({k: copies.of_parameter(p) for k, p in parameters})
+            module._buffers.update({k: copies.of_tensor(b) for k, b in buffers})
+        for module in modules:
+            own = own_attributes(module).items()
+            vars(module).update({k: copies.of_attribute(v) for k, v in own})
             if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
                 # These log from within their steps, which a pass in the sandbox must not.
                 vars(module).update(log=nothing, log_dict=nothing)
@@ -100,15 +110,8 @@ def sandbox(
     finally:
         if copies.drawn_from():
             drawn()
-        copies.restore_objects()
-        for module, parameters, buffers, attributes in before:
-            pairs: Any = (module._parameters, parameters), (module._buffers, buffers)
-            for registry, then in pairs:
-                registry.clear()
-                registry.update(then)
-            for added in _attributes(module).keys() - attributes.keys():
-                del vars(module)[added]
-            vars(module).update(attributes)
+        for entries in (*reversed(copies.objects.values()), *before):
+            entries.put_back()
         for parameter, grad in gradients:
             parameter.grad = grad
 
@@ -116,16 +119,20 @@ def sandbox(
 class _Copies:
     """One copy of each tensor, however many modules share it."""
 
-    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(
+        self, dtype: torch.dtype | None, device: torch.device | None, *, hooks: bool = True
+    ) -> None:
+        self._dtype, self._device, self._hooks = dtype, device, hooks
         self._made: dict[int, Any] = {}
         self._generators: list[tuple[Any, Any]] = []
-        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.objects: dict[int, Entries] = {}
+        """What stood in the attributes of plain objects, by the dictionary's identity."""
 
     def of_parameter(self, parameter: nn.Parameter | None) -> Any:
         if parameter is not None and id(parameter) not in self._made:
             made = nn.Parameter(self._copied(parameter), requires_grad=parameter.requires_grad)
-            for hook in (parameter._backward_hooks or {}).values():  # they make the gradient, too
+            # They make the gradient, too.
+            for hook in (parameter._backward_hooks or {}).values() if self._hooks else ():
                 made.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
             self._made[id(parameter)] = made
         return None if parameter is None else self._made[id(parameter)]
@@ -141,34 +148,43 @@ class _Copies:
         """Copy what code may change in place: tensors, containers, arrays, generators, plain objects."""
         if isinstance(value, Tensor):
             return self.of_tensor(value)
-        if type(value) in (list, tuple, set):
+        if type(value) in (tuple, set):
             return type(value)(self.of_attribute(v) for v in value)
-        if type(value) is dict:
-            return {k: self.of_attribute(v) for k, v in value.items()}
-        if isinstance(value, (deque, dict, np.ndarray)):
-            return copy.copy(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.of_attribute, value))
+        if isinstance(value, (list, deque)):
+            # By way of its type, since some, e.g. those of torch.fx, refuse to be written to.
+            kind: Any = list if isinstance(value, list) else deque
+            entries = copy.copy(value)
+            kind.clear(entries)
+            kind.extend(entries, map(self.of_attribute, value))
+            return entries
+        if isinstance(value, dict):
+            copied = copy.copy(value)
+            for key, entry in value.items():
+                dict.__setitem__(copied, key, self.of_attribute(entry))
+            return copied
+        if isinstance(value, np.ndarray):
+            return value.copy()
         if isinstance(value, _GENERATORS):
             if isinstance(value, torch.Generator):
                 return value.clone_state()  # draws from it are recorded operator by operator
             # The system's has no state to be copied.
-            copied = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
-            self._generators.append((value, copied))
-            return copied
-        if _is_plain_object(value) and all(vars(value) is not of for of, _ in self._objects):
-            # The object itself stays, since others may hold it; what is in it is put back.
-            kept = dict(vars(value))
-            self._objects.append((vars(value), kept))
-            vars(value).update({k: self.of_attribute(v) for k, v in kept.items()})
+            drawn = value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+            self._generators.append((value, drawn))
+            return drawn
+        if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
+            return value
+        # An object of the user's, e.g. a meter, stays, since others may hold it: its inside is put back.
+        inside, package = vars(value), type(value).__module__.partition(".")[0]
+        if package not in _FRAMEWORKS and id(inside) not in self.objects:
+            self.objects[id(inside)] = Entries(inside)
+            inside.update({k: self.of_attribute(v) for k, v in list(inside.items())})
         return value
 
     def drawn_from(self) -> bool:
         """Whether a generator of Python's or NumPy's that a module holds was drawn from."""
         return any(_state_of(before) != _state_of(after) for before, after in self._generators)
-
-    def restore_objects(self) -> None:
-        for of, kept in reversed(self._objects):
-            of.clear()
-            of.update(kept)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         dtype = in_precision(tensor.dtype, self._dtype)
@@ -185,19 +201,8 @@ def _state_of(generator: Any) -> str:
     return str(generator.get_state(legacy=False))
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Whether it is an object of the user's, e.g. a meter: no module and no part of a framework."""
-    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, type)) or callable(value):
-        return False
-    return type(value).__module__.partition(".")[0] not in _FRAMEWORKS
-
-
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, in place of a function that must not run."""
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if k not in _REGISTRIES or k == "training"}
 
 
 @contextmanager

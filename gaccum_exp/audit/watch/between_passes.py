@@ -30,7 +30,7 @@ LOOKING = frozenset(
 
 
 class BetweenPasses:
-    """Writes what these functions do down in the window that a tracer sees."""
+    """Record of what these functions do, in the window that a tracer sees."""
 
     def __init__(self, tracer: "LoopTracer") -> None:
         self._tracer = tracer
@@ -46,7 +46,7 @@ class BetweenPasses:
         """Return what to do at each function's call and return."""
         found: dict[CodeType, OnCall] = {
             GradScaler.scale.__code__: self._on_scale,
-            GradScaler.unscale_.__code__: self._on_unscale,
+            GradScaler.unscale_.__code__: self._on_scale,
             GradScaler.step.__code__: self._on_scaler_step,
         }
         for clip in (getattr(nn.utils, name) for name in CLIPPING):
@@ -110,7 +110,7 @@ class BetweenPasses:
         return {name: g.clone() for name, g in self._tracer.gradients().items()}
 
     def _on_step(self, event: str, frame: FrameType, value: Any) -> None:
-        """Count the steps of schedules: torch's, or what sets learning rates without being told any."""
+        """Count steps of a schedule: torch's, or an object whose `step()` sets learning rates."""
         code, seen = frame.f_code, self._tracer.seen
         if not code.co_argcount:
             return
@@ -141,22 +141,19 @@ class BetweenPasses:
             tracer.give_up(optimizer)
 
     def _on_scale(self, event: str, frame: FrameType, value: Any) -> None:
+        """Note the scale by which losses are multiplied, and gradients divided."""
+        seen, scaler = self._tracer.seen, frame.f_locals["self"]
+        unscaled = frame.f_locals.get("optimizer")
         # A scaler is handed lists of outputs too, which call it again.
-        if event == "return" and torch.is_grad_enabled():
-            self._note_scale(frame.f_locals["self"])
-
-    def _on_unscale(self, event: str, frame: FrameType, value: Any) -> None:
-        tracer = self._tracer
-        if event == "call" and tracer.judges(frame.f_locals["optimizer"]):
-            tracer.seen.unscaled.append(tracer.seen.tape.backwards)
-            self._note_scale(frame.f_locals["self"], unscaling=True)
-
-    def _note_scale(self, scaler: GradScaler, *, unscaling: bool = False) -> None:
-        seen, scale = self._tracer.seen, float(scaler.get_scale())
-        if not unscaling:
-            seen.loss_scale = scale
-        if (id(scaler), scale) not in seen.loss_scales:
-            seen.loss_scales.append((id(scaler), scale))
+        if unscaled is None and event == "return" and torch.is_grad_enabled():
+            seen.loss_scale = float(scaler.get_scale())
+        elif unscaled is not None and event == "call" and self._tracer.judges(unscaled):
+            seen.unscaled.append(seen.tape.backwards)
+        else:
+            return
+        scale = id(scaler), float(scaler.get_scale())
+        if scale not in seen.loss_scales:
+            seen.loss_scales.append(scale)
 
 
 def _storage(tensor: Tensor) -> int:

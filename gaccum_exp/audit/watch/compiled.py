@@ -1,13 +1,13 @@
-"""Keep an observer out of what torch.compile compiles.
+"""Calls of compiled code, seen as a whole: nothing of the tracer is compiled into them.
 
-The compiler would trace the observer's operations into the loop's graphs: other graphs, breaks in them,
-an error under `fullgraph=True`. So the mode is off for the length of a compiled call, which is reported
-as a whole; inside it nothing is seen. What compiled code calls back runs uncompiled.
+The compiler would put the tracer's operations into the loop's graphs: other graphs, breaks in them, an
+error under `fullgraph=True`. So the tracer's mode is off for the length of a compiled call; inside it
+nothing is seen. What compiled code calls back runs uncompiled.
 """
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -42,27 +42,24 @@ def uncompiled(function: F) -> F:
     return disable(function) if "torch._dynamo" in sys.modules else function
 
 
-class ModeOff:
-    """A mode of torch functions, off until `restore`; others keep their places."""
+class ModesOff:
+    """Those modes of torch functions that are switched off until `restore`; others keep their places."""
 
-    def __init__(self, mode: TorchFunctionMode) -> None:
-        self._mode, self._above = mode, -1
+    def __init__(self, which: Callable[[TorchFunctionMode], bool]) -> None:
         stack: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if any(each is mode for each in stack):
-            above = stack[[each is mode for each in stack].index(True) + 1 :]
-            self._above = len(above)
-            self._rebuilt(self._above + 1, above)
+        first = next((i for i, mode in enumerate(stack) if which(mode)), len(stack))
+        self._before, others = stack[first:], [mode for mode in stack[first:] if not which(mode)]
+        self._left = len(others)
+        _exchange(len(self._before), others)
 
     def restore(self) -> None:
-        """Switch the mode on again."""
-        if self._above >= 0:
-            stack: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-            above = stack[len(stack) - self._above :]
-            self._rebuilt(self._above, [self._mode, *above])
+        """Switch the modes on again."""
+        _exchange(self._left, self._before)
 
-    @staticmethod
-    def _rebuilt(off: int, on: list[Any]) -> None:
-        for _ in range(off):
-            _pop_mode()  # type: ignore[no-untyped-call]  # torch's own
-        for mode in on:
-            _push_mode(mode)  # type: ignore[no-untyped-call]  # torch's own
+
+def _exchange(count: int, modes: Sequence[TorchFunctionMode]) -> None:
+    """Put these modes in the place of the innermost ones, of which there are `count`."""
+    for _ in range(count):
+        _pop_mode()  # type: ignore[no-untyped-call]  # torch's own
+    for mode in modes:
+        _push_mode(mode)  # type: ignore[no-untyped-call]  # torch's own

@@ -6,7 +6,6 @@ passes, run again, add up to.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,11 +18,12 @@ from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
+from gaccum_exp.audit.verdict import DIVIDE_ONCE, REMEDIES, multiple, remedy_of_factor, scale_of
+from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
+from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.moving_state import FirstValues
-from gaccum_exp.audit.watch.tape import Observations, TapedCall, TapedMicroBatch, ignored_label
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
@@ -77,11 +77,14 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
+    kept = KeptFeatures(micro_batches)
+    micro_batches = kept.with_surrogates(seen.tape)
     moving = seen.tape.moving
     moved = FirstValues()
     if moving is not None and micro_batches:
         ends = sorted(m.last_backward for m in every)
-        moved = moving.first_values(_made_of(micro_batches), ends, micro_batches[0].last_backward)
+        replay = Replay(moving, ends, micro_batches[0].last_backward)
+        moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
     layouts = sample_readings(micro_batches, dim, moved)
     if any(ignored_label(loss) is None for m in micro_batches[:1] for loss in m.losses):
         layouts += [layout.with_labels_last(least=2) for layout in layouts if layout.padded]
@@ -92,7 +95,7 @@ def _under_every_reading(
         if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
             continue
         try:
-            taped = TapedWindow(modules, micro_batches, layout, moved)
+            taped = TapedWindow(modules, micro_batches, layout, moved, kept.alive)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             judged.append((window, _settled(window.audit(), moved)))
         except Exception as error:  # a model may not take more of what are no samples
@@ -104,9 +107,9 @@ def _under_every_reading(
         doubtful = window.order_matters or window.padding_matters
         if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
             break
-    kept = [(window, audit) for window, audit in judged if not window.order_matters]
-    padded = [audit for window, audit in kept if window.padding_matters]
-    unordered = [audit for window, audit in kept if not window.padding_matters]
+    in_any_order = [(window, audit) for window, audit in judged if not window.order_matters]
+    padded = [audit for window, audit in in_any_order if window.padding_matters]
+    unordered = [audit for window, audit in in_any_order if not window.padding_matters]
     if padded and all(audit.cause == result.BATCH_STATISTICS for audit in unordered):
         return padded[0]  # that a module mixes what are perhaps time steps is no verdict then
     if not judged:
@@ -120,18 +123,6 @@ def _under_every_reading(
     else:
         return unordered[0]
     return replace(blank, verdict="inconclusive", detail=why)
-
-
-def _made_of(micro_batches: Sequence[TapedMicroBatch]) -> list[TapedCall]:
-    """Return the calls that the micro-batches' losses are made of."""
-    found: dict[TapedCall, None] = {}
-    waiting = [call for m in micro_batches for call in m.losses]
-    while waiting:
-        call = waiting.pop()
-        if call not in found:
-            found[call] = None
-            waiting += [ref.call for ref in call.refs()]
-    return list(found)
 
 
 def _settled(audit: Audit, moved: FirstValues) -> Audit:
@@ -207,6 +198,12 @@ class _LoopWindow:
         replayed = self._rerun.gradient(RECORDING)
         if (empty := self._without_loss(replayed)) is not None:
             return empty
+        if any(p._backward_hooks for p in self._window.modules.parameters().values()):
+            bare = replace(self._rerun, hooks=False)
+            unhooked = bare.gradient(ACCUMULATED)
+            if multiple(replayed, unhooked, AS_REPLAYED) is not None:
+                # They scale the whole gradient, which is the loop's doing and no model's.
+                self._rerun, replayed = bare, unhooked
         factor = multiple(observed, replayed, AS_REPLAYED)
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
@@ -248,8 +245,9 @@ class _LoopWindow:
         elif audit.cause == result.LOSS_SCALE:
             audit = self._with_factor(audit, shares, factor or 1.0, faults[0])
         elif audit.cause == result.NOT_ADDITIVE and window.coupled:
-            names = " and ".join(window.coupled)
-            audit = audit.noting(f"it is {names} that couples samples; the other terms do not")
+            names = " and ".join(dict.fromkeys(window.coupled))
+            others = "; the other terms do not" if len(window.coupled) < len(shares) else ""
+            audit = audit.noting(f"it is {names} that couples samples{others}")
         # Modules that mix padded samples, and what went wrong between passes, are no matter of padding.
         proven = (result.BATCH_STATISTICS, result.STALE_OR_MISSING, result.MOVING_STATE)
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
@@ -268,6 +266,7 @@ class _LoopWindow:
             )
         if why:
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
+        audit = found.completed(audit)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit
 
     def _here(self, gradient: Gradient) -> Gradient:
@@ -338,12 +337,18 @@ class _LoopWindow:
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
         said = "; ".join(term.said() for term in unequal[:3])
+        every = len(set(faults)) == 1
+        named = [
+            ("" if every else f"of {t.name} the ", off) for t, off in zip(shares, faults, strict=True)
+        ]
+        offs = [f"{of}{remedy_of_factor(off, audit.accum_steps)}" for of, off in named if off != 1]
+        besides = "".join(f"; besides, {what}" for what in dict.fromkeys(offs))
         if len(shares) == 1:
             said = said.removesuffix(f" in {shares[0].name}")
             where = " in their loss" if said.startswith("count ") else ""
-            return replace(audit, remedy=f"micro-batches {said}{where}: use global_mean")
+            return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}{besides}")
         what = "divide each term's sum once by what the window counts for it"
-        return replace(audit, remedy=f"micro-batches {said}: {what}")
+        return replace(audit, remedy=f"micro-batches {said}: {what}{besides}")
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":
@@ -363,7 +368,7 @@ class _LoopWindow:
         empty = [i for i, c in enumerate(shares[0].coefficients or []) if c == 0]
         if empty and math.isclose(audit.scale or 0.0, 1 - len(empty) / accum_steps, rel_tol=1e-4):
             what = f"{len(empty)} of {accum_steps} micro-batches count nothing, and have a share"
-            said = f"{what}: use global_mean"
+            said = f"{what}: {DIVIDE_ONCE}"
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
         divisor = common_divisor([w / shares[0].literal for w in weights]) if not summed else None
         total = off

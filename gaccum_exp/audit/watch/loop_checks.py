@@ -10,7 +10,7 @@ from torch import Tensor
 from gaccum_exp.audit import result
 from gaccum_exp.audit.result import Audit, Check
 from gaccum_exp.audit.watch.tape import Observations, Tape, TapedCall, TapedMicroBatch
-from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.nesting import tensors_in
 
 
 def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -> tuple[Check, ...]:

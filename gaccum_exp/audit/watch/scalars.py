@@ -123,15 +123,21 @@ class ScalarForms(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         form = linear(func, args, kwargs) if args else None
+        # An operation in place changes its operand, of which the terms are already known.
+        given = [] if form is None else form.operands
+        operands = [
+            (self.terms(x), f) if id(x) in self._forms else ([Term(x.clone(), "loss")], f)
+            for x, f in given
+        ]
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
             return output
-        terms = [Term(output, term_name(func))]
+        terms = [Term(output.clone(), term_name(func))]  # which no later operation changes in place
         if form is not None:
             terms = [
                 Term(term.tensor, term.name, (*term.factors, *([factor] if factor else [])))
-                for operand, factor in form.operands
-                for term in self.terms(operand)
+                for operand, factor in operands
+                for term in operand
             ]
         self._forms[id(output)] = _Form(terms, output)
         return output

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.passes import Cast
-from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch.moving_state import MovingState
+from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.core.gradient import Gradient
-from gaccum_exp.core.joined_samples import mapped, tensors_in
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_ELEMENT, is_kind
+from gaccum_exp.core.nesting import mapped, tensors_in
 
+MOST_FEATURES = 1 << 20
+"""Elements of a tensor of features at most; what is larger is no input of a loss over the window."""
 ELEMENTWISE = (
     *(nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss),
     *(nn.functional.huber_loss, nn.functional.binary_cross_entropy),
@@ -83,6 +85,8 @@ class TapedCall:
     """Number of that backward pass in the window."""
     outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
     """Shape and type of each tensor that it put out."""
+    marks: list[Tensor | None] = field(default_factory=list)
+    """A number for each row of each of them that has a graph."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     literal: float = 1.0
@@ -119,6 +123,12 @@ class TapedCall:
     def of_weights_alone(self) -> bool:
         """Whether it is a penalty on the weights: the same for any samples."""
         return not self.start and not self.sources()
+
+    @property
+    def of_kept_features(self) -> bool:
+        """Whether it was back-propagated to tensors of the loop's own, and through no model."""
+        leaf = any(ref.call.function is of_the_loop for ref in _all_refs(self))
+        return self.cotangent is not None and leaf and not self.sources()
 
     def sources(self) -> set["TapedCall"]:
         """Return the model's calls that it depends on."""
@@ -192,14 +202,14 @@ class Tape:
         """Number of the micro-batch in progress; infinite before the window's first call."""
         return self.backwards if self.calls else math.inf
 
-    def recorded(self, value: Any) -> Any:
+    def recorded(self, value: Any, *, to_model: bool = False) -> Any:
         """Return arguments to keep: references, or copies, since a loop may reuse its tensors."""
 
         def leaf(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             origin = self.origin(x) or self.parameters.get(id(x))
-            if origin is not None:
+            if origin is not None and not (to_model and _of_the_loop(origin)):
                 return origin
             kept = x.detach().clone()
             if self.moving is not None:
@@ -220,6 +230,7 @@ class Tape:
             call.has_graph |= tensor.requires_grad
             self._origins[tensor] = OutputRef(call, place)
             call.outputs.append((tuple(tensor.shape), tensor.dtype))
+            call.marks.append(row_marks(tensor) if tensor.requires_grad else None)
 
     def micro_batches(self) -> list[TapedMicroBatch]:
         """Return the losses that reached judged parameters, with the model's calls, as micro-batches."""
@@ -253,6 +264,10 @@ class Tape:
                 loss.counted *= after[0].counted
                 loss.numbers += after[0].numbers
                 after = users.get(after[0], [])
+
+
+def _of_the_loop(origin: OutputRef | ParameterRef) -> bool:
+    return isinstance(origin, OutputRef) and origin.call.function is of_the_loop
 
 
 def _models(piece: TapedMicroBatch) -> list[TapedCall]:
@@ -352,6 +367,16 @@ class Observations:
     """Names of compiled functions in which nothing is seen."""
 
 
+def row_marks(tensor: Tensor) -> Tensor | None:
+    """Return a number for each row, (rows,), by which it is known again; None: they are no features."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.ndim < 2 or tensor.numel() > MOST_FEATURES or not tensor.is_floating_point():
+        return None
+    rows = tensor.detach().flatten(1).double()
+    places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    return (rows * torch.sin(places * places)).sum(1)
+
+
 def leaves(value: Any) -> list[Any]:
     """Return all leaves of a nesting."""
     found: list[Any] = []
@@ -407,6 +432,16 @@ def loss_in(output: Any) -> Tensor | None:
 
 Outputs = dict[TapedCall, list[Tensor]]
 """What calls have put out in this run."""
+
+
+def of_the_loop(tensor: Tensor) -> Tensor:
+    """Return a tensor of the loop's own that gets a gradient, and is no parameter."""
+    return tensor
+
+
+def surrogate(output: Tensor, gradient: Tensor) -> Tensor:
+    """Return a loss whose gradient at a model's output is the given one."""
+    return (output * gradient).sum()
 
 
 def models_own_loss(loss: Tensor) -> Tensor:

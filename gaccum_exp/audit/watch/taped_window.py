@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from gaccum_exp.audit.causes.loss_coupling import coupling_of
 from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.rerun.slots import Slot
 from gaccum_exp.audit.watch import tape
-from gaccum_exp.audit.watch.moving_state import FirstValues
+from gaccum_exp.audit.watch.first_values import FirstValues
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
+from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
-from gaccum_exp.core.joined_samples import (
-    NotJoinableError,
-    SampleLayout,
-    mapped,
-    own_rows,
-    sample_layouts,
-    tensors_in,
-)
+from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, own_rows
+from gaccum_exp.core.nesting import mapped, tensors_in
+from gaccum_exp.core.sample_reading import sample_layouts
 
 SAME_FACTOR = 1e-5
 """Relative: how close a factor of the whole pass is to that of a micro-batch where it is a constant."""
+SAME_LOSS = 1e-4
+"""Relative, and in parts of the largest: how close the gradients are of what is one loss."""
+OTHERS = (
+    "the loss of each micro-batch takes in features of the others, and is not one loss of all of them: "
+    "what it is over the whole window cannot be seen from outside"
+)
 BESIDE = "beside"
 """Stands for the modules beside model and loss, and for the loop's own tensors."""
 Holding = Sequence[Any] | None
@@ -57,6 +58,8 @@ class _Column:
     """Samples in each micro-batch's call; 0 where there is none."""
     by_element: bool = False
     """Whether its tensors are laid end to end, of sequences of other lengths: none is padded then."""
+    whole: list[TapedCall] = field(default_factory=list)
+    """Of a loss that takes in features kept from other passes: each call with all of them alive."""
 
     @property
     def first(self) -> TapedCall:
@@ -102,6 +105,7 @@ class TapedWindow:
         micro_batches: of the tape.
         layout: where the samples are in the arguments of each one's first call.
         moved: what moved in the window, and what the large batch would have met in its place.
+        alive: losses that take in features kept from other passes, with all of those alive.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -113,6 +117,7 @@ class TapedWindow:
         micro_batches: Sequence[TapedMicroBatch],
         layout: SampleLayout,
         moved: FirstValues | None = None,
+        alive: dict[TapedCall, TapedCall] | None = None,
     ) -> None:
         self.modules = modules
         self.layout = layout
@@ -123,11 +128,12 @@ class TapedWindow:
         self.moved_beside = [(each, [each]) for each in self.moved.inside]
         self.moved_beside += [(name, [BESIDE]) for name in self.moved.owners[:1]]
         self._micro_batches = micro_batches
+        self._alive = alive or {}
         self._models, self._losses = (
             [self._column(calls) for calls in _corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
-        columns = [*self._models, *self._losses]
+        columns = [column for column in (*self._models, *self._losses) if not column.whole]
         self.sizes = layout.sizes
         started = [next((c.start for c in m.calls if c.start), []) for m in micro_batches]
         self.starts = [start for start in started if start]
@@ -148,7 +154,7 @@ class TapedWindow:
         sizes = {
             c: n for column in columns for c, n in zip(column.calls, column.sizes, strict=True) if c
         }
-        found = (coupling_of(m, sizes, layout.dim) for m in micro_batches)
+        found = (coupling_of(m, sizes, layout.dim, self._alive) for m in micro_batches)
         why = next((why for why in found if why is not None), None)
         if why is not None:
             raise CouplingError(why)
@@ -169,7 +175,7 @@ class TapedWindow:
         """Return the window with every micro-batch twice."""
         twice = [*range(len(self.sizes))] * 2
         micro_batches = [self._micro_batches[i] for i in twice]
-        return TapedWindow(self.modules, micro_batches, self.layout.of(twice), self.moved)
+        return TapedWindow(self.modules, micro_batches, self.layout.of(twice), self.moved, self._alive)
 
     def holding(self, owners: Holding) -> "TapedWindow":
         """Return the window in which the state of these keeps still between micro-batches."""
@@ -220,9 +226,10 @@ class TapedWindow:
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run the micro-batches as the loop did, or with the weights that were given."""
+        kept = self._kept(cast)
         for index in range(len(self._micro_batches)):
             with context(index):
-                losses = self._losses_of(index, cast)
+                losses = self._losses_of(index, cast, kept)
             pairs = [(x, w) for x, w in self._weighed(losses, index) if w != 0 and x.requires_grad]
             if pairs:
                 torch.autograd.backward([x for x, _ in pairs], [torch.full_like(x, w) for x, w in pairs])
@@ -244,8 +251,9 @@ class TapedWindow:
             losses, count = self._whole_losses(cast, None), sum(counts)
         else:
             # As they are in the one pass, so that module by module samples can be compared.
-            window = self.holding(None)
-            losses, count = (window.padded_alone() or window)._losses_of(index, cast), counts[index]
+            window, kept = self.holding(None), self._kept(cast)
+            losses = (window.padded_alone() or window)._losses_of(index, cast, kept)
+            count = counts[index]
         total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
@@ -296,6 +304,10 @@ class TapedWindow:
         sizes = self._losses[column].sizes
         return sizes if any(sizes) else self.sizes
 
+    def of_the_whole(self, column: int) -> bool:
+        """Whether each micro-batch's loss is one over all of the window's features."""
+        return bool(self._losses[column].whole)
+
     def sums(self, column: int) -> bool:
         """Whether a loss is known to reduce by a sum."""
         for loss in filter(None, self._losses[column].calls):
@@ -335,6 +347,9 @@ class TapedWindow:
 
     def _column(self, calls: list[TapedCall | None]) -> _Column:
         there = [call for call in calls if call is not None]
+        whole = [self._alive[call] for call in there if call in self._alive]
+        if len(whole) == len(calls):
+            return _Column(calls, None, [1] * len(calls), whole=whole)
         if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:
             return _Column(calls, self.layout, self.layout.sizes)
         given = [tape.shapes_of(call.arguments, self.moved.values) for call in there]
@@ -411,8 +426,17 @@ class TapedWindow:
             for t, term in enumerate(whole)
         ]
 
-    def _losses_of(self, index: int, cast: Cast) -> list[list[Term]]:
+    def _kept(self, cast: Cast) -> Outputs:
+        """Return the outputs of all micro-batches' calls without graphs, where losses take them in."""
         outputs: Outputs = {}
+        with torch.no_grad():
+            for call in (c for column in self._models for c in column.calls if c and self._alive):
+                arguments = resolved(call.arguments, outputs, cast)
+                outputs[call] = tensors_in(call.run(arguments, call.states))
+        return outputs
+
+    def _losses_of(self, index: int, cast: Cast, kept: Outputs) -> list[list[Term]]:
+        outputs = dict(kept)
         uncut: Outputs = {}
         """The model's outputs with their padding, where micro-batches are padded."""
         held = self._holding
@@ -433,7 +457,7 @@ class TapedWindow:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
             with suppress(RuntimeError, IndexError):  # what is as long as the micro-batch does not fit
                 if uncut and column.computed and call.kind == "loss":
-                    padded = resolved(given, dict(uncut), cast, values)
+                    padded = resolved(given, {**kept, **uncut}, cast, values)
                     if same_shapes(padded, call):
                         return padded
             given = resolved(given, outputs, cast, values)
@@ -452,7 +476,8 @@ class TapedWindow:
         for c, column in enumerate(self._losses):
             taped, terms = column.calls[index], list[Term]()
             if taped is not None:
-                terms = _run(taped, arguments(column, taped), forms, states(taped))
+                given = self._alive.get(taped, taped)
+                terms = _run(taped, arguments(column, given), forms, states(taped))
             if taped is not None:
                 self._forms.micro.setdefault((c, index), [t.without_tensor() for t in terms])
             losses.append(terms)
@@ -502,7 +527,12 @@ class TapedWindow:
                         )
         losses = []
         for column in self._losses:
-            if column.first.function is tape.models_own_loss:
+            if column.whole:
+                rows = {call: own for outputs in each for call, own in outputs.items()}
+                values, every = self.moved.values, dict(rows)
+                given = [resolved(call.arguments, every, cast, values) for call in column.whole]
+                losses.append(_of_the_whole(column.whole, given, rows))
+            elif column.first.function is tape.models_own_loss:
                 ref = column.first.refs()[0]
                 own = each[column.calls.index(column.first)][ref.call][ref.place]
                 losses.append(_run(column.first, {0: own}, forms))
@@ -603,6 +633,25 @@ def _run(
     with ScalarForms() as forms:
         loss = _loss_of(call.run(arguments, states))
     return forms.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
+
+
+def _of_the_whole(calls: list[TapedCall], given: Sequence[Any], outputs: Outputs) -> list[Term]:
+    """Run the loss over the whole window, which each of these calls is to be."""
+    every = [_run(call, arguments, None) for call, arguments in zip(calls, given, strict=True)]
+    alive = [tensor for tensors in outputs.values() for tensor in tensors if tensor.requires_grad]
+    if not alive:  # a forward pass alone
+        return every[0]
+    totals = [sum(t.tensor * math.prod(f.value for f in t.factors) for t in terms) for terms in every]
+    gradients = [
+        torch.autograd.grad(total, alive, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for total in totals
+        if isinstance(total, Tensor)
+    ]
+    for gradient in gradients[1:]:
+        for one, other in zip(gradients[0], gradient, strict=True):
+            if not torch.allclose(one, other, rtol=SAME_LOSS, atol=SAME_LOSS * float(one.abs().max())):
+                raise CouplingError(OTHERS)
+    return every[0]
 
 
 def _own_code(function: Any) -> bool:

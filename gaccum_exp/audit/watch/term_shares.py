@@ -23,7 +23,8 @@ from gaccum_exp.audit.causes.loss_weights import (
 )
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.verdict import listed
-from gaccum_exp.audit.watch.taped_window import TapedWindow
+from gaccum_exp.audit.watch.scalars import Factor
+from gaccum_exp.audit.watch.taped_window import TapedWindow, TermWeights
 
 WEIGHTS = 8
 """At how many weights shares are fitted, at most."""
@@ -51,6 +52,8 @@ class TermShares:
     """What the sizes are numbers of; rows where the loss has others than its model."""
     inside: float = 1.0
     """What its function multiplies it by, apart from a 1/N."""
+    halved: float = 1.0
+    """The literal weight that its function gives it, where it has no other term."""
     divided_by_n: int = 0
     """How often its function and the loop divide it by a number that is N."""
 
@@ -101,7 +104,7 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
         inside = [f.value for f in constants if f.counted or not _one(f.value * len(weights))]
         if summed:
             # A sum that is divided by its count is divided by N once too often.
-            counted = math.prod(inside) * term.literal * (term.counted or 1.0)
+            counted = _counted(constants, term, len(weights))
             known = counts is not None and not inside and term.counted == 1
             amounts = [counts[i] for i in counting] if counts is not None and known else None
             of_sizes = [sizes[i] for i in counting]
@@ -109,6 +112,8 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
             averages = counts is not None or bool(inside) or term.counted != 1
             meant = intended_weight(given, amounts, of_sizes, len(weights) if averages else None)
             whole = counted * meant if any(own) else 0.0
+            if counts is not None and alike(own) and any(own) and _one(own[0] * sum(counts)):
+                whole = 1 / sum(counts)  # whatever it is made of
         else:
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
@@ -116,8 +121,28 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
         unit = "samples" if sizes == window.sizes else "rows"
         outside = sum(_one(number * len(weights)) for number in term.numbers)
         divided_by_n = outside + len(constants) - len(inside)
-        found.append(replace(shares, unit=unit, inside=math.prod(inside), divided_by_n=divided_by_n))
+        halved = window.literal_inside(column)
+        shares = replace(shares, unit=unit, inside=math.prod(inside), halved=halved)
+        found.append(replace(shares, divided_by_n=divided_by_n))
     return found
+
+
+def _counted(constants: Sequence[Factor], term: TermWeights, accum_steps: int) -> float:
+    """Return what a sum is multiplied by for its own sake: all but the divisions by N."""
+    numbers = [f.value for f in constants if not f.counted]
+    by_n = [n for n in (*numbers, *term.numbers) if _one(n * accum_steps)]
+    # A multiplication by N takes a division back, as where a trainer divides what comes to it.
+    times_n = [n for n in numbers if _one(n / accum_steps)][: len(by_n)]
+    own = [f.value for f in constants if f.counted or not _one(f.value * accum_steps)]
+    counted = math.prod(own) * term.literal * (term.counted or 1.0) / math.pow(accum_steps, len(times_n))
+    # What is counted is whole; an N-th part of it is the average micro-batch's.
+    if by_n and not times_n and counted > 0 and not _whole(1 / counted):
+        return counted / accum_steps if _whole(accum_steps / counted) else counted
+    return counted
+
+
+def _whole(number: float) -> bool:
+    return number > 0.5 and math.isclose(number, round(number), rel_tol=1e-6)
 
 
 def faults_of(
@@ -132,6 +157,7 @@ def faults_of(
         rescaled: whether the gradient was multiplied after its last backward pass.
     """
     means = [term for term in shares if not term.summed]
+    halved = len(means) == 1 and _one(means[0].halved * accum_steps)
     totals = [term.whole_weight / (term.literal * term.inside) for term in means]
     together = all(term.divided_by_n < 2 for term in means)
     faults, remark = scale_faults(totals, accum_steps, together=together), None
@@ -150,6 +176,9 @@ def faults_of(
         else:
             said = f"the loop multiplies the loss by {total:.4g} in all"
             remark = f"{said}, which is taken as given"
+    if halved and accum_steps > 1 and remark is None:
+        said = f"the loss function multiplies by {1 / accum_steps:.4g} in its source, as N would"
+        remark = f"{said}, which is taken as given"
     of_means = iter(faults)
     return [1.0 if term.summed else next(of_means) for term in shares], remark
 
@@ -180,6 +209,8 @@ def _coefficients(
     accum_steps, alone = len(window.sizes), len(window.sizes) == 1
     if window.of_weights_alone(window.column_of(term)):
         return [1 / accum_steps] * accum_steps, False
+    if window.of_the_whole(window.column_of(term)):  # each has the part of its own samples
+        return [1.0] * accum_steps, False
     if alone:  # one micro-batch and its double: a sum doubles, a mean does not
         window = window.doubled()
         rerun = Rerun(window, rerun.device, window.starts, around=rerun.around)

@@ -5,9 +5,11 @@ interpreter reports their calls (`sys.setprofile`), which changes nothing in wha
 """
 
 import inspect
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -17,27 +19,103 @@ OnCall = Callable[[str, FrameType, Any], None]
 """Takes `call` or `return`, the frame, and what is returned."""
 
 
+class _Interpreter:
+    """The interpreter of one thread, while it reports calls.
+
+    To all that are open at once by one function, so that they may end in any order. A profiler that is
+    written in Python goes on; one written in C (cProfile's, up to Python 3.11) rests meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[dict[int, OnCall], dict[str, OnCall]]] = []
+        self._of_code: dict[int, list[OnCall]] = {}
+        self._of_name: dict[str, list[OnCall]] = {}
+        self._before: Any = None
+
+    def begin(self, of_code: dict[int, OnCall], of_name: dict[str, OnCall]) -> None:
+        """Report calls of code, by its identity, and of functions, by their names."""
+        if not self._open:
+            self._before = sys.getprofile()
+            if hasattr(self._before, "disable"):
+                self._before.disable()
+            sys.setprofile(self._profile)
+        self._open.append((of_code, of_name))
+        self._sort()
+
+    def end(self, of_code: dict[int, OnCall]) -> None:
+        self._open = [each for each in self._open if each[0] is not of_code]
+        self._sort()
+        if not self._open and self._reporting:
+            self.leave()
+            if hasattr(self._before, "enable"):
+                self._before.enable()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Report nothing for the length of a block, whose calls would take longer."""
+        reporting = self._reporting
+        self.leave()
+        try:
+            yield
+        finally:
+            if reporting:
+                sys.setprofile(self._profile)
+
+    @property
+    def _reporting(self) -> bool:
+        return sys.getprofile() == self._profile  # no other profiler was begun in the loop
+
+    def leave(self) -> None:
+        """Report nothing more, unless another profiler has taken over."""
+        if self._reporting:
+            sys.setprofile(self._before if callable(self._before) else None)
+
+    def _sort(self) -> None:
+        self._of_code, self._of_name = {}, {}
+        for of_code, of_name in self._open:
+            for code, report in of_code.items():
+                self._of_code.setdefault(code, []).append(report)
+            for name, report in of_name.items():
+                self._of_name.setdefault(name, []).append(report)
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if callable(self._before):
+            self._before(frame, event, arg)
+        if event in ("call", "return"):
+            code = frame.f_code
+            reports = self._of_code.get(id(code)) or self._of_name.get(code.co_name)
+            for report in reports or ():
+                report(event, frame, arg)
+
+
+_THREAD = threading.local()
+
+
+def _interpreter() -> _Interpreter:
+    found: _Interpreter = vars(_THREAD).setdefault("interpreter", _Interpreter())
+    return found
+
+
+# A process that is forked from the loop's, as a DataLoader's workers are, runs no loop.
+os.register_at_fork(after_in_child=lambda: _interpreter().leave())
+
+
+def calls_unreported() -> AbstractContextManager[None]:
+    """Let no call be reported in this thread for the length of a block."""
+    return _interpreter().paused()
+
+
 @contextmanager
 def calls_reported(by_code: dict[CodeType, OnCall], by_name: dict[str, OnCall]) -> Iterator[None]:
     """Report every call of these code objects, and of functions of these names."""
-    before = sys.getprofile()
     # By identity: code that torch.compile makes may hold constants that have no hash.
     of_code = {id(code): uncompiled(report) for code, report in by_code.items()}
-    of_name = {name: uncompiled(report) for name, report in by_name.items()}
-
-    def profile(frame: FrameType, event: str, arg: Any) -> None:
-        if callable(before):  # a profiler written in C is none: it goes on afterwards
-            before(frame, event, arg)  # type: ignore[arg-type]  # passed on as it came
-        if event in ("call", "return"):
-            report = of_code.get(id(frame.f_code)) or of_name.get(frame.f_code.co_name)
-            if report is not None:
-                report(event, frame, arg)
-
-    sys.setprofile(profile)
+    interpreter = _interpreter()
+    interpreter.begin(of_code, {name: uncompiled(report) for name, report in by_name.items()})
     try:
         yield
     finally:
-        sys.setprofile(before)
+        interpreter.end(of_code)
 
 
 def code_of(function: Any) -> CodeType | None:

@@ -66,7 +66,7 @@ class Watched:
         return bool(self.windows) and all(audit.sound for audit in self.windows)
 
     def __getattr__(self, name: str) -> Any:
-        if name in Audit.__slots__:
+        if hasattr(Audit, name) and not name.startswith("__"):
             return getattr(self.worst, name)
         raise AttributeError(name)
 
@@ -136,11 +136,10 @@ class watch:  # noqa: N801  # used as a function
         self._stack.enter_context(self._tracer())
         return self._watched
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()  # which may judge a last window
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)  # which may judge a last window
         self._close_reports()
         self._watched.left_over = self._tracer.seen.tape.backwards
-        self._tracer.seen = Observations()  # which holds gradients
 
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
         global_step, self._global_step = self._global_step, self._global_step + 1

@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from gaccum_exp.core.dtypes import is_inexact, wide
 from gaccum_exp.core.losses.denominator import ReducedAs
 from gaccum_exp.core.modes import evaluation_mode
+from gaccum_exp.core.module_state import own_attributes, version_of
+from gaccum_exp.core.nesting import tensors_in
 from gaccum_exp.core.seeding import seed_host
 
 NARROW, WIDE = (0.9, 0.5), (20.0, 0.0)
 """Width and middle of random outputs: inside the domain of probabilities and of logits alike; and where
 these have a loss of zero, as those of a hinge may."""
-_REGISTRIES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +41,18 @@ class Samples:
 
     @property
     def rows(self) -> int:
-        """How many samples."""
+        """Number of samples."""
         return self.shapes[0][0][0]
 
     @property
     def elements(self) -> int:
-        """How many numbers the outputs are."""
+        """Number of elements of all outputs."""
         return sum(shape.numel() for shape, _ in self.shapes)
 
     @property
     def held(self) -> int:
-        """How many numbers are kept of them."""
-        kept = (*self.targets, *(self.outputs or ()))
-        return sum(t.numel() for t in kept if isinstance(t, Tensor))
+        """Number of elements that keeping them takes."""
+        return sum(t.numel() for t in tensors_in([self.targets, self.outputs or ()]))
 
     @property
     def joinable(self) -> bool:
@@ -63,7 +63,10 @@ class Samples:
         """Return some of the samples."""
 
         def of(values: list[Any]) -> list[Any]:
-            return [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in values]
+            return [
+                t[rows] if isinstance(t, list) or (isinstance(t, Tensor) and t.ndim) else t
+                for t in values
+            ]
 
         number = len(range(self.rows)[rows])
         shapes = [(torch.Size((number, *shape[1:])), kind) for shape, kind in self.shapes]
@@ -205,7 +208,7 @@ class _Version:
     """A tensor and how often it has been written to; another one in its place is never the same."""
 
     tensor: weakref.ref[Tensor]
-    writes: int | None
+    writes: int
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -216,11 +219,11 @@ class _Version:
 def _state_of(criterion: nn.Module) -> Iterator[Any]:
     """Yield what tells whether a criterion has changed: its numbers, and its tensors' versions."""
     for module in criterion.modules():
-        attributes = [v for k, v in vars(module).items() if k not in _REGISTRIES or k == "training"]
-        for value in (*module._parameters.values(), *module._buffers.values(), *attributes):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        for value in (*tensors, *own_attributes(module).values()):
             for leaf in tree_leaves(value) if isinstance(value, (list, dict, deque)) else (value,):
                 if isinstance(leaf, Tensor):
-                    yield _Version(weakref.ref(leaf), None if leaf.is_inference() else leaf._version)
+                    yield _Version(weakref.ref(leaf), version_of(leaf))
                 else:
                     yield leaf if isinstance(leaf, (int, float, str, type(None))) else id(leaf)
 

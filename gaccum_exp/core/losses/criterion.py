@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gaccum_exp.core.dtypes import HALF
+from gaccum_exp.core.dtypes import out_of_half
 from gaccum_exp.core.losses.denominator import (
     NOT_A_RATIO,
     PER_ELEMENT,
@@ -172,6 +172,6 @@ def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str, *, whole_window: boo
 def _widened(outputs: Any, targets: list[Any]) -> list[list[Any]]:
     """Return outputs and targets as lists, half-precision tensors in float32."""
     return [
-        [t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in values]
+        [out_of_half(t) if isinstance(t, Tensor) else t for t in values]
         for values in (outputs_in(outputs), targets)
     ]

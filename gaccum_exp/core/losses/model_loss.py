@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.dtypes import HALF
+from gaccum_exp.core.dtypes import out_of_half
 from gaccum_exp.core.losses.model_probe import Counter, LossQuery, infer_counters
 from gaccum_exp.core.losses.protocol import Denominator
 from gaccum_exp.core.reductions import reduction_named
@@ -57,7 +57,7 @@ class ModelLoss:
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Run the model on one micro-batch; return its loss sum, 0-dim, in float32 at least."""
         if self._takes_count:
-            return _wide(self._query.loss(model, micro_batch, 1))
+            return out_of_half(self._query.loss(model, micro_batch, 1))
         assert self._counter is not None
         labels = micro_batch[self._query.labels]
         n = self._counter(labels)
@@ -65,7 +65,7 @@ class ModelLoss:
             # The mean of nothing is NaN, and so may be its gradient: let all count, and times 0.
             counting = torch.where(n > 0, labels, self._query.label_other_than())
             micro_batch = {**micro_batch, self._query.labels: counting}
-        loss = _wide(self._query.loss(model, micro_batch))
+        loss = out_of_half(self._query.loss(model, micro_batch))
         return loss * n.to(loss.device)
 
     def __call__(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, Denominator]:
@@ -98,8 +98,3 @@ class ModelLoss:
         # Under `mean` it may be the mean of the model's own means, whatever those divide by.
         self._takes_count = found.takes_count and bool(found.counters)
         self._counter = (*found.counters, *self._query.counters(micro_batch[key]))[0]
-
-
-def _wide(loss: Tensor) -> Tensor:
-    # Half precision has no count of 257 (bfloat16) and no sum beyond 65,504 (float16).
-    return loss.float() if loss.dtype in HALF else loss

@@ -140,7 +140,10 @@ class Probe:
                     rows = outputs[0].shape[0]
                     if self._is_plain(denominator, rows):
                         return denominator - (self._form.offset or 0.0)
-                samples = self._samples(outputs, targets)
+                shapes = [(t.shape, t.is_complex()) for t in outputs]
+                values = [as_asked(t) for t in outputs] if self._own is not None else None
+                asked = [tree_map_only(Tensor, as_asked, t) for t in targets]
+                samples = Samples(shapes, asked, values)
                 if not self._inspected:
                     few = max(2, MOST_AT_ONCE * samples.rows // max(1, samples.elements))
                     self._inspect(samples.cut(slice(0, few)) if few < samples.rows else samples)
@@ -156,11 +159,6 @@ class Probe:
     def window_denominator(self, count: float) -> float:
         """Return the denominator of a window that counts so much."""
         return self._form(count)
-
-    def _samples(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> Samples:
-        shapes = [(t.shape, t.is_complex()) for t in outputs]
-        values = [as_asked(t) for t in outputs] if self._own is not None else None
-        return Samples(shapes, [tree_map_only(Tensor, as_asked, t) for t in targets], values)
 
     def _inspect(self, samples: Samples) -> None:
         """Check that the criterion is a sum over samples, divided by what does not depend on outputs."""
@@ -210,7 +208,11 @@ class Probe:
             return self._rounded(denominator - (self._form.offset or 0.0), denominator)
         self._recount_witnesses()
         if samples.elements > MOST_AT_ONCE and samples.rows > 1 and samples.joinable:
-            return self._counted_in_halves(samples, denominator)
+            half = samples.rows // 2  # several copies would not fit into memory
+            parts = (samples.cut(rows) for rows in (slice(0, half), slice(half, None)))
+            count = sum(map(self._counted, parts))
+            self._require_same(denominator, self._form(count))
+            return count
         beside = [w for w in self._witnesses if w.samples and make_one_batch(w.samples, samples)]
         seen = self._of_copies(samples, denominator, MOST_COPIES if not beside else 2)
         self._learn(seen, denominator)
@@ -266,13 +268,6 @@ class Probe:
                     yield together(*[other] * FEWEST_COPIES)
             except Exception:  # the user's code, on targets that it may not know
                 continue
-
-    def _counted_in_halves(self, samples: Samples, denominator: float) -> float:
-        """Return what samples count of which several copies would not fit into memory."""
-        half = samples.rows // 2
-        count = sum(self._counted(samples.cut(rows)) for rows in (slice(0, half), slice(half, None)))
-        self._require_same(denominator, self._form(count))
-        return count
 
     def _recount_witnesses(self) -> None:
         """Count them again where the criterion has changed: class weights may be trained."""

@@ -84,6 +84,11 @@ def _last(metric: str) -> Callable[[Measured], float | None]:
     return lambda arm: arm.run.last(metric)
 
 
+def _terms(arm: Measured) -> tuple[tuple[str, float], ...]:
+    prefixes = tuple(metrics.of_term(of, "") for of in (metrics.TRAIN_LOSS, metrics.EVAL_LOSS))
+    return tuple(sorted(pair for pair in arm.run.metrics.items() if pair[0].startswith(prefixes)))
+
+
 def _tag(name: str) -> Callable[[Measured], str | None]:
     # A tag that was taken back is an empty one.
     return lambda arm: arm.run.tags.get(name) or None
@@ -156,7 +161,7 @@ class ComparisonRow:
     """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
     envelope: float | None = column(lambda arm: arm.envelope.values[-1] if arm.envelope else None)
     """The largest gap that the controls' envelope reaches."""
-    eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY))
+    eval_perplexity: float | None = column(_last(metrics.EVAL_PERPLEXITY), "eval\nppl.", say_loss)
     """exp(eval loss), where the loss counts tokens."""
     tokens_per_s: float | None = column(_last(metrics.TOKENS_PER_S))
     """Median over windows, where the loss counts tokens."""
@@ -165,6 +170,8 @@ class ComparisonRow:
     predicted_peak_bytes: int | None = column(_predicted_peak)
     """What was predicted before the run, for the N that it ended with."""
 
+    term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
+    """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""
     setting: Setting = column(lambda arm: arm.group.setting, in_csv=False)
     """Reduction and what else was swept, with this arm's values."""
     micro_batch_sizes: tuple[int, ...] = column(

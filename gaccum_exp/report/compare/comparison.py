@@ -94,11 +94,13 @@ def compare(
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
     """Write a row per arm, floats in full precision, unknown values blank."""
+    terms = sorted({term for row in comparison.rows for term, _ in row.term_losses})
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
+        writer.writerow([*CSV_COLUMNS, *terms])
         for row in comparison.rows:
-            writer.writerow([getattr(row, column) for column in CSV_COLUMNS])
+            of_terms = map(dict(row.term_losses).get, terms)
+            writer.writerow([*(getattr(row, column) for column in CSV_COLUMNS), *of_terms])
     return path
 
 

@@ -61,12 +61,19 @@ def swept_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def swept_values(run: RunRecord, keys: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Return (short key, value) of `run` for the keys that its config has; a class by its bare name."""
-    return tuple(
-        (short, run.params[key].rpartition(".")[2] if key.endswith("_target_") else run.params[key])
-        for key, short in keys.items()
-        if key in run.params
-    )
+    """Return (short key, value) of `run` for the keys that its config has.
+
+    A block is said by the file that was chosen, a class that was chosen by itself by its bare name.
+    """
+    typed = dict(line.split("=", 1) for line in run.tags.get("overrides", "").split() if "=" in line)
+
+    def said(key: str) -> str:
+        if not key.endswith("._target_"):
+            return run.params[key]
+        by_file = typed.get(_block(key)) if key not in typed else None
+        return by_file or run.params[key].rpartition(".")[2]
+
+    return tuple((short, said(key)) for key, short in keys.items() if key in run.params)
 
 
 def _leaf(key: str) -> str:

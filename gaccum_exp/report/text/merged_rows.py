@@ -14,7 +14,7 @@ from gaccum_exp.report.compare.distances import nan_last
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.text.verdict_notes import rank
 
-_MEDIANS = ("train_loss", "eval_loss", "eval_accuracy", "step_s", "step_ratio")
+_MEDIANS = ("train_loss", "eval_loss", "eval_accuracy", "eval_perplexity", "step_s", "step_ratio")
 _LARGESTS = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio")
 
 

@@ -36,6 +36,9 @@ def reference_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """Say which splits are uneven, which numbers were not compared, and which arms did not finish."""
     arms = [(arm, group) for group in groups for arm in group.arms]
+    reasons = {arm.tags.get("failure") for arm, _ in arms if arm.status == "FAILED"}
+    if len(arms) > 1 and all(arm.status == "FAILED" for arm, _ in arms) and len(reasons) == 1:
+        return (f"Every arm {_end_of(arms[0][0])}.",)
     found = [
         (place, sentence, group.setting.label)
         for arm, group in arms
@@ -50,9 +53,11 @@ def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
 def _about_reference(group: Group) -> str | None:
     reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
-    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm"
+    why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm that finished"
     if reference is None and group.n_multiplies:
         return None
+    if reference is None and not any(arm.finished for arm in group.arms):
+        return "nothing is compared, because no arm finished."
     if reference is None:
         return (
             f"nothing is compared, because {why}, the store holds none, and no second finished arm can "

@@ -12,7 +12,7 @@ from gaccum_exp.report.arm_limit import by_n, by_setting
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import nan_last
-from gaccum_exp.report.text.verdict_notes import say_verdicts
+from gaccum_exp.report.text.verdict_notes import SOUND, say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
 
 _MOST_N_LISTED = 8
@@ -71,10 +71,11 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     shared = f"each of {counts[0]} steps" if counts[0] > 1 else "the one step that both have"
     if len(counts) > 1:
         shared = f"each of the {counts[0]} to {counts[-1]} steps that both have"
-    curve = (
-        f"The train loss of N = {who} stays within {say_gap(furthest.max_loss_gap)} of that of "
-        f"{reference} at {shared}"
-    )
+    gap = say_gap(furthest.max_loss_gap)
+    near = f"stays within {gap} of that of"
+    if any(row.verdict not in (None, *SOUND) for row in with_gap):  # which would sound like praise
+        near = f"is off by up to {gap} from that of"
+    curve = f"The train loss of N = {who} {near} {reference} at {shared}"
     if not math.isfinite(furthest.max_loss_gap or 0.0):
         curve = f"The train loss of N = {furthest.accum_steps} or of its reference is not finite"
     elif len(every) > 1 and furthest.max_loss_gap:
@@ -116,7 +117,8 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
         slowest = max(times, key=lambda n: times[n])
         return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest})."
     least = min(peaks, key=lambda n: peaks[n])
-    verb = "falls to" if round(peaks[least], 2) < 1 else "does not fall: it is"
+    ratio = round(peaks[least], 2)
+    verb = "falls to" if ratio < 0.95 else f"{'hardly falls' if ratio < 1 else 'does not fall'}: it is"
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
         return f"{memory}."

@@ -26,8 +26,10 @@ _HEADERS = (
     "×: ratio to its value"
 )
 _STANDINGS = {"inside": "✓", "outside": "✗"}
+_SCORES = ("eval_accuracy", "eval_perplexity")
+"""Of which a table has one."""
 _NUMBERS = (
-    *("train_loss", "eval_loss", "eval_accuracy", "max_loss_gap", "weight_distance"),
+    *("train_loss", "eval_loss", *_SCORES, "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
 )
 _FOLDED = ("verdict", "differs")
@@ -86,7 +88,10 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "reduction": several,
         "differs": differs,
     }
-    return [*(name for name, is_wanted in wanted.items() if is_wanted), *_NUMBERS]
+    classes, tokens = (any(getattr(row, n) is not None for row in rows) for n in _SCORES)
+    left_out = "eval_accuracy" if tokens and not classes else "eval_perplexity"
+    numbers = (name for name in _NUMBERS if name != left_out)
+    return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
 def _printed(

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from gaccum_exp import watch
 from gaccum_exp.audit.watch.watch import Watched
-from tests.audit.support import CE, net, window
+from tests.audit.support import CE, large_batch, net, or_zero, relative, taken, whole, wide, window
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
@@ -21,17 +21,28 @@ After = Callable[[nn.Module, torch.optim.Optimizer], object]
 Schedule = Callable[[torch.optim.Optimizer], Callable[[], object]]
 
 
+def changed_by(after: After, parts: Any) -> Any:
+    """Return the large batch's gradient in float64, after what is done to it before the step."""
+    model: Any = net(dtype=D)
+    x, y = whole(parts)
+    CE(model(x.double()), y).backward()
+    after(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return or_zero(model)
+
+
 def audited(after: After, between: Schedule | None = None, *, dtype: torch.dtype = D) -> Watched:
     """Watch a sound loop that does something before its step, and between its passes."""
     model, parts = net(dtype=dtype), window(4, 4, 4, 4, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     each = between(optimizer) if between else lambda: None
+    found = taken(model, optimizer)
     with watch(model, CE, optimizer) as audit:
         for x, y in parts:
             (CE(model(x), y) / len(parts)).backward()
             each()
         after(model, optimizer)
         optimizer.step()
+    assert relative(found[0], changed_by(after, parts)) < (1e-12 if dtype == D else 1e-4)
     return audit
 
 
@@ -214,18 +225,20 @@ def test_clipping_inside_the_window_is_still_a_fault() -> None:
     assert audit.verdict == "biased", str(audit)
 
 
-def scaled_loop(update: Callable[[Any, int], object], *others: Any) -> Watched:
-    """Watch a loop under a GradScaler that does something after each pass."""
+def scaled_loop(update: Callable[[Any, int], object], *others: Any) -> tuple[Watched, float]:
+    """Watch a loop under a GradScaler that does something after each pass; measure its gradient."""
     model, parts = net(), window(4, 4, 4, 4)
+    inputs, labels = map(wide, whole(parts))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0), *others]
+    expected, found = large_batch(model, lambda m: CE(m(inputs), labels)), taken(model, optimizer)
     with watch(model, CE, optimizer) as audit:
         for i, (x, y) in enumerate(parts):
             scalers[i % len(scalers)].scale(CE(model(x), y) / len(parts)).backward()
             update(scalers[0], i)
         scalers[0].step(optimizer)
         scalers[0].update()
-    return audit
+    return audit, relative(found[0], expected)
 
 
 def doubled(scaler: Any, i: int) -> None:
@@ -253,18 +266,22 @@ def before_the_step(scaler: Any, i: int) -> None:
 )
 def test_a_loss_scale_that_moves_inside_the_window_is_the_cause(update: Any, said: str) -> None:
     """Not unequal denominators: all micro-batches hold four samples."""
-    found = scaled_loop(update)
+    found, gap = scaled_loop(update)
+    assert gap > 1e-3
     assert (found.verdict, found.cause) == ("biased", "loss scale"), str(found)
     assert f"changed inside the window ({said}): update the GradScaler once" in found.remedy
 
 
 def test_two_scalers_of_two_scales_are_told_to_be_one() -> None:
     """And of one scale they are sound."""
-    found = scaled_loop(lambda s, i: None, torch.amp.GradScaler("cpu", init_scale=256.0))
+    found, gap = scaled_loop(lambda s, i: None, torch.amp.GradScaler("cpu", init_scale=256.0))
+    assert gap > 1e-3
     assert (found.verdict, found.cause) == ("biased", "loss scale"), str(found)
     assert "scale by one GradScaler" in found.remedy
     same = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    assert scaled_loop(lambda s, i: None, same).verdict in SOUND
+    found, gap = scaled_loop(lambda s, i: None, same)
+    assert gap < 1e-5
+    assert found.verdict in SOUND
 
 
 def test_a_scaler_that_steps_another_optimizer_does_not_end_the_window() -> None:

@@ -1,6 +1,7 @@
 """What one sample is in a watched loop: found from what agrees, never guessed from the first tensor."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from gaccum_exp import watch
 from gaccum_exp.audit.result import Audit
+from tests.audit.support import large_batch, relative, taken
 from tests.boxes import Detector, Record, Scenes
 
 SOUND = ("equivalent", "identical")
@@ -18,15 +20,23 @@ T, FEATURES, CLASSES = 4, 5, 3
 
 
 def judged(
-    model: nn.Module, criterion: Any, losses: Callable[[], list[Callable[[], Tensor]]], **how: Any
-) -> Audit:
-    """Return the audit of one window, of these micro-batches' losses."""
+    model: nn.Module,
+    criterion: Any,
+    losses: list[Callable[[], Tensor]],
+    large: Callable[[Any], Tensor] | None = None,
+    **how: Any,
+) -> tuple[Audit, float]:
+    """Return the audit of one window, of these micro-batches' losses, and how far its gradient is off.
+
+    Off the large batch's, that is: of the loss `large(model)` of the whole window, in float64.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected, found = large_batch(model, large) if large else None, taken(model, optimizer)
     with watch(model, criterion, optimizer, **how) as audit:
-        for loss in losses():
+        for loss in losses:
             loss().backward()
         optimizer.step()
-    return audit.worst
+    return audit.worst, relative(found[0], expected) if expected else float("nan")
 
 
 class Recurrent(nn.Module):
@@ -58,12 +68,20 @@ def test_sequences_with_time_first_are_judged_along_their_batch(
 ) -> None:
     """Without being told: a sound loop is not accused, and an unsound one not missed."""
     ce, model, n = nn.CrossEntropyLoss(), Recurrent(kind), sum(sizes)
+    x, y = torch.randn(T, n, FEATURES, dtype=D), torch.randint(CLASSES, (T, n))
 
-    def each(size: int) -> Tensor:
-        x, y = torch.randn(T, size, FEATURES, dtype=D), torch.randint(CLASSES, (T, size))
-        return ce(model(x).flatten(0, 1), y.flatten()) * (size / n if sound else 0.5 * (1 + size))
+    def each(x: Tensor, y: Tensor) -> Tensor:
+        weight = len(x[0]) / n if sound else 0.5 * (1 + len(x[0]))
+        return ce(model(x).flatten(0, 1), y.flatten()) * weight
 
-    found = judged(model, ce, lambda: [lambda s=s: each(s) for s in sizes])  # type: ignore[misc]
+    parts = zip(x.split(sizes, 1), y.split(sizes, 1), strict=True)
+    found, gap = judged(
+        model,
+        ce,
+        [partial(each, *part) for part in parts],
+        lambda m: ce(m(x).flatten(0, 1), y.flatten()),
+    )
+    assert (gap < 1e-12) == sound
     assert (found.verdict in SOUND) == sound, found.report()
     assert sound or found.verdict == "biased", found.report()
 
@@ -75,13 +93,26 @@ def test_ctc_is_joined_along_the_dimension_that_its_targets_and_lengths_have(
     """(T, B, C) log-probabilities with targets (B, S) and lengths (B,), summed."""
     ctc, model, n = nn.CTCLoss(reduction="sum"), Recurrent("lstm"), sum(sizes)
 
-    def each(i: int, size: int) -> Tensor:
-        x, lengths = torch.randn(T, size, FEATURES, dtype=D), torch.randint(3, T + 1, (size,))
-        targets, target_lengths = torch.randint(1, CLASSES, (size, 1)), torch.full((size,), 1)
-        loss = ctc(model(x).log_softmax(-1), targets, lengths, target_lengths)
-        return loss / n * (1 if sound else 1 + i)
+    x, lengths = torch.randn(T, n, FEATURES, dtype=D), torch.randint(3, T + 1, (n,))
+    targets, target_lengths = torch.randint(1, CLASSES, (n, 1)), torch.full((n,), 1)
 
-    found = judged(model, ctc, lambda: [lambda i=i, s=s: each(i, s) for i, s in enumerate(sizes)])  # type: ignore[misc]
+    def loss(model: Any, x: Tensor, *rest: Tensor) -> Tensor:
+        targets, lengths, target_lengths = rest
+        total: Tensor = ctc(model(x).log_softmax(-1), targets, lengths, target_lengths)
+        return total / n
+
+    def each(i: int, *part: Tensor) -> Tensor:
+        return loss(model, *part) * (1 if sound else 1 + i)
+
+    rest = [t.split(sizes) for t in (targets, lengths, target_lengths)]
+    parts = zip(range(len(sizes)), x.split(sizes, 1), *rest, strict=True)
+    found, gap = judged(
+        model,
+        ctc,
+        [partial(each, *part) for part in parts],
+        lambda m: loss(m, x, targets, lengths, target_lengths),
+    )
+    assert (gap < 1e-12) == sound
     assert (found.verdict in SOUND) == sound, found.report()
     assert sound or (found.verdict, found.cause) != ("biased", "batch statistics")
 
@@ -95,14 +126,16 @@ def test_batch_first_mixing_over_the_batch_is_not_taken_for_time_first() -> None
     def each() -> Tensor:
         return mse(model(torch.randn(4, T, FEATURES, dtype=D)), torch.randn(4, T, 1, dtype=D)) / 3
 
-    found = judged(model, mse, lambda: [each] * 3)
+    found, _ = judged(model, mse, [each] * 3)
     assert found.verdict not in SOUND, found.report()
     model.zero_grad()
-    told = judged(model, mse, lambda: [each] * 3, batch_dim=0)
+    told, _ = judged(model, mse, [each] * 3, batch_dim=0)
     assert (told.verdict, told.culprit_type) == ("biased", "BatchNorm1d"), told.report()
 
 
-@pytest.mark.parametrize(("counts", "sound"), [((1, 2, 3), True), ((1, 2, 2, 1), False)])
+@pytest.mark.parametrize(
+    ("counts", "sound"), [((1, 2, 3), True), ((1, 2, 2, 1), False), ((2, 2), False), ((5, 1), True)]
+)
 def test_lists_of_images_and_of_target_dictionaries_are_a_micro_batch(
     counts: tuple[int, ...], sound: bool
 ) -> None:
@@ -120,19 +153,22 @@ def test_lists_of_images_and_of_target_dictionaries_are_a_micro_batch(
     parts = [[scenes[i] for i in range(start, start + 3)] for start in (0, 3, 7)]
     of = [sum(len(r["boxes"]) for r in part) for part in parts]
 
-    def each(part: list[Record], weight: float) -> Tensor:
+    def loss(model: Any, part: list[Record]) -> Tensor:
         targets = [{"boxes": r["boxes"]} for r in part]
-        return model([r["image"] for r in part], targets)["loss"] * weight
+        found: Tensor = model([r["image"] for r in part], targets)["loss"]
+        return found
 
     weights = [n / sum(of) if sound else 1 / 3 for n in of]
-    found = judged(
+    found, gap = judged(
         model,
         None,
-        lambda: [lambda p=p, w=w: each(p, w) for p, w in zip(parts, weights, strict=True)],  # type: ignore[misc]
+        [lambda p=p, w=w: loss(model, p) * w for p, w in zip(parts, weights, strict=True)],  # type: ignore[misc]
+        lambda m: loss(m, [r for part in parts for r in part]),
     )
-    expected = SOUND if sound or len(set(of)) == 1 else ("biased",)
-    assert found.verdict in expected, found.report()
-    assert found.verdict != "biased" or found.cause == "unequal denominators"
+    equal = gap < 1e-12
+    assert equal == (sound or len(set(of)) == 1)
+    assert found.verdict in (SOUND if equal else ("biased",)), found.report()
+    assert equal or found.cause == "unequal denominators"
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -152,7 +188,7 @@ def test_an_argument_that_counts_up_is_tried_out(name: str, used: bool) -> None:
         y = torch.randint(3, (4,))
         return compute_loss(model(torch.randn(4, FEATURES, dtype=D)), y, **extra) / 3
 
-    found = judged(model, compute_loss, lambda: [lambda i=i: each(i) for i in range(3)])  # type: ignore[misc]
+    found, _ = judged(model, compute_loss, [partial(each, i) for i in range(3)])
     assert found.verdict in (("inconclusive",) if used else SOUND), found.report()
     assert not used or name in str(found.detail)
 
@@ -172,7 +208,7 @@ def test_no_message_holds_the_values_of_a_tensor() -> None:
     for shape in ((), (2, 3)):
         model.zero_grad()
         priors = [torch.full(shape, 0.8125 + i, dtype=D) for i in range(2)]
-        found = judged(model, compute_loss, lambda: [lambda p=p: each(p) for p in priors])  # type: ignore[misc]  # noqa: B023
+        found, _ = judged(model, compute_loss, [partial(each, p) for p in priors])
         if shape:
             assert found.verdict == "inconclusive", found.report()
             assert "(2, 3), (2, 3)" in str(found.detail)

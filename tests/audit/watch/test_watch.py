@@ -39,9 +39,9 @@ def random_model(rng: random.Random) -> nn.Module:
 
 @pytest.mark.slow
 def test_of_random_sound_loops_none_is_accused(record_property: Callable[[str, object], None]) -> None:
-    """Fifty of them."""
+    """Two dozen of them."""
     counts: Counter[str] = Counter()
-    for seed in range(50):
+    for seed in range(24):
         rng = random.Random(seed)
         name = rng.choice(sorted(SOUND_LOOPS))
         loop, criterion = SOUND_LOOPS[name]
@@ -49,14 +49,14 @@ def test_of_random_sound_loops_none_is_accused(record_property: Callable[[str, o
         counts[found.verdict] += 1
         assert found.verdict in (*SOUND, "inconclusive"), (seed, name, found.report())
     record_property("sound loops", dict(counts))
-    assert counts["inconclusive"] <= 4
+    assert counts["inconclusive"] <= 2
 
 
 @pytest.mark.slow
 def test_of_random_faulty_loops_none_is_missed(record_property: Callable[[str, object], None]) -> None:
-    """Fifty of them, half of them sound loops around a BatchNorm."""
+    """Two dozen of them, half of them sound loops around a BatchNorm."""
     counts: Counter[str] = Counter()
-    for seed in range(50):
+    for seed in range(24):
         rng = random.Random(seed)
         parts = random_parts(rng)
         if seed % 2:
@@ -70,7 +70,7 @@ def test_of_random_faulty_loops_none_is_missed(record_property: Callable[[str, o
         counts[found.verdict] += 1
         assert found.verdict in ("biased", "inconclusive"), (seed, name, found.report())
     record_property("faulty loops", dict(counts))
-    assert counts["inconclusive"] <= 4
+    assert counts["inconclusive"] <= 2
 
 
 @pytest.mark.parametrize(

@@ -457,3 +457,38 @@ def test_a_clamp_of_the_first_window_costs_later_ones_nothing(monkeypatch: pytes
     asked.clear()
     accumulate_gradients(Net(), loss_fn, window([[1, 1, 0, 0], [1, 1, 1, 0]]))
     assert len(asked) == 4
+
+
+class OfLists(nn.Module):
+    """A distance to every point of a sample's own list, over all points."""
+
+    reduction = "mean"
+
+    def forward(self, outputs: Tensor, points: list[Tensor]) -> Tensor:
+        assert len(outputs) == len(points)
+        pairs = zip(outputs, points, strict=True)
+        total = torch.stack([(output - of).square().sum() for output, of in pairs]).sum()
+        return total / max(1, sum(map(len, points))) if self.reduction == "mean" else total
+
+
+@pytest.mark.parametrize("counts", [[[2, 1, 3], [1, 4]], [[2, 1, 3], [0, 0]], [[2, 0], [1], [0]]])
+def test_targets_in_a_list_belong_to_their_samples(counts: list[list[int]]) -> None:
+    """A batch that is cut in two, to see whether its parts add up, is cut with its lists."""
+    torch.manual_seed(0)
+    dtype = torch.float64
+    model = nn.Linear(3, 2, dtype=dtype)
+    window = [
+        {
+            "input": torch.randn(len(of), 3, dtype=dtype),
+            "labels": [torch.randn(n, 2, dtype=dtype) for n in of],
+        }
+        for of in counts
+    ]
+    loss = accumulate_gradients(model, OfLists(), window)
+    found = model.weight.grad
+    assert found is not None
+    points = [of for micro_batch in window for of in micro_batch["labels"]]
+    large = OfLists()(model(torch.cat([m["input"] for m in window])), points)
+    (expected,) = torch.autograd.grad(large, [model.weight])
+    assert float(loss.mean) == pytest.approx(large.item(), rel=1e-13)
+    assert torch.allclose(found, expected, rtol=1e-12)

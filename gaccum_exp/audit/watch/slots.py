@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-REGISTRIES = frozenset(vars(nn.Module()))
-"""Attributes of every module, which hold no state but what is named one by one."""
+from gaccum_exp.core.module_state import own_attributes, version_of
+
 STATES = (Tensor, bool, int, float, str, list, dict, deque)
 """Types of attributes that hold state."""
 VALUES = 512
@@ -100,8 +100,8 @@ def places_of(module: nn.Module, stepped: set[int]) -> Iterator[Place]:
         for key, tensor in registry.items():
             if tensor is not None and id(tensor) not in stepped:
                 yield module, registry, key, tensor
-    for key, value in vars(module).items():
-        if key not in REGISTRIES and isinstance(value, STATES):
+    for key, value in own_attributes(module).items():
+        if key != "training" and isinstance(value, STATES):
             yield module, vars(module), key, value
 
 
@@ -110,11 +110,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return copy.copy(value) if isinstance(value, (list, dict, deque)) else value
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, as autograd counts it."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _mark_of(value: Any) -> Any:

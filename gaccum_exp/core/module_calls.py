@@ -1,6 +1,6 @@
 """The calls of a model's modules, as they happen in a forward pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.core.joined_samples import tensors_in
+from gaccum_exp.core.nesting import tensors_in
 
 Key = tuple[str, int]
 """A module's dotted name, and the number of the call of it in its pass."""
@@ -28,9 +27,12 @@ class ModuleCall:
 
 
 class ModuleTracer:
-    """Traces the calls of all modules; `see` gets each at its end, with its tensors."""
+    """Traces the calls of modules, given by name; `see` gets each at its end, with its tensors."""
 
-    def __init__(self, modules: NamedModules, see: Callable[[ModuleCall], None] | None = None) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], see: Callable[[ModuleCall], None] | None = None
+    ) -> None:
+        self._names = {id(module): name for name, module in modules.items()}
         self._modules, self._see = modules, see
         self._stack: list[ModuleCall] = []
         self._calls: dict[str, int] = {}
@@ -49,7 +51,7 @@ class ModuleTracer:
     def __call__(self) -> Iterator[None]:
         """Trace for the length of the block."""
         handles = []
-        for module in self._modules:
+        for module in self._modules.values():
             try:
                 handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._after, with_kwargs=True))
@@ -62,7 +64,7 @@ class ModuleTracer:
                 handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = self._modules.name(module)
+        name = self._names[id(module)]
         nth = self._calls[name] = self._calls.get(name, 0) + 1
         call = ModuleCall((name, nth), self._stack[-1].key if self._stack else None, self._started)
         self._started += 1
@@ -73,7 +75,7 @@ class ModuleTracer:
         self._stack.append(call)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name = self._modules.name(module)
+        name = self._names[id(module)]
         while self._stack and self._stack[-1].key[0] != name:
             self._stack.pop()  # a call that ended in an exception which the model caught
         call = self._stack.pop() if self._stack else None

@@ -1,0 +1,348 @@
+"""The calls of a loop, written on the tape of its window: of model, loss, and operations between.
+
+Nothing here changes a number of the loop's: hooks return nothing, operations are passed on as they are.
+"""
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+from torch.overrides import TorchFunctionMode, _push_mode
+from torch.utils.hooks import unserializable_hook
+
+from gaccum_exp.audit.rerun.sandbox import NamedModules
+from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
+from gaccum_exp.audit.watch.scalars import call_site, linear
+from gaccum_exp.audit.watch.tape import (
+    TapedCall,
+    loss_in,
+    losses_in,
+    models_own_loss,
+    of_the_loop,
+    surrogate,
+)
+from gaccum_exp.audit.watch.user_functions import OnCall, arguments_of, bound_to, code_of
+from gaccum_exp.core.nesting import tensors_in
+from gaccum_exp.core.seeding import random_states
+
+if TYPE_CHECKING:
+    from gaccum_exp.audit.watch.tracer import LoopTracer
+
+LOSSES = frozenset(
+    function
+    for name in dir(F)
+    if name.endswith(("_loss", "cross_entropy", "cross_entropy_with_logits", "kl_div"))
+    and callable(function := getattr(F, name))
+)
+READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
+"""Operations by which a loop reads a value."""
+PLAIN = (str, int, float, bool, type(None))
+
+
+class TracedCalls:
+    """Calls of model and loss, and operations on what they put out, as they happen in the loop.
+
+    Args:
+        tracer: has the window in progress.
+        model, criterion: as in `watch`, without wrappers.
+        modules: of both.
+    """
+
+    def __init__(
+        self, tracer: "LoopTracer", model: nn.Module, criterion: Any, modules: NamedModules
+    ) -> None:
+        self._tracer, self._criterion = tracer, criterion
+        self._parts = {id(module) for module in model.modules()}
+        self._own = {id(module) for module in modules}
+        self._loss_function = criterion
+        while isinstance(self._loss_function, functools.partial):
+            self._loss_function = self._loss_function.func  # its own arguments are seen in each call
+        named = modules.parameters().values()
+        self._device_type = next((p.device.type for p in named), "cpu")
+        self._order = itertools.count()
+        self._inside: list[TapedCall] = []
+        """The call of model or loss that is running, if any."""
+        self._frames: list[tuple[FrameType, TapedCall]] = []
+        self._frames_beside: list[tuple[FrameType, nn.Module, list[Any] | None]] = []
+        """Of modules beside model and loss, with the random states before; None: inside a loss."""
+        self._frames_compiled: list[tuple[FrameType, ModesOff]] = []
+        self._loss_hooks: list[Any] = []
+        """Handles of those on the window's losses, which a loop may keep for longer."""
+
+    def begin(self) -> None:
+        """Let go of the losses of the window before."""
+        while self._loss_hooks:
+            self._loss_hooks.pop().remove()
+
+    @property
+    def inside(self) -> bool:
+        """Whether a call of model or loss is running."""
+        return bool(self._inside)
+
+    @contextmanager
+    def operations_shown(self) -> Iterator[None]:
+        """See the loop's operations for the length of the block, which may end in any order."""
+        mode = _Operations(lambda: self._tracer.idle, self._operation)
+        _push_mode(mode)  # type: ignore[no-untyped-call]  # torch's own
+        try:
+            yield
+        finally:
+            ModesOff(lambda each: each is mode)
+
+    def functions(self) -> dict[CodeType, OnCall]:
+        """Return what to do at each function's call and return."""
+        found: dict[CodeType, OnCall] = {nn.Module._call_impl.__code__: self._on_module}
+        code = code_of(self._loss_function)
+        if code is not None and not isinstance(self._criterion, nn.Module):
+            found[code] = self._on_loss
+        return found
+
+    @property
+    def named(self) -> dict[str, OnCall]:
+        """The same for functions that are known by their names."""
+        return {WRAPPER: self._on_compiled}
+
+    def _on_module(self, event: str, frame: FrameType, value: Any) -> None:
+        """Tape a call of model or criterion, or of a part of the model that the loop itself calls.
+
+        By the function that runs every module, since a hook would be a part of what is compiled.
+        """
+        if self._tracer.judging:
+            return
+        if event == "return":
+            self._returned(frame, value)
+            return
+        module = frame.f_locals["self"]
+        kind = self._kind_of(module)
+        if kind is not None and not self._tracer.idle and torch.is_grad_enabled():
+            call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
+            self._frames.append((frame, call))
+            return
+        inside = bool(self._inside)
+        own = id(module) in self._own
+        if self._tracer.stepping is not None or (own and inside):
+            return
+        if not own and any(id(part) in self._own for part in module.modules()):
+            return  # it holds the model, so what it does is the loop's
+        # As the model does without gradient, too.
+        if self._tracer.moving.before_module(module, inside=inside):
+            start = None if inside else random_states()
+            self._frames_beside.append((frame, module, start))
+
+    def _kind_of(self, module: Any) -> str | None:
+        if module is self._criterion:
+            return "loss"
+        if id(module) not in self._parts:
+            return None
+        return "loss" if self._criterion is None and isinstance(module, _Loss) else "model"
+
+    def _returned(self, frame: FrameType, value: Any) -> None:
+        """End the call of this frame; one that raised has returned None."""
+        if self._frames and self._frames[-1][0] is frame:
+            self._end(self._frames.pop()[1], value)
+        elif self._frames_beside and self._frames_beside[-1][0] is frame:
+            _, module, start = self._frames_beside.pop()
+            args, kwargs = frame.f_locals["args"], frame.f_locals["kwargs"]
+            tape, moving = self._tracer.seen.tape, self._tracer.moving
+            moving.after_module(module, args, kwargs, value, start, tape.origin, tape.number)
+
+    def _on_compiled(self, event: str, frame: FrameType, value: Any) -> None:
+        """Keep out of what is compiled, and tape it where model or loss is compiled as a whole."""
+        function = None if self._tracer.judging else compiled_function(frame)
+        if function is None:
+            return
+        if event == "return":
+            self._returned(frame, value)
+            if self._frames_compiled and self._frames_compiled[-1][0] is frame:
+                self._frames_compiled.pop()[1].restore()
+            return
+        owner = getattr(function, "__self__", function)
+        kind = self._kind_of(owner) if isinstance(owner, nn.Module) else None
+        if function == self._loss_function:
+            kind, owner = "loss", function
+        if not self._tracer.idle and torch.is_grad_enabled():
+            if kind is not None:
+                call = self._begin(kind, owner, frame.f_locals["args"], frame.f_locals["kwargs"])
+                self._frames.append((frame, call))
+            else:
+                self._tracer.seen.hidden.append(getattr(function, "__name__", type(function).__name__))
+        self._frames_compiled.append((frame, operations_unseen()))
+
+    def _taped(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
+        device = self._device_type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        tape = self._tracer.seen.tape
+        if kind == "loss":
+            self._note_leaves(tensors_in([args, kwargs]))
+        arguments = tape.recorded({**dict(enumerate(args)), **kwargs}, to_model=kind == "model")
+        given = tensors_in([args, kwargs]) if kind == "model" else []
+        fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
+        order = next(self._order)
+        return TapedCall(kind, function, arguments, order, call_site(), fed, autocast=autocast)
+
+    def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
+        self._tracer.look_at_gradients()
+        call = self._taped(kind, function, args, kwargs)
+        call.start = random_states()
+        call.states = self._tracer.moving.before_call()
+        if kind == "loss" and isinstance(function, nn.Module):  # a loop may set these before each call
+            for of in (vars(module) for module in function.modules()):
+                call.attributes.append((of, {k: v for k, v in of.items() if isinstance(v, PLAIN)}))
+        self._inside.append(call)
+        return call
+
+    def _end(self, call: TapedCall, output: Any) -> None:
+        tape = self._tracer.seen.tape
+        tape.add(call, output)
+        self._inside.remove(call)
+        self._tracer.moving.after_call()
+        if call.kind == "loss":
+            loss = loss_in(output)
+            if loss is not None and loss.numel() == 1:
+                self._follow_loss(call, loss)
+            else:  # of single losses, which the loop itself reduces
+                call.kind = "between"
+        elif self._criterion is None:
+            # The model computes its losses itself: some of its outputs.
+            for own in losses_in(output):
+                origin: dict[int | str, Any] = {0: tape.origin(own)}
+                loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+                tape.calls.append(loss_call)
+                self._follow_loss(loss_call, own)
+
+    def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
+        """Record with what cotangent the loss is back-propagated."""
+        tape = self._tracer.seen.tape
+
+        def back_propagated(cotangent: Tensor) -> None:
+            if self._tracer.counting and not self._tracer.judging and self._tracer.stepping is None:
+                before = call.cotangent
+                call.cotangent = cotangent.detach().clone() + (0 if before is None else before)
+                call.backward = tape.backwards
+
+        if loss is not None:
+            # The mark: torch warns of any other where the loss is saved.
+            hook = unserializable_hook(uncompiled(back_propagated))  # type: ignore[no-untyped-call]
+            self._loss_hooks.append(loss.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _on_loss(self, event: str, frame: FrameType, value: Any) -> None:
+        if self._tracer.judging:
+            return
+        if event == "return":
+            self._returned(frame, value)
+            return
+        if self._tracer.idle or not torch.is_grad_enabled():
+            return
+        owner = bound_to(self._loss_function)
+        first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else None
+        if owner is not None and first is not None and frame.f_locals[first] is not owner:
+            return  # the same method of another object
+        args, kwargs = arguments_of(frame, bound=owner is not None)
+        self._frames.append((frame, self._begin("loss", self._loss_function, args, kwargs)))
+
+    def _operation(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation of the loop's own, outside of model and loss."""
+        tensors = tensors_in([args, kwargs])
+        name = getattr(function, "__name__", "")
+        if name in READS:
+            past = self._tracer.past
+            self._note_reading([ref for t in tensors if (ref := past.origin(t)) is not None])
+        tape, graphs = self._tracer.seen.tape, torch.is_grad_enabled()
+        if graphs:
+            self._note_leaves(tensors)
+        origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
+        with_parameters = graphs and name not in READS and any(id(t) in tape.parameters for t in tensors)
+        run = functools.partial(self._tracer.moving.run, from_model=tape.origin, number=tape.number)
+        if not origins and not with_parameters:
+            self._tracer.between.look(name, tensors)
+            return run(function, args, kwargs)
+        if function in LOSSES and self._criterion in (None, function) and graphs:
+            call = self._begin("loss", function, args, kwargs)
+            try:
+                output = function(*args, **kwargs)
+            except BaseException:
+                self._inside.remove(call)
+                raise
+            self._end(call, output)
+            return output
+        if name in READS:
+            self._note_reading(origins)
+        between = self._taped("between", function, args, kwargs)
+        form = linear(function, args, kwargs) if graphs else None
+        output = run(function, args, kwargs)
+        if any(t.requires_grad or name in READS for t in tensors_in(output)):
+            tape.add(between, output)
+        if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
+            if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
+                factors = [factor for _, factor in form.operands if factor is not None]
+                weights = [f.value for f in factors if f.weight]
+                between.literal = math.prod(weights) if "div" not in name else 1.0
+                between.counted = math.prod(f.value for f in factors if f.counted)
+                plain = (f.value for f in factors if not (f.counted or f.literal or f.weight))
+                between.numbers = tuple(plain)
+            elif output.ndim == 0:  # a loss that the loop itself computes
+                between.kind = "loss"
+                self._follow_loss(between, output)
+        return output
+
+    def _note_leaves(self, tensors: list[Tensor]) -> None:
+        """Tape tensors that a loop made to get a gradient, as of features without a graph."""
+        tape = self._tracer.seen.tape
+        for tensor in tensors:
+            leaf = tensor.requires_grad and tensor.is_leaf and tensor.ndim > 1
+            known = isinstance(tensor, nn.Parameter) or id(tensor) in tape.parameters
+            if leaf and not known and tape.origin(tensor) is None:
+                own: dict[int | str, Any] = {0: tensor.detach().clone()}
+                tape.add(TapedCall("between", of_the_loop, own, next(self._order)), tensor)
+
+    def note_surrogates(self, given: dict[str, Any]) -> None:
+        """Tape outputs that are back-propagated with a gradient of their own: surrogates of a loss."""
+        tape = self._tracer.seen.tape
+        pairs = [given.get("tensors", given.get("outputs")), given.get("grad_tensors")]
+        if pairs[1] is None:
+            pairs[1] = given.get("grad_outputs")
+        tensors, gradients = ([x] if isinstance(x, Tensor) else list(x or ()) for x in pairs)
+        for tensor, gradient in zip(tensors, gradients, strict=False):
+            if tensor.ndim and gradient is not None and tape.origin(tensor) is not None:
+                call = self._taped("loss", surrogate, (tensor, gradient), {})
+                call.cotangent, call.backward = torch.ones((), dtype=tensor.dtype), tape.backwards
+                tape.add(call, ())
+
+    def _note_reading(self, origins: list[Any]) -> None:
+        for ref in origins:
+            if ref.call.kind == "loss":
+                ref.call.read = True
+            elif ref.call.kind == "between":
+                self._note_reading(ref.call.refs())
+
+
+class _Operations(TorchFunctionMode):
+    """Mode that shows every operation on tensors that the loop asks for."""
+
+    def __init__(self, idle: Callable[[], bool], run: Callable[..., Any]) -> None:
+        super().__init__()
+        self._idle, self._run = idle, run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._idle():
+            return func(*args, **kwargs)
+        return self._run(func, args, kwargs)
+
+
+def operations_unseen() -> ModesOff:
+    """Show no operation to any tracer, until the modes are restored."""
+    return ModesOff(lambda mode: isinstance(mode, _Operations))
+
+
+# In a process that is forked from the loop's, as a DataLoader's workers are, nothing is traced.
+os.register_at_fork(after_in_child=operations_unseen)
