@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.result import LOSS_SCALE, NOT_ADDITIVE, UNEQUAL_DENOMINATORS, Audit
+from gaccum_exp.audit.result import (
+    BATCH_STATISTICS,
+    LOSS_SCALE,
+    NOT_ADDITIVE,
+    UNEQUAL_DENOMINATORS,
+    Audit,
+)
 from gaccum_exp.audit.verdict import listed, remedy_of_counts, scale_of
 from gaccum_exp.core.accumulate import accumulate
 from gaccum_exp.core.joined_samples import NotJoinableError
@@ -24,6 +31,7 @@ from gaccum_exp.core.losses.protocol import (
     LossWrapper,
     Term,
     count,
+    criterion_of,
     terms_of,
     window_denominator,
 )
@@ -133,6 +141,10 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
         return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
     found = diagnose(rerun, replayed, blank)
     audit = found.completed(window.naming_denominators(window.naming_terms(found.audit)))
+    if found.measured is not None and not audit.sound and audit.cause != BATCH_STATISTICS:
+        why = difference_by_padding(rerun)
+        if why is not None:
+            return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
     if found.accumulated64 is None or found.one_pass64 is None:
         return audit
     # Several terms have no denominator in common, and their sum is no multiple of their mean.
@@ -161,7 +173,8 @@ class ConfiguredWindow:
         self.moves: dict[str, int] = {}
         self.moved_beside: list[tuple[Any, list[Any]]] = []
         self._micro_batches = list(micro_batches)
-        self._layout = sample_layouts(self._micro_batches)[0]
+        label = getattr(criterion_of(loss_fn), "ignore_index", None)
+        self._layout = sample_layouts(self._micro_batches, label=label, guess=True)[0]
         self.sizes, self.differing = self._layout.sizes, self._layout.differing
         self._whole = self._layout.joined(self._micro_batches)
         self._pairs: dict[int | None, tuple[float, float, float]] = {}
@@ -198,7 +211,9 @@ class ConfiguredWindow:
 
         Of a loss with terms their total, which has no denominator: NaN.
         """
-        micro_batch = cast(self._whole if index is None else self._micro_batches[index])
+        # Padded as in the one pass, so that module by module samples can be compared.
+        each = (self.padded_alone() or self)._micro_batches
+        micro_batch = cast(self._whole if index is None else each[index])
         result = self._loss_fn(self._model, micro_batch)
         if not isinstance(result, Mapping):
             loss, n = result
@@ -212,6 +227,14 @@ class ConfiguredWindow:
         total = LossTotal(self._loss_fn)
         total.add(result)
         return total.loss().loss_sum, math.nan
+
+    def padded_alone(self) -> "ConfiguredWindow | None":
+        """Return the window whose micro-batches are as long as the longest; None: they are."""
+        if not self._layout.padded:
+            return None
+        other = copy.copy(self)
+        other._micro_batches = [self._layout.padded_alone(m) for m in self._micro_batches]
+        return other
 
     def additive(self, parts: Sequence[tuple[float, Any]], whole: tuple[float, Any]) -> bool:
         """Whether the micro-batches' loss sums add up, of terms each one's."""

@@ -153,7 +153,8 @@ class Cached(InPlace):
                     )
                 raise refused(
                     f"{mixing_module(model, run, swap)} makes a sample's output depend on the other "
-                    "samples of its micro-batch; replace it, or freeze the statistics that it takes"
+                    "samples of its micro-batch; replace it, or freeze the statistics that it takes "
+                    "(samples are those of dimension 0: give sequences batch first)"
                 )
         self._known.setdefault(model, {})[signature(model, base)] = dims
 

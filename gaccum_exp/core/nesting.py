@@ -57,7 +57,7 @@ def rebuilt(like: Any, children: Sequence[Any]) -> Any:
             clone[key] = child  # type: ignore[index]  # batches come in mutable mappings
         return clone
     if hasattr(like, "_fields"):
-        return type(like)(*children)
+        return type(like)._make(children)  # a named tuple's own constructor may be another
     if isinstance(like, (list, tuple)):
         return list(children) if isinstance(like, list) else tuple(children)
     names = [f.name for f in dataclasses.fields(like) if f.init]

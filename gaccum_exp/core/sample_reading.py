@@ -14,14 +14,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gaccum_exp.core.dtypes import is_inexact
 from gaccum_exp.core.joined_samples import (
-    ASKED,
+    PADDING,
     Along,
     Beside,
+    Longest,
     NotJoinableError,
     Role,
     SampleLayout,
     leaves_of,
-    padding_of,
 )
 from gaccum_exp.core.nesting import children_of, is_container, names_of, tensors_in
 
@@ -38,6 +38,8 @@ def sample_layouts(
     dim: int | None = None,
     sizes: Sequence[int] | None = None,
     apart: bool = False,
+    label: int | None = None,
+    guess: bool = False,
 ) -> list[SampleLayout]:
     """Return where the samples may be in corresponding micro-batches, the likeliest first.
 
@@ -50,6 +52,9 @@ def sample_layouts(
         dim: the dimension that counts samples, if that is known.
         sizes: the samples of each micro-batch, if they are known: other readings come after.
         apart: whether tensors of other lengths may have samples of their own, e.g. unlabelled ones.
+        label: what integers are to be padded with, where they are known to be labels.
+        guess: whether a tensor may be padded whose name does not tell with what: by what its own
+            sequences end with, or 0. Whether that changes nothing is for the caller to try.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -60,16 +65,16 @@ def sample_layouts(
         if dim is not None and max(along, 0) != dim:
             continue
         try:
-            layout = _read(parts, numbers, along, counting=True, apart=apart)
+            layout = _read(parts, numbers, along, counting=True, apart=apart, label=label, guess=guess)
         except NotJoinableError as error:
             refusals.append(error)
             continue
         unknown = sizes is not None and list(numbers) != list(sizes)
-        lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others)
+        lacking = _unplaced(parts[0], layout.roles) + _lacking(numbers, others, layout.padded)
         lacking += sum(isinstance(role, Beside) for role in leaves_of(layout.roles))
         found.append(((lacking, unknown, along), layout))
     if not found and sizes is not None:  # what belongs to no sample is joined, too: a model's own loss
-        return [_read(parts, sizes, dim or 0, counting=False, apart=apart)]
+        return [_read(parts, sizes, dim or 0, counting=False, apart=apart, label=label, guess=guess)]
     if not found:
         raise refusals[0] if refusals else NotJoinableError(_nothing_counts(parts, dim))
     fewest, layouts = min(lacking for (lacking, *_), _ in found), list[SampleLayout]()
@@ -100,6 +105,9 @@ def _numbers(parts: Sequence[Any]) -> Iterator[tuple[Sizes, int]]:
         if len({part.ndim for part in parts}) == 1:
             yield from ((tuple(part.shape[d] for part in parts), d) for d in range(parts[0].ndim))
         return
+    if all(isinstance(part, PackedSequence) for part in parts):
+        yield tuple(int(part.batch_sizes[0]) for part in parts), 0
+        return
     every = [children_of(part) for part in parts]
     if len({len(children) for children in every}) == 1:
         for column in zip(*every, strict=True):
@@ -126,17 +134,18 @@ def _shared_tensors(value: Any, role: Role) -> int:
     return int(role == "shared" and isinstance(value, Tensor) and value.ndim > 0)
 
 
-def _lacking(numbers: Sizes, others: Sequence[Shapes]) -> int:
-    """Count the tensors beside the micro-batches that have no dimension of samples."""
+def _lacking(numbers: Sizes, others: Sequence[Shapes], padded: bool) -> int:
+    """Return how many of the tensors that belong to the micro-batches have no dimension of samples."""
     lacking = 0
     for column in zip(*others, strict=False):
         if len({len(shape) for shape in column}) > 1 or not column[0]:
             continue
         lengths = zip(*column, strict=True)
-        # Sequences may be laid end to end, in front of a loss: a sample has several rows then.
+        # Sequences may be laid end to end, in front of a loss: a sample has several rows then, and
+        # as many in all micro-batches where these are of one length.
         lacking += not any(
             all(n and of_dim % n == 0 for of_dim, n in zip(each, numbers, strict=True))
-            and len({of_dim // n for of_dim, n in zip(each, numbers, strict=True)}) == 1
+            and (padded or len({of_dim // n for of_dim, n in zip(each, numbers, strict=True)}) == 1)
             for each in lengths
         )
     return lacking
@@ -144,19 +153,28 @@ def _lacking(numbers: Sizes, others: Sequence[Shapes]) -> int:
 
 def _nothing_counts(parts: Sequence[Any], dim: int | None) -> str:
     shapes = _listed(tuple(t.shape) for t in tensors_in(parts[0]))
+    shapes = f" ({shapes})" if shapes else ""
     if dim is None:
-        return f"a micro-batch holds no tensor with a dimension of samples, and no list ({shapes})"
-    return f"no tensor of a micro-batch has a dimension {dim} to count samples ({shapes}): {ASKED}"
+        return f"a micro-batch holds no tensor with a dimension of samples, and no list{shapes}"
+    return f"no tensor of a micro-batch has a dimension {dim} to count samples{shapes}"
 
 
 def _read(
-    parts: Sequence[Any], numbers: Sequence[int], along: int, *, counting: bool, apart: bool = False
+    parts: Sequence[Any],
+    numbers: Sequence[int],
+    along: int,
+    *,
+    counting: bool,
+    apart: bool = False,
+    label: int | None = None,
+    guess: bool = False,
 ) -> SampleLayout:
     """Read lists as columns (inputs and targets), and where that fails as lists of samples."""
     refusal = None
     for how in ({}, {"listed": True}, *([{"apart": True}] if apart else [])):
         try:
-            return _Reading(tuple(numbers), along, **how).layout(parts, counting=counting)
+            reading = _Reading(tuple(numbers), along, label=label, guess=guess, **how)
+            return reading.layout(parts, counting=counting)
         except NotJoinableError as error:
             refusal = refusal or error
     assert refusal is not None
@@ -164,16 +182,25 @@ def _read(
 
 
 class _Reading:
-    """Reads micro-batches as having these numbers of samples, along a dimension if it can be.
+    """The reading of micro-batches as having these numbers of samples, along a dimension if it can be.
 
     Lists of as many entries have one per sample: all of them (`listed`), or those without such tensors.
     Tensors of other lengths may have samples of their own (`apart`), e.g. unlabelled ones.
     """
 
-    def __init__(self, numbers: Sizes, along: int, *, listed: bool = False, apart: bool = False) -> None:
+    def __init__(
+        self,
+        numbers: Sizes,
+        along: int,
+        *,
+        label: int | None,
+        guess: bool,
+        listed: bool = False,
+        apart: bool = False,
+    ) -> None:
         self._numbers, self._along, self._listed, self._apart = numbers, along, listed, apart
+        self._label, self._guess = label, guess
         self._differing: list[str] = []
-        self._padded = False
         self._edges: str | None = None
         self._dims: set[int] = set()
         self._others: set[Sizes] = set()
@@ -182,10 +209,11 @@ class _Reading:
         """Rows of the tensors in each micro-batch's lists, e.g. the boxes of all its images."""
 
     def layout(self, parts: Sequence[Any], *, counting: bool = True) -> SampleLayout:
-        """Return the layout, or raise NotJoinableError where this reading does not fit."""
+        """Return the layout; raise NotJoinableError where this reading does not fit."""
         first = parts[0]
         # Inputs and targets are no list of two samples, however alike they are.
         pair = isinstance(first, tuple) or all(isinstance(child, Tensor) for child in children_of(first))
+        pair = pair and not isinstance(first, PackedSequence)
         apart = is_container(first) and pair and len({len(children_of(part)) for part in parts}) == 1
         rows = [_rows_in_lists(part) for part in parts]
         self._totals = {
@@ -202,14 +230,16 @@ class _Reading:
             )
         if counting and not _counts(roles):
             raise NotJoinableError(_nothing_counts(parts, None))
-        return SampleLayout(list(self._numbers), roles, tuple(self._differing), self._padded)
+        return SampleLayout(list(self._numbers), roles, differing=tuple(self._differing))
 
     def _role(self, parts: Sequence[Any], name: str) -> Role:
         first = parts[0]
         if all(isinstance(part, Tensor) for part in parts):
             return self._of_tensors(parts, name)
-        if isinstance(first, PackedSequence):
-            raise NotJoinableError(f"packed sequences are not joined{_at(name)}: pack inside the model")
+        if all(isinstance(part, PackedSequence) for part in parts):
+            if tuple(int(part.batch_sizes[0]) for part in parts) != self._numbers:
+                raise NotJoinableError(f"packed sequences of other numbers of samples{_at(name)}")
+            return "packed"
         if all(is_container(part) for part in parts):
             if not (all(map(_may_list_samples, parts)) and tuple(map(len, parts)) == self._numbers):
                 return self._of_columns(parts, name)
@@ -260,19 +290,14 @@ class _Reading:
             self._dims.add(dim)
             if first.ndim == 2 and len(first) == 2 and dim == 1 and not first.is_floating_point():
                 self._edges = name
-            if len({(*t.shape[:dim], *t.shape[dim + 1 :]) for t in parts}) > 1:
-                self._padded = True
-                if padding_of(name) is None:
-                    raise NotJoinableError(
-                        f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them "
-                        f"is not known; give a list with a tensor per sample, or {ASKED}"
-                    )
-            return Along(dim)
+            return self._along_dim(parts, dim, name)
         known = not any(t.is_meta and t.ndim for t in parts)
         if known and all(
             t is first or t.is_meta or (t.shape == first.shape and torch.equal(t, first)) for t in parts
         ):
             return "shared"
+        if known and alike and (longest := _longest(parts)) is not None:
+            return longest
         if all(t.ndim == 0 for t in parts):
             self._differing.append(name or "a tensor")
             return "differs"
@@ -283,13 +308,70 @@ class _Reading:
             return Beside(own, f"{shapes}{_at(name)}")
         raise NotJoinableError(
             f"tensors of shapes {shapes} do not make one batch{_at(name)}: they differ, and no "
-            f"dimension counts the micro-batches' {numbers} samples; {ASKED}, or give one tensor to all"
+            f"dimension counts the micro-batches' {numbers} samples: give one tensor to all"
         )
+
+    def _along_dim(self, parts: Sequence[Tensor], dim: int, name: str) -> Along:
+        """Return the role of a tensor of samples: with what it is padded, where lengths differ."""
+        if len({(*t.shape[:dim], *t.shape[dim + 1 :]) for t in parts}) == 1:
+            return Along(dim)
+        longest = [max(t.shape[d] for t in parts) for d in range(parts[0].ndim)]
+        lengths = (*longest[:dim], 0, *longest[dim + 1 :])
+        integers = not is_inexact(parts[0]) and parts[0].dtype != torch.bool
+        word = next((word for word in PADDING if word in name.lower()), None)
+        found: float | None = self._label if integers else None
+        unknown = integers and found is None and word in (None, "label")
+        if found is None and self._guess:
+            found = _ending(parts, dim)
+        if found is None and word is None and self._guess and parts[0].dtype == torch.bool:
+            values = {value for t in parts for value in t.flatten().tolist()}
+            found = float(not values.pop()) if len(values) == 1 else 0
+        if found is None:
+            found = 0 if word is None and self._guess else PADDING.get(word or "")
+        if found is None:
+            raise NotJoinableError(
+                f"micro-batches hold sequences of different lengths{_at(name)}: how to pad them is not "
+                "known; pad all of them to one length"
+            )
+        return Along(dim, lengths, found, unknown)
+
+
+def _longest(parts: Sequence[Tensor]) -> Longest | None:
+    """Return the longest of tensors that differ in how much of it they hold."""
+    longest = max(parts, key=Tensor.numel)
+    if any(n > m for t in parts for n, m in zip(t.shape, longest.shape, strict=True)):
+        return None
+    heads = (longest[tuple(slice(n) for n in t.shape)] for t in parts)
+    alike = all(t.dtype == h.dtype and torch.equal(t, h) for t, h in zip(parts, heads, strict=True))
+    return Longest(longest) if alike and len({t.shape for t in parts}) > 1 else None
+
+
+def _ending(parts: Sequence[Tensor], dim: int) -> float | None:
+    """Return the one value that shorter sequences within the micro-batches are filled up with.
+
+    It ends several more than once (in a mask one, and once), and is not all that they are.
+    """
+    votes: dict[float, int] = {}
+    for d in range(parts[0].ndim):
+        if d == dim or len({t.shape[d] for t in parts}) == 1:
+            continue
+        for t in parts:
+            if t.is_meta or t.is_complex() or not t.numel():
+                continue
+            rows = t.movedim((dim, d), (0, 1)).flatten(2) if t.ndim > 2 else t.movedim(dim, 0)[..., None]
+            last = rows[:, -1, 0]
+            run = (rows == last[:, None, None]).all(2).flip(1).int().cumprod(1).sum(1)
+            enough = 1 if t.dtype == torch.bool else 2
+            for value in last[(run >= enough) & (run < rows.shape[1])].tolist():
+                votes[value] = votes.get(value, 0) + 1
+    found = max(votes, key=lambda value: votes[value]) if votes else None
+    # One sentence may end with a word said twice.
+    return None if found is None or (votes[found] < 2 and parts[0].dtype != torch.bool) else found
 
 
 def _counts(role: Role) -> bool:
     """Whether anything in it counts samples."""
-    return any(isinstance(leaf, Along) or leaf == "samples" for leaf in leaves_of(role))
+    return any(isinstance(leaf, Along) or leaf in ("samples", "packed") for leaf in leaves_of(role))
 
 
 def _rows_in_lists(value: Any, listed: bool = False, path: str = "") -> dict[str, int]:

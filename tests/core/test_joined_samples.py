@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout
 from gaccum_exp.core.sample_reading import joined, picked, sample_layouts
@@ -167,17 +167,54 @@ def test_graphs_are_refused_as_edges_would_point_to_the_first_graphs_nodes(
         sample_layouts(parts)
 
 
-def test_packed_sequences_are_refused_also_where_their_lengths_are_equal() -> None:
-    """Their rows are neither samples nor time."""
-    parts = [pack_padded_sequence(torch.rand(T, 2, F), torch.tensor([T, 3])) for _ in range(2)]
-    with pytest.raises(NotJoinableError, match="packed"):
-        sample_layouts([{0: part} for part in parts])
+def test_packed_sequences_are_joined_sequence_by_sequence() -> None:
+    """Their rows are neither samples nor time; in whatever order each was packed."""
+    sequences = [torch.rand(n, F) for n in (3, T, 5, 2)]
+    parts = [pack_sequence(sequences[:2], enforce_sorted=False), pack_sequence(sequences[2:])]
+    layout = only(parts)
+    assert layout.sizes == [2, 2]
+    whole = layout.joined(parts)
+    assert all(map(torch.equal, unpack_sequence(whole), sequences))
+    order = torch.tensor([2, 0, 3])
+    chosen = unpack_sequence(layout.picked(whole, order))
+    assert all(map(torch.equal, chosen, [sequences[i] for i in order.tolist()]))
+
+
+def test_a_tensor_without_samples_is_as_long_as_the_longest() -> None:
+    """A causal mask of each micro-batch's own length is the head of the longest one."""
+    masks = [torch.ones(n, n).tril() for n in (3, T, 5)]
+    parts = [(torch.rand(2, len(m), F), m) for m in masks]
+    layout = sample_layouts(parts, guess=True)[0]
+    assert layout.sizes == [2] * 3
+    assert layout.joined(parts)[1].equal(masks[1])
+    assert layout.padded_alone(parts[0])[1].equal(masks[1])
+    others = sample_layouts([(x, m + i) for i, (x, m) in enumerate(parts)], guess=True)
+    assert all(layout.sizes == [3, T, 5] for layout in others)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fill"),
+    [
+        ([[1, 2, 3, 7, 7], [1, 7, 7, 7, 7]], 7),
+        ([[1, 2, 3, 4, 5], [6, 1, 4, 2, 3]], 0),
+        ([[False] * 3, [False] * 3], 1),
+        ([[True] * 3, [True] * 3], 0),
+        ([[True] * 3, [True, True, False]], 0),
+        ([[0.5, 2.0, 0.0], [1.0, 3.0, 4.0]], 0),
+    ],
+)
+def test_sequences_are_padded_as_those_of_the_loop_are(rows: list[list[Any]], fill: float) -> None:
+    """With what ends the shorter ones; a mask that excludes nothing with what excludes; else with 0."""
+    one = torch.tensor(rows)
+    parts = [one, one[:, :1].repeat(1, len(rows[0]) + 2)]
+    joint = sample_layouts(parts, guess=True, dim=0)[0].joined(parts)
+    assert joint[:2, len(rows[0]) :].eq(fill).all()
 
 
 def test_no_message_holds_values_and_each_says_what_to_give() -> None:
     """Tensors that differ without a dimension of samples, and padding that is not known."""
     differing = [(torch.rand(4, F), torch.full((2, 3), 0.5 + i)) for i in range(2)]
-    with pytest.raises(NotJoinableError, match=r"\(2, 3\), \(2, 3\).*batch_dim=") as error:
+    with pytest.raises(NotJoinableError, match=r"\(2, 3\), \(2, 3\).*give one tensor to all") as error:
         sample_layouts([{"x": x, "prior": prior} for x, prior in differing])
     assert "0.5" not in str(error.value)
     assert "prior" in str(error.value)

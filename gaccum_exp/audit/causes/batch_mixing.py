@@ -101,6 +101,8 @@ class _Comparison:
         )
         if any(p is not None and p.dim is not None for p in inputs):
             outputs = [p if p is not None and p.dim is not None else None for p in outputs]
+        elif inputs and all(p is None for p in inputs):  # nothing shows that the inputs agree
+            return
         self._whole[call.key] = _ComparedCall(call.parent, call.start, inputs, outputs)
 
     def see_part(self, index: int, call: ModuleCall) -> None:

@@ -84,6 +84,9 @@ class RerunnableWindow(Protocol):
     def holding(self, owners: Sequence[Any] | None) -> "RerunnableWindow":
         """Return the window with the state of these owners (None: all) held still between passes."""
 
+    def padded_alone(self) -> "RerunnableWindow | None":
+        """Return the window with each micro-batch padded as in the one pass; None: it pads none."""
+
     def with_first_values(self) -> "RerunnableWindow | None":
         """Return the window with the first micro-batch's value of all that differs; None: none does.
 

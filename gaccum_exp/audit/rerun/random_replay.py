@@ -185,7 +185,10 @@ class Replay(EagerMode):  # type: ignore[no-untyped-call]  # torch's own
             return None
         if self._pass is not None:
             value = known[0 if index in self._draws.shared else self._pass]
-            return value if value.shape == drawn.shape else self._shared(index, known, drawn)
+            if value.ndim != drawn.ndim or any(map(int.__gt__, value.shape, drawn.shape)):
+                return self._shared(index, known, drawn)
+            drawn[tuple(map(slice, value.shape))] = value  # what is left belongs to padding
+            return drawn
         return self._joined(index, known, drawn)
 
     def _joined(self, index: int, values: list[Tensor], drawn: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import common_divisor, snapped, unrounded
+from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
@@ -22,12 +23,14 @@ from gaccum_exp.audit.watch.first_values import FirstValues, Replay
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
-from gaccum_exp.core.joined_samples import ASKED, NotJoinableError
+from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.memory.available import out_of_memory
+
+ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
 
 def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int | None) -> Audit:
@@ -55,7 +58,7 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
         return replace(blank, detail=f"{error}: give watch the function that computes the whole loss")
     except NotJoinableError as error:
-        return replace(blank, detail=str(error))
+        return replace(blank, detail=str(error) if dim is not None else f"{error}; or {ASKED}")
     except Exception as error:  # the user's loop must go on, whatever happens here
         return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
 
@@ -83,9 +86,14 @@ def _under_every_reading(
         replay = Replay(moving, ends, micro_batches[0].last_backward)
         moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
     layouts = sample_readings(micro_batches, dim, moved)
+    if any(ignored_label(loss) is None for m in micro_batches[:1] for loss in m.losses):
+        layouts += [layout.with_labels_last(least=2) for layout in layouts if layout.padded]
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
+        # What integers are padded with is no matter where padding was none.
+        if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
+            continue
         try:
             taped = TapedWindow(modules, micro_batches, layout, moved, kept.alive)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
@@ -96,9 +104,14 @@ def _under_every_reading(
             refusals.append(error)
             continue
         audit = judged[-1][1]
-        if audit.sound or not (window.order_matters or audit.cause == result.BATCH_STATISTICS):
+        doubtful = window.order_matters or window.padding_matters
+        if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
             break
-    unordered = [audit for window, audit in judged if not window.order_matters]
+    in_any_order = [(window, audit) for window, audit in judged if not window.order_matters]
+    padded = [audit for window, audit in in_any_order if window.padding_matters]
+    unordered = [audit for window, audit in in_any_order if not window.padding_matters]
+    if padded and all(audit.cause == result.BATCH_STATISTICS for audit in unordered):
+        return padded[0]  # that a module mixes what are perhaps time steps is no verdict then
     if not judged:
         raise refusals[0]
     if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
@@ -163,6 +176,8 @@ class _LoopWindow:
         self._seen, self._device, self._micro_batches = seen, device, micro_batches
         self.order_matters = False
         """Whether another order of the samples changed the gradient."""
+        self.padding_matters = False
+        """Whether padding a micro-batch to the longest changed its gradient."""
         self._loss_scale = seen.loss_scale
         self._reached = self._here(reached)
         at_end = [c for c in seen.clippings[-1:] if c.after_backward == seen.tape.backwards]
@@ -235,17 +250,23 @@ class _LoopWindow:
             names = " and ".join(dict.fromkeys(window.coupled))
             others = "; the other terms do not" if len(window.coupled) < len(shares) else ""
             audit = audit.noting(f"it is {names} that couples samples{others}")
-        # Padding may change what a model computes; where the weights explain all, it has not.
+        # Modules that mix padded samples, and what went wrong between passes, are no matter of padding.
+        proven = (result.BATCH_STATISTICS, result.STALE_OR_MISSING, result.MOVING_STATE)
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
-        proven = (*weighed, result.STALE_OR_MISSING, result.MOVING_STATE)
-        if audit.verdict == "biased" and audit.cause not in proven and (window.padded or window.guessed):
-            what = "micro-batches of different lengths were padded to one, which may change what is"
-            why = f"{what} computed"
-            if window.guessed:
-                why = (
-                    f"tensors of shapes {window.guessed[0]} were taken for samples of their own, which "
-                    "may be wrong: if they are none, give one tensor to all"
-                )
+        why = None
+        if audit.cause not in proven:
+            why = difference_by_padding(self._rerun)
+            self.padding_matters = why is not None
+        if why is None and audit.verdict == "biased" and audit.cause not in (*proven[1:], *weighed):
+            why = next(
+                (
+                    f"tensors of shapes {shapes} were taken for samples of their own, which may be "
+                    "wrong: if they are none, give one tensor to all"
+                    for shapes in window.guessed
+                ),
+                None,
+            )
+        if why:
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         audit = found.completed(audit)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit

@@ -22,10 +22,17 @@ from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.losses.criterion import CriterionLoss
+from gaccum_exp.core.losses.denominator import PER_ELEMENT, is_kind
 from gaccum_exp.core.nesting import mapped, tensors_in
 
 MOST_FEATURES = 1 << 20
 """Elements of a tensor of features at most; what is larger is no input of a loss over the window."""
+ELEMENTWISE = (
+    *(nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss),
+    *(nn.functional.huber_loss, nn.functional.binary_cross_entropy),
+    nn.functional.binary_cross_entropy_with_logits,
+)
+"""Functions that take a loss of each element, of tensors of one shape."""
 
 
 class OutputRef:
@@ -495,6 +502,31 @@ def count_of(loss: TapedCall) -> float | None:
     except ValueError:
         return None
     return None if counted is None else float(counted)
+
+
+def ignored_label(loss: TapedCall) -> int | None:
+    """Return the label that one call of a criterion does not count, if that is one of torch's."""
+    named = [of for of, _ in loss.attributes[:1]] + [loss.arguments]
+    given = [of["ignore_index"] for of in named if isinstance(of.get("ignore_index"), int)]
+    torchs = loss.function in (nn.functional.cross_entropy, nn.functional.nll_loss)
+    return given[-1] if given else -100 if torchs else None
+
+
+def by_element(losses: Sequence[TapedCall]) -> bool:
+    """Whether calls of a criterion of torch's, of other lengths, take a loss of each element."""
+    function, attributes = losses[0].function, losses[0].attributes
+    if isinstance(function, nn.Module):
+        own = attributes[0][1] if attributes else vars(function)
+        known = is_kind(function, PER_ELEMENT) and own.get("reduction") in ("mean", "sum")
+        known = known and not any(True for _ in (*function.parameters(), *function.buffers()))
+    else:
+        known = function in ELEMENTWISE and losses[0].arguments.get("reduction", "mean") in (
+            "mean",
+            "sum",
+        )
+    shapes = [{tuple(t.shape) for t in tensors_in(shapes_of(loss.arguments))} for loss in losses]
+    lengths = {shape[1:] for each in shapes for shape in each}
+    return known and len(lengths) > 1 and all(len(each) == 1 for each in shapes)
 
 
 def losses_in(output: Any) -> list[Tensor]:

@@ -26,9 +26,8 @@ from gaccum_exp.audit.watch.kept_features import made_of
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
-from gaccum_exp.core import joined_samples as samples
-from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, sample_dim
-from gaccum_exp.core.nesting import tensors_in
+from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, own_rows
+from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.sample_reading import sample_layouts
 
 SAME_FACTOR = 1e-5
@@ -58,6 +57,8 @@ class _Column:
     """Where the samples are in the arguments of those that there are; None: they have scalars alone."""
     sizes: list[int]
     """Samples in each micro-batch's call; 0 where there is none."""
+    by_element: bool = False
+    """Whether its tensors are laid end to end, of sequences of other lengths: none is padded then."""
     whole: list[TapedCall] = field(default_factory=list)
     """Of a loss that takes in features kept from other passes: each call with all of them alive."""
 
@@ -145,7 +146,7 @@ class TapedWindow:
         """The shapes of tensors of other lengths, taken for samples of their own."""
         self.differing = list(dict.fromkeys(name for each in layouts for name in each.differing))
         """Names of arguments that belong to no sample, and differ between micro-batches."""
-        self._first_values = False
+        self._first_values = self._padding = False
         self._forms = _Forms()
         self._micro_weights: list[list[float]] | None = None
         self._whole_weights: list[float] | None = None
@@ -189,6 +190,14 @@ class TapedWindow:
             return None
         other = copy.copy(self)
         other._first_values = True
+        return other
+
+    def padded_alone(self) -> "TapedWindow | None":
+        """Return the window whose micro-batches are as long as the longest; None: they are."""
+        if not self.padded:
+            return None
+        other = copy.copy(self)
+        other._padding = True
         return other
 
     def only(self, term: int) -> "TapedWindow":
@@ -242,8 +251,10 @@ class TapedWindow:
         if index is None:
             losses, count = self._whole_losses(cast, None), sum(counts)
         else:
-            kept = self._kept(cast)
-            losses, count = self.holding(None)._losses_of(index, cast, kept), counts[index]
+            # As they are in the one pass, so that module by module samples can be compared.
+            window, kept = self.holding(None), self._kept(cast)
+            losses = (window.padded_alone() or window)._losses_of(index, cast, kept)
+            count = counts[index]
         total = sum(t.tensor.double() for terms in losses for t in terms)
         assert isinstance(total, Tensor)
         return total, count
@@ -348,23 +359,29 @@ class TapedWindow:
         there = [call for call in calls if call is not None]
         whole = [self._alive[call] for call in there if call in self._alive]
         if len(whole) == len(calls):
-            return _Column(calls, None, [1] * len(calls), whole)
+            return _Column(calls, None, [1] * len(calls), whole=whole)
         if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:
             return _Column(calls, self.layout, self.layout.sizes)
         given = [tape.shapes_of(call.arguments, self.moved.values) for call in there]
         if there[0].of_weights_alone or not any(tensor.ndim for tensor in tensors_in(given)):
             return _Column(calls, None, [int(call is not None) for call in calls])
+        by_element = tape.by_element(there)
+        given = [_laid_out(each) for each in given] if by_element else given
         others = [[shape for shape, _ in call.outputs] for call in there]
         sizes = self.layout.sizes if len(there) == len(calls) else None
+        how: dict[str, Any] = {"others": others, "sizes": sizes, "apart": True, "guess": True}
+        how["label"] = tape.ignored_label(there[0])
         readings: list[SampleLayout] = []
         if self.layout.dim == 0:  # what has samples of its own has them there, too
             with suppress(NotJoinableError):
-                readings = sample_layouts(given, others=others, sizes=sizes, dim=0, apart=True)
+                readings = sample_layouts(given, dim=0, **how)
         if not readings:
-            readings = sample_layouts(given, others=others, sizes=sizes, apart=True)
+            readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        along = along.with_labels_last() if self.layout.labels_last else along
         numbers = iter(along.sizes)
-        return _Column(calls, along, [0 if call is None else next(numbers) for call in calls])
+        own = [0 if call is None else next(numbers) for call in calls]
+        return _Column(calls, along, own, by_element)
 
     def _weighed(self, losses: list[list[Term]], index: int | None) -> list[tuple[Tensor, float]]:
         """Return every term and its weight, in a micro-batch or (None) in the one pass."""
@@ -430,9 +447,16 @@ class TapedWindow:
 
     def _losses_of(self, index: int, cast: Cast, kept: Outputs) -> list[list[Term]]:
         outputs = dict(kept)
+        uncut: Outputs = {}
+        """The model's outputs with their padding, where micro-batches are padded."""
         held = self._holding
         values = self.moved.values if held is None or BESIDE in held else None
         still = {id(owner) for owner in held or ()}
+
+        def same_shapes(padded: Any, call: TapedCall) -> bool:
+            """Whether what is made of the outputs, a pooled state, is of one shape for any length."""
+            pairs = zip(tensors_in(padded), tensors_in(tape.shapes_of(call.arguments)), strict=True)
+            return all(one.shape == other.shape for one, other in pairs)
 
         def states(call: TapedCall) -> list[tuple[Slot, Any]]:
             return [s for s in call.states if held is not None and id(s[0].owner) not in still]
@@ -441,12 +465,23 @@ class TapedWindow:
             given = call.arguments
             if self._first_values and column.layout is not None:
                 given = column.layout.with_first_values([column.first.arguments, given])[1]
-            return resolved(given, outputs, cast, values)
+            with suppress(RuntimeError, IndexError):  # what is as long as the micro-batch does not fit
+                if uncut and column.computed and call.kind == "loss":
+                    padded = resolved(given, {**kept, **uncut}, cast, values)
+                    if same_shapes(padded, call):
+                        return padded
+            given = resolved(given, outputs, cast, values)
+            given = _laid_out(given) if column.by_element else given
+            return column.layout.padded_alone(given) if self._padding and column.layout else given
 
         with self._forms_of_model() as forms:
             for column in self._models:
                 if (call := column.calls[index]) is not None:
-                    outputs[call] = tensors_in(call.run(arguments(column, call), states(call)))
+                    found = tensors_in(call.run(arguments(column, call), states(call)))
+                    outputs[call] = found
+                    if self._padding and column.layout is not None:
+                        uncut[call] = found
+                        outputs[call] = _rows(call, found, [column.sizes[index]], 0, None, column.layout)
         losses = []
         for c, column in enumerate(self._losses):
             taped, terms = column.calls[index], list[Term]()
@@ -471,6 +506,7 @@ class TapedWindow:
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
             if column.layout is None:
                 return given[0]
+            given = [_laid_out(each) for each in given] if column.by_element else given
             inputs = column.layout.joined(given)
             here = _order_of(order, self.sizes, column.sizes)
             if here is None or column.computed:  # else they come in the order of the rows
@@ -496,7 +532,9 @@ class TapedWindow:
                 here = None if column.computed else _order_of(order, self.sizes, column.sizes)
                 for index, call in enumerate(column.calls):
                     if call is not None:
-                        each[index][call] = _rows(call, outputs, column.sizes, index, here)
+                        each[index][call] = _rows(
+                            call, outputs, column.sizes, index, here, column.layout
+                        )
         losses = []
         for column in self._losses:
             if column.whole:
@@ -534,7 +572,7 @@ def sample_readings(
     values = moved.values if moved is not None else None
     given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
     around = tape.shapes_around(micro_batches)
-    return sample_layouts(given, others=around, dim=dim, apart=True)
+    return sample_layouts(given, others=around, dim=dim, apart=True, guess=True)
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
@@ -565,21 +603,28 @@ def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor 
     return (order[:, None] * by + torch.arange(by, device=order.device)).flatten()
 
 
+def _laid_out(arguments: Any) -> Any:
+    """Return arguments with all elements of their tensors in one row."""
+    return mapped(lambda x: x.flatten() if isinstance(x, Tensor) else x, arguments)
+
+
 def _rows(
-    call: TapedCall, whole: list[Tensor], sizes: list[int], index: int, order: Tensor | None
+    call: TapedCall,
+    whole: list[Tensor],
+    sizes: list[int],
+    index: int,
+    order: Tensor | None,
+    layout: SampleLayout | None,
 ) -> list[Tensor]:
-    """Return a micro-batch's own rows of the model's outputs for all samples."""
+    """Return a micro-batch's own rows of the model's outputs for all samples, without their padding."""
     start, size, total = sum(sizes[:index]), sizes[index], sum(sizes)
     where = torch.arange(total) if order is None else torch.argsort(order)
-    rows = []
-    for tensor, (shape, _) in zip(whole, call.outputs, strict=True):
-        if size != total:
-            dim = sample_dim(tuple(tensor.shape), shape, total, size)
-        else:  # nothing grows that would tell which dimension counts samples
-            dim = next((d for d, n in enumerate(shape) if n == total), None)
-        own = where[start : start + size]
-        rows.append(tensor if dim is None else samples.picked_rows(tensor, dim, own, total))
-    return rows
+    own = where[start : start + size]
+    dim, padded = (0, False) if layout is None else (layout.dim, layout.padded)
+    return [
+        own_rows(tensor, shape, own, total, dim, padded)
+        for tensor, (shape, _) in zip(whole, call.outputs, strict=True)
+    ]
 
 
 def _run(

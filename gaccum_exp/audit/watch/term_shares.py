@@ -48,6 +48,8 @@ class TermShares:
     literal: float
     counts: list[float] | None
     sizes: list[int]
+    unit: str = "samples"
+    """What the sizes are numbers of; rows where the loss has others than its model."""
     inside: float = 1.0
     """What its function multiplies it by, apart from a 1/N."""
     halved: float = 1.0
@@ -71,10 +73,14 @@ class TermShares:
         assert self.coefficients is not None
         if self.counts is not None and not alike(self.counts):
             return f"count {listed(self.counts)} in {self.name}"
-        if self.counts is None and not alike([float(n) for n in self.sizes if n]):
-            return f"hold {listed(self.sizes)} samples in {self.name}"
-        total = sum(self.coefficients) or 1.0
-        parts = listed([float(f"{100 * c / total:.3g}") for c in self.coefficients])
+        # Of sums, all of which count once, the loop's own divisors tell.
+        divisors = [1 / w if w else 0.0 for w in self.weights]
+        amounts = divisors if self.summed else self.coefficients
+        per_size = [a / n for a, n in zip(amounts, self.sizes, strict=True) if n]
+        if self.counts is None and alike(per_size) and not alike([float(n) for n in self.sizes if n]):
+            return f"hold {listed(self.sizes)} {self.unit} in {self.name}"
+        total = sum(amounts) or 1.0
+        parts = listed([float(f"{100 * a / total:.3g}") for a in amounts])
         return f"make up {parts} % of what the window counts in {self.name}"
 
 
@@ -112,10 +118,12 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
             parts = [coefficients[i] for i in counting] if coefficients else []
             whole = _meant_weight(weights, own, parts)
         shares = TermShares(term.name, weights, coefficients, summed, whole, term.literal, counts, sizes)
+        unit = "samples" if sizes == window.sizes else "rows"
         outside = sum(_one(number * len(weights)) for number in term.numbers)
         divided_by_n = outside + len(constants) - len(inside)
         halved = window.literal_inside(column)
-        found.append(replace(shares, inside=math.prod(inside), divided_by_n=divided_by_n, halved=halved))
+        shares = replace(shares, unit=unit, inside=math.prod(inside), halved=halved)
+        found.append(replace(shares, divided_by_n=divided_by_n))
     return found
 
 

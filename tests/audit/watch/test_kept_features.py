@@ -163,7 +163,7 @@ def test_features_of_the_micro_batch_alone_are_not_those_of_the_window(given: bo
 
 
 def test_a_scale_that_all_share_is_counted_by_every_micro_batch() -> None:
-    """A parameter that enters every micro-batch's loss as a whole has N times its gradient, and is named."""
+    """What every micro-batch's loss takes as a whole gets its gradient N times, and is named."""
     views = window()
 
     def passes(model: Any, _: Any) -> None:

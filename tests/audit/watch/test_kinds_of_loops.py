@@ -441,7 +441,7 @@ def dice_beside() -> Stepped:
     return run(net(), fn, fn, data(), 4)
 
 
-@loop("inconclusive", COUPLED)
+@loop("sound")
 def contrastive_among_cached_features() -> Stepped:
     """Exact, and left open: the loss has more rows than a micro-batch has samples."""
     parts = data()
