@@ -111,6 +111,17 @@ class SampleLayout:
             )
         return dataclasses.replace(self, roles=roles, labels_last=True)
 
+    def sharing_equals(self, parts: Sequence[Any]) -> "SampleLayout | None":
+        """Return the layout in which tensors that are equal in all micro-batches are shared by these.
+
+        So is a mask, or an index of places, that happens to be as long as a batch. None: nothing else
+        would be left, or nothing changes.
+        """
+        roles = _sharing_equals(parts, self.roles)
+        if roles == self.roles or not any(isinstance(role, Along) for role in leaves_of(roles)):
+            return None
+        return dataclasses.replace(self, roles=roles)
+
     def joined(self, parts: Sequence[Any]) -> Any:
         """Return one batch of all micro-batches' samples, in order.
 
@@ -194,6 +205,15 @@ def sample_dim(whole: tuple[int, ...], part: tuple[int, ...], total: int, size: 
         return None
     n, of_part = whole[grown[0]], part[grown[0]]
     return grown[0] if n * size == of_part * total and n % total == 0 else None
+
+
+def _sharing_equals(parts: Sequence[Any], role: Role) -> Role:
+    if isinstance(role, list):
+        return list(map(_sharing_equals, zip(*map(children_of, parts), strict=True), role))
+    alike = isinstance(role, Along) and len(parts) > 1 and not parts[0].is_meta
+    if not alike or not all(torch.equal(part, parts[0]) for part in parts[1:]):
+        return role
+    return "shared"
 
 
 def _exchanged(role: Role, old: Along, new: Along) -> Role:

@@ -115,7 +115,12 @@ def _under_every_reading(
     if not judged:
         raise refusals[0]
     if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
-        return unordered[0] if unordered else judged[0][1]
+        audit = unordered[0] if unordered else judged[0][1]
+        weighed = (None, result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
+        if unordered or audit.cause in weighed:
+            return audit
+        why = "one pass's gradient depends on the order of its samples: does it take an index of them?"
+        return replace(blank, verdict="inconclusive", detail=why)
     if not unordered:
         why = f"another order of the samples changes the gradient: {ASKED}"
     elif unordered[-1].verdict in ("identical", "equivalent", "stochastic"):

@@ -572,7 +572,8 @@ def sample_readings(
     values = moved.values if moved is not None else None
     given = [tape.shapes_of(m.first.arguments, values) for m in micro_batches]
     around = tape.shapes_around(micro_batches)
-    return sample_layouts(given, others=around, dim=dim, apart=True, guess=True)
+    layouts = sample_layouts(given, others=around, dim=dim, apart=True, guess=True)
+    return layouts + [other for layout in layouts if (other := layout.sharing_equals(given))]
 
 
 def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
