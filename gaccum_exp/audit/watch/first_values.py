@@ -5,7 +5,7 @@ They are computed when the window is judged, from what `MovingState` has noted i
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Replay:
         self._done: dict[int, list[Tensor]] = {}
         """What was computed again, by the identity of what makes it."""
 
-    def first_values(self, calls: Iterable[Any]) -> FirstValues:
+    def first_values(self, calls: Sequence[Any]) -> FirstValues:
         """Compute what these calls, of which the judged losses are made, would have met."""
         entered = {id(leaf) for call in calls for leaf in tensors_in(list(call.arguments.values()))}
         found = FirstValues()

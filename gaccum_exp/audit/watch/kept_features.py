@@ -6,7 +6,7 @@ gets the gradient at its own features (a surrogate). The large batch has all fea
 are known by their values: each of their rows is one that a pass with a graph has put out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,15 +138,15 @@ class KeptFeatures:
         return [rows[k] for k in nearest.indices.tolist()]
 
 
-def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:
+def made_of(calls: Sequence[TapedCall]) -> list[TapedCall]:
     """Return these calls and all that their arguments come from, each once."""
-    waiting, seen = list(calls), set[TapedCall]()
+    waiting, seen = list(calls), dict[TapedCall, None]()
     while waiting:
         call = waiting.pop()
         if call not in seen:
-            seen.add(call)
-            yield call
+            seen[call] = None
             waiting += [ref.call for ref in call.refs()]
+    return list(seen)
 
 
 def _depth(call: TapedCall, depths: dict[TapedCall, int]) -> int:
