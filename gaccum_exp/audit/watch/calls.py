@@ -23,12 +23,14 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
+    OutputRef,
     TapedCall,
     loss_in,
     losses_in,
     models_own_loss,
     of_the_loop,
     surrogate,
+    tensors_out,
 )
 from gaccum_exp.audit.watch.user_functions import OnCall, arguments_of, bound_to, code_of
 from gaccum_exp.core.nesting import tensors_in
@@ -45,6 +47,13 @@ LOSSES = frozenset(
 )
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
 """Operations by which a loop reads a value."""
+STACKING = frozenset({"stack", "cat", "concat", "concatenate", "hstack", "vstack"})
+ADDING_UP = frozenset({"sum", "mean", "nansum", "nanmean", "dot", "matmul", "__matmul__", "inner"})
+ELEMENTWISE = frozenset(
+    {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "true_divide", "divide", "neg"}
+    | {"reshape", "view", "flatten", "squeeze", "float", "double", "to", "contiguous", "clone"}
+)
+"""Operations that collect losses in a tensor, add up what is in one, and weigh it."""
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -183,11 +192,14 @@ class TracedCalls:
         tape = self._tracer.seen.tape
         if kind == "loss":
             self._note_leaves(tensors_in([args, kwargs]))
-        arguments = tape.recorded({**dict(enumerate(args)), **kwargs}, to_model=kind == "model")
+        site, by_key = call_site(), {**dict(enumerate(args)), **kwargs}
+        arguments = tape.recorded(by_key, to_model=kind == "model", site=site)
         given = tensors_in([args, kwargs]) if kind == "model" else []
         fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
-        order = next(self._order)
-        return TapedCall(kind, function, arguments, order, call_site(), fed, autocast=autocast)
+        call = TapedCall(kind, function, arguments, next(self._order), site, fed, autocast=autocast)
+        since = (ref.call.since for ref in call.refs()) if kind != "model" else ()
+        call.since = min([tape.backwards, *since])
+        return call
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         self._tracer.look_at_gradients()
@@ -202,6 +214,9 @@ class TracedCalls:
 
     def _end(self, call: TapedCall, output: Any) -> None:
         tape = self._tracer.seen.tape
+        several = sum(t.requires_grad for t in tensors_out(output)) > 1
+        if call.kind == "loss" and several and len(losses_in(output)) != 1:
+            call.kind = "model"  # for what it puts out is the loop's to weigh and to add up
         tape.add(call, output)
         self._inside.remove(call)
         self._tracer.moving.after_call()
@@ -211,11 +226,13 @@ class TracedCalls:
                 self._follow_loss(call, loss)
             else:  # of single losses, which the loop itself reduces
                 call.kind = "between"
-        elif self._criterion is None:
-            # The model computes its losses itself: some of its outputs.
-            for own in losses_in(output):
+        else:  # it may compute losses itself: some of its outputs, or of its attributes
+            modules = call.function.modules() if isinstance(call.function, nn.Module) else ()
+            left = [tensor for module in modules for tensor in tape.add_left(call, module)]
+            for own in [*losses_in(output), *(t for t in left if t.ndim == 0)]:
                 origin: dict[int | str, Any] = {0: tape.origin(own)}
                 loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+                loss_call.since = call.since
                 tape.calls.append(loss_call)
                 self._follow_loss(loss_call, own)
 
@@ -281,6 +298,8 @@ class TracedCalls:
         output = run(function, args, kwargs)
         if any(t.requires_grad or name in READS for t in tensors_in(output)):
             tape.add(between, output)
+        if isinstance(output, Tensor) and output.requires_grad:
+            between.of_scalars = form is None and _of_scalars(name, tensors, tape.origin)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
             if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
                 factors = [factor for _, factor in form.operands if factor is not None]
@@ -289,6 +308,12 @@ class TracedCalls:
                 between.counted = math.prod(f.value for f in factors if f.counted)
                 plain = (f.value for f in factors if not (f.counted or f.literal or f.weight))
                 between.numbers = tuple(plain)
+                between.of_scalars = True
+                if output.ndim == 0 and any(operand.ndim for operand, _ in form.operands):
+                    self._follow_loss(between, output)  # it may have reduced the loss of one sample
+            elif name in ADDING_UP and len(origins) == 1 and origins[0].call.of_scalars:
+                between.of_scalars = True
+                between.numbers = (1 / tensors[0].numel(),) if name == "mean" else ()
             elif output.ndim == 0:  # a loss that the loop itself computes
                 between.kind = "loss"
                 self._follow_loss(between, output)
@@ -311,6 +336,7 @@ class TracedCalls:
         if pairs[1] is None:
             pairs[1] = given.get("grad_outputs")
         tensors, gradients = ([x] if isinstance(x, Tensor) else list(x or ()) for x in pairs)
+        tape.roots += [ref for t in tensors if (ref := tape.origin(t)) is not None]
         for tensor, gradient in zip(tensors, gradients, strict=False):
             if tensor.ndim and gradient is not None and tape.origin(tensor) is not None:
                 call = self._taped("loss", surrogate, (tensor, gradient), {})
@@ -323,6 +349,20 @@ class TracedCalls:
                 ref.call.read = True
             elif ref.call.kind == "between":
                 self._note_reading(ref.call.refs())
+
+
+def _of_scalars(name: str, tensors: list[Tensor], origin: Callable[[Tensor], Any]) -> bool:
+    """Whether an operation collects losses in one tensor, or weighs what one holds."""
+    alive = [(t, origin(t)) for t in tensors if t.requires_grad]
+    if name in STACKING:
+        return all(t.numel() == 1 and ref is not None and _a_scalar(ref) for t, ref in alive)
+    one = alive[0][1] if len(alive) == 1 else None
+    return name in ELEMENTWISE and one is not None and bool(one.call.of_scalars)
+
+
+def _a_scalar(ref: OutputRef) -> bool:
+    of_model = ref.call.kind == "model" and ref.call.outputs[ref.place][0] == ()
+    return ref.call.kind == "loss" or ref.call.of_scalars or of_model
 
 
 class _Operations(TorchFunctionMode):

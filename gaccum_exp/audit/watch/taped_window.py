@@ -415,7 +415,7 @@ class TapedWindow:
         with torch.no_grad():
             for call in (c for column in self._models for c in column.calls if c and self._alive):
                 arguments = resolved(call.arguments, outputs, cast)
-                outputs[call] = tensors_in(call.run(arguments, call.states))
+                outputs[call] = call.put_out(arguments, call.states)
         return outputs
 
     def _losses_of(self, index: int, cast: Cast, kept: Outputs) -> list[list[Term]]:
@@ -436,7 +436,7 @@ class TapedWindow:
         with self._forms_of_model() as forms:
             for column in self._models:
                 if (call := column.calls[index]) is not None:
-                    outputs[call] = tensors_in(call.run(arguments(column, call), states(call)))
+                    outputs[call] = call.put_out(arguments(column, call), states(call))
         losses = []
         for c, column in enumerate(self._losses):
             taped, terms = column.calls[index], list[Term]()
@@ -476,13 +476,13 @@ class TapedWindow:
                 inner = [None if call is None else call.refs()[place].call for call in calls]
                 if not any(call in outputs for call in inner for outputs in each):
                     made = arguments(self._column(inner))
-                    found = tensors_in(ref.call.run(made))
+                    found = ref.call.put_out(made)
                     for outputs in each:
                         outputs.update({call: found for call in inner if call is not None})
 
         with self._forms_of_model() as forms:
             for column in self._models:
-                outputs = tensors_in(column.first.run(arguments(column)))
+                outputs = column.first.put_out(arguments(column))
                 here = None if column.computed else _order_of(order, self.sizes, column.sizes)
                 for index, call in enumerate(column.calls):
                     if call is not None:

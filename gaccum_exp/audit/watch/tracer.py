@@ -227,8 +227,16 @@ class LoopTracer:
             return None
 
         def traced(*a: Any, **k: Any) -> Any:
-            value = closure(*a, **k)
-            if self.stepping is None:  # what it runs again within the step is no window of its own
+            if self.stepping not in (None, optimizer):  # a part of the outermost optimizer's step
+                return closure(*a, **k)
+            self.seen.evaluation += self.stepping is optimizer
+            before, self.stepping = self.stepping, None
+            try:
+                value = closure(*a, **k)
+            except BaseException:
+                self.stepping = before
+                raise
+            if self.stepping is None:
                 self._hand_over(optimizer)
             return value
 
@@ -307,7 +315,9 @@ class LoopTracer:
 
     def _begin_window(self) -> None:
         self.moving.begin()
+        evaluation = self.seen.evaluation if self.stepping is not None else 0
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
+        self.seen.evaluation = evaluation
         self._norms = -1, []
         self._calls.begin()
 
