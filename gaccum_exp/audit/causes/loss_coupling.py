@@ -19,6 +19,8 @@ from gaccum_exp.core.nesting import tensors_in
 MIXED = "samples are mixed between the model's outputs and the loss"
 MOST_ROWS = 256
 """Rows of a call's outputs that are drawn anew one by one, at most."""
+DRAWS = 8
+"""How often each of them is drawn: some values may not show, as where a margin is kept."""
 FOREIGN = (
     "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples "
     "and the others from elsewhere (features kept from other passes?): what it is over the whole window "
@@ -48,14 +50,14 @@ def coupling_of(
     generator = torch.Generator().manual_seed(0)
     given = leaves([call.arguments for call in micro_batch.models])
     device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), None)
+
+    def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
     outputs: Outputs = {
-        call: [
-            torch.randn(shape, generator=generator).to(device, dtype)
-            if dtype.is_floating_point or dtype.is_complex
-            else torch.zeros(shape, dtype=dtype, device=device)
-            for shape, dtype in call.outputs
-        ]
-        for call in micro_batch.models
+        call: [drawn(shape, dtype) for shape, dtype in call.outputs] for call in micro_batch.models
     }
     with torch.no_grad():
         return next(
@@ -81,7 +83,8 @@ def _coupling(
             redrawn[of] = [_redrawn(t, rows, sizes[of], dim, generator) for t in tensors]
         again = tensors_in(resolved(call.arguments, redrawn))
         # A scalar is made of all samples, by right.
-        return [a != b for a, b in zip(again, before, strict=True) if b.ndim > 0]
+        pairs = ((a, b) for a, b in zip(again, before, strict=True) if b.ndim > 0)
+        return [(a != b) & ~(a.isnan() & b.isnan()) for a, b in pairs]
 
     shapes = [b.shape for b in before if b.ndim > 0]
     dims = [{0, *(d for d, n in enumerate(shape) if n == largest)} for shape in shapes]
@@ -117,7 +120,10 @@ def _pairs_of(changed: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], lar
     """
     if largest > MOST_ROWS:
         return False
-    by_row = [changed(functools.partial(torch.eq, other=row)) for row in range(largest)]
+    by_row = []
+    for row in range(largest):
+        draws = [changed(functools.partial(torch.eq, other=row)) for _ in range(DRAWS)]
+        by_row.append([functools.reduce(torch.logical_or, each) for each in zip(*draws, strict=True)])
     for of_argument in zip(*by_row, strict=True):
         matrix = torch.stack([_rows(each, 0) for each in of_argument])  # (model's rows, own rows)
         if bool((matrix.sum(1) > 1).any()):

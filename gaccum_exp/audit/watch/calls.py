@@ -4,6 +4,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 """
 
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode, _push_mode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import unserializable_hook
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules
@@ -25,6 +27,7 @@ from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
     TapedCall,
+    leaves,
     loss_in,
     losses_in,
     models_own_loss,
@@ -83,6 +86,8 @@ class TracedCalls:
         self._frames: list[tuple[FrameType, TapedCall]] = []
         self._frames_beside: list[tuple[FrameType, nn.Module, list[Any] | None]] = []
         """Of modules beside model and loss, with the random states before; None: inside a loss."""
+        self._checkpoint: FrameType | None = None
+        """The outermost checkpoint that runs: of a reentrant one the graph comes later."""
         self._frames_compiled: list[tuple[FrameType, ModesOff]] = []
         self._loss_hooks: list[Any] = []
         """Handles of those on the window's losses, which a loop may keep for longer."""
@@ -109,7 +114,10 @@ class TracedCalls:
 
     def functions(self) -> dict[CodeType, OnCall]:
         """Return what to do at each function's call and return."""
-        found: dict[CodeType, OnCall] = {nn.Module._call_impl.__code__: self._on_module}
+        found: dict[CodeType, OnCall] = {
+            nn.Module._call_impl.__code__: self._on_module,
+            inspect.unwrap(checkpoint).__code__: self._on_checkpoint,
+        }
         code = code_of(self._loss_function)
         if code is not None and not isinstance(self._criterion, nn.Module):
             found[code] = self._on_loss
@@ -125,14 +133,14 @@ class TracedCalls:
 
         By the function that runs every module, since a hook would be a part of what is compiled.
         """
-        if self._tracer.judging:
+        if self._tracer.judging or self._tracer.counting:  # a checkpoint runs it again, for its graph
             return
         if event == "return":
             self._returned(frame, value)
             return
         module = frame.f_locals["self"]
         kind = self._kind_of(module)
-        if kind is not None and not self._tracer.idle and torch.is_grad_enabled():
+        if kind is not None and not self._tracer.idle and self._graphs:
             call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
             self._frames.append((frame, call))
             return
@@ -146,6 +154,17 @@ class TracedCalls:
         if self._tracer.moving.before_module(module, inside=inside):
             start = None if inside else random_states()
             self._frames_beside.append((frame, module, start))
+
+    def _on_checkpoint(self, event: str, frame: FrameType, value: Any) -> None:
+        if event == "call" and self._checkpoint is None and torch.is_grad_enabled():
+            self._checkpoint = frame
+        elif event == "return" and self._checkpoint is frame:
+            self._checkpoint = None
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether what runs now has a graph, or will have one."""
+        return torch.is_grad_enabled() or self._checkpoint is not None
 
     def _kind_of(self, module: Any) -> str | None:
         if module is self._criterion:
@@ -225,16 +244,33 @@ class TracedCalls:
             if loss is not None and loss.numel() == 1:
                 self._follow_loss(call, loss)
             else:  # of single losses, which the loop itself reduces
-                call.kind = "between"
-        else:  # it may compute losses itself: some of its outputs, or of its attributes
-            modules = call.function.modules() if isinstance(call.function, nn.Module) else ()
-            left = [tensor for module in modules for tensor in tape.add_left(call, module)]
-            for own in [*losses_in(output), *(t for t in left if t.ndim == 0)]:
-                origin: dict[int | str, Any] = {0: tape.origin(own)}
-                loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
-                loss_call.since = call.since
-                tape.calls.append(loss_call)
-                self._follow_loss(loss_call, own)
+                graphs = [t for t in tensors_out(output) if t.requires_grad]
+                call.kind = "between" if _by_sample(call, graphs) else "model"
+        else:
+            self._follow_own_losses(call, output)
+
+    def _follow_own_losses(self, call: TapedCall, output: Any) -> None:
+        """Follow the losses that a model computes itself: some of its outputs, or of its attributes."""
+        tape, returned = self._tracer.seen.tape, losses_in(output)
+        modules = call.function.modules() if isinstance(call.function, nn.Module) else ()
+        left = [tensor for module in modules for tensor in tape.add_left(call, module)]
+        scalars = [*returned, *(tensor for tensor in left if tensor.ndim == 0)]
+        others = [t for t in (*tensors_out(output), *left) if t.ndim and t.requires_grad]
+        # What enters the other outputs, as a temperature does, gets a gradient by these, too.
+        entering = _made_of(others, scalars) if left or len(scalars) > 1 else set()
+        followed = [(n, scalar) for n, scalar in enumerate(scalars) if n not in entering]
+        calls = dict[int, TapedCall]()
+        for n, scalar in followed:
+            origin: dict[int | str, Any] = {0: tape.origin(scalar)}
+            calls[n] = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+            calls[n].since = call.since
+            tape.calls.append(calls[n])
+        for n, scalar in followed:
+            for k in _made_of([scalar], scalars) & calls.keys() - {n} if len(followed) > 1 else ():
+                by = torch.autograd.grad(scalar, scalars[k], retain_graph=True)[0]
+                calls[k].within.append((calls[n], float(by)))
+        for n, scalar in followed:
+            self._follow_loss(calls[n], scalar)
 
     def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
         """Record with what cotangent the loss is back-propagated."""
@@ -273,7 +309,7 @@ class TracedCalls:
         if name in READS:
             past = self._tracer.past
             self._note_reading([ref for t in tensors if (ref := past.origin(t)) is not None])
-        tape, graphs = self._tracer.seen.tape, torch.is_grad_enabled()
+        tape, graphs = self._tracer.seen.tape, self._graphs
         if graphs:
             self._note_leaves(tensors)
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
@@ -296,7 +332,8 @@ class TracedCalls:
         between = self._taped("between", function, args, kwargs)
         form = linear(function, args, kwargs) if graphs else None
         output = run(function, args, kwargs)
-        if any(t.requires_grad or name in READS for t in tensors_in(output)):
+        checkpointed = self._checkpoint is not None
+        if any(t.requires_grad or checkpointed or name in READS for t in tensors_in(output)):
             tape.add(between, output)
         if isinstance(output, Tensor) and output.requires_grad:
             between.of_scalars = form is None and _of_scalars(name, tensors, tape.origin)
@@ -363,6 +400,25 @@ def _of_scalars(name: str, tensors: list[Tensor], origin: Callable[[Tensor], Any
 def _a_scalar(ref: OutputRef) -> bool:
     of_model = ref.call.kind == "model" and ref.call.outputs[ref.place][0] == ()
     return ref.call.kind == "loss" or ref.call.of_scalars or of_model
+
+
+def _by_sample(call: TapedCall, losses: list[Tensor]) -> bool:
+    """Whether there may be a loss for each sample, and not one for each of several terms."""
+    given = [x for x in leaves(call.arguments) if isinstance(x, (Tensor, OutputRef))]
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x.call.outputs[x.place][0] for x in given]
+    return not losses or any(shape[:1] == losses[0].shape[:1] for shape in shapes)
+
+
+def _made_of(tensors: list[Tensor], scalars: list[Tensor]) -> set[int]:
+    """Return the numbers of the scalars that these tensors are made of."""
+    wanted = {scalar.grad_fn: n for n, scalar in enumerate(scalars)}
+    waiting, seen = [t.grad_fn for t in tensors], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return {n for node, n in wanted.items() if node in seen}
 
 
 class _Operations(TorchFunctionMode):

@@ -97,6 +97,8 @@ class TapedCall:
     left: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)
     """Tensors with a graph that it left in attributes of modules: their `vars`, the name, and the place
     among the tensors there, from the end."""
+    within: list[tuple["TapedCall", float]] = field(default_factory=list)
+    """Of a loss that the model has put out: others that it is a part of, and their derivatives by it."""
     of_scalars: bool = False
     """Whether it is linear in scalars: a weighted one, a sum, or several of them in one tensor."""
     literal: float = 1.0
@@ -132,6 +134,12 @@ class TapedCall:
         """Run it again; return the tensors that it puts out and leaves in attributes."""
         returned = tensors_out(self.run(arguments, states))
         return [*returned, *(tensors_in(of[name])[place] for of, name, place in self.left)]
+
+    def own_cotangent(self) -> float:
+        """Return its cotangent without the part that comes by way of other losses of the same call."""
+        whole = 0.0 if self.cotangent is None else float(self.cotangent)
+        own = whole - sum(by * loss.own_cotangent() for loss, by in self.within)
+        return own if abs(own) > 1e-5 * abs(whole) else 0.0
 
     def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
@@ -325,7 +333,10 @@ class Tape:
         others = [c for c in used if c.function is not models_own_loss]
         inner = {id(ref.call) for c in others for ref in _all_refs(c)}
         others = [c for c in others if id(c) not in inner]
-        made_of = {(id(r.call), r.place) for c in others for ref in c.refs() for r in _all_of(ref)}
+        exact = [(c, c.own_cotangent()) for c in own if c.within]
+        for loss, cotangent in exact:
+            loss.cotangent, loss.within = torch.tensor(cotangent, dtype=torch.float64), []
+        made_of = {(id(r.call), r.place) for c in others for ref in c.refs() for r in all_of(ref)}
         with_graph = [c for c in self.calls if c.has_graph and c.function is not models_own_loss]
         taken = {
             (id(r.call), r.place) for r in [*self.roots, *(r for c in with_graph for r in c.refs())]
@@ -334,7 +345,7 @@ class Tape:
         seen = {c.backward for c in others}
         for loss in own:  # a scalar of the model's may be a temperature, or a part of another one
             ref = loss.refs()[0]
-            if (id(ref.call), ref.place) in taken - made_of:
+            if (id(ref.call), ref.place) in taken - made_of and loss.own_cotangent():
                 kept.append(loss)
                 seen.add(loss.backward)
         unseen = [c for c in own if c.backward not in seen and c.refs()[0].place < _returned(c)]
@@ -370,11 +381,11 @@ def _of_samples(call: TapedCall) -> bool:
 
 def _of_own_scalars(call: TapedCall) -> bool:
     """Whether it is made of a scalar that the model itself has put out."""
-    every = (r for ref in call.refs() for r in _all_of(ref) if r.call.kind == "model")
+    every = (r for ref in call.refs() for r in all_of(ref) if r.call.kind == "model")
     return any(ref.call.outputs[ref.place][0] == () for ref in every)
 
 
-def _all_of(ref: OutputRef) -> Iterator[OutputRef]:
+def all_of(ref: OutputRef) -> Iterator[OutputRef]:
     """Yield an output and those that it is made of, up to the model's."""
     waiting, seen = [ref], set[tuple[int, int]]()
     while waiting:

@@ -451,6 +451,8 @@ class TapedWindow:
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[list[Term]]:
         """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
         each: list[Outputs] = [{} for _ in self._micro_batches]
+        of_no_sample: set[tuple[int, int]] = set()
+        """Outputs that the samples of the window have in common, as a criterion's vector of losses."""
 
         def arguments(column: _Column) -> Any:
             there = [
@@ -459,7 +461,12 @@ class TapedWindow:
             whole_scalars(column.calls)
             values = self.moved.values
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
-            if column.layout is None:
+            outer = [
+                r for ref in column.first.refs() for r in tape.all_of(ref) if r.call.kind == "model"
+            ]
+            if column.layout is None or (
+                outer and {(id(r.call), r.place) for r in outer} <= of_no_sample
+            ):
                 return given[0]
             inputs = column.layout.joined(given)
             here = _order_of(order, self.sizes, column.sizes)
@@ -483,6 +490,7 @@ class TapedWindow:
         with self._forms_of_model() as forms:
             for column in self._models:
                 outputs = column.first.put_out(arguments(column))
+                of_no_sample |= _of_no_sample(column, outputs)
                 here = None if column.computed else _order_of(order, self.sizes, column.sizes)
                 for index, call in enumerate(column.calls):
                     if call is not None:
@@ -553,6 +561,17 @@ def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor 
     if rest or [n * by for n in sizes] != own:
         return None
     return (order[:, None] * by + torch.arange(by, device=order.device)).flatten()
+
+
+def _of_no_sample(column: _Column, whole: list[Tensor]) -> set[tuple[int, int]]:
+    """Return the outputs, but scalars, that have as many rows for all samples as for a micro-batch's."""
+    several = sum(n > 0 for n in column.sizes) > 1
+    return {
+        (id(call), place)
+        for call in column.calls if call is not None and several
+        for place, (tensor, (shape, _)) in enumerate(zip(whole, call.outputs, strict=True))
+        if shape and tuple(tensor.shape) == shape
+    }  # fmt: skip
 
 
 def _rows(

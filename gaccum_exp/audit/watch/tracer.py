@@ -4,6 +4,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
@@ -226,10 +227,11 @@ class LoopTracer:
             self._hand_over(optimizer)
             return None
 
+        evaluations = itertools.count()
+
         def traced(*a: Any, **k: Any) -> Any:
             if self.stepping not in (None, optimizer):  # a part of the outermost optimizer's step
                 return closure(*a, **k)
-            self.seen.evaluation += self.stepping is optimizer
             before, self.stepping = self.stepping, None
             try:
                 value = closure(*a, **k)
@@ -237,6 +239,7 @@ class LoopTracer:
                 self.stepping = before
                 raise
             if self.stepping is None:
+                self.seen.evaluation = next(evaluations)
                 self._hand_over(optimizer)
             return value
 
@@ -315,9 +318,7 @@ class LoopTracer:
 
     def _begin_window(self) -> None:
         self.moving.begin()
-        evaluation = self.seen.evaluation if self.stepping is not None else 0
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
-        self.seen.evaluation = evaluation
         self._norms = -1, []
         self._calls.begin()
 
