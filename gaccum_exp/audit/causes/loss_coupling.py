@@ -4,8 +4,10 @@ They are tried on random outputs: some samples' are drawn anew, and the losses' 
 row. A row that no sample of the micro-batch moves belongs to another one's samples.
 """
 
+import functools
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from gaccum_exp.core.dtypes import is_inexact
 from gaccum_exp.core.nesting import tensors_in
 
 MIXED = "samples are mixed between the model's outputs and the loss"
+MOST_ROWS = 256
+"""Rows of a call's outputs that are drawn anew one by one, at most."""
+DRAWS = 8
+"""How often each of them is drawn: some values may not show, as where a margin is kept."""
 FOREIGN = (
     "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples "
     "and the others from elsewhere (features kept from other passes?): what it is over the whole window "
@@ -36,63 +42,99 @@ def coupling_of(
         dim: along which the model's inputs count them.
         apart: losses that are known to mix them.
     """
-    between = [x for x in micro_batch.losses if any(r.call.kind == "between" for r in x.refs())]
-    losses = [loss for loss in between if loss not in apart]
+    calls = (x for x in micro_batch.calls if x not in apart)
+    between = [x for x in calls if any(r.call.kind == "between" for r in x.refs())]
     sizes = {call: sizes[call] for call in micro_batch.models}
-    if not losses or max(sizes.values(), default=0) < 1:
+    if not between or max(sizes.values(), default=0) < 1:
         return None
     generator = torch.Generator().manual_seed(0)
     given = leaves([call.arguments for call in micro_batch.models])
     device = next((leaf.device for leaf in given if isinstance(leaf, Tensor)), None)
+
+    def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
     outputs: Outputs = {
-        call: [
-            torch.randn(shape, generator=generator).to(device, dtype)
-            if dtype.is_floating_point or dtype.is_complex
-            else torch.zeros(shape, dtype=dtype, device=device)
-            for shape, dtype in call.outputs
-        ]
-        for call in micro_batch.models
+        call: [drawn(shape, dtype) for shape, dtype in call.outputs] for call in micro_batch.models
     }
     with torch.no_grad():
-        return next((why for x in losses if (why := _coupling(x, outputs, sizes, dim, generator))), None)
+        return next(
+            (why for x in between if (why := _coupling(x, outputs, sizes, dim, generator))), None
+        )
 
 
 def _coupling(
-    loss: TapedCall,
+    call: TapedCall,
     outputs: Outputs,
     sizes: dict[TapedCall, int],
     dim: int,
     generator: torch.Generator,
 ) -> str | None:
-    before = tensors_in(resolved(loss.arguments, dict(outputs)))
+    before = tensors_in(resolved(call.arguments, dict(outputs)))
     largest = max(sizes.values())
 
-    def rows_changed(bit: int, value: int) -> list[Tensor]:
-        """Return which samples of each argument change, or which of its rows, if these samples' do."""
+    def changed(chosen: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+        """Return where each argument changes if samples are drawn anew: all (None), or those chosen."""
         redrawn: Outputs = {}
-        for call, tensors in outputs.items():
-            chosen = ((torch.arange(sizes[call]) >> bit) & 1 == value) if bit >= 0 else None
-            redrawn[call] = [_redrawn(t, chosen, sizes[call], dim, generator) for t in tensors]
-        changed = []
-        for a, b in zip(tensors_in(resolved(loss.arguments, redrawn)), before, strict=True):
-            if b.ndim > 0:  # a scalar is made of all samples, by right
-                own = dim if dim < b.ndim and b.shape[dim] == largest else 0
-                changed.append((a != b).movedim(own, 0).reshape(b.shape[own], -1).any(1))
-        return changed
+        for of, tensors in outputs.items():
+            rows = None if chosen is None else chosen(torch.arange(sizes[of]))
+            redrawn[of] = [_redrawn(t, rows, sizes[of], dim, generator) for t in tensors]
+        again = tensors_in(resolved(call.arguments, redrawn))
+        # A scalar is made of all samples, by right.
+        pairs = ((a, b) for a, b in zip(again, before, strict=True) if b.ndim > 0)
+        return [(a != b) & ~(a.isnan() & b.isnan()) for a, b in pairs]
 
+    shapes = [b.shape for b in before if b.ndim > 0]
+    dims = [{0, *(d for d, n in enumerate(shape) if n == largest)} for shape in shapes]
     for bit in range((largest - 1).bit_length()):  # any two samples differ in a bit of their numbers
-        for one, other in zip(rows_changed(bit, 1), rows_changed(bit, 0), strict=True):
-            if bool((one & other).any()):
-                return MIXED
+        ones, others = (changed(functools.partial(_of_bit, bit, value)) for value in (1, 0))
+        for one, other, own in zip(ones, others, dims, strict=True):
+            if all(bool((_rows(one, d) & _rows(other, d)).any()) for d in own):
+                return None if _pairs_of(changed, largest) else MIXED
     # Rows of an output's own leading dimensions (samples, or tokens) may stay for a mask's sake.
     explained = {
         math.prod(t.shape[:d]) for ts in outputs.values() for t in ts for d in range(t.ndim + 1)
     }
-    for moved in rows_changed(-1, 0):
-        own = int(moved.sum())
-        if 0 < own < len(moved) and len(moved) > largest and len(moved) not in explained:
-            return FOREIGN.format(rows=len(moved), own=own)
+    for moved in changed(None) if call.kind == "loss" else ():
+        by_row = _rows(moved, dim if dim < moved.ndim and moved.shape[dim] == largest else 0)
+        own_rows = int(by_row.sum())
+        if 0 < own_rows < len(by_row) and len(by_row) > largest and len(by_row) not in explained:
+            return FOREIGN.format(rows=len(by_row), own=own_rows)
     return None
+
+
+def _of_bit(bit: int, value: int, numbers: Tensor) -> Tensor:
+    return (numbers >> bit) & 1 == value
+
+
+def _rows(changed: Tensor, dim: int) -> Tensor:
+    return changed.movedim(dim, 0).reshape(changed.shape[dim], -1).any(1)
+
+
+def _pairs_of(changed: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], largest: int) -> bool:
+    """Whether a sample has several rows in one call, as chosen and rejected ones that were joined.
+
+    Each of an argument's rows is then made of rows of its own, at equal distances from the next one's.
+    """
+    if largest > MOST_ROWS:
+        return False
+    by_row = []
+    for row in range(largest):
+        draws = [changed(functools.partial(torch.eq, other=row)) for _ in range(DRAWS)]
+        by_row.append([functools.reduce(torch.logical_or, each) for each in zip(*draws, strict=True)])
+    for of_argument in zip(*by_row, strict=True):
+        matrix = torch.stack([_rows(each, 0) for each in of_argument])  # (model's rows, own rows)
+        if bool((matrix.sum(1) > 1).any()):
+            return False
+        made_of = [column.nonzero().flatten() for column in matrix.T if bool(column.any())]
+        if any(len(rows) != len(made_of[0]) for rows in made_of):
+            return False
+        steps = [after - rows for rows, after in pairwise(made_of)]
+        if any(bool((step != steps[0][0]).any()) for step in steps):
+            return False
+    return True
 
 
 def _redrawn(

@@ -4,6 +4,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 """
 
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode, _push_mode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import unserializable_hook
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules
@@ -24,12 +26,15 @@ from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function
 from gaccum_exp.audit.watch.moving_state import writes
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
+    OutputRef,
     TapedCall,
+    leaves,
     loss_in,
     losses_in,
     models_own_loss,
     of_the_loop,
     surrogate,
+    tensors_out,
 )
 from gaccum_exp.audit.watch.user_functions import OnCall, arguments_of, bound_to, code_of
 from gaccum_exp.core.nesting import tensors_in
@@ -46,6 +51,13 @@ LOSSES = frozenset(
 )
 READS = frozenset({"item", "tolist", "numpy", "__float__", "__format__", "detach", "cpu", "__int__"})
 """Operations by which a loop reads a value."""
+STACKING = frozenset({"stack", "cat", "concat", "concatenate", "hstack", "vstack"})
+ADDING_UP = frozenset({"sum", "mean", "nansum", "nanmean", "dot", "matmul", "__matmul__", "inner"})
+ELEMENTWISE = frozenset(
+    {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "true_divide", "divide", "neg"}
+    | {"reshape", "view", "flatten", "squeeze", "float", "double", "to", "contiguous", "clone"}
+)
+"""Operations that collect losses in a tensor, add up what is in one, and weigh it."""
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -75,6 +87,8 @@ class TracedCalls:
         self._frames: list[tuple[FrameType, TapedCall]] = []
         self._frames_beside: list[tuple[FrameType, nn.Module, list[Any] | None]] = []
         """Of modules beside model and loss, with the random states before; None: inside a loss."""
+        self._checkpoint: FrameType | None = None
+        """The outermost checkpoint that runs: of a reentrant one the graph comes later."""
         self._frames_compiled: list[tuple[FrameType, ModesOff]] = []
         self._loss_hooks: list[Any] = []
         """Handles of those on the window's losses, which a loop may keep for longer."""
@@ -101,7 +115,10 @@ class TracedCalls:
 
     def functions(self) -> dict[CodeType, OnCall]:
         """Return what to do at each function's call and return."""
-        found: dict[CodeType, OnCall] = {nn.Module._call_impl.__code__: self._on_module}
+        found: dict[CodeType, OnCall] = {
+            nn.Module._call_impl.__code__: self._on_module,
+            inspect.unwrap(checkpoint).__code__: self._on_checkpoint,
+        }
         code = code_of(self._loss_function)
         if code is not None and not isinstance(self._criterion, nn.Module):
             found[code] = self._on_loss
@@ -117,14 +134,14 @@ class TracedCalls:
 
         By the function that runs every module, since a hook would be a part of what is compiled.
         """
-        if self._tracer.judging:
+        if self._tracer.judging or self._tracer.counting:  # a checkpoint runs it again, for its graph
             return
         if event == "return":
             self._returned(frame, value)
             return
         module = frame.f_locals["self"]
         kind = self._kind_of(module)
-        if kind is not None and not self._tracer.idle and torch.is_grad_enabled():
+        if kind is not None and not self._tracer.idle and self._graphs:
             call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
             self._frames.append((frame, call))
             return
@@ -138,6 +155,17 @@ class TracedCalls:
         if self._tracer.moving.before_module(module, inside=inside):
             start = None if inside else random_states()
             self._frames_beside.append((frame, module, start))
+
+    def _on_checkpoint(self, event: str, frame: FrameType, value: Any) -> None:
+        if event == "call" and self._checkpoint is None and torch.is_grad_enabled():
+            self._checkpoint = frame
+        elif event == "return" and self._checkpoint is frame:
+            self._checkpoint = None
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether what runs now has a graph, or will have one."""
+        return torch.is_grad_enabled() or self._checkpoint is not None
 
     def _kind_of(self, module: Any) -> str | None:
         if module is self._criterion:
@@ -184,11 +212,14 @@ class TracedCalls:
         tape = self._tracer.seen.tape
         if kind == "loss":
             self._note_leaves(tensors_in([args, kwargs]))
-        arguments = tape.recorded({**dict(enumerate(args)), **kwargs}, to_model=kind == "model")
+        site, by_key = call_site(), {**dict(enumerate(args)), **kwargs}
+        arguments = tape.recorded(by_key, to_model=kind == "model", site=site)
         given = tensors_in([args, kwargs]) if kind == "model" else []
         fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
-        order = next(self._order)
-        return TapedCall(kind, function, arguments, order, call_site(), fed, autocast=autocast)
+        call = TapedCall(kind, function, arguments, next(self._order), site, fed, autocast=autocast)
+        since = (ref.call.since for ref in call.refs()) if kind != "model" else ()
+        call.since = min([tape.backwards, *since])
+        return call
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:
         self._tracer.look_at_gradients()
@@ -203,6 +234,9 @@ class TracedCalls:
 
     def _end(self, call: TapedCall, output: Any) -> None:
         tape = self._tracer.seen.tape
+        several = sum(t.requires_grad for t in tensors_out(output)) > 1
+        if call.kind == "loss" and several and len(losses_in(output)) != 1:
+            call.kind = "model"  # for what it puts out is the loop's to weigh and to add up
         tape.add(call, output)
         self._inside.remove(call)
         self._tracer.moving.after_call()
@@ -211,14 +245,33 @@ class TracedCalls:
             if loss is not None and loss.numel() == 1:
                 self._follow_loss(call, loss)
             else:  # of single losses, which the loop itself reduces
-                call.kind = "between"
-        elif self._criterion is None:
-            # The model computes its losses itself: some of its outputs.
-            for own in losses_in(output):
-                origin: dict[int | str, Any] = {0: tape.origin(own)}
-                loss_call = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
-                tape.calls.append(loss_call)
-                self._follow_loss(loss_call, own)
+                graphs = [t for t in tensors_out(output) if t.requires_grad]
+                call.kind = "between" if _by_sample(call, graphs) else "model"
+        else:
+            self._follow_own_losses(call, output)
+
+    def _follow_own_losses(self, call: TapedCall, output: Any) -> None:
+        """Follow the losses that a model computes itself: some of its outputs, or of its attributes."""
+        tape, returned = self._tracer.seen.tape, losses_in(output)
+        modules = call.function.modules() if isinstance(call.function, nn.Module) else ()
+        left = [tensor for module in modules for tensor in tape.add_left(call, module)]
+        scalars = [*returned, *(tensor for tensor in left if tensor.ndim == 0)]
+        others = [t for t in (*tensors_out(output), *left) if t.ndim and t.requires_grad]
+        # What enters the other outputs, as a temperature does, gets a gradient by these, too.
+        entering = _made_of(others, scalars) if left or len(scalars) > 1 else set()
+        followed = [(n, scalar) for n, scalar in enumerate(scalars) if n not in entering]
+        calls = dict[int, TapedCall]()
+        for n, scalar in followed:
+            origin: dict[int | str, Any] = {0: tape.origin(scalar)}
+            calls[n] = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+            calls[n].since = call.since
+            tape.calls.append(calls[n])
+        for n, scalar in followed:
+            for k in _made_of([scalar], scalars) & calls.keys() - {n} if len(followed) > 1 else ():
+                by = torch.autograd.grad(scalar, scalars[k], retain_graph=True)[0]
+                calls[k].within.append((calls[n], float(by)))
+        for n, scalar in followed:
+            self._follow_loss(calls[n], scalar)
 
     def _follow_loss(self, call: TapedCall, loss: Tensor | None) -> None:
         """Record with what cotangent the loss is back-propagated."""
@@ -257,7 +310,7 @@ class TracedCalls:
         if name in READS:
             past = self._tracer.past
             self._note_reading([ref for t in tensors if (ref := past.origin(t)) is not None])
-        tape, graphs = self._tracer.seen.tape, torch.is_grad_enabled()
+        tape, graphs = self._tracer.seen.tape, self._graphs
         if graphs:
             self._note_leaves(tensors)
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
@@ -284,8 +337,11 @@ class TracedCalls:
             between.function = on_copy(function)
             if output is None:  # of an assignment to rows
                 tape.add(between, [args[0]] if args[0].requires_grad else [])
-        if any(t.requires_grad or name in READS for t in tensors_in(output)):
+        checkpointed = self._checkpoint is not None
+        if any(t.requires_grad or checkpointed or name in READS for t in tensors_in(output)):
             tape.add(between, output)
+        if isinstance(output, Tensor) and output.requires_grad:
+            between.of_scalars = form is None and _of_scalars(name, tensors, tape.origin)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
             if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
                 factors = [factor for _, factor in form.operands if factor is not None]
@@ -294,6 +350,12 @@ class TracedCalls:
                 between.counted = math.prod(f.value for f in factors if f.counted)
                 plain = (f.value for f in factors if not (f.counted or f.literal or f.weight))
                 between.numbers = tuple(plain)
+                between.of_scalars = True
+                if output.ndim == 0 and any(operand.ndim for operand, _ in form.operands):
+                    self._follow_loss(between, output)  # it may have reduced the loss of one sample
+            elif name in ADDING_UP and len(origins) == 1 and origins[0].call.of_scalars:
+                between.of_scalars = True
+                between.numbers = (1 / tensors[0].numel(),) if name == "mean" else ()
             elif output.ndim == 0:  # a loss that the loop itself computes
                 between.kind = "loss"
                 self._follow_loss(between, output)
@@ -316,6 +378,7 @@ class TracedCalls:
         if pairs[1] is None:
             pairs[1] = given.get("grad_outputs")
         tensors, gradients = ([x] if isinstance(x, Tensor) else list(x or ()) for x in pairs)
+        tape.roots += [ref for t in tensors if (ref := tape.origin(t)) is not None]
         for tensor, gradient in zip(tensors, gradients, strict=False):
             if tensor.ndim and gradient is not None and tape.origin(tensor) is not None:
                 call = self._taped("loss", surrogate, (tensor, gradient), {})
@@ -340,6 +403,39 @@ def on_copy(function: Any) -> Any:
         return copied
 
     return run
+
+
+def _of_scalars(name: str, tensors: list[Tensor], origin: Callable[[Tensor], Any]) -> bool:
+    """Whether an operation collects losses in one tensor, or weighs what one holds."""
+    alive = [(t, origin(t)) for t in tensors if t.requires_grad]
+    if name in STACKING:
+        return all(t.numel() == 1 and ref is not None and _a_scalar(ref) for t, ref in alive)
+    one = alive[0][1] if len(alive) == 1 else None
+    return name in ELEMENTWISE and one is not None and bool(one.call.of_scalars)
+
+
+def _a_scalar(ref: OutputRef) -> bool:
+    of_model = ref.call.kind == "model" and ref.call.outputs[ref.place][0] == ()
+    return ref.call.kind == "loss" or ref.call.of_scalars or of_model
+
+
+def _by_sample(call: TapedCall, losses: list[Tensor]) -> bool:
+    """Whether there may be a loss for each sample, and not one for each of several terms."""
+    given = [x for x in leaves(call.arguments) if isinstance(x, (Tensor, OutputRef))]
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x.call.outputs[x.place][0] for x in given]
+    return not losses or any(shape[:1] == losses[0].shape[:1] for shape in shapes)
+
+
+def _made_of(tensors: list[Tensor], scalars: list[Tensor]) -> set[int]:
+    """Return the numbers of the scalars that these tensors are made of."""
+    wanted = {scalar.grad_fn: n for n, scalar in enumerate(scalars)}
+    waiting, seen = [t.grad_fn for t in tensors], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return {n for node, n in wanted.items() if node in seen}
 
 
 class _Operations(TorchFunctionMode):

@@ -19,6 +19,9 @@ from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.seeding import random_state_kept, set_random_states
 
 CARRIED = "a value of an earlier micro-batch enters a later one's loss"
+HIDDEN_STATE = (
+    "values of earlier micro-batches that the model was given (a hidden state?) are taken as they were"
+)
 
 
 @dataclass(slots=True)
@@ -29,6 +32,8 @@ class FirstValues:
     """By the identity of the copy on the tape."""
     owners: list[str] = field(default_factory=list)
     """Types of the modules or objects that moved."""
+    given: list[str] = field(default_factory=list)
+    """What is taken as it was, a clause each."""
     refused: list[str] = field(default_factory=list)
     """Why some could not be computed again, a clause each."""
     inside: list[Any] = field(default_factory=list)
@@ -56,21 +61,25 @@ class Replay:
 
     def first_values(self, calls: Sequence[Any]) -> FirstValues:
         """Compute what these calls, of which the judged losses are made, would have met."""
-        entered = {id(leaf) for call in calls for leaf in tensors_in(list(call.arguments.values()))}
-        found = FirstValues()
+        calls, found = list(calls), FirstValues()
+        entered = _tensors_of(calls)
+        to_model = _tensors_of(call for call in calls if call.kind == "model")
         moved = {
             id(module)
             for module, slots in self._moving.beside.values()
             if any(s.moves or not same_state(s.now, s.first) for s in slots)
         }
-        uses = [use for key, use in self._moving.all_uses.items() if key in entered]
-        for use in uses:
+        uses = {key: use for key, use in self._moving.all_uses.items() if key in entered}
+        for key, use in uses.items():
             first = self._moved_since(use)
             if first is not None and use.owner is None and not use.written:
                 found.refused.append("a tensor that is used again was written to, unseen")
                 continue
             if first is None and self._micro_batch(use.since) < self._micro_batch(use.number):
-                found.refused.append(CARRIED)
+                by_sample = key in to_model and use.ref is None and use.kept.ndim > 1
+                (found.given if by_sample else found.refused).append(
+                    HIDDEN_STATE if by_sample else CARRIED
+                )
             who = [use.owner or "Tensor"] if first is not None else list(self._movers(use.ref, moved))
             if not who:
                 continue
@@ -185,3 +194,8 @@ class Replay:
                 module.training = training
             set_random_states(made.start)
             return made.function(*args, **kwargs)
+
+
+def _tensors_of(calls: Sequence[Any]) -> set[int]:
+    """Return the identities of the tensors that these calls were given."""
+    return {id(leaf) for call in calls for leaf in tensors_in(list(call.arguments.values()))}

@@ -97,7 +97,10 @@ def _under_every_reading(
         try:
             taped = TapedWindow(modules, micro_batches, layout, moved, kept.alive)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
-            judged.append((window, _settled(window.audit(), moved)))
+            audit = _settled(window.audit(), moved)
+            for said in dict.fromkeys(moved.given if audit.sound else []):
+                audit = audit.noting(said)
+            judged.append((window, audit))
         except Exception as error:  # a model may not take more of what are no samples
             if out_of_memory(error):
                 raise

@@ -212,7 +212,8 @@ class MovingState:
             return function(*args, **kwargs)
         tensors = tensors_in([args, kwargs])
         known = any(t in self._made for t in tensors)
-        since = self._made_since(tensors, number if any(map(from_model, tensors)) else math.inf)
+        refs = [ref for t in tensors if (ref := from_model(t)) is not None]
+        since = self._made_since(tensors, min((ref.call.since for ref in refs), default=math.inf))
         name = getattr(function, "__name__", "")
         targets = tensors_in(args[:1]) if writes(name) else []
         versions = [version_of(t) for t in targets]

@@ -9,7 +9,7 @@ targets, masks) by value.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_ELEMENT, is_kind
-from gaccum_exp.core.nesting import mapped, tensors_in
+from gaccum_exp.core.module_state import own_attributes
+from gaccum_exp.core.nesting import children_of, mapped, rebuilt, tensors_in
 
 MOST_FEATURES = 1 << 20
 """Elements of a tensor of features at most; what is larger is no input of a loss over the window."""
@@ -43,6 +44,14 @@ class OutputRef:
 
     def __init__(self, call: "TapedCall", place: int) -> None:
         self.call, self.place = call, place
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectOf:
+    """A plain object that holds tensors (a distribution, a namespace), opened to be recorded."""
+
+    kind: type
+    attributes: dict[str, Any]
 
 
 class ParameterRef:
@@ -72,6 +81,9 @@ class TapedCall:
     """Where the loop calls it: equal for calls from one place, by way of the same functions."""
     fed: bool = False
     """Whether an argument has a graph of modules that are not watched."""
+    since: int = 0
+    """Backward passes of the window before it; of others than the model's, before the first of what it
+    is made of."""
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Of a criterion and the modules in it: their `vars`, and the plain values of these at the call."""
     states: list[tuple[Slot, Any]] = field(default_factory=list)
@@ -89,6 +101,13 @@ class TapedCall:
     """A number for each row of each of them that has a graph."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
+    left: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)
+    """Tensors with a graph that it left in attributes of modules: their `vars`, the name, and the place
+    among the tensors there, from the end."""
+    within: list[tuple["TapedCall", float]] = field(default_factory=list)
+    """Of a loss that the model has put out: others that it is a part of, and their derivatives by it."""
+    of_scalars: bool = False
+    """Whether it is linear in scalars: a weighted one, a sum, or several of them in one tensor."""
     literal: float = 1.0
     """Of an operation on scalars, or of all after a loss: numbers in the source that multiply it."""
     counted: float = 1.0
@@ -103,6 +122,7 @@ class TapedCall:
         for slot, state in states:
             slot.put(state)
         device = next((t.device.type for t in tensors_in(arguments)), "cpu")
+        arguments = _closed(arguments)
         args = [value for key, value in arguments.items() if isinstance(key, int)]
         kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
         before = [(attributes, dict(attributes)) for attributes, _ in self.attributes]
@@ -114,6 +134,19 @@ class TapedCall:
         finally:
             for (attributes, then), (_, now) in zip(self.attributes, before, strict=True):
                 attributes.update({key: now[key] for key in then if key in now})
+
+    def put_out(
+        self, arguments: Mapping[int | str, Any], states: Sequence[tuple[Slot, Any]] = ()
+    ) -> list[Tensor]:
+        """Run it again; return the tensors that it puts out and leaves in attributes."""
+        returned = tensors_out(self.run(arguments, states))
+        return [*returned, *(tensors_in(of[name])[place] for of, name, place in self.left)]
+
+    def own_cotangent(self) -> float:
+        """Return its cotangent without the part that comes by way of other losses of the same call."""
+        whole = 0.0 if self.cotangent is None else float(self.cotangent)
+        own = whole - sum(by * loss.own_cotangent() for loss, by in self.within)
+        return own if abs(own) > 1e-5 * abs(whole) else 0.0
 
     def refs(self) -> list[OutputRef]:
         """Return where its arguments come from."""
@@ -195,6 +228,10 @@ class Tape:
     """The judged parameters, by the identity of their tensors."""
     moving: MovingState | None = None
     """What else the loop's calls met."""
+    roots: list[OutputRef] = field(default_factory=list)
+    """What its backward passes began with."""
+    _latest: dict[int, TapedCall] = field(default_factory=dict)
+    """The model's last call from each place."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     @property
@@ -202,21 +239,34 @@ class Tape:
         """Number of the micro-batch in progress; infinite before the window's first call."""
         return self.backwards if self.calls else math.inf
 
-    def recorded(self, value: Any, *, to_model: bool = False) -> Any:
-        """Return arguments to keep: references, or copies, since a loop may reuse its tensors."""
+    def recorded(self, value: Any, *, to_model: bool = False, site: int = 0) -> Any:
+        """Return arguments to keep: references, or copies, since a loop may reuse its tensors.
+
+        Args:
+            value: of a call that comes from the `site`.
+            to_model: whether the call is the model's.
+        """
 
         def leaf(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             origin = self.origin(x) or self.parameters.get(id(x))
-            if origin is not None and not (to_model and _of_the_loop(origin)):
+            by_value = (to_model and _of_the_loop(origin)) or self._carried(x, origin, site)
+            if origin is not None and not by_value:
                 return origin
             kept = x.detach().clone()
             if self.moving is not None:
                 self.moving.note(x, kept, self.backwards)
             return kept
 
-        return mapped(leaf, value)
+        return mapped(leaf, opened(value))
+
+    def _carried(self, x: Tensor, origin: OutputRef | ParameterRef | None, site: int) -> bool:
+        """Whether it is a value of an earlier micro-batch: no graph, and the model was called again."""
+        if x.requires_grad or not isinstance(origin, OutputRef) or origin.call.since >= self.backwards:
+            return False
+        made = origin.call.sources() | ({origin.call} if origin.call.kind == "model" else set())
+        return any(c.site == site or self._latest[c.site].since > c.since for c in made)
 
     def origin(self, tensor: Tensor) -> OutputRef | None:
         """Return the call that made this tensor, if it is on the tape."""
@@ -226,27 +276,35 @@ class Tape:
     def add(self, call: TapedCall, output: Any) -> None:
         """Record a call and what it put out."""
         self.calls.append(call)
-        for place, tensor in enumerate(tensors_in(output)):
-            call.has_graph |= tensor.requires_grad
-            self._origins[tensor] = OutputRef(call, place)
-            call.outputs.append((tuple(tensor.shape), tensor.dtype))
-            call.marks.append(row_marks(tensor) if tensor.requires_grad else None)
+        for tensor in tensors_out(output):
+            self._add_output(call, tensor)
+        if call.kind == "model":
+            self._latest[call.site] = call
+
+    def add_left(self, call: TapedCall, module: nn.Module) -> list[Tensor]:
+        """Record what a call has left with a graph in attributes of a module, and return it."""
+        found = []
+        for name, value in own_attributes(module).items():
+            if isinstance(value, (Tensor, list, tuple, dict)):
+                tensors = tensors_in(value)
+                for place, tensor in enumerate(tensors, start=-len(tensors)):
+                    if tensor.grad_fn is not None and self.origin(tensor) is None:
+                        call.left.append((vars(module), name, place))
+                        self._add_output(call, tensor)
+                        found.append(tensor)
+        return found
+
+    def _add_output(self, call: TapedCall, tensor: Tensor) -> None:
+        call.has_graph |= tensor.requires_grad
+        self._origins[tensor] = OutputRef(call, len(call.outputs))
+        call.outputs.append((tuple(tensor.shape), tensor.dtype))
+        call.marks.append(row_marks(tensor) if tensor.requires_grad else None)
 
     def micro_batches(self) -> list[TapedMicroBatch]:
         """Return the losses that reached judged parameters, with the model's calls, as micro-batches."""
-        used = [c for c in self.calls if c.kind == "loss" and c.cotangent is not None]
-        inner = {id(ref.call) for c in used for ref in _all_refs(c)}
-        # What a model puts out is no loss of its own where the loop's losses are made of it.
-        made = [c for c in used if c.function is not models_own_loss]
-        taken = {(id(r.call), r.place) for c in made for x in (c, *_calls_of(c)) for r in x.refs()}
+        self._settle_single_samples()
         pieces: list[TapedMicroBatch] = []
-        for loss in used:
-            if id(loss) in inner or loss.backward not in self.reached:
-                continue
-            if loss.function is models_own_loss and any(
-                (id(ref.call), ref.place) in taken for ref in loss.refs()
-            ):
-                continue
+        for loss in self._losses_used():
             sources = loss.sources()
             sharing = [p for p in pieces if sources & set(p.models)]
             for piece in sharing:
@@ -256,24 +314,102 @@ class Tape:
         pieces.sort(key=lambda p: p.first.order)
         return _recurring(_sharing_a_backward_pass(pieces))
 
+    def _settle_single_samples(self) -> None:
+        """Take one number in a tensor for the loss of one sample, where the loop reduces it.
+
+        That is so where calls from the same place put out several numbers, or had one sample each.
+        """
+        alike: dict[int, list[TapedCall]] = {}
+        for call in self.calls:
+            alike.setdefault(call.site, []).append(call)
+        for reduced in (c for c in self.calls if c.kind == "between" and c.cotangent is not None):
+            inner = [ref.call for ref in _all_refs(reduced) if ref.call.kind == "loss"]
+            for loss in inner:
+                if loss.outputs[0][0] and any(_of_samples(c) for c in alike[loss.site]):
+                    loss.kind = "between"
+            if all(loss.kind == "between" for loss in inner) and not _of_own_scalars(reduced):
+                reduced.kind = "loss"
+
+    def _losses_used(self) -> list[TapedCall]:
+        """Return the losses that were back-propagated, each once, whatever else is made of it."""
+        used = [
+            c for c in self.calls
+            if c.kind == "loss" and c.cotangent is not None and c.backward in self.reached
+        ]  # fmt: skip
+        own = [c for c in used if c.function is models_own_loss]
+        others = [c for c in used if c.function is not models_own_loss]
+        inner = {id(ref.call) for c in others for ref in _all_refs(c)}
+        others = [c for c in others if id(c) not in inner]
+        exact = [(c, c.own_cotangent()) for c in own if c.within]
+        for loss, cotangent in exact:
+            loss.cotangent, loss.within = torch.tensor(cotangent, dtype=torch.float64), []
+        made_of = {(id(r.call), r.place) for c in others for ref in c.refs() for r in all_of(ref)}
+        with_graph = [c for c in self.calls if c.has_graph and c.function is not models_own_loss]
+        taken = {
+            (id(r.call), r.place) for r in [*self.roots, *(r for c in with_graph for r in c.refs())]
+        }
+        kept = list(others)
+        seen = {c.backward for c in others}
+        for loss in own:  # a scalar of the model's may be a temperature, or a part of another one
+            ref = loss.refs()[0]
+            if (id(ref.call), ref.place) in taken - made_of and loss.own_cotangent():
+                kept.append(loss)
+                seen.add(loss.backward)
+        unseen = [c for c in own if c.backward not in seen and c.refs()[0].place < _returned(c)]
+        return sorted([*kept, *unseen], key=lambda call: call.order)
+
     def _find_literal_weights(self) -> None:
         """Give each loss the products of the literals, and of the tensors, that multiply it."""
-        users: dict[TapedCall, list[TapedCall]] = {}
+        users: dict[tuple[int, int], list[TapedCall]] = {}
         for call in self.calls:
-            if call.kind == "between" and call.has_graph and [s for s, _ in call.outputs] == [()]:
+            scalar = call.of_scalars or [s for s, _ in call.outputs] == [()]
+            if call.kind == "between" and call.has_graph and scalar:
                 for ref in call.refs():
-                    users.setdefault(ref.call, []).append(call)
+                    users.setdefault((id(ref.call), ref.place), []).append(call)
         for loss in (c for c in self.calls if c.kind == "loss"):
             loss.literal, loss.counted, loss.numbers = 1.0, 1.0, ()
-            after = users.get(loss, [])
+            own = loss.refs()[0] if loss.function is models_own_loss else OutputRef(loss, 0)
+            after = users.get((id(own.call), own.place), [])
             while len(after) == 1:
                 loss.literal *= after[0].literal
                 loss.counted *= after[0].counted
                 loss.numbers += after[0].numbers
-                after = users.get(after[0], [])
+                after = users.get((id(after[0]), 0), [])
 
 
-def _of_the_loop(origin: OutputRef | ParameterRef) -> bool:
+def _of_samples(call: TapedCall) -> bool:
+    """Whether a call puts out several numbers, or has a batch of one."""
+    if call.outputs and math.prod(call.outputs[0][0]) != 1:
+        return True
+    given = (x for x in leaves(call.arguments) if isinstance(x, (Tensor, OutputRef)))
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x.call.outputs[x.place][0] for x in given]
+    return bool(shapes) and shapes[0][:1] == (1,)
+
+
+def _of_own_scalars(call: TapedCall) -> bool:
+    """Whether it is made of a scalar that the model itself has put out."""
+    every = (r for ref in call.refs() for r in all_of(ref) if r.call.kind == "model")
+    return any(ref.call.outputs[ref.place][0] == () for ref in every)
+
+
+def all_of(ref: OutputRef) -> Iterator[OutputRef]:
+    """Yield an output and those that it is made of, up to the model's."""
+    waiting, seen = [ref], set[tuple[int, int]]()
+    while waiting:
+        one = waiting.pop()
+        if (id(one.call), one.place) not in seen:
+            seen.add((id(one.call), one.place))
+            yield one
+            waiting += one.call.refs() if one.call.kind != "model" else []
+
+
+def _returned(own_loss: TapedCall) -> int:
+    """Return how many tensors the call returned that has put out this loss."""
+    call = own_loss.refs()[0].call
+    return len(call.outputs) - len(call.left)
+
+
+def _of_the_loop(origin: OutputRef | ParameterRef | None) -> bool:
     return isinstance(origin, OutputRef) and origin.call.function is of_the_loop
 
 
@@ -288,10 +424,6 @@ def _losses(piece: TapedMicroBatch) -> list[TapedCall]:
 def _all_refs(call: TapedCall) -> list[OutputRef]:
     """Return the outputs that a loss is made of, from near to far."""
     return [r for ref in call.refs() if ref.call.kind != "model" for r in (ref, *_all_refs(ref.call))]
-
-
-def _calls_of(call: TapedCall) -> list[TapedCall]:
-    return [ref.call for ref in _all_refs(call)]
 
 
 def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMicroBatch]:
@@ -374,6 +506,8 @@ class Observations:
     """Backward passes after which the weights were found changed though no optimizer had stepped."""
     zeroed_at_other_weights: list[Tape] = field(default_factory=list)
     """Earlier passes whose gradients were zeroed when the weights changed: SAM's ascent."""
+    evaluation: int = 0
+    """How often the closure was evaluated before in the same step, as L-BFGS does."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
 
@@ -386,6 +520,38 @@ def row_marks(tensor: Tensor) -> Tensor | None:
     rows = tensor.detach().flatten(1).double()
     places = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     return (rows * torch.sin(places * places)).sum(1)
+
+
+def opened(value: Any) -> Any:
+    """Return a nesting with plain objects that hold tensors as what is in them."""
+
+    def leaf(x: Any) -> Any:
+        return ObjectOf(type(x), {k: opened(v) for k, v in vars(x).items()}) if _holds(x) else x
+
+    return mapped(leaf, value)
+
+
+def _holds(value: Any, depth: int = 3) -> bool:
+    """Whether a plain object holds tensors, itself or by others."""
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return depth > 0 and any(
+        isinstance(x, Tensor) or _holds(x, depth - 1) for v in vars(value).values() for x in leaves(v)
+    )
+
+
+def _closed(value: Any) -> Any:
+    if isinstance(value, ObjectOf):
+        made: Any = object.__new__(value.kind)
+        vars(made).update({k: _closed(v) for k, v in value.attributes.items()})
+        return made
+    children = children_of(value)
+    return rebuilt(value, [_closed(child) for child in children]) if children else value
+
+
+def tensors_out(output: Any) -> list[Tensor]:
+    """Return all tensors that a call has put out, in order."""
+    return tensors_in(opened(output))
 
 
 def leaves(value: Any) -> list[Any]:
@@ -478,7 +644,7 @@ def resolved(
             return cast((values or {}).get(id(x), x))
         if x.call not in outputs:
             arguments = resolved(x.call.arguments, outputs, cast, values)
-            outputs[x.call] = tensors_in(x.call.run(arguments))
+            outputs[x.call] = x.call.put_out(arguments)
         return outputs[x.call][x.place]
 
     return mapped(leaf, value)
@@ -534,4 +700,4 @@ def losses_in(output: Any) -> list[Tensor]:
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(named, Tensor) and named.ndim == 0:
         return [named] if named.requires_grad else []
-    return [t for t in tensors_in(output) if t.ndim == 0 and t.requires_grad]
+    return [t for t in tensors_out(output) if t.ndim == 0 and t.requires_grad]

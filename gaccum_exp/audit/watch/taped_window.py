@@ -442,7 +442,7 @@ class TapedWindow:
         with torch.no_grad():
             for call in (c for column in self._models for c in column.calls if c and self._alive):
                 arguments = resolved(call.arguments, outputs, cast)
-                outputs[call] = tensors_in(call.run(arguments, call.states))
+                outputs[call] = call.put_out(arguments, call.states)
         return outputs
 
     def _losses_of(self, index: int, cast: Cast, kept: Outputs) -> list[list[Term]]:
@@ -477,7 +477,7 @@ class TapedWindow:
         with self._forms_of_model() as forms:
             for column in self._models:
                 if (call := column.calls[index]) is not None:
-                    found = tensors_in(call.run(arguments(column, call), states(call)))
+                    found = call.put_out(arguments(column, call), states(call))
                     outputs[call] = found
                     if self._padding and column.layout is not None:
                         uncut[call] = found
@@ -496,6 +496,8 @@ class TapedWindow:
     def _whole_losses(self, cast: Cast, order: Tensor | None) -> list[list[Term]]:
         """Run all samples at once; operations between model and loss run on each micro-batch's rows."""
         each: list[Outputs] = [{} for _ in self._micro_batches]
+        of_no_sample: set[tuple[int, int]] = set()
+        """Outputs that the samples of the window have in common, as a criterion's vector of losses."""
 
         def arguments(column: _Column) -> Any:
             there = [
@@ -504,7 +506,12 @@ class TapedWindow:
             whole_scalars(column.calls)
             values = self.moved.values
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
-            if column.layout is None:
+            outer = [
+                r for ref in column.first.refs() for r in tape.all_of(ref) if r.call.kind == "model"
+            ]
+            if column.layout is None or (
+                outer and {(id(r.call), r.place) for r in outer} <= of_no_sample
+            ):
                 return given[0]
             given = [_laid_out(each) for each in given] if column.by_element else given
             inputs = column.layout.joined(given)
@@ -522,13 +529,14 @@ class TapedWindow:
                 inner = [None if call is None else call.refs()[place].call for call in calls]
                 if not any(call in outputs for call in inner for outputs in each):
                     made = arguments(self._column(inner))
-                    found = tensors_in(ref.call.run(made))
+                    found = ref.call.put_out(made)
                     for outputs in each:
                         outputs.update({call: found for call in inner if call is not None})
 
         with self._forms_of_model() as forms:
             for column in self._models:
-                outputs = tensors_in(column.first.run(arguments(column)))
+                outputs = column.first.put_out(arguments(column))
+                of_no_sample |= _of_no_sample(column, outputs)
                 here = None if column.computed else _order_of(order, self.sizes, column.sizes)
                 for index, call in enumerate(column.calls):
                     if call is not None:
@@ -607,6 +615,17 @@ def _order_of(order: Tensor | None, sizes: list[int], own: list[int]) -> Tensor 
 def _laid_out(arguments: Any) -> Any:
     """Return arguments with all elements of their tensors in one row."""
     return mapped(lambda x: x.flatten() if isinstance(x, Tensor) else x, arguments)
+
+
+def _of_no_sample(column: _Column, whole: list[Tensor]) -> set[tuple[int, int]]:
+    """Return the outputs, but scalars, that have as many rows for all samples as for a micro-batch's."""
+    several = sum(n > 0 for n in column.sizes) > 1
+    return {
+        (id(call), place)
+        for call in column.calls if call is not None and several
+        for place, (tensor, (shape, _)) in enumerate(zip(whole, call.outputs, strict=True))
+        if shape and tuple(tensor.shape) == shape
+    }  # fmt: skip
 
 
 def _rows(

@@ -4,6 +4,7 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
@@ -226,9 +227,19 @@ class LoopTracer:
             self._hand_over(optimizer)
             return None
 
+        evaluations = itertools.count()
+
         def traced(*a: Any, **k: Any) -> Any:
-            value = closure(*a, **k)
-            if self.stepping is None:  # what it runs again within the step is no window of its own
+            if self.stepping not in (None, optimizer):  # a part of the outermost optimizer's step
+                return closure(*a, **k)
+            before, self.stepping = self.stepping, None
+            try:
+                value = closure(*a, **k)
+            except BaseException:
+                self.stepping = before
+                raise
+            if self.stepping is None:
+                self.seen.evaluation = next(evaluations)
                 self._hand_over(optimizer)
             return value
 

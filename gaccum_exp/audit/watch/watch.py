@@ -142,7 +142,9 @@ class watch:  # noqa: N801  # used as a function
         self._watched.left_over = self._tracer.seen.tape.backwards
 
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
-        global_step, self._global_step = self._global_step, self._global_step + 1
+        if not seen.evaluation:
+            self._global_step += 1
+        global_step = self._global_step - 1
         self._close_reports()
         if self._judged is not None and global_step not in self._judged:
             return
@@ -154,7 +156,12 @@ class watch:  # noqa: N801  # used as a function
         with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
-                windows.append(explained(judge(seen, here, modules, self._dim), seen))
+                audit = explained(judge(seen, here, modules, self._dim), seen)
+                if seen.evaluation:  # of the step's evaluations the worst stands for it
+                    numbered = audit.noting(f"at evaluation {seen.evaluation + 1} of the step's closure")
+                    windows.append(worst([windows.pop(), numbered]))
+                else:
+                    windows.append(audit)
             if seen.carried:
                 why = (
                     f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
