@@ -5,7 +5,7 @@ They are computed when the window is judged, from what `MovingState` has noted i
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +196,6 @@ class Replay:
             return made.function(*args, **kwargs)
 
 
-def _tensors_of(calls: Sequence[Any]) -> set[int]:
+def _tensors_of(calls: Iterable[Any]) -> set[int]:
     """Return the identities of the tensors that these calls were given."""
     return {id(leaf) for call in calls for leaf in tensors_in(list(call.arguments.values()))}
