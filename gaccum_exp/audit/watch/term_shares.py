@@ -142,6 +142,8 @@ def faults_of(
             faults = [accum_steps / divisor] * len(means)
         else:
             said = f"the loop multiplies the loss by {total:.4g} in all"
+            if len(means) > 1:
+                said = f"the loop multiplies its losses by {listed(totals)}"
             remark = f"{said}, which is taken as given"
     of_means = iter(faults)
     return [1.0 if term.summed else next(of_means) for term in shares], remark
