@@ -310,6 +310,15 @@ def triplets_in_chunks(times: float) -> Stepped:
     return run(net(), None, fn, data(), 3, times)
 
 
+@loop
+def one_pair_each(times: float) -> Stepped:
+    def fn(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        chosen, rejected = m(torch.cat([x, x.flip(1)]))[:, 0].chunk(2)
+        return F.softplus(rejected - chosen).mean()
+
+    return run(net(), None, fn, data(1, 1, 1), 3, times)
+
+
 # Losses that the model leaves behind, or returns beside its outputs.
 
 
@@ -486,6 +495,20 @@ def test_a_vector_of_what_is_no_mean_stays_coupled() -> None:
 
     audit = run(net(), None, fn, data(), 3, 1).audit
     assert (audit.verdict, audit.cause) == ("inconclusive", "loss not additive over samples")
+
+
+HARDEST: dict[str, Callable[[Tensor], Tensor]] = {
+    "the largest losses": lambda out: out[:, 0].square().topk(1).values.mean(),
+    "their distance": lambda out: F.pdist(out).mean(),
+}
+
+
+@pytest.mark.parametrize("name", HARDEST)
+@pytest.mark.parametrize("size", [2, 4])
+def test_few_samples_that_make_one_number_are_not_taken_for_one_sample(name: str, size: int) -> None:
+    """Two samples of which the loss takes one, or whose distance it takes, are two."""
+    audit = run(net(), None, lambda m, x, y: HARDEST[name](m(x)), data(size, size), 2, 1).audit
+    assert audit.verdict == "inconclusive", str(audit)
 
 
 def test_samples_mixed_between_two_calls_of_the_model_are_told() -> None:
