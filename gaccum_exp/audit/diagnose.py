@@ -45,6 +45,8 @@ ORDERS = 3
 """Summation orders of the one pass that the rounding floor is taken from."""
 ZERO = 1e-6
 """Relative: a gradient that another order of the samples moves so far in float64 is rounding alone."""
+NOTHING = 1e-9
+"""The norm of a float64 gradient that may be rounding alone."""
 ROUNDING_ONLY = 0.5
 """The same in the window's own precision."""
 SAME64 = 1e-9
@@ -177,6 +179,12 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
         why = "the large batch's gradient is zero but for rounding: audit at other weights"
+        small = norm(runs.one_pass64) / max(norm(runs.one_pass), 1e-300)
+        if small > ROUNDING_ONLY and norm(runs.one_pass64) > NOTHING:
+            why = (
+                "another order of the samples changes the gradient: an argument may point to others of "
+                "its batch (nodes of a graph, an index, a permutation), which are not joined"
+            )
         return replace(audit, detail=why)
     if draws.any and not measured.same_function and measured.float64.floor > ZERO:
         draws.refuse("drawn numbers do not follow the samples into another order")
@@ -339,7 +347,14 @@ def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
 
 def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
     """Blame the loss: every module agrees, and no weights make the gradient right."""
-    if not rerun.window.additive(runs.forward.parts, runs.forward.whole):
+    additive = rerun.window.additive(runs.forward.parts, runs.forward.whole)
+    if not additive and _values_add_up(rerun.window.sizes, runs.forward):
+        why = (
+            "every module agrees, and so do the losses; their gradients do not: a backward pass written "
+            "by hand (torch.autograd.Function, a hook) or a detached value depends on the batch"
+        )
+        return replace(audit, cause=result.UNKNOWN, detail=why)
+    if not additive:
         said = REMEDIES[result.NOT_ADDITIVE]
         why = "every module agrees, and the large batch's loss is not made of the micro-batches' losses"
         return replace(audit, cause=result.NOT_ADDITIVE, remedy=said, detail=why)
@@ -348,6 +363,15 @@ def _of_the_loss(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit:
         "(all seen in the forward pass)"
     )
     return replace(audit, cause=result.UNKNOWN, detail=why)
+
+
+def _values_add_up(sizes: Sequence[int], forward: ForwardRuns) -> bool:
+    """Whether the large batch's loss is the sum of the micro-batches', or their mean, by samples."""
+    losses = [loss for loss, _ in forward.parts]
+    by_sample = [n / sum(sizes) for n in sizes]
+    weights = ([1.0] * len(sizes), [1 / len(sizes)] * len(sizes), by_sample)
+    made = (sum(w * loss for w, loss in zip(of, losses, strict=True)) for of in weights)
+    return any(math.isclose(each, forward.whole[0], rel_tol=SAME64) for each in made)
 
 
 def _blaming(rerun: Rerun, audit: Audit, culprits: Sequence[Culprit]) -> Audit:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, leaves, resolved
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, all_of, leaves, resolved
 from gaccum_exp.core.dtypes import is_inexact
 from gaccum_exp.core.nesting import tensors_in
 
@@ -20,7 +20,12 @@ MIXED = "samples are mixed between the model's outputs and the loss"
 MOST_ROWS = 256
 """Rows of a call's outputs that are drawn anew one by one, at most."""
 DRAWS = 8
-"""How often each of them is drawn: some values may not show, as where a margin is kept."""
+"""How often samples are drawn anew: once may not show, where a loss takes the largest, or a margin."""
+MOST_DRAWN = 1 << 16
+"""Elements of a micro-batch's outputs, at most, where they are drawn more than once."""
+SPLITTING = frozenset(
+    {"__getitem__", "chunk", "split", "tensor_split", "unbind", "select", "narrow", "split_with_sizes"}
+)
 FOREIGN = (
     "the loss of each micro-batch is taken over {rows} rows, of which {own} come from its own samples "
     "and the others from elsewhere (features kept from other passes?): what it is over the whole window "
@@ -72,27 +77,32 @@ def _coupling(
     dim: int,
     generator: torch.Generator,
 ) -> str | None:
-    before = tensors_in(resolved(call.arguments, dict(outputs)))
     largest = max(sizes.values())
 
     def changed(chosen: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
         """Return where each argument changes if samples are drawn anew: all (None), or those chosen."""
-        redrawn: Outputs = {}
+        base, redrawn = Outputs(), Outputs()
         for of, tensors in outputs.items():
             rows = None if chosen is None else chosen(torch.arange(sizes[of]))
-            redrawn[of] = [_redrawn(t, rows, sizes[of], dim, generator) for t in tensors]
-        again = tensors_in(resolved(call.arguments, redrawn))
+            base[of] = [_redrawn(t, None, sizes[of], dim, generator) for t in tensors]
+            redrawn[of] = [_redrawn(t, rows, sizes[of], dim, generator) for t in base[of]]
+        before, again = (tensors_in(resolved(call.arguments, made)) for made in (base, redrawn))
         # A scalar is made of all samples, by right.
         pairs = ((a, b) for a, b in zip(again, before, strict=True) if b.ndim > 0)
         return [(a != b) & ~(a.isnan() & b.isnan()) for a, b in pairs]
 
-    shapes = [b.shape for b in before if b.ndim > 0]
+    def often(chosen: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        every = [changed(chosen) for _ in range(1 if many else DRAWS)]
+        return [functools.reduce(torch.logical_or, each) for each in zip(*every, strict=True)]
+
+    many = sum(t.numel() for tensors in outputs.values() for t in tensors) > MOST_DRAWN
+    shapes = [b.shape for b in tensors_in(resolved(call.arguments, dict(outputs))) if b.ndim > 0]
     dims = [{0, *(d for d, n in enumerate(shape) if n == largest)} for shape in shapes]
     for bit in range((largest - 1).bit_length()):  # any two samples differ in a bit of their numbers
-        ones, others = (changed(functools.partial(_of_bit, bit, value)) for value in (1, 0))
+        ones, others = (often(functools.partial(_of_bit, bit, value)) for value in (1, 0))
         for one, other, own in zip(ones, others, dims, strict=True):
             if all(bool((_rows(one, d) & _rows(other, d)).any()) for d in own):
-                return None if _pairs_of(changed, largest) else MIXED
+                return None if _pairs_of(often, largest, _splits(call)) else MIXED
     # Rows of an output's own leading dimensions (samples, or tokens) may stay for a mask's sake.
     explained = {
         math.prod(t.shape[:d]) for ts in outputs.values() for t in ts for d in range(t.ndim + 1)
@@ -113,22 +123,34 @@ def _rows(changed: Tensor, dim: int) -> Tensor:
     return changed.movedim(dim, 0).reshape(changed.shape[dim], -1).any(1)
 
 
-def _pairs_of(changed: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], largest: int) -> bool:
+def _splits(call: TapedCall) -> bool:
+    """Whether what a call is made of was split into single rows."""
+    made = {ref.call for own in call.refs() for ref in all_of(own) if ref.call.kind == "between"}
+    rows = [
+        [shape[:1] for shape, _ in each.outputs] for each in made
+        if getattr(each.function, "__name__", "") in SPLITTING
+    ]  # fmt: skip
+    return any(all(of == (1,) for of in each) for each in rows)
+
+
+def _pairs_of(
+    often: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], largest: int, splits: bool
+) -> bool:
     """Whether a sample has several rows in one call, as chosen and rejected ones that were joined.
 
     Each of an argument's rows is then made of rows of its own, at equal distances from the next one's.
+    Where there is a single one, it has to be made of rows that the loop has split.
     """
     if largest > MOST_ROWS:
         return False
-    by_row = []
-    for row in range(largest):
-        draws = [changed(functools.partial(torch.eq, other=row)) for _ in range(DRAWS)]
-        by_row.append([functools.reduce(torch.logical_or, each) for each in zip(*draws, strict=True)])
+    by_row = [often(functools.partial(torch.eq, other=row)) for row in range(largest)]
     for of_argument in zip(*by_row, strict=True):
         matrix = torch.stack([_rows(each, 0) for each in of_argument])  # (model's rows, own rows)
         if bool((matrix.sum(1) > 1).any()):
             return False
         made_of = [column.nonzero().flatten() for column in matrix.T if bool(column.any())]
+        if matrix.shape[1] == 1 and not splits:
+            return False
         if any(len(rows) != len(made_of[0]) for rows in made_of):
             return False
         steps = [after - rows for rows, after in pairwise(made_of)]

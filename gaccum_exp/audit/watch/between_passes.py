@@ -89,7 +89,7 @@ class BetweenPasses:
             before = {k: g * (1 / seen.loss_scale) for k, g in before.items()}
         norm = clipped_by_hand(before, reached, looked_at=seen.looked_at == backwards)
         if norm is not None:
-            seen.clippings.append(Clipping(backwards, before, reached))
+            seen.clippings.append(Clipping(backwards, before, after=reached))
             seen.clipped_by_hand = norm
 
     def _on_clipping(self, event: str, frame: FrameType, value: Any) -> None:
@@ -104,7 +104,8 @@ class BetweenPasses:
         # Group by group, or parameter by parameter, it is one clipping.
         goes_on = bool(last) and last[0].after_backward == seen.tape.backwards
         if not (goes_on and identical(last[0].after, now)):
-            seen.clippings.append(Clipping(seen.tape.backwards, now))
+            at_loss_scale = seen.loss_scale != 1 and seen.tape.backwards not in seen.unscaled
+            seen.clippings.append(Clipping(seen.tape.backwards, now, at_loss_scale))
 
     def _now(self) -> Gradient:
         return {name: g.clone() for name, g in self._tracer.gradients().items()}

@@ -168,7 +168,7 @@ class GradientOfLoop:
         if reached is None:
             return self._some_losses_missing(audit)
         gone = [i for i, share in enumerate(reached) if share == 0]
-        if gone:
+        if gone and not seen.changed:
             last = max(seen.zeroed, default=math.inf)
             since = [i for i, m in enumerate(self.micro_batches) if m.last_backward >= last]
             by_zeroing = since == [i for i in range(accum_steps) if i not in gone]
@@ -178,6 +178,10 @@ class GradientOfLoop:
                 return stale(audit, what, f"zero_grad inside the window: {missing}")
             there = ", ".join(str(i + 1) for i in range(accum_steps) if i not in gone)
             what = "step on the gradients of all its micro-batches: add each backward pass to .grad"
+            if gone == list(range(len(gone))) and len(gone) < accum_steps - 1:
+                what = (
+                    "call zero_grad once per optimizer step, and not between a forward and its backward"
+                )
             return stale(audit, what, f"{missing} in what reached the optimizer: only {there} is there")
         if alike(reached):
             return None

@@ -26,7 +26,7 @@ from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label
 from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
-from gaccum_exp.core.gradient import Gradient, finite, scaled
+from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.memory.available import out_of_memory
 
@@ -193,7 +193,7 @@ class _LoopWindow:
         before = self._here(self._clipping.before) if self._clipping else {}
         self._observed = before or self._reached
         """The accumulated gradient: what reached the optimizer, before clipping, at the loss's scale."""
-        if self._loss_scale != 1:
+        if self._loss_scale != 1 and not (before and at_end[0].at_loss_scale):
             self._observed = scaled(self._observed, self._loss_scale)
         self._of_others = [m for m in every if m.last_backward < self._micro_batches[0].last_backward]
         """Micro-batches that came before those, of another optimizer's window or an epoch's rest."""
@@ -343,7 +343,8 @@ class _LoopWindow:
             scaled_by = [(t.name, off) for t, off in zip(shares, faults, strict=True) if off != 1]
             if not scaled_by or len(shares) < 2:
                 return audit
-            said = ", ".join(f"{name} is {off:.4g} × the large batch's" for name, off in scaled_by)
+            each = dict.fromkeys(f"{name} is {off:.4g} × the large batch's" for name, off in scaled_by)
+            said = ", ".join(each)
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
         said = "; ".join(term.said() for term in unequal[:3])
@@ -363,10 +364,19 @@ class _LoopWindow:
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":
             return None
-        factor = multiple(self._reached, self._here(self._clipping.after), AS_REPLAYED)
+        clipping, scale = self._clipping, self._loss_scale
+        factor = multiple(self._reached, self._here(clipping.after), AS_REPLAYED)
+        if clipping.at_loss_scale:
+            if identical(clipping.before, clipping.after):
+                return None
+            said = (
+                f"gradients were clipped at the loss's scale, {scale:g} × as large as they are: call "
+                "unscale_ of the GradScaler before clipping"
+            )
+            return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
         if factor is None or abs(factor - 1) < AS_REPLAYED:
             return None
-        twice = self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3)
+        twice = scale != 1 and math.isclose(factor, 1 / scale, rel_tol=1e-3)
         why = "they were unscaled twice" if twice else "scale the loss, not the gradients"
         said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)

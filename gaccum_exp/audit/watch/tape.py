@@ -461,6 +461,8 @@ class Clipping:
     after_backward: int
     """Backward passes of the window before it."""
     before: Gradient
+    at_loss_scale: bool = False
+    """Whether a GradScaler had not unscaled them yet."""
     after: Gradient = field(default_factory=dict)
 
 

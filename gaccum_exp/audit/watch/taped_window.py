@@ -220,6 +220,7 @@ class TapedWindow:
                     weights.append(by * _constant_part(self._forms.micro, c, i, t, constant))
                 literal = [f.value for f in _factors(shown, t, constant) if f.weight]
                 name = shown[t].name if t < len(shown) else "loss"
+                name = "the penalty on the weights" if column.first.of_weights_alone else name
                 of_source = column.first.literal * math.prod(literal)
                 first = column.first
                 found.append(TermWeights(name, weights, of_source, first.counted, first.numbers))

@@ -175,6 +175,8 @@ def faults_of(
             faults = [accum_steps / divisor] * len(means)
         else:
             said = f"the loop multiplies the loss by {total:.4g} in all"
+            if len(means) > 1:
+                said = f"the loop multiplies its losses by {listed(totals)}"
             remark = f"{said}, which is taken as given"
     elif not (together and _one(sum(totals))):
         pairs = zip(means, totals, faults, strict=True)

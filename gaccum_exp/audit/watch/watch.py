@@ -71,7 +71,11 @@ class Watched:
         raise AttributeError(name)
 
     def __str__(self) -> str:
-        return self.worst.report()
+        left, said = self.left_over, self.worst.report()
+        if not left or not self.windows:
+            return said
+        passes = f"{left} backward pass{'es' if left > 1 else ''}"
+        return f"{said}\nleft over: {passes} after the last step: step on what is left, or zero it"
 
     def __repr__(self) -> str:
         return repr(self.worst)

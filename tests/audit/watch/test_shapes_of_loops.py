@@ -310,6 +310,15 @@ def triplets_in_chunks(times: float) -> Stepped:
     return run(net(), None, fn, data(), 3, times)
 
 
+@loop
+def one_pair_each(times: float) -> Stepped:
+    def fn(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        chosen, rejected = m(torch.cat([x, x.flip(1)]))[:, 0].chunk(2)
+        return F.softplus(rejected - chosen).mean()
+
+    return run(net(), None, fn, data(1, 1, 1), 3, times)
+
+
 # Losses that the model leaves behind, or returns beside its outputs.
 
 
@@ -488,6 +497,20 @@ def test_a_vector_of_what_is_no_mean_stays_coupled() -> None:
     assert (audit.verdict, audit.cause) == ("inconclusive", "loss not additive over samples")
 
 
+HARDEST: dict[str, Callable[[Tensor], Tensor]] = {
+    "the largest losses": lambda out: out[:, 0].square().topk(1).values.mean(),
+    "their distance": lambda out: F.pdist(out).mean(),
+}
+
+
+@pytest.mark.parametrize("name", HARDEST)
+@pytest.mark.parametrize("size", [2, 4])
+def test_few_samples_that_make_one_number_are_not_taken_for_one_sample(name: str, size: int) -> None:
+    """Two samples of which the loss takes one, or whose distance it takes, are two."""
+    audit = run(net(), None, lambda m, x, y: HARDEST[name](m(x)), data(size, size), 2, 1).audit
+    assert audit.verdict == "inconclusive", str(audit)
+
+
 def test_samples_mixed_between_two_calls_of_the_model_are_told() -> None:
     """What the loop centres over a micro-batch before the next part of the model is not judged equal."""
 
@@ -543,3 +566,142 @@ def test_every_evaluation_of_a_closure_is_judged(fault: str) -> None:
     assert audit.cause == causes.get(fault), str(audit)
     assert audit.verdict == ("equivalent" if fault == "none" else "biased")
     assert fault == "none" or "at evaluation 2 of the step's closure" in str(audit)
+
+
+def said_of(passes: Callable[[nn.Module, Any], None], model: nn.Module | None = None) -> str:
+    """Return what is said of a loop that takes its steps itself."""
+    model = net() if model is None else model
+    with watch(model, None, optimizer := torch.optim.SGD(model.parameters(), 0.1)) as audit:
+        passes(model, optimizer)
+    return str(audit)
+
+
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_a_forgotten_unscale_is_told_by_its_name(unscaled: bool) -> None:
+    """Clipped at the loss's scale the gradient is too small; unscaled first it is the large batch's."""
+
+    def passes(m: nn.Module, o: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for x, y in data():
+            scaler.scale(ce(m(x), y) / 3).backward()
+        if unscaled:
+            scaler.unscale_(o)
+        nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+        scaler.step(o)
+
+    said = said_of(passes)
+    assert said.startswith("equivalent" if unscaled else "biased"), said
+    assert ("256 × as large as they are: call unscale_" in said) == (not unscaled), said
+
+
+def test_gradients_divided_after_each_pass_are_not_called_missing() -> None:
+    """All micro-batches are there, the earlier ones divided again and again."""
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for x, y in data():
+            ce(m(x), y).backward()
+            for parameter in m.parameters():
+                parameter.grad /= 128  # type: ignore[operator]
+        o.step()
+
+    said = said_of(passes)
+    assert said.startswith("biased")
+    assert "missing:" not in said, said
+    assert "are missing" not in said, said
+    assert "leave .grad alone until the window's last backward pass" in said, said
+
+
+def test_zero_grad_between_forward_and_backward_is_told() -> None:
+    """The first half of the window is gone, and zero_grad is what takes it."""
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for i, (x, y) in enumerate(data(4, 4, 4, 4)):
+            loss = ce(m(x), y) / 4
+            if i == 2:
+                o.zero_grad()
+            loss.backward()
+        o.step()
+
+    said = said_of(passes)
+    assert "call zero_grad once per optimizer step" in said, said
+
+
+def test_a_backward_pass_written_by_hand_is_blamed_and_not_the_loss() -> None:
+    """A function whose own backward divides by the number of its rows mixes no sample forward."""
+
+    class Divided(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0] / len(gradients[0])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 7).double(), nn.Linear(7, 3).double()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(Divided.apply(self.first(x)))  # type: ignore[no-untyped-call]
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for x, y in data():
+            (ce(m(x), y) / 3).backward()
+        o.step()
+
+    said = said_of(passes, Model())
+    assert "a backward pass written by hand" in said, said
+    assert "strategy=cached" not in said
+
+
+def test_a_penalty_that_is_not_divided_is_named_once() -> None:
+    """However many parameters it sums over, one clause says it."""
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for x, y in data():
+            (ce(m(x), y) / 3 + sum(0.01 * p.square().sum() for p in m.parameters())).backward()
+        o.step()
+
+    said = said_of(passes)
+    assert said.count("the penalty on the weights is 3 × the large batch's") == 1, said
+
+
+def test_passes_after_the_last_step_are_printed() -> None:
+    """Gradients that no step has taken leak into the next epoch."""
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for i, (x, y) in enumerate(data(4, 4, 4, 4, 4)):
+            (ce(m(x), y) / 3).backward()
+            if i == 2:
+                o.step()
+                o.zero_grad()
+
+    assert "left over: 2 backward passes after the last step" in said_of(passes)
+
+
+def test_graphs_joined_without_their_offsets_are_not_said_to_have_no_gradient() -> None:
+    """The indices of one graph point to nodes of another when they are joined."""
+
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net(2)
+
+        def forward(self, x: Tensor, edges: Tensor, graph: Tensor) -> Any:
+            hidden = x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+            out = self.inner(hidden)
+            return torch.zeros(2, 2, dtype=D).index_add(0, graph, out)
+
+    def passes(m: nn.Module, o: Any) -> None:
+        torch.manual_seed(5)
+        for _ in range(2):
+            edges, graph = torch.randint(6, (2, 8)), torch.tensor([0, 0, 0, 1, 1, 1])
+            out = m(torch.randn(6, 5, dtype=D), edges, graph)
+            (ce(out, torch.tensor([0, 1])) / 2).backward()
+        o.step()
+
+    said = said_of(passes, Graphs())
+    assert said.startswith("inconclusive"), said
+    assert "zero but for rounding" not in said, said
