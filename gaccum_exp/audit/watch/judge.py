@@ -17,13 +17,18 @@ from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import REMEDIES, multiple, scale_of
-from gaccum_exp.audit.watch.first_values import FirstValues, Replay
+from gaccum_exp.audit.verdict import REMEDIES, listed, multiple, scale_of
+from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
-from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
+from gaccum_exp.audit.watch.kept_features import KeptFeatures
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
-from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, made_of
+from gaccum_exp.audit.watch.taped_window import (
+    CouplingError,
+    TapedWindow,
+    corresponding,
+    sample_readings,
+)
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, scaled
 from gaccum_exp.core.joined_samples import ASKED, NotJoinableError
@@ -74,6 +79,8 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
+    if seen.tape.moving is not None:
+        connect(micro_batches, seen.tape.moving)
     kept = KeptFeatures(micro_batches)
     micro_batches = kept.with_surrogates(seen.tape)
     moving = seen.tape.moving
@@ -83,6 +90,13 @@ def _under_every_reading(
         replay = Replay(moving, ends, micro_batches[0].last_backward)
         moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
     layouts = sample_readings(micro_batches, dim, moved)
+    if moving is not None and micro_batches:
+        columns = [
+            c
+            for of in ("models", "losses")
+            for c in corresponding([getattr(m, of) for m in micro_batches])
+        ]
+        replay.made_again(columns, layouts[0].sizes, layouts[0].dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
@@ -114,6 +128,17 @@ def _under_every_reading(
 
 def _settled(audit: Audit, moved: FirstValues) -> Audit:
     """Return the audit; where a state that moved may matter and cannot be replayed, inconclusive."""
+    if moved.not_again and audit.verdict in ("identical", "equivalent", "stochastic"):
+        said = "; ".join(moved.not_again)
+        return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, detail=said)
+    if moved.drew and audit.verdict in ("identical", "equivalent"):
+        first = moved.drew[0]
+        said = f"random numbers are drawn in every pass, beside the model ({first.name}, {first.type})"
+        what = f"{said}: compare averages over seeds, or call eval() on it"
+        return replace(
+            audit, verdict="stochastic", cause=first.cause, culprit=first.name,
+            culprit_type=first.type, culprits=tuple(moved.drew), remedy=what,
+        )  # fmt: skip
     explained = audit.verdict == "biased" and audit.cause not in (result.NOT_ADDITIVE, result.UNKNOWN)
     if not moved.refused or explained:
         return audit
@@ -307,6 +332,16 @@ class _LoopWindow:
             said = ", ".join(f"{name} is {off:.4g} × the large batch's" for name, off in scaled_by)
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
+        if all(term.weight_changes for term in unequal) and not any(term.summed for term in unequal):
+            numbers = "; ".join(
+                f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
+            )
+            what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
+            remedy = f"{what}: change it once per optimizer step"
+            return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
+        mixing = self._window.moved.mixing
+        if mixing and not any(t.makes_up_all for t in unequal):
+            return replace(audit, cause=mixing[0].culprit.cause, remedy=mixing[0].remedy)
         said = "; ".join(term.said() for term in unequal[:3])
         if len(shares) == 1:
             said = said.removesuffix(f" in {shares[0].name}")

@@ -6,14 +6,14 @@ gets the gradient at its own features (a surrogate). The large batch has all fea
 are known by their values: each of their rows is one that a pass with a graph has put out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, row_marks
+from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, made_of, row_marks
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.nesting import mapped
 
@@ -133,17 +133,6 @@ class KeptFeatures:
         if not bool((nearest.values <= SAME_ROW * known.abs().max()).all()):
             return None
         return [rows[k] for k in nearest.indices.tolist()]
-
-
-def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:
-    """Return these calls and all that their arguments come from, each once."""
-    waiting, seen = list(calls), set[TapedCall]()
-    while waiting:
-        call = waiting.pop()
-        if call not in seen:
-            seen.add(call)
-            yield call
-            waiting += [ref.call for ref in call.refs()]
 
 
 def _depth(call: TapedCall, depths: dict[TapedCall, int]) -> int:

@@ -9,7 +9,7 @@ targets, masks) by value.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,14 @@ class OutputRef:
 
     def __init__(self, call: "TapedCall", place: int) -> None:
         self.call, self.place = call, place
+
+    @property
+    def graphless(self) -> bool:
+        """Whether it comes from outputs of the model's alone that never had a graph, as a teacher's."""
+        if self.call.kind == "model":
+            return not self.call.graphs[self.place]
+        refs = self.call.refs()
+        return bool(refs) and all(ref.graphless for ref in refs)
 
 
 class ParameterRef:
@@ -80,6 +88,8 @@ class TapedCall:
     """Shape and type of each tensor that it put out."""
     marks: list[Tensor | None] = field(default_factory=list)
     """A number for each row of each of them that has a graph."""
+    graphs: list[bool] = field(default_factory=list)
+    """Which of them have a graph."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     literal: float = 1.0
@@ -220,6 +230,7 @@ class Tape:
         """Record a call and what it put out."""
         self.calls.append(call)
         for place, tensor in enumerate(tensors_in(output)):
+            call.graphs.append(tensor.requires_grad)
             call.has_graph |= tensor.requires_grad
             self._origins[tensor] = OutputRef(call, place)
             call.outputs.append((tuple(tensor.shape), tensor.dtype))
@@ -358,6 +369,17 @@ class Observations:
     """Earlier passes whose gradients were zeroed when the weights changed: SAM's ascent."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
+
+
+def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:
+    """Return these calls and all that their arguments come from, each once."""
+    waiting, seen = list(calls), set[TapedCall]()
+    while waiting:
+        call = waiting.pop()
+        if call not in seen:
+            seen.add(call)
+            yield call
+            waiting += [ref.call for ref in call.refs()]
 
 
 def row_marks(tensor: Tensor) -> Tensor | None:

@@ -126,10 +126,11 @@ class TapedWindow:
         self.moves = self.moved.moves
         self.moved_beside = [(each, [each]) for each in self.moved.inside]
         self.moved_beside += [(name, [BESIDE]) for name in self.moved.owners[:1]]
+        self.moved_beside += [(each, [BESIDE]) for each in self.moved.mixing[:1]]
         self._micro_batches = micro_batches
         self._alive = alive or {}
         self._models, self._losses = (
-            [self._column(calls) for calls in _corresponding(each)]
+            [self._column(calls) for calls in corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
         columns = [column for column in (*self._models, *self._losses) if not column.whole]
@@ -527,7 +528,7 @@ def sample_readings(
     return sample_layouts(given, others=around, dim=dim, apart=True)
 
 
-def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
+def corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
     """Return the calls that correspond to each other: by their order, or by where they are called."""
     if len({len(calls) for calls in every}) == 1:
         return [list(calls) for calls in zip(*every, strict=True)]

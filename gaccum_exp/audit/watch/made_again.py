@@ -1,0 +1,490 @@
+"""What a loop makes beside its model, made again for the large batch: from all samples at once.
+
+A teacher's outputs, normalised advantages, a weight that is counted: the large batch has them from the
+joined samples. Where that gives other rows than the micro-batches' own, samples are mixed there. A
+random draw is data, and so is what a random choice picks, or what a data loader has put together.
+"""
+
+import linecache
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.audit import result
+from gaccum_exp.audit.causes.batch_mixing import Comparison
+from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre
+from gaccum_exp.audit.rerun.random_replay import Replay as DrawsReplay
+from gaccum_exp.audit.rerun.sandbox import NamedModules
+from gaccum_exp.audit.result import Culprit, Mixing
+from gaccum_exp.audit.watch.moving_state import Made, MadeRef, MovingState
+from gaccum_exp.core.dtypes import in_precision, is_inexact
+from gaccum_exp.core.joined_samples import picked_rows
+from gaccum_exp.core.module_calls import ModuleCall, ModuleTracer
+from gaccum_exp.core.nesting import mapped
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""By how much two rows may differ, relative to the largest number, where only rounding differs."""
+Node = Any
+"""Tensor that something made (a `MadeRef`), or the copy of one that nothing made."""
+
+
+class NotMadeAgainError(Exception):
+    """Something cannot be made from all samples at once, and may mix them."""
+
+
+class UnlikeError(Exception):
+    """What was made for the micro-batches does not correspond."""
+
+
+class Runs(Protocol):
+    """Runs again what was made in the loop."""
+
+    def value(self, node: Node) -> Tensor:
+        """Return a tensor as the loop made it, at the first values of its state."""
+
+    def called(self, made: Made, args: Any, kwargs: Any, around: Any = None) -> list[Tensor]:
+        """Return what is made of these arguments instead; of a module, as `around` asks for."""
+
+
+class MadeAgain:
+    """Makes again, for all micro-batches at once, what the loop made for each.
+
+    Args:
+        moving: what the window met.
+        runs: runs a making again.
+        sizes: samples of each micro-batch.
+        dim: the dimension that counts them.
+        drew_on_host: whether Python's or NumPy's generator was drawn from between micro-batches.
+    """
+
+    def __init__(
+        self, moving: MovingState, runs: Runs, sizes: Sequence[int], dim: int, *, drew_on_host: bool
+    ) -> None:
+        self._moving, self._runs, self._sizes, self._dim = moving, runs, list(sizes), dim
+        self._drew_on_host = drew_on_host
+        self._done: dict[tuple[int, ...], list[Tensor]] = {}
+        self._mixing: dict[int, Mixing] = {}
+        """Modules that mix samples, by the identity of the module."""
+        self.drew: list[Culprit] = []
+        """Modules that draw random numbers."""
+
+    def rows(self, nodes: Sequence[Node], own: Sequence[Tensor]) -> tuple[list[Tensor], Any] | None:
+        """Return each micro-batch's rows of what the large batch has, and why they are others.
+
+        None: they are no others than its `own`. The reason is a `Mixing`, or None where a value is
+        carried from one micro-batch to the next.
+
+        Raises:
+            NotMadeAgainError: they cannot be made, and may be others.
+        """
+        whole = self._whole(nodes)
+        found = self._split(whole, [tuple(t.shape) for t in own])
+        if found is None or all(map(_close, found, own)):
+            return None
+        found = [rows.to(t.dtype) for rows, t in zip(found, own, strict=True)]
+        if any(self._carried(each) for each in self._below(nodes)):
+            return found, None
+        why = self._blamed(nodes)
+        if isinstance(why, Mixing) and why.culprit.cause != result.BATCH_STATISTICS:
+            mixed = any(self._mixes(node, i, nodes) for i, node in enumerate(nodes))
+            return (found, why) if mixed else None
+        return None if why is None else (found, why)
+
+    # What all samples at once give.
+
+    def _whole(self, nodes: Sequence[Node]) -> Tensor:
+        first = nodes[0]
+        if all(self._same(first, node) for node in nodes) or self._carried(nodes):
+            return self._runs.value(first)
+        if any(isinstance(node, MadeRef) and node.made.of_model for node in nodes):
+            raise UnlikeError  # it stands on no copies alone
+        if all(isinstance(node, MadeRef) for node in nodes):
+            with suppress(UnlikeError):
+                return self._made_of_all([node.made for node in nodes], [node.place for node in nodes])
+            return self._as_data(nodes)
+        if any(isinstance(node, MadeRef) for node in nodes):
+            return self._as_data(nodes)
+        return self._joined(nodes)
+
+    def _made_of_all(self, mades: list[Made], places: list[int]) -> Tensor:
+        """Return what is made at one place from all samples; UnlikeError where that cannot be done."""
+        place, key = places[0], tuple(map(id, mades))
+        if any(made.function != mades[0].function for made in mades) or len(set(places)) > 1:
+            raise UnlikeError
+        if key not in self._done:
+            if isinstance(mades[0].function, nn.Module):
+                self._done[key] = self._of_module(mades)
+            else:
+                self._done[key] = self._of_operation(mades)
+        return self._done[key][place]
+
+    def _of_operation(self, mades: list[Made]) -> list[Tensor]:
+        columns = _columns(mades)
+        shapes = [[shape for shape, _ in made.outputs] for made in mades]
+        tensors = [c for c in columns if _is_node(c[0])]
+        others = [c for c in columns if not _is_node(c[0])]
+        differing = [c for c in others if any(leaf != c[0] for leaf in c)]
+        if differing and all(self._same(c[0], node) for c in tensors for node in c):
+            raise UnlikeError  # each micro-batch's part of what is there for all
+        sizes, total = self._sizes, sum(self._sizes)
+        as_one = [total if list(c) == sizes else c[0] for c in others]
+        if any(list(c) != sizes for c in differing):
+            raise UnlikeError
+        whole = [self._whole(c) for c in tensors]
+        error: Exception = UnlikeError()
+        for numbers in self._numbers(as_one):
+            given_tensors, given_numbers = iter(whole), iter(numbers)
+            given = [next(given_tensors) if _is_node(c[0]) else next(given_numbers) for c in columns]
+            try:
+                outputs = self._runs.called(mades[0], *_filled(mades[0], given))
+            except Exception as why:  # an operation may not take so many
+                error = why
+                continue
+            if all(
+                self._split(out, [of[i] for of in shapes]) is not None for i, out in enumerate(outputs)
+            ):
+                return outputs
+        raise UnlikeError from error
+
+    def _numbers(self, as_one: list[Any]) -> Iterator[list[Any]]:
+        """Yield the numbers that an operation may take for all samples: as they are, or one grown."""
+        yield as_one
+        for i, number in enumerate(as_one):
+            by, rest = divmod(number, self._sizes[0]) if type(number) is int else (0, 1)
+            if by > 0 and not rest:
+                yield [*as_one[:i], by * sum(self._sizes), *as_one[i + 1 :]]
+
+    def _of_module(self, mades: list[Made]) -> list[Tensor]:
+        """Return a module's outputs for all samples, in float64 where it mixes them."""
+        module: Any = mades[0].function
+        named, draws = NamedModules(module), Draws()
+        comparison = Comparison(self._sizes)
+        columns = _columns(mades)
+        if any(leaf != c[0] for c in columns if not _is_node(c[0]) for leaf in c):
+            raise UnlikeError
+        given = [[self._runs.value(x) for x in c] if _is_node(c[0]) else c for c in columns]
+        whole = [self._whole(c) if _is_node(c[0]) else c[0] for c in columns]
+
+        def run(
+            made: Made,
+            leaves: list[Any],
+            draws_are: DrawsAre,
+            index: int | None,
+            see: Callable[[ModuleCall], None] | None,
+        ) -> list[Tensor]:
+            tracer = ModuleTracer(named.by_name, see)
+            drawn = DrawsReplay(draws, self._sizes, tracer, draws_are, float64=True)
+            context = drawn.whole(None) if index is None else drawn.micro_batch(index)
+            args, kwargs = mapped(_wide, list(_filled(made, leaves)))
+            return self._runs.called(made, args, kwargs, (torch.float64, tracer(), drawn, context))
+
+        try:
+            parts = []
+            for i, made in enumerate(mades):
+                see = comparison.see_shapes if i == 0 else None
+                parts.append(run(made, [c[i] for c in given], "recorded", i, see))
+            outputs = run(mades[0], whole, "replayed", None, comparison.see_whole)
+            if draws.any and any(True for _ in module.parameters()):  # an augmentation has none
+                self.drew += [_culprit(module, named, name, result.RANDOMNESS) for name in draws.modules]
+            rows = [self._split(out, [of[k].shape for of in parts]) for k, out in enumerate(outputs)]
+            apart = [
+                row is None or not all(map(_close, row, [of[k] for of in parts]))
+                for k, row in enumerate(rows)
+            ]
+            if not any(apart):
+                return [
+                    self._joined([self._runs.value(MadeRef(m, k)) for m in mades])
+                    for k in range(len(outputs))
+                ]
+            for i, made in enumerate(mades):
+                part = partial(comparison.see_part, i)
+                run(made, [c[i] for c in given], "replayed", i, part)
+        except Exception as error:  # a module of the loop's may not take so many
+            kind = type(module).__name__
+            raise NotMadeAgainError(
+                f"{kind} cannot be run over all samples: {type(error).__name__}"
+            ) from error
+        if draws.foreign:
+            raise NotMadeAgainError(f"{type(module).__name__} draws numbers that cannot be replayed")
+        names = comparison.mixing() or [named.name(module)]
+        mixing = _culprit(module, named, names[0], result.BATCH_STATISTICS)
+        what = f"{mixing.type} ({mixing.name}) takes in the other samples of its micro-batch"
+        said = f"{what}: call eval() on it"
+        self._mixing[id(module)] = Mixing(mixing, said)
+        return outputs
+
+    def _as_data(self, nodes: Sequence[Node]) -> Tensor:
+        """Return what the micro-batches have, joined: nothing in it mixes samples."""
+        for i, node in enumerate(nodes):
+            why = self._mixes(node, i, nodes)
+            if why is not None:
+                said = (
+                    f"samples are mixed in what the loop computes at {why}, and what it is over all of"
+                )
+                raise NotMadeAgainError(f"{said} the window's cannot be computed")
+        number = self._number_that_changes(nodes)
+        if number is not None and not self._drew_on_host:
+            raise NotMadeAgainError(number)
+        return self._joined([self._runs.value(node) for node in nodes])
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        dim = self._sample_dim([tuple(t.shape) for t in tensors])
+        if dim is not None:
+            return torch.cat([t.to(tensors[0].device) for t in tensors], dim)
+        if all(t.shape == tensors[0].shape and torch.equal(t, tensors[0]) for t in tensors):
+            return tensors[0]
+        raise UnlikeError
+
+    def _sample_dim(self, shapes: Sequence[tuple[int, ...]]) -> int | None:
+        """Return the dimension that counts samples in micro-batches' tensors of these shapes."""
+        for d in sorted(range(len(shapes[0])), key=lambda d: (d != self._dim, d)):
+            if len({len(s) for s in shapes}) > 1 or len({(*s[:d], *s[d + 1 :]) for s in shapes}) > 1:
+                continue
+            ratios = {s[d] / n for s, n in zip(shapes, self._sizes, strict=True) if n}
+            if len(ratios) == 1 and next(iter(ratios)) >= 1 and next(iter(ratios)).is_integer():
+                return d
+        return None
+
+    def _split(self, whole: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor] | None:
+        """Return each micro-batch's rows of what all samples have: all of it where it does not grow."""
+        shapes = [tuple(s) for s in shapes]
+        for d in sorted(range(whole.ndim), key=lambda d: (d != self._dim, d)):
+            lengths = [s[d] if len(s) == whole.ndim else 0 for s in shapes]
+            rest = (*whole.shape[:d], *whole.shape[d + 1 :])
+            if sum(lengths) == whole.shape[d] and all((*s[:d], *s[d + 1 :]) == rest for s in shapes):
+                return list(torch.split(whole, lengths, d))
+        return [whole] * len(shapes) if all(s == tuple(whole.shape) for s in shapes) else None
+
+    # What stays the same, and what is carried.
+
+    def _same(self, one: Node, other: Node) -> bool:
+        if isinstance(one, MadeRef) or isinstance(other, MadeRef):
+            both = isinstance(one, MadeRef) and isinstance(other, MadeRef)
+            return both and one.made is other.made and one.place == other.place
+        return one is other or self._of_one_tensor(one, other)
+
+    def _of_one_tensor(self, one: Tensor, other: Tensor) -> bool:
+        mine, its = (self._moving.all_uses.get(id(x)) for x in (one, other))
+        return mine is not None and its is not None and mine.uses is its.uses
+
+    def _carried(self, nodes: Sequence[Node]) -> bool:
+        """Whether each later one is made of the first: a state that the loop moves on."""
+        first = nodes[0]
+        if all(self._same(first, node) for node in nodes):
+            return False
+        return all(any(self._same(first, x) for x in self._tree(node)) for node in nodes[1:])
+
+    def _tree(self, node: Node) -> Iterator[Node]:
+        """Yield a tensor, and all that it is made of."""
+        yield node
+        if isinstance(node, MadeRef):
+            for leaf in _leaves_of(node.made):
+                if _is_node(leaf):
+                    yield from self._tree(leaf)
+
+    def _below(self, nodes: Sequence[Node]) -> Iterator[Sequence[Node]]:
+        """Yield corresponding tensors, and those that they are made of, as far as they correspond."""
+        yield nodes
+        if self._carried(nodes) or not all(isinstance(node, MadeRef) for node in nodes):
+            return
+        with suppress(UnlikeError):
+            for column in _columns([node.made for node in nodes]):
+                if _is_node(column[0]):
+                    yield from self._below(column)
+
+    # Who mixes samples.
+
+    def _blamed(self, nodes: Sequence[Node]) -> Mixing | None:
+        """Return the innermost making whose arguments agree row by row, and whose rows do not."""
+        if not all(isinstance(node, MadeRef) for node in nodes):
+            return None
+        mades = [node.made for node in nodes]
+        with suppress(UnlikeError):
+            for column in _columns(mades):
+                if not _is_node(column[0]) or self._agree(column):
+                    continue
+                return self._blamed(column)
+        if id(mades[0].function) in self._mixing:
+            return self._mixing[id(mades[0].function)]
+        line = _line(mades[0])
+        said = (
+            f"samples are mixed in what the loop computes at {line}: compute it over the whole window's "
+            "samples, before its passes"
+        )
+        return Mixing(Culprit("beside the model", line, result.NOT_ADDITIVE), said)
+
+    def _agree(self, nodes: Sequence[Node]) -> bool:
+        own = [self._runs.value(node) for node in nodes]
+        whole = self._split(self._whole(nodes), [tuple(t.shape) for t in own])
+        return whole is not None and all(map(_close, whole, own))
+
+    def _mixes(self, node: Node, index: int, nodes: Sequence[Node]) -> str | None:
+        """Return the source of what is made of several samples of a micro-batch; None: nothing is.
+
+        Samples are exchanged, and what changes is compared, wherever that stands among the rows.
+        """
+        size = self._sizes[index]
+        if not isinstance(node, MadeRef) or size < 2 or self._picks_at_random(node):
+            return None
+        if self._drew_on_host and self._number_that_changes(nodes) is not None:
+            return None
+        shared = [x for other in nodes if other is not node for x in self._tree(other)]
+        tensors = [leaf for leaf in shared if isinstance(leaf, Tensor)]
+
+        def changed(before: Tensor, bit: int, value: int) -> Tensor:
+            """Return which numbers change if these samples do."""
+            each = torch.arange(size)
+            rows = torch.where((each >> bit) & 1 == value, each.roll(1), each)
+
+            def moved(x: Tensor) -> Tensor:
+                d = self._own_dim(x, size)
+                if d is None or any(self._same(x, leaf) for leaf in tensors):
+                    return x
+                return picked_rows(x, d, rows.to(x.device), size)
+
+            after = self._value(node, moved, {})
+            if after.shape != before.shape:
+                return torch.ones_like(before, dtype=torch.bool)
+            return (after != before) & ~(after.isnan() & before.isnan())
+
+        try:
+            before = self._value(node, lambda x: x, {})
+            if self._own_dim(before, size) is None:  # a statistic
+                one = changed(before, 0, 1) | changed(before, 0, 0)
+                return _line(node.made) if bool(one.any()) else None
+            for bit in range(
+                (size - 1).bit_length()
+            ):  # any two samples differ in a bit of their numbers
+                if bool((changed(before, bit, 1) & changed(before, bit, 0)).any()):
+                    return _line(node.made)
+        except Exception:  # an operation of the loop's may not run again
+            return None
+        return None
+
+    def _own_dim(self, tensor: Tensor, size: int) -> int | None:
+        """Return the dimension that may count the samples of one micro-batch."""
+        fitting = [d for d, n in enumerate(tensor.shape) if n and n % size == 0]
+        return self._dim if self._dim in fitting else next(iter(fitting), None)
+
+    def _value(self, node: Node, moved: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Tensor:
+        """Return a tensor as it would be made of other samples; modules put out other rows."""
+        if not isinstance(node, MadeRef):
+            return moved(node)
+        if isinstance(node.made.function, nn.Module):
+            return moved(self._runs.value(node))
+        if id(node.made) not in done:
+            leaves = [self._value(x, moved, done) if _is_node(x) else x for x in _leaves_of(node.made)]
+            done[id(node.made)] = self._runs.called(node.made, *_filled(node.made, leaves))
+        made: Tensor = done[id(node.made)][node.place]
+        return made
+
+    def _picks_at_random(self, node: Node) -> bool:
+        """Whether samples are picked, or mixed, by a random number: an augmentation, and data."""
+        for leaf in self._tree(node):
+            use = None if isinstance(leaf, MadeRef) else self._moving.all_uses.get(id(leaf))
+            if use is not None and use.drawn and (use.kept.ndim == 0 or not is_inexact(use.kept)):
+                return True
+        return False
+
+    def _number_that_changes(self, nodes: Sequence[Node]) -> str | None:
+        """Return what is to be said of a number that is another one in each micro-batch."""
+        if not all(isinstance(node, MadeRef) for node in nodes):
+            return None
+        mades = [node.made for node in nodes]
+        try:
+            columns = _columns(mades)
+        except UnlikeError:
+            return None
+        for column in columns:
+            if _is_node(column[0]):
+                said = (
+                    None
+                    if all(self._same(column[0], x) for x in column)
+                    else self._number_that_changes(column)
+                )
+                if said is None:
+                    said = self._scalar_that_changes(column, mades[0])
+                if said is not None:
+                    return said
+            elif all(type(x) is float for x in column) and len(set(column)) > 1:
+                return _said_of(column, mades[0])
+        return None
+
+    def _scalar_that_changes(self, column: Sequence[Node], made: Made) -> str | None:
+        if any(isinstance(x, MadeRef) or x.ndim or not is_inexact(x) for x in column):
+            return None
+        uses = [self._moving.all_uses.get(id(x)) for x in column]
+        values = [float(x) for x in column]
+        if len(set(values)) == 1 or any(use is not None and use.drawn for use in uses):
+            return None
+        return _said_of(values, made)
+
+
+def _said_of(values: Sequence[float], made: Made) -> str:
+    numbers = ", ".join(f"{value:.4g}" for value in values)
+    said = f"a number changes from micro-batch to micro-batch ({numbers}) at {_line(made)}, and one pass"
+    return f"{said} has one value"
+
+
+def _culprit(module: nn.Module, named: NamedModules, name: str, cause: str) -> Culprit:
+    kind = type(named.by_name[name]).__name__
+    return Culprit(f"{type(module).__name__}.{name}" if name else "beside the model", kind, cause)
+
+
+def _line(made: Made) -> str:
+    """Return the line of the loop's source that makes it."""
+    line = linecache.getline(*made.source).strip()
+    return f"`{line if len(line) <= 60 else line[:57] + '...'}`"
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, MadeRef))
+
+
+def _leaves_of(made: Made) -> list[Any]:
+    found: list[Any] = []
+    mapped(found.append, [made.args, made.kwargs])
+    return found
+
+
+def _filled(made: Made, leaves: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the arguments of a making with other leaves."""
+    given = iter(leaves)
+    args, kwargs = mapped(lambda _: next(given), [made.args, made.kwargs])
+    return args, kwargs
+
+
+def _columns(mades: Sequence[Made]) -> list[tuple[Any, ...]]:
+    """Return the corresponding leaves of several makings' arguments."""
+    every = [_leaves_of(made) for made in mades]
+    if len({len(leaves) for leaves in every}) > 1:
+        raise UnlikeError
+    columns = list(zip(*every, strict=True))
+    if any(len({_is_node(leaf) for leaf in column}) > 1 for column in columns):
+        raise UnlikeError
+    return columns
+
+
+def _wide(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    dtype = in_precision(value.dtype, torch.float64)
+    return value.to(dtype)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding, in the lower precision of the two."""
+    if one.shape != other.shape:
+        return False
+    if not is_inexact(other):
+        return torch.equal(one.to(other.dtype), other)
+    tolerance = ROUNDING.get(other.dtype, 2e-2)
+    here = torch.nan_to_num(other.detach().double())
+    gap = (torch.nan_to_num(one.detach().double()) - here).abs()
+    size = float(here.abs().max()) if here.numel() else 0.0
+    return not gap.numel() or float(gap.max()) <= tolerance * max(size, 1e-30) or math.isnan(size)
