@@ -136,20 +136,26 @@ class MadeAgain:
         if any(list(c) != sizes for c in differing):
             raise UnlikeError
         whole = [self._whole(c) for c in tensors]
-        error: Exception = UnlikeError()
-        for numbers in self._numbers(as_one):
-            given_tensors, given_numbers = iter(whole), iter(numbers)
-            given = [next(given_tensors) if _is_node(c[0]) else next(given_numbers) for c in columns]
+        first: list[Tensor] | None = None
+        ways = [(whole, numbers) for numbers in self._numbers(as_one)]
+        ways += [(places, as_one) for places in self._places(tensors, whole)]
+        for given in ways:
+            which, numbers = map(iter, given)
+            leaves = [next(which) if _is_node(c[0]) else next(numbers) for c in columns]
             try:
-                outputs = self._runs.called(mades[0], *_filled(mades[0], given))
-            except Exception as why:  # an operation may not take so many
-                error = why
+                outputs = self._runs.called(mades[0], *_filled(mades[0], leaves))
+            except Exception:  # an operation may not take so many
                 continue
-            if all(
-                self._split(out, [of[i] for of in shapes]) is not None for i, out in enumerate(outputs)
-            ):
+            rows = [self._split(out, [of[i] for of in shapes]) for i, out in enumerate(outputs)]
+            if any(row is None for row in rows):
+                continue
+            own = [[self._runs.value(MadeRef(made, i)) for made in mades] for i in range(len(rows))]
+            if all(all(map(_close, row or [], of)) for row, of in zip(rows, own, strict=True)):
                 return outputs
-        raise UnlikeError from error
+            first = first or outputs
+        if first is None:
+            raise UnlikeError
+        return first
 
     def _numbers(self, as_one: list[Any]) -> Iterator[list[Any]]:
         """Yield the numbers that an operation may take for all samples: as they are, or one grown."""
@@ -158,6 +164,17 @@ class MadeAgain:
             by, rest = divmod(number, self._sizes[0]) if type(number) is int else (0, 1)
             if by > 0 and not rest:
                 yield [*as_one[:i], by * sum(self._sizes), *as_one[i + 1 :]]
+
+    def _places(self, columns: list[tuple[Any, ...]], whole: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield the tensors with one that may hold places of samples, counted over all of them."""
+        for i, (column, joined) in enumerate(zip(columns, whole, strict=True)):
+            parts = [x for x in column if isinstance(x, Tensor) and _has_places(x)]
+            if len(parts) < len(column) or self._sample_dim([tuple(t.shape) for t in parts]) is None:
+                continue
+            if all(int(t.max()) < size for t, size in zip(parts, self._sizes, strict=True)):
+                before = [sum(self._sizes[:k]) for k in range(len(parts))]
+                counted = self._joined([t + n for t, n in zip(parts, before, strict=True)])
+                yield [*whole[:i], counted.to(joined), *whole[i + 1 :]]
 
     def _of_module(self, mades: list[Made]) -> list[Tensor]:
         """Return a module's outputs for all samples, in float64 where it mixes them."""
@@ -329,9 +346,8 @@ class MadeAgain:
         Samples are exchanged, and what changes is compared, wherever that stands among the rows.
         """
         size = self._sizes[index]
-        if not isinstance(node, MadeRef) or size < 2 or self._picks_at_random(node):
-            return None
-        if self._drew_on_host and self._number_that_changes(nodes) is not None:
+        chosen = self._chosen(nodes)
+        if not isinstance(node, MadeRef) or size < 2 or id(node.made) in chosen:
             return None
         shared = [x for other in nodes if other is not node for x in self._tree(other)]
         tensors = [leaf for leaf in shared if isinstance(leaf, Tensor)]
@@ -347,13 +363,13 @@ class MadeAgain:
                     return x
                 return picked_rows(x, d, rows.to(x.device), size)
 
-            after = self._value(node, moved, {})
+            after = self._value(node, moved, chosen, {})
             if after.shape != before.shape:
                 return torch.ones_like(before, dtype=torch.bool)
             return (after != before) & ~(after.isnan() & before.isnan())
 
         try:
-            before = self._value(node, lambda x: x, {})
+            before = self._value(node, lambda x: x, chosen, {})
             if self._own_dim(before, size) is None:  # a statistic
                 one = changed(before, 0, 1) | changed(before, 0, 0)
                 return _line(node.made) if bool(one.any()) else None
@@ -371,25 +387,46 @@ class MadeAgain:
         fitting = [d for d, n in enumerate(tensor.shape) if n and n % size == 0]
         return self._dim if self._dim in fitting else next(iter(fitting), None)
 
-    def _value(self, node: Node, moved: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Tensor:
-        """Return a tensor as it would be made of other samples; modules put out other rows."""
+    def _value(
+        self, node: Node, moved: Callable[[Tensor], Tensor], data: set[int], done: dict[int, Any]
+    ) -> Tensor:
+        """Return a tensor as it would be made of other samples; of modules, and of data, other rows."""
         if not isinstance(node, MadeRef):
             return moved(node)
-        if isinstance(node.made.function, nn.Module):
+        if isinstance(node.made.function, nn.Module) or id(node.made) in data:
             return moved(self._runs.value(node))
         if id(node.made) not in done:
-            leaves = [self._value(x, moved, done) if _is_node(x) else x for x in _leaves_of(node.made)]
+            leaves = [
+                self._value(x, moved, data, done) if _is_node(x) else x for x in _leaves_of(node.made)
+            ]
             done[id(node.made)] = self._runs.called(node.made, *_filled(node.made, leaves))
         made: Tensor = done[id(node.made)][node.place]
         return made
 
-    def _picks_at_random(self, node: Node) -> bool:
-        """Whether samples are picked, or mixed, by a random number: an augmentation, and data."""
-        for leaf in self._tree(node):
-            use = None if isinstance(leaf, MadeRef) else self._moving.all_uses.get(id(leaf))
-            if use is not None and use.drawn and (use.kept.ndim == 0 or not is_inexact(use.kept)):
-                return True
-        return False
+    def _chosen(self, nodes: Sequence[Node]) -> set[int]:
+        """Return the makings that choose at random, as augmentation does: what they make is data."""
+        found = {id(x.made) for node in nodes for x in self._tree(node) if self._chooses(x)}
+        for column in self._below(nodes) if self._drew_on_host else ():
+            if all(isinstance(node, MadeRef) for node in column):
+                mades = [node.made for node in column]
+                with suppress(UnlikeError):
+                    if any(not _is_node(c[0]) and any(x != c[0] for x in c) for c in _columns(mades)):
+                        found |= set(map(id, mades))
+        return found
+
+    def _chooses(self, node: Node) -> bool:
+        """Whether places of samples, or one number for all of them, were drawn for this."""
+
+        def drawn(leaf: Any) -> bool:
+            if isinstance(leaf, MadeRef):
+                shape, dtype = leaf.made.outputs[leaf.place]
+                return (shape == () or not is_inexact(torch.empty(0, dtype=dtype))) and self._chooses(
+                    leaf
+                )
+            use = self._moving.all_uses.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            return use is not None and use.drawn and (leaf.ndim == 0 or not is_inexact(leaf))
+
+        return isinstance(node, MadeRef) and any(map(drawn, _leaves_of(node.made)))
 
     def _number_that_changes(self, nodes: Sequence[Node]) -> str | None:
         """Return what is to be said of a number that is another one in each micro-batch."""
@@ -468,6 +505,11 @@ def _columns(mades: Sequence[Made]) -> list[tuple[Any, ...]]:
     if any(len({_is_node(leaf) for leaf in column}) > 1 for column in columns):
         raise UnlikeError
     return columns
+
+
+def _has_places(tensor: Tensor) -> bool:
+    whole = not is_inexact(tensor) and tensor.dtype != torch.bool
+    return whole and tensor.numel() > 0 and int(tensor.min()) >= 0
 
 
 def _wide(value: Any) -> Any:
