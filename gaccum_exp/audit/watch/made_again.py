@@ -29,6 +29,8 @@ from gaccum_exp.core.nesting import mapped
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 """By how much two rows may differ, relative to the largest number, where only rounding differs."""
+MOST = 1 << 22
+"""Pairs of numbers at most that are compared."""
 Node = Any
 """Tensor that something made (a `MadeRef`), or the copy of one that nothing made."""
 
@@ -343,44 +345,46 @@ class MadeAgain:
     def _mixes(self, node: Node, index: int, nodes: Sequence[Node]) -> str | None:
         """Return the source of what is made of several samples of a micro-batch; None: nothing is.
 
-        Samples are exchanged, and what changes is compared, wherever that stands among the rows.
+        Samples are exchanged, or one left out, and what changes is compared, wherever that stands.
         """
         size = self._sizes[index]
         chosen = self._chosen(nodes)
         if not isinstance(node, MadeRef) or size < 2 or id(node.made) in chosen:
             return None
-        shared = [x for other in nodes if other is not node for x in self._tree(other)]
-        tensors = [leaf for leaf in shared if isinstance(leaf, Tensor)]
+        others = [x for other in nodes if other is not node for x in self._tree(other)]
+        shared = [leaf for leaf in others if isinstance(leaf, Tensor)]
+        each = torch.arange(size)
 
-        def changed(before: Tensor, bit: int, value: int) -> Tensor:
-            """Return which numbers change if these samples do."""
-            each = torch.arange(size)
-            rows = torch.where((each >> bit) & 1 == value, each.roll(1), each)
+        def of(rows: Tensor) -> Tensor:
+            """Return what is made of these samples."""
 
             def moved(x: Tensor) -> Tensor:
                 d = self._own_dim(x, size)
-                if d is None or any(self._same(x, leaf) for leaf in tensors):
+                if d is None or any(self._same(x, leaf) for leaf in shared):
                     return x
                 return picked_rows(x, d, rows.to(x.device), size)
 
-            after = self._value(node, moved, chosen, {})
-            if after.shape != before.shape:
-                return torch.ones_like(before, dtype=torch.bool)
+            return self._value(node, moved, chosen, {})
+
+        def changed(bit: int, value: int) -> Tensor:
+            """Return which numbers change if these samples do."""
+            after = of(torch.where((each >> bit) & 1 == value, each.roll(1), each))
+            if after.shape != before.shape:  # some are picked by their values
+                return torch.zeros_like(before, dtype=torch.bool)
             return (after != before) & ~(after.isnan() & before.isnan())
 
         try:
-            before = self._value(node, lambda x: x, chosen, {})
+            before = of(each)
             if self._own_dim(before, size) is None:  # a statistic
-                one = changed(before, 0, 1) | changed(before, 0, 0)
-                return _line(node.made) if bool(one.any()) else None
-            for bit in range(
-                (size - 1).bit_length()
-            ):  # any two samples differ in a bit of their numbers
-                if bool((changed(before, bit, 1) & changed(before, bit, 0)).any()):
-                    return _line(node.made)
+                moves = bool((changed(0, 1) | changed(0, 0)).any())
+                return _line(node.made) if moves else None
+            bits = range((size - 1).bit_length())  # any two samples differ in a bit of their numbers
+            mixed = any(bool((changed(bit, 1) & changed(bit, 0)).any()) for bit in bits)
         except Exception:  # an operation of the loop's may not run again
             return None
-        return None
+        with suppress(Exception):  # of fewer samples, a count may change
+            mixed = mixed or not _among(of(each[:-1]), before)
+        return _line(node.made) if mixed else None
 
     def _own_dim(self, tensor: Tensor, size: int) -> int | None:
         """Return the dimension that may count the samples of one micro-batch."""
@@ -505,6 +509,15 @@ def _columns(mades: Sequence[Made]) -> list[tuple[Any, ...]]:
     if any(len({_is_node(leaf) for leaf in column}) > 1 for column in columns):
         raise UnlikeError
     return columns
+
+
+def _among(some: Tensor, every: Tensor) -> bool:
+    """Whether all numbers of a tensor are among another's; of many that is not looked at."""
+    if some.numel() * every.numel() > MOST:
+        return True
+    flat, known = (torch.nan_to_num(t.double()).flatten() for t in (some, every))
+    gap = (flat[:, None] - known).abs().amin(1)
+    return not gap.numel() or float(gap.max()) <= 1e-6 * max(float(known.abs().max()), 1e-30)
 
 
 def _has_places(tensor: Tensor) -> bool:

@@ -300,6 +300,11 @@ class MovingState:
         since, base, recorded = how
         targets = tensors_in(args[:1])
         before = [(version_of(t), t in self._uses) for t in targets]
+        others = tensors_in([args[1:], kwargs])
+        # What is seen for the first time is data as it comes, or an average of weights, and large.
+        recorded &= any(t in self._uses or t in self._made for t in targets) or any(
+            t in self._made for t in others
+        )
         made = self._made_by(function, args, kwargs, number, base) if recorded else None
         output = function(*args, **kwargs)
         for target, (version, used) in zip(targets, before, strict=True):

@@ -453,6 +453,18 @@ class EqualWeightsNormalised(Arithmetic):
 
 
 @kind()
+class UnequalMicroBatches(EqualWeightsNormalised):
+    """The weights of each add up to one, and it is weighed by its samples."""
+
+    def begin(self) -> None:
+        self.data[0] = tuple(each[:2] for each in self.data[0])
+
+    def loss(self, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+        share = N * len(x) / len(self.whole()[0]) if len(x) <= SAMPLES else 1.0
+        return super().loss(x, y, r) * share
+
+
+@kind()
 class NormalisedInGroups(Arithmetic):
     """Of two samples each, which no micro-batch divides."""
 
@@ -513,6 +525,31 @@ class Mixup(Augmented):
     def augmented(self, x: Tensor) -> Tensor:
         part = np.random.beta(1, 1)
         return part * x + (1 - part) * x[torch.randperm(len(x))]
+
+
+@kind()
+class MixupOfPartnersGiven(Augmented):
+    """Each micro-batch comes with the places of its samples' partners."""
+
+    def begin(self) -> None:
+        self.partners = [torch.randperm(SAMPLES) for _ in range(N)]
+
+    def augmented(self, x: Tensor) -> Tensor:
+        k = next(i for i, each in enumerate(self.data) if each[0] is x)
+        return 0.3 * x + 0.7 * x[self.partners[k]]
+
+
+@kind(result.NOT_ADDITIVE)
+class NormalisedAfterMixup(Mixup):
+    """What was mixed at random is data; what is made of that is not."""
+
+    def augmented(self, x: Tensor) -> Tensor:
+        x = super().augmented(x)
+        return (x - x.mean(0)) / x.std(0)
+
+    def large_batch(self) -> Tensor:
+        x = torch.cat([super(NormalisedAfterMixup, self).augmented(x) for x, _, _ in self.data])
+        return F.cross_entropy(self.model((x - x.mean(0)) / x.std(0)), self.whole()[1])
 
 
 @kind()
