@@ -25,7 +25,7 @@ from gaccum_exp.audit.rerun.passes import (
     Rerun,
 )
 from gaccum_exp.audit.rerun.random_replay import Draws
-from gaccum_exp.audit.result import Audit, Culprit
+from gaccum_exp.audit.result import Audit, Culprit, Mixing
 from gaccum_exp.audit.verdict import (
     REMEDIES,
     Measured,
@@ -95,7 +95,7 @@ class _Runs:
 class _State(NamedTuple):
     """A state that may be held, to see whether the gradient is the large batch's then."""
 
-    culprit: Culprit
+    culprit: Culprit | Mixing
     modules: list[nn.Module]
     owners: list[Any]
 
@@ -224,6 +224,9 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if draws.foreign:  # integers may be the numbers of other samples
         return _unsettled(rerun, audit, drew)
     moving = _moving_state(rerun, runs)
+    if isinstance(moving, Mixing):
+        blamed = replace(_blaming(rerun, audit, [moving.culprit]), remedy=moving.remedy)
+        return _still_drawing(blamed, drew)
     if moving is not None:
         times = rerun.window.moves.get(moving.type) or len(rerun.window.sizes)
         said = (
@@ -308,8 +311,9 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
     return replace(audit, cause=result.LOSS_SCALE, remedy=said)
 
 
-def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
-    """Return the module whose state carries from one pass to the next, if that is the cause."""
+def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | Mixing | None:
+    """Return what the large batch meets otherwise, if that is the cause: a state that moves, or samples
+    that are mixed beside the model."""
     window = rerun.window
 
     def settled(states: Sequence[_State], *, all_beside: bool = False) -> bool:
@@ -326,6 +330,9 @@ def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | None:
 
     states = []
     for what, owners in window.moved_beside:
+        if isinstance(what, Mixing):
+            states.append(_State(what, [], owners))
+            continue
         name = what if isinstance(what, str) else type(what).__name__
         inside = list(what.modules()) if isinstance(what, nn.Module) else []
         culprit = Culprit("beside the model", name, result.MOVING_STATE)

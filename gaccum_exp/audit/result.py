@@ -48,6 +48,14 @@ class Culprit:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixing:
+    """Where samples are mixed beside model and loss, and what to do about it."""
+
+    culprit: Culprit
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """A fault that is not in the gradient: in the schedule, the memory or the reported loss."""
 

@@ -39,7 +39,7 @@ def compare_forward(rerun: Rerun, how: Pass) -> ForwardRuns:
     sizes = rerun.window.sizes
 
     def compared() -> ForwardRuns:
-        comparison = _Comparison(sizes)
+        comparison = Comparison(sizes)
         rerun.forward(how, 0, comparison.see_shapes)
         whole = rerun.forward(how, None, comparison.see_whole)
         parts = [
@@ -73,7 +73,7 @@ class _ComparedCall:
     outputs_agree: bool = True
 
 
-class _Comparison:
+class Comparison:
     """Compares calls: one micro-batch's (shapes), then the whole pass's, then all parts'."""
 
     def __init__(self, sizes: list[int]) -> None:
@@ -82,9 +82,11 @@ class _Comparison:
         self._whole: dict[Key, _ComparedCall] = {}
 
     def see_shapes(self, call: ModuleCall) -> None:
+        """Take the shapes of a call of the first micro-batch's."""
         self._shapes[call.key] = [t.shape for t in call.inputs], [t.shape for t in call.outputs]
 
     def see_whole(self, call: ModuleCall) -> None:
+        """Take a call of the pass over all samples."""
         shapes = self._shapes.get(call.key)
         if shapes is None or [len(s) for s in shapes] != [len(call.inputs), len(call.outputs)]:
             return
@@ -106,6 +108,7 @@ class _Comparison:
         self._whole[call.key] = _ComparedCall(call.parent, call.start, inputs, outputs)
 
     def see_part(self, index: int, call: ModuleCall) -> None:
+        """Compare a call of a micro-batch with that over all samples."""
         whole = self._whole.get(call.key)
         found = [len(call.inputs), len(call.outputs)]
         if whole is None or found != [len(whole.inputs), len(whole.outputs)]:

@@ -64,7 +64,8 @@ class RerunnableWindow(Protocol):
     moves: dict[str, int]
     """How often the state of a module of this type was seen to move in the window."""
     moved_beside: list[tuple[Any, list[Any]]]
-    """What moved beside model and loss, a module or the name of a type, and what to hold for it."""
+    """What moved beside model and loss, a module or the name of a type, or what mixes samples there
+    (`Mixing`), and what to hold for it."""
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run all micro-batches forward and backward."""

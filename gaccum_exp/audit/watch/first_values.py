@@ -3,9 +3,11 @@
 They are computed when the window is judged, from what `MovingState` has noted in the loop.
 """
 
+import functools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
+from gaccum_exp.audit.result import Culprit, Mixing
+from gaccum_exp.audit.watch.made_again import MadeAgain, NotMadeAgainError, UnlikeError
 from gaccum_exp.audit.watch.moving_state import Made, MadeRef, MovingState, Use, writes
 from gaccum_exp.audit.watch.slots import same_state
+from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, made_of
+from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.nesting import mapped, tensors_in
-from gaccum_exp.core.seeding import random_state_kept, set_random_states
+from gaccum_exp.core.seeding import random_state_kept, same_host_state, set_random_states
 
 CARRIED = "a value of an earlier micro-batch enters a later one's loss"
 HIDDEN_STATE = (
@@ -40,6 +46,12 @@ class FirstValues:
     """Modules and objects, none of model's or loss's, that moved, and that a loss may run again."""
     modules: list[nn.Module] = field(default_factory=list)
     """All modules that a rerun of the window runs, and whose state moved."""
+    mixing: list[Mixing] = field(default_factory=list)
+    """Where samples are mixed beside the model."""
+    drew: list[Culprit] = field(default_factory=list)
+    """Modules beside the model that draw random numbers."""
+    not_again: list[str] = field(default_factory=list)
+    """Why something cannot be made for all samples at once, a clause each."""
     moves: dict[str, int] = field(default_factory=dict)
     """How often the state of a module or object of this type was seen to move in the window."""
 
@@ -108,6 +120,82 @@ class Replay:
         found.refused = list(dict.fromkeys([*found.refused, *self._unseen()]))
         return found
 
+    def made_again(
+        self,
+        columns: Iterable[Sequence[Any]],
+        sizes: Sequence[int],
+        dim: int,
+        found: FirstValues,
+    ) -> None:
+        """Add what the large batch would have met of all that the loop made of its samples.
+
+        Args:
+            columns: corresponding calls of the micro-batches; None where one has none.
+            sizes, dim: the samples of each micro-batch, and the dimension that counts them.
+            found: gets it.
+        """
+        every: dict[tuple[int, ...], MadeAgain] = {}
+        for column in columns:
+            there = tuple(i for i, call in enumerate(column) if call is not None)
+            calls = [column[i] for i in there]
+            if there not in every:
+                starts = [c.start for c in calls if c.start]
+                drew = not all(same_host_state(starts[0], start) for start in starts[1:])
+                own = [sizes[i] for i in there]
+                every[there] = MadeAgain(self._moving, self, own, dim, drew_on_host=drew)
+            for tensors in _corresponding_tensors(calls):
+                self._make_again(tensors, every[there], found)
+        for again in every.values():
+            found.drew += again.drew
+
+    def _make_again(self, tensors: Sequence[Tensor], again: MadeAgain, found: FirstValues) -> None:
+        uses = [self._moving.all_uses.get(id(tensor)) for tensor in tensors]
+        known = any(id(tensor) in found.values for tensor in tensors)
+        if known or any(use is None for use in uses) or all(use.ref is None for use in uses if use):
+            return
+        nodes = [
+            tensor if use is None or use.ref is None else use.ref
+            for use, tensor in zip(uses, tensors, strict=True)
+        ]
+        try:
+            others = again.rows(nodes, tensors)
+        except UnlikeError:  # they have no dimension of samples in common: data
+            return
+        except NotMadeAgainError as error:
+            found.not_again += [str(error)] if str(error) not in found.not_again else []
+            return
+        if others is None:
+            return
+        rows, why = others
+        found.values |= {id(tensor): row for tensor, row in zip(tensors, rows, strict=True)}
+        if why is None:
+            found.owners += ["Tensor"] if "Tensor" not in found.owners else []
+            found.moves.setdefault("Tensor", len(tensors))
+            found.refused = [each for each in found.refused if each != CARRIED]
+        elif why not in found.mixing:
+            found.mixing.append(why)
+
+    def value(self, node: Any) -> Tensor:
+        """Return a tensor as the loop made it, at the first values of its state."""
+        if isinstance(node, MadeRef):
+            return self._computed(node)
+        use = self._moving.all_uses.get(id(node))
+        first = None if use is None else self._moved_since(use)
+        tensor: Tensor = node if first is None else first.kept
+        return tensor
+
+    def called(self, made: Made, args: Any, kwargs: Any, around: Any = None) -> list[Tensor]:
+        """Return what is made of these arguments instead.
+
+        Of a module: in a precision, and within contexts (`around`).
+        """
+        if writes(getattr(made.function, "__name__", "")):
+            args, kwargs = mapped(lambda x: x.clone() if isinstance(x, Tensor) else x, [args, kwargs])
+        device = next((t.device.type for t in tensors_in([args, kwargs])), "cpu")
+        autocast = torch.autocast(device, made.autocast[1], enabled=made.autocast[0])
+        with torch.no_grad(), random_state_kept(), autocast:
+            return [t.detach() for t in tensors_in(self._called(made, args, kwargs, around))]
+
     def _of_own_moves(self, calls: set[Any]) -> list[str]:
         """Return the modules, run on the model's outputs, whose own moves change what they put out."""
         found = []
@@ -167,35 +255,91 @@ class Replay:
         assert ref is not None
         made = ref.made
         if id(made) not in self._done:
-            writing = writes(getattr(made.function, "__name__", ""))
 
             def leaf(x: Any) -> Any:
-                found = self._computed(x) if isinstance(x, MadeRef) else x
-                use = self._moving.all_uses.get(id(x))
-                first = None if use is None else self._moved_since(use)
-                if first is not None:
-                    found = first.kept
-                return found.clone() if writing and isinstance(found, Tensor) else found
+                return self.value(x) if isinstance(x, (Tensor, MadeRef)) else x
 
             args, kwargs = mapped(leaf, made.args), mapped(leaf, made.kwargs)
-            device = next((t.device.type for t in tensors_in([args, kwargs])), "cpu")
-            autocast = torch.autocast(device, made.autocast[1], enabled=made.autocast[0])
-            with torch.no_grad(), random_state_kept(), autocast:
-                self._done[id(made)] = [t.detach() for t in tensors_in(self._called(made, args, kwargs))]
+            self._done[id(made)] = self.called(made, args, kwargs)
         return self._done[id(made)][ref.place]
 
-    def _called(self, made: Made, args: Any, kwargs: Any) -> Any:
+    def _called(self, made: Made, args: Any, kwargs: Any, around: Any = None) -> Any:
         if not isinstance(made.function, nn.Module):
             return made.function(*args, **kwargs)
-        with sandbox(NamedModules(made.function)):
+        dtype, *contexts = around or (None,)
+        with ExitStack() as stack:
+            stack.enter_context(sandbox(NamedModules(made.function), dtype=dtype))
             for slot in self._moving.beside[id(made.function)][1]:
                 slot.put(slot.start(self._since))
             for module, training in made.training:
                 module.training = training
             set_random_states(made.start)
+            for context in ([eagerly()] if contexts else []) + contexts:
+                stack.enter_context(context)
             return made.function(*args, **kwargs)
 
 
 def _tensors_of(calls: Iterable[Any]) -> set[int]:
     """Return the identities of the tensors that these calls were given."""
     return {id(leaf) for call in calls for leaf in tensors_in(list(call.arguments.values()))}
+
+
+def _corresponding_tensors(calls: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Yield the tensors that corresponding calls met, and what their arguments come from."""
+    waiting, seen = [list(calls)], set[int]()
+    while waiting:
+        column = waiting.pop()
+        if id(column[0]) in seen:
+            continue
+        seen.add(id(column[0]))
+        every: list[list[Any]] = [[] for _ in column]
+        for leaves, call in zip(every, column, strict=True):
+            mapped(leaves.append, call.arguments)
+        if len({len(leaves) for leaves in every}) > 1:
+            continue
+        for leaf in zip(*every, strict=True):
+            if all(isinstance(x, Tensor) for x in leaf):
+                yield list(leaf)
+            elif all(isinstance(x, OutputRef) for x in leaf):
+                waiting.append([x.call for x in leaf])
+
+
+def connect(micro_batches: Sequence[TapedMicroBatch], moving: MovingState) -> None:
+    """Put on the tape what the loop makes, without a graph, of the model's outputs for a loss.
+
+    A model may hold a teacher: what comes from its outputs comes from all samples' in the one pass. What
+    is made of another micro-batch's outputs stays a copy.
+    """
+    for micro_batch in micro_batches:
+        models, done = set(micro_batch.models), dict[int, TapedCall]()
+
+        def on_tape(made: Made, order: int, done: dict[int, TapedCall] = done) -> TapedCall:
+            def leaf(x: Any) -> Any:
+                return OutputRef(on_tape(x.made, order), x.place) if isinstance(x, MadeRef) else x
+
+            if id(made) not in done:
+                arguments = {**dict(enumerate(mapped(leaf, made.args))), **mapped(leaf, made.kwargs)}
+                function = functools.partial(_without_graph, made.function)
+                call = TapedCall("between", function, arguments, order, autocast=made.autocast)
+                call.outputs = list(made.outputs)
+                call.graphs, call.marks = [False] * len(made.outputs), [None] * len(made.outputs)
+                done[id(made)] = call
+            return done[id(made)]
+
+        for call in list(made_of(micro_batch.losses)):
+            if call.kind == "model":
+                continue
+
+            def connected(x: Any, call: TapedCall = call, models: set[TapedCall] = models) -> Any:
+                use = moving.all_uses.get(id(x))
+                if use is None or use.ref is None or not use.ref.made.of_model:
+                    return x
+                taped = on_tape(use.ref.made, call.order)
+                return OutputRef(taped, use.ref.place) if taped.sources() <= models else x
+
+            call.arguments = mapped(connected, call.arguments)
+
+
+def _without_graph(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return function(*args, **kwargs)

@@ -18,13 +18,25 @@ from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
-from gaccum_exp.audit.verdict import DIVIDE_ONCE, REMEDIES, multiple, remedy_of_factor, scale_of
-from gaccum_exp.audit.watch.first_values import FirstValues, Replay
+from gaccum_exp.audit.verdict import (
+    DIVIDE_ONCE,
+    REMEDIES,
+    listed,
+    multiple,
+    remedy_of_factor,
+    scale_of,
+)
+from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
-from gaccum_exp.audit.watch.kept_features import KeptFeatures, made_of
+from gaccum_exp.audit.watch.kept_features import KeptFeatures
 from gaccum_exp.audit.watch.loop_checks import other_faults
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label
-from gaccum_exp.audit.watch.taped_window import CouplingError, TapedWindow, sample_readings
+from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label, made_of
+from gaccum_exp.audit.watch.taped_window import (
+    CouplingError,
+    TapedWindow,
+    corresponding,
+    sample_readings,
+)
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
@@ -77,6 +89,8 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
+    if seen.tape.moving is not None:
+        connect(micro_batches, seen.tape.moving)
     kept = KeptFeatures(micro_batches)
     micro_batches = kept.with_surrogates(seen.tape)
     moving = seen.tape.moving
@@ -84,10 +98,17 @@ def _under_every_reading(
     if moving is not None and micro_batches:
         ends = sorted(m.last_backward for m in every)
         replay = Replay(moving, ends, micro_batches[0].last_backward)
-        moved = replay.first_values(made_of([x for m in micro_batches for x in m.losses]))
+        moved = replay.first_values(list(made_of([x for m in micro_batches for x in m.losses])))
     layouts = sample_readings(micro_batches, dim, moved)
     if any(ignored_label(loss) is None for m in micro_batches[:1] for loss in m.losses):
         layouts += [layout.with_labels_last(least=2) for layout in layouts if layout.padded]
+    if moving is not None and micro_batches:
+        columns = [
+            c
+            for of in ("models", "losses")
+            for c in corresponding([getattr(m, of) for m in micro_batches])
+        ]
+        replay.made_again(columns, layouts[0].sizes, layouts[0].dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
     for layout in layouts:
@@ -135,6 +156,17 @@ def _under_every_reading(
 
 def _settled(audit: Audit, moved: FirstValues) -> Audit:
     """Return the audit; where a state that moved may matter and cannot be replayed, inconclusive."""
+    if moved.not_again and audit.verdict in ("identical", "equivalent", "stochastic"):
+        said = "; ".join(moved.not_again)
+        return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, detail=said)
+    if moved.drew and audit.verdict in ("identical", "equivalent"):
+        first = moved.drew[0]
+        said = f"random numbers are drawn in every pass, beside the model ({first.name}, {first.type})"
+        what = f"{said}: compare averages over seeds, or call eval() on it"
+        return replace(
+            audit, verdict="stochastic", cause=first.cause, culprit=first.name,
+            culprit_type=first.type, culprits=tuple(moved.drew), remedy=what,
+        )  # fmt: skip
     explained = audit.verdict == "biased" and audit.cause not in (result.NOT_ADDITIVE, result.UNKNOWN)
     if not moved.refused or explained:
         return audit
@@ -347,6 +379,16 @@ class _LoopWindow:
             said = ", ".join(each)
             what = f"{said}: divide it as the other terms"
             return replace(audit, cause=result.LOSS_SCALE, remedy=what)
+        if all(term.weight_changes for term in unequal) and not any(term.summed for term in unequal):
+            numbers = "; ".join(
+                f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
+            )
+            what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
+            remedy = f"{what}: change it once per optimizer step"
+            return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
+        mixing = self._window.moved.mixing
+        if mixing and not any(t.makes_up_all for t in unequal):
+            return replace(audit, cause=mixing[0].culprit.cause, remedy=mixing[0].remedy)
         said = "; ".join(term.said() for term in unequal[:3])
         every = len(set(faults)) == 1
         named = [

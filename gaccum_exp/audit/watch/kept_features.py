@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaccum_exp.audit.watch.tape import OutputRef, Tape, TapedCall, TapedMicroBatch, leaves, row_marks
+from gaccum_exp.audit.watch.tape import (
+    OutputRef,
+    Tape,
+    TapedCall,
+    TapedMicroBatch,
+    leaves,
+    made_of,
+    row_marks,
+)
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.nesting import mapped
 
@@ -136,17 +144,6 @@ class KeptFeatures:
         if not bool((nearest.values <= SAME_ROW * known.abs().max()).all()):
             return None
         return [rows[k] for k in nearest.indices.tolist()]
-
-
-def made_of(calls: Sequence[TapedCall]) -> list[TapedCall]:
-    """Return these calls and all that their arguments come from, each once."""
-    waiting, seen = list(calls), dict[TapedCall, None]()
-    while waiting:
-        call = waiting.pop()
-        if call not in seen:
-            seen[call] = None
-            waiting += [ref.call for ref in call.refs()]
-    return list(seen)
 
 
 def _depth(call: TapedCall, depths: dict[TapedCall, int]) -> int:

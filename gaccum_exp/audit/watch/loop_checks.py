@@ -79,7 +79,8 @@ def explained(audit: Audit, seen: Observations) -> Audit:
         return audit
     scales = list(dict.fromkeys(scale for _, scale in seen.loss_scales))
     of_weights = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.UNKNOWN, None)
-    if len(scales) > 1 and audit.cause in of_weights:
+    of_no_module = audit.cause == result.MOVING_STATE and audit.culprit is None
+    if len(scales) > 1 and (audit.cause in of_weights or of_no_module):
         one = len({which for which, _ in seen.loss_scales}) == 1
         what = "update the GradScaler once, after the step" if one else "scale by one GradScaler"
         listed = ", ".join(f"{scale:g}" for scale in scales[:8])

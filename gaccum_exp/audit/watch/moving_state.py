@@ -7,6 +7,7 @@ experiments: it is held, and the gradient compared. What moved is found by versi
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.watch.slots import Place, Slot, copied, places_of, same_mark, same_state
+from gaccum_exp.audit.watch.scalars import calling_frame
+from gaccum_exp.audit.watch.slots import (
+    Place,
+    Slot,
+    copied,
+    enclosed_by,
+    places_of,
+    same_mark,
+    same_state,
+)
 from gaccum_exp.core.module_state import version_of
 from gaccum_exp.core.nesting import mapped, tensors_in
 
@@ -28,6 +38,16 @@ LOADS = frozenset(
 """Operations that give a tensor new values, whatever it held: a loop may reuse one for its data."""
 
 
+DRAWS = re.compile(
+    r"rand|normal|bernoulli|multinomial|poisson|dropout|uniform|exponential|_sample_dir|_gamma"
+)
+"""What occurs in the names of operations that draw random numbers."""
+SMALL = 1 << 18
+"""Elements at most of an output of the model's that is kept for what the loop makes of it."""
+UNSEEN = frozenset(
+    {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__format__", "__repr__"}
+)
+"""Operations that make no tensor, and are frequent."""
 STARTS = 4
 """At how many places at most, where judged passes may begin, a state is kept."""
 
@@ -49,6 +69,14 @@ class Made:
     """Of a module, the modes of all modules in it."""
     start: list[Any] = field(default_factory=list)
     """Of a module, the random states before it."""
+    beside: bool = False
+    """Whether a module beside the model took part in it."""
+    of_model: bool = False
+    """Whether it is made of the model's outputs themselves; else of copies alone."""
+    outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
+    """Shape and type of each tensor that it puts out."""
+    source: tuple[str, int] = ("", 0)
+    """File and line in which the loop does it."""
 
 
 class MadeRef:
@@ -79,6 +107,8 @@ class Use:
     """Type of what it belongs to, if it is a state for sure."""
     written: bool = False
     """Whether an operation was seen to write to it since its use before."""
+    drawn: bool = False
+    """Whether an operation of the loop's drew it at random."""
 
 
 class MovingState:
@@ -87,10 +117,13 @@ class MovingState:
     Args:
         modules: of model and loss; the parameters that are stepped do not count.
         also: modules, tensors and objects with tensors that the loop uses and nothing shows.
+        loss: a function, which may hold tensors and numbers.
     """
 
-    def __init__(self, modules: NamedModules, also: Sequence[Any] = ()) -> None:
-        self.modules, self._also = modules, also
+    def __init__(self, modules: NamedModules, also: Sequence[Any] = (), loss: Any = None) -> None:
+        self.modules, self._also, self._loss = modules, also, loss
+        self.loading = 0
+        """How many data loaders are at work: what they do is data, and no arithmetic of the loop's."""
         self.slots: list[Slot] = []
         """Of model, loss and what was given besides; from the window's first call on."""
         self.beside: dict[int, tuple[nn.Module, list[Slot]]] = {}
@@ -115,6 +148,13 @@ class MovingState:
         self._carried_from: Any = WeakIdKeyDictionary()
         self._uses: Any = WeakIdKeyDictionary()
         self._written: Any = WeakIdKeyDictionary()
+        self._of_weights: Any = WeakIdKeyDictionary()
+        """What the loop takes of parameters: of no sample, and not kept."""
+        self._drawn: Any = WeakIdKeyDictionary()
+        self._filled: Any = WeakIdKeyDictionary()
+        """Tensors that are filled part by part before they are used: data."""
+        self._numbers: dict[float, MadeRef] = {}
+        """What numbers were read from, by value."""
         self.all_uses: dict[int, Use] = {}
         """By the identity of the copy."""
         self.own_moves: list[tuple[Made, list[Tensor], list[Any]]] = []
@@ -134,7 +174,9 @@ class MovingState:
             self.slots = [self._slot(*s) for m in self.modules for s in places_of(m, compared)]
             self.given = [self._slot(*s) for each in self._also for s in _places_in(each)]
             self.slots += self.given
-            self.loose += self.given
+            enclosed = [self._slot(*place) for place in enclosed_by(self._loss)]
+            self.slots += enclosed
+            self.loose += [*self.given, *enclosed]
         for slot in self.slots:
             slot.outside |= self._look(slot)
         return [(slot, copied(slot.now)) for slot in self.slots if slot.outside]
@@ -196,8 +238,9 @@ class MovingState:
         if refs and not any(moved):
             return  # its operations are on the tape
         training = [(m, m.training) for m in module.modules()]
-        made = self._made_by(module, args, kwargs, number)
-        made.training, made.start = training, start
+        made = self._made_by(module, args, kwargs, number, number)
+        made.training, made.start, made.beside = training, start, True
+        made.outputs = [(tuple(t.shape), t.dtype) for t in outputs]
         if refs:
             self.own_moves.append((made, [t.detach().clone() for t in outputs], refs))
             return
@@ -208,53 +251,172 @@ class MovingState:
         self, function: Any, args: Any, kwargs: Any, from_model: Callable[[Tensor], Any], number: float
     ) -> Any:
         """Run an operation of the loop's, and note what it made of what, and what it wrote to."""
-        if self._running:
+        name = getattr(function, "__name__", "")
+        if self._running or self.loading:
             return function(*args, **kwargs)
         tensors = tensors_in([args, kwargs])
-        known = any(t in self._made for t in tensors)
+        origins = any(map(from_model, tensors))
+        if name in UNSEEN:
+            output = function(*args, **kwargs)
+            if name in ("item", "__float__") and not origins:
+                self._note_number(output, args, number)
+            return output
+        beside = any(self._made[t].made.beside for t in tensors if t in self._made)
+        of_weights = any(isinstance(t, nn.Parameter) or t in self._of_weights for t in tensors)
+        small = not origins or all(t.numel() <= SMALL for t in tensors)
+        recorded = beside or (bool(tensors) and small and not of_weights)
         refs = [ref for t in tensors if (ref := from_model(t)) is not None]
         since = self._made_since(tensors, min((ref.call.since for ref in refs), default=math.inf))
-        name = getattr(function, "__name__", "")
-        targets = tensors_in(args[:1]) if writes(name) else []
-        versions = [version_of(t) for t in targets]
-        made = self._made_by(function, args, kwargs, number) if known else None
+        base = number if beside else since
+        if writes(name):
+            kept = recorded and (beside or not origins)
+            return self._run_writing(function, args, kwargs, number, (since, base, kept))
         output = function(*args, **kwargs)
-        for target, version in zip(targets, versions, strict=True):
-            if target in self._made and made is not None:
-                self._made[target] = MadeRef(made, 0)
-            elif version_of(target) != version and self._written.get(target) != "load":
-                mixed = known or since < math.inf
-                self._carried_from.pop(target, None)
-                self._written[target] = "load" if name in LOADS and not mixed else "update"
-                if mixed:  # what is made of it is made of this micro-batch, too
-                    self._carried_from[target] = min(since, number)
-        if targets:
-            return output
-        for place, tensor in enumerate(tensors_in(output)):
-            if any(tensor is t for t in tensors) or from_model(tensor):
+        every = tensors_in(output)
+        new = [t for t in every if not (any(t is x for x in tensors) or from_model(t))]
+        if DRAWS.search(name):
+            self._drawn.update((tensor, True) for tensor in new)
+            recorded = beside
+        if origins and any(t.requires_grad for t in new):
+            recorded = beside  # it is on the tape
+        made = None
+        if recorded and new:
+            made = self._made_by(function, args, kwargs, number, base, None if beside else from_model)
+            made.outputs = [(tuple(t.shape), t.dtype) for t in every]
+        for place, tensor in enumerate(every):
+            if not any(tensor is t for t in new):
                 continue
             if made is not None:
                 self._made[tensor] = MadeRef(made, place)
             elif since < math.inf:
                 self._carried_from[tensor] = since
+            if of_weights:
+                self._of_weights[tensor] = True
         return output
 
-    def _made_by(self, function: Any, args: Any, kwargs: Any, number: float) -> Made:
+    def _run_writing(
+        self, function: Any, args: Any, kwargs: Any, number: float, how: tuple[float, float, bool]
+    ) -> Any:
+        """Run an operation that writes to its first argument."""
+        since, base, recorded = how
+        targets = tensors_in(args[:1])
+        before = [(version_of(t), t in self._uses) for t in targets]
+        others = tensors_in([args[1:], kwargs])
+        # What is seen for the first time is data as it comes, or an average of weights, and large.
+        recorded &= any(t in self._uses or t in self._made for t in targets) or any(
+            t in self._made for t in others
+        )
+        made = self._made_by(function, args, kwargs, number, base) if recorded else None
+        output = function(*args, **kwargs)
+        for target, (version, used) in zip(targets, before, strict=True):
+            if target in self._made or version_of(target) != version:
+                self._wrote(function, args, target, made, used, since, number)
+        return output
+
+    def _wrote(
+        self,
+        function: Any,
+        args: Any,
+        target: Tensor,
+        made: Made | None,
+        used: bool,
+        since: float,
+        number: float,
+    ) -> None:
+        """Note that an operation of the loop's wrote to a tensor, and whether that is new data."""
+        name, whole = function.__name__, target
+        if target._base is not None and target._base in self._uses:
+            whole, made = target._base, None
+            used = len(self._uses[whole]) > 1  # once where the view was taken
+        uses = self._uses.get(whole, ())
+        of_itself = made is not None and self._holds([made.args[1:], made.kwargs], uses)
+        mixed = since < math.inf or of_itself or (made is not None and made.beside)
+        part = whole.numel() > target.numel()
+        part |= name == "__setitem__" and target.ndim > 0 and _is_part(args[1])
+        loads = name in LOADS and not mixed
+        if loads and part and not used:  # the loop fills it before it uses it
+            self._filled[whole] = True
+        if loads and (not part or whole in self._filled):
+            self._made.pop(whole, None)
+            self._written[whole] = "load"
+            return
+        # Of this micro-batch alone it is no state, but data that the loop works on in place.
+        data = all(_begun(use.number) == _begun(number) for use in uses)
+        data &= whole not in self._written and not since < math.inf
+        if made is not None and (target in self._made or (data and name not in LOADS)):
+            made.outputs = [(tuple(target.shape), target.dtype)]
+            self._made[target] = MadeRef(made, 0)
+            return
+        self._made.pop(whole, None)
+        if self._written.get(whole) != "load":
+            self._carried_from.pop(whole, None)
+            self._written[whole] = "update"
+            if since < math.inf:  # what is made of it is made of this micro-batch, too
+                self._carried_from[whole] = min(since, number)
+
+    def _note_number(self, value: float, args: Any, number: float) -> None:
+        """Note the tensor that a number was read from: it may be computed with."""
+        if type(value) is float and not value.is_integer() and args[0] not in self._of_weights:
+            made = self._made_by(_as_tensor, args[:1], {}, number, math.inf)
+            made.outputs = [((), torch.float64)]
+            self._numbers[value] = MadeRef(made, 0)
+
+    def _holds(self, value: Any, uses: Any) -> bool:
+        """Whether a nesting of what something is made of holds the tensor of these uses."""
+        found: list[Any] = []
+        mapped(found.append, value)
+        for leaf in found:
+            if isinstance(leaf, MadeRef):
+                if self._holds([leaf.made.args, leaf.made.kwargs], uses):
+                    return True
+            elif isinstance(leaf, Tensor):
+                use = self.all_uses.get(id(leaf))
+                if use is not None and use.uses is uses:
+                    return True
+        return False
+
+    def _made_by(
+        self,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        number: float,
+        base: float,
+        from_model: Callable[[Tensor], Any] | None = None,
+    ) -> Made:
+        """Note a making; `base` is the number of the micro-batch that it is of, where its arguments are
+        of none."""
+        of_model = False
+
         def leaf(x: Any) -> Any:
+            nonlocal of_model
             if not isinstance(x, Tensor):
-                return x
-            ref = self._made.get(x)
-            if ref is not None:
+                return self._numbers.get(x, x) if type(x) is float else x
+            ref, origin = self._made.get(x), from_model(x) if from_model else None
+            if ref is not None and (from_model or not ref.made.of_model):
+                of_model |= ref.made.of_model
                 return ref
+            if origin is not None and origin.graphless:
+                of_model = True
+                return origin
+            last = self._uses[x][-1] if x in self._uses else None
+            known = last is not None and (last.number, last.version) == (number, version_of(x))
+            if last is not None and known and last.ref is None and x not in self._written:
+                return last.kept
             kept = x.detach().clone()
             self.note(x, kept, number)
             return kept
 
-        since = self._made_since(tensors_in([args, kwargs]), number)
+        tensors = tensors_in([args, kwargs])
+        since = self._made_since(tensors, base)
+        beside = any(self._made[t].made.beside for t in tensors if t in self._made)
+        frame = calling_frame()
+        source = ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         kind = "cpu" if device is None else device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        return Made(function, mapped(leaf, args), mapped(leaf, kwargs), autocast, since)
+        given = mapped(leaf, list(args)), mapped(leaf, kwargs)
+        return Made(function, *given, autocast, since, beside=beside, source=source, of_model=of_model)
 
     def _made_since(self, tensors: Sequence[Tensor], number: float) -> float:
         """Return the number of the earliest micro-batch that these are made of, or `number`."""
@@ -274,6 +436,7 @@ class MovingState:
             self._uses[tensor] = []
         uses: list[Use] = self._uses[tensor]
         use = Use(kept, version, number, since, ref, uses, written=written is not None)
+        use.drawn = tensor in self._drawn
         if uses and uses[-1].version == version:
             use.written |= uses[-1].written
         if uses and uses[0].version != version:
@@ -308,6 +471,22 @@ class MovingState:
             for slot in self._moved:
                 stack.enter_context(slot.at(slot.start(self.judged_since)))
             yield
+
+
+def _as_tensor(tensor: Tensor) -> Tensor:
+    """Return the only number of a tensor, as wide as Python's."""
+    return tensor.detach().double().reshape(())
+
+
+def _begun(number: float) -> float:
+    """Return the number of a micro-batch; before the window's first call that is the first one's."""
+    return 0 if math.isinf(number) else number
+
+
+def _is_part(index: Any) -> bool:
+    """Whether an index may leave some of a tensor out."""
+    every = index if isinstance(index, tuple) else (index,)
+    return any(each is not Ellipsis and each is not None and each != slice(None) for each in every)
 
 
 def writes(name: str) -> bool:

@@ -1,10 +1,13 @@
 """Places that hold state: tensors, numbers and containers of modules and of other objects."""
 
 import copy
+import functools
+import inspect
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import CellType, ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from gaccum_exp.core.module_state import own_attributes, version_of
 
 STATES = (Tensor, bool, int, float, str, list, dict, deque)
 """Types of attributes that hold state."""
+MOST, LARGEST = 64, 1 << 24
+"""Entries of what a loss encloses, and elements of a tensor there, that are looked at."""
 VALUES = 512
 """Elements of a tensor that are compared where its version says that it did not move."""
 
@@ -103,6 +108,42 @@ def places_of(module: nn.Module, stepped: set[int]) -> Iterator[Place]:
     for key, value in own_attributes(module).items():
         if key != "training" and isinstance(value, STATES):
             yield module, vars(module), key, value
+
+
+class _Cell:
+    """What a function encloses, under any key."""
+
+    def __init__(self, cell: CellType) -> None:
+        self._cell = cell
+
+    def get(self, key: str) -> Any:
+        return self._cell.cell_contents
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._cell.cell_contents = value
+
+
+def enclosed_by(function: Any) -> Iterator[Place]:
+    """Yield the tensors and numbers that a loss function encloses, also in dictionaries and objects."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isfunction(function):
+        return
+    found: list[Place] = []
+    names = function.__code__.co_names
+    found += [(None, function.__globals__, n, function.__globals__.get(n)) for n in names]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not filled yet
+            held: Any = _Cell(cell)
+            found.append((None, held, name, cell.cell_contents))
+    for _, _, _, value in list(found):
+        plain = isinstance(value, (nn.Module, type, ModuleType)) or callable(value)
+        of = value if isinstance(value, dict) else {} if plain else getattr(value, "__dict__", {})
+        found += [(value, of, key, each) for key, each in list(of.items())[:MOST]]
+    for owner, registry, key, value in found:
+        state = isinstance(value, Tensor) and not value.requires_grad and value.numel() <= LARGEST
+        if state or type(value) in (int, float):
+            yield (value if owner is None else owner), registry, key, value
 
 
 def copied(value: Any) -> Any:

@@ -45,6 +45,14 @@ class OutputRef:
     def __init__(self, call: "TapedCall", place: int) -> None:
         self.call, self.place = call, place
 
+    @property
+    def graphless(self) -> bool:
+        """Whether it comes from outputs of the model's alone that never had a graph, as a teacher's."""
+        if self.call.kind == "model":
+            return not self.call.graphs[self.place]
+        refs = self.call.refs()
+        return bool(refs) and all(ref.graphless for ref in refs)
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectOf:
@@ -99,6 +107,8 @@ class TapedCall:
     """Shape and type of each tensor that it put out."""
     marks: list[Tensor | None] = field(default_factory=list)
     """A number for each row of each of them that has a graph."""
+    graphs: list[bool] = field(default_factory=list)
+    """Which of them have a graph."""
     has_graph: bool = False
     """Whether it put out a tensor with a graph."""
     left: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)
@@ -295,6 +305,7 @@ class Tape:
         return found
 
     def _add_output(self, call: TapedCall, tensor: Tensor) -> None:
+        call.graphs.append(tensor.requires_grad)
         call.has_graph |= tensor.requires_grad
         self._origins[tensor] = OutputRef(call, len(call.outputs))
         call.outputs.append((tuple(tensor.shape), tensor.dtype))
@@ -512,6 +523,17 @@ class Observations:
     """How often the closure was evaluated before in the same step, as L-BFGS does."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
+
+
+def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:
+    """Return these calls and all that their arguments come from, each once."""
+    waiting, seen = list(calls), set[TapedCall]()
+    while waiting:
+        call = waiting.pop()
+        if call not in seen:
+            seen.add(call)
+            yield call
+            waiting += [ref.call for ref in call.refs()]
 
 
 def row_marks(tensor: Tensor) -> Tensor | None:

@@ -22,10 +22,9 @@ from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.first_values import FirstValues
-from gaccum_exp.audit.watch.kept_features import made_of
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.slots import Slot
-from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, resolved
+from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, made_of, resolved
 from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, own_rows
 from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.sample_reading import sample_layouts
@@ -128,10 +127,11 @@ class TapedWindow:
         self.moves = self.moved.moves
         self.moved_beside = [(each, [each]) for each in self.moved.inside]
         self.moved_beside += [(name, [BESIDE]) for name in self.moved.owners[:1]]
+        self.moved_beside += [(each, [BESIDE]) for each in self.moved.mixing[:1]]
         self._micro_batches = micro_batches
         self._alive = alive or {}
         self._models, self._losses = (
-            [self._column(calls) for calls in _corresponding(each)]
+            [self._column(calls) for calls in corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
         )
         columns = [column for column in (*self._models, *self._losses) if not column.whole]
@@ -585,7 +585,7 @@ def sample_readings(
     return layouts + [other for layout in layouts if (other := layout.sharing_equals(given))]
 
 
-def _corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
+def corresponding(every: Sequence[list[TapedCall]]) -> list[list[TapedCall | None]]:
     """Return the calls that correspond to each other: by their order, or by where they are called."""
     if len({len(calls) for calls in every}) == 1:
         return [list(calls) for calls in zip(*every, strict=True)]

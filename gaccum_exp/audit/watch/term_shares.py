@@ -68,6 +68,19 @@ class TermShares:
             [w / m for w, m in pairs]
         )
 
+    @property
+    def weight_changes(self) -> bool:
+        """Whether micro-batches count alike, and the loop multiplies them by different numbers."""
+        even = self.counts is None or alike([n for n in self.counts if n])
+        parts = self.coefficients
+        return parts is not None and alike(parts) and even and not alike(self.weights)
+
+    @property
+    def makes_up_all(self) -> bool:
+        """Whether the micro-batches' parts add up to the large batch."""
+        parts = self.coefficients
+        return parts is not None and (self.summed or _one(sum(parts)))
+
     def said(self) -> str:
         """Return what its micro-batches count, in words."""
         assert self.coefficients is not None
@@ -79,6 +92,8 @@ class TermShares:
         per_size = [a / n for a, n in zip(amounts, self.sizes, strict=True) if n]
         if self.counts is None and alike(per_size) and not alike([float(n) for n in self.sizes if n]):
             return f"hold {listed(self.sizes)} {self.unit} in {self.name}"
+        if self.weight_changes:
+            return f"have sums that are multiplied by {listed(self.weights)} in {self.name}"
         total = sum(amounts) or 1.0
         parts = listed([float(f"{100 * a / total:.3g}") for a in amounts])
         return f"make up {parts} % of what the window counts in {self.name}"
@@ -225,14 +240,21 @@ def _coefficients(
         rerun.gradient(ONE_PASS64)
         counts, sizes, weights, accum_steps = None, sizes * 2, weights * 2, 2
     # What moves in the window is no matter of weights: here it keeps still.
-    rerun = replace(rerun, window=window.only(term).holding(None))
-    micro, whole = _at_several_weights(rerun, accum_steps, window.moved.modules)
+    held = replace(rerun, window=window.only(term).holding(None))
+    micro, whole = _at_several_weights(held, accum_steps, window.moved.modules)
     if not any(float(g.norm()) for g in whole.values()):
         return None, window.sums(window.column_of(term))
     ones, equal = [1.0] * accum_steps, [1 / accum_steps] * accum_steps
     amounts = [list(map(float, c)) for c in (counts, sizes, weights) if c is not None]
     candidates = [ones, *([n / sum(c) for n in c] for c in amounts if sum(c)), equal]
-    coefficients = fitted_coefficients(micro, whole, candidates)
+    coefficients = None
+    if window.moved.mixing:  # a weight that is counted is a matter of weights
+        moving = replace(rerun, window=window.only(term))
+        loop = _at_several_weights(moving, accum_steps, ())[0]
+        coefficients = fitted_coefficients(loop, whole, candidates)
+        micro = micro if coefficients is None else loop
+    if coefficients is None:
+        coefficients = fitted_coefficients(micro, whole, candidates)
     if coefficients is None:
         return None, window.sums(window.column_of(term))
     pairs = zip(coefficients, micro, strict=True)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
 from gaccum_exp.audit.watch.between_passes import BetweenPasses
@@ -29,6 +30,8 @@ from gaccum_exp.core.gradient import Gradient
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
+LOADING = _BaseDataLoaderIter.__next__.__code__
+"""The code by which every data loader gets its next batch."""
 
 
 class LoopTracer:
@@ -120,7 +123,13 @@ class LoopTracer:
             torch.autograd.backward.__code__: self._on_backward,
             torch.autograd.grad.__code__: self._on_backward,
             OPTIMIZER_STEP: self._on_optimizer_step,
+            LOADING: self._on_loading,
         }
+
+    def _on_loading(self, event: str, frame: FrameType, value: Any) -> None:
+        """Tell while a data loader is at work, which may run in the loop's own process."""
+        if not self.judging:
+            self.moving.loading += 1 if event == "call" else -1
 
     # Gradients, and the optimizer's step.
 

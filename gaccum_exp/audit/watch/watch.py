@@ -126,7 +126,7 @@ class watch:  # noqa: N801  # used as a function
         optimizers = _optimizers(optimizer)
         stepped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
         self._modules = self._named_modules(stepped)
-        moving = MovingState(self._modules, also)
+        moving = MovingState(self._modules, also, self._criterion)
         self._tracer = LoopTracer(
             self._model, self._criterion, optimizers, self._modules, self._reached, moving
         )
