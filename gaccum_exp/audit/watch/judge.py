@@ -72,6 +72,10 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
     except NotJoinableError as error:
         return replace(blank, detail=str(error) if dim is not None else f"{error}; or {ASKED}")
     except Exception as error:  # the user's loop must go on, whatever happens here
+        if any(call.function is torch.autograd.grad for call in seen.tape.calls):
+            why = "the loop takes a gradient for its loss, e.g. for a penalty"
+            said = f"{why}: give watch the function that computes the whole loss"
+            return replace(blank, detail=said)
         return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
 
 
