@@ -29,6 +29,7 @@ from gaccum_exp.audit.watch.slots import (
     same_mark,
     same_state,
 )
+from gaccum_exp.audit.watch.user_functions import calls_unreported
 from gaccum_exp.core.module_state import version_of
 from gaccum_exp.core.nesting import mapped, tensors_in
 
@@ -297,8 +298,10 @@ class MovingState:
             recorded = beside  # it is on the tape
         made = None
         if recorded and new:
-            made = self._made_by(function, args, kwargs, number, base, None if beside else from_model)
-            made.outputs = [(tuple(t.shape), t.dtype) for t in every]
+            with calls_unreported():  # they would take longer
+                own = None if beside else from_model
+                made = self._made_by(function, args, kwargs, number, base, own)
+                made.outputs = [(tuple(t.shape), t.dtype) for t in every]
         for place, tensor in enumerate(every):
             if not any(tensor is t for t in new):
                 continue
