@@ -5,11 +5,12 @@ They are computed when the window is judged, from what `MovingState` has noted i
 
 import functools
 import math
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,42 @@ from torch import Tensor, nn
 from gaccum_exp.audit.rerun.sandbox import NamedModules, sandbox
 from gaccum_exp.audit.result import Culprit, Mixing
 from gaccum_exp.audit.watch.made_again import MadeAgain, NotMadeAgainError, UnlikeError
-from gaccum_exp.audit.watch.moving_state import Made, MadeRef, MovingState, Use, writes
+from gaccum_exp.audit.watch.moving_state import (
+    DEEPEST,
+    Made,
+    MadeRef,
+    MovingState,
+    Use,
+    made_from,
+    writes,
+)
 from gaccum_exp.audit.watch.slots import same_state
 from gaccum_exp.audit.watch.tape import OutputRef, TapedCall, TapedMicroBatch, made_of
 from gaccum_exp.core.modes import eagerly
 from gaccum_exp.core.nesting import mapped, tensors_in
 from gaccum_exp.core.seeding import random_state_kept, same_host_state, set_random_states
 
+P = ParamSpec("P")
+T = TypeVar("T")
 CARRIED = "a value of an earlier micro-batch enters a later one's loss"
 HIDDEN_STATE = (
     "values of earlier micro-batches that the model was given (a hidden state?) are taken as they were"
 )
+
+
+def deeply(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function call itself for every making, of which many may stand one upon the other."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + 20 * DEEPEST)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.setrecursionlimit(limit)
+
+    return called
 
 
 @dataclass(slots=True)
@@ -71,6 +97,7 @@ class Replay:
         self._done: dict[int, list[Tensor]] = {}
         """What was computed again, by the identity of what makes it."""
 
+    @deeply
     def first_values(self, calls: Sequence[Any]) -> FirstValues:
         """Compute what these calls, of which the judged losses are made, would have met."""
         calls, found = list(calls), FirstValues()
@@ -120,6 +147,7 @@ class Replay:
         found.refused = list(dict.fromkeys([*found.refused, *self._unseen()]))
         return found
 
+    @deeply
     def made_again(
         self,
         columns: Iterable[Sequence[Any]],
@@ -226,14 +254,11 @@ class Replay:
         """Yield the types of the states that moved, and that a tensor was made by."""
         if ref is None:
             return
-        if id(ref.made.function) in moved:
-            yield type(ref.made.function).__name__
-        found: list[Any] = []
-        mapped(found.append, [ref.made.args, ref.made.kwargs])
-        for leaf in found:
+        for leaf in made_from(ref):
             use = self._moving.all_uses.get(id(leaf))
             if isinstance(leaf, MadeRef):
-                yield from self._movers(leaf, moved)
+                if id(leaf.made.function) in moved:
+                    yield type(leaf.made.function).__name__
             elif use is not None and self._moved_since(use) is not None:
                 yield use.owner or "Tensor"
 
@@ -304,6 +329,7 @@ def _corresponding_tensors(calls: Sequence[Any]) -> Iterator[list[Tensor]]:
                 waiting.append([x.call for x in leaf])
 
 
+@deeply
 def connect(micro_batches: Sequence[TapedMicroBatch], moving: MovingState) -> None:
     """Put on the tape what the loop makes, without a graph, of the model's outputs for a loss.
 

@@ -21,7 +21,7 @@ from gaccum_exp.audit.rerun.random_replay import Draws, DrawsAre
 from gaccum_exp.audit.rerun.random_replay import Replay as DrawsReplay
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Culprit, Mixing
-from gaccum_exp.audit.watch.moving_state import Made, MadeRef, MovingState
+from gaccum_exp.audit.watch.moving_state import Made, MadeRef, MovingState, made_from
 from gaccum_exp.core.dtypes import in_precision, is_inexact
 from gaccum_exp.core.joined_samples import picked_rows
 from gaccum_exp.core.module_calls import ModuleCall, ModuleTracer
@@ -70,6 +70,9 @@ class MadeAgain:
         self._moving, self._runs, self._sizes, self._dim = moving, runs, list(sizes), dim
         self._drew_on_host = drew_on_host
         self._done: dict[tuple[int, ...], list[Tensor]] = {}
+        self._wholes: dict[tuple[int, ...], Tensor | Exception] = {}
+        """By the identities of the nodes."""
+        self._drawn: dict[int, bool] = {}
         self._mixing: dict[int, Mixing] = {}
         """Modules that mix samples, by the identity of the module."""
         self.drew: list[Culprit] = []
@@ -100,6 +103,18 @@ class MadeAgain:
     # What all samples at once give.
 
     def _whole(self, nodes: Sequence[Node]) -> Tensor:
+        key = tuple(map(id, nodes))
+        if key not in self._wholes:
+            try:
+                self._wholes[key] = self._computed(nodes)
+            except (UnlikeError, NotMadeAgainError) as error:
+                self._wholes[key] = error
+        found = self._wholes[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _computed(self, nodes: Sequence[Node]) -> Tensor:
         first = nodes[0]
         if all(self._same(first, node) for node in nodes) or self._carried(nodes):
             return self._runs.value(first)
@@ -299,22 +314,23 @@ class MadeAgain:
         return all(any(self._same(first, x) for x in self._tree(node)) for node in nodes[1:])
 
     def _tree(self, node: Node) -> Iterator[Node]:
-        """Yield a tensor, and all that it is made of."""
-        yield node
-        if isinstance(node, MadeRef):
-            for leaf in _leaves_of(node.made):
-                if _is_node(leaf):
-                    yield from self._tree(leaf)
+        """Return a tensor, and all that it is made of."""
+        return filter(_is_node, made_from(node))
 
     def _below(self, nodes: Sequence[Node]) -> Iterator[Sequence[Node]]:
         """Yield corresponding tensors, and those that they are made of, as far as they correspond."""
-        yield nodes
-        if self._carried(nodes) or not all(isinstance(node, MadeRef) for node in nodes):
-            return
-        with suppress(UnlikeError):
-            for column in _columns([node.made for node in nodes]):
-                if _is_node(column[0]):
-                    yield from self._below(column)
+        waiting, seen = [nodes], set[tuple[int, ...]]()
+        while waiting:
+            column = waiting.pop()
+            yield column
+            if self._carried(column) or not all(isinstance(node, MadeRef) for node in column):
+                continue
+            mades = [node.made for node in column]
+            key = tuple(map(id, mades))
+            with suppress(UnlikeError):
+                if key not in seen:
+                    seen.add(key)
+                    waiting += [c for c in _columns(mades) if _is_node(c[0])]
 
     # Who mixes samples.
 
@@ -430,30 +446,27 @@ class MadeAgain:
             use = self._moving.all_uses.get(id(leaf)) if isinstance(leaf, Tensor) else None
             return use is not None and use.drawn and (leaf.ndim == 0 or not is_inexact(leaf))
 
-        return isinstance(node, MadeRef) and any(map(drawn, _leaves_of(node.made)))
+        if not isinstance(node, MadeRef):
+            return False
+        if id(node.made) not in self._drawn:
+            self._drawn[id(node.made)] = any(map(drawn, _leaves_of(node.made)))
+        return self._drawn[id(node.made)]
 
     def _number_that_changes(self, nodes: Sequence[Node]) -> str | None:
         """Return what is to be said of a number that is another one in each micro-batch."""
-        if not all(isinstance(node, MadeRef) for node in nodes):
-            return None
-        mades = [node.made for node in nodes]
-        try:
-            columns = _columns(mades)
-        except UnlikeError:
-            return None
-        for column in columns:
-            if _is_node(column[0]):
-                said = (
-                    None
-                    if all(self._same(column[0], x) for x in column)
-                    else self._number_that_changes(column)
-                )
-                if said is None:
-                    said = self._scalar_that_changes(column, mades[0])
-                if said is not None:
-                    return said
-            elif all(type(x) is float for x in column) and len(set(column)) > 1:
-                return _said_of(column, mades[0])
+        for found in self._below(nodes):
+            if not all(isinstance(node, MadeRef) for node in found):
+                continue
+            mades = [node.made for node in found]
+            with suppress(UnlikeError):
+                for column in _columns(mades):
+                    said = None
+                    if _is_node(column[0]):
+                        said = self._scalar_that_changes(column, mades[0])
+                    elif all(type(x) is float for x in column) and len(set(column)) > 1:
+                        said = _said_of(column, mades[0])
+                    if said is not None:
+                        return said
         return None
 
     def _scalar_that_changes(self, column: Sequence[Node], made: Made) -> str | None:

@@ -29,6 +29,7 @@ from gaccum_exp.audit.watch.slots import (
     same_mark,
     same_state,
 )
+from gaccum_exp.audit.watch.user_functions import calls_unreported
 from gaccum_exp.core.module_state import version_of
 from gaccum_exp.core.nesting import mapped, tensors_in
 
@@ -42,6 +43,8 @@ DRAWS = re.compile(
     r"rand|normal|bernoulli|multinomial|poisson|dropout|uniform|exponential|_sample_dir|_gamma"
 )
 """What occurs in the names of operations that draw random numbers."""
+DEEPEST = 256
+"""Makings one upon the other that are made again; what those make that stand below is data."""
 SMALL = 1 << 18
 """Elements at most of an output of the model's that is kept for what the loop makes of it."""
 UNSEEN = frozenset(
@@ -71,6 +74,8 @@ class Made:
     """Of a module, the random states before it."""
     beside: bool = False
     """Whether a module beside the model took part in it."""
+    depth: int = 1
+    """How many makings stand one upon the other."""
     of_model: bool = False
     """Whether it is made of the model's outputs themselves; else of copies alone."""
     outputs: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
@@ -86,6 +91,19 @@ class MadeRef:
 
     def __init__(self, made: Made, place: int) -> None:
         self.made, self.place = made, place
+
+
+def made_from(value: Any) -> Iterator[Any]:
+    """Yield the leaves of a nesting, and of all that these are made of, each making's once."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        found: list[Any] = []
+        mapped(found.append, waiting.pop())
+        for leaf in found:
+            yield leaf
+            if isinstance(leaf, MadeRef) and id(leaf.made) not in seen:
+                seen.add(id(leaf.made))
+                waiting.append([leaf.made.args, leaf.made.kwargs])
 
 
 @dataclass(slots=True)
@@ -281,8 +299,10 @@ class MovingState:
             recorded = beside  # it is on the tape
         made = None
         if recorded and new:
-            made = self._made_by(function, args, kwargs, number, base, None if beside else from_model)
-            made.outputs = [(tuple(t.shape), t.dtype) for t in every]
+            with calls_unreported():  # they would take longer
+                own = None if beside else from_model
+                made = self._made_by(function, args, kwargs, number, base, own)
+                made.outputs = [(tuple(t.shape), t.dtype) for t in every]
         for place, tensor in enumerate(every):
             if not any(tensor is t for t in new):
                 continue
@@ -363,16 +383,10 @@ class MovingState:
 
     def _holds(self, value: Any, uses: Any) -> bool:
         """Whether a nesting of what something is made of holds the tensor of these uses."""
-        found: list[Any] = []
-        mapped(found.append, value)
-        for leaf in found:
-            if isinstance(leaf, MadeRef):
-                if self._holds([leaf.made.args, leaf.made.kwargs], uses):
-                    return True
-            elif isinstance(leaf, Tensor):
-                use = self.all_uses.get(id(leaf))
-                if use is not None and use.uses is uses:
-                    return True
+        for leaf in made_from(value):
+            use = self.all_uses.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            if use is not None and use.uses is uses:
+                return True
         return False
 
     def _made_by(
@@ -386,14 +400,16 @@ class MovingState:
     ) -> Made:
         """Note a making; `base` is the number of the micro-batch that it is of, where its arguments are
         of none."""
-        of_model = False
+        of_model, depth = False, 0
 
         def leaf(x: Any) -> Any:
-            nonlocal of_model
+            nonlocal of_model, depth
             if not isinstance(x, Tensor):
                 return self._numbers.get(x, x) if type(x) is float else x
             ref, origin = self._made.get(x), from_model(x) if from_model else None
-            if ref is not None and (from_model or not ref.made.of_model):
+            deep = ref is not None and ref.made.depth >= DEEPEST and not ref.made.of_model
+            if ref is not None and (from_model or not ref.made.of_model) and not deep:
+                depth = max(depth, ref.made.depth)
                 of_model |= ref.made.of_model
                 return ref
             if origin is not None and origin.graphless:
@@ -416,7 +432,16 @@ class MovingState:
         kind = "cpu" if device is None else device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         given = mapped(leaf, list(args)), mapped(leaf, kwargs)
-        return Made(function, *given, autocast, since, beside=beside, source=source, of_model=of_model)
+        return Made(
+            function,
+            *given,
+            autocast,
+            since,
+            beside=beside,
+            source=source,
+            depth=depth + 1,
+            of_model=of_model,
+        )
 
     def _made_since(self, tensors: Sequence[Tensor], number: float) -> float:
         """Return the number of the earliest micro-batch that these are made of, or `number`."""
