@@ -115,7 +115,7 @@ class Replay:
                 found.refused.append("a tensor that is used again was written to, unseen")
                 continue
             if first is None and self._micro_batch(use.since) < self._micro_batch(use.number):
-                by_sample = key in to_model and use.ref is None and use.kept.ndim > 1
+                by_sample = key in to_model and use.kept.ndim > 1
                 (found.given if by_sample else found.refused).append(
                     HIDDEN_STATE if by_sample else CARRIED
                 )
