@@ -77,9 +77,15 @@ def sample_layouts(
         return [_read(parts, sizes, dim or 0, counting=False, apart=apart, label=label, guess=guess)]
     if not found:
         raise refusals[0] if refusals else NotJoinableError(_nothing_counts(parts, dim))
-    fewest, layouts = min(lacking for (lacking, *_), _ in found), list[SampleLayout]()
+    fewest: dict[bool, int] = {}  # of readings that pad, and of those that do not
+    for (lacking, *_), layout in found:
+        fewest[layout.padded] = min(lacking, fewest.get(layout.padded, lacking))
+    layouts: list[SampleLayout] = []
     for (lacking, *_), layout in sorted(found, key=lambda pair: pair[0]):
-        if lacking == fewest and all(layout.roles != other.roles for other in layouts):
+        least = fewest[layout.padded]
+        if min(fewest.values()) < least and layout.padded:
+            continue  # padding is no better where there are more tensors without samples
+        if lacking == least and all(layout.roles != other.roles for other in layouts):
             layouts.append(layout)
     return layouts
 

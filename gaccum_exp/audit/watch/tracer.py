@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.data import default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules, nothing
@@ -30,8 +32,14 @@ from gaccum_exp.core.gradient import Gradient
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
-LOADING = _BaseDataLoaderIter.__next__.__code__
-"""The code by which every data loader gets its next batch."""
+LOADING = (
+    _BaseDataLoaderIter.__next__.__code__,
+    *(
+        f.__code__
+        for f in (rnn.pack_sequence, rnn.pack_padded_sequence, rnn.pad_sequence, default_collate)
+    ),
+)
+"""The code by which every data loader gets its next batch, and samples are put into one."""
 
 
 class LoopTracer:
@@ -123,11 +131,11 @@ class LoopTracer:
             torch.autograd.backward.__code__: self._on_backward,
             torch.autograd.grad.__code__: self._on_backward,
             OPTIMIZER_STEP: self._on_optimizer_step,
-            LOADING: self._on_loading,
+            **dict.fromkeys(LOADING, self._on_loading),
         }
 
     def _on_loading(self, event: str, frame: FrameType, value: Any) -> None:
-        """Tell while a data loader is at work, which may run in the loop's own process."""
+        """Tell while a batch is made, as a data loader does that runs in the loop's own process."""
         if not self.judging:
             self.moving.loading += 1 if event == "call" else -1
 
