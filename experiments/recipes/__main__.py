@@ -30,7 +30,8 @@ def main() -> None:
         reference = large_batch(recipe)
         for step in (recipe.train_step, recipe.first_written):
             gap = error(stepped(recipe, step, sizes), reference)
-            print(f"\n  {step.__name__}: {gap:.1e} from the large batch's gradient; watch says")
+            name = getattr(step, "func", step).__name__
+            print(f"\n  {name}: {gap:.1e} from the large batch's gradient; watch says")
             print(indent(str(audited(recipe, step, sizes)), "    "))
         print()
 

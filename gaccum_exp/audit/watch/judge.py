@@ -28,7 +28,7 @@ from gaccum_exp.audit.verdict import (
 )
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
-from gaccum_exp.audit.watch.kept_features import KeptFeatures
+from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
 from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label, made_of
 from gaccum_exp.audit.watch.taped_window import (
@@ -50,14 +50,15 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
 
     It is judged where it ran; on the CPU where that has no memory left or no float64.
     """
-    micro_batches = seen.tape.micro_batches()
-    checks = other_faults(seen, micro_batches)
-    blank = Audit("inconclusive", len(micro_batches), "mean", checks=checks)
-    if not micro_batches:
-        why = "no backward pass through a loss of this model was seen before the optimizer's step"
-        return replace(blank, detail=f"{why}: is the criterion the one that the loop calls?")
-    own, host = next(iter(reached.values()), torch.empty(0)).device, torch.device("cpu")
+    blank, host = Audit("inconclusive", 0, "mean"), torch.device("cpu")
     try:
+        micro_batches = seen.tape.micro_batches()
+        checks = other_faults(seen, micro_batches)
+        blank = Audit("inconclusive", len(micro_batches), "mean", checks=checks)
+        if not micro_batches:
+            why = "no backward pass through a loss of this model was seen before the optimizer's step"
+            return replace(blank, detail=f"{why}: is the criterion the one that the loop calls?")
+        own = next(iter(reached.values()), torch.empty(0)).device
         try:
             if own.type != "mps":
                 return _under_every_reading(seen, reached, modules, dim, blank, own)
@@ -69,6 +70,8 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
     except CouplingError as error:
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
         return replace(blank, detail=f"{error}: give watch the function that computes the whole loss")
+    except UnknownLossError as error:
+        return replace(blank, detail=str(error))
     except NotJoinableError as error:
         return replace(blank, detail=str(error) if dim is not None else f"{error}; or {ASKED}")
     except Exception as error:  # the user's loop must go on, whatever happens here
@@ -120,7 +123,7 @@ def _under_every_reading(
         if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
             continue
         try:
-            taped = TapedWindow(modules, micro_batches, layout, moved, kept.alive)
+            taped = TapedWindow(modules, micro_batches, layout, moved, kept)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             audit = _settled(window.audit(), moved)
             for said in dict.fromkeys(moved.given if audit.sound else []):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
+    ParameterRef,
     Tape,
     TapedCall,
     TapedMicroBatch,
@@ -22,7 +23,6 @@ from gaccum_exp.audit.watch.tape import (
     made_of,
     row_marks,
 )
-from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.nesting import mapped
 
 SAME_ROW = 1e-5
@@ -31,6 +31,10 @@ UNKNOWN_LOSS = (
     "the loop back-propagates a gradient that it took from features without a graph, and which "
     "features those are is not seen"
 )
+
+
+class UnknownLossError(ValueError):
+    """The gradient that a loop hands on is that of a loss which is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,18 @@ class KeptFeatures:
     micro_batches: Sequence[TapedMicroBatch]
     alive: dict[TapedCall, TapedCall] = field(default_factory=dict)
     """Losses, and what they are made of, that kept features enter: the same with all these alive."""
+    whole: dict[TapedCall, TapedCall] = field(default_factory=dict)
+    """The same with parameters alive that a loss reads itself, as one micro-batch alone has them."""
     _owner: dict[TapedCall, int] = field(default_factory=dict)
     _rows: dict[tuple[int, ...], list[_Row]] = field(default_factory=dict)
     """By the shape of a row."""
 
     def __post_init__(self) -> None:
+        # A loss of kept features alone may reach parameters by itself, e.g. a temperature.
+        passes = [
+            m for m in self.micro_batches if m.models or not all(x.of_kept_features for x in m.losses)
+        ]
+        self.micro_batches = passes or self.micro_batches
         for i, micro_batch in enumerate(self.micro_batches):
             for call in made_of([*micro_batch.models, *micro_batch.losses]):
                 self._owner.setdefault(call, i)
@@ -77,7 +88,7 @@ class KeptFeatures:
         """Return the micro-batches; for surrogates, each with the loss whose gradient it was given.
 
         Raises:
-            NotJoinableError: which loss that is cannot be told.
+            UnknownLossError: which loss that is cannot be told.
         """
         taken = [call for call in tape.calls if call.kind == "loss" and call.of_kept_features]
         if not taken or any(len({_by(x) for x in m.losses}) > 1 for m in self.micro_batches):
@@ -92,7 +103,7 @@ class KeptFeatures:
         if not all(o == every for o in owners.values()) and not (
             of_one and set().union(*owners.values()) == every
         ):
-            raise NotJoinableError(UNKNOWN_LOSS)
+            raise UnknownLossError(UNKNOWN_LOSS)
         found = []
         for i, micro_batch in enumerate(self.micro_batches):
             first = micro_batch.losses[0]
@@ -107,7 +118,8 @@ class KeptFeatures:
             ]
             for loss, copied in zip(own, losses, strict=True):
                 if len(owners[loss]) > 1:
-                    self.alive[copied] = self.alive[loss]
+                    self.whole[copied] = self.alive[loss]
+                    self.alive[copied] = _of_dead_parameters(self.alive[loss]) if i else self.alive[loss]
             found.append(TapedMicroBatch(micro_batch.models, losses))
         return found
 
@@ -172,6 +184,21 @@ def _undetached(call: TapedCall) -> TapedCall:
     arguments = mapped(leaf, call.arguments)
     same = all(a is b for a, b in zip(leaves(arguments), leaves(call.arguments), strict=True))
     return call if same else replace(call, arguments=arguments)
+
+
+def _of_dead_parameters(call: TapedCall) -> TapedCall:
+    """Return the call with the parameters detached that it reads itself."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, ParameterRef):
+            made = TapedCall("between", torch.detach, {0: x}, call.order)
+            made.outputs = [(tuple(x.tensor().shape), x.tensor().dtype)]
+            return OutputRef(made, 0)
+        if isinstance(x, OutputRef) and x.call.kind != "model":
+            return OutputRef(_of_dead_parameters(x.call), x.place)
+        return x
+
+    return replace(call, arguments=mapped(leaf, call.arguments))
 
 
 def _by(loss: TapedCall) -> float:

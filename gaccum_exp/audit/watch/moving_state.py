@@ -270,7 +270,8 @@ class MovingState:
     ) -> Any:
         """Run an operation of the loop's, and note what it made of what, and what it wrote to."""
         name = getattr(function, "__name__", "")
-        if self._running or self.loading:
+        # A gradient is none of the samples' values, and cannot be taken again without its graph.
+        if self._running or self.loading or function is torch.autograd.grad:
             return function(*args, **kwargs)
         tensors = tensors_in([args, kwargs])
         origins = any(map(from_model, tensors))

@@ -22,6 +22,7 @@ from gaccum_exp.audit.rerun.passes import Cast, ForwardContext
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.first_values import FirstValues
+from gaccum_exp.audit.watch.kept_features import KeptFeatures
 from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, made_of, resolved
@@ -105,7 +106,7 @@ class TapedWindow:
         micro_batches: of the tape.
         layout: where the samples are in the arguments of each one's first call.
         moved: what moved in the window, and what the large batch would have met in its place.
-        alive: losses that take in features kept from other passes, with all of those alive.
+        kept: which losses take in features kept from other passes.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -117,9 +118,10 @@ class TapedWindow:
         micro_batches: Sequence[TapedMicroBatch],
         layout: SampleLayout,
         moved: FirstValues | None = None,
-        alive: dict[TapedCall, TapedCall] | None = None,
+        kept: KeptFeatures | None = None,
     ) -> None:
         self.modules = modules
+        self._kept_features = kept
         self.layout = layout
         self.moved = moved or FirstValues()
         """The one pass meets its values; micro-batches do where they are held."""
@@ -129,7 +131,7 @@ class TapedWindow:
         self.moved_beside += [(name, [BESIDE]) for name in self.moved.owners[:1]]
         self.moved_beside += [(each, [BESIDE]) for each in self.moved.mixing[:1]]
         self._micro_batches = micro_batches
-        self._alive = alive or {}
+        self._alive, self._whole = (kept.alive, kept.whole) if kept else ({}, {})
         self._models, self._losses = (
             [self._column(calls) for calls in corresponding(each)]
             for each in ([m.models for m in micro_batches], [m.losses for m in micro_batches])
@@ -176,7 +178,9 @@ class TapedWindow:
         """Return the window with every micro-batch twice."""
         twice = [*range(len(self.sizes))] * 2
         micro_batches = [self._micro_batches[i] for i in twice]
-        return TapedWindow(self.modules, micro_batches, self.layout.of(twice), self.moved, self._alive)
+        return TapedWindow(
+            self.modules, micro_batches, self.layout.of(twice), self.moved, self._kept_features
+        )
 
     def holding(self, owners: Holding) -> "TapedWindow":
         """Return the window in which the state of these keeps still between micro-batches."""
@@ -358,7 +362,7 @@ class TapedWindow:
 
     def _column(self, calls: list[TapedCall | None]) -> _Column:
         there = [call for call in calls if call is not None]
-        whole = [self._alive[call] for call in there if call in self._alive]
+        whole = [self._whole.get(call, self._alive[call]) for call in there if call in self._alive]
         if len(whole) == len(calls):
             return _Column(calls, None, [1] * len(calls), whole=whole)
         if len(there) == len(self._micro_batches) and there[0] is self._micro_batches[0].first:

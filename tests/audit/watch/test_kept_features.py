@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaccum_exp import accumulate_gradients
 from tests.audit.loops import stepped
 
 D = torch.float64
@@ -200,4 +201,23 @@ def test_a_target_of_the_micro_batchs_own_features_stays_without_graph() -> None
 
     found = stepped(Tower(), loss, passes, large)
     assert found.gap <= found.rounding
+    assert found.audit.sound, str(found.audit)
+
+
+def test_the_remedy_for_a_loss_that_couples_samples_is_judged_right() -> None:
+    """`strategy=cached` is the large batch, with parameters that the loss reads itself, too."""
+    views = window()
+
+    def loss_fn(model: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        a, b, _ = model(*pair)
+        return info_nce(a, b, model.scale) * len(a), len(a)
+
+    found = stepped(
+        Tower(),
+        None,
+        lambda m, _: accumulate_gradients(m, loss_fn, views, strategy="cached"),
+        lambda m: info_nce(*m(*map(torch.cat, zip(*views, strict=True)))[:2], m.scale),
+    )
+    assert found.gap <= found.rounding
+    assert found.audit.accum_steps == N
     assert found.audit.sound, str(found.audit)
