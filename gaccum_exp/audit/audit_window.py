@@ -19,6 +19,7 @@ from gaccum_exp.audit.result import (
     LOSS_SCALE,
     NOT_ADDITIVE,
     UNEQUAL_DENOMINATORS,
+    UNKNOWN,
     Audit,
 )
 from gaccum_exp.audit.verdict import listed, remedy_of_counts, scale_of
@@ -174,7 +175,9 @@ class ConfiguredWindow:
         self.moved_beside: list[tuple[Any, list[Any]]] = []
         self._micro_batches = list(micro_batches)
         label = getattr(criterion_of(loss_fn), "ignore_index", None)
-        self._layout = sample_layouts(self._micro_batches, label=label, guess=True)[0]
+        self._layout = sample_layouts(self._micro_batches, guess=True)[0]
+        if label is not None:  # which the target is padded with, after the inputs
+            self._layout = self._layout.with_labels_last(fill=label)
         self.sizes, self.differing = self._layout.sizes, self._layout.differing
         self._whole = self._layout.joined(self._micro_batches)
         self._pairs: dict[int | None, tuple[float, float, float]] = {}
@@ -299,9 +302,8 @@ class ConfiguredWindow:
             return replace(audit, remedy=said)
         # Means, each called the sum of so many: the large batch's is that of all samples.
         weighed = sum(part[0] * size for part, size in zip(parts, self.sizes, strict=True))
-        if audit.cause == NOT_ADDITIVE and math.isclose(
-            weighed / sum(self.sizes), whole[0], rel_tol=1e-9, abs_tol=1e-12
-        ):
+        means = math.isclose(weighed / sum(self.sizes), whole[0], rel_tol=1e-9, abs_tol=1e-12)
+        if means and audit.cause in (NOT_ADDITIVE, UNKNOWN) and len(set(self.sizes)) > 1:
             said = (
                 f"the loss function returns the denominator {whole[2]:.6g} for every micro-batch, and "
                 f"they hold {listed(self.sizes)} samples: return the losses' sum and what it counts"

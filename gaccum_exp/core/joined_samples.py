@@ -101,14 +101,12 @@ class SampleLayout:
         """Return the layout of some of the micro-batches."""
         return dataclasses.replace(self, sizes=[self.sizes[i] for i in which])
 
-    def with_labels_last(self, least: int = 1) -> "SampleLayout":
+    def with_labels_last(self, least: int = 1, fill: float = PADDING["label"]) -> "SampleLayout":
         """Return the layout with the last of so many integers that may be labels taken for them."""
         unknown = [r for r in leaves_of(self.roles) if isinstance(r, Along) and r.unknown]
         roles = self.roles
         if len(unknown) >= least:
-            roles = _exchanged(
-                roles, unknown[-1], dataclasses.replace(unknown[-1], fill=PADDING["label"])
-            )
+            roles = _exchanged(roles, unknown[-1], dataclasses.replace(unknown[-1], fill=fill))
         return dataclasses.replace(self, roles=roles, labels_last=True)
 
     def sharing_equals(self, parts: Sequence[Any]) -> "SampleLayout | None":

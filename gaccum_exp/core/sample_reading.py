@@ -325,7 +325,7 @@ class _Reading:
         lengths = (*longest[:dim], 0, *longest[dim + 1 :])
         integers = not is_inexact(parts[0]) and parts[0].dtype != torch.bool
         word = next((word for word in PADDING if word in name.lower()), None)
-        found: float | None = self._label if integers else None
+        found: float | None = self._label if integers and word in (None, "label") else None
         unknown = integers and found is None and word in (None, "label")
         if found is None and self._guess:
             found = _ending(parts, dim)

@@ -212,8 +212,11 @@ class LossTotal:
             self._terms = self._terms or WindowTerms(1)
             self._terms.add(counted_as(terms_of(result), counts))
         else:
-            loss, n = pair_of(result)
-            self._sum, self._denominator = self._sum + out_of_half(loss), self._denominator + n
+            self.add_pair(*pair_of(result))
+
+    def add_pair(self, loss: Tensor, denominator: Any) -> None:
+        """Add a loss sum and what it is divided by, of one model or of several models side by side."""
+        self._sum, self._denominator = self._sum + out_of_half(loss), self._denominator + denominator
 
     def loss(self) -> WindowLoss:
         """Return the loss over all of them."""

@@ -72,7 +72,10 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
             of_model = partial(_sums, state, batch)
             result, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted
-            total.add(result)
+            if over and not isinstance(result, Mapping):  # of several models at once, none is 0-dim
+                total.add_pair(*result)
+            else:
+                total.add(result)
     loss = total.loss()
     values: dict[str, float | Tensor] = {metrics.EVAL_LOSS: torch.as_tensor(loss.mean)}
     for name, term in loss.terms.items():
