@@ -424,14 +424,19 @@ class MadeAgain:
         return made
 
     def _chosen(self, nodes: Sequence[Node]) -> set[int]:
-        """Return the makings that choose at random, as augmentation does: what they make is data."""
+        """Return the makings that give data: random choices, and parts of what all of them share."""
         found = {id(x.made) for node in nodes for x in self._tree(node) if self._chooses(x)}
-        for column in self._below(nodes) if self._drew_on_host else ():
-            if all(isinstance(node, MadeRef) for node in column):
-                mades = [node.made for node in column]
-                with suppress(UnlikeError):
-                    if any(not _is_node(c[0]) and any(x != c[0] for x in c) for c in _columns(mades)):
-                        found |= set(map(id, mades))
+        for column in self._below(nodes):
+            if not all(isinstance(node, MadeRef) for node in column):
+                continue
+            mades = [node.made for node in column]
+            with suppress(UnlikeError):
+                columns = _columns(mades)
+                of_nodes = [c for c in columns if _is_node(c[0])]
+                differing = any(x != c[0] for c in columns if not _is_node(c[0]) for x in c)
+                parts = all(self._same(c[0], node) for c in of_nodes for node in c)
+                if differing and (parts or self._drew_on_host):
+                    found |= set(map(id, mades))
         return found
 
     def _chooses(self, node: Node) -> bool:

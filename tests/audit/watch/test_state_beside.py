@@ -403,6 +403,36 @@ class NormalisedInPlace(Arithmetic):
         return r
 
 
+class OfOnePool(Arithmetic):
+    """Each micro-batch has its part of one tensor, as of a buffer of roll-outs."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.pool = torch.cat([r for _, _, r in self.data])
+        self.place = 0
+
+    def part(self, size: int) -> Tensor:
+        start, self.place = self.place, (self.place + size) % len(self.pool)
+        return self.pool[start : start + size]
+
+
+@kind(result.NOT_ADDITIVE)
+class PartsNormalised(OfOnePool):
+    def values(self, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+        part = self.part(len(r))
+        return (part - part.mean()) / (part.std() + 1e-8)
+
+
+@kind()
+class PartsOfWhatIsNormalised(OfOnePool):
+    def begin(self) -> None:
+        super().begin()
+        self.pool = (self.pool - self.pool.mean()) / self.pool.std()
+
+    def values(self, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+        return self.part(len(r))
+
+
 @kind(result.NOT_ADDITIVE)
 class BetweenExtremes(Arithmetic):
     def values(self, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
