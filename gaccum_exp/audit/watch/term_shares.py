@@ -126,6 +126,8 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
             given = [w / counted for w in own]
             averages = counts is not None or bool(inside) or term.counted != 1
             meant = intended_weight(given, amounts, of_sizes, len(weights) if averages else None)
+            if (inside or term.counted != 1) and len(weights) > 1 and _one(meant / len(weights)):
+                meant = 1.0  # divided by its count, and multiplied by N for a division that never comes
             whole = counted * meant if any(own) else 0.0
             if counts is not None and alike(own) and any(own) and _one(own[0] * sum(counts)):
                 whole = 1 / sum(counts)  # whatever it is made of
@@ -147,7 +149,7 @@ def _counted(constants: Sequence[Factor], term: TermWeights, accum_steps: int) -
     numbers = [f.value for f in constants if not f.counted]
     by_n = [n for n in (*numbers, *term.numbers) if _one(n * accum_steps)]
     # A multiplication by N takes a division back, as where a trainer divides what comes to it.
-    times_n = [n for n in numbers if _one(n / accum_steps)][: len(by_n)]
+    times_n = [n for n in numbers if _one(n / accum_steps)]
     own = [f.value for f in constants if f.counted or not _one(f.value * accum_steps)]
     counted = math.prod(own) * term.literal * (term.counted or 1.0) / math.pow(accum_steps, len(times_n))
     # What is counted is whole; an N-th part of it is the average micro-batch's.
