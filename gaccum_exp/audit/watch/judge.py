@@ -96,11 +96,11 @@ def _under_every_reading(
     """
     every = seen.tape.micro_batches()
     micro_batches = _since_dropped(seen, _since_other_steps(seen, every))
-    if seen.tape.moving is not None:
-        connect(micro_batches, seen.tape.moving)
+    moving = seen.tape.moving
+    if moving is not None:
+        connect(micro_batches, moving)
     kept = KeptFeatures(micro_batches)
     micro_batches = kept.with_surrogates(seen.tape)
-    moving = seen.tape.moving
     moved = FirstValues()
     if moving is not None and micro_batches:
         ends = sorted(m.last_backward for m in every)

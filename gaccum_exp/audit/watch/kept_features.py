@@ -80,7 +80,6 @@ class KeptFeatures:
                     ref, shape = OutputRef(call, place), call.outputs[place][0][1:]
                     found = [_Row(m, ref, k, self._owner[call]) for k, m in enumerate(marks.tolist())]
                     self._rows.setdefault(shape, []).extend(found)
-
         for call in [c for c in self.alive if c.kind == "loss"]:
             self.alive[call] = _undetached(self.alive[call])
 
@@ -146,7 +145,7 @@ class KeptFeatures:
         return changed
 
     def _rows_in(self, kept: Tensor) -> list[_Row] | None:
-        """Return the rows that a tensor holds; None where some of its own are none of them."""
+        """Return the rows of passes that a tensor holds; None where it holds any other row."""
         rows = self._rows.get(tuple(kept.shape[1:]), []) if kept.ndim > 1 else []
         marks = row_marks(kept) if rows else None
         if marks is None:
