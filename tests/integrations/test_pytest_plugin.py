@@ -114,7 +114,8 @@ def test_a_strangers_test_fails_with_the_report_where_the_loop_is_not_sound(
     assert "inconclusive (N = 0, mean): no optimizer step was seen" in said
     assert "gradient is 4 × the large batch's: the loss is not divided by N" in said
     assert "optimizer step 0 of the block\nstochastic (N = 4" in said
-    assert said.count("allow it: audit_loop(..., stochastic=True)") == 1
+    failures, _ = said.split("short test summary info")  # where pytest repeats them whole under CI=true
+    assert failures.count("allow it: audit_loop(..., stochastic=True)") == 1
 
 
 def test_pytest_starts_as_fast_as_without_the_plugin(tmp_path: Path, offered: dict[str, str]) -> None:
