@@ -13,11 +13,11 @@ class TrackingError(RuntimeError):
 
 
 class StoreAwayError(TrackingError):
-    """The store does not answer, and may do so later."""
+    """The store does not answer, or not now; the same call may succeed later."""
 
 
 class RecordRefusedError(TrackingError):
-    """The store answers, and will never take this record."""
+    """The store has answered that it will never take a record; what else came with it is stored."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -258,9 +258,7 @@ class Delivery:
                 datasets = [DatasetRecord(**of) for of in record["datasets"]]
                 to.call(lambda store: store.log_datasets(run_id, datasets))
             case "file":
-                path = self.path.parent / record["path"]
-                if not path.exists():
-                    raise RecordRefusedError(f"{path} is gone")
+                path = os.path.normpath(self.path.parent / record["path"])
                 to.call(lambda store: store.log_file(run_id, path, record["name"]))
             case "experiment_tags":
                 to.call(lambda store: store.set_experiment_tags(record["tags"]))
