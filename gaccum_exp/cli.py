@@ -9,10 +9,10 @@ left: the first of 1, 3, 5, 4 that any arm earned.
 import gc
 import logging
 import os
+import platform
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp.arms import child
-from gaccum_exp.arms.context import ArmContext, Command, Launch, current_command, in_command_process
+from gaccum_exp.arms.context import ArmContext, Command, current_command, in_command_process
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -34,6 +34,7 @@ from gaccum_exp.arms.outcome import (
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
+from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
@@ -175,17 +176,22 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
+    trained = any(outcome.task == "train" for outcome in outcomes.values())
     try:
         if launch.multirun:
-            _compare(command, launch)
-        elif status == OK and earned not in (RUN_FAILED, BAD_INPUT):
+            files = child.report(launch, command.stop)
+            if files and command.journal is not None:
+                record_report(command.journal, launch.sweep_id, files)
+        elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
-            if any(outcome.task == "train" for outcome in outcomes.values()):
-                show_run(Runs(launch.tracking_uri, launch.experiment_name, launch.folder), launch.sweep_id)
+            runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
+            show_run(runs, launch.sweep_id)
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
         status = status or RUN_FAILED
+    shown = launch.sweep_id if launch.multirun and trained else None
+    say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned
 
 
@@ -193,7 +199,7 @@ def _over(folder: Path, outcome: Outcome, interrupted: str | None) -> Outcome:
     """Return how an arm ended; one that says that it runs, and whose process is dead, has failed."""
     if outcome.status != RUNNING:
         return outcome
-    if outcome.runs_here or (interrupted and outcome.host != platform.node()):
-        log.warning("%s is still running (process %s on %s)", outcome.name, outcome.process, outcome.host)
-        return outcome
-    return child.ended(folder, outcome, interrupted)
+    if not outcome.runs_here and (interrupted is None or outcome.host == platform.node()):
+        return child.ended(folder, outcome, interrupted)
+    log.warning("%s is still running (process %s on %s)", outcome.name, outcome.process, outcome.host)
+    return outcome

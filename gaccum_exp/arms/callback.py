@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
-from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, start_helper, wait_for_store
 

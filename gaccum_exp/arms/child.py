@@ -239,14 +239,15 @@ def _given(
         answer = Answer(reason=f"its process {died}")
         if len(arms) > 1 and stop.asked is None and not any(journals_below(a.folder) for a in arms):
             return True  # of what is common to them; which of them it is shows when they are alone
-    ended = answer.result or Ended()
-    if ended.apart:
+    done = answer.result or Ended()
+    if done.apart:
         return True
     stopped = answer.stopped or stop.asked
     for arm in arms:
-        outcome = ended.outcomes.get(arm.folder) or read_outcome(arm.folder) or _running(arm)
+        outcome = done.outcomes.get(arm.folder) or read_outcome(arm.folder) or _running(arm)
         if outcome.status == RUNNING or outcome.sweep_id != arm.sweep_id:
-            outcome = _end(arm, outcome, stopped, answer.reason or WITHOUT_OUTCOME)
+            why = None if stopped is None else stopped.reason
+            outcome = ended(arm.folder, outcome, why, answer.reason or WITHOUT_OUTCOME)
         elif answer.reason:
             log.warning("%s: after it had ended, %s", outcome.name, answer.reason)
         outcomes[arm.folder] = outcome
@@ -255,17 +256,24 @@ def _given(
     return False
 
 
-def _end(arm: ArmContext, running: Outcome, stopped: StoppedError | None, reason: str) -> Outcome:
-    """Write down how an arm ended that can no longer do that."""
+def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WITHOUT_OUTCOME) -> Outcome:
+    """Write down, and return, how an arm ended that can no longer do that itself.
+
+    Args:
+        folder: of the arm.
+        running: what it was.
+        stopped: why the command was ended, if it was.
+        reason: else, why the arm failed.
+    """
     status = "FAILED"
     if stopped is not None:
-        status, reason = "KILLED", stopped.reason
+        status, reason = "KILLED", stopped
     else:
         log.error("%s failed: %s", running.name, reason)
     outcome = replace(running, status=status, reason=reason, host=None, process=None)
-    _write(outcome, arm.folder)
+    _write(outcome, folder)
     try:
-        end_left(arm.folder, status, reason)
+        end_left(folder, status, reason)
     except (OSError, ValueError) as error:
         log.warning("%s: its journal could not be ended (%s)", running.name, error)
     return outcome

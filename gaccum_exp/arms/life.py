@@ -28,8 +28,8 @@ from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
-from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, telling_window
 from gaccum_exp.train.build import TrainingData, build, load

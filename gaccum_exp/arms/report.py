@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaccum_exp.arms.outcome import BAD_INPUT, OK
-from gaccum_exp.config.schema import TrackingConfig
 from gaccum_exp.arms.settle import record_report, say_where
+from gaccum_exp.config.schema import TrackingConfig
 from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
-from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.tracking.sink import kept_weights

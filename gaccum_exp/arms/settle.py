@@ -29,19 +29,19 @@ def settle(folders: Sequence[Path]) -> list[Path]:
     return shipper.finish()
 
 
-def say_where(folders: Sequence[Path], uri: str, sweep_id: str) -> None:
-    """Wait until all is delivered, and print where it is seen, or how to deliver what is left."""
-    left = settle(folders)
-    if left:
-        print("\n" + deliver_line(folders))
+def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
+    """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen."""
+    if settle(folders):
+        below = " ".join(map(str, folders))
+        print(f"\nNot in the store yet; once it is back: python -m gaccum_exp deliver {below}")
+        return
+    if sweep_id is None:
         return
     known = (Delivered.of(path) for folder in folders for path in journals_below(folder))
     experiment_id = next((d.experiment_id for d in known if d.experiment_id is not None), None)
     if experiment_id is not None:
-        print("\nCompare in MLflow:", *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id)), sep="\n")
-
-
-def deliver_line(folders: Sequence[Path]) -> str:
-    """Return the line that says how to deliver what the store has not taken."""
-    below = " ".join(map(str, folders))
-    return f"Not in the store yet; once it is back: python -m gaccum_exp deliver {below}"
+        print(
+            "\nCompare in MLflow:",
+            *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id)),
+            sep="\n",
+        )

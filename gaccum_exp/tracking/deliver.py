@@ -23,12 +23,12 @@ PATIENCE_S = 20.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `gaccum_exp deliver` with these arguments; return 0, 1 if something is left, 2 for bad input."""
+    """Run `gaccum_exp deliver`; return 0, 1 if something is left to deliver, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp deliver", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or sweeps")
     parser.add_argument("--uri", help="MLflow tracking URI (as recorded)")
     parser.add_argument("--experiment", help="(as recorded)")
-    parser.add_argument("--end-stale", action="store_true", help="end unfinished runs of other hosts, too")
+    parser.add_argument("--end-stale", action="store_true", help="end the runs of other hosts, too")
     given = parser.parse_args(arguments)
     missing = [folder for folder in given.folders if not folder.is_dir()]
     if missing:

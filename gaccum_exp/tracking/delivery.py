@@ -1,4 +1,4 @@
-"""The delivery of journals to their stores: what is in the journal is made durable, then sent, then noted.
+"""The delivery of journals to their stores: what is in one is made durable, then sent, then noted.
 
 The offset moves only after the store's answer, so whatever dies in between is sent again; every request
 is one that may be repeated.
@@ -125,7 +125,7 @@ class Delivery:
         self._said: set[str] = set()
         self.owner: Record = {}
         self.has_end = self.caught_up = False
-        """Whether the journal's end has been read, and whether there was nothing to deliver last time."""
+        """Whether its end has been read, and whether there was nothing to deliver last time."""
         self._begins = False
         self._token = ""
         start = 0
@@ -210,18 +210,14 @@ class Delivery:
         self._note(record)
         if self._to is None:
             raise BadInputError(f"{self.path}: does not say to which store it belongs")
+        if record["kind"] == "points":
+            values = _values(record)
+            while batch and batch[0][0]["kind"] == "points" and len(values) < POINTS:
+                record, end = batch.pop(0)
+                values += _values(record)
+            record = {"kind": "points", "values": values}
         try:
-            if record["kind"] == "points":
-                values = _values(record)
-                while batch and batch[0][0]["kind"] == "points" and len(values) < POINTS:
-                    record, end = batch.pop(0)
-                    values += _values(record)
-                run_id = self.delivered.run_id
-                if run_id is None:
-                    raise RecordRefusedError("points: the record of the run's beginning is damaged")
-                self._to.call(lambda store: store.log_points(run_id, values))
-            else:
-                self._deliver(record, self._to)
+            self._deliver(record, self._to)
         except RecordRefusedError as error:
             self._say(f"{self.name}: {error}")
             self.delivered.settled |= record["kind"] == "end"
@@ -229,44 +225,52 @@ class Delivery:
         return batch
 
     def _deliver(self, record: Record, to: _Attempts) -> None:
-        known, run_id = self.delivered, self.delivered.run_id
-        if record["kind"] == "end" and not self._begins:  # of a sweep without a report
+        known, kind, run_id = self.delivered, record["kind"], self.delivered.run_id
+        if kind == "store":
+            known.uri, known.experiment_name = to.uri, to.experiment_name
+            known.experiment_id = to.call(lambda store: store.experiment_id)
+        elif kind == "begin":
+            self._begin(record, to)
+        elif kind == "end" and not self._begins:  # of a sweep without a report
             known.settled = True
-            return
-        if run_id is None and record["kind"] not in ("store", "begin", "damaged"):
-            raise RecordRefusedError(f"{record['kind']}: the record of the run's beginning is damaged")
+        elif kind != "damaged":
+            if run_id is None:
+                raise RecordRefusedError(f"{kind}: the record of the run's beginning is damaged")
+            to.call(lambda store: self._write(record, store, run_id))
+            known.settled = kind == "end"
+
+    def _begin(self, record: Record, to: _Attempts) -> None:
+        known = self.delivered
+        again, known.creating = known.creating, True
+        self._save()
+        if known.run_id is None:
+            known.run_id = to.call(
+                lambda store: store.create_run(
+                    record["token"], record["name"], tags=record["tags"],
+                    start_time_ms=record["time_ms"], again=again,
+                )
+            )  # fmt: skip
+            self._save()
+        run_id = str(known.run_id)
+        to.call(lambda store: store.log_params(run_id, record["params"]))
+        to.call(lambda store: store.log_texts(run_id, record["texts"]))
+
+    def _write(self, record: Record, store: Store, run_id: str) -> None:
         match record["kind"]:
-            case "store":
-                known.uri, known.experiment_name = to.uri, to.experiment_name
-                known.experiment_id = to.call(lambda store: store.experiment_id)
-            case "begin":
-                again, known.creating = known.creating, True
-                self._save()
-                if run_id is None:
-                    known.run_id = run_id = to.call(
-                        lambda store: store.create_run(
-                            record["token"], record["name"], tags=record["tags"],
-                            start_time_ms=record["time_ms"], again=again,
-                        )
-                    )  # fmt: skip
-                    self._save()
-                to.call(lambda store: store.log_params(run_id, record["params"]))
-                to.call(lambda store: store.log_texts(run_id, record["texts"]))
+            case "points":
+                store.log_points(run_id, record["values"])
             case "tags":
-                to.call(lambda store: store.log_tags(run_id, record["tags"]))
+                store.log_tags(run_id, record["tags"])
             case "datasets":
-                datasets = [DatasetRecord(**of) for of in record["datasets"]]
-                to.call(lambda store: store.log_datasets(run_id, datasets))
+                store.log_datasets(run_id, [DatasetRecord(**of) for of in record["datasets"]])
             case "file":
                 path = os.path.normpath(self.path.parent / record["path"])
-                to.call(lambda store: store.log_file(run_id, path, record["name"]))
+                store.log_file(run_id, path, record["name"])
             case "experiment_tags":
-                to.call(lambda store: store.set_experiment_tags(record["tags"]))
+                store.set_experiment_tags(record["tags"])
             case "end":
-                status, failure, time_ms = record["status"], record["failure"], record["time_ms"]
-                to.call(lambda store: store.one_run(self._token, run_id))
-                to.call(lambda store: store.end_run(run_id, status, failure, time_ms))
-                known.settled = True
+                store.one_run(self._token, run_id)
+                store.end_run(run_id, record["status"], record["failure"], record["time_ms"])
 
     def end_if_dead(self, *, stale: bool = False) -> bool:
         """End the run as KILLED whose process is dead; return whether there is an end now."""
@@ -298,7 +302,7 @@ class Delivery:
             self._saved = Delivered(**{f: getattr(self.delivered, f) for f in Delivered.__slots__})
 
     def _read(self, start: int, until: str | None = None) -> list[tuple[Record, int]]:
-        """Return whole records from an offset on, each with the offset of its end: some, if there are."""
+        """Return some whole records from an offset on, each with the offset of its end."""
         found: list[tuple[Record, int]] = []
         with suppress(OSError):
             if os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino:  # it was written anew
@@ -316,7 +320,8 @@ class Delivery:
             record = decoded(line)
             if record is None:
                 if line and not until:
-                    self._say(f"{self.path}: the record at byte {start - len(line) - 1} is damaged and left out")
+                    at = start - len(line) - 1
+                    self._say(f"{self.path}: the record at byte {at} is damaged and left out")
                 record = {"kind": "damaged"}
             found.append((record, start))
             if record["kind"] == until:

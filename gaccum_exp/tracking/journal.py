@@ -67,9 +67,7 @@ class Journal:
                 break
             number += 1
         journal = cls(path, lock)
-        journal.append(
-            "store", uri=uri, experiment_name=experiment_name, folder=os.getcwd(), **owner()
-        )
+        journal.append("store", uri=uri, experiment_name=experiment_name, folder=os.getcwd(), **owner())
         return journal
 
     def begin(
@@ -134,9 +132,7 @@ class Journal:
     def _write_anew(self) -> None:
         """Write the whole journal again, whose folder was removed meanwhile."""
         size = os.fstat(self._file).st_size
-        text = b"".join(
-            os.pread(self._file, 1 << 20, start) for start in range(0, size, 1 << 20)
-        )
+        text = b"".join(os.pread(self._file, 1 << 20, start) for start in range(0, size, 1 << 20))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock.create(self.path.with_suffix(".lock"))
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
@@ -238,7 +234,9 @@ def end_if_dead(path: Path, status: str, failure: str, *, stale: bool = False) -
         if of.get("host") != platform.node() and not stale:
             return False
         with open(path, "r+b", buffering=0) as file:
-            whole = not file.seek(0, os.SEEK_END) or not file.seek(-1, os.SEEK_END) or file.read(1) == b"\n"
+            whole = (
+                not file.seek(0, os.SEEK_END) or not file.seek(-1, os.SEEK_END) or file.read(1) == b"\n"
+            )
             file.seek(0, os.SEEK_END)
             end = {"kind": "end", "status": status, "failure": failure, "time_ms": now_ms()}
             file.write((b"" if whole else b"\n") + encoded(end))

@@ -252,7 +252,7 @@ def _let_go() -> None:
 
 def _forget() -> None:
     """Let go in a forked process, which must not keep its parent's connection alive."""
-    global _deliveries  # noqa: PLW0603  # another process's now
+    global _deliveries  # another process's now
     _let_go_of = _deliveries._client
     if _let_go_of is not None:
         _let_go_of.close()

@@ -63,7 +63,11 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     records, notes = read_journal(journal.path)
     assert [value["train/loss"].hex() for _, _, value in points_in(records)] == [v.hex() for v in values]
     assert records[-2]["tags"] == {"cause": "é 梯度 \udc80\n"}
-    assert [record["kind"] for record in (records[0], records[1], records[-1])] == ["store", "begin", "end"]
+    assert [record["kind"] for record in (records[0], records[1], records[-1])] == [
+        "store",
+        "begin",
+        "end",
+    ]
     assert notes == []
 
 
@@ -121,7 +125,11 @@ def test_a_run_whose_process_was_killed_is_dead_and_one_that_lives_is_not(tmp_pa
         os.killpg(training.pid, signal.SIGKILL)
         training.communicate()
     (run,) = Journals(tmp_path).sweep("a", ["train/loss"])
-    assert (run.status, run.tags["failure"], run.curves["train/loss"].values) == ("KILLED", "gone", (0.5,))
+    assert (run.status, run.tags["failure"], run.curves["train/loss"].values) == (
+        "KILLED",
+        "gone",
+        (0.5,),
+    )
 
 
 def test_a_run_of_this_process_is_alive_until_it_is_closed(tmp_path: Path) -> None:
