@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
@@ -50,7 +49,7 @@ class Surroundings:
     environment: dict[str, str]
     path: list[str]
     """Where modules are imported from."""
-    hydra: DictConfig | None
+    hydra: Any
     """Hydra's own configuration of the job, which sets up its logging."""
     helper: str | None
     """Where the process that delivers to the store listens."""
@@ -223,7 +222,11 @@ _stopped: dict[str, StoppedError] = {}
 
 
 def _given(
-    job: ArmContext, arms: list[ArmContext], stop: Stop, outcomes: dict[Path, Outcome], helper: str | None
+    job: ArmContext,
+    arms: list[ArmContext],
+    stop: Stop,
+    outcomes: dict[Path, Outcome],
+    helper: str | None,
 ) -> bool:
     """Have a job done; return whether its arms are to be run one by one."""
 
@@ -353,10 +356,10 @@ def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> A
 def pass_on(launch: Launch, number: int) -> None:
     """Pass a signal on to the arms that other processes of this host run; wait until they have ended."""
     os.write(2, f"gaccum_exp: {of_signal(number)}: {NOTICE}\n".encode())
-    until, asked = time.monotonic() + PATIENCE_S, set()
+    until, asked = time.monotonic() + PATIENCE_S, set[int]()
     while time.monotonic() < until:
         outcomes = read_outcomes(launch.folder, launch.sweep_id).values()
-        running = {outcome.process for outcome in outcomes if outcome.runs_here}
+        running = {outcome.process or 0 for outcome in outcomes if outcome.runs_here}
         for process in running - asked:
             with contextlib.suppress(OSError):
                 os.kill(process, number)

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 @contextmanager
 def process_restored() -> Iterator[None]:
-    """Put back what a command or an arm changes of the process, torch's settings and Hydra's singletons too."""
+    """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
     argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -47,7 +48,8 @@ def serve(descriptor: int) -> None:
         signal.signal(signal.SIGCHLD, heard)
         try:
             answer = server.answer(request)
-        except BaseException as error:  # on the way out; what there is of an outcome is in its file
+        except BaseException as error:  # what there is of an outcome is in its file
+            traceback.print_exc()
             answer = Answer(reason=f"{type(error).__name__}: {first_line(error)}", spent=True)
         heard = silence_workers()
         with suppress(OSError):
@@ -111,18 +113,20 @@ class _Server:
             self._stop = stop
             self._waiting -= 1
             self.connection.send("begun")
-            stopped = None
+            result = reason = stopped = None
             try:
                 subject, surroundings = pickle.loads(given)
                 _enter(surroundings)
                 result = _DONE[what](subject, stop)
             except StoppedError as error:
-                result, stopped = None, error
+                stopped = error
+            except (BadInputError, TrackingError) as error:
+                reason = first_line(error)
             finally:
                 self._stop = None
                 _flush()
         left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-        return Answer(result, stopped=stopped or stop.asked, spent=bool(left))
+        return Answer(result, reason, stopped=stopped or stop.asked, spent=bool(left))
 
     @contextmanager
     def _spoken_to(self, streams: list[int]) -> Iterator[None]:

@@ -35,9 +35,7 @@ class Evaluation(Hook):
         over: as `evaluate` has it; `stop` as well.
     """
 
-    def __init__(
-        self, sink: Sink, of: TrainState, over: Over | None = None, stop: Stop = NEVER
-    ) -> None:
+    def __init__(self, sink: Sink, of: TrainState, over: Over | None = None, stop: Stop = NEVER) -> None:
         self._sink, self._of, self._over, self._stop = sink, of, over, stop
 
     def after(self, state: Any, window: Any, values: Values) -> None:

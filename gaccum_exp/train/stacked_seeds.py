@@ -182,7 +182,7 @@ class End:
 def train_stacked(
     state: StackedState, sinks: Sequence[Sink], progress: Progress, stop: Stop = NEVER
 ) -> list[End]:
-    """Train to the end, unless it is stopped before a window; what is measured of a seed goes to its sink.
+    """Train to the end, or until it is stopped; what is measured of a seed goes to its sink.
 
     Returns:
         How each seed ended: one whose loss is not finite has its curve up to there delivered.

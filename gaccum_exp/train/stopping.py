@@ -85,7 +85,7 @@ class Stop:
         self.asked = None
 
     def tell(self, asked: StoppedError) -> None:
-        """Ask from another thread than the main one. With a signal that means the same it counts once."""
+        """Ask, from another thread than the main one; with a signal that says the same: once."""
         self._told = asked
         number, main = next(iter(self._handlers), None), threading.main_thread().ident
         if number is None or main is None:
@@ -165,12 +165,12 @@ def listening() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in stop._handlers.items():
-            signal.signal(number, handler)
+        for installed, handler in stop._handlers.items():
+            signal.signal(installed, handler)
 
 
 def silence_workers() -> Any:
-    """Let no dead data worker be heard of, and return what did: torch raises that inside whatever runs."""
+    """Let no dead data worker be heard of, which torch raises inside anything; return what heard."""
     while threading.current_thread() is threading.main_thread():
         try:
             return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
