@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp.arms import child
-from gaccum_exp.arms.context import ArmContext, Command, current_command, in_command_process
+from gaccum_exp.arms.context import ArmContext, Command, command_here, current_command
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -129,7 +129,8 @@ def _place(argument: str) -> int:
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
 def task(cfg: DictConfig) -> float | None:
     """Run one job; what it returns is for sweepers that minimise something."""
-    job, command = HydraConfig.get(), current_command.get()
+    # Launchers pickle this function with the names that it uses, and a context variable cannot be.
+    job, command = HydraConfig.get(), command_here()
     swept = job.callbacks.get("sweep", {})
     context = ArmContext(
         config=cfg,
@@ -138,7 +139,7 @@ def task(cfg: DictConfig) -> float | None:
         choices=dict(job.runtime.choices),
         swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,
-        owns_terminal=in_command_process(),
+        owns_terminal=command is not None,
     )
     if context.multirun:
         if command is not None:
@@ -169,19 +170,17 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
     if not outcomes:
-        if command.journal is not None:
-            command.journal.close()
+        _end_journal(command, [])
         if status == OK and launch.multirun:
             print("gaccum_exp: nothing was run: what the sweep varies has no value", file=sys.stderr)
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
     trained = any(outcome.task == "train" for outcome in outcomes.values())
+    files: list[Path] = []
     try:
         if launch.multirun:
             files = child.report(launch, command.stop)
-            if files and command.journal is not None:
-                record_report(command.journal, launch.sweep_id, files)
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -190,9 +189,24 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
         status = status or RUN_FAILED
+    finally:
+        _end_journal(command, files)
     shown = launch.sweep_id if launch.multirun and trained else None
     say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned
+
+
+def _end_journal(command: Command, files: Sequence[Path]) -> None:
+    """Record a sweep's report, if there is one."""
+    if command.journal is None or command.launch is None:
+        return
+    try:
+        if files:
+            record_report(command.journal, command.launch.sweep_id, files)
+        else:
+            command.journal.end("FINISHED")
+    except TrackingError as error:
+        print(f"gaccum_exp: the report is not recorded: {error}", file=sys.stderr)
 
 
 def _over(folder: Path, outcome: Outcome, interrupted: str | None) -> Outcome:
