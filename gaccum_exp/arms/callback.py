@@ -138,6 +138,6 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
 def _have_left_runs_delivered(config: DictConfig) -> None:
     """Have the helper deliver, and end, what commands have left that were killed or had no store."""
     for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
-        # Only where commands have folders of their own, side by side: no search through a home directory.
+        # Only where commands have folders of their own side by side: no search through a home.
         if str(config.sweep_id) in folder.name and folder.parent.is_dir():
             announce(folder.parent.absolute())
