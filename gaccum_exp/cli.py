@@ -13,6 +13,7 @@ import platform
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -34,11 +35,10 @@ from gaccum_exp.arms.outcome import (
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
-from gaccum_exp.arms.settle import record_report, say_where
+from gaccum_exp.arms.settle import close_without_report, record_report, say_where
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
-from gaccum_exp.tracking import shipper
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -142,13 +142,9 @@ def task(cfg: DictConfig) -> float | None:
         owns_terminal=command is not None,
     )
     if context.multirun:
-        if command is not None:
-            child.run_job(context, command.stop, command.outcomes, shipper.helper_address())
-            outcomes = command.outcomes
-        else:  # a launcher's process
-            outcomes = {}
-            with listening() as stop:
-                child.run_job(context, stop, outcomes, swept.get("helper"))
+        outcomes = {} if command is None else command.outcomes
+        with listening() if command is None else nullcontext(command.stop) as stop:
+            child.run_job(context, stop, outcomes, swept.get("helper"))
         # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
         return outcomes[context.folder].objective if context.folder in outcomes else None
     try:
@@ -204,7 +200,7 @@ def _end_journal(command: Command, files: Sequence[Path]) -> None:
         if files:
             record_report(command.journal, command.launch.sweep_id, files)
         else:
-            command.journal.end("FINISHED")
+            close_without_report(command.journal)
     except TrackingError as error:
         print(f"gaccum_exp: the report is not recorded: {error}", file=sys.stderr)
 
