@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
 
@@ -50,7 +51,7 @@ class Surroundings:
     path: list[str]
     """Where modules are imported from."""
     hydra: Any
-    """Hydra's own configuration of the job, which sets up its logging."""
+    """The job's configuration with Hydra's own, which sets up logging, as plain containers."""
     helper: str | None
     """Where the process that delivers to the store listens."""
 
@@ -242,6 +243,8 @@ def _given(
         answer = Answer(reason=f"its process {died}")
         if len(arms) > 1 and stop.asked is None and not any(journals_below(a.folder) for a in arms):
             return True  # of what is common to them; which of them it is shows when they are alone
+    except Exception as error:  # it cannot be sent
+        answer = Answer(reason=f"{type(error).__name__}: {first_line(error)}")
     done = answer.result or Ended()
     if done.apart:
         return True
@@ -370,7 +373,9 @@ def pass_on(launch: Launch, number: int) -> None:
 
 
 def _surroundings(helper: str | None) -> Surroundings:
-    hydra = HydraConfig.instance().cfg
+    hydra: Any = HydraConfig.instance().cfg
+    if hydra is not None:  # as it is it cannot be pickled where a plugin has classes of its own in it
+        hydra = OmegaConf.to_container(hydra)
     return Surroundings(os.getcwd(), dict(os.environ), list(sys.path), hydra, helper)
 
 
