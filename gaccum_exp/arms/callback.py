@@ -25,7 +25,7 @@ from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.journal import Journal
-from gaccum_exp.tracking.shipper import announce, start_helper, wait_for_store
+from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
 from gaccum_exp.tracking.store_uri import experiment_name, tracking_uri
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class SweepStart(Callback):
     """Notes where a run or a sweep writes and records, and prepares what its arms share."""
 
-    def __init__(self, swept_keys: Sequence[str] = ()) -> None:
+    def __init__(self) -> None:
         self._pinned: list[str] = []
         """Overrides that every job of a sweep is given besides its own."""
 
@@ -56,6 +56,7 @@ class SweepStart(Callback):
         self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config, swept)]
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.swept_keys=[{listed}]")
+            config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.helper='{helper_address()}'")
             config.hydra.overrides.hydra.extend(self._pinned)
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if config.sweep.vectorize == "seed":
@@ -190,6 +191,6 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
 def _have_left_runs_delivered(config: DictConfig) -> None:
     """Have the helper deliver, and end, what commands have left that were killed or had no store."""
     for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
-        # Only where commands have folders of their own, side by side: a home directory is not searched.
+        # Only where commands have folders of their own side by side: no search through a home.
         if str(config.sweep_id) in folder.name and folder.parent.is_dir():
             announce(folder.parent.absolute())
