@@ -6,12 +6,14 @@ runs in the store.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -21,37 +23,88 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
+from gaccum_exp.tracking.store_uri import experiment_name, tracking_uri
 
 log = logging.getLogger(__name__)
 
 
 class SweepStart(Callback):
-    """Notes where a run or a sweep writes, and prepares what its arms share."""
+    """Notes where a run or a sweep writes and records, and prepares what its arms share."""
+
+    def __init__(self) -> None:
+        self._pinned: list[str] = []
+        """Overrides that every job of a sweep is given besides its own."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a single run, and start the process that will record it."""
+        _decide_where(config, [])
         _note_launch(config, Path(config.hydra.run.dir), multirun=False)
         start_helper()
         _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
-        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         overrides = _parsed([*config.hydra.overrides.task, *_configured_overrides(config)])
-        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
-        # An override of Hydra's own block reaches every job, whatever process or host a launcher runs it
-        # on, and is not among the overrides that name and record an arm.
-        listed = ",".join(f"'{key.lstrip('+')}'" for key in swept)
+        swept = [o for o in overrides if o.is_sweep_override()]
+        # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
+        # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
+        # taken from them again when the job starts.
+        listed = ",".join(f"'{o.get_key_element().lstrip('+')}'" for o in swept)
+        self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config, swept)]
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.swept_keys=[{listed}]")
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.helper='{helper_address()}'")
+            config.hydra.overrides.hydra.extend(self._pinned)
+        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
         if _first_arm_composes(config, kwargs["config_name"]):
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _have_left_runs_delivered(config)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leave a job's own overrides, which are what it differs in."""
+        job: Any = HydraConfig.instance().cfg
+        with read_write(job.hydra):
+            task = job.hydra.overrides.task
+            job.hydra.overrides.task = [line for line in task if line not in self._pinned]
+
+
+def _decide_where(config: DictConfig, swept: Sequence[Override]) -> list[str]:
+    """Decide which store and experiment are meant where nothing says so; return this as overrides.
+
+    A password is refused, also one that is swept, before Hydra writes a file with it.
+    """
+    to, decided = config.tracking, []
+    try:
+        given = [value for o in swept if o.key_or_group == "tracking.uri" for value in _values_of(o)]
+        for uri in given:
+            tracking_uri(uri.strip("'\""))
+        meant = {"uri": tracking_uri(to.uri), "experiment_name": experiment_name(to.experiment_name)}
+    except BadInputError as error:
+        print(f"gaccum_exp: {error}", file=sys.stderr)
+        # The one exception that Hydra does not turn into a warning here.
+        raise SystemExit(BAD_INPUT) from None
+    for key, value in meant.items():
+        if to[key] is None:
+            decided.append(f"tracking.{key}={_quoted(value)}")
+    with read_write(to):
+        to.update(meant)
+    print(f"gaccum_exp: store {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
+    return decided
+
+
+def _values_of(override: Override) -> list[str]:
+    return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra's overrides have it."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+    return f"'{escaped}'"
 
 
 def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:

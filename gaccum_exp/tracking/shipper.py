@@ -262,6 +262,8 @@ def _let_go() -> None:
     client = _deliveries._client
     if client is not None and client.pid == os.getpid():
         client.close()
+        if client._process is not None:
+            client._process.returncode = 0  # it may outlive this process, which is no oversight
 
 
 def _forget() -> None:
