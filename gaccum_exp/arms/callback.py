@@ -15,7 +15,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
@@ -159,7 +159,7 @@ def _first_arm_composes(config: DictConfig, config_name: str | None) -> bool:
     for override in _parsed(config.hydra.overrides.task):
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))
-        elif override.is_choice_sweep():
+        elif override.is_choice_sweep() and not isinstance(override.value(), Glob):
             first = next(iter(override.sweep_string_iterator()))
             overrides.append(f"{override.get_key_element()}={first}")
     try:
