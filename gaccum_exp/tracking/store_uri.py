@@ -5,20 +5,12 @@ recorded with every run and shown: the programs that connect have variables and 
 """
 
 import os
-import re
 from urllib.parse import urlsplit
 
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, hide_passwords
 
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_URI, DEFAULT_EXPERIMENT = "sqlite:///mlflow.db", "gaccum_exp"
-SECRETS = (
-    # Before the host. What begins with a port is no password: `http://host:5000/a@b`.
-    re.compile(r"(?P<before>\b[\w+.-]+://[^\s/?#@:]*:)(?!\d+[/?#])(?:(?!://)\S)+(?=@)"),
-    # Among the options, also of a driver that gets them in one.
-    re.compile(r"(?P<before>[?&]\w*(?:passw|passphrase|pwd|token|secret)\w*=)[^\s&'\"]+", re.IGNORECASE),
-    re.compile(r"(?P<before>odbc_connect=\S*?(?:password|pwd)(?:=|%3D))[^\s&;%]+", re.IGNORECASE),
-)
 
 
 def tracking_uri(given: object = None, source: str = "tracking.uri") -> str:
@@ -45,7 +37,7 @@ def experiment_name(given: object = None) -> str:
 
 def refuse_password(uri: str, source: str = "tracking.uri") -> None:
     """Raise `BadInputError` where an address holds a password, and say where it belongs instead."""
-    if not has_password(uri):
+    if hide_passwords(uri) == uri:
         return
     scheme = urlsplit(uri).scheme.partition("+")[0]
     served = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -59,15 +51,3 @@ def refuse_password(uri: str, source: str = "tracking.uri") -> None:
     raise BadInputError(
         f"{source}: an address with a password would be recorded with every run; {advice}"
     )
-
-
-def has_password(uri: str) -> bool:
-    """Return whether an address holds a password: before its host, or among its options."""
-    return any(pattern.search(re.sub(r"\s", "_", uri)) for pattern in SECRETS)
-
-
-def hide_passwords(text: str) -> str:
-    """Return a text without the passwords of the addresses in it."""
-    for pattern in SECRETS:
-        text = pattern.sub(r"\g<before>…", text)
-    return text

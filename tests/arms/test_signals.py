@@ -1,5 +1,6 @@
 """Signals: the first ends a training after its micro-batch, the second the process on the spot."""
 
+import csv
 import json
 import os
 import signal
@@ -264,19 +265,31 @@ def child_of(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_command_that_is_terminated_passes_it_on_and_compares(tmp_path: Path, launcher: str) -> None:
-    """Whoever launches the arms; the one in hand is KILLED in order, and its curve is compared."""
-    side_by_side = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = started(tmp_path, *(side_by_side if launcher == "joblib" else ()))
-    process.terminate()
+@pytest.mark.parametrize(
+    ("number", "status", "launcher"),
+    [
+        (signal.SIGINT, 130, ()),
+        (signal.SIGTERM, 143, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")),
+    ],
+    ids=["Ctrl-C", "SIGTERM under joblib"],
+)
+def test_a_command_that_is_ended_passes_it_on_and_compares(
+    tmp_path: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
+) -> None:
+    """Whoever launches the arms: the one in hand is KILLED, with its curve; no other is begun."""
+    process = started(tmp_path, *launcher)
+    process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 143, err
+    assert process.returncode == status, err
     assert "Traceback" not in err
     assert "waiting up to 30 s" in err
-    ends = outcomes(tmp_path)
-    assert ends[0] == ("FINISHED", None)
-    assert ends[1] == ("KILLED", "interrupted (SIGTERM)")
+    reason = f"interrupted ({number.name})"
+    assert outcomes(tmp_path) == {0: ("FINISHED", None), 1: ("KILLED", reason)}
+    (table,) = tmp_path.rglob("comparison.csv")
+    with table.open() as file:
+        rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
+    assert {steps: row["status"] for steps, row in rows.items()} == {"1": "FINISHED", "2": "KILLED"}
+    assert int(rows["2"]["common_steps"]) > 0
     assert "N = 2 was interrupted" in " ".join(out.split())
 
 
