@@ -84,6 +84,7 @@ def test_the_environment_speaks_where_the_configuration_does_not(
         tracking_uri()
 
 
+@settings(max_examples=40)
 @given(
     st.text(st.characters(codec="utf-8", exclude_characters="\n\r\t\f\v$\x85\u2028\u2029"), min_size=1)
 )
