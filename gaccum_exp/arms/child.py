@@ -27,7 +27,8 @@ from omegaconf import OmegaConf
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, first_line
+from gaccum_exp.errors import BadInputError, TrackingError, first_line
+from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
 
@@ -201,18 +202,20 @@ def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], help
         context: of the job.
         stop: asked to end it.
         outcomes: takes how each arm ended, by its folder.
-        helper: address of the process that delivers to the store; None: the child starts one.
+        helper: address of the process that delivers to the store; None: one of this process's own.
 
     Raises:
         StoppedError: somebody wants the command to end.
     """
     if context.sweep_id in _stopped:  # a launcher may go on giving jobs
         raise _stopped[context.sweep_id]
+    if helper is not None:
+        shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
     try:
-        if _given(context, arms, stop, outcomes, helper):
+        if _given(context, arms, stop, outcomes):
             for arm in arms:
-                _given(arm, [arm], stop, outcomes, helper)
+                _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
         _stopped[context.sweep_id] = error
         raise
@@ -227,7 +230,6 @@ def _given(
     arms: list[ArmContext],
     stop: Stop,
     outcomes: dict[Path, Outcome],
-    helper: str | None,
 ) -> bool:
     """Have a job done; return whether its arms are to be run one by one."""
 
@@ -236,8 +238,15 @@ def _given(
             _write(_running(arm, process), arm.folder)
 
     stop.look()
+    for arm in arms:
+        with contextlib.suppress(TrackingError):
+            # Or the process that delivers, which sees the child's end first, would not know the reason.
+            shipper.announce(_next_journal(arm.folder))
     try:
-        surroundings = _surroundings(helper)
+        # As it is it cannot be pickled where a plugin has classes of its own in it.
+        hydra: Any = HydraConfig.instance().cfg
+        hydra = None if hydra is None else OmegaConf.to_container(hydra)
+        surroundings = _surroundings(hydra, shipper.helper_address())
         answer = _ask(stop, note_running, "arm", job, surroundings)
     except DiedError as died:
         answer = Answer(reason=f"its process {died}")
@@ -280,9 +289,17 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
     _write(outcome, folder)
     try:
         end_left(folder, status, reason)
-    except (OSError, ValueError) as error:
+        for path in journals_below(folder):
+            shipper.announce(path)
+    except (OSError, ValueError, TrackingError) as error:
         log.warning("%s: its journal could not be ended (%s)", running.name, error)
     return outcome
+
+
+def _next_journal(folder: Path) -> Path:
+    """Return the journal that the next run in a folder is going to write."""
+    number = 1 + len(list(folder.glob("journal*.jsonl")))
+    return folder.absolute() / ("journal.jsonl" if number == 1 else f"journal-{number}.jsonl")
 
 
 def _write(outcome: Outcome, folder: Path) -> None:
@@ -315,7 +332,7 @@ def report(launch: Launch, stop: Stop) -> list[Path]:
         StoppedError: somebody wants the command to end.
     """
     try:
-        answer = _ask(stop, lambda process: None, "report", launch, _surroundings(None))
+        answer = _ask(stop, lambda process: None, "report", launch, _surroundings())
     except DiedError as died:
         answer = Answer(reason=f"the process that compares {died}")
     stop.look()
@@ -372,10 +389,7 @@ def pass_on(launch: Launch, number: int) -> None:
         time.sleep(0.1)
 
 
-def _surroundings(helper: str | None) -> Surroundings:
-    hydra: Any = HydraConfig.instance().cfg
-    if hydra is not None:  # as it is it cannot be pickled where a plugin has classes of its own in it
-        hydra = OmegaConf.to_container(hydra)
+def _surroundings(hydra: Any = None, helper: str | None = None) -> Surroundings:
     return Surroundings(os.getcwd(), dict(os.environ), list(sys.path), hydra, helper)
 
 
