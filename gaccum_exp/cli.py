@@ -26,6 +26,7 @@ from gaccum_exp.arms.outcome import BAD_INPUT, INTERRUPTED, OK, RUN_FAILED, exit
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.tracking.journal import Journal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # turns it on again.
         gc.disable()
         try:
+            if given[:1] == ["deliver"]:
+                from gaccum_exp.tracking.deliver import main as deliver
+
+                return deliver(given[1:])
             if given[:1] == ["report"]:
                 from gaccum_exp.arms.report import main as report
 
@@ -106,14 +111,16 @@ def _run(given: list[str]) -> int:
     except Exception as error:  # of Hydra, its sweeper or launcher; an arm ends by itself
         line = explain.one_line(error, given)
         if raw or line is None:
-            _end(command.launch, RUN_FAILED)  # the arms that have ended are there to be compared
+            _end(
+                command.launch, command.journal, RUN_FAILED
+            )  # the arms that have ended are there to be compared
             raise
         print(f"gaccum_exp: {line}", file=sys.stderr)
         status = BAD_INPUT
     finally:
         current_command.reset(token)
         config.register()  # without this command's id
-    return _end(command.launch, status)
+    return _end(command.launch, command.journal, status)
 
 
 def _place(argument: str) -> int:
@@ -157,7 +164,7 @@ def task(cfg: DictConfig) -> float | None:
     return run_arm(context, settings).objective
 
 
-def _end(launch: Launch | None, status: int) -> int:
+def _end(launch: Launch | None, journal: Journal | None, status: int) -> int:
     """Compare what the arms have left, and let their outcomes decide the status."""
     outcomes = {} if launch is None else read_outcomes(launch.folder, launch.sweep_id)
     if launch is None or not outcomes:
@@ -169,16 +176,20 @@ def _end(launch: Launch | None, status: int) -> int:
 
         print_audits(audited)
     if any(outcome.task == "train" for outcome in outcomes.values()):
-        from gaccum_exp.arms.report import report_sweep, show_run
-        from gaccum_exp.tracking.shipper import connect
+        from gaccum_exp.arms.report import Runs, report_sweep, show_run
+        from gaccum_exp.arms.settle import record_report, say_where
 
-        store = connect(launch.tracking_uri, launch.experiment_name)
+        runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
         try:
             if launch.multirun:
-                report_sweep(store, launch.sweep_id, launch.folder)
+                files = report_sweep(runs, launch.sweep_id, launch.folder)
+                if journal is not None:
+                    record_report(journal, launch.sweep_id, files)
             elif status == OK and earned not in (RUN_FAILED, BAD_INPUT):
-                show_run(store, launch.sweep_id)
+                show_run(runs, launch.sweep_id)
         except (BadInputError, TrackingError) as error:
             print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
             status = status or RUN_FAILED
+        shown = launch.sweep_id if launch.multirun else None
+        say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned

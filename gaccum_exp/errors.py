@@ -12,6 +12,14 @@ class TrackingError(RuntimeError):
     """A record of a run could not be written, or not be read."""
 
 
+class StoreAwayError(TrackingError):
+    """The store does not answer, or not now; the same call may succeed later."""
+
+
+class RecordRefusedError(TrackingError):
+    """The store has answered that it will never take a record; what else came with it is stored."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

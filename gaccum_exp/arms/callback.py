@@ -5,7 +5,6 @@ comes after Hydra in the command line, which reads what the arms have left: thei
 runs in the store.
 """
 
-import importlib
 import logging
 import sys
 from collections.abc import Iterable
@@ -22,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
-from gaccum_exp.errors import BadInputError
-from gaccum_exp.tracking.shipper import connect, start_helper
+from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.shipper import announce, start_helper, wait_for_store
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class SweepStart(Callback):
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
         if _first_arm_composes(config, kwargs["config_name"]):
-            _prepare_store(config)
+            _prepare_store(config, Path(config.hydra.sweep.dir))
 
 
 def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
@@ -118,13 +117,16 @@ def _parsed(lines: Iterable[object]) -> list[Override]:
     return OverridesParser.create().parse_overrides([str(line) for line in lines])
 
 
-def _prepare_store(config: DictConfig) -> None:
-    """Create the store before the arms do: side by side they would all migrate a new database."""
-    store = connect(config.tracking.uri, config.tracking.experiment_name)
-    importlib.import_module("torch")  # what the arms need, meanwhile
-    try:
-        store.ready()
-    except BadInputError as error:
-        print(f"gaccum_exp: {error}", file=sys.stderr)
+def _prepare_store(config: DictConfig, folder: Path) -> None:
+    """Open the store before the arms do, which side by side would all make a new one."""
+    to = config.tracking
+    journal = Journal.create(folder, str(to.uri), str(to.experiment_name))
+    command = current_command.get()
+    if command is not None:
+        command.journal = journal
+    announce(journal.path)
+    known = wait_for_store(journal.path)
+    if known.state == "refused":
+        print(f"gaccum_exp: {known.reason}", file=sys.stderr)
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None

@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from gaccum_exp.tracking.journal import Journal
+
 
 @dataclass(frozen=True, slots=True)
 class ArmContext:
@@ -58,6 +60,8 @@ class Command:
 
     launch: Launch | None = None
     """Noted by the callback, once Hydra has composed the configuration."""
+    journal: Journal | None = None
+    """Of a sweep: its report is recorded there, as a run of its own."""
 
 
 current_command: ContextVar[Command | None] = ContextVar("current_command", default=None)

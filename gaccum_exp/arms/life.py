@@ -28,9 +28,9 @@ from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
+from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
-from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink, NonFiniteLossError
+from gaccum_exp.tracking.sink import JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.datasets import DatasetCache
@@ -54,7 +54,7 @@ class Life:
         self.context, self.settings, self.control_of = context, settings, control_of
         self.outcome: Outcome | None = None
         """How it ended; None: it is not over."""
-        self._sink: MlflowSink | None = None
+        self._sink: JournalSink | None = None
 
     @property
     def name(self) -> str:
@@ -72,13 +72,13 @@ class Life:
         return " · ".join(parts + [f"{key}={values[key]}" for key in swept])
 
     @property
-    def sink(self) -> MlflowSink:
+    def sink(self) -> JournalSink:
         """Where it records; there is one once it has begun."""
         assert self._sink is not None
         return self._sink
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
-        """Begin the run in the store, with its parameters, its configuration, its tags and these."""
+        """Begin the run's journal with its parameters, its configuration, its tags and these."""
         settings, context = self.settings, self.context
         sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
@@ -99,14 +99,15 @@ class Life:
             growth = (f"{stage.global_batch_size} from {by} {stage.start}" for stage in settings.stages)
             own["global_batches"] = ", ".join(growth)
         choices = {f"choice.{k}": str(v) for k, v in context.choices.items() if "/" not in k}
-        store = connect(settings.tracking.uri, settings.tracking.experiment_name)
-        run = store.start_run(
+        to = settings.tracking
+        journal = Journal.create(context.folder, to.uri, to.experiment_name)
+        journal.begin(
             self.name,
             params=settings.flat(),
             tags=own | choices | environment_tags() | dict(tags or {}),
             texts={"config.yaml": OmegaConf.to_yaml(context.config, resolve=True)},
         )
-        self._sink = MlflowSink(run)
+        self._sink = JournalSink(journal)
 
     def describe(self, state: TrainState) -> None:
         """Record what was built: its device, and its data."""
@@ -313,10 +314,11 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> None:
     Outcome(context.sweep_id, name, "FAILED", str(error), task, bad_input=True).write(context.folder)
     tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate"}
     try:
-        store = connect(config.tracking.uri, config.tracking.experiment_name)
+        to = config.tracking
+        journal = Journal.create(context.folder, str(to.uri), str(to.experiment_name))
         text = OmegaConf.to_yaml(config)
-        run = store.start_run(name, params={}, tags=tags, texts={"config.yaml": text})
-        run.end("FAILED", str(error))
+        journal.begin(name, params={}, tags=tags, texts={"config.yaml": text})
+        JournalSink(journal).close("FAILED", str(error))
     except Exception as recording:  # the reason is in arm.json
         log.warning("%s could not be recorded (%s)", name, recording)
 

@@ -4,26 +4,33 @@ A sweep does the same at its end.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaccum_exp.arms.outcome import BAD_INPUT, OK
+from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.config.schema import TrackingConfig
-from gaccum_exp.errors import BadInputError
-from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
+from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
+from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
+from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
-from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines
+from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.tracking.sink import kept_weights
 
 if TYPE_CHECKING:
     from gaccum_exp.tracking.mlflow_store import Store
 
+log = logging.getLogger(__name__)
+FOLDERS = (Path("multirun"), Path("outputs"))
+"""Where sweeps and runs write, unless they are told otherwise."""
 COMPARED_CURVES = (TRAIN_LOSS,)
 """What is compared at every global step; of other metrics a report takes the last value."""
 
@@ -38,69 +45,117 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
     given = parser.parse_args(arguments)
     out = given.out or Path("reports") / given.sweep_id
-    from gaccum_exp.tracking.mlflow_store import Store  # a second, which `--help` need not wait for
-
+    runs = Runs(given.uri, given.experiment, _folder_of(given.sweep_id))
     try:
-        store = Store(given.uri, given.experiment)
-        report_sweep(store, given.sweep_id, out)
-    except BadInputError as error:
+        files = report_sweep(runs, given.sweep_id, out)
+        journal = Journal.create(out, given.uri, given.experiment)
+    except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
+    record_report(journal, given.sweep_id, files)
+    say_where([out], given.uri, given.sweep_id)
     return OK
 
 
-def report_sweep(store: "Store", sweep_id: str, folder: Path) -> Comparison:
-    """Compare a stored sweep; print the table, write its files to `folder` and to MLflow.
+def _folder_of(sweep_id: str) -> Path | None:
+    """Return where the journals of a sweep or a run lie, unless it was told to write elsewhere."""
+    if Path(sweep_id).name != sweep_id:
+        return None
+    return next((f / sweep_id for f in FOLDERS if (f / sweep_id).is_dir()), None)
+
+
+class Runs:
+    """The runs of a sweep: from their journals, where these are at hand, else from their store.
+
+    Args:
+        uri: of the store, which is opened when something is asked of it.
+        experiment_name: there.
+        folder: of the journals.
+    """
+
+    def __init__(self, uri: str, experiment_name: str, folder: Path | None) -> None:
+        self.uri, self._experiment_name = uri, experiment_name
+        self.journals = None if folder is None else Journals(folder)
+
+    @cached_property
+    def store(self) -> "Store":
+        """The store.
+
+        Raises:
+            BadInputError: it cannot be used.
+            StoreAwayError: it does not answer.
+        """
+        from gaccum_exp.tracking.mlflow_store import Store  # two seconds, which few commands need
+
+        return Store(self.uri, self._experiment_name)
+
+    def sweep(self, sweep_id: str) -> list[RunRecord]:
+        """Return the arms, oldest first; raises as `store` does where there are no journals of them."""
+        found = self.journals.sweep(sweep_id, COMPARED_CURVES) if self.journals else []
+        return found or self.store.sweep(sweep_id, COMPARED_CURVES)
+
+    def fetch(self, run_id: str, name: str, folder: str) -> str | None:
+        """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
+        found = self.journals.fetch(run_id, name, folder) if self.journals else None
+        if found is None:
+            with suppress(BadInputError, StoreAwayError):
+                return self.store.fetch(run_id, name, folder)
+        return found
+
+
+def report_sweep(runs: Runs, sweep_id: str, folder: Path) -> list[Path]:
+    """Compare a sweep; print the table, write its files to `folder` and return them.
 
     Raises:
-        BadInputError: the store cannot be reached, or holds no such sweep.
+        BadInputError: the store cannot be used, or holds no such sweep.
+        StoreAwayError: the store does not answer, and there are no journals.
     """
     from gaccum_exp.report.figures.save_figures import (
         draw,  # with matplotlib, which a single run does without
     )
 
-    runs, stored = read_sweep(store, sweep_id)
-    comparison = compare(runs, stored, partial(kept_weights, store))
+    arms, stored = read_sweep(runs, sweep_id)
+    comparison = compare(arms, stored, partial(kept_weights, runs))
     folder.mkdir(parents=True, exist_ok=True)
-    files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, runs, folder)]
-    store.write_report(sweep_id, files)
-    for key, value in experiment_tags(sweep_id).items():
-        store.set_experiment_tag(key, value)
+    files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, arms, folder)]
     print_comparison(comparison)
     # Each figure lies beside its PNG as SVG.
-    shown = [f"  {path}" for path in files if path.suffix != ".svg"]
-    ui = ui_lines(store.uri, store.experiment_id, sweep_id)
-    print("", *shown, "\nCompare in MLflow:", *(f"  {line}" for line in ui), sep="\n")
-    return comparison
+    print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
+    return files
 
 
-def show_run(store: "Store", sweep_id: str) -> None:
+def show_run(runs: Runs, sweep_id: str) -> None:
     """Compare a single run with what the store holds, and print it; nothing is written.
 
     Raises:
-        BadInputError: as `report_sweep`.
+        BadInputError: as `report_sweep`; StoreAwayError: likewise.
     """
-    comparison = compare(*read_sweep(store, sweep_id), partial(kept_weights, store))
-    print_comparison(comparison)
+    print_comparison(compare(*read_sweep(runs, sweep_id), partial(kept_weights, runs)))
     print(f"\nFigures: python -m gaccum_exp report {sweep_id}")
 
 
-def read_sweep(store: "Store", sweep_id: str) -> tuple[list[RunRecord], list[RunRecord]]:
+def read_sweep(runs: Runs, sweep_id: str) -> tuple[list[RunRecord], list[RunRecord]]:
     """Return the runs of a sweep, and stored references for those that have none among them.
 
     Raises:
-        BadInputError: the store cannot be reached, or holds no such sweep.
+        BadInputError: as `report_sweep`; StoreAwayError: likewise.
     """
-    runs = store.sweep(sweep_id, COMPARED_CURVES)
-    if not runs:
-        raise BadInputError(f"{sweep_id}: no such sweep at {store.uri}")
-    alone = [g.arms[0] for g in group_runs(runs) if g.source in (Source.STAND_IN, Source.NONE)]
+    arms = runs.sweep(sweep_id)
+    for note in runs.journals.notes if runs.journals else ():
+        log.warning("%s", note)
+    if not arms:
+        raise BadInputError(f"{sweep_id}: no such sweep at {runs.uri}")
+    alone = [g.arms[0] for g in group_runs(arms) if g.source in (Source.STAND_IN, Source.NONE)]
     alone = [arm for arm in alone if arm.params]  # one that was refused has no reference anywhere
     if not alone:
-        return runs, []
-    # The rest of the store is searched only now, and curves are read of the references taken alone.
-    groups = group_runs(runs, store.references(shared_config(alone)))
-    taken = {
-        g.reference.run_id: g.reference for g in groups if g.reference and g.source is Source.STORED
-    }
-    return runs, store.with_curves(list(taken.values()), COMPARED_CURVES)
+        return arms, []
+    try:
+        # The store is searched only now, and curves are read of the references taken alone.
+        groups = group_runs(arms, runs.store.references(shared_config(alone)))
+        taken = {
+            g.reference.run_id: g.reference for g in groups if g.reference and g.source is Source.STORED
+        }
+        return arms, runs.store.with_curves(list(taken.values()), COMPARED_CURVES)
+    except (BadInputError, TrackingError) as error:
+        log.warning("no reference is looked for in the store: %s", error)
+        return arms, []

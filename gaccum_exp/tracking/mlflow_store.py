@@ -1,69 +1,88 @@
 """Runs in MLflow: written here, read back here. The only import of mlflow.
 
 Arms are top-level runs that share the tag `sweep_id`: the UI hides curves of runs nested under a parent.
+
+Every call that writes may be repeated, whatever became of it before: parameters, tags, data sets, files
+and the end are what they were, and a point is known by its run, metric, timestamp, step and value. Only
+`create_run` makes another run, so a run is tagged with a token, and searched for by it.
 """
 
 import logging
-import math
 import os
-import socket
-import sqlite3
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fcntl import LOCK_EX, lockf
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import create_sqlalchemy_engine
 
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, first_line
 from gaccum_exp.tracking.records import Curve, DatasetRecord, RunRecord
+from gaccum_exp.tracking.store_errors import says_away, says_clash, says_refused
+from gaccum_exp.tracking.store_uri import refuse_password
 
 log = logging.getLogger(__name__)
-for _chatty in ("alembic", "mlflow.store"):
-    logging.getLogger(_chatty).setLevel(logging.WARNING)
+for _chatty in ("alembic", "mlflow.store", "urllib3"):
+    logging.getLogger(_chatty).setLevel(logging.CRITICAL)  # what goes wrong is raised
 
+T = TypeVar("T")
+Point = tuple[str, float, int, int]
+"""Of a metric: its name, value, time in ms and global step."""
 ENVIRONMENT = {
-    # A tracking server that is away must not hold a run up for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PGCONNECT_TIMEOUT": "5",
 }
-"""Settings that MLflow reads at each request, unless the user has set them."""
+"""Settings that MLflow and PostgreSQL's driver read at each request, unless the user has set them."""
+NO_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+"""Zero whatever the user has set: MLflow repeats every request, so also one that creates a run."""
+OPENING_S = 5
+"""How long a server may take for the first answer."""
+READING_S = 10
+"""How long a store that is away is asked again for what is read."""
 BATCH = 1000
 """Metrics in one request; MLflow takes no more."""
+ENTRIES = 100
+"""Parameters or tags in one request; MLflow takes no more."""
+PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
+"""What MLflow keeps of a value, in characters; longer tags were taken later than shorter ones."""
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
 ATTEMPTS = 4
-POINTS = "SELECT step, value, is_nan FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, value"
 READERS = 4
 """Requests at a time to a server: as many as it has workers by default."""
+RUN_TOKEN = "run_token"
 
 
 class Store:
-    """One MLflow experiment at one tracking URI; `BadInputError` if that cannot be used or reached."""
+    """One MLflow experiment at one tracking URI.
+
+    Raises:
+        BadInputError: it can be used only once the user has mended something.
+        StoreAwayError: it does not answer now.
+    """
 
     def __init__(self, uri: str, experiment_name: str) -> None:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
+        os.environ[NO_RETRIES] = "0"
+        refuse_password(uri)
         self.uri = uri
         self._artifacts: dict[str, str] = {}
         """Where the runs that were read keep their files, by run id."""
-        address = urlsplit(uri)
-        if address.scheme in ("http", "https"):
-            port = address.port or (443 if address.scheme == "https" else 80)
-            try:  # before MLflow does, which would retry for long
-                socket.create_connection((address.hostname or "", port), timeout=5).close()
-            except OSError as error:
-                message = f"tracking.uri={uri}: no tracking server answers there ({error})"
-                raise BadInputError(message) from None
-        try:
-            self._client = MlflowClient(tracking_uri=uri)
+        with _opening(uri):
+            self._client = _client(uri)
             found = self._client.get_experiment_by_name(experiment_name)
             if found is None:
                 try:
@@ -72,15 +91,94 @@ class Store:
                     found = self._client.get_experiment_by_name(experiment_name)
                     if found is None:
                         raise
-        except Exception as error:  # every store raises errors of its own here
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BadInputError(f"tracking.uri={uri}: cannot be used ({first})") from error
         if found.lifecycle_stage == "deleted":
             raise BadInputError(
                 f"tracking.experiment_name={experiment_name}: deleted in MLflow; restore it or use "
                 "another name"
             )
         self.experiment_id = str(found.experiment_id)
+
+    def create_run(
+        self, token: str, name: str, *, tags: Mapping[str, str], start_time_ms: int, again: bool
+    ) -> str:
+        """Create a run and return its id.
+
+        Args:
+            token: tells it from all others; it becomes a tag.
+            name: what differs: `N=4 · micro 64 · mean`.
+            tags: with which it begins.
+            start_time_ms: since the epoch.
+            again: it may have been created before; then that one is returned.
+        """
+        if again and (found := self._runs_of(token)):
+            return found[0]
+        # What the UI's own columns show; its client would fill them in, this one does not.
+        shown = {"mlflow.source.name": "gaccum_exp", RUN_TOKEN: token}
+        if "git_commit" in tags:
+            shown["mlflow.source.git.commit"] = tags["git_commit"]
+        texts = {key: _storable(value, TAG_LENGTH) for key, value in (*tags.items(), *shown.items())}
+        with _writing():  # once: another attempt could create a second run
+            created = self._client.create_run(
+                self.experiment_id, start_time_ms, texts, _storable(name, NAME_LENGTH)
+            )
+        return str(created.info.run_id)
+
+    def one_run(self, token: str, run_id: str) -> None:
+        """Delete all runs of this token but one: requests whose answers were lost have created them."""
+        for other in self._runs_of(token):
+            if other != run_id:
+                _insist(self._client.delete_run, other)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Record parameters, cut to what MLflow keeps of them."""
+        entries = [(key, Param(key, _storable(value, PARAM_LENGTH))) for key, value in params.items()]
+        _send(entries, ENTRIES, lambda some: self._client.log_batch(run_id, params=some))
+
+    def log_texts(self, run_id: str, texts: Mapping[str, str]) -> None:
+        """Keep texts as files of the run, by name."""
+        for file, text in texts.items():
+            _insist(self._client.log_text, run_id, _storable(text), file)
+
+    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
+        """Record points of metrics.
+
+        Raises:
+            RecordRefusedError: names the metrics that the store does not take; the others are stored.
+        """
+        entries = [(point[0], Metric(*point)) for point in points]
+        _send(entries, BATCH, lambda some: self._client.log_batch(run_id, metrics=some))
+
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Tag the run."""
+        entries = [(key, RunTag(key, _storable(value, TAG_LENGTH))) for key, value in tags.items()]
+        _send(entries, ENTRIES, lambda some: self._client.log_batch(run_id, tags=some))
+
+    def log_datasets(self, run_id: str, records: Sequence[DatasetRecord]) -> None:
+        """Record the data sets that the run is fed."""
+        _insist(self._client.log_inputs, run_id, [_dataset_input(record) for record in records])
+
+    def log_file(self, run_id: str, path: str, name: str) -> None:
+        """Keep a file with the run under a name, which may have folders in it."""
+        if not os.path.isfile(path):
+            raise RecordRefusedError(f"{path}: there is no such file any more")
+        folder, _, base = name.rpartition("/")
+        if base == os.path.basename(path):
+            _insist(self._client.log_artifact, run_id, path, folder or None)
+            return
+        with tempfile.TemporaryDirectory() as place:  # the client keeps a file under its own name
+            os.symlink(os.path.abspath(path), os.path.join(place, base))
+            _insist(self._client.log_artifact, run_id, os.path.join(place, base), folder or None)
+
+    def end_run(self, run_id: str, status: str, failure: str | None, end_time_ms: int) -> None:
+        """End the run with FINISHED, FAILED or KILLED, and the reason if there is one."""
+        if failure is not None:
+            self.log_tags(run_id, {"failure": failure})
+        _insist(self._client.set_terminated, run_id, status, end_time_ms)
+
+    def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment, which another sweep may be about to set, too."""
+        for key, value in tags.items():
+            _insist(self._client.set_experiment_tag, self.experiment_id, key, value)
 
     def start_run(
         self,
@@ -150,14 +248,22 @@ class Store:
         """Set a tag of the experiment, which another sweep may be about to set, too."""
         _insist(self._client.set_experiment_tag, self.experiment_id, key, value)
 
+    def _runs_of(self, token: str) -> list[str]:
+        """Return the ids of the runs of a token, oldest first."""
+        clause = f"tags.{RUN_TOKEN} = '{token}'"
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        with _writing():
+            found = self._client.search_runs([self.experiment_id], clause, order_by=order)
+        return [run.info.run_id for run in found]
+
     def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
         clauses = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
         runs: list[Run] = []
         token: str | None = None
         while token is None or token:
-            page = self._client.search_runs(
-                [self.experiment_id], " AND ".join(clauses), order_by=["attributes.start_time ASC"],
-                page_token=token,
+            page = _asked(
+                self._client.search_runs, [self.experiment_id], " AND ".join(clauses),
+                order_by=["attributes.start_time ASC"], page_token=token,
             )  # fmt: skip
             runs.extend(page)
             token = page.token or ""
@@ -182,33 +288,151 @@ class Store:
         self, runs: Sequence[tuple[str, Mapping[str, float]]], keys: Sequence[str]
     ) -> list[dict[str, Curve]]:
         wanted = [(run_id, key) for run_id, metrics in runs for key in keys if key in metrics]
-        with _database(self.uri) as database, ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             served = self.uri.startswith("http")  # a request waits for the server most of its time
-            read = (pool.map if served else map)(lambda of: self._curve(of[0], of[1], database), wanted)
+            read = (pool.map if served else map)(lambda of: self._curve(*of), wanted)
             curves = dict(zip(wanted, read, strict=True))
         return [{key: curves[run_id, key] for key in keys if key in metrics} for run_id, metrics in runs]
 
-    def _curve(self, run_id: str, key: str, database: sqlite3.Connection | None) -> Curve:
-        points: list[tuple[int, float]] = []
-        if database is not None:
-            with suppress(sqlite3.Error):  # MLflow's tables are not as they were: it is asked itself
-                rows = database.execute(POINTS, (run_id, key)).fetchall()
-                points = [(step, math.nan if is_nan else value) for step, value, is_nan in rows]
-        if not points:
-            history = self._client.get_metric_history(run_id, key)
-            points = sorted((m.step, m.value) for m in history)
+    def _curve(self, run_id: str, key: str) -> Curve:
+        history = _asked(self._client.get_metric_history, run_id, key)
+        points = sorted((metric.step, metric.value) for metric in history)
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
-def _database(uri: str) -> AbstractContextManager[sqlite3.Connection | None]:
-    """Open the file of a SQLite store, to be read past MLflow; None for any other store."""
-    # MLflow's own query for a curve goes through the values that all runs of the file have of the
-    # metric: SQLite takes the index of its primary key, which begins with the metric, not with the run.
-    path = uri.removeprefix("sqlite:///")
-    with suppress(sqlite3.Error):
-        if path != uri:
-            return closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True))
-    return nullcontext()
+def _client(uri: str) -> MlflowClient:
+    """Return a client, with the database made if there is none."""
+    if uri.partition("://")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
+        # Asked once: MLflow asks ten times, for a minute.
+        create_sqlalchemy_engine(uri).connect().close()
+    _make_database(uri)
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except Exception as error:
+        if not says_clash(error):
+            raise
+    return MlflowClient(tracking_uri=uri)  # another process has made the tables meanwhile
+
+
+def _make_database(uri: str) -> None:
+    """Make the file of a SQLite store where there is none, in one piece, and once.
+
+    MLflow makes its tables one by one, and of two processes that do so at once one fails; one that is
+    killed leaves a file of no use. So who holds a lock makes it under another name, and renames it.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.name in ("", ":memory:") or "?" in uri or _filled(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, new = (path.with_name(f".{path.name}.{what}") for what in ("making", "new"))
+    with lock.open("w") as held:
+        lockf(held, LOCK_EX)
+        if not _filled(path):
+            for left in path.parent.glob(f"{new.name}*"):  # by one that was killed, with its journal
+                left.unlink()
+            MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+            os.replace(new, path)
+        # Whoever waits for this very file finds the database made.
+        lock.unlink(missing_ok=True)
+
+
+def _filled(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+_environment = threading.Lock()
+
+
+@contextmanager
+def _opening(uri: str) -> Iterator[None]:
+    """Wait a few seconds for the first answer, and raise what `Store` raises."""
+    patience = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    with _environment:  # which MLflow reads at each request
+        before, os.environ[patience] = os.environ[patience], str(OPENING_S)
+        try:
+            yield
+        except Exception as error:  # every store raises errors of its own here
+            served = uri.startswith(("http://", "https://"))
+            if says_away(error):
+                what = "no tracking server answers there" if served else "does not answer"
+                raise StoreAwayError(f"tracking.uri={uri}: {what} ({first_line(error)})") from error
+            raise BadInputError(f"tracking.uri={uri}: cannot be used ({first_line(error)})") from error
+        finally:
+            os.environ[patience] = before
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn an error of the store into `RecordRefusedError` or `StoreAwayError`."""
+    try:
+        yield
+    except Exception as error:  # every store raises errors of its own here, too
+        kind = RecordRefusedError if says_refused(error) else StoreAwayError
+        raise kind(first_line(error)) from error
+
+
+def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Write, and again where another process has made the same entry at that moment."""
+    for attempt in range(1, ATTEMPTS + 1):
+        with _writing():
+            try:
+                call(*args, **kwargs)
+                return
+            except Exception as error:
+                if attempt == ATTEMPTS or not says_clash(error):
+                    raise
+        time.sleep(0.2 * attempt)
+
+
+def _asked(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Read, and again for a while where the store is away."""
+    deadline = time.monotonic() + READING_S
+    while True:
+        try:
+            with _writing():
+                return call(*args, **kwargs)
+        except StoreAwayError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def _send(entries: Sequence[tuple[str, T]], most: int, send: Callable[[list[T]], None]) -> None:
+    """Send entries, so many in a request; one that is refused does not take the others with it."""
+    refused: dict[str, str] = {}
+    for start in range(0, len(entries), most):
+        some = entries[start : start + most]
+        try:
+            _insist(send, [entry for _, entry in some])
+        except RecordRefusedError:
+            of_key: dict[str, list[T]] = defaultdict(list)
+            for key, entry in some:
+                of_key[key].append(entry)
+            for key, alone in of_key.items():
+                try:
+                    _insist(send, alone)
+                except RecordRefusedError as error:
+                    refused.setdefault(key, str(error))
+    if refused:
+        raise RecordRefusedError("; ".join(f"{key}: {reason}" for key, reason in refused.items()))
+
+
+def _storable(value: object, most: int | None = None) -> str:
+    """Return a value as text that every database takes, of so many characters at most."""
+    # PostgreSQL takes no zero characters, and what is no Unicode cannot be written at all.
+    text = str(value).replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return text.encode(errors="backslashreplace").decode()[:most]
+
+
+def _dataset_input(record: DatasetRecord) -> DatasetInput:
+    data = Dataset(
+        name=record.name,
+        digest=record.digest,
+        source_type="code",
+        source=f'{{"target": "{record.name}"}}',
+        profile=f'{{"num_rows": {record.samples}}}',
+    )
+    return DatasetInput(data, [InputTag("mlflow.data.context", record.context)])
 
 
 class MlflowRun:
@@ -269,15 +493,3 @@ class MlflowRun:
         while self._pending:
             self._client.log_batch(self.run_id, metrics=self._pending[:BATCH])
             del self._pending[:BATCH]
-
-
-def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    # The store may refuse for a moment, e.g. where two arms create the same entry for their data.
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            call(*args, **kwargs)
-            return
-        except MlflowException:
-            if attempt == ATTEMPTS:
-                raise
-            time.sleep(0.2 * attempt)

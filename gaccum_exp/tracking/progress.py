@@ -12,8 +12,8 @@ from rich.progress import Progress as Bar
 from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS
 from gaccum_exp.tracking.sink import Point
 
-LINES = 5
-"""Plain lines per run."""
+LINE_EVERY_S = 30.0
+"""Between two plain lines of a run; its end has one, too."""
 
 
 class Progress:
@@ -23,8 +23,7 @@ class Progress:
         # A bar needs a terminal to itself: not `CI`, nor a pipe, nor arms side by side.
         self._name, self._total = name, total
         self._plain = not alone or bool(os.environ.get("CI")) or not sys.stderr.isatty()
-        self._done = 0
-        self._last_draw_s = 0.0
+        self._last_draw_s = time.monotonic() if self._plain else 0.0
         self._notes: dict[str, float] = {}
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -43,13 +42,12 @@ class Progress:
         """Show that `done` optimizer steps are taken; draw at most ten times a second."""
         now = time.monotonic()
         if self._plain:
-            line, before = done * LINES // self._total, self._done * LINES // self._total
-            if line > before:
+            if now - self._last_draw_s > LINE_EVERY_S or done == self._total:
                 print(f"{self._name}: {done}/{self._total}{self._text()}", file=sys.stderr, flush=True)
+                self._last_draw_s = now
         elif now - self._last_draw_s > 0.1 or done == self._total:
             self._bar.update(self._task, completed=done, notes=self._text())
             self._last_draw_s = now
-        self._done = done
 
     def note(self, points: list[Point]) -> None:
         """Show the last loss and accuracy among the points delivered."""

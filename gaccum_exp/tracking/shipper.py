@@ -1,213 +1,395 @@
-"""A helper process for MLflow, so that neither its import nor a delivery holds a training up.
+"""Delivery to MLflow in a process of its own, so that the one that trains neither imports it nor waits.
 
-MLflow takes longer to import than most of what a run does before its first window, and writes at some
-milliseconds a call. `connect` starts a process that does both meanwhile, and returns a proxy of a
-`Store` in it. Beginning a run and delivering metrics wait for no answer; the next call raises what went
-wrong there. Where the training's process dies, the helper stores what it was given, and ends the run as
-KILLED.
+The helper tails journals. A process connects to its socket and names a journal whenever that has grown,
+or a folder in which to look for what earlier processes have left; the helper answers with the same name
+when something has changed that stands beside the journal (`delivered`). Nothing else is said there: what
+is recorded is in the journal, and a helper that dies is replaced by another, which goes on from there.
 """
 
 import atexit
 import contextlib
-import gc
-import logging
 import os
+import selectors
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from dataclasses import dataclass
-from functools import partial
-from itertools import count
-from multiprocessing.connection import Connection
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.errors import TrackingError
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.journal import unsettled_below
+from gaccum_exp.tracking.locks import FileLock
 
 if TYPE_CHECKING:
-    from gaccum_exp.tracking.mlflow_store import Store
+    from gaccum_exp.tracking.delivery import Delivery
 
-log = logging.getLogger(__name__)
-NOT_WAITED_FOR = frozenset({"log", "describe", "log_datasets"})
-"""Methods that return nothing, or a warning."""
-KEPT = frozenset({"Store", "start_run"})
-"""Methods whose result stays in the helper, as an object of its own."""
-ATTRIBUTES = frozenset({"uri", "experiment_id"})
-"""Of a store."""
-_FACTORY = 0
-Numbers = tuple[int, ...]
-"""The number of an object in the helper, and those of the objects that made it."""
+GRACE_S = 10.0
+"""So long a store that is away is waited for when nothing is left but to deliver."""
+AT_ONCE = 8
+"""So many journals of earlier processes are open at a time."""
+LEFT_S = 5.0
+"""So long a command waits at its end for the delivery of what earlier ones have left."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    target: int
-    """The number of an object in the helper; `_FACTORY`: make a Store."""
-    method: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    folder: str
-    """The working directory, which a relative tracking URI is relative to."""
-    keep: int | None = None
-    """Under which number the result is kept; None: it is the answer."""
+class _Client:
+    """The helper, seen from a process that writes journals."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.pid = os.getpid()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = self._start() if address is None else address
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(self.address)
+        self._text = b""
+
+    def _start(self) -> str:
+        folder = tempfile.mkdtemp(prefix="gaccum_exp-")
+        address = f"{folder}/helper"
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(1024)
+            # In a session of its own, since Ctrl-C in a terminal is meant for the training alone.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gaccum_exp.tracking.shipper", str(listener.fileno()), folder],
+                pass_fds=[listener.fileno()], start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        return address
+
+    def tell(self, path: Path) -> None:
+        """Name a journal or a folder.
+
+        Raises:
+            OSError: the helper is gone.
+        """
+        with contextlib.suppress(BlockingIOError):  # it has enough to read, and more is said later
+            self._socket.send(os.fsencode(path) + b"\n", socket.MSG_DONTWAIT)
+
+    def changed(self, timeout_s: float) -> set[Path]:
+        """Return the paths beside which something has changed; wait for one.
+
+        Raises:
+            OSError: the helper is gone.
+        """
+        self._socket.settimeout(timeout_s or 1e-9)
+        try:
+            text = self._socket.recv(1 << 16)
+        except (TimeoutError, BlockingIOError):
+            return set()
+        finally:
+            self._socket.settimeout(None)
+        if not text:
+            raise ConnectionResetError("the helper has ended")
+        *lines, self._text = (self._text + text).split(b"\n")
+        return {Path(os.fsdecode(line)) for line in lines}
+
+    def close(self) -> None:
+        """Let go of it; it ends by itself, once everything is delivered or the store is away."""
+        self._socket.close()
 
 
-def connect(uri: str, experiment_name: str) -> "Store":
-    """Return a store in the helper process at once; a later call raises if it cannot be used."""
-    return cast("Store", start_helper().request((_FACTORY,), "Store", uri, experiment_name))
+class _Deliveries:
+    """What this process has to have delivered, and the helper that does it."""
+
+    def __init__(self) -> None:
+        self._client: _Client | None = None
+        self._address: str | None = None
+        self._open: dict[Path, str] = {}
+        """Journals that are not settled, with the last state of their store."""
+        self._folders: set[Path] = set()
+        self._away: str | None = None
+
+    def helper(self) -> _Client:
+        """Return the helper; start one if there is none, or none any more."""
+        if self._client is None or self._client.pid != os.getpid():
+            try:
+                self._client = _Client(self._address)
+            except OSError:  # whose it was is gone, or on another host
+                self._address = None
+                self._client = _Client()
+        return self._client
+
+    def tell(self, path: Path) -> None:
+        """Name a path to the helper; to another one, with all others, where it is dead."""
+        client = self.helper()
+        try:
+            client.tell(path)
+            self._note(client.changed(0))
+        except OSError:
+            self._restart()
+
+    def _restart(self) -> None:
+        for attempt in (1, 2, 3):
+            if self._client is not None:
+                self._client.close()
+            self._client = self._address = None
+            try:
+                for path in (*self._open, *self._folders):
+                    self.helper().tell(path)
+                return
+            except OSError as error:
+                if attempt == 3:
+                    raise TrackingError(f"the process that writes to MLflow ends ({error})") from error
+
+    def announce(self, path: Path) -> None:
+        """Say that a journal has grown, or that a folder may hold what was left."""
+        if path.is_dir():
+            self._folders.add(path)
+        else:
+            self._open.setdefault(path, "unknown")
+        self.tell(path)
+
+    def wait(self, over: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until `over()`, asked whenever something has changed; return whether it is."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while not over():
+            left = 1.0 if until is None else min(1.0, until - time.monotonic())
+            if left <= 0:
+                return False
+            try:
+                self._note(self.helper().changed(left))
+            except OSError:
+                self._restart()
+        return True
+
+    def _note(self, changed: Iterable[Path]) -> None:
+        """Take in what stands beside these journals; say when a store is away, and when it is back."""
+        for path in changed:
+            if path in self._folders:
+                self._folders.discard(path)
+            elif path in self._open:
+                known = Delivered.of(path)
+                self._open[path] = known.state
+                if known.state == "away" and self._away is None:
+                    self._away = known.uri
+                    _say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
+                elif known.state == "ready" and self._away is not None:
+                    self._away = None
+                    _say(f"tracking: {known.uri} is back")
+                if known.settled:
+                    del self._open[path]
+
+    def finish(self) -> list[Path]:
+        """Wait until all is delivered, or the store stays away; return the journals that are not."""
+        since: list[float] = []
+
+        def over() -> bool:
+            for path in list(self._open):
+                self._note([path])
+                if not path.exists():
+                    del self._open[path]
+            states = set(self._open.values())
+            if states <= {"refused"}:
+                return True
+            if "away" not in states:
+                since.clear()
+                return False
+            since.append(time.monotonic())
+            return since[-1] - since[0] > GRACE_S
+
+        self.wait(over)
+        if self._away is None:
+            self.wait(lambda: not self._folders, LEFT_S)
+        left, self._open, self._folders = list(self._open), {}, set()
+        return left
 
 
-def start_helper() -> "_Helper":
-    """Start the helper process, if it does not run yet; return it."""
-    own = _helpers.get(os.getpid())
-    if own is None or own._process.poll() is not None:
-        own = _helpers[os.getpid()] = _Helper()
-    return own
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+_deliveries = _Deliveries()
+
+
+def start_helper() -> None:
+    """Start the helper process, if it does not run yet."""
+    _deliveries.helper()
+
+
+def helper_address() -> str:
+    """Return where the helper listens; it is started if need be."""
+    return _deliveries.helper().address
+
+
+def use_helper(address: str) -> None:
+    """Share another process's helper, where it can be reached."""
+    if _deliveries._client is None:
+        _deliveries._address = address
+
+
+def announce(path: Path) -> None:
+    """Have a journal delivered that has grown, or what earlier processes have left below a folder."""
+    _deliveries.announce(path)
+
+
+def wait_for_store(journal: Path) -> Delivered:
+    """Wait until the store of a journal has been opened, or is known to be away or of no use."""
+    _deliveries.wait(lambda: Delivered.of(journal).state != "unknown" or not journal.exists())
+    return Delivered.of(journal)
+
+
+def finish() -> list[Path]:
+    """Wait until everything announced is delivered, or the store stays away; return what is left."""
+    return _deliveries.finish()
+
+
+@atexit.register
+def _let_go() -> None:
+    client = _deliveries._client
+    if client is not None and client.pid == os.getpid():
+        client.close()
+
+
+def _forget() -> None:
+    """Let go in a forked process, which must not keep its parent's connection alive."""
+    global _deliveries  # another process's now
+    _let_go_of = _deliveries._client
+    if _let_go_of is not None:
+        _let_go_of.close()
+    _deliveries = _Deliveries()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class _Helper:
-    """The helper process, seen from the one that trains."""
+    """The helper itself: delivers what is announced until all who could announce are gone."""
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-        # In a session of its own, since Ctrl-C in a terminal is meant for the training alone.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gaccum_exp.tracking.shipper", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], start_new_session=True, env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        theirs.close()
-        self._connection = Connection(ours.detach())
-        self._numbers = count(1)
-        self._asked = False
-        self._unanswered: deque[int] = deque()
-        """The number of the object that each request without an answer is made of."""
-        self._failures: dict[int, Exception] = {}
-        """Errors that have not been raised yet, by the number of the object."""
-        atexit.register(self.close)
+    def __init__(self, listener: socket.socket) -> None:
+        from gaccum_exp.tracking.delivery import Stores
 
-    def request(self, of: Numbers, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of an object in the helper.
+        self._listener, self._stores = listener, Stores()
+        self._deliveries: dict[Path, Delivery] = {}
+        self._told: dict[socket.socket, set[Path]] = {}
+        """What each process has named."""
+        self._texts: dict[socket.socket, bytes] = {}
+        self._left: list[tuple[Path, Iterator[Path]]] = []
+        """Folders and the journals in them that earlier processes have left."""
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
 
-        Return a proxy of a result that is kept there, or None of a method in `NOT_WAITED_FOR`, at once;
-        else the result, once it is there.
-        """
-        keep = next(self._numbers) if method in KEPT else None
-        while self._unanswered and self._connection.poll():
-            self._note_answer()
-        self._raise(of)
-        try:
-            self._connection.send(_Request(of[0], method, args, kwargs, os.getcwd(), keep))
-        except OSError as error:
-            raise self._end() from error
-        self._asked = True
-        self._unanswered.append(of[0] if keep is None else keep)
-        if keep is not None:
-            return _Proxy(self, (keep, *of))
-        if method in NOT_WAITED_FOR:
-            return None
-        while len(self._unanswered) > 1:
-            self._note_answer()
-        answer = self._receive()
-        self._raise(of)
-        return answer
+    def run(self) -> None:
+        """Deliver until nobody is there and nothing is left, or its store has long been away."""
+        until, work = time.monotonic() + GRACE_S, False
+        while True:
+            retries = [d.due_s for d in self._deliveries.values() if d.left_bytes and d.due_s]
+            self._listen(0.0 if work else 0.01 if self._left else min([1.0, *retries]))
+            work = False
+            for path in list(self._deliveries):
+                work = self._deliver(path) or work
+            if self._left and not work and len(self._deliveries) < AT_ONCE + self._watched():
+                self._take_what_was_left()
+            left = any(d.left_bytes for d in self._deliveries.values())
+            if self._told or self._left or work:
+                until = time.monotonic() + GRACE_S
+            elif not left or time.monotonic() > until:
+                break
+        for delivery in self._deliveries.values():
+            delivery.close()
 
-    def close(self) -> None:
-        """End the helper and wait until it has."""
-        if not self._asked:
-            self._process.terminate()
-        self._connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=60)
+    def _watched(self) -> int:
+        return len(set().union(*self._told.values()))
 
-    def _note_answer(self) -> None:
-        warning = self._receive()  # of a call that does not wait, which has no other answer
-        if warning is not None:
-            log.warning("tracking: %s", warning)
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._end() from error
-        number = self._unanswered.popleft()
-        if isinstance(answer, Exception):
-            self._failures.setdefault(number, answer)
-            return None
-        return answer
-
-    def _raise(self, of: Numbers) -> None:
-        found = [self._failures.pop(number) for number in of if number in self._failures]
-        if found:
-            raise found[-1]
-
-    def _end(self) -> TrackingError:
-        self._unanswered.clear()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        return TrackingError(f"the process that writes to MLflow has ended ({self._process.returncode})")
-
-
-class _Proxy:
-    def __init__(self, helper: _Helper, numbers: Numbers) -> None:
-        self._helper, self._numbers = helper, numbers
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ATTRIBUTES:
-            return self._helper.request(self._numbers, name)
-        return partial(self._helper.request, self._numbers, name)
-
-
-_helpers: dict[int, _Helper] = {}
-"""By the process that started it: a forked one must not use its parent's connection."""
-
-
-def serve(connection: Connection) -> None:
-    """Answer requests, each once and in order, until the other side is gone; then end its runs."""
-    from gaccum_exp.tracking.mlflow_store import MlflowRun, Store
-
-    objects: dict[int, Any] = {}
-    while True:
-        gc.enable()
-        try:
-            request: _Request = connection.recv()
-        except (EOFError, OSError):
-            break
-        gc.disable()  # or a sweep that is read back is searched for garbage over and over
-        try:
-            os.chdir(request.folder)
-            if request.target == _FACTORY:
-                answer: Any = Store(*request.args)
-            elif objects[request.target] is None:  # it could not be made, which has been answered
-                answer = None
+    def _listen(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                client, _ = self._listener.accept()
+                self._told[client], self._texts[client] = set(), b""
+                self._selector.register(client, selectors.EVENT_READ)
             else:
-                answer = getattr(objects[request.target], request.method)
-                if callable(answer):
-                    answer = answer(*request.args, **request.kwargs)
-            if request.keep is not None:
-                objects[request.keep], answer = answer, None
-        except Exception as error:
-            if request.keep is not None:
-                objects[request.keep] = None
-            answer = error
-            if not isinstance(error, BadInputError):  # the other side unpickles it without MLflow
-                line = next(iter(str(error).strip().splitlines()), "no message")
-                answer = TrackingError(f"{type(error).__name__}: {line}")
+                self._hear(cast("socket.socket", key.fileobj))
+
+    def _hear(self, client: socket.socket) -> None:
         try:
-            connection.send(answer)
+            text = client.recv(1 << 16)
         except OSError:
-            break
-    for run in objects.values():
-        if isinstance(run, MlflowRun) and not run.ended:
-            with contextlib.suppress(Exception):
-                run.end("KILLED", "its process has ended")
+            text = b""
+        if not text:
+            self._selector.unregister(client)
+            del self._told[client], self._texts[client]
+            client.close()
+            return
+        *lines, self._texts[client] = (self._texts[client] + text).split(b"\n")
+        for path in {Path(os.fsdecode(line)) for line in lines}:
+            self._told[client].add(path)
+            if path.is_dir():
+                self._left.append((path, unsettled_below(path)))
+            else:
+                self._open(path)
+
+    def _open(self, path: Path) -> bool:
+        """Begin to deliver a journal; return whether it is there, and nobody else delivers it."""
+        from gaccum_exp.tracking.delivery import Delivery
+
+        if path not in self._deliveries:
+            try:
+                self._deliveries[path] = Delivery(path, self._stores)
+            except (OSError, TrackingError):
+                return False
+        return True
+
+    def _deliver(self, path: Path) -> bool:
+        """Deliver some of a journal, and end its run if its process is dead; return whether it did."""
+        delivery = self._deliveries[path]
+        before = delivery.delivered.state
+        work = delivery.due_s == 0 and delivery.step()
+        for note in delivery.notes:
+            _say(f"tracking: {note}")
+        delivery.notes.clear()
+        watched = any(path in paths for paths in self._told.values())
+        over = delivery.delivered.settled
+        if not watched and delivery.caught_up and not work and not over:
+            if delivery.end_if_dead():
+                work = True
+            else:  # its process lives, or is another host's
+                over = True
+        state = delivery.delivered.state
+        if state != before or over:
+            self._answer(path)
+        if over or delivery.delivered.settled or (not watched and state == "refused"):
+            delivery.close()
+            del self._deliveries[path]
+        return work
+
+    def _take_what_was_left(self) -> None:
+        """Begin with one more journal of an earlier process."""
+        folder, journals = self._left[0]
+        path = next(journals, None)
+        if path is None:
+            del self._left[0]
+            self._answer(folder)
+        elif not path.exists():  # its process was killed before it wrote a word
+            if (lock := FileLock.take(path.with_suffix(".lock"))) is not None:
+                path.with_suffix(".lock").unlink(missing_ok=True)
+                lock.release()
+        else:
+            self._open(path)
+
+    def _answer(self, path: Path) -> None:
+        for client, paths in self._told.items():
+            if path in paths:
+                with contextlib.suppress(OSError):
+                    client.send(os.fsencode(path) + b"\n", socket.MSG_DONTWAIT)
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        _Helper(socket.socket(fileno=int(sys.argv[1]))).run()
+    finally:
+        shutil.rmtree(sys.argv[2], ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stored; taking MLflow down module by module would be waited for

@@ -1,29 +1,27 @@
-"""The sink that takes metrics off the training loop's hands, and its delivery to a run in the store.
+"""The sink that takes metrics off the training loop's hands, and the one that writes a run's journal.
 
 Values may be tensors on the run's device. They stay there until a delivery, so recording never waits for
 the device, and a delivery reads all of them at once.
 """
 
-import logging
 import math
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import DatasetRecord
+from gaccum_exp.tracking.shipper import announce, wait_for_store
 
-if TYPE_CHECKING:
-    from gaccum_exp.tracking.mlflow_store import MlflowRun, Store
-
-log = logging.getLogger(__name__)
 WEIGHTS = "weights.pt"
 DELIVERY_INTERVAL_S = 2.0
 DELIVERY_WINDOWS = 1000
@@ -122,54 +120,78 @@ def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> l
     ]
 
 
-class MlflowSink(Sink):
-    """Delivers one run's metrics to MLflow, many in a request."""
+class JournalSink(Sink):
+    """Writes one run's metrics to its journal, which is delivered to its store from there.
 
-    def __init__(self, run: "MlflowRun") -> None:
+    Args:
+        journal: of the run, with its beginning in it.
+    """
+
+    def __init__(self, journal: Journal) -> None:
         super().__init__()
-        self.run = run
-        """Of a store in this process, or a proxy of one in the helper process."""
+        self._journal = journal
+        announce(journal.path)
 
     def ready(self) -> None:
-        """Wait until the run has begun in the store; `BadInputError` if that cannot be used."""
-        self.run.ready()
+        """Wait until the store has been opened; without one that answers, the journal waits for it.
+
+        Raises:
+            BadInputError: the store cannot be used.
+        """
+        known = wait_for_store(self._journal.path)
+        if known.state == "refused":
+            raise BadInputError(str(known.reason))
 
     def send(self, points: list[Point]) -> None:
-        """Send these points, and those that could not be delivered before."""
-        values = [(key, v, p.time_ms, p.global_step) for p in points for key, v in p.values.items()]
-        problem = self.run.log(values)
-        if problem is not None:
-            log.warning("tracking: %s", problem)
+        """Write these points."""
+        if points:
+            self._append("points", points=[(p.global_step, p.time_ms, p.values) for p in points])
 
     def describe(self, tags: Mapping[str, str]) -> None:
         """Tag the run."""
-        self.run.describe(dict(tags))
+        self._append("tags", tags=dict(tags))
 
     def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
         """Record the data sets that the run is fed."""
-        self.run.log_datasets(list(datasets))
+        self._append("datasets", datasets=[asdict(record) for record in datasets])
 
     def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Store parameters by name."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / WEIGHTS
-            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
-            self.keep_file(path)
+        path = self._journal.file_path(WEIGHTS)
+        torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
+        self.keep_file(path, WEIGHTS)
 
-    def keep_file(self, path: Path) -> None:
-        """Store a file with the run, under its name."""
-        self.run.keep_file(str(path.absolute()))
+    def keep_file(self, path: Path, name: str | None = None) -> None:
+        """Store a file with the run, under its name or another one."""
+        self._journal.keep_file(path, name)
+        announce(self._journal.path)
 
     def close(self, status: str, failure: str | None = None) -> None:
-        """Deliver what is left and end the run with its status."""
+        """Write what is left and end the run with its status.
+
+        Raises:
+            TrackingError: the journal could not be written.
+        """
         self.deliver()
-        self.run.end(status, failure)
+        self._journal.end(status, failure)
+        announce(self._journal.path)
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        self._journal.append(kind, **fields)
+        announce(self._journal.path)
 
 
-def kept_weights(store: "Store", run_id: str) -> dict[str, torch.Tensor] | None:
+class Files(Protocol):
+    """What has the files of runs: journals, or a store."""
+
+    def fetch(self, run_id: str, name: str, folder: str) -> str | None:
+        """Bring a file of a run into a folder and return its path; None if there is no such file."""
+
+
+def kept_weights(files: Files, run_id: str) -> dict[str, torch.Tensor] | None:
     """Return a run's final parameters by name, on the CPU; None if they were not kept."""
     with tempfile.TemporaryDirectory() as folder:
-        path = store.fetch(run_id, WEIGHTS, folder)
+        path = files.fetch(run_id, WEIGHTS, folder)
         if path is None:
             return None
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,47 @@
+"""The last thing that a command does: see that all is in the store, and say where to look."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gaccum_exp.tracking import shipper
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.journal import Journal, journals_below
+from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines
+
+
+def record_report(journal: Journal, sweep_id: str, files: Iterable[Path]) -> None:
+    """Record a comparison's files as a run of their own, outside the sweep's filter."""
+    tags = {"kind": "report", "report_of": sweep_id}
+    journal.begin(f"report {sweep_id}", params={}, tags=tags, texts={})
+    for path in files:
+        journal.keep_file(path)
+    journal.append("experiment_tags", tags=experiment_tags(sweep_id))
+    journal.end("FINISHED")
+    shipper.announce(journal.path)
+
+
+def settle(folders: Sequence[Path]) -> list[Path]:
+    """Wait until the journals below these folders are delivered; return those that are not."""
+    paths = [path for folder in folders for path in journals_below(folder)]
+    for path in paths:
+        if not Delivered.of(path).settled:
+            shipper.announce(path)
+    return shipper.finish()
+
+
+def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
+    """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen."""
+    if settle(folders):
+        below = " ".join(map(str, folders))
+        print(f"\nNot in the store yet; once it is back: python -m gaccum_exp deliver {below}")
+        return
+    if sweep_id is None:
+        return
+    known = (Delivered.of(path) for folder in folders for path in journals_below(folder))
+    experiment_id = next((d.experiment_id for d in known if d.experiment_id is not None), None)
+    if experiment_id is not None:
+        print(
+            "\nCompare in MLflow:",
+            *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id)),
+            sep="\n",
+        )

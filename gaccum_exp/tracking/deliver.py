@@ -1,0 +1,90 @@
+"""`gaccum_exp deliver FOLDER ...`: bring what is recorded below folders to its store.
+
+Also what was carried over from a machine without network. Runs that are being trained here go on; those
+whose process is dead are ended as KILLED, those of other hosts only with `--end-stale`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaccum_exp.errors import TrackingError
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.journal import journals_below
+
+if TYPE_CHECKING:
+    from gaccum_exp.tracking.delivery import Stores
+
+PATIENCE_S = 20.0
+"""So long a store that is away is waited for."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `gaccum_exp deliver`; return 0, 1 if something is left to deliver, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m gaccum_exp deliver", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or sweeps")
+    parser.add_argument("--uri", help="MLflow tracking URI (as recorded)")
+    parser.add_argument("--experiment", help="(as recorded)")
+    parser.add_argument("--end-stale", action="store_true", help="end the runs of other hosts, too")
+    given = parser.parse_args(arguments)
+    missing = [folder for folder in given.folders if not folder.is_dir()]
+    if missing:
+        print(f"gaccum_exp deliver: {missing[0]}: no such folder", file=sys.stderr)
+        return 2
+    paths = {path.absolute(): None for folder in given.folders for path in journals_below(folder)}
+    if not paths:
+        print("gaccum_exp deliver: no journal there (journal*.jsonl)", file=sys.stderr)
+        return 2
+    if given.uri is None and given.experiment is None:
+        paths = {path: None for path in paths if not Delivered.of(path).settled}
+    if not paths:
+        print("Everything is delivered.")
+        return 0
+    from gaccum_exp.tracking.delivery import Stores  # with MLflow, which `--help` need not wait for
+
+    stores = Stores()
+    whole = [_deliver(path, stores, given) for path in paths]
+    return 0 if all(whole) else 1
+
+
+def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
+    """Deliver one journal and say how that went; return whether nothing is left to do."""
+    from gaccum_exp.tracking.delivery import Delivery
+
+    try:
+        delivery = Delivery(path, stores, uri=given.uri, experiment_name=given.experiment)
+    except (OSError, TrackingError) as error:
+        print(f"gaccum_exp deliver: {error}", file=sys.stderr)
+        return False
+    left_bytes, since = delivery.left_bytes, time.monotonic()
+    try:
+        while not delivery.delivered.settled and delivery.delivered.state != "refused":
+            if delivery.step():
+                since = time.monotonic()
+            elif delivery.caught_up and not delivery.end_if_dead(stale=given.end_stale):
+                break
+            elif not delivery.caught_up:
+                if time.monotonic() - since > PATIENCE_S:
+                    break
+                time.sleep(min(1.0, delivery.due_s))
+    finally:
+        delivery.close()
+    for note in delivery.notes:
+        print(f"gaccum_exp deliver: {note}", file=sys.stderr)
+    known = delivery.delivered
+    if known.settled:
+        print(f"{delivery.name}: delivered ({left_bytes:,} bytes)")
+    elif not delivery.caught_up:
+        print(f"gaccum_exp deliver: {delivery.name}: {known.reason}", file=sys.stderr)
+    elif delivery.foreign and not given.end_stale:
+        host = delivery.owner["host"]
+        print(f"{delivery.name}: delivered as far as it goes; it is of {host}, which may still train it "
+              "(--end-stale ends it)")  # fmt: skip
+        return True
+    else:
+        print(f"{delivery.name}: delivered as far as it goes; it is being trained")
+        return True
+    return known.settled

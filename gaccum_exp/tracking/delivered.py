@@ -1,0 +1,49 @@
+"""How far a journal is delivered, in a file beside it: written by its deliverer, read by anyone."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(slots=True)
+class Delivered:
+    """What is known of a journal in its store."""
+
+    uri: str | None = None
+    experiment_name: str | None = None
+    offset: int = 0
+    """Bytes of the journal whose records the store has taken."""
+    state: Literal["unknown", "ready", "away", "refused"] = "unknown"
+    """Of the store: `refused` where it cannot be used and the user has to mend something."""
+    reason: str | None = None
+    """Why it is away or refused."""
+    creating: bool = False
+    """Whether a run has been asked for: there may be one, also without an answer."""
+    run_id: str | None = None
+    experiment_id: str | None = None
+    settled: bool = False
+    """Whether the run has ended, in the store too."""
+
+    @classmethod
+    def of(cls, journal: Path) -> "Delivered":
+        """Read what stands beside a journal; what cannot be read is nothing."""
+        try:
+            return cls(**json.loads(_path(journal).read_text()))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, journal: Path) -> None:
+        """Write it beside the journal, at once or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        temporary = journal.with_suffix(".delivery.tmp")
+        temporary.write_text(json.dumps(asdict(self)))
+        os.replace(temporary, _path(journal))
+
+
+def _path(journal: Path) -> Path:
+    return journal.with_suffix(".delivery.json")

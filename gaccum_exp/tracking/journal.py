@@ -1,0 +1,262 @@
+r"""The journal of a run: everything that is recorded of it, in a file that is only ever appended to.
+
+A record is a line: the CRC-32 of what follows in eight hexadecimal digits, a blank, and a JSON object
+with its `kind`:
+
+    store            uri, experiment_name, folder (that a relative address is relative to), host, boot
+    begin            token, name, params, tags, texts, time_ms
+    points           points: [[global step, time_ms, {metric: value}], ...]
+    tags             tags
+    datasets         datasets: [{name, digest, samples, context}, ...]
+    file             path (relative to the journal's folder), name
+    experiment_tags  tags
+    end              status, failure, time_ms
+
+A reader drops a last line that is torn, and skips one that is damaged. While the training's process
+lives it holds the lock file beside the journal; who can take that lock knows that it is dead.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gaccum_exp.errors import TrackingError
+from gaccum_exp.tracking.locks import FileLock
+
+log = logging.getLogger(__name__)
+Record = dict[str, Any]
+PATTERN = "journal*.jsonl"
+
+
+class Journal:
+    """A journal that this process writes.
+
+    What cannot be written, on a full disk, is kept for the next record, and said once.
+    """
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self.path = path
+        self._lock = lock
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._pending = bytearray()
+        self._said: str | None = None
+
+    @classmethod
+    def create(cls, folder: Path, uri: str, experiment_name: str) -> "Journal":
+        """Create the journal of another run in a folder: `journal.jsonl`, `journal-2.jsonl`, ...
+
+        Args:
+            folder: made if need be.
+            uri: of the store that it is to be delivered to.
+            experiment_name: there.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = folder.absolute() / ("journal.jsonl" if number == 1 else f"journal-{number}.jsonl")
+            lock = None if path.exists() else FileLock.create(path.with_suffix(".lock"))
+            if lock is not None:
+                break
+            number += 1
+        journal = cls(path, lock)
+        journal.append("store", uri=uri, experiment_name=experiment_name, folder=os.getcwd(), **owner())
+        return journal
+
+    def begin(
+        self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], texts: Mapping[str, str]
+    ) -> None:
+        """Begin the run; `texts` become files, by name."""
+        self.append(
+            "begin", token=uuid.uuid4().hex, name=name, params={k: str(v) for k, v in params.items()},
+            tags=dict(tags), texts=dict(texts), time_ms=now_ms(),
+        )  # fmt: skip
+
+    def keep_file(self, path: Path, name: str | None = None) -> None:
+        """Record a file of the run, under its name or another one."""
+        kept = os.path.relpath(path.absolute(), self.path.parent)
+        self.append("file", path=kept, name=name or path.name)
+
+    def end(self, status: str, failure: str | None = None) -> None:
+        """End the run and close its journal.
+
+        Raises:
+            TrackingError: something could not be written.
+        """
+        self.append("end", status=status, failure=failure, time_ms=now_ms())
+        self.close()
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Append a record; it outlives this process at once, and the machine once it is flushed."""
+        self._pending += encoded({"kind": kind, **fields})
+        try:
+            if not os.fstat(self._file).st_nlink:
+                self._write_anew()
+            while self._pending:
+                del self._pending[: os.write(self._file, self._pending)]
+        except OSError as error:
+            if self._said is None:
+                self._said = str(error.strerror)
+                log.warning("%s cannot be written (%s): kept in memory", self.path, self._said)
+        else:
+            if self._said is not None:
+                log.warning("%s can be written again: nothing of it is lost", self.path)
+            self._said = None
+
+    def file_path(self, name: str) -> Path:
+        """Return where a file of the run belongs: beside the journal, under a name of its own."""
+        own = "" if self.path.stem == "journal" else f"{self.path.stem}."
+        return self.path.parent / f"{own}{name}"
+
+    def close(self) -> None:
+        """Close it, and let its run count as over.
+
+        Raises:
+            TrackingError: something could not be written.
+        """
+        self._lock.release()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self._pending:
+            self._pending.clear()
+            raise TrackingError(f"{self.path} could not be written to its end ({self._said})")
+
+    def _write_anew(self) -> None:
+        """Write the whole journal again, whose folder was removed meanwhile."""
+        size = os.fstat(self._file).st_size
+        text = b"".join(os.pread(self._file, 1 << 20, start) for start in range(0, size, 1 << 20))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock.create(self.path.with_suffix(".lock"))
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        log.warning("%s was removed: written again", self.path)
+        if lock is not None:
+            self._lock.release()
+            self._lock = lock
+        os.close(self._file)
+        self._file = file
+        self._pending[:0] = text
+
+
+def encoded(record: Record) -> bytes:
+    """Return a record as a line."""
+    text = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def decoded(line: bytes) -> Record | None:
+    """Return the record of a line without its end; None where it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    record: Record = json.loads(text)
+    return record
+
+
+def read_journal(path: Path) -> tuple[list[Record], list[str]]:
+    """Return the records of a journal, and what is to be said of those that are not whole."""
+    return records_in(path.read_bytes(), path)
+
+
+def records_in(text: bytes, path: Path) -> tuple[list[Record], list[str]]:
+    """Return the records of a journal's text, as `read_journal` does."""
+    *lines, torn = text.split(b"\n")
+    records, notes = [], []
+    for number, line in enumerate(lines, 1):
+        record = decoded(line)
+        if record is not None:
+            records.append(record)
+        elif line:
+            notes.append(f"{path}: line {number} is damaged and left out")
+    if torn:
+        notes.append(f"{path}: its last record is torn and left out ({len(torn)} bytes)")
+    return records, notes
+
+
+def journals_below(folder: Path) -> list[Path]:
+    """Return the journals in a folder and below it, in order."""
+    return sorted(folder.rglob(PATTERN))
+
+
+def unsettled_below(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Yield the journals near the top of a folder that have a lock file: not delivered whole yet."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.name.startswith("journal") and entry.name.endswith(".lock"):
+            if not entry.name.endswith(".delivery.lock"):
+                yield Path(entry.path).with_suffix(".jsonl")
+        elif depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            yield from unsettled_below(Path(entry.path), depth - 1)
+
+
+def owner() -> dict[str, str]:
+    """Return what tells this machine from others, and from itself before it was started again."""
+    return {"host": platform.node(), "boot": _boot()}
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def end_if_dead(path: Path, status: str, failure: str, *, stale: bool = False) -> bool:
+    """Append an end to a journal that has none and whose process is dead; return whether that is so.
+
+    A run of another host is left: nothing here can tell whether it is alive.
+
+    Args:
+        path: of the journal.
+        status: FAILED or KILLED.
+        failure: why.
+        stale: end the run of another host, too.
+    """
+    lock = FileLock.take(path.with_suffix(".lock"))
+    if lock is None:
+        return False
+    try:
+        records, _ = read_journal(path)
+        of = next((r for r in records if r["kind"] == "store"), {})
+        if any(record["kind"] == "end" for record in records):
+            return True
+        if of.get("host") != platform.node() and not stale:
+            return False
+        with open(path, "r+b", buffering=0) as file:
+            whole = (
+                not file.seek(0, os.SEEK_END) or not file.seek(-1, os.SEEK_END) or file.read(1) == b"\n"
+            )
+            file.seek(0, os.SEEK_END)
+            end = {"kind": "end", "status": status, "failure": failure, "time_ms": now_ms()}
+            file.write((b"" if whole else b"\n") + encoded(end))
+        return True
+    finally:
+        lock.release()
+
+
+def end_left(folder: Path, status: str, failure: str) -> list[str]:
+    """End the runs below a folder whose process is dead; return their names."""
+    ended = []
+    for path in journals_below(folder):
+        records, _ = read_journal(path)
+        name = next((str(r["name"]) for r in records if r["kind"] == "begin"), None)
+        over = any(record["kind"] == "end" for record in records)
+        if name is not None and not over and end_if_dead(path, status, failure):
+            ended.append(name)
+    return ended
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
