@@ -80,7 +80,8 @@ def training(options: Options) -> Result:
     young = sum(tried.found.younger for tried in tries)
     extra = (
         f"Moments are drawn uniformly over the life of the command (undisturbed, {moments}); "
-        f"*delivery*: at the moment that a journal grows. {young} points younger than the last flush were not there."
+        f"*delivery*: at the moment that a journal grows. {young} points that were younger than the "
+        "last flush are not there."
     )
     return result(tries, extra)
 
