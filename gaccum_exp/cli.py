@@ -1,32 +1,47 @@
 """The command line: the only hydra.main.
 
-Exit status: 0; 1 a run failed; 2 bad input; 3 biased; 4 stochastic; 5 inconclusive; 130 interrupted.
-3 to 5 only where an audit was asked for: `task=audit`, or `audit.every_steps` is set. Under `-m` it is
-decided at the end, from what the arms have left: the first of 1, 3, 5, 4 that any arm earned.
+Exit status: 0; 1 a run failed; 2 bad input, or nothing was run; 3 biased; 4 stochastic; 5 inconclusive;
+130 interrupted by Ctrl-C (SIGINT); 143 by SIGTERM or SIGUSR1. 3 to 5 only where an audit was asked for:
+`task=audit`, or `audit.every_steps` is set. Under `-m` it is decided at the end, from what the arms have
+left: the first of 1, 3, 5, 4 that any arm earned.
 """
 
 import gc
 import logging
 import os
+import platform
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gaccum_exp.arms.context import ArmContext, Command, Launch, current_command, in_command_process
-from gaccum_exp.arms.outcome import BAD_INPUT, INTERRUPTED, OK, RUN_FAILED, exit_status, read_outcomes
+from gaccum_exp.arms import child
+from gaccum_exp.arms.context import ArmContext, Command, current_command, in_command_process
+from gaccum_exp.arms.outcome import (
+    BAD_INPUT,
+    INTERRUPTED,
+    OK,
+    RUN_FAILED,
+    RUNNING,
+    Outcome,
+    exit_status,
+    read_outcomes,
+)
+from gaccum_exp.arms.process import process_restored
+from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
-from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking import shipper
+from gaccum_exp.train.stopping import Stop, StoppedError, listening
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,88 +54,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exception: whatever stopped Hydra and is not about the configuration, e.g. a sweeper's own error.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _process_restored():
+    with process_restored(), listening() as stop:
         # Imports leave next to no garbage, and the search for it takes a sixth of their time. An arm
         # turns it on again.
         gc.disable()
         try:
-            if given[:1] == ["deliver"]:
-                from gaccum_exp.tracking.deliver import main as deliver
-
-                return deliver(given[1:])
             if given[:1] == ["report"]:
                 from gaccum_exp.arms.report import main as report
 
                 return report(given[1:])
-            return _run(given)
-        except KeyboardInterrupt:  # while comparing
-            return INTERRUPTED
+            if given[:1] == ["deliver"]:
+                from gaccum_exp.tracking.deliver import main as deliver
+
+                return deliver(given[1:])
+            return _run(given, stop)
+        except KeyboardInterrupt as interrupt:  # while comparing
+            return _status(interrupt)
         except SystemExit as end:  # of --help, of a wrong flag, of a configuration that was refused
             if isinstance(end.code, str):
                 raise
             return end.code or OK
 
 
-@contextmanager
-def _process_restored() -> Iterator[None]:
-    """Put back what a command changes of the process, torch's settings and Hydra's singletons too."""
-    argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
-    known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
-    loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]
-    hydra_before, job_before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
-    # Without waiting for torch, where no arm has needed it.
-    life = sys.modules.get("gaccum_exp.arms.life")
-    of_torch = None if life is None else life.process_settings()
-    GlobalHydra.instance().clear()  # or Hydra refuses to begin
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
-        life = sys.modules.get("gaccum_exp.arms.life")
-        if life is not None:
-            life.set_process_settings(of_torch or life.BEFORE_ANY_ARM)
-        for logger, handlers, level in loggers:
-            for handler in set(logger.handlers) - set(handlers):
-                handler.close()
-            logger.handlers = handlers
-            logger.setLevel(level)
-        sys.argv = argv
-        for key in os.environ.keys() - environment.keys():
-            del os.environ[key]
-        os.environ.update(environment)
-        if collects:
-            gc.enable()
-        else:
-            gc.disable()
+def _status(interrupt: KeyboardInterrupt) -> int:
+    return interrupt.status if isinstance(interrupt, StoppedError) else INTERRUPTED
 
 
-def _run(given: list[str]) -> int:
+def _run(given: list[str], stop: Stop) -> int:
     """Run what Hydra makes of the arguments, then compare what there is."""
+    if {"-m", "--multirun"} & set(given):
+        child.start()  # it imports torch, while Hydra composes
     config.register(f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}")
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads `seed=0 --config-dir mine model=x` as two lists of overrides and refuses the second.
     sys.argv = [sys.argv[0], *sorted(given, key=_place)]
-    command, status = Command(), OK
+    command, status, interrupted = Command(stop), OK, None
+
+    def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
+        if command.launch is not None and command.launch.multirun:
+            child.pass_on(command.launch, number)
+
+    stop.before_raising = pass_on
     token = current_command.set(command)
     try:
         task()
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        status, interrupted = _status(interrupt), str(interrupt) or "interrupted"
     except Exception as error:  # of Hydra, its sweeper or launcher; an arm ends by itself
         line = explain.one_line(error, given)
         if raw or line is None:
-            _end(
-                command.launch, command.journal, RUN_FAILED
-            )  # the arms that have ended are there to be compared
+            _end(command, RUN_FAILED)  # the arms that have ended are there to be compared
             raise
         print(f"gaccum_exp: {line}", file=sys.stderr)
         status = BAD_INPUT
     finally:
         current_command.reset(token)
         config.register()  # without this command's id
-    return _end(command.launch, command.journal, status)
+        stop.before_raising = None
+    if stop.asked is not None:
+        status, interrupted = stop.asked.status, stop.asked.reason
+        stop.followed()
+    return _end(command, status, interrupted)
 
 
 def _place(argument: str) -> int:
@@ -133,63 +129,77 @@ def _place(argument: str) -> int:
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
 def task(cfg: DictConfig) -> float | None:
     """Run one job; what it returns is for sweepers that minimise something."""
-    job = HydraConfig.get()
+    job, command = HydraConfig.get(), current_command.get()
+    swept = job.callbacks.get("sweep", {})
     context = ArmContext(
         config=cfg,
         folder=Path(job.runtime.output_dir),
         overrides=tuple(job.overrides.task),
         choices=dict(job.runtime.choices),
-        swept_keys=tuple(job.callbacks.get("sweep", {}).get("swept_keys", ())),
+        swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,
         owns_terminal=in_command_process(),
     )
+    if context.multirun:
+        if command is not None:
+            child.run_job(context, command.stop, command.outcomes, shipper.helper_address())
+            outcomes = command.outcomes
+        else:  # a launcher's process
+            outcomes = {}
+            with listening() as stop:
+                child.run_job(context, stop, outcomes, swept.get("helper"))
+        # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
+        return outcomes[context.folder].objective if context.folder in outcomes else None
     try:
         settings = config.validate(cfg)
-    except BadInputError as error:
-        if not context.multirun:  # answered at once, without waiting for torch and MLflow
-            print(f"gaccum_exp: {error}", file=sys.stderr)
-            raise SystemExit(BAD_INPUT) from None
-        from gaccum_exp.arms.seeds import refuse_seeds
-
-        refuse_seeds(context, error)
-        return None
-    if settings.sweep.seeds is not None:
-        from gaccum_exp.arms.seeds import run_seeds
-
-        run_seeds(context)
-        return None
+    except BadInputError as error:  # answered at once, without waiting for torch and MLflow
+        print(f"gaccum_exp: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
     from gaccum_exp.arms.life import run_arm
 
-    # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
-    return run_arm(context, settings).objective
+    assert command is not None
+    return run_arm(context, settings, command.stop).objective
 
 
-def _end(launch: Launch | None, journal: Journal | None, status: int) -> int:
+def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     """Compare what the arms have left, and let their outcomes decide the status."""
-    outcomes = {} if launch is None else read_outcomes(launch.folder, launch.sweep_id)
-    if launch is None or not outcomes:
+    launch = command.launch
+    if launch is None:
+        return status
+    found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
+    outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
+    if not outcomes:
+        if command.journal is not None:
+            command.journal.close()
+        if status == OK and launch.multirun:
+            print("gaccum_exp: nothing was run: what the sweep varies has no value", file=sys.stderr)
+            return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
-    audited = {folder: outcome for folder, outcome in outcomes.items() if outcome.task == "audit"}
-    if audited and launch.multirun:
-        from gaccum_exp.arms.audits import print_audits
+    trained = any(outcome.task == "train" for outcome in outcomes.values())
+    try:
+        if launch.multirun:
+            files = child.report(launch, command.stop)
+            if files and command.journal is not None:
+                record_report(command.journal, launch.sweep_id, files)
+        elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
+            from gaccum_exp.arms.report import Runs, show_run
 
-        print_audits(audited)
-    if any(outcome.task == "train" for outcome in outcomes.values()):
-        from gaccum_exp.arms.report import Runs, report_sweep, show_run
-        from gaccum_exp.arms.settle import record_report, say_where
-
-        runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
-        try:
-            if launch.multirun:
-                files = report_sweep(runs, launch.sweep_id, launch.folder)
-                if journal is not None:
-                    record_report(journal, launch.sweep_id, files)
-            elif status == OK and earned not in (RUN_FAILED, BAD_INPUT):
-                show_run(runs, launch.sweep_id)
-        except (BadInputError, TrackingError) as error:
-            print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
-            status = status or RUN_FAILED
-        shown = launch.sweep_id if launch.multirun else None
-        say_where([launch.folder], launch.tracking_uri, shown)
+            runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
+            show_run(runs, launch.sweep_id)
+    except (BadInputError, TrackingError) as error:
+        print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
+        status = status or RUN_FAILED
+    shown = launch.sweep_id if launch.multirun and trained else None
+    say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned
+
+
+def _over(folder: Path, outcome: Outcome, interrupted: str | None) -> Outcome:
+    """Return how an arm ended; one that says that it runs, and whose process is dead, has failed."""
+    if outcome.status != RUNNING:
+        return outcome
+    if not outcome.runs_here and (interrupted is None or outcome.host == platform.node()):
+        return child.ended(folder, outcome, interrupted)
+    log.warning("%s is still running (process %s on %s)", outcome.name, outcome.process, outcome.host)
+    return outcome

@@ -26,6 +26,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]!r}?" if found else ""
 
 
+def text_of(error: BaseException) -> str:
+    """Return an error's message as text that can be written anywhere, whatever its class makes of it."""
+    try:
+        text = str(error)
+    except Exception as failed:
+        text = f"its message cannot be read ({type(failed).__name__})"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = text_of(error).splitlines()
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)

@@ -34,6 +34,7 @@ class SweepStart(Callback):
         """Note a single run, and start the process that will record it."""
         _note_launch(config, Path(config.hydra.run.dir), multirun=False)
         start_helper()
+        _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
@@ -49,6 +50,7 @@ class SweepStart(Callback):
             _one_job_for_all_seeds(config)
         if _first_arm_composes(config, kwargs["config_name"]):
             _prepare_store(config, Path(config.hydra.sweep.dir))
+            _have_left_runs_delivered(config)
 
 
 def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
@@ -130,3 +132,11 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
         print(f"gaccum_exp: {known.reason}", file=sys.stderr)
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None
+
+
+def _have_left_runs_delivered(config: DictConfig) -> None:
+    """Have the helper deliver, and end, what commands have left that were killed or had no store."""
+    for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
+        # Only where commands have folders of their own, side by side: no search through a home directory.
+        if str(config.sweep_id) in folder.name and folder.parent.is_dir():
+            announce(folder.parent.absolute())

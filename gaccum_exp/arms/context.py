@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from gaccum_exp.arms.outcome import Outcome
+from gaccum_exp.config.schema import Settings
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.train.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,45 @@ class ArmContext:
         return replace(self, config=config, **changes)
 
 
+def name_of(context: ArmContext, settings: Settings, control_of: str | None = None) -> str:
+    """Return a run's name, what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
+    if control_of is not None:
+        return f"{control_of} · control {settings.audit.control_seed}"
+    parts = [f"N={settings.accum_steps}", f"micro {settings.data.micro_batch_size}"]
+    if settings.task == "plan":  # it is of every N
+        parts = ["plan", f"global batch {settings.data.global_batch_size}"]
+    parts.append(settings.accum.reduction)
+    named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
+    values = settings.flat() | dict(context.choices)
+    swept = [key for key in context.swept_keys if key in values and key not in named]
+    return " · ".join(parts + [f"{key}={values[key]}" for key in swept])
+
+
+def given_name(context: ArmContext) -> str:
+    """Return what the command line says of an arm, where its configuration cannot say it."""
+    lines = context.overrides
+    swept = [line for line in lines if line.partition("=")[0].lstrip("+") in context.swept_keys]
+    return " · ".join(swept) or " · ".join(lines)
+
+
+def contexts_of_seeds(context: ArmContext) -> list[ArmContext]:
+    """Return the job of each seed, as Hydra would have made it; without several seeds, the given one."""
+    if not isinstance(context.config.sweep.seeds, ListConfig):
+        return [context]
+    contexts = []
+    for seed in context.config.sweep.seeds:
+        overrides = []
+        for line in context.overrides:
+            key = line.partition("=")[0]
+            if key != "sweep.seeds":
+                overrides.append(f"{key}={seed}" if key.lstrip("+") == "seed" else line)
+        folder = context.folder / f"seed={seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"seed": seed, "sweep.seeds": None}
+        contexts.append(context.with_values(values, folder=folder, overrides=tuple(overrides)))
+    return contexts
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """The single run or the sweep that a command has launched, and where it records."""
@@ -58,10 +100,14 @@ class Launch:
 class Command:
     """A command while it runs."""
 
+    stop: Stop
+    """Asked to end it."""
     launch: Launch | None = None
     """Noted by the callback, once Hydra has composed the configuration."""
     journal: Journal | None = None
     """Of a sweep: its report is recorded there, as a run of its own."""
+    outcomes: dict[Path, Outcome] = field(default_factory=dict)
+    """How the arms of a sweep ended that this process has started, by folder."""
 
 
 current_command: ContextVar[Command | None] = ContextVar("current_command", default=None)

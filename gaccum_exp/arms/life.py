@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 
 from gaccum_exp.arms import audits as audit_files
 from gaccum_exp.arms import plan as planning
-from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.context import ArmContext, given_name, name_of
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, text_of
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.report.text.audit_printout import print_audit
@@ -36,6 +36,7 @@ from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.datasets import DatasetCache
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,18 @@ class Life:
         settings: what it is; to be replaced once N is chosen.
         control_of: the name of the arm that it is a control of. A control's end does not count for its
             arm: nothing is written to the folder, and a failure is a warning.
+        stop: asked to end it.
     """
 
-    def __init__(self, context: ArmContext, settings: Settings, control_of: str | None = None) -> None:
+    def __init__(
+        self,
+        context: ArmContext,
+        settings: Settings,
+        control_of: str | None = None,
+        stop: Stop = NEVER,
+    ) -> None:
         self.context, self.settings, self.control_of = context, settings, control_of
+        self.stop = stop
         self.outcome: Outcome | None = None
         """How it ended; None: it is not over."""
         self._sink: JournalSink | None = None
@@ -59,17 +68,7 @@ class Life:
     @property
     def name(self) -> str:
         """What differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
-        settings = self.settings
-        if self.control_of is not None:
-            return f"{self.control_of} · control {settings.audit.control_seed}"
-        parts = [f"N={settings.accum_steps}", f"micro {settings.data.micro_batch_size}"]
-        if settings.task == "plan":  # it is of every N
-            parts = ["plan", f"global batch {settings.data.global_batch_size}"]
-        parts.append(settings.accum.reduction)
-        named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
-        values = settings.flat() | dict(self.context.choices)
-        swept = [key for key in self.context.swept_keys if key in values and key not in named]
-        return " · ".join(parts + [f"{key}={values[key]}" for key in swept])
+        return name_of(self.context, self.settings, self.control_of)
 
     @property
     def sink(self) -> JournalSink:
@@ -129,7 +128,7 @@ class Life:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
         self._end("FINISHED", verdict=verdict, objective=objective)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End it as failed with a reason, unless it is over."""
         if self.outcome is not None:
             return
@@ -139,17 +138,24 @@ class Life:
         else:
             _say_failed(self.context.sweep_id, self.name, reason)
             if not isinstance(error, (BadInputError, NonFiniteLossError)):  # a fault of the program's
-                path = self.context.folder / "traceback.txt"
-                path.write_text("".join(traceback.format_exception(error)))
-                log.error("its traceback is in %s", path)
+                self._keep_traceback(error)
         self._abandon("FAILED", reason)
         self._end("FAILED", reason=reason, bad_input=isinstance(error, BadInputError))
 
-    def interrupt(self) -> None:
+    def interrupt(self, error: KeyboardInterrupt) -> None:
         """End it as killed, unless it is over."""
         if self.outcome is None:
-            self._abandon("KILLED", "interrupted")
-            self._end("KILLED", reason="interrupted")
+            reason = text_of(error) if isinstance(error, StoppedError) else "interrupted"
+            self._abandon("KILLED", reason)
+            self._end("KILLED", reason=reason)
+
+    def _keep_traceback(self, error: BaseException) -> None:
+        path, text = self.context.folder / "traceback.txt", "".join(traceback.format_exception(error))
+        try:
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            log.error("its traceback is in %s", path)
+        except OSError as failed:
+            log.error("its traceback cannot be written (%s): %s", failed, text)
 
     def _abandon(self, status: str, reason: str) -> None:
         if self._sink is None:
@@ -162,23 +168,42 @@ class Life:
     def _end(self, status: str, **more: Any) -> None:
         own, asked = self.settings, self.settings.audit_asked
         outcome = Outcome(own.sweep_id, self.name, status, task=own.task, audit_asked=asked, **more)
-        if self.control_of is None:
-            outcome.write(self.context.folder)
         self.outcome = outcome
+        if self.control_of is not None:
+            return
+        try:
+            outcome.write(self.context.folder)
+        except OSError as error:  # whoever waits for it is told, too
+            log.error("%s: its outcome cannot be written (%s)", self.name, error)
 
 
 @contextmanager
 def ends(*lives: Life) -> Iterator[None]:
-    """End the lives that are not over, on an error or an interruption; raise only the latter again."""
-    try:
-        yield
-    except Exception as error:  # it is the result of this arm, and the others go on
-        for life in lives:
-            life.fail(error)
-    except BaseException:
-        for life in lives:
-            life.interrupt()
-        raise
+    """End the lives that are not over, on an error or an interruption; raise only the latter again.
+
+    A request to end waits meanwhile, until it is looked at.
+    """
+    stop = lives[0].stop
+    with stop.held():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            with workers_silenced():
+                for life in lives:
+                    life.interrupt(error)
+            raise
+        except BaseException as error:  # it is the result of this arm, and the others go on
+            with workers_silenced():
+                # A batch system ends data workers too, and theirs may be the first word of it.
+                if isinstance(error, RuntimeError) and "killed by signal: Terminated" in text_of(error):
+                    stop.comes_within(1.0)
+                if stop.asked is None:
+                    for life in lives:
+                        life.fail(error)
+                else:
+                    for life in lives:
+                        life.interrupt(stop.asked)
+            stop.look()
 
 
 def process_settings() -> tuple[int, str, bool, bool]:
@@ -200,14 +225,15 @@ def set_process_settings(settings: tuple[int, str, bool, bool]) -> None:
 BEFORE_ANY_ARM = process_settings()
 
 
-def run_arm(context: ArmContext, settings: Settings) -> Outcome:
+def run_arm(context: ArmContext, settings: Settings, stop: Stop = NEVER) -> Outcome:
     """Run one arm and return how it ended; only an interruption is raised again."""
-    life, loaded, tags = Life(context, settings), None, {}
+    life, loaded, tags = Life(context, settings, stop=stop), None, {}
     with ends(life):
         if settings.chooses_accum_steps and settings.task != "plan":
             try:
-                loaded = load(settings, shared_data(settings.sweep_id))
-                life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
+                with stop.at_once():
+                    loaded = load(settings, shared_data(settings.sweep_id))
+                    life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
             except Exception:
                 life.begin()  # so that the store knows of it too
                 raise
@@ -230,14 +256,15 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
     loaded = _load(life, loaded)
     budget, predicted = planning.budget_bytes(settings, loaded.device), None
     if settings.runtime.memory_budget_gib is not None:
-        predicted = planning.predicted_peak(settings, loaded)
+        with life.stop.at_once():
+            predicted = planning.predicted_peak(settings, loaded)
         planning.refuse_over_budget(settings, loaded, predicted, budget)
     state = _build(life, loaded)
     if predicted is None and budget is not None and not planning.plainly_fits(state, budget):
         predicted = planning.predicted_peak(settings, loaded)
         planning.refuse_over_budget(settings, loaded, predicted, budget)
     with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-        hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget)
+        hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget, stop=life.stop)
         train(state, hooks)
     life.keep_weights(state)
     predicted = predicted or planning.predicted_peak(settings, loaded)
@@ -252,7 +279,7 @@ def _audit(life: Life, loaded: TrainingData | None) -> str:
     state = _build(life, _load(life, loaded))
     global_step = telling_window(state)
     window = next(state.windows_from(global_step))
-    found = WindowAudits(state, life.sink).judge(window, global_step)
+    found = WindowAudits(state, life.sink, life.stop).judge(window, global_step)
     life.sink.keep_file(audit_files.write(found, life.context.folder))
     print_audit(life.name, found)
     return found.verdict
@@ -266,7 +293,8 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
 
     sink, folder = life.sink, life.context.folder
     loaded = _load(life, loaded)
-    planned = planning.plan(life.settings, loaded)
+    with life.stop.at_once():
+        planned = planning.plan(life.settings, loaded)
     for row in planned.rows:
         sizes = {key: value for key, value in row.as_dict().items() if key.endswith("_bytes")}
         sink.record(row.accum_steps, {f"plan/{key}": value for key, value in sizes.items()})
@@ -289,8 +317,9 @@ def train_controls(arm: Life) -> None:
     if settings.accum_steps != 1 or metrics.ACCUM_STEPS_NOW in arm.sink.last:
         return
     for number in range(1, settings.audit.controls + 1):
+        arm.stop.look()
         of_control = context.with_values({"audit.control_seed": number})
-        _train_control(Life(of_control, settings.as_control(number), control_of=arm.name))
+        _train_control(Life(of_control, settings.as_control(number), arm.name, arm.stop))
 
 
 def _train_control(life: Life) -> None:
@@ -298,20 +327,19 @@ def _train_control(life: Life) -> None:
         life.begin()
         state = _build(life, _load(life))
         with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-            hooks, _ = hooks_of(state, life.sink, progress)
+            hooks, _ = hooks_of(state, life.sink, progress, stop=life.stop)
             train(state, hooks)
         life.keep_weights(state)
         life.finish(None)
 
 
-def refuse_arm(context: ArmContext, error: BadInputError) -> None:
+def refuse_arm(context: ArmContext, error: BadInputError) -> Outcome:
     """Record an arm of a sweep whose configuration cannot be used, as FAILED with the reason."""
-    config, lines = context.config, context.overrides
-    swept = [line for line in lines if line.partition("=")[0].lstrip("+") in context.swept_keys]
-    name = " · ".join(swept) or " · ".join(lines)
+    config, name = context.config, given_name(context)
     _say_failed(context.sweep_id, name, str(error))
     task = str(config.task)
-    Outcome(context.sweep_id, name, "FAILED", str(error), task, bad_input=True).write(context.folder)
+    outcome = Outcome(context.sweep_id, name, "FAILED", str(error), task, bad_input=True)
+    outcome.write(context.folder)
     tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate"}
     try:
         to = config.tracking
@@ -321,6 +349,7 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> None:
         JournalSink(journal).close("FAILED", str(error))
     except Exception as recording:  # the reason is in arm.json
         log.warning("%s could not be recorded (%s)", name, recording)
+    return outcome
 
 
 def _say_failed(sweep_id: str, name: str, reason: str) -> None:
@@ -341,9 +370,11 @@ def shared_data(sweep_id: str) -> DatasetCache:
     return DatasetCache()
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return in a line why a run failed."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if isinstance(error, SystemExit):
+        return f"the model called sys.exit({'' if error.code is None else repr(error.code)})"
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()] or ["no message"]
     if out_of_memory(error):
         advice = "task=plan says which N fits, accum.on_oom=increase_steps goes on with one that does"
         return f"out of memory ({lines[0]}): {advice}"
@@ -361,12 +392,15 @@ def clear() -> None:
 
 def _load(life: Life, loaded: TrainingData | None = None) -> TrainingData:
     clear()
-    return loaded or load(life.settings, shared_data(life.settings.sweep_id))
+    with life.stop.at_once():
+        return loaded or load(life.settings, shared_data(life.settings.sweep_id))
 
 
 def _build(life: Life, loaded: TrainingData) -> TrainState:
     """Build what a run trains or audits, and describe it; wait until the run has begun in the store."""
-    state = build(life.settings, loaded)
+    with life.stop.at_once():
+        state = build(life.settings, loaded)
     life.describe(state)
-    life.sink.ready()
+    with life.stop.at_once():
+        life.sink.ready()
     return state

@@ -1,13 +1,19 @@
-"""How an arm ended: written to its folder, read back at the end of the command, and its exit status."""
+"""How an arm ended: written to its folder, read back at the end of the command, and its exit status.
+
+Before an arm of a sweep is given to a process, it says RUNNING there, and where. That it is over is
+never taken from how a process ended, only from what it wrote.
+"""
 
 import json
 import os
+import platform
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OUTCOME_FILE = "arm.json"
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+RUNNING = "RUNNING"
 VERDICT_STATUS = {"biased": 3, "inconclusive": 5, "stochastic": 4}
 """Exit statuses of the verdicts that are not 0, the one first that outranks the others."""
 
@@ -19,7 +25,7 @@ class Outcome:
     sweep_id: str
     name: str
     status: str
-    """FINISHED, FAILED or KILLED"""
+    """FINISHED, FAILED or KILLED; before that RUNNING"""
     reason: str | None = None
     task: str = "train"
     verdict: str | None = None
@@ -30,6 +36,24 @@ class Outcome:
     """Whether the reason is the user's to mend."""
     objective: float | None = None
     """The last evaluation loss, or training loss without evaluation: what a sweeper may minimise."""
+    host: str | None = None
+    """On which it is running; None: it is over."""
+    process: int | None = None
+    """The id there of the process that runs it."""
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it is running, in a process of this host that is alive."""
+        if self.status != RUNNING or self.process is None or self.host != platform.node():
+            return False
+        try:
+            os.kill(self.process, 0)
+            state = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
+        except ProcessLookupError:
+            return False
+        except OSError:  # another user's, or a system without such files
+            return True
+        return state not in "ZX"  # dead, and nobody has asked yet how it ended
 
     def write(self, folder: Path) -> None:
         """Write `arm.json`."""
@@ -41,12 +65,17 @@ class Outcome:
 
 def read_outcomes(folder: Path, sweep_id: str) -> dict[Path, Outcome]:
     """Return how the arms of a sweep ended, by the arm's folder, in the order of the folders."""
-    found = {}
-    for path in sorted(folder.rglob(OUTCOME_FILE)):
-        values = json.loads(path.read_text())
-        if values["sweep_id"] == sweep_id:  # another sweep may have used the folder before
-            found[path.parent] = Outcome(**values)
-    return found
+    found = {path.parent: read_outcome(path.parent) for path in sorted(folder.rglob(OUTCOME_FILE))}
+    # Another sweep may have used the folder before.
+    return {arm: outcome for arm, outcome in found.items() if outcome and outcome.sweep_id == sweep_id}
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Return how an arm ended, or that it is running; None where there is no word of it."""
+    try:
+        return Outcome(**json.loads((folder / OUTCOME_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def exit_status(outcomes: Collection[Outcome], *, multirun: bool) -> int:

@@ -7,10 +7,9 @@ own run. A sweep makes such jobs under `sweep.vectorize=seed` (`gaccum_exp/arms/
 import logging
 from collections.abc import Sequence
 
-from omegaconf import ListConfig
-
 from gaccum_exp.arms import plan as planning
-from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.child import Ended
+from gaccum_exp.arms.context import ArmContext, contexts_of_seeds
 from gaccum_exp.arms.life import (
     Life,
     clear,
@@ -30,55 +29,50 @@ from gaccum_exp.train.build import load
 from gaccum_exp.train.stackable_seeds import NotStackableError, stackable
 from gaccum_exp.train.stacked_seeds import StackedState, train_stacked
 from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.stopping import Stop
 
 log = logging.getLogger(__name__)
 VECTORIZED = "vectorized"
 """The tag of a run that was trained together with others."""
 
 
-def run_seeds(context: ArmContext) -> None:
-    """Run the arm of every seed in `sweep.seeds`."""
+def run_job(context: ArmContext, stop: Stop) -> Ended:
+    """Run the arms of a sweep's job, one or those of several seeds; return how they ended.
+
+    Raises:
+        StoppedError: somebody wants the sweep to end.
+    """
+    try:
+        settings = config.validate(context.config)
+    except BadInputError as error:
+        return Ended({one.folder: refuse_arm(one, error) for one in contexts_of_seeds(context)})
+    if settings.sweep.seeds is not None:
+        return run_seeds(context, stop)
+    return Ended({context.folder: run_arm(context, settings, stop)})
+
+
+def run_seeds(context: ArmContext, stop: Stop) -> Ended:
+    """Run the arm of every seed in `sweep.seeds` as one, where that is sound."""
     contexts = contexts_of_seeds(context)
     settings = [config.validate(one.config) for one in contexts]
-    lives = [Life(one, own) for one, own in zip(contexts, settings, strict=True)]
+    lives = [Life(one, own, stop=stop) for one, own in zip(contexts, settings, strict=True)]
     try:
-        _train_together(lives, _stackable_states(settings))
-    except Exception as error:  # before any of them has begun
+        with stop.at_once():
+            states = _stackable_states(settings)
+        _train_together(lives, states, stop)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # before any of them has begun
         if not isinstance(error, BadInputError):  # each arm will report that itself
             why = error if isinstance(error, NotStackableError) else reason_of(error)
             log.warning(
                 "sweep.vectorize=seed: not for this arm: %s; its seeds are trained one after the other",
                 why,
             )
-        for one, own in zip(contexts, settings, strict=True):
-            run_arm(one, own)
-        return
+        return Ended(apart=True)
     for life in lives:
         train_controls(life)
-
-
-def refuse_seeds(context: ArmContext, error: BadInputError) -> None:
-    """Record the arms of a configuration that cannot be used: one for each seed."""
-    for one in contexts_of_seeds(context):
-        refuse_arm(one, error)
-
-
-def contexts_of_seeds(context: ArmContext) -> list[ArmContext]:
-    """Return the job of each seed, as Hydra would have made it; without several seeds, the given one."""
-    if not isinstance(context.config.sweep.seeds, ListConfig):
-        return [context]
-    contexts = []
-    for seed in context.config.sweep.seeds:
-        overrides = []
-        for line in context.overrides:
-            key = line.partition("=")[0]
-            if key != "sweep.seeds":
-                overrides.append(f"{key}={seed}" if key.lstrip("+") == "seed" else line)
-        folder = context.folder / f"seed={seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {"seed": seed, "sweep.seeds": None}
-        contexts.append(context.with_values(values, folder=folder, overrides=tuple(overrides)))
-    return contexts
+    return Ended({life.context.folder: life.outcome for life in lives if life.outcome is not None})
 
 
 def _stackable_states(settings: Sequence[Settings]) -> list[TrainState]:
@@ -106,7 +100,7 @@ def _stackable_states(settings: Sequence[Settings]) -> list[TrainState]:
     return states
 
 
-def _train_together(lives: Sequence[Life], states: Sequence[TrainState]) -> None:
+def _train_together(lives: Sequence[Life], states: Sequence[TrainState], stop: Stop) -> None:
     """Train as one; what goes wrong beyond one seed ends all that are not over yet."""
     seeds, total_steps = len(lives), states[0].total_steps
     with ends(*lives):
@@ -118,7 +112,7 @@ def _train_together(lives: Sequence[Life], states: Sequence[TrainState]) -> None
         name, alone = f"{lives[0].name} and {seeds - 1} more seeds", lives[0].context.owns_terminal
         with Progress(name, total_steps, alone=alone) as progress:
             together = StackedState(states)
-            results = train_stacked(together, [life.sink for life in lives], progress)
+            results = train_stacked(together, [life.sink for life in lives], progress, stop)
         for life, state, result in zip(lives, states, results, strict=True):
             with ends(life):
                 if result.error is not None:

@@ -34,6 +34,8 @@ from gaccum_exp.errors import BadInputError
 StrategyName = Literal["in_place", "cached"]
 AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
+AfterMicroBatch = Callable[[AccumulatorState], object]
+"""Called after each micro-batch, with what the window holds by now."""
 
 
 def accumulate_gradients(
@@ -108,6 +110,7 @@ def accumulate(
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     begun: AccumulatorState | None = None,
     around: AroundMicroBatch | None = None,
+    after: AfterMicroBatch | None = None,
 ) -> WindowLoss:
     """Add the window's gradient to every parameter's `.grad`, as `accumulate_gradients` does.
 
@@ -122,6 +125,7 @@ def accumulate(
         strategy: where they are held.
         begun: the state of a window that was interrupted after a micro-batch; None: it begins.
         around: entered around each micro-batch's passes.
+        after: called after each.
     """
     if not window:
         raise ValueError("the window holds no micro-batch")
@@ -133,7 +137,9 @@ def accumulate(
             in_one = partial(
                 accumulate, loss_fn=loss_fn, reduction=reduction, strategy=held, backward=backward
             )
-            return strategy.accumulate(model, loss_fn, window, in_one, begun=begun, around=around)
+            return strategy.accumulate(
+                model, loss_fn, window, in_one, begun=begun, around=around, after=after
+            )
         strategy = held
     state = begun or AccumulatorState([count(loss_fn, micro_batch) for micro_batch in window])
     if state.generators is not None:
@@ -162,6 +168,8 @@ def accumulate(
             with around(state) if around else nullcontext():
                 _back_propagate(model, loss_fn, window, reduction, state, divisor, backward)
                 state.passes_done = index + 1
+            if after is not None:
+                after(state)
         if state.terms is not None:
             return state.terms.loss()
         assert state.loss_sum is not None

@@ -167,11 +167,12 @@ class Cached(InPlace):
         *,
         begun: AccumulatorState | None,
         around: Callable[[AccumulatorState], Any] | None,
+        after: Callable[[AccumulatorState], object] | None,
     ) -> L:
         """Add the window's gradient to every parameter's `.grad`.
 
         Args:
-            model: as `core.accumulate` has it; `loss_fn`, `window`, `begun` and `around` as well.
+            model: as `core.accumulate` has it; so are `loss_fn`, `window`, `begun`, `around`, `after`.
             in_one_pass: accumulates over a window of one micro-batch, given `model` and `window`.
 
         Returns:
@@ -196,7 +197,7 @@ class Cached(InPlace):
             return loss
         gradients = whole.gradients()
         state.loss_sum, state.denominator = loss.loss_sum, loss.denominator
-        after = random_states()
+        drawn = random_states()
         modules = nn.ModuleList([m for m in (model, criterion_of(loss_fn)) if m is not None])
         parameters = list(modules.parameters()) if isinstance(self.held, Buffered) else []
         collecting = self.held.collecting(state, parameters, rescaled=False)
@@ -207,7 +208,9 @@ class Cached(InPlace):
                 with around(state) if around else nullcontext():
                     self.second_pass(model, loss_fn, micro_batch, gradients[index], whole.written)
                     state.passes_done += 1
-        set_random_states(after)
+                if after is not None:
+                    after(state)
+        set_random_states(drawn)
         return loss
 
     def first_pass(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from gaccum_exp.errors import text_of
+
 log = logging.getLogger(__name__)
 LARGE = 0.25
 """The part of the free memory above which an audit says beforehand what it needs."""
@@ -22,7 +24,7 @@ class TooLargeError(RuntimeError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    message = str(error)
+    message = text_of(error)
     worded = "can't allocate memory" in message or "out of memory" in message.lower()
     return isinstance(error, (TooLargeError, torch.OutOfMemoryError, MemoryError)) or worded
 

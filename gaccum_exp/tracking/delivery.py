@@ -186,15 +186,14 @@ class Delivery:
             return False
         batch = self._read(self.delivered.offset)
         self.caught_up = not batch
-        if not batch:
+        if not batch or self._waits():
             return False
         os.fdatasync(self._file.fileno())
         try:
             while batch:
                 batch = self._deliver_some(batch)
-        except StoreAwayError as error:
-            if self.store_away:
-                self.delivered.state, self.delivered.reason = "away", str(error)
+        except StoreAwayError:
+            self._waits()
             self._save()
             return False
         except BadInputError as error:
@@ -203,6 +202,13 @@ class Delivery:
             self.delivered.state, self.delivered.reason = "ready", None
         self._save()
         return True
+
+    def _waits(self) -> bool:
+        """Note that the store is away, if it is; return whether it is not to be tried yet."""
+        if self._to is not None and self._to.away:
+            self.delivered.state, self.delivered.reason = "away", self._to.reason
+            self._save()
+        return self.due_s > 0
 
     def _deliver_some(self, batch: list[tuple[Record, int]]) -> list[tuple[Record, int]]:
         """Deliver the first record, points together with those that follow; return the rest."""

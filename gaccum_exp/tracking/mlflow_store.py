@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import create_sqlalchemy_engine
 
@@ -33,7 +33,7 @@ from gaccum_exp.tracking.store_errors import says_away, says_clash, says_refused
 from gaccum_exp.tracking.store_uri import refuse_password
 
 log = logging.getLogger(__name__)
-for _chatty in ("alembic", "mlflow.store", "urllib3"):
+for _chatty in ("alembic", "mlflow.store", "urllib3", "psycopg"):
     logging.getLogger(_chatty).setLevel(logging.CRITICAL)  # what goes wrong is raised
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PGCONNECT_TIMEOUT": "5",
 }
 """Settings that MLflow and PostgreSQL's driver read at each request, unless the user has set them."""
@@ -50,6 +51,8 @@ NO_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 """Zero whatever the user has set: MLflow repeats every request, so also one that creates a run."""
 OPENING_S = 5
 """How long a server may take for the first answer."""
+MAKING_S = 60
+"""How long another process may take to make the tables of a new database."""
 READING_S = 10
 """How long a store that is away is asked again for what is read."""
 BATCH = 1000
@@ -82,15 +85,8 @@ class Store:
         self._artifacts: dict[str, str] = {}
         """Where the runs that were read keep their files, by run id."""
         with _opening(uri):
-            self._client = _client(uri)
-            found = self._client.get_experiment_by_name(experiment_name)
-            if found is None:
-                try:
-                    found = self._client.get_experiment(self._client.create_experiment(experiment_name))
-                except MlflowException:  # unless another process was quicker
-                    found = self._client.get_experiment_by_name(experiment_name)
-                    if found is None:
-                        raise
+            _make_database(uri)
+            self._client, found = _opened(uri, experiment_name)
         if found.lifecycle_stage == "deleted":
             raise BadInputError(
                 f"tracking.experiment_name={experiment_name}: deleted in MLflow; restore it or use "
@@ -300,18 +296,25 @@ class Store:
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
-def _client(uri: str) -> MlflowClient:
-    """Return a client, with the database made if there is none."""
+def _opened(uri: str, experiment_name: str) -> tuple[MlflowClient, Experiment]:
+    """Return a client and the experiment, which is created if there is none."""
     if uri.partition("://")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
         # Asked once: MLflow asks ten times, for a minute.
-        create_sqlalchemy_engine(uri).connect().close()
-    _make_database(uri)
-    try:
-        return MlflowClient(tracking_uri=uri)
-    except Exception as error:
-        if not says_clash(error):
-            raise
-    return MlflowClient(tracking_uri=uri)  # another process has made the tables meanwhile
+        engine = create_sqlalchemy_engine(uri)
+        engine.connect().close()
+        engine.dispose()
+    deadline = time.monotonic() + MAKING_S
+    while True:
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(experiment_name)
+            if found is None:
+                found = client.get_experiment(client.create_experiment(experiment_name))
+            return client, found
+        except Exception as error:  # of each store its own
+            if not says_clash(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)  # another process makes the tables or the experiment at this moment
 
 
 def _make_database(uri: str) -> None:
@@ -414,7 +417,7 @@ def _send(entries: Sequence[tuple[str, T]], most: int, send: Callable[[list[T]],
                 except RecordRefusedError as error:
                     refused.setdefault(key, str(error))
     if refused:
-        raise RecordRefusedError("; ".join(f"{key}: {reason}" for key, reason in refused.items()))
+        raise RecordRefusedError(f"{', '.join(refused)}: {next(iter(refused.values()))}")
 
 
 def _storable(value: object, most: int | None = None) -> str:

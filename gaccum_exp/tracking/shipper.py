@@ -92,6 +92,13 @@ class _Client:
         *lines, self._text = (self._text + text).split(b"\n")
         return {Path(os.fsdecode(line)) for line in lines}
 
+    def bury(self) -> None:
+        """Take leave of a helper that is dead."""
+        self.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+
     def close(self) -> None:
         """Let go of it; it ends by itself, once everything is delivered or the store is away."""
         self._socket.close()
@@ -106,7 +113,8 @@ class _Deliveries:
         self._open: dict[Path, str] = {}
         """Journals that are not settled, with the last state of their store."""
         self._folders: set[Path] = set()
-        self._away: str | None = None
+        self._away: set[str | None] = set()
+        """Addresses of stores that are away, as has been said."""
 
     def helper(self) -> _Client:
         """Return the helper; start one if there is none, or none any more."""
@@ -130,7 +138,7 @@ class _Deliveries:
     def _restart(self) -> None:
         for attempt in (1, 2, 3):
             if self._client is not None:
-                self._client.close()
+                self._client.bury()
             self._client = self._address = None
             try:
                 for path in (*self._open, *self._folders):
@@ -169,11 +177,11 @@ class _Deliveries:
             elif path in self._open:
                 known = Delivered.of(path)
                 self._open[path] = known.state
-                if known.state == "away" and self._away is None:
-                    self._away = known.uri
+                if known.state == "away" and known.uri not in self._away:
+                    self._away.add(known.uri)
                     _say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
-                elif known.state == "ready" and self._away is not None:
-                    self._away = None
+                elif known.state == "ready" and known.uri in self._away:
+                    self._away.discard(known.uri)
                     _say(f"tracking: {known.uri} is back")
                 if known.settled:
                     del self._open[path]
@@ -197,9 +205,10 @@ class _Deliveries:
             return since[-1] - since[0] > GRACE_S
 
         self.wait(over)
-        if self._away is None:
+        if not self._away:
             self.wait(lambda: not self._folders, LEFT_S)
         left, self._open, self._folders = list(self._open), {}, set()
+        self._away.clear()  # a later command says so again
         return left
 
 
@@ -275,6 +284,8 @@ class _Helper:
         self._texts: dict[socket.socket, bytes] = {}
         self._left: list[tuple[Path, Iterator[Path]]] = []
         """Folders and the journals in them that earlier processes have left."""
+        self._searched: list[Path] = []
+        """Folders of which all such journals have been begun with."""
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
@@ -288,8 +299,12 @@ class _Helper:
             work = False
             for path in list(self._deliveries):
                 work = self._deliver(path) or work
-            if self._left and not work and len(self._deliveries) < AT_ONCE + self._watched():
+            others = self._deliveries.keys() - self._watched()
+            if self._left and not work and len(others) < AT_ONCE:
                 self._take_what_was_left()
+            for folder in [f for f in self._searched if not any(f in p.parents for p in others)]:
+                self._searched.remove(folder)
+                self._answer(folder)
             left = any(d.left_bytes for d in self._deliveries.values())
             if self._told or self._left or work:
                 until = time.monotonic() + GRACE_S
@@ -298,8 +313,8 @@ class _Helper:
         for delivery in self._deliveries.values():
             delivery.close()
 
-    def _watched(self) -> int:
-        return len(set().union(*self._told.values()))
+    def _watched(self) -> set[Path]:
+        return set[Path]().union(*self._told.values())
 
     def _listen(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
@@ -343,11 +358,11 @@ class _Helper:
         """Deliver some of a journal, and end its run if its process is dead; return whether it did."""
         delivery = self._deliveries[path]
         before = delivery.delivered.state
-        work = delivery.due_s == 0 and delivery.step()
+        work = delivery.step()
         for note in delivery.notes:
             _say(f"tracking: {note}")
         delivery.notes.clear()
-        watched = any(path in paths for paths in self._told.values())
+        watched = path in self._watched()
         over = delivery.delivered.settled
         if not watched and delivery.caught_up and not work and not over:
             if delivery.end_if_dead():
@@ -368,7 +383,7 @@ class _Helper:
         path = next(journals, None)
         if path is None:
             del self._left[0]
-            self._answer(folder)
+            self._searched.append(folder)
         elif not path.exists():  # its process was killed before it wrote a word
             if (lock := FileLock.take(path.with_suffix(".lock"))) is not None:
                 path.with_suffix(".lock").unlink(missing_ok=True)

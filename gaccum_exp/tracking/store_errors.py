@@ -23,7 +23,9 @@ CLASH = re.compile(
     re.IGNORECASE,
 )
 """Says that somebody else was quicker: what is asked for again at once is taken."""
-TOO_MUCH = re.compile(r"error code (?:413|414)|dataerror|outofrange|truncation", re.IGNORECASE)
+TOO_MUCH = re.compile(
+    r"error code (?:413|414)|dataerror|outofrange|truncation|too large to", re.IGNORECASE
+)
 REFUSING_CODES = {
     *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "NOT_IMPLEMENTED"),
     *("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND"),

@@ -11,6 +11,7 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.stopping import NEVER, Stop
 
 log = logging.getLogger(__name__)
 TAGS = ("verdict", "culprit", "culprit_type", "cause", "remedy", "detail")
@@ -54,10 +55,11 @@ class WindowAudits(Hook):
     Args:
         state: of the training.
         sink: takes the numbers of each audit, and in words the worst one so far.
+        stop: ends it, also in the middle of an audit: that may take long, and is not kept.
     """
 
-    def __init__(self, state: TrainState, sink: Sink) -> None:
-        self._state, self._sink = state, sink
+    def __init__(self, state: TrainState, sink: Sink, stop: Stop = NEVER) -> None:
+        self._state, self._sink, self._stop = state, sink, stop
         self._judged: tuple[int, int] | None = None
         self.worst: Audit | None = None
         """Of the windows audited so far."""
@@ -81,7 +83,8 @@ class WindowAudits(Hook):
 
     def judge(self, window: Window, global_step: int) -> Audit:
         """Audit a window that is about to be used; its numbers stand beside its own train/loss."""
-        found = audit(self._state, window, global_step)
+        with self._stop.at_once():
+            found = audit(self._state, window, global_step)
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])

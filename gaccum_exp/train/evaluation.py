@@ -18,6 +18,7 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook, Values
 from gaccum_exp.train.state import TrainState
+from gaccum_exp.train.stopping import NEVER, Stop
 
 Sums = tuple[LossResult, Any, Any]
 """Of a batch: its loss, right answers and labels asked for."""
@@ -31,11 +32,11 @@ class Evaluation(Hook):
     Args:
         sink: takes loss and accuracy.
         of: whose settings and data; of models trained as one, the first's.
-        over: as `evaluate` has it.
+        over: as `evaluate` has it; `stop` as well.
     """
 
-    def __init__(self, sink: Sink, of: TrainState, over: Over | None = None) -> None:
-        self._sink, self._of, self._over = sink, of, over
+    def __init__(self, sink: Sink, of: TrainState, over: Over | None = None, stop: Stop = NEVER) -> None:
+        self._sink, self._of, self._over, self._stop = sink, of, over, stop
 
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Evaluate if it is time."""
@@ -43,10 +44,12 @@ class Evaluation(Hook):
         every = of.settings.train.eval_every_steps
         due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
         if of.eval_data is not None and (due or state.done):
-            self._sink.record(global_step, evaluate(of, self._over))
+            self._sink.record(global_step, evaluate(of, self._over, self._stop))
 
 
-def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | Tensor]:
+def evaluate(
+    state: TrainState, over: Over | None = None, stop: Stop = NEVER
+) -> dict[str, float | Tensor]:
     """Return loss and, for class labels, accuracy over the whole evaluation set.
 
     Batches of `data.eval_batch_size`, the same for every N; the model's modes are left as they were.
@@ -54,6 +57,7 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
     Args:
         state: its model and its data.
         over: calls the function that it is given with a model; None: with the state's.
+        stop: ends it, before a batch.
     """
     data, workers = state.eval_data, state.settings.data.workers
     assert data is not None
@@ -69,6 +73,7 @@ def evaluate(state: TrainState, over: Over | None = None) -> dict[str, float | T
             data, plan, accum_steps=1, global_steps=range(plan.steps_in(epochs=1)), workers=workers
         )
         for (batch,) in batches:
+            stop.look()
             of_model = partial(_sums, state, batch)
             result, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted

@@ -1,12 +1,13 @@
 """Hooks: what watches a training, or steps in, without the loop knowing it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from gaccum_exp.core.strategies import AccumulatorState
+from gaccum_exp.train.stopping import Stop
 
 WINDOW = "window"
 """From the first forward pass of a window to the end of its optimizer step."""
@@ -26,7 +27,7 @@ class Hook:
     """
 
     phases: frozenset[str] = frozenset()
-    """The phases that it goes `around`; with MICRO_BATCH, it also looks after each."""
+    """The phases that it goes `around`."""
 
     def begin(self, state: Any) -> None:
         """Prepare, once the training is built."""
@@ -79,16 +80,20 @@ class Hooks(list[Hook]):
         self, state: Any, window: Any
     ) -> Callable[[AccumulatorState], AbstractContextManager[Any]] | None:
         """Return what is entered around each micro-batch; None where no hook asks for it."""
-        looking = [hook for hook in reversed(self) if MICRO_BATCH in hook.phases]
+        if not any(MICRO_BATCH in hook.phases for hook in self):
+            return None
+        return lambda accumulator: self.around(MICRO_BATCH, state, window)
 
-        @contextmanager
-        def around(accumulator: AccumulatorState) -> Iterator[None]:
-            with self.around(MICRO_BATCH, state, window):
-                yield
+    def after_micro_batch(self, state: Any) -> Callable[[AccumulatorState], None] | None:
+        """Return what is called after each micro-batch; None where no hook looks there."""
+        plain = Hook.after_micro_batch
+        looking = [hook for hook in reversed(self) if type(hook).after_micro_batch is not plain]
+
+        def after(accumulator: AccumulatorState) -> None:
             for hook in looking:
                 hook.after_micro_batch(state, accumulator)
 
-        return around if looking else None
+        return after if looking else None
 
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Call every hook's `after`."""
@@ -103,3 +108,19 @@ class Hooks(list[Hook]):
         """Call every hook's `end`."""
         for hook in reversed(self):
             hook.end(state)
+
+
+class Stopping(Hook):
+    """Ends a training that somebody wants to end, before a window or after a micro-batch."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def before(self, state: Any, window: Any) -> None:
+        """Look, before anything is done for this window."""
+        self._stop.look()
+
+    def after_micro_batch(self, state: Any, accumulator: AccumulatorState) -> None:
+        """Look, with the micro-batch in the window's gradients."""
+        if self._stop.asked is not None:
+            self._stop.look()

@@ -9,12 +9,13 @@ from gaccum_exp.train.audits import WindowAudits
 from gaccum_exp.train.clock import StepClock
 from gaccum_exp.train.compiled import CompiledCheck
 from gaccum_exp.train.evaluation import Evaluation
-from gaccum_exp.train.hooks import WINDOW, Hook, Hooks, Values
+from gaccum_exp.train.hooks import WINDOW, Hook, Hooks, Stopping, Values
 from gaccum_exp.train.memory_meters import MemoryMeters
 from gaccum_exp.train.out_of_memory import FinerSplit
 from gaccum_exp.train.recording import recording_hooks
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
+from gaccum_exp.train.stopping import NEVER, Stop
 
 
 class Trainable(Protocol):
@@ -41,6 +42,7 @@ def train(state: Trainable, hooks: Hooks, step: Callable[[Any, Any, Hooks], Valu
 
     Raises:
         Exception: what a window or a hook raises, and no hook has redone.
+        StoppedError: somebody wants it to end.
     """
     windows = Windows()
     hooks.begin(state)
@@ -76,7 +78,12 @@ class Windows:
 
 
 def hooks_of(
-    state: TrainState, sink: Sink, progress: Progress, *, budget_bytes: int | None = None
+    state: TrainState,
+    sink: Sink,
+    progress: Progress,
+    *,
+    budget_bytes: int | None = None,
+    stop: Stop = NEVER,
 ) -> tuple[Hooks, WindowAudits]:
     """Return the hooks of a run's training, the outermost first, and of these the one that audits.
 
@@ -85,11 +92,13 @@ def hooks_of(
         sink: takes metrics and tags.
         progress: shows how far the training is.
         budget_bytes: what a window may hold on a CPU under `accum.on_oom=increase_steps`.
+        stop: ends it.
     """
-    audits, meters = WindowAudits(state, sink), MemoryMeters(state, sink, budget_bytes)
+    audits, meters = WindowAudits(state, sink, stop), MemoryMeters(state, sink, budget_bytes)
     hooks: list[Hook] = [
+        Stopping(stop),
         StepClock(state.device, sink, lambda k: meters.due(k) or audits.due(k)),
-        *recording_hooks(sink, progress, Evaluation(sink, state)),
+        *recording_hooks(sink, progress, Evaluation(sink, state, stop=stop)),
         *([FinerSplit(sink)] if state.settings.accum.on_oom == "increase_steps" else []),
         meters,
         audits,

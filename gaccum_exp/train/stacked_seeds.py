@@ -29,11 +29,12 @@ from gaccum_exp.tracking.sink import NonFiniteLossError, Point, Sink
 from gaccum_exp.train.audits import WindowAudits
 from gaccum_exp.train.build import optimizer_of, scheduler_of
 from gaccum_exp.train.evaluation import Evaluation, Sums
-from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hook, Hooks, Values
+from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hook, Hooks, Stopping, Values
 from gaccum_exp.train.loop import train
 from gaccum_exp.train.recording import recording_hooks
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import rates_scaled
+from gaccum_exp.train.stopping import NEVER, Stop
 
 
 class StackedState:
@@ -178,15 +179,17 @@ class End:
     """The worst of its windows."""
 
 
-def train_stacked(state: StackedState, sinks: Sequence[Sink], progress: Progress) -> list[End]:
-    """Train to the end; what is measured of a seed goes to its sink.
+def train_stacked(
+    state: StackedState, sinks: Sequence[Sink], progress: Progress, stop: Stop = NEVER
+) -> list[End]:
+    """Train to the end, or until it is stopped; what is measured of a seed goes to its sink.
 
     Returns:
         How each seed ended: one whose loss is not finite has its curve up to there delivered.
     """
     sink = StackedSink(sinks, state)
-    audits = [WindowAudits(seed, own) for seed, own in zip(state.seeds, sinks, strict=True)]
-    evaluation = Evaluation(sink, state.seeds[0], state.over)
-    hooks = Hooks([*recording_hooks(sink, progress, evaluation), OfEachSeed(audits)])
+    audits = [WindowAudits(seed, own, stop) for seed, own in zip(state.seeds, sinks, strict=True)]
+    evaluation = Evaluation(sink, state.seeds[0], state.over, stop)
+    hooks = Hooks([Stopping(stop), *recording_hooks(sink, progress, evaluation), OfEachSeed(audits)])
     train(state, hooks, take_stacked_step)
     return [End(error, own.worst) for error, own in zip(state.errors, audits, strict=True)]

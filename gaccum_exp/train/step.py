@@ -97,6 +97,7 @@ def window_gradients(
         backward=state.backward,
         begun=begun,
         around=hooks.around_micro_batch(state, window),
+        after=hooks.after_micro_batch(state),
     )
     if state.scaler is not None and loss.denominator != 0:
         state.scaler.unscale_(state.optimizer)

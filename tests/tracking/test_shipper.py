@@ -10,74 +10,86 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import shipper
-from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink, Point
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.sink import JournalSink, Point
 from tests.program import PATIENCE_S, TINY, Program, environment, new_store
 
 WITHOUT_MLFLOW = """
 import sys
 from gaccum_exp.cli import main
 status = main()
-heavy = {"mlflow", "pandas", "sklearn", "sqlalchemy"} & set(sys.modules)
-if "-m" not in sys.argv:
-    heavy |= {"matplotlib"} & set(sys.modules)
+heavy = {"mlflow", "pandas", "sklearn", "sqlalchemy", "matplotlib"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else status)
 """
 TRAINED_WITHOUT_END = """
-import sys
-from gaccum_exp.tracking.shipper import connect
-run = connect(sys.argv[1], "gaccum_exp").start_run("run", params={}, tags={}, texts={})
-run.log([("train/loss", step / 7, step, step) for step in range(1, 1501)])
-print(run.ready(), flush=True)
-run.log([("train/loss", 0.5, 1501, 1501)])
-print("posted", flush=True)
+import os, sys, time
+from pathlib import Path
+from gaccum_exp.tracking import shipper
+from gaccum_exp.tracking.journal import Journal
+journal = Journal.create(Path("run"), sys.argv[1], "gaccum_exp")
+journal.begin("run", params={}, tags={}, texts={})
+for step in range(1, 1502):
+    journal.append("points", points=[[step, step, {"train/loss": step / 7}]])
+    shipper.announce(journal.path)
+if os.fork() == 0:  # a data worker that outlives it
+    print(os.getpid(), shipper._deliveries._client is None, flush=True)
+    time.sleep(60)
+    os._exit(0)
 sys.stdin.read()
 """
 
 
-def test_the_process_that_trains_imports_nothing_of_the_store(tmp_path: Path) -> None:
+def run_in(folder: Path, uri: str, experiment_name: str = "gaccum_exp") -> JournalSink:
+    """Begin a run of the sweep `a` in a folder."""
+    journal = Journal.create(folder, uri, experiment_name)
+    journal.begin("run", params={}, tags={"sweep_id": "a"}, texts={})
+    return JournalSink(journal)
+
+
+def helpers() -> set[int]:
+    """Return the processes that deliver for this one."""
+    client = shipper._deliveries._client
+    process = None if client is None else client._process
+    return set() if process is None else {process.pid}
+
+
+@pytest.mark.parametrize("arguments", [("-m", "accum.steps=1,2"), ()])
+def test_the_command_imports_nothing_of_the_store(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """From the first window to the comparison at the end."""
     new_store(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MLFLOW, *TINY, "-m", "accum.steps=1,2"],
+        [sys.executable, "-c", WITHOUT_MLFLOW, *TINY, *arguments],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "N = 2" in done.stdout
+    assert ("N = 2" if arguments else "There is only the reference") in done.stdout
     runs = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"], "tags.kind = 'arm'")
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_single_run_imports_nothing_that_draws(tmp_path: Path) -> None:
-    """Neither before it trains nor for the table at its end."""
-    new_store(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MLFLOW, *TINY],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Every arm against its reference" in done.stdout
-
-
-def test_of_a_training_that_is_killed_all_that_was_handed_over_is_written(tmp_path: Path) -> None:
-    """kill -9: the run is ended as KILLED, and says why."""
+def test_of_a_training_that_is_killed_all_that_was_written_is_delivered(tmp_path: Path) -> None:
+    """kill -9: the run is ended as KILLED and says why, though a process that it has forked lives on."""
     uri = f"sqlite:///{new_store(tmp_path)}"
     training = subprocess.Popen(
         [sys.executable, "-c", TRAINED_WITHOUT_END, uri], cwd=tmp_path, env=environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert training.stdout is not None
-    assert [training.stdout.readline() for _ in range(2)] == ["None\n", "posted\n"]
-    os.kill(training.pid, signal.SIGKILL)
-    training.wait(PATIENCE_S)
-    client, until = MlflowClient(uri), time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        (run,) = client.search_runs(["1"])
-        if run.info.status != "RUNNING":
-            break
-        time.sleep(0.1)
+    worker, forgot = training.stdout.readline().split()
+    try:
+        assert forgot == "True"
+        os.kill(training.pid, signal.SIGKILL)
+        training.wait(PATIENCE_S)
+        client, until = MlflowClient(uri), time.monotonic() + PATIENCE_S
+        while not Delivered.of(tmp_path / "run" / "journal.jsonl").settled:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
+    (run,) = client.search_runs(["1"])
     assert run.info.status == "KILLED"
     assert run.data.tags["failure"] == "its process has ended"
     history = client.get_metric_history(run.info.run_id, "train/loss")
@@ -86,50 +98,81 @@ def test_of_a_training_that_is_killed_all_that_was_handed_over_is_written(tmp_pa
     training.stdout.close()
 
 
-def test_a_store_that_cannot_be_used_is_said_before_anything_is_trained() -> None:
-    """Beginning a run waits for no answer, being ready does; it is said once, and not at every call."""
-    store = connect("http://127.0.0.1:9", "gaccum_exp")
-    with pytest.raises(BadInputError, match=r"http://127\.0\.0\.1:9: no tracking server answers"):
-        MlflowSink(store.start_run("run", params={}, tags={}, texts={})).ready()
-    sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
-    sink.record(1, {"train/loss": 1.0})
+def test_a_store_that_cannot_be_used_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    """Beginning a run waits for no answer, being ready does."""
+    (tmp_path / "no.db").write_text("this is no database, and long enough to be seen as none")
+    sink = run_in(tmp_path / "run", f"sqlite:///{tmp_path / 'no.db'}")
+    with pytest.raises(BadInputError, match="cannot be used"):
+        sink.ready()
     sink.close("FAILED", "there is no such store")
+    assert shipper.finish() == [tmp_path / "run" / "journal.jsonl"]
 
 
-def test_what_the_store_refuses_is_raised_at_the_next_call(program: Program) -> None:
-    """With its own words, though that call is not at fault; and the next run is none the worse."""
-    store = connect(program.uri, "gaccum_exp")
-    sink = MlflowSink(store.start_run("run", params={"a@b": 1}, tags={}, texts={}))
-    with pytest.raises(TrackingError, match=r"MlflowException: .*Names may only contain"):
-        sink.ready()
-    other = MlflowSink(store.start_run("run", params={}, tags={"sweep_id": "a"}, texts={}))
-    other.send([Point(1, 1, {"train/loss": 0.5})])
-    other.close("FINISHED")
-    (run,) = program.store().sweep("a")
-    assert (run.status, run.curves["train/loss"].values) == ("FINISHED", (0.5,))
-
-
-def test_a_delivery_that_fails_is_a_warning_and_comes_with_the_next(
-    program: Program, caplog: pytest.LogCaptureFixture
+def test_a_store_that_is_away_is_said_once_and_waited_for_by_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A metric whose name the store refuses is said, and ends the run that insists on it."""
-    store = connect(program.uri, "gaccum_exp")
-    sink = MlflowSink(store.start_run("run", params={}, tags={"sweep_id": "a"}, texts={}))
-    sink.send([Point(1, 1, {"a@b": 0.5})])
-    sink.ready()
-    assert "1 values not delivered yet" in caplog.text
-    with pytest.raises(TrackingError, match="MlflowException"):
-        sink.close("FINISHED")
-
-
-def test_a_helper_that_is_gone_ends_the_run_and_is_replaced_for_the_next(program: Program) -> None:
-    """In a sentence, and not by waiting for ever."""
-    store = connect(program.uri, "gaccum_exp")
-    sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
-    sink.ready()
-    helper = shipper._helpers[os.getpid()]
-    helper._process.kill()
-    helper._process.wait(PATIENCE_S)
-    with pytest.raises(TrackingError, match=r"the process that writes to MLflow has ended \(-9\)"):
+    """The runs' folders keep what is recorded, and the end of the command says what is left."""
+    monkeypatch.setattr(shipper, "GRACE_S", 0.5)
+    for name in ("first", "second"):
+        sink = run_in(tmp_path / name, "http://127.0.0.1:9")
         sink.ready()
-    connect(program.uri, "gaccum_exp").ready()
+        sink.send([Point(1, 1, {"train/loss": 0.5})])
+        sink.close("FINISHED")
+    left = shipper.finish()
+    assert left == [tmp_path / name / "journal.jsonl" for name in ("first", "second")]
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if "http://127.0.0.1:9" in line] == said
+    assert len(said) == 1, said
+
+
+def test_a_helper_that_is_killed_is_replaced_and_nothing_is_lost(program: Program) -> None:
+    """At any moment: the next word to it starts another, which goes on where the first was."""
+    sink = run_in(program.folder / "run", program.uri)
+    sink.ready()
+    killed: set[int] = set()
+    for step in range(1, 7):
+        (pid,) = helpers()
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+        sink.send([Point(step, step, {"train/loss": step / 7})])
+    sink.close("FINISHED")
+    assert shipper.finish() == []
+    assert not killed & helpers()
+    (run,) = program.store().sweep("a")
+    assert run.status == "FINISHED"
+    assert run.curves["train/loss"].values == tuple(step / 7 for step in range(1, 7))
+
+
+def test_another_process_may_share_the_helper(program: Program) -> None:
+    """So that many arms side by side have one; where it cannot be reached they have their own."""
+    shipper.start_helper()
+    text = (
+        "import sys; from gaccum_exp.tracking import shipper; shipper.use_helper(sys.argv[1]);"
+        "shipper.start_helper(); print(shipper.helper_address() == sys.argv[1])"
+    )
+    for address, shared in ((shipper.helper_address(), "True"), ("nowhere", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", text, address],
+            env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == shared
+
+
+def test_what_earlier_commands_have_left_is_delivered_and_ended(program: Program) -> None:
+    """A killed run of another command, and one whose store was away then; a living one is left alone."""
+    for name, ends in (("killed", False), ("away", True)):
+        journal = Journal.create(program.folder / "outputs" / name, program.uri, "gaccum_exp")
+        journal.begin(name, params={}, tags={"sweep_id": "a"}, texts={})
+        journal.append("points", points=[[1, 5, {"train/loss": 0.5}]])
+        if ends:
+            journal.end("FINISHED")
+        else:
+            journal.close()
+    living = Journal.create(program.folder / "outputs" / "living", program.uri, "gaccum_exp")
+    living.begin("living", params={}, tags={"sweep_id": "a"}, texts={})
+    shipper.announce(program.folder / "outputs")
+    shipper.finish()
+    found = {run.name: run.status for run in program.store().sweep("a")}
+    assert {"killed": "KILLED", "away": "FINISHED"}.items() <= found.items()
+    assert found.get("living", "RUNNING") == "RUNNING"
+    living.close()

@@ -1,0 +1,382 @@
+"""The process in which a sweep's arms run, seen from the one in which Hydra runs its jobs.
+
+One child takes arm after arm, so that torch is imported once; one that dies has ended its arm alone, and
+is replaced. The process that starts it imports no torch: it waits, and passes on what asks for an end.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import pickle
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
+from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
+from gaccum_exp.config import schema as config
+from gaccum_exp.errors import BadInputError
+from gaccum_exp.tracking.journal import end_left, journals_below
+from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
+
+log = logging.getLogger(__name__)
+PATIENCE_S = 30.0
+"""So long an arm may take to end when that is asked for; then its process is ended."""
+NOTICE = (
+    f"waiting up to {PATIENCE_S:.0f} s for what runs to end after its micro-batch; a second signal ends "
+    "it at once"
+)
+WITHOUT_OUTCOME = "ended without an outcome"
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a job finds in its process, to be had in the child too."""
+
+    folder: str
+    """The working directory."""
+    environment: dict[str, str]
+    path: list[str]
+    """Where modules are imported from."""
+    hydra: Any
+    """Hydra's own configuration of the job, which sets up its logging."""
+    helper: str | None
+    """Where the process that delivers to the store listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a child says of a request."""
+
+    result: Any = None
+    reason: str | None = None
+    """Why there is no result."""
+    stopped: StoppedError | None = None
+    """What has ended it."""
+    spent: bool = False
+    """Whether something is left in the child that no other arm should meet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a job's arms."""
+
+    outcomes: dict[Path, Outcome] = field(default_factory=dict)
+    """By the arm's folder."""
+    apart: bool = False
+    """Whether its arms are to be run one by one: none of them has begun."""
+
+
+class DiedError(Exception):
+    """The child has ended; the message says how, after "its process"."""
+
+
+class _Child:
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from gaccum_exp.arms.serve import serve; serve({theirs.fileno()})"
+        )
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
+        # In a session of its own: Ctrl-C in a terminal is meant for this process, which passes it on.
+        self.process = subprocess.Popen(
+            [sys.executable, *flags, "-c", program], pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self._used = False
+
+    def send(self, what: str, *given: Any) -> None:
+        """Send a request, and the streams that its words go to."""
+        self.connection.send((what, pickle.dumps(given)))
+        streams = [_open(1), _open(2)]
+        with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            socket.send_fds(connection, [b"-"], streams)
+        for stream in streams:
+            os.close(stream)
+        self._used = True
+
+    def receive(self, stop: Stop) -> Any:
+        """Return the next message; pass on a request to end, and then wait for so long and no longer.
+
+        Raises:
+            DiedError: there is none.
+        """
+        until = float("inf")
+        while not self.connection.poll(0.1):
+            if stop.asked is not None and until == float("inf"):
+                until = time.monotonic() + PATIENCE_S
+                with contextlib.suppress(OSError):
+                    self.connection.send(("stop", stop.asked))
+            if time.monotonic() > until:
+                self.process.kill()
+                self.process.wait()
+                raise DiedError(f"did not end within {PATIENCE_S:.0f} s")
+            # A process that it has forked may hold its end of the connection.
+            if self.process.poll() is not None and not self.connection.poll(0):
+                raise DiedError(self._end())
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise DiedError(self._end()) from None
+
+    def _end(self) -> str:
+        """Return how it has ended."""
+        try:
+            status = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return "was no longer to be spoken to"
+        if status >= 0:
+            return f"ended with status {status}"
+        hint = ", as by hand or where memory runs out" if status == -signal.SIGKILL else ""
+        return f"was ended by signal {-status} ({signal.Signals(-status).name}){hint}"
+
+    def close(self) -> None:
+        """Let it end."""
+        self.connection.close()
+        if not self._used:
+            self.process.kill()
+
+    def wait(self) -> None:
+        """Wait until it has ended, whatever hangs there."""
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+_children: dict[int, list[_Child]] = {}
+"""The last one takes arms; by the process that started them: a forked one must not use its parent's."""
+
+
+def start() -> None:
+    """Start the child, if there is none that takes arms."""
+    own = _children.setdefault(os.getpid(), [])
+    if own and not own[-1].connection.closed and own[-1].process.poll() is None:
+        return
+    own[:] = [child for child in own if child.process.poll() is None]
+    own.append(_Child())
+
+
+@atexit.register
+def _end_all() -> None:
+    own = _children.pop(os.getpid(), [])
+    for child in own:
+        child.close()
+    for child in own:
+        child.wait()
+
+
+def _forget() -> None:
+    for children in _children.values():
+        for child in children:
+            child.connection.close()
+    _children.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None) -> None:
+    """Run the arms of a sweep's job.
+
+    Args:
+        context: of the job.
+        stop: asked to end it.
+        outcomes: takes how each arm ended, by its folder.
+        helper: address of the process that delivers to the store; None: the child starts one.
+
+    Raises:
+        StoppedError: somebody wants the command to end.
+    """
+    if context.sweep_id in _stopped:  # a launcher may go on giving jobs
+        raise _stopped[context.sweep_id]
+    arms = contexts_of_seeds(context)
+    try:
+        if _given(context, arms, stop, outcomes, helper):
+            for arm in arms:
+                _given(arm, [arm], stop, outcomes, helper)
+    except StoppedError as error:
+        _stopped[context.sweep_id] = error
+        raise
+
+
+_stopped: dict[str, StoppedError] = {}
+"""The sweeps that have been stopped in this process."""
+
+
+def _given(
+    job: ArmContext,
+    arms: list[ArmContext],
+    stop: Stop,
+    outcomes: dict[Path, Outcome],
+    helper: str | None,
+) -> bool:
+    """Have a job done; return whether its arms are to be run one by one."""
+
+    def note_running(process: int) -> None:
+        for arm in arms:
+            _write(_running(arm, process), arm.folder)
+
+    stop.look()
+    try:
+        surroundings = _surroundings(helper)
+        answer = _ask(stop, note_running, "arm", job, surroundings)
+    except DiedError as died:
+        answer = Answer(reason=f"its process {died}")
+        if len(arms) > 1 and stop.asked is None and not any(journals_below(a.folder) for a in arms):
+            return True  # of what is common to them; which of them it is shows when they are alone
+    done = answer.result or Ended()
+    if done.apart:
+        return True
+    stopped = answer.stopped or stop.asked
+    for arm in arms:
+        outcome = done.outcomes.get(arm.folder) or read_outcome(arm.folder) or _running(arm)
+        if outcome.status == RUNNING or outcome.sweep_id != arm.sweep_id:
+            why = None if stopped is None else stopped.reason
+            outcome = ended(arm.folder, outcome, why, answer.reason or WITHOUT_OUTCOME)
+        elif answer.reason:
+            log.warning("%s: after it had ended, %s", outcome.name, answer.reason)
+        outcomes[arm.folder] = outcome
+    if stopped is not None:
+        raise StoppedError(stopped.reason, stopped.status)
+    return False
+
+
+def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WITHOUT_OUTCOME) -> Outcome:
+    """Write down, and return, how an arm ended that can no longer do that itself.
+
+    Args:
+        folder: of the arm.
+        running: what it was.
+        stopped: why the command was ended, if it was.
+        reason: else, why the arm failed.
+    """
+    status = "FAILED"
+    if stopped is not None:
+        status, reason = "KILLED", stopped
+    else:
+        log.error("%s failed: %s", running.name, reason)
+    outcome = replace(running, status=status, reason=reason, host=None, process=None)
+    _write(outcome, folder)
+    try:
+        end_left(folder, status, reason)
+    except (OSError, ValueError) as error:
+        log.warning("%s: its journal could not be ended (%s)", running.name, error)
+    return outcome
+
+
+def _write(outcome: Outcome, folder: Path) -> None:
+    try:
+        outcome.write(folder)
+    except OSError as error:
+        log.error("%s: its outcome cannot be written (%s)", outcome.name, error)
+
+
+def _running(arm: ArmContext, process: int | None = None) -> Outcome:
+    asked = False
+    try:
+        settings = config.validate(arm.config)
+        name, asked = name_of(arm, settings), settings.audit_asked
+        if settings.chooses_accum_steps:
+            name = given_name(arm)
+    except BadInputError:
+        name = given_name(arm)
+    return Outcome(
+        arm.sweep_id, name, RUNNING, task=str(arm.config.task), audit_asked=asked,
+        host=platform.node(), process=process,
+    )  # fmt: skip
+
+
+def report(launch: Launch, stop: Stop) -> list[Path]:
+    """Compare the arms of a sweep in the child, where torch is; return the files made.
+
+    Raises:
+        BadInputError: nothing can be compared.
+        StoppedError: somebody wants the command to end.
+    """
+    try:
+        answer = _ask(stop, lambda process: None, "report", launch, _surroundings(None))
+    except DiedError as died:
+        answer = Answer(reason=f"the process that compares {died}")
+    stop.look()
+    if answer.stopped is not None:
+        raise answer.stopped
+    if answer.reason:
+        raise BadInputError(answer.reason)
+    files: list[Path] = answer.result
+    return files
+
+
+def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> Answer:
+    """Give the child a request and return its answer; `before`: called with its process's id.
+
+    Raises:
+        DiedError: it has ended meanwhile.
+    """
+    with stop.held(NOTICE):
+        for last in (False, True):
+            stop.look()
+            start()
+            child, begun = _children[os.getpid()][-1], False
+            stop.before_end = child.process.kill
+            try:
+                before(child.process.pid)
+                child.send(what, *given)
+                begun = child.receive(stop) == "begun"
+                answer: Answer = child.receive(stop)
+                if answer.spent:
+                    child.close()
+                return answer
+            except (DiedError, OSError) as error:
+                child.close()
+                if begun or last:  # else it had died before, of nothing that it was asked
+                    raise DiedError(str(error)) from error
+            finally:
+                stop.before_end = None
+    raise AssertionError("unreachable")
+
+
+def pass_on(launch: Launch, number: int) -> None:
+    """Pass a signal on to the arms that other processes of this host run; wait until they have ended."""
+    os.write(2, f"gaccum_exp: {of_signal(number)}: {NOTICE}\n".encode())
+    until, asked = time.monotonic() + PATIENCE_S, set[int]()
+    while time.monotonic() < until:
+        outcomes = read_outcomes(launch.folder, launch.sweep_id).values()
+        running = {outcome.process or 0 for outcome in outcomes if outcome.runs_here}
+        for process in running - asked:
+            with contextlib.suppress(OSError):
+                os.kill(process, number)
+        asked |= running
+        if not running:
+            return
+        time.sleep(0.1)
+
+
+def _surroundings(helper: str | None) -> Surroundings:
+    hydra = HydraConfig.instance().cfg
+    return Surroundings(os.getcwd(), dict(os.environ), list(sys.path), hydra, helper)
+
+
+def _open(stream: int) -> int:
+    """Return a copy of one of this process's streams, or of nothing where it is closed."""
+    try:
+        return os.dup(stream)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)

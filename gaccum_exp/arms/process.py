@@ -1,0 +1,44 @@
+"""What a command, or an arm, changes of its process, and how it is put back."""
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
+    argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
+    loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]
+    hydra_before, job_before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    # Without waiting for torch, where no arm has needed it.
+    life = sys.modules.get("gaccum_exp.arms.life")
+    of_torch = None if life is None else life.process_settings()
+    GlobalHydra.instance().clear()  # or Hydra refuses to begin
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
+        life = sys.modules.get("gaccum_exp.arms.life")
+        if life is not None:
+            life.set_process_settings(of_torch or life.BEFORE_ANY_ARM)
+        for logger, handlers, level in loggers:
+            for handler in set(logger.handlers) - set(handlers):
+                handler.close()
+            logger.handlers = handlers
+            logger.setLevel(level)
+        sys.argv = argv
+        for key in os.environ.keys() - environment.keys():
+            del os.environ[key]
+        os.environ.update(environment)
+        if collects:
+            gc.enable()
+        else:
+            gc.disable()

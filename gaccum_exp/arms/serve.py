@@ -1,0 +1,192 @@
+"""The process in which a sweep's arms run, from within: it takes a request, does it, and answers."""
+
+import atexit
+import gc
+import importlib
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
+from gaccum_exp.arms.context import ArmContext, Launch
+from gaccum_exp.arms.outcome import read_outcomes
+from gaccum_exp.arms.process import process_restored
+from gaccum_exp.errors import BadInputError, TrackingError, first_line
+from gaccum_exp.tracking import shipper
+from gaccum_exp.train.stopping import Stop, StoppedError, listening, silence_workers
+
+END_S = 5.0
+"""So long what arms have left to be done at the end of the process may take."""
+Request = tuple[str, bytes, list[int]]
+
+
+def serve(descriptor: int) -> None:
+    """Answer requests, one after the other, until the process that started this one is gone."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever ends it while nothing is in hand
+    server = _Server(Connection(descriptor))
+    threading.Thread(target=server.listen, daemon=True).start()
+    gc.disable()  # imports leave next to no garbage, and the search for it takes a sixth of their time
+    importlib.import_module("gaccum_exp.arms.seeds")
+    heard: Any = signal.getsignal(signal.SIGCHLD)
+    while True:
+        request = server.requests.get()
+        if request is None:
+            break
+        signal.signal(signal.SIGCHLD, heard)
+        try:
+            answer = server.answer(request)
+        except BaseException as error:  # what there is of an outcome is in its file
+            traceback.print_exc()
+            answer = Answer(reason=f"{type(error).__name__}: {first_line(error)}", spent=True)
+        heard = silence_workers()
+        with suppress(OSError):
+            server.connection.send(answer)
+    _end()
+
+
+def _end() -> None:
+    """End the process, whatever an arm's model has left to hang there."""
+
+    def give_up() -> None:
+        time.sleep(END_S)
+        os._exit(0)
+
+    threading.Thread(target=give_up, daemon=True).start()
+    with suppress(BaseException):
+        atexit._run_exitfuncs()
+    _flush()
+    os._exit(0)
+
+
+class _Server:
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        os.register_at_fork(after_in_child=connection.close)
+        self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._streams = os.dup(1), os.dup(2)
+        self._waiting = 0
+        """Requests that have come and not begun."""
+        self._stop: Stop | None = None
+        """Asked to end the request in hand."""
+
+    def listen(self) -> None:
+        """Take what comes, in a thread of its own, until there is nobody to send anything."""
+        asked = StoppedError("its command has ended", 143)
+        with suppress(EOFError, OSError):
+            while True:
+                what, given = self.connection.recv()
+                if what == "stop":
+                    self._end(given)
+                    continue
+                with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
+                    streams = socket.recv_fds(end, 1, 2)[1]
+                self._waiting += 1
+                self.requests.put((what, given, streams))
+        self.requests.put(None)
+        self._end(asked)
+        time.sleep(PATIENCE_S)
+        os._exit(asked.status)
+
+    def _end(self, asked: StoppedError) -> None:
+        if self._stop is not None:
+            self._stop.tell(asked)
+        elif self._waiting:  # nothing has begun
+            os._exit(asked.status)
+
+    def answer(self, request: Request) -> Answer:
+        """Do what is asked for, in the surroundings of whoever asks; leave the process as it was."""
+        what, given, streams = request
+        with listening() as stop, stop.held(notice=""), process_restored(), self._spoken_to(streams):
+            self._stop = stop
+            self._waiting -= 1
+            self.connection.send("begun")
+            result = reason = stopped = None
+            try:
+                subject, surroundings = pickle.loads(given)
+                _enter(surroundings)
+                result = _DONE[what](subject, stop)
+            except StoppedError as error:
+                stopped = error
+            except (BadInputError, TrackingError) as error:
+                reason = first_line(error)
+            finally:
+                self._stop = None
+                _flush()
+        left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+        return Answer(result, reason, stopped=stopped or stop.asked, spent=bool(left))
+
+    @contextmanager
+    def _spoken_to(self, streams: list[int]) -> Iterator[None]:
+        """Let words go to these streams meanwhile."""
+        for number, stream in zip((1, 2), streams, strict=True):
+            os.dup2(stream, number)
+            os.close(stream)
+        try:
+            yield
+        finally:
+            for number, stream in zip((1, 2), self._streams, strict=True):
+                os.dup2(stream, number)
+
+
+def _enter(surroundings: Surroundings) -> None:
+    os.chdir(surroundings.folder)
+    for key in os.environ.keys() - surroundings.environment.keys():
+        del os.environ[key]
+    os.environ.update(surroundings.environment)
+    sys.path[:] = surroundings.path
+    if surroundings.helper is not None:
+        shipper.use_helper(surroundings.helper)
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import configure_log, setup_globals
+
+    if surroundings.hydra is None:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+        return
+    setup_globals()
+    HydraConfig.instance().cfg = surroundings.hydra
+    configure_log(surroundings.hydra.hydra.job_logging, surroundings.hydra.hydra.verbose)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+
+
+def _run(context: ArmContext, stop: Stop) -> Ended:
+    from gaccum_exp.arms.seeds import run_job
+
+    return run_job(context, stop)
+
+
+def _compare(launch: Launch, stop: Stop) -> list[Path]:
+    """Print the verdicts of audits; compare what was trained, and return the files made."""
+    outcomes = read_outcomes(launch.folder, launch.sweep_id)
+    audited = {folder: outcome for folder, outcome in outcomes.items() if outcome.task == "audit"}
+    with stop.at_once():
+        if audited:
+            from gaccum_exp.arms.audits import print_audits
+
+            print_audits(audited)
+        if not any(outcome.task == "train" for outcome in outcomes.values()):
+            return []
+        from gaccum_exp.arms.report import Runs, report_sweep
+
+        runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
+        return report_sweep(runs, launch.sweep_id, launch.folder)
+
+
+_DONE: dict[str, Callable[[Any, Stop], Any]] = {"arm": _run, "report": _compare}

@@ -1,0 +1,280 @@
+"""Delivery: everything in a journal reaches its store once, however often either of them fails."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from mlflow import MlflowClient
+
+from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, TrackingError
+from gaccum_exp.tracking import deliver, delivery
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.delivery import Delivery, Stores
+from gaccum_exp.tracking.journal import Journal
+from tests.program import Program, new_store
+
+STEPS = range(1, 301)
+
+
+def journal_in(folder: Path, steps: range = STEPS, *, ends: bool = True, each: int = 7) -> Journal:
+    """Write a journal of a run with a loss at each of these steps, in records of so many points."""
+    journal = Journal.create(folder, f"sqlite:///{folder / 'mlflow.db'}", "gaccum_exp")
+    journal.begin("N=2", params={"seed": 0}, tags={"sweep_id": "a"}, texts={"config.yaml": "seed: 0"})
+    for first in range(steps.start, steps.stop, each):
+        some = range(first, min(first + each, steps.stop))
+        journal.append("points", points=[[step, 1000 + step, {"train/loss": step / 7}] for step in some])
+    if ends:
+        journal.end("FINISHED")
+    return journal
+
+
+def delivered_whole(path: Path) -> None:
+    """Deliver a journal as long as anything can be delivered."""
+    of = Delivery(path, Stores())
+    try:
+        while of.step():
+            pass
+    finally:
+        of.close()
+
+
+class Memory:
+    """A store that fails when it is told to, before or after it has taken what it was sent."""
+
+    experiment_id = "7"
+    runs: ClassVar[dict[str, dict[str, Any]]] = {}
+    log: ClassVar[list[str]] = []
+    chance = 0.0
+    draw = random.Random(0)
+
+    def __init__(self, uri: str, experiment_name: str) -> None:
+        self._fail()
+
+    def _fail(self) -> None:
+        if self.draw.random() < self.chance:
+            raise StoreAwayError("no answer")
+
+    def create_run(self, token: str, name: str, *, again: bool, **more: Any) -> str:
+        self.log.append("create_run")
+        self._fail()
+        found = [key for key, run in self.runs.items() if run["token"] == token] if again else []
+        if not found:
+            found = [f"run {len(self.runs)}"]
+            self.runs[found[0]] = {"token": token, "points": set()}
+        self._fail()
+        return found[0]
+
+    def log_points(self, run_id: str, points: list[Any]) -> None:
+        self.log.append("log_points")
+        self._fail()
+        self.runs[run_id]["points"] |= set(points)
+        self._fail()
+
+    def end_run(self, run_id: str, status: str, failure: str | None, end_time_ms: int) -> None:
+        self.runs[run_id]["status"] = status
+        self._fail()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self._fail()
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Memory]]:
+    """Return the store that everything is delivered to."""
+    monkeypatch.setattr(delivery, "Store", Memory)
+    monkeypatch.setattr(delivery, "RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(Memory, "runs", {})
+    monkeypatch.setattr(Memory, "log", [])
+    monkeypatch.setattr(Memory, "draw", random.Random(0))
+    monkeypatch.setattr(Memory, "chance", 0.0)
+    return Memory
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6])
+def test_all_points_arrive_whatever_answers_are_lost(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch, chance: float
+) -> None:
+    """Also where the deliverer dies after any request, and another goes on from what it had noted."""
+    journal = journal_in(tmp_path)
+    monkeypatch.setattr(memory, "chance", chance)
+    for _ in range(2000):
+        of = Delivery(journal.path, Stores())
+        of.step()
+        of._file.close()  # as if it were killed: nothing more is noted
+        of._lock.release()
+        if of.delivered.settled:
+            break
+    (run,) = memory.runs.values()
+    assert run["points"] == {("train/loss", step / 7, 1000 + step, step) for step in STEPS}
+    assert run["status"] == "FINISHED"
+
+
+def test_what_is_sent_is_on_the_disk_before(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a store never holds what a machine that dies has forgotten."""
+    sync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda file: (memory.log.append("fdatasync"), sync(file)))
+    of = Delivery(journal_in(tmp_path, ends=False).path, Stores())
+    while of.step():
+        pass
+    assert memory.log[0] == "fdatasync"
+    assert memory.log[1:3] == ["create_run", "log_points"]
+    of.close()
+
+
+def test_the_offset_is_noted_after_the_answer(tmp_path: Path, memory: type[Memory]) -> None:
+    """Not for what the store was sent, but for what it has taken."""
+    journal, memory.chance = journal_in(tmp_path), 1.0
+    of = Delivery(journal.path, Stores())
+    of.step()
+    of.close()
+    assert (Delivered.of(journal.path).offset, Delivered.of(journal.path).state) == (0, "away")
+
+
+def test_a_journal_has_one_deliverer(tmp_path: Path, memory: type[Memory]) -> None:
+    """Another is told so, and may try again once the first lets go."""
+    journal = journal_in(tmp_path)
+    of = Delivery(journal.path, Stores())
+    with pytest.raises(TrackingError, match="is being delivered by another process"):
+        Delivery(journal.path, Stores())
+    of.close()
+    delivered_whole(journal.path)
+    assert Delivered.of(journal.path).settled
+
+
+def test_a_journal_delivered_again_leaves_the_same_run(tmp_path: Path) -> None:
+    """From any record on, into a real store: one run, each point once, with the time it was taken at."""
+    new_store(tmp_path)
+    journal = journal_in(tmp_path)
+    delivered_whole(journal.path)
+    offsets = [0, *(i + 1 for i, byte in enumerate(journal.path.read_bytes()) if byte == 10)]
+    for offset in offsets[:-1:9]:
+        known = Delivered.of(journal.path)
+        known.offset, known.settled = offset, False
+        known.run_id = known.run_id if offset else None
+        known.write(journal.path)
+        delivered_whole(journal.path)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    found = sorted((point.step, point.timestamp, point.value) for point in history)
+    assert found == [(step, 1000 + step, step / 7) for step in STEPS]
+    assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "0"})
+
+
+def test_a_record_that_the_store_refuses_does_not_hold_the_others_up(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, once however many there are."""
+
+    def refuse(self: Memory, run_id: str, tags: dict[str, str]) -> None:
+        raise RecordRefusedError("no such tag")
+
+    monkeypatch.setattr(memory, "log_tags", refuse, raising=False)
+    journal = journal_in(tmp_path, ends=False)
+    for _ in range(3):
+        journal.append("tags", tags={"cause": "x"})
+    journal.end("FINISHED")
+    of = Delivery(journal.path, Stores())
+    while of.step():
+        pass
+    of.close()
+    assert of.notes == ["N=2: no such tag"]
+    assert of.delivered.settled
+
+
+def test_a_damaged_record_is_said_and_the_rest_delivered(tmp_path: Path, memory: type[Memory]) -> None:
+    """No number of it is delivered."""
+    journal = journal_in(tmp_path)
+    text = bytearray(journal.path.read_bytes())
+    lines = bytes(text).split(b"\n")
+    text[sum(len(line) + 1 for line in lines[:3]) + 40] ^= 1
+    journal.path.write_bytes(text)
+    of = Delivery(journal.path, Stores())
+    while of.step():
+        pass
+    of.close()
+    (run,) = memory.runs.values()
+    assert {point[3] for point in run["points"]} == set(STEPS) - set(range(8, 15))
+    assert len(of.notes) == 1
+    assert "is damaged and left out" in of.notes[0]
+
+
+def test_a_settled_journal_leaves_no_lock_and_a_dead_one_is_ended(
+    tmp_path: Path, memory: type[Memory]
+) -> None:
+    """What has a lock file is not settled yet."""
+    journal = journal_in(tmp_path, ends=False)
+    journal.close()
+    of = Delivery(journal.path, Stores())
+    while of.step():
+        pass
+    assert of.caught_up
+    assert of.end_if_dead()
+    assert of.step()
+    of.close()
+    assert next(iter(memory.runs.values()))["status"] == "KILLED"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.delivery.json", "journal.jsonl"]
+
+
+def test_a_store_that_cannot_be_used_is_not_tried_again(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason stands beside the journal."""
+
+    def refuse(self: Memory, uri: str, experiment_name: str) -> None:
+        raise BadInputError("mend it")
+
+    monkeypatch.setattr(memory, "__init__", refuse)
+    of = Delivery(journal_in(tmp_path).path, Stores())
+    of.step()
+    assert not of.step()
+    of.close()
+    assert (of.delivered.state, of.delivered.reason) == ("refused", "mend it")
+
+
+def test_deliver_brings_what_was_carried_over_to_another_store(
+    program: Program, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run of another host that has ended; twice makes it no second one; nothing is left to do then."""
+    journal = journal_in(tmp_path / "carried" / "run")
+    for _ in range(2):
+        assert deliver.main([str(tmp_path / "carried"), "--uri", program.uri]) == 0
+    assert "N=2: delivered" in capfd.readouterr().out
+    (run,) = program.store().sweep("a")
+    assert (run.status, run.curves["train/loss"].values) == ("FINISHED", tuple(s / 7 for s in STEPS))
+    assert Delivered.of(journal.path).settled
+
+
+def test_deliver_names_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is not there, one without journals."""
+    assert deliver.main([str(tmp_path / "none")]) == 2
+    assert deliver.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no such folder" in said
+    assert "no journal there" in said
+
+
+def test_deliver_leaves_what_lives_here_or_elsewhere(
+    tmp_path: Path,
+    memory: type[Memory],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that is being trained, and one of another host unless its end is asked for."""
+    living = journal_in(tmp_path / "here", ends=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.node", lambda: "elsewhere")
+        journal_in(tmp_path / "there", ends=False).close()
+    assert deliver.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "it is being trained" in said
+    assert "it is of elsewhere" in said
+    assert all("status" not in run for run in memory.runs.values())
+    assert deliver.main([str(tmp_path), "--end-stale"]) == 0
+    assert [run.get("status") for run in memory.runs.values()] == [None, "KILLED"]
+    living.close()
