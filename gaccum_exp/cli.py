@@ -34,7 +34,7 @@ from gaccum_exp.arms.outcome import (
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
-from gaccum_exp.arms.settle import record_report, say_where
+from gaccum_exp.arms.settle import close_without_report, record_report, say_where
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
@@ -170,18 +170,20 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
     if not outcomes:
         if command.journal is not None:
-            command.journal.close()
+            close_without_report(command.journal)
         if status == OK and launch.multirun:
             print("gaccum_exp: nothing was run: what the sweep varies has no value", file=sys.stderr)
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
+    journal, command.journal = command.journal, None
     trained = any(outcome.task == "train" for outcome in outcomes.values())
     try:
         if launch.multirun:
             files = child.report(launch, command.stop)
-            if files and command.journal is not None:
-                record_report(command.journal, launch.sweep_id, files)
+            if files and journal is not None:
+                record_report(journal, launch.sweep_id, files)
+                journal = None
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -190,6 +192,8 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
         status = status or RUN_FAILED
+    if journal is not None:
+        close_without_report(journal)
     shown = launch.sweep_id if launch.multirun and trained else None
     say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned

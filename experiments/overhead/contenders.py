@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from experiments.notebook import Quiet
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.losses.micro_batch import split_micro_batch
-from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink, Sink
+from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.shipper import finish
+from gaccum_exp.tracking.sink import JournalSink, Sink
 from gaccum_exp.train.build import build
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
@@ -306,13 +308,20 @@ def ours(block: Block, log: bool = False) -> Callable[[], None]:
     def run() -> None:
         sink = Sink()
         if log:
-            store = connect(block.uri, "gaccum_exp")
-            sink = MlflowSink(store.start_run("run", params={}, tags={}, texts={}))
+            sink = journal_sink(block.uri, "gaccum_exp")
         hooks, _ = hooks_of(block.experiment, sink, Quiet())
         train(block.experiment, hooks)
         sink.close("FINISHED")
+        finish()
 
     return run
+
+
+def journal_sink(uri: str, experiment_name: str) -> JournalSink:
+    """Begin a run in a folder of its own."""
+    journal = Journal.create(Path(tempfile.mkdtemp()), uri, experiment_name)
+    journal.begin("run", params={}, tags={}, texts={})
+    return JournalSink(journal)
 
 
 def gathered(block: Block) -> Callable[[], None]:

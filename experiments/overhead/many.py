@@ -30,13 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
-from gaccum_exp.arms.report import COMPARED_CURVES, read_sweep
+from gaccum_exp.arms.report import COMPARED_CURVES, Runs, read_sweep
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures.save_figures import draw
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.table import render
-from gaccum_exp.tracking.mlflow_store import Store
-from gaccum_exp.tracking.sink import WEIGHTS, MlflowSink, kept_weights
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.shipper import finish
+from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, kept_weights
 
 EXPERIMENT = "gaccum_exp"
 SWEEP = "many"
@@ -106,7 +108,7 @@ def generate(
     if client.get_experiment_by_name(EXPERIMENT) is None:
         client.create_experiment(EXPERIMENT, (folder / "artifacts").as_uri())
     arms = list(islice(SHAPES[shape](), runs))
-    first = written(Store(uri, EXPERIMENT), arms[0], points, sweep_id, weights)
+    first = written(uri, folder / "first", arms[0], points, sweep_id, weights)
     with sqlite3.connect(folder / "mlflow.db") as database:
         database.execute("PRAGMA synchronous = OFF")
         for number, arm in enumerate(arms[1:], 1):
@@ -115,16 +117,15 @@ def generate(
     return uri
 
 
-def written(store: Store, arm: Arm, points: int, sweep_id: str, weights: bool) -> str:
+def written(uri: str, folder: Path, arm: Arm, points: int, sweep_id: str, weights: bool) -> str:
     """Write the first run with the program's own means; return its id."""
     overrides = ["model=mlp", "runtime.device=cpu", f"accum.steps={arm.steps}", f"train.steps={points}"]
     params = composed(*overrides).flat()
     choices = {f"choice.{key}": "default" for key in ("model", "data", "accum", "optimizer", "runtime")}
     tags = {"sweep_id": sweep_id, "kind": "arm", **choices, **environment_tags(), **own_tags(arm)}
-    run = store.start_run(
-        arm.name, params=params | own_params(arm), tags=tags, texts={"config.yaml": "{}"}
-    )
-    sink = MlflowSink(run)
+    journal = Journal.create(folder, uri, EXPERIMENT)
+    journal.begin(arm.name, params=params | own_params(arm), tags=tags, texts={"config.yaml": "{}"})
+    sink = JournalSink(journal)
     for step, values in enumerate(zip(*curves(arm, points).values(), strict=True), 1):
         known = zip(curves(arm, 0), values, strict=True)
         sink.record(step, {key: value for key, value in known if value is not None})
@@ -135,7 +136,8 @@ def written(store: Store, arm: Arm, points: int, sweep_id: str, weights: bool) -
     if weights:
         sink.keep_weights({"w": torch.full((64, 64), 1.0)})
     sink.close("FINISHED")
-    return str(run.run_id)
+    finish()
+    return str(Delivered.of(journal.path).run_id)
 
 
 def copied(
@@ -240,7 +242,7 @@ def once(arm: Arm) -> dict[str, float]:
 
 def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     """Report on a stored sweep as the program does at its end; return the seconds of each stage."""
-    store = Store(uri, EXPERIMENT)
+    store = Runs(uri, EXPERIMENT, None)
     marks = [time.perf_counter()]
     runs, stored = read_sweep(store, sweep_id)
     marks.append(time.perf_counter())

@@ -15,9 +15,10 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from experiments.notebook import composed, middle
-from experiments.overhead.contenders import CONTENDERS, PIECES, Block, Contender
-from gaccum_exp.tracking.shipper import connect
-from gaccum_exp.tracking.sink import MlflowSink
+from experiments.overhead.contenders import CONTENDERS, PIECES, Block, Contender, journal_sink
+from gaccum_exp.tracking import shipper
+from gaccum_exp.tracking.delivered import Delivered
+from gaccum_exp.tracking.sink import JournalSink
 
 COMMON = (
     "accum.steps=4",
@@ -131,7 +132,7 @@ def delivery(windows: int, repeats: int, folder: str) -> dict[str, list[float]]:
     waits, stored, each = [], [], []
     uri = stores(folder)["gaccum_exp, MLflow"]
     for _ in range(repeats):
-        sink = MlflowSink(connect(uri, "delivery").start_run("run", params={}, tags={}, texts={}))
+        sink = journal_sink(uri, "delivery")
         sink.ready()
         for step in range(windows):
             sink.record(
@@ -140,7 +141,7 @@ def delivery(windows: int, repeats: int, folder: str) -> dict[str, list[float]]:
         start = time.perf_counter()
         sink.deliver()
         handed = time.perf_counter()
-        sink.ready()
+        wait_until_stored(sink)
         end = time.perf_counter()
         sink.close("FINISHED")
         waits.append(1e3 * (handed - start) / windows)
@@ -151,6 +152,13 @@ def delivery(windows: int, repeats: int, folder: str) -> dict[str, list[float]]:
         "gaccum_exp: until it is in SQLite": stored,
         "`mlflow.log_metrics` at every window": each,
     }
+
+
+def wait_until_stored(sink: JournalSink) -> None:
+    """Wait until the store has taken all that is in a run's journal."""
+    path = sink.journal.path
+    size = path.stat().st_size
+    shipper.wait(lambda: Delivered.of(path).offset >= size)
 
 
 def one_by_one(uri: str, windows: int = 50) -> float:

@@ -32,8 +32,8 @@ STAGES: dict[str, str] = {
     "evaluations": "gaccum_exp.train.evaluation:evaluate",
     "keep the weights": "gaccum_exp.arms.life:Life.keep_weights",
     "predict its memory": "gaccum_exp.arms.plan:predicted_peak",
-    "wait for the store": "gaccum_exp.tracking.sink:MlflowSink.ready",
-    "end the run": "gaccum_exp.tracking.sink:MlflowSink.close",
+    "wait for the store": "gaccum_exp.tracking.sink:JournalSink.ready",
+    "end the run": "gaccum_exp.tracking.sink:JournalSink.close",
     "comparison and figures": "gaccum_exp.arms.report:report_sweep",
 }
 
@@ -45,9 +45,22 @@ def main(arguments: Iterable[str]) -> dict[str, list[float]]:
 
     for name, where in STAGES.items():
         time_calls(where, found[name])
+    in_this_process()
     with contextlib.redirect_stdout(io.StringIO()):
         cli.main(list(arguments))
     return found
+
+
+def in_this_process() -> None:
+    """Have arms and comparison done here, where they are timed, and not in a process of their own."""
+    from gaccum_exp.arms import child, seeds, serve
+
+    def run_job(context: Any, stop: Any, outcomes: Any, helper: Any) -> None:
+        outcomes.update(seeds.run_job(context, stop).outcomes)
+
+    child.start = lambda: None
+    child.run_job = run_job
+    child.report = serve._compare
 
 
 def time_calls(where: str, into: list[float]) -> None:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.tracking.journal import Journal
-from gaccum_exp.tracking.shipper import announce, start_helper, wait_for_store
+from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class SweepStart(Callback):
         listed = ",".join(f"'{key.lstrip('+')}'" for key in swept)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.swept_keys=[{listed}]")
+            config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.helper='{helper_address()}'")
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
         if _first_arm_composes(config, kwargs["config_name"]):
@@ -137,6 +138,6 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
 def _have_left_runs_delivered(config: DictConfig) -> None:
     """Have the helper deliver, and end, what commands have left that were killed or had no store."""
     for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
-        # Only where commands have folders of their own, side by side: no search through a home directory.
+        # Only where commands have folders of their own side by side: no search through a home.
         if str(config.sweep_id) in folder.name and folder.parent.is_dir():
             announce(folder.parent.absolute())

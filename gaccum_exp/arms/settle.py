@@ -20,6 +20,12 @@ def record_report(journal: Journal, sweep_id: str, files: Iterable[Path]) -> Non
     shipper.announce(journal.path)
 
 
+def close_without_report(journal: Journal) -> None:
+    """Close the journal of a sweep of which nothing was compared."""
+    journal.end("FINISHED")
+    shipper.announce(journal.path)
+
+
 def settle(folders: Sequence[Path]) -> list[Path]:
     """Wait until the journals below these folders are delivered; return those that are not."""
     paths = [path for folder in folders for path in journals_below(folder)]

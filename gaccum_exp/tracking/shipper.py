@@ -241,6 +241,11 @@ def announce(path: Path) -> None:
     _deliveries.announce(path)
 
 
+def wait(over: Callable[[], bool]) -> None:
+    """Wait until `over()`, asked whenever something has changed beside an announced journal."""
+    _deliveries.wait(over)
+
+
 def wait_for_store(journal: Path) -> Delivered:
     """Wait until the store of a journal has been opened, or is known to be away or of no use."""
     _deliveries.wait(lambda: Delivered.of(journal).state != "unknown" or not journal.exists())

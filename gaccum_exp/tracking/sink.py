@@ -129,7 +129,7 @@ class JournalSink(Sink):
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
-        self._journal = journal
+        self.journal = journal
         announce(journal.path)
 
     def ready(self) -> None:
@@ -138,7 +138,7 @@ class JournalSink(Sink):
         Raises:
             BadInputError: the store cannot be used.
         """
-        known = wait_for_store(self._journal.path)
+        known = wait_for_store(self.journal.path)
         if known.state == "refused":
             raise BadInputError(str(known.reason))
 
@@ -157,14 +157,14 @@ class JournalSink(Sink):
 
     def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Store parameters by name."""
-        path = self._journal.file_path(WEIGHTS)
+        path = self.journal.file_path(WEIGHTS)
         torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
         self.keep_file(path, WEIGHTS)
 
     def keep_file(self, path: Path, name: str | None = None) -> None:
         """Store a file with the run, under its name or another one."""
-        self._journal.keep_file(path, name)
-        announce(self._journal.path)
+        self.journal.keep_file(path, name)
+        announce(self.journal.path)
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Write what is left and end the run with its status.
@@ -173,12 +173,12 @@ class JournalSink(Sink):
             TrackingError: the journal could not be written.
         """
         self.deliver()
-        self._journal.end(status, failure)
-        announce(self._journal.path)
+        self.journal.end(status, failure)
+        announce(self.journal.path)
 
     def _append(self, kind: str, **fields: Any) -> None:
-        self._journal.append(kind, **fields)
-        announce(self._journal.path)
+        self.journal.append(kind, **fields)
+        announce(self.journal.path)
 
 
 class Files(Protocol):
