@@ -13,6 +13,7 @@ import platform
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp.arms import child
-from gaccum_exp.arms.context import ArmContext, Command, current_command, in_command_process
+from gaccum_exp.arms.context import ArmContext, Command, command_here, current_command
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -38,7 +39,6 @@ from gaccum_exp.arms.settle import close_without_report, record_report, say_wher
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
-from gaccum_exp.tracking import shipper
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ def _place(argument: str) -> int:
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
 def task(cfg: DictConfig) -> float | None:
     """Run one job; what it returns is for sweepers that minimise something."""
-    job, command = HydraConfig.get(), current_command.get()
+    # Launchers pickle this function with the names that it uses, and a context variable cannot be.
+    job, command = HydraConfig.get(), command_here()
     swept = job.callbacks.get("sweep", {})
     context = ArmContext(
         config=cfg,
@@ -138,16 +139,12 @@ def task(cfg: DictConfig) -> float | None:
         choices=dict(job.runtime.choices),
         swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,
-        owns_terminal=in_command_process(),
+        owns_terminal=command is not None,
     )
     if context.multirun:
-        if command is not None:
-            child.run_job(context, command.stop, command.outcomes, shipper.helper_address())
-            outcomes = command.outcomes
-        else:  # a launcher's process
-            outcomes = {}
-            with listening() as stop:
-                child.run_job(context, stop, outcomes, swept.get("helper"))
+        outcomes = {} if command is None else command.outcomes
+        with listening() if command is None else nullcontext(command.stop) as stop:
+            child.run_job(context, stop, outcomes, swept.get("helper"))
         # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
         return outcomes[context.folder].objective if context.folder in outcomes else None
     try:
@@ -169,21 +166,17 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
     if not outcomes:
-        if command.journal is not None:
-            close_without_report(command.journal)
+        _end_journal(command, [])
         if status == OK and launch.multirun:
             print("gaccum_exp: nothing was run: what the sweep varies has no value", file=sys.stderr)
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
-    journal, command.journal = command.journal, None
     trained = any(outcome.task == "train" for outcome in outcomes.values())
+    files: list[Path] = []
     try:
         if launch.multirun:
             files = child.report(launch, command.stop)
-            if files and journal is not None:
-                record_report(journal, launch.sweep_id, files)
-                journal = None
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -192,11 +185,24 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
         status = status or RUN_FAILED
-    if journal is not None:
-        close_without_report(journal)
+    finally:
+        _end_journal(command, files)
     shown = launch.sweep_id if launch.multirun and trained else None
     say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned
+
+
+def _end_journal(command: Command, files: Sequence[Path]) -> None:
+    """Record a sweep's report, if there is one."""
+    if command.journal is None or command.launch is None:
+        return
+    try:
+        if files:
+            record_report(command.journal, command.launch.sweep_id, files)
+        else:
+            close_without_report(command.journal)
+    except TrackingError as error:
+        print(f"gaccum_exp: the report is not recorded: {error}", file=sys.stderr)
 
 
 def _over(folder: Path, outcome: Outcome, interrupted: str | None) -> Outcome:

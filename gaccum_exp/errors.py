@@ -1,7 +1,16 @@
 """Errors that the user can mend, as against faults of the program."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_PASSWORDS = (
+    # Before the host. What begins with a port is no password: `http://host:5000/a@b`.
+    re.compile(r"(?P<before>\b[\w+.-]+://[^\s/?#@:]*:)(?!\d+[/?#])(?:(?!://).)+(?=@)"),
+    # Among the options, also of a driver that gets them in one.
+    re.compile(r"(?P<before>[?&]\w*(?:passw|passphrase|pwd|token|secret)\w*=)[^\s&'\"]+", re.IGNORECASE),
+    re.compile(r"(?P<before>odbc_connect=\S*?(?:password|pwd)(?:=|%3D))[^\s&;%]+", re.IGNORECASE),
+)
 
 
 class BadInputError(ValueError):
@@ -39,3 +48,10 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
     lines = text_of(error).splitlines()
     return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
+def hide_passwords(text: str) -> str:
+    """Return a text without the passwords that addresses of servers and databases in it hold."""
+    for pattern in _PASSWORDS:
+        text = pattern.sub(r"\g<before>…", text)
+    return text

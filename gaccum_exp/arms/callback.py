@@ -6,14 +6,17 @@ runs in the store.
 """
 
 import logging
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
@@ -21,37 +24,102 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
+from gaccum_exp.config.schema import conf_dir
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
+from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, tracking_uri
 
 log = logging.getLogger(__name__)
 
 
 class SweepStart(Callback):
-    """Notes where a run or a sweep writes, and prepares what its arms share."""
+    """Notes where a run or a sweep writes and records, and prepares what its arms share."""
+
+    def __init__(self) -> None:
+        self._pinned: list[str] = []
+        """Overrides that every job of a sweep is given besides its own."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a single run, and start the process that will record it."""
+        with _refusing():
+            _decide_where(config)
         _note_launch(config, Path(config.hydra.run.dir), multirun=False)
         start_helper()
         _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
-        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         overrides = _parsed([*config.hydra.overrides.task, *_configured_overrides(config)])
-        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
-        # An override of Hydra's own block reaches every job, whatever process or host a launcher runs it
-        # on, and is not among the overrides that name and record an arm.
-        listed = ",".join(f"'{key.lstrip('+')}'" for key in swept)
+        swept = [o for o in overrides if o.is_sweep_override()]
+        # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
+        # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
+        # taken from them again when the job starts.
+        listed = ",".join(f"'{o.get_key_element().lstrip('+')}'" for o in swept)
+        with _refusing():
+            _refuse_passwords(config, kwargs["config_name"], overrides)
+            self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.swept_keys=[{listed}]")
             config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.helper='{helper_address()}'")
+            config.hydra.overrides.hydra.extend(self._pinned)
+        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
-        if _first_arm_composes(config, kwargs["config_name"]):
+        if _composed(config, kwargs["config_name"]) is not None:  # else it is said without MLflow
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _have_left_runs_delivered(config)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leave a job's own overrides, which are what it differs in."""
+        job: Any = HydraConfig.instance().cfg
+        with read_write(job.hydra):
+            task = job.hydra.overrides.task
+            job.hydra.overrides.task = [line for line in task if line not in self._pinned]
+
+
+def _decide_where(config: DictConfig) -> list[str]:
+    """Decide which store and experiment are meant where nothing says so; return this as overrides."""
+    to, decided = config.tracking, []
+    meant = {"uri": tracking_uri(to.uri), "experiment_name": experiment_name(to.experiment_name)}
+    for key, value in meant.items():
+        if to[key] is None:
+            decided.append(f"tracking.{key}={_quoted(value)}")
+    with read_write(to):
+        to.update(meant)
+    print(f"gaccum_exp: store {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
+    return decided
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """End the command with bad input, before Hydra writes a file."""
+    try:
+        yield
+    except BadInputError as error:
+        print(f"gaccum_exp: {error}", file=sys.stderr)
+        # The one exception that Hydra does not turn into a warning here.
+        raise SystemExit(BAD_INPUT) from None
+
+
+def _refuse_passwords(config: DictConfig, config_name: str | None, given: list[Override]) -> None:
+    """Raise `BadInputError` where the address of an arm of a sweep would hold a password."""
+    sources = {s.path for s in config.hydra.runtime.config_sources if s.schema == "file"} - {conf_dir()}
+    for override in given:
+        key, swept = str(override.key_or_group), override.is_discrete_sweep()
+        if key.startswith("tracking"):
+            for value in override.sweep_iterator() if swept else [override.value()]:
+                refuse_password(str(value.text if isinstance(value, QuotedString) else value))
+        if swept and sources and "." not in key:  # a block's file of the user's own can set it, too
+            for choice in override.sweep_string_iterator():
+                arm = _composed(config, config_name, {override.get_key_element(): choice})
+                refuse_password(str(arm.tracking.uri) if arm is not None else "")
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra's overrides have it."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+    return f"'{escaped}'"
 
 
 def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
@@ -100,20 +168,22 @@ def _one_job_for_all_seeds(config: DictConfig) -> None:
             hydra.sweeper.params = {}
 
 
-def _first_arm_composes(config: DictConfig, config_name: str | None) -> bool:
-    """Whether Hydra can compose it; if not, it will soon say why, without torch and MLflow."""
+def _composed(
+    config: DictConfig, config_name: str | None, chosen: Mapping[str, str] | None = None
+) -> DictConfig | None:
+    """Compose the first arm, or that with these choices; None where Hydra will say what is wrong."""
     overrides = []
     for override in _parsed(config.hydra.overrides.task):
+        key = override.get_key_element()
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))
         elif override.is_choice_sweep():
             first = next(iter(override.sweep_string_iterator()))
-            overrides.append(f"{override.get_key_element()}={first}")
+            overrides.append(f"{key}={(chosen or {}).get(key, first)}")
     try:
-        compose(config_name, overrides)
+        return compose(config_name, overrides)
     except (HydraException, OmegaConfBaseException):
-        return False
-    return True
+        return None
 
 
 def _parsed(lines: Iterable[object]) -> list[Override]:

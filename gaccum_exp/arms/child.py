@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, first_line
+from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
 
@@ -50,7 +52,7 @@ class Surroundings:
     path: list[str]
     """Where modules are imported from."""
     hydra: Any
-    """Hydra's own configuration of the job, which sets up its logging."""
+    """The job's configuration with Hydra's own, which sets up logging, as plain containers."""
     helper: str | None
     """Where the process that delivers to the store listens."""
 
@@ -200,18 +202,20 @@ def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], help
         context: of the job.
         stop: asked to end it.
         outcomes: takes how each arm ended, by its folder.
-        helper: address of the process that delivers to the store; None: the child starts one.
+        helper: address of the process that delivers to the store; None: one of this process's own.
 
     Raises:
         StoppedError: somebody wants the command to end.
     """
     if context.sweep_id in _stopped:  # a launcher may go on giving jobs
         raise _stopped[context.sweep_id]
+    if helper is not None:
+        shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
     try:
-        if _given(context, arms, stop, outcomes, helper):
+        if _given(context, arms, stop, outcomes):
             for arm in arms:
-                _given(arm, [arm], stop, outcomes, helper)
+                _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
         _stopped[context.sweep_id] = error
         raise
@@ -226,7 +230,6 @@ def _given(
     arms: list[ArmContext],
     stop: Stop,
     outcomes: dict[Path, Outcome],
-    helper: str | None,
 ) -> bool:
     """Have a job done; return whether its arms are to be run one by one."""
 
@@ -235,13 +238,21 @@ def _given(
             _write(_running(arm, process), arm.folder)
 
     stop.look()
+    for arm in arms:
+        # Or the process that delivers, which sees the child's end first, would not know the reason.
+        shipper.announce(_next_journal(arm.folder))
     try:
-        surroundings = _surroundings(helper)
+        # As it is it cannot be pickled where a plugin has classes of its own in it.
+        hydra: Any = HydraConfig.instance().cfg
+        hydra = None if hydra is None else OmegaConf.to_container(hydra)
+        surroundings = _surroundings(hydra, shipper.helper_address())
         answer = _ask(stop, note_running, "arm", job, surroundings)
     except DiedError as died:
         answer = Answer(reason=f"its process {died}")
         if len(arms) > 1 and stop.asked is None and not any(journals_below(a.folder) for a in arms):
             return True  # of what is common to them; which of them it is shows when they are alone
+    except Exception as error:  # it cannot be sent
+        answer = Answer(reason=f"{type(error).__name__}: {first_line(error)}")
     done = answer.result or Ended()
     if done.apart:
         return True
@@ -277,9 +288,17 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
     _write(outcome, folder)
     try:
         end_left(folder, status, reason)
+        for path in journals_below(folder):
+            shipper.announce(path)
     except (OSError, ValueError) as error:
         log.warning("%s: its journal could not be ended (%s)", running.name, error)
     return outcome
+
+
+def _next_journal(folder: Path) -> Path:
+    """Return the journal that the next run in a folder is going to write."""
+    number = 1 + len(list(folder.glob("journal*.jsonl")))
+    return folder.absolute() / ("journal.jsonl" if number == 1 else f"journal-{number}.jsonl")
 
 
 def _write(outcome: Outcome, folder: Path) -> None:
@@ -312,7 +331,7 @@ def report(launch: Launch, stop: Stop) -> list[Path]:
         StoppedError: somebody wants the command to end.
     """
     try:
-        answer = _ask(stop, lambda process: None, "report", launch, _surroundings(None))
+        answer = _ask(stop, lambda process: None, "report", launch, _surroundings())
     except DiedError as died:
         answer = Answer(reason=f"the process that compares {died}")
     stop.look()
@@ -369,8 +388,7 @@ def pass_on(launch: Launch, number: int) -> None:
         time.sleep(0.1)
 
 
-def _surroundings(helper: str | None) -> Surroundings:
-    hydra = HydraConfig.instance().cfg
+def _surroundings(hydra: Any = None, helper: str | None = None) -> Surroundings:
     return Surroundings(os.getcwd(), dict(os.environ), list(sys.path), hydra, helper)
 
 

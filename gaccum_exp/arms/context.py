@@ -114,8 +114,10 @@ current_command: ContextVar[Command | None] = ContextVar("current_command", defa
 """Set while this process runs a command."""
 
 
-def in_command_process() -> bool:
-    """Whether a job runs in the command's own process, and so alone."""
-    # Hydra's basic launcher runs one job after the other there. Launchers that run jobs side by side, or
-    # on other hosts, start processes for them, in which no command runs.
-    return current_command.get() is not None
+def command_here() -> Command | None:
+    """Return the command that this process runs; None where it runs a launcher's job.
+
+    Hydra's basic launcher runs one job after the other in the command's process. Launchers that run jobs
+    side by side, or on other hosts, start processes for them.
+    """
+    return current_command.get()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from gaccum_exp.arms.outcome import BAD_INPUT, OK
 from gaccum_exp.arms.settle import record_report, say_where
-from gaccum_exp.config.schema import TrackingConfig
 from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
@@ -24,6 +23,12 @@ from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.tracking.sink import kept_weights
+from gaccum_exp.tracking.store_uri import (
+    DEFAULT_EXPERIMENT,
+    DEFAULT_URI,
+    experiment_name,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from gaccum_exp.tracking.mlflow_store import Store
@@ -37,23 +42,24 @@ COMPARED_CURVES = (TRAIN_LOSS,)
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp report` with these arguments and return its exit status."""
-    default = TrackingConfig()
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp report", description=__doc__)
     parser.add_argument("sweep_id", help="as printed at the end of the sweep; the runs' tag")
-    parser.add_argument("--uri", default=default.uri, help="MLflow tracking URI (%(default)s)")
-    parser.add_argument("--experiment", default=default.experiment_name, help="(%(default)s)")
+    parser.add_argument("--uri", help=f"MLflow tracking URI (MLFLOW_TRACKING_URI, else {DEFAULT_URI})")
+    named = f"(MLFLOW_EXPERIMENT_NAME, else {DEFAULT_EXPERIMENT})"
+    parser.add_argument("--experiment", help=named)
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
     given = parser.parse_args(arguments)
     out = given.out or Path("reports") / given.sweep_id
-    runs = Runs(given.uri, given.experiment, _folder_of(given.sweep_id))
+    experiment = experiment_name(given.experiment)
     try:
-        files = report_sweep(runs, given.sweep_id, out)
-        journal = Journal.create(out, given.uri, given.experiment)
+        uri = tracking_uri(given.uri, "--uri")
+        files = report_sweep(Runs(uri, experiment, _folder_of(given.sweep_id)), given.sweep_id, out)
+        journal = Journal.create(out, uri, experiment)
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
     record_report(journal, given.sweep_id, files)
-    say_where([out], given.uri, given.sweep_id)
+    say_where([out], uri, given.sweep_id)
     return OK
 
 

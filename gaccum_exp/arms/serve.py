@@ -19,6 +19,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log, setup_globals
+from omegaconf import OmegaConf
+
 from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
 from gaccum_exp.arms.context import ArmContext, Launch
 from gaccum_exp.arms.outcome import read_outcomes
@@ -149,15 +153,13 @@ def _enter(surroundings: Surroundings) -> None:
     sys.path[:] = surroundings.path
     if surroundings.helper is not None:
         shipper.use_helper(surroundings.helper)
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.utils import configure_log, setup_globals
-
     if surroundings.hydra is None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         return
     setup_globals()
-    HydraConfig.instance().cfg = surroundings.hydra
-    configure_log(surroundings.hydra.hydra.job_logging, surroundings.hydra.hydra.verbose)
+    job = OmegaConf.create(surroundings.hydra)
+    HydraConfig.instance().cfg = job
+    configure_log(job.hydra.job_logging, job.hydra.verbose)
 
 
 def _flush() -> None:

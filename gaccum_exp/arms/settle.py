@@ -38,7 +38,8 @@ def settle(folders: Sequence[Path]) -> list[Path]:
 def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
     """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen."""
     if settle(folders):
-        below = " ".join(map(str, folders))
+        here = Path.cwd()
+        below = " ".join(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
         print(f"\nNot in the store yet; once it is back: python -m gaccum_exp deliver {below}")
         return
     if sweep_id is None:

@@ -11,16 +11,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.config.schema import conf_dir
-from gaccum_exp.errors import BadInputError, first_line, nearest
+from gaccum_exp.errors import BadInputError, first_line, hide_passwords, nearest
 
 
 def one_line(error: BaseException, arguments: list[str]) -> str | None:
-    """Return the error in one line, or None if it is not about the configuration.
+    """Return the error in one line without passwords, or None if it is not about the configuration.
 
     Args:
         error: what Hydra, OmegaConf or this program has raised.
         arguments: the command line's, to compose again the configuration that a wrong key was meant for.
     """
+    line = _explained(error, arguments)
+    return None if line is None else hide_passwords(line)
+
+
+def _explained(error: BaseException, arguments: list[str]) -> str | None:
     if isinstance(error, BadInputError):
         return str(error)
     if isinstance(error, OverrideParseException):

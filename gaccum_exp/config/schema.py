@@ -98,8 +98,10 @@ class RuntimeConfig:
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: str = "sqlite:///mlflow.db"
-    experiment_name: str = "gaccum_exp"
+    uri: Any = None  # str | None until a command begins, which decides
+    """Any MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    experiment_name: Any = None  # likewise
+    """null: MLFLOW_EXPERIMENT_NAME, else gaccum_exp."""
     log_weights: bool = True
     """Keep the final weights with the run; the distance between arms is measured on them."""
 
@@ -249,8 +251,7 @@ def register(sweep_id: str = "none") -> None:
     """Make the schema known to Hydra under the name that config.yaml's defaults list uses.
 
     Args:
-        sweep_id: its default. Launchers give the schema to every process that they start, so that all
-            arms of a command have the same id, on whatever host.
+        sweep_id: of the command that begins. The jobs of a sweep are given it as an override.
     """
     ConfigStore.instance().store(name="schema", node=Config(sweep_id=sweep_id))
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaccum_exp.errors import TrackingError
+from gaccum_exp.errors import BadInputError, TrackingError
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import journals_below
+from gaccum_exp.tracking.store_uri import refuse_password
 
 if TYPE_CHECKING:
     from gaccum_exp.tracking.delivery import Stores
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--experiment", help="(as recorded)")
     parser.add_argument("--end-stale", action="store_true", help="end the runs of other hosts, too")
     given = parser.parse_args(arguments)
+    try:
+        refuse_password(given.uri or "", "--uri")
+    except BadInputError as error:
+        print(f"gaccum_exp deliver: {error}", file=sys.stderr)
+        return 2
     missing = [folder for folder in given.folders if not folder.is_dir()]
     if missing:
         print(f"gaccum_exp deliver: {missing[0]}: no such folder", file=sys.stderr)

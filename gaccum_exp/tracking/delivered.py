@@ -19,6 +19,8 @@ class Delivered:
     """Of the store: `refused` where it cannot be used and the user has to mend something."""
     reason: str | None = None
     """Why it is away or refused."""
+    away_since_ms: int | None = None
+    """Since when it has not answered."""
     creating: bool = False
     """Whether a run has been asked for: there may be one, also without an answer."""
     run_id: str | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, TrackingError
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Record, decoded, end_if_dead
+from gaccum_exp.tracking.journal import Record, decoded, end_if_dead, now_ms
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import DatasetRecord
@@ -206,6 +206,8 @@ class Delivery:
     def _waits(self) -> bool:
         """Note that the store is away, if it is; return whether it is not to be tried yet."""
         if self._to is not None and self._to.away:
+            if self.delivered.state != "away":
+                self.delivered.away_since_ms = now_ms()
             self.delivered.state, self.delivered.reason = "away", self._to.reason
             self._save()
         return self.due_s > 0

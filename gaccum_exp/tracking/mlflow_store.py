@@ -343,6 +343,16 @@ def _filled(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def _cause(error: BaseException) -> str:
+    """Return in a few words what is behind an error: the system's own where it has refused something."""
+    deepest: BaseException | None = error
+    while deepest is not None:
+        if isinstance(deepest, OSError) and deepest.strerror:
+            return deepest.strerror
+        deepest = deepest.__cause__ or deepest.__context__
+    return first_line(error)
+
+
 _environment = threading.Lock()
 
 
@@ -358,8 +368,8 @@ def _opening(uri: str) -> Iterator[None]:
             served = uri.startswith(("http://", "https://"))
             if says_away(error):
                 what = "no tracking server answers there" if served else "does not answer"
-                raise StoreAwayError(f"tracking.uri={uri}: {what} ({first_line(error)})") from error
-            raise BadInputError(f"tracking.uri={uri}: cannot be used ({first_line(error)})") from error
+                raise StoreAwayError(f"tracking.uri={uri}: {what} ({_cause(error)})") from error
+            raise BadInputError(f"tracking.uri={uri}: cannot be used ({_cause(error)})") from error
         finally:
             os.environ[patience] = before
 
@@ -371,7 +381,7 @@ def _writing() -> Iterator[None]:
         yield
     except Exception as error:  # every store raises errors of its own here, too
         kind = RecordRefusedError if says_refused(error) else StoreAwayError
-        raise kind(first_line(error)) from error
+        raise kind(_cause(error)) from error
 
 
 def _insist(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

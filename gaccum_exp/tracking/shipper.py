@@ -8,6 +8,7 @@ is recorded is in the journal, and a helper that dies is replaced by another, wh
 
 import atexit
 import contextlib
+import hashlib
 import os
 import selectors
 import shutil
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import unsettled_below
+from gaccum_exp.tracking.journal import now_ms, unsettled_below
 from gaccum_exp.tracking.locks import FileLock
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ class _Deliveries:
     def __init__(self) -> None:
         self._client: _Client | None = None
         self._address: str | None = None
-        self._open: dict[Path, str] = {}
-        """Journals that are not settled, with the last state of their store."""
+        self._open: set[Path] = set()
+        """Journals that are not settled."""
         self._folders: set[Path] = set()
         self._away: set[str | None] = set()
-        """Addresses of stores that are away, as has been said."""
+        """Addresses of stores that are away, as far as this process knows."""
 
     def helper(self) -> _Client:
         """Return the helper; start one if there is none, or none any more."""
@@ -153,7 +154,7 @@ class _Deliveries:
         if path.is_dir():
             self._folders.add(path)
         else:
-            self._open.setdefault(path, "unknown")
+            self._open.add(path)
         self.tell(path)
 
     def wait(self, over: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -176,39 +177,61 @@ class _Deliveries:
                 self._folders.discard(path)
             elif path in self._open:
                 known = Delivered.of(path)
-                self._open[path] = known.state
-                if known.state == "away" and known.uri not in self._away:
-                    self._away.add(known.uri)
+                if known.state == "away" and self._is_first_to_say(known):
                     _say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
-                elif known.state == "ready" and known.uri in self._away:
-                    self._away.discard(known.uri)
+                elif known.state == "ready" and self._may_say_that_it_is_back(known):
                     _say(f"tracking: {known.uri} is back")
                 if known.settled:
-                    del self._open[path]
+                    self._open.discard(path)
+
+    def _is_first_to_say(self, known: Delivered) -> bool:
+        """Whether no process that shares the helper has said yet that a store is away."""
+        if known.uri in self._away:
+            return False
+        self._away.add(known.uri)
+        try:
+            self._said(known.uri).touch(exist_ok=False)
+        except OSError:
+            return False
+        return True
+
+    def _may_say_that_it_is_back(self, known: Delivered) -> bool:
+        if known.uri not in self._away:
+            return False
+        self._away.discard(known.uri)
+        try:
+            self._said(known.uri).unlink()
+        except OSError:
+            return False
+        return True
+
+    def _said(self, uri: str | None) -> Path:
+        folder = Path(self.helper().address).parent
+        return folder / f"away-{hashlib.sha256(str(uri).encode()).hexdigest()[:16]}"
 
     def finish(self) -> list[Path]:
         """Wait until all is delivered, or the store stays away; return the journals that are not."""
-        since: list[float] = []
 
         def over() -> bool:
+            now = now_ms()
+            waited_for = False
             for path in list(self._open):
                 self._note([path])
+                known = Delivered.of(path)
                 if not path.exists():
-                    del self._open[path]
-            states = set(self._open.values())
-            if states <= {"refused"}:
-                return True
-            if "away" not in states:
-                since.clear()
-                return False
-            since.append(time.monotonic())
-            return since[-1] - since[0] > GRACE_S
+                    self._open.discard(path)
+                elif path in self._open and known.state != "refused":
+                    away = known.state == "away" and now - (known.away_since_ms or now) > 1e3 * GRACE_S
+                    waited_for |= not away
+            return not waited_for
 
         self.wait(over)
         if not self._away:
             self.wait(lambda: not self._folders, LEFT_S)
-        left, self._open, self._folders = list(self._open), {}, set()
-        self._away.clear()  # a later command says so again
+        left, self._open, self._folders = sorted(self._open), set(), set()
+        for uri in self._away:  # a later command says so again
+            self._said(uri).unlink(missing_ok=True)
+        self._away.clear()
         return left
 
 
@@ -262,6 +285,8 @@ def _let_go() -> None:
     client = _deliveries._client
     if client is not None and client.pid == os.getpid():
         client.close()
+        if client._process is not None:
+            client._process.returncode = 0  # it may outlive this process, which is no oversight
 
 
 def _forget() -> None:

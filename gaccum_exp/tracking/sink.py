@@ -52,6 +52,8 @@ class Sink:
         """The last delivered value of each metric."""
         self._recorded: list[tuple[int, int, Mapping[str, float | Tensor]]] = []
         self._read: list[Point] = []
+        self._sent: list[Point] = []
+        """Since the last delivery."""
         self._not_finite: NonFiniteLossError | None = None
         self._last_delivery_s = time.monotonic()
 
@@ -66,14 +68,20 @@ class Sink:
         self._recorded.append((global_step, time.time_ns() // 1_000_000, values))
 
     def deliver(self) -> list[Point]:
-        """Send what was recorded since the last delivery, and return it."""
+        """Send what was recorded, and return everything since the last delivery."""
+        self.flush()
+        points, self._sent = self._sent, []
+        return points
+
+    def flush(self) -> None:
+        """Send what was recorded, as before anything that takes long."""
         self._read_recorded()
         points, self._read = self._read, []
         for point in points:
             self.last |= point.values
         self.send(points)
+        self._sent += points
         self._last_delivery_s = time.monotonic()
-        return points
 
     def require_finite(self) -> None:
         """Raise `NonFiniteLossError` if a loss so far is not finite; the curve up to it is delivered."""

@@ -1,26 +1,53 @@
-"""Where runs are recorded, as a user says it: the address of a store, and the name of an experiment."""
+"""Where runs are recorded, as the user says it: the address of a store, and the name of an experiment.
 
-import re
-from urllib.parse import parse_qsl, urlsplit
+Both may come from MLflow's own environment variables. A password has no place in an address, which is
+recorded with every run and shown: the programs that connect have variables and files for it.
+"""
 
-from gaccum_exp.errors import BadInputError
+import os
+from urllib.parse import urlsplit
 
-SECRETS = re.compile(r"pass(?:word|wd|phrase)?|pwd|token|secret", re.IGNORECASE)
-"""Names of what is secret in a URI's query."""
+from gaccum_exp.errors import BadInputError, hide_passwords
 
-
-def has_password(uri: str) -> bool:
-    """Return whether a URI holds a password, before its host or in its query."""
-    before_host, at, _ = uri.partition("://")[2].partition("/")[0].rpartition("@")
-    query = uri.partition("?")[2]
-    return bool(at and ":" in before_host) or any(
-        SECRETS.search(key) and value for key, value in parse_qsl(query)
-    )
+URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
+DEFAULT_URI, DEFAULT_EXPERIMENT = "sqlite:///mlflow.db", "gaccum_exp"
 
 
-def refuse_password(uri: str) -> None:
-    """Raise `BadInputError` where a URI holds a password; the message does not repeat it."""
-    if not has_password(uri):
+def tracking_uri(given: object = None, source: str = "tracking.uri") -> str:
+    """Return the address of the store: as given, else from the environment, else a file.
+
+    Args:
+        given: None where the configuration says nothing.
+        source: what to name where a password is refused.
+
+    Raises:
+        BadInputError: there is a password in it; the message does not repeat it.
+    """
+    if not given and (given := os.environ.get(URI)):
+        source = URI
+    uri = str(given or DEFAULT_URI)
+    refuse_password(uri, source)
+    return uri
+
+
+def experiment_name(given: object = None) -> str:
+    """Return the name of the experiment: as given, else from the environment, else the program's."""
+    return str(given or os.environ.get(EXPERIMENT) or DEFAULT_EXPERIMENT)
+
+
+def refuse_password(uri: str, source: str = "tracking.uri") -> None:
+    """Raise `BadInputError` where an address holds a password, and say where it belongs instead."""
+    if hide_passwords(uri) == uri:
         return
-    scheme = urlsplit(uri).scheme
-    raise BadInputError(f"tracking.uri: a password in {scheme}://…")
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    served = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    instead = {
+        "http": served,
+        "https": served,
+        "postgresql": "set PGPASSWORD, or write it to ~/.pgpass",
+        "mysql": "write it to ~/.my.cnf, and ?read_default_file=~/.my.cnf behind the address",
+    }
+    advice = instead.get(scheme, "give it to the driver in another way")
+    raise BadInputError(
+        f"{source}: an address with a password would be recorded with every run; {advice}"
+    )

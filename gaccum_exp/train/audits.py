@@ -79,6 +79,7 @@ class WindowAudits(Hook):
         split = state.global_step, state.split_factor
         if self.due(state.global_step) and self._judged != split:
             self._judged = split
+            self._sink.flush()
             self.judge(window, state.global_step)
 
     def judge(self, window: Window, global_step: int) -> Audit:

@@ -44,6 +44,7 @@ class Evaluation(Hook):
         every = of.settings.train.eval_every_steps
         due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
         if of.eval_data is not None and (due or state.done):
+            self._sink.flush()
             self._sink.record(global_step, evaluate(of, self._over, self._stop))
 
 

@@ -157,6 +157,11 @@ class StackedSink(Sink):
         """Deliver of each; return all."""
         return [point for number in self._going_on() for point in self._sinks[number].deliver()]
 
+    def flush(self) -> None:
+        """Send what was recorded of each."""
+        for number in self._going_on():
+            self._sinks[number].flush()
+
     def require_finite(self) -> None:
         """End the seeds whose loss is not finite."""
         for number in self._going_on():

@@ -1,14 +1,17 @@
 """Where a training with a loss that is not finite stops, and what of its curve is kept."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import NonFiniteLossError
+from gaccum_exp.train import audits, evaluation
 from gaccum_exp.train.build import build
 from gaccum_exp.train.recording import FINITE_EVERY
-from tests.support import STRANGER, Collected, settings, train_to_end
+from tests.support import SMALL, STRANGER, Collected, settings, train_to_end
 
 DIVERGING = (*STRANGER, "model._target_=tests.strangers.Diverging", "audit.at_start=false")
 
@@ -53,3 +56,22 @@ def test_nothing_is_recorded_after_a_loss_that_is_not_finite() -> None:
     assert max(point.global_step for point in sink.points) == 4
     sink.record(5, {"eval/loss": 1.0})
     assert sink.deliver() == []
+
+
+def test_what_is_recorded_is_written_before_anything_that_takes_long() -> None:
+    """An evaluation and an audit: of a training that is killed in one, the windows before are there."""
+    state, sink = build(settings(*SMALL, "train.steps=3", "audit.every_steps=2")), Collected()
+    there: list[tuple[str, int]] = []
+
+    def noted(what: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            there.append((what, len(sink.curve("train/loss"))))
+            return plain(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, Progress("test", 3) as progress:
+        patch.setattr(audits, "audit", noted("audit", audits.audit))
+        patch.setattr(evaluation, "evaluate", noted("evaluation", evaluation.evaluate))
+        train_to_end(state, sink, progress)
+    assert there == [("audit", 0), ("audit", 2), ("evaluation", 3)]

@@ -1,0 +1,256 @@
+"""What a model does to its process ends its arm alone, with a reason; the rest of the sweep goes on."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import get_worker_info
+
+from gaccum_exp import cli
+from gaccum_exp.arms import child
+from gaccum_exp.arms.context import given_name
+from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome
+from tests.arms.test_context import context
+from tests.program import PATIENCE_S, TINY, Ending, Program, environment
+from tests.strangers import Net, Points
+
+STRANGER = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
+            "data.global_batch_size=8", "train.steps=5", "runtime.device=cpu")  # fmt: skip
+
+
+def outcomes(program: Program) -> dict[str, tuple[str, str | None]]:
+    """Return how each arm of the last sweep ended, by the model's or the data's class."""
+    found = [json.loads(p.read_text()) for p in sorted(program.sweep_folder.glob("*/arm.json"))]
+    return {o["name"].rpartition(".")[2]: (o["status"], o["reason"]) for o in found}
+
+
+class Leaves(Ending):
+    def happen(self) -> None:
+        sys.exit(0)
+
+
+class Exits(Ending):
+    def happen(self) -> None:
+        os._exit(0)
+
+
+class Crashes(Ending):
+    def happen(self) -> None:
+        ctypes.string_at(0)
+
+
+class Garbled(Ending):
+    def happen(self) -> None:
+        raise RuntimeError("half of a pair: \ud800")
+
+
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Silent(Ending):
+    def happen(self) -> None:
+        raise SilentError
+
+
+class Strange(Ending):
+    def happen(self) -> None:
+        raise BaseException("no Exception")
+
+
+def test_what_a_model_does_to_its_process_ends_its_arm_alone(program: Program) -> None:
+    """Each is FAILED with the reason, in its file and in the store; the others are run and compared."""
+    kinds = ("Leaves", "Exits", "Garbled", "Crashes", "Silent", "Strange")
+    targets = ",".join(f"tests.arms.test_children.{kind}" for kind in kinds)
+    ended = program("-m", *STRANGER, f"model._target_={targets},tests.strangers.Net")
+    assert ended.status == 1
+    assert outcomes(program) == {
+        "Leaves": ("FAILED", "the model called sys.exit(0)"),
+        "Exits": ("FAILED", "its process ended with status 0"),
+        "Garbled": ("FAILED", "RuntimeError: half of a pair: \\ud800"),
+        "Crashes": ("FAILED", "its process was ended by signal 11 (SIGSEGV)"),
+        "Silent": ("FAILED", "SilentError: its message cannot be read (ValueError)"),
+        "Strange": ("FAILED", "BaseException: no Exception"),
+        "Net": ("FINISHED", None),
+    }
+    stored = {
+        run.name.rpartition(".")[2]: (run.status, run.tags.get("failure")) for run in program.arms()
+    }
+    assert stored == outcomes(program)
+    assert (program.sweep_folder / "comparison.csv").exists()
+    assert any("Exits failed: its process ended with status 0" in line for line in ended.lines)
+
+
+def test_sys_exit_fails_a_single_run_too(program: Program) -> None:
+    """What a model asks for is not the command's exit status."""
+    ended = program(*STRANGER, "model._target_=tests.arms.test_children.Leaves")
+    assert ended.status == 1
+    assert "failed: the model called sys.exit(0)" in ended.err
+
+
+class DeadlyPoints(Points):
+    """Ends the data worker that reads it, in its second window."""
+
+    def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is not None and self.read > 8:
+            os.kill(os.getpid(), 9)
+        self.read += 1
+        return super().__getitem__(index)
+
+    read = 0
+
+
+def test_a_data_worker_that_is_killed_ends_its_arm_alone(program: Program) -> None:
+    """torch says so inside whatever runs, also where the failure is being reported."""
+    data = "data.train._target_=tests.arms.test_children.DeadlyPoints,tests.strangers.Points"
+    ended = program("-m", *STRANGER, data, "model._target_=tests.strangers.Net", "data.workers=2")
+    assert ended.status == 1
+    dead, alive = outcomes(program).values()
+    assert (dead[0], alive) == ("FAILED", ("FINISHED", None))
+    assert "DataLoader worker" in str(dead[1])
+
+
+def test_one_child_serves_all_commands_of_a_process_in_their_surroundings(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Environment, working directory, module path, log and streams are those of each command."""
+    (tmp_path / "mine.py").write_text(
+        "import os, sys\nfrom tests.strangers import Net\n"
+        "def net(): print('OUT', os.environ['MINE'], os.getcwd()); return Net()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pids = set()
+    for value in ("one", "two"):
+        monkeypatch.setenv("MINE", value)
+        ended = program("-m", *STRANGER, "model._target_=mine.net", "hydra.job.name=arm")
+        assert f"OUT {value} {program.folder}" in ended.out
+        pids.add(child._children[os.getpid()][-1].process.pid)
+    assert len(pids) == 1
+    program("-m", *STRANGER, "model._target_=tests.program.Broken", "hydra.job.name=arm")
+    assert "[ERROR] " in (program.sweep_folder / "0/arm.log").read_text()
+
+
+class LeavesAThread(Net):
+    """Leaves a thread that never ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        threading.Thread(target=time.sleep, args=(PATIENCE_S,)).start()
+
+
+def test_what_an_arm_leaves_running_meets_no_other_arm(program: Program) -> None:
+    """The next arm has another process; both finish."""
+    child.start()
+    before = child._children[os.getpid()][-1].process.pid
+    assert program("-m", *STRANGER, "model._target_=tests.arms.test_children.LeavesAThread").status == 0
+    assert program("-m", *STRANGER, "model._target_=tests.strangers.Net").status == 0
+    assert child._children[os.getpid()][-1].process.pid != before
+
+
+HANGS = """
+import atexit, os, sys, threading, time
+from tests.strangers import Net
+def net():
+    atexit.register(time.sleep, 1000)
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return Net()
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_imports_no_torch_and_is_not_held_up_at_its_end(tmp_path: Path) -> None:
+    """By a thread, or by what is registered for the end of the process; the arm is FINISHED."""
+    (tmp_path / "hangs.py").write_text(HANGS)
+    arguments = ["-m", *STRANGER, "model._target_=hangs.net"]
+    program = (
+        "import sys; from gaccum_exp import cli; "
+        f"print('ENDED', cli.main({arguments!r}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert "ENDED 0 False" in done.stdout, done.stderr
+
+
+def test_a_sweep_without_an_arm_is_bad_input(program: Program) -> None:
+    """A line, and status 2: nothing was run."""
+    ended = program("-m", "model=glob(zzz*)")
+    assert ended.status == 2
+    (line,) = ended.lines
+    assert line.startswith("gaccum_exp: nothing was run")
+
+
+def test_an_arm_whose_process_is_gone_without_a_word_has_failed(tmp_path: Path) -> None:
+    """One that runs is left alone; on another host only where the command was interrupted."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    one = Outcome("a", "N=1", RUNNING, host=os.uname().nodename, process=gone.pid)
+    assert cli._over(tmp_path, one, None).reason == "ended without an outcome"
+    written = read_outcome(tmp_path)
+    assert written is not None
+    assert (written.status, written.host) == ("FAILED", None)
+    assert cli._over(tmp_path, one, "interrupted (SIGINT)").status == "KILLED"
+    here = Outcome("a", "N=1", RUNNING, host=os.uname().nodename, process=os.getpid())
+    assert cli._over(tmp_path, here, None) is here
+    elsewhere = Outcome("a", "N=1", RUNNING, host="elsewhere", process=1)
+    assert cli._over(tmp_path, elsewhere, "interrupted (SIGINT)") is elsewhere
+    assert cli._over(tmp_path, elsewhere, None).status == "FAILED"
+
+
+def test_an_arm_runs_in_its_file_before_it_is_given_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the host and the process; a child that cannot be started leaves it FAILED."""
+    job, seen = context(tmp_path, *TINY), []
+
+    class Dead:
+        def __init__(self) -> None:
+            self.process, self.connection = subprocess.Popen([sys.executable, "-c", ""]), self
+            self.closed = False
+
+        def send(self, *given: Any) -> None:
+            seen.append(read_outcome(tmp_path))
+            raise OSError("gone")
+
+        def close(self) -> None:
+            self.process.wait()
+
+    monkeypatch.setattr(child, "_Child", Dead)
+    monkeypatch.setattr(child, "_children", {})
+    ended: dict[Path, Outcome] = {}
+    child.run_job(job, cli.Stop(), ended, None)
+    assert [(o.status, o.host, o.process is not None) for o in seen] == [
+        (RUNNING, os.uname().nodename, True)
+    ] * 2
+    assert ended[tmp_path].status == "FAILED"
+    assert "gone" in str(ended[tmp_path].reason)
+    assert given_name(job)
+
+
+class CrashesWhenBuilt(Net):
+    """Ends its process where it is built with seed 1, as its weights show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.layers[0].weight[0, 0].item() > 0.5:
+            os._exit(4)
+
+
+def test_seeds_that_cannot_be_trained_as_one_end_one_by_one(program: Program) -> None:
+    """A job of several seeds: the one that ends its process takes no other with it."""
+    model = "model._target_=tests.arms.test_children.CrashesWhenBuilt"
+    ended = program("-m", *STRANGER, model, "seed=0,1,2", "sweep.vectorize=seed")
+    assert ended.status == 1
+    found = [json.loads(p.read_text()) for p in sorted(program.sweep_folder.rglob("arm.json"))]
+    assert [(o["status"], o["reason"]) for o in found] == [
+        ("FINISHED", None), ("FAILED", "its process ended with status 4"), ("FINISHED", None),
+    ]  # fmt: skip
