@@ -88,8 +88,8 @@ def no_postgresql() -> str | None:
     """Return why there is no PostgreSQL to be started here; None: there is."""
     if _postgresql() is None:
         return "PostgreSQL is not installed (Debian: apt install postgresql)"
-    if importlib.util.find_spec("psycopg2") is None:
-        return "its driver is not installed (pip install psycopg2-binary)"
+    if not any(map(importlib.util.find_spec, ("psycopg", "psycopg2"))):
+        return "its driver is not installed (pip install 'psycopg[binary]')"
     return None
 
 
@@ -129,7 +129,7 @@ def postgresql(folder: Path) -> Iterator[str]:
         if done.returncode:
             raise RuntimeError(f"{program}: {done.stderr or done.stdout}")
 
-    call("initdb", "-D", str(data), "-A", "trust", "-U", "gaccum", "--no-sync")
+    call("initdb", "-D", str(data), "-A", "trust", "-U", "gaccum", "-E", "UTF8", "--no-sync")
     options = f"-p {port} -h 127.0.0.1 -k {folder}"
     call("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-o", options, "-w", "start")
     try:
