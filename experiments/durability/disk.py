@@ -97,6 +97,8 @@ def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
     if attack in ATTACKS[:4]:
         with small_disk(folder / "disk") as mounted:
             tried = _fill(attack, folder, mounted, moment, full_s)
+            if tried is not None and not tried.sound:  # what is on the disk goes with it
+                shutil.copytree(mounted, folder / "left", symlinks=True)
     else:
         tried = _remove(attack, folder, moment)
     places.done(folder, keep=tried is not None and not tried.sound)

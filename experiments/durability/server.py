@@ -103,10 +103,9 @@ def _postgresql() -> Path | None:
 
 @contextlib.contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """Run a PostgreSQL of its own, on a port of this machine; yield the URI of its database."""
+    """Run a PostgreSQL of its own in a new folder, on a port of this machine; yield its database's URI."""
     programs = _postgresql()
     assert programs is not None
-    folder.mkdir(parents=True)
     user = pwd.getpwuid(os.getuid()).pw_name
     as_whom: dict[str, object] = {}
     if os.getuid() == 0:  # which it refuses

@@ -36,7 +36,7 @@ def torn(options: Options) -> Result:
     """Damage a small journal in every way there is, and a big one at random places."""
     draw = random.Random(f"torn {options.seed}")
     with folders_of(options) as places:
-        small, big = journal_of(places, "small", 12), journal_of(places, "big", 4000)
+        small, big = journal_of(places, "small", 12), journal_of(places, "big", options.windows or 4000)
         start = time.monotonic()
         trial = Trial(places, small)
         content = small.read_bytes()

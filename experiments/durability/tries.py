@@ -31,7 +31,7 @@ class Options:
     keep: Path | None = None
     """Where the folders of tries stay; None: they are removed."""
     windows: int | None = None
-    """Of the long run."""
+    """Of the long run, and of the run whose big journal is damaged."""
 
 
 @dataclass

@@ -12,15 +12,17 @@ POINTS = 10_000
 
 
 def writers(options: Options) -> Result:
-    """Train eight runs side by side, each of ten thousand points, on SQLite and on PostgreSQL."""
+    """Train runs side by side, each of as many points, on SQLite and on PostgreSQL."""
     points = options.tries or POINTS
     tries, why = [], no_postgresql()
     with folders_of(options) as places:
         tries.append(side_by_side(places, "SQLite", points, where=None))
         print(f"writers: {tries[-1].what}: {tries[-1].found} {tries[-1].problems}", flush=True)
         if why is None:
-            base = places.base / "postgresql"
-            with postgresql(base) as database, mlflow_server(places.new("server"), database) as server:
+            with (
+                postgresql(places.new("postgresql")) as database,
+                mlflow_server(places.new("server"), database) as server,
+            ):
                 tries.append(
                     side_by_side(places, "mlflow server over PostgreSQL", points, where=server.uri)
                 )
