@@ -77,7 +77,7 @@ def windows(options: Options) -> Result:
     if longest_s > QUIET_S:
         tried.problems.append(f"nothing said for {longest_s:.0f} s")
     lines = [
-        "| process | samples | median, MiB | slope, KiB per 1,000 windows | rise after the first tenth |",
+        "| process | samples | median, MiB | slope, KiB per 1,000 windows | rise after a tenth |",
         "|---|---|---|---|---|",
     ]
     for name, samples in held.items():

@@ -103,7 +103,7 @@ def _postgresql() -> Path | None:
 
 @contextlib.contextmanager
 def postgresql(folder: Path) -> Iterator[str]:
-    """Run a PostgreSQL of its own in a new folder, on a port of this machine; yield its database's URI."""
+    """Run a PostgreSQL in a new folder, on a port of this machine; yield its database's URI."""
     programs = _postgresql()
     assert programs is not None
     user = pwd.getpwuid(os.getuid()).pw_name
