@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, writers
-from experiments.durability.ledger import STEP, Noted, Stored, compare, noted, stored
+from experiments.durability.ledger import FILES, STEP, Noted, Stored, compare, noted, stored
 from experiments.durability.proxy import Proxy, proxied
 from experiments.durability.tries import Options, Result
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
@@ -70,6 +70,7 @@ def test_a_store_that_has_everything_once_is_sound() -> None:
         ("wrong", lambda run, at: [with_point(run, TRAIN_LOSS, 3, (0.1 + 0.2, at))]),
         ("wrong", lambda run, at: [with_point(run, TRAIN_LOSS, STEPS + 1, (0.1, at))]),
         ("untimely", lambda run, at: [with_point(run, TRAIN_LOSS, 3, (1 / 3, at + 1500))]),
+        ("lost", lambda run, at: [replace(run, files=frozenset({"config.yaml"}))]),
         ("running", lambda run, at: [replace(run, status="RUNNING")]),
         ("runs_doubled", lambda run, at: [run, replace(run, run_id="b", points={})]),
         ("wrong", lambda run, at: [run, replace(run, run_id="b", arm="2-0")]),
@@ -85,9 +86,10 @@ def test_whatever_is_wrong_with_a_store_is_noticed(fault: str, doctor) -> None: 
 
 
 def test_the_ledger_reads_what_mlflow_holds_and_what_the_witness_wrote(
-    tmp_path: Path, empty_store: Path
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A point sent twice is one, with another timestamp it is two; a torn line was never written."""
+    monkeypatch.chdir(tmp_path)  # where the store keeps files
     (tmp_path / "truth").write_text(
         f"step {SWEEP} {ARM} 7 1 {STARTED_S + 1:.6f} {' '.join(v.hex() for v in (0.1, 0.2, 0.3))}\n"
         f"step {SWEEP} {ARM} 7 2 175"
@@ -105,6 +107,9 @@ def test_the_ledger_reads_what_mlflow_holds_and_what_the_witness_wrote(
         client.log_batch(run_id, metrics=points, params=[arm], tags=[tag])
     assert str(compare(lines, stored(uri))) == "points 3, running 1, statuses RUNNING×1"
     client.set_terminated(run_id)
+    assert compare(lines, stored(uri)).lost == 1
+    for name in FILES:
+        client.log_text(run_id, "", name)
     assert compare(lines, stored(uri)).sound
     client.log_metric(run_id, STEP[1], 0.2, at + 1, 1)
     assert compare(lines, stored(uri)).doubled == 1

@@ -289,6 +289,6 @@ def _kill_server(
     to = ["--uri", server.uri, "--experiment", experiment]
     after = deliver(folder, *to)
     tried.problems += complaints(after, 0, "gaccum_exp deliver")
-    tried.found = compare(noted(folder / TRUTH), stored(server.database, experiment=experiment))
+    tried.found = compare(noted(folder / TRUTH), stored(server.uri, experiment=experiment))
     places.done(folder, keep=not tried.sound)
     return tried if hit else None

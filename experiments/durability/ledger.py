@@ -15,6 +15,8 @@ FLUSH_S = 2.5
 """What is older than this when a process dies must be stored: two seconds, and a flush itself."""
 STEP = (TRAIN_LOSS, LEARNING_RATE, GRADIENT_NORM)
 """What the witness notes of a step, in its order."""
+FILES = frozenset({"config.yaml", "weights.pt"})
+"""What every finished run keeps."""
 _reading = threading.Lock()  # MLflow's client is shared by the tries that run side by side
 
 
@@ -59,6 +61,8 @@ class Stored:
     """None: it had not got as far as its parameters, or is no run of the witness."""
     points: dict[tuple[str, int], list[tuple[float, int]]]
     """Values and timestamps in ms by metric and step; more than one is one too many."""
+    files: frozenset[str] = FILES
+    """What is kept with it."""
 
 
 def stored(
@@ -90,7 +94,8 @@ def _stored(client: MlflowClient, run: Run, curves: Collection[str] | None) -> S
             points.setdefault((key, metric.step), []).append((metric.value, metric.timestamp))
     arm = run.data.params.get("optimizer.arm")
     sweep = run.data.tags.get("sweep_id", "")
-    return Stored(run.info.run_id, run.info.run_name, run.info.status, sweep, arm, points)
+    files = frozenset(file.path for file in client.list_artifacts(run.info.run_id))
+    return Stored(run.info.run_id, run.info.run_name, run.info.status, sweep, arm, points, files)
 
 
 @dataclass
@@ -159,6 +164,8 @@ def compare(
         found.statuses[run.status] += 1
         if run.status == "RUNNING":
             found.say("running", f"{run.sweep} {run.name}")
+        if run.status == "FINISHED" and not run.files >= FILES:
+            found.say("lost", f"{run.sweep} {run.name}: {', '.join(sorted(FILES - run.files))}")
         if run.arm is not None:
             by_arm.setdefault((run.sweep, run.arm), []).append(run)
     for key, of_arm in by_arm.items():

@@ -49,7 +49,7 @@ def through(
     tried.when = f"delivered by its end{f' and {times} commands more' if times else ''}"
     last = deliver(folder, "--uri", server.uri, *to)
     tried.problems += complaints(last, 0, "gaccum_exp deliver")
-    tried.found = compare(noted(folder / TRUTH), stored(server.database, experiment=folder.name))
+    tried.found = compare(noted(folder / TRUTH), stored(server.uri, experiment=folder.name))
     if tried.found.statuses["FINISHED"] != 4:
         tried.problems.append(f"runs: {dict(tried.found.statuses)}")
     places.done(folder, keep=not tried.sound)
