@@ -11,14 +11,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from torch import Tensor
 
 from gaccum_exp import cli
+from gaccum_exp.arms.child import Answer
+from gaccum_exp.arms.serve import _DONE
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.train.stopping import Stop
 from tests.strangers import Net
 from tests.support import ROOT
 
@@ -96,6 +100,16 @@ class Program:
     def _call(self, *arguments: str) -> Ended:
         self._capfd.readouterr()
         return Ended(cli.main(arguments), *self._capfd.readouterr())
+
+
+def sweep_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the arms of sweeps run in this process, where a test has replaced something."""
+
+    def ask(stop: Stop, before: Any, what: str, *given: Any) -> Answer:
+        with stop.held():
+            return Answer(_DONE[what](given[0], stop))
+
+    monkeypatch.setattr("gaccum_exp.arms.child._ask", ask)
 
 
 def in_a_process(folder: Path, *arguments: str, module: str = "gaccum_exp") -> Ended:

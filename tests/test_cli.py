@@ -1,14 +1,11 @@
 """The command line: what bad input is answered with, and how a run or a sweep ends."""
 
-import csv
 import gc
 import logging
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from gaccum_exp import cli
-from tests.program import PATIENCE_S, TINY, Program, environment
+from tests.program import TINY, Program, environment
 
 POINTS = ("data=custom", "data.train._target_=tests.strangers.Points", "data.global_batch_size=8",
           "runtime.device=cpu")  # fmt: skip
@@ -201,32 +198,6 @@ def test_an_interrupted_run_is_killed(program: Program) -> None:
     (run,) = program.arms()
     assert run.status == "KILLED"
     assert run.curves["train/loss"].global_steps == (1, 2, 3)
-
-
-@pytest.mark.slow
-def test_ctrl_c_kills_the_running_arm_and_compares_what_there_is(tmp_path: Path) -> None:
-    """SIGINT during the second arm of a real process: the first is compared, the third never starts."""
-    command = [sys.executable, "-m", "gaccum_exp", "-m", "accum.steps=1,2,4", "model=mlp"]
-    command += ["model.hidden=[8]", "runtime.device=cpu", "train.steps=1000"]
-    with (tmp_path / "err").open("wb") as err, (tmp_path / "out").open("wb") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=out, stderr=err)
-        try:
-            deadline = time.monotonic() + PATIENCE_S
-            while b"N=2" not in (tmp_path / "err").read_bytes():
-                assert process.poll() is None, (tmp_path / "err").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE_S) == 130
-        finally:
-            process.kill()
-    assert "Traceback" not in (tmp_path / "err").read_text()
-    (table,) = (tmp_path / "multirun").rglob("comparison.csv")
-    with table.open() as file:
-        rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
-    assert {steps: row["status"] for steps, row in rows.items()} == {"1": "FINISHED", "2": "KILLED"}
-    assert int(rows["2"]["common_steps"]) >= 200
-    assert "N = 2 was interrupted" in " ".join((tmp_path / "out").read_text().split())
 
 
 def test_a_single_run_is_recorded_and_not_compared(program: Program) -> None:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
 from gaccum_exp.arms.report import COMPARED_CURVES, Runs, read_sweep
+from gaccum_exp.arms.settle import record_report
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures.save_figures import draw
 from gaccum_exp.report.text.summary import summary
@@ -255,7 +256,8 @@ def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     marks.append(time.perf_counter())
     files += draw(comparison, runs, folder)
     marks.append(time.perf_counter())
-    store.write_report(sweep_id, files)
+    record_report(Journal.create(folder, uri, EXPERIMENT), sweep_id, files)
+    finish()
     marks.append(time.perf_counter())
     return {stage: b - a for stage, a, b in zip(STAGES, marks, marks[1:], strict=False)}
 

@@ -16,7 +16,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
@@ -177,7 +177,7 @@ def _composed(
         key = override.get_key_element()
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))
-        elif override.is_choice_sweep():
+        elif override.is_choice_sweep() and not isinstance(override.value(), Glob):
             first = next(iter(override.sweep_string_iterator()))
             overrides.append(f"{key}={(chosen or {}).get(key, first)}")
     try:

@@ -13,9 +13,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from fcntl import LOCK_EX, lockf
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import create_sqlalchemy_engine
 
 from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, first_line
@@ -176,36 +175,6 @@ class Store:
         for key, value in tags.items():
             _insist(self._client.set_experiment_tag, self.experiment_id, key, value)
 
-    def start_run(
-        self,
-        name: str,
-        *,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        texts: Mapping[str, str],
-    ) -> "MlflowRun":
-        """Begin a run; `texts` become files of the run, by name."""
-        # What the UI's own columns show; its client would fill them in, this one does not.
-        shown = {"mlflow.source.name": "gaccum_exp"}
-        if "git_commit" in tags:
-            shown["mlflow.source.git.commit"] = tags["git_commit"]
-        created = self._client.create_run(self.experiment_id, tags={**tags, **shown}, run_name=name)
-        run = MlflowRun(self._client, created.info.run_id)
-        values = [Param(key, str(value)[:6000]) for key, value in params.items()]  # MLflow's limit
-        try:
-            for start in range(0, len(values), 100):  # and another
-                self._client.log_batch(run.run_id, params=values[start : start + 100])
-            for file, text in texts.items():
-                self._client.log_text(run.run_id, text, file)
-        except BaseException as error:  # the caller gets no run that it could end
-            with suppress(Exception):
-                run.end("FAILED", f"{type(error).__name__}: {error}")
-            raise
-        return run
-
-    def ready(self) -> None:
-        """Do nothing: where this returns, the store can be used."""
-
     def sweep(self, sweep_id: str, curves: Sequence[str] = CURVES) -> list[RunRecord]:
         """Return the arms of a sweep with these curves, oldest first."""
         return self._read({"tags.sweep_id": sweep_id}, curves)
@@ -231,18 +200,6 @@ class Store:
             return str(download_artifacts(f"{artifacts}/{name}", dst_path=folder, tracking_uri=self.uri))
         except Exception:  # each artifact store raises errors of its own for a missing file
             return None
-
-    def write_report(self, sweep_id: str, files: Iterable[Path]) -> None:
-        """Keep a comparison's files in a run of their own, outside the sweep's filter."""
-        tags = {"kind": "report", "report_of": sweep_id}
-        run = self._client.create_run(self.experiment_id, tags=tags, run_name=f"report {sweep_id}")
-        for path in files:
-            self._client.log_artifact(run.info.run_id, str(path))
-        self._client.set_terminated(run.info.run_id)
-
-    def set_experiment_tag(self, key: str, value: str) -> None:
-        """Set a tag of the experiment, which another sweep may be about to set, too."""
-        _insist(self._client.set_experiment_tag, self.experiment_id, key, value)
 
     def _runs_of(self, token: str) -> list[str]:
         """Return the ids of the runs of a token, oldest first."""
@@ -446,63 +403,3 @@ def _dataset_input(record: DatasetRecord) -> DatasetInput:
         profile=f'{{"num_rows": {record.samples}}}',
     )
     return DatasetInput(data, [InputTag("mlflow.data.context", record.context)])
-
-
-class MlflowRun:
-    """One run, as it is written. What cannot be delivered is kept for the next delivery."""
-
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client = client
-        self._pending: list[Metric] = []
-        self.run_id = run_id
-        self.ended = False
-
-    def ready(self) -> None:
-        """Do nothing: where this returns, the run has begun."""
-
-    def log(self, values: Sequence[tuple[str, float, int, int]]) -> str | None:
-        """Send what is pending and these (key, value, time in ms, step); return what went wrong."""
-        self._pending += [Metric(*value) for value in values]
-        try:
-            self._send_pending()
-        except MlflowException as error:
-            return f"{len(self._pending)} values not delivered yet ({error})"
-        return None
-
-    def describe(self, tags: Mapping[str, str]) -> None:
-        """Tag the run."""
-        _insist(self._client.log_batch, self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-
-    def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
-        """Record the data sets that the run is fed."""
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=record.name,
-                    digest=record.digest,
-                    source_type="code",
-                    source=f'{{"target": "{record.name}"}}',
-                    profile=f'{{"num_rows": {record.samples}}}',
-                ),
-                [InputTag("mlflow.data.context", record.context)],
-            )
-            for record in datasets
-        ]
-        _insist(self._client.log_inputs, self.run_id, inputs)
-
-    def keep_file(self, path: str) -> None:
-        """Store a file with the run, under its name."""
-        _insist(self._client.log_artifact, self.run_id, path)
-
-    def end(self, status: str, failure: str | None = None) -> None:
-        """Send what is left and end the run with its status."""
-        self._send_pending()
-        if failure is not None:
-            self._client.set_tag(self.run_id, "failure", failure[:5000])
-        self._client.set_terminated(self.run_id, status, int(time.time() * 1000))
-        self.ended = True
-
-    def _send_pending(self) -> None:
-        while self._pending:
-            self._client.log_batch(self.run_id, metrics=self._pending[:BATCH])
-            del self._pending[:BATCH]

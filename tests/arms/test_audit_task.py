@@ -21,7 +21,7 @@ from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
 from gaccum_exp.train.clock import StepClock
 from gaccum_exp.train.memory_meters import MemoryMeters
-from tests.program import Program
+from tests.program import Program, sweep_here
 from tests.strangers import Net, NumpyNoise
 from tests.support import STRANGER, settings, trained
 
@@ -184,6 +184,7 @@ def test_a_sweep_of_audits_ends_with_a_table_and_the_worst_status(
 ) -> None:
     """A line for each arm, `audit.json` in each arm's folder, the first of 3, 5, 4 that any earned."""
     by_steps = dict(zip((1, 2, 4), verdicts, strict=True))
+    sweep_here(monkeypatch)
     monkeypatch.setattr(ENGINE, engine(by_steps.__getitem__))
     ended = program.tiny("-m", "task=audit", "accum.steps=1,2,4")
     assert ended.status == status
@@ -201,6 +202,7 @@ def test_an_arm_that_cannot_be_audited_outranks_every_verdict(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Status 1, its reason below the table, and the other arm is audited."""
+    sweep_here(monkeypatch)
     monkeypatch.setattr(ENGINE, engine(lambda steps: "biased"))
     ended = program.tiny("-m", "task=audit", "accum.steps=0,2")
     assert ended.status == 1
@@ -239,6 +241,7 @@ def test_the_audit_that_comes_unasked_changes_no_exit_status(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at the start by default, one more arm without it by its key."""
+    sweep_here(monkeypatch)
     monkeypatch.setattr(ENGINE, engine(lambda steps: "biased"))
     assert program.tiny("-m", "accum.steps=2", "audit.at_start=true,false").status == 0
     verdicts = {run.params["audit.at_start"]: run.tags.get("verdict") for run in program.arms()}
