@@ -3,8 +3,8 @@
 import gc
 import logging
 import os
-import re
 import random
+import re
 import subprocess
 import sys
 import traceback
