@@ -5,12 +5,11 @@ comes after Hydra in the command line, which reads what the arms have left: thei
 runs in the store.
 """
 
-import copy
 import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
-from gaccum_exp.config.schema import conf_dir, validate
+from gaccum_exp.config.schema import conf_dir
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
@@ -47,11 +46,6 @@ class SweepStart(Callback):
             _decide_where(config)
         _note_launch(config, Path(config.hydra.run.dir), multirun=False)
         start_helper()
-        own = copy.copy(config)
-        with read_write(own), open_dict(own), suppress(BadInputError):  # which is said in a moment
-            del own["hydra"]
-            validate(own)
-            _name_store(config)
         _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -74,7 +68,6 @@ class SweepStart(Callback):
             _one_job_for_all_seeds(config)
         if _composed(config, kwargs["config_name"]) is not None:  # else it is said without MLflow
             _prepare_store(config, Path(config.hydra.sweep.dir))
-            _name_store(config)
             _have_left_runs_delivered(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -95,11 +88,6 @@ def _decide_where(config: DictConfig) -> list[str]:
     with read_write(to):
         to.update(meant)
     return decided
-
-
-def _name_store(config: DictConfig) -> None:
-    to = config.tracking
-    print(f"gaccum_exp: store {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 
 @contextmanager
