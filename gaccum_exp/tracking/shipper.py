@@ -309,6 +309,8 @@ class _Helper:
 
         self._listener, self._stores = listener, Stores()
         self._deliveries: dict[Path, Delivery] = {}
+        self._put_off: dict[Path, float] = {}
+        """Journals whose store is away, till when: meanwhile another process may deliver them."""
         self._told: dict[socket.socket, set[Path]] = {}
         """What each process has named."""
         self._texts: dict[socket.socket, bytes] = {}
@@ -324,18 +326,23 @@ class _Helper:
         """Deliver until nobody is there and nothing is left, or its store has long been away."""
         until, work = time.monotonic() + GRACE_S, False
         while True:
+            now = time.monotonic()
             retries = [d.due_s for d in self._deliveries.values() if d.left_bytes and d.due_s]
+            retries += [max(0.0, at - now) for at in self._put_off.values()]
             self._listen(0.0 if work else 0.01 if self._left else min([1.0, *retries]))
             work = False
+            for path in [path for path, at in self._put_off.items() if at <= time.monotonic()]:
+                del self._put_off[path]
+                self._open(path)
             for path in list(self._deliveries):
                 work = self._deliver(path) or work
-            others = self._deliveries.keys() - self._watched()
+            others = (self._deliveries.keys() | self._put_off.keys()) - self._watched()
             if self._left and not work and len(others) < AT_ONCE:
                 self._take_what_was_left()
             for folder in [f for f in self._searched if not any(f in p.parents for p in others)]:
                 self._searched.remove(folder)
                 self._answer(folder)
-            left = any(d.left_bytes for d in self._deliveries.values())
+            left = self._put_off or any(d.left_bytes for d in self._deliveries.values())
             if self._told or self._left or work:
                 until = time.monotonic() + GRACE_S
             elif not left or time.monotonic() > until:
@@ -377,7 +384,7 @@ class _Helper:
         """Begin to deliver a journal; return whether it is there, and nobody else delivers it."""
         from gaccum_exp.tracking.delivery import Delivery
 
-        if path not in self._deliveries:
+        if path not in self._deliveries and path not in self._put_off:
             try:
                 self._deliveries[path] = Delivery(path, self._stores)
             except (OSError, TrackingError):
@@ -403,6 +410,10 @@ class _Helper:
         if state != before or over:
             self._answer(path)
         if over or delivery.delivered.settled or (not watched and state == "refused"):
+            delivery.close()
+            del self._deliveries[path]
+        elif delivery.store_away and delivery.due_s:
+            self._put_off[path] = time.monotonic() + delivery.due_s
             delivery.close()
             del self._deliveries[path]
         return work
