@@ -87,7 +87,6 @@ def _decide_where(config: DictConfig) -> list[str]:
             decided.append(f"tracking.{key}={_quoted(value)}")
     with read_write(to):
         to.update(meant)
-    print(f"gaccum_exp: store {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
     return decided
 
 
@@ -203,6 +202,7 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
         print(f"gaccum_exp: {known.reason}", file=sys.stderr)
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None
+    print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 
 def _have_left_runs_delivered(config: DictConfig) -> None:

@@ -403,4 +403,7 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
     life.describe(state)
     with life.stop.at_once():
         life.sink.ready()
+    if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms
+        to = life.settings.tracking
+        log.info("recorded in %s, experiment %s", to.uri, to.experiment_name)
     return state

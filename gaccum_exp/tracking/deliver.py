@@ -19,6 +19,8 @@ from gaccum_exp.tracking.store_uri import refuse_password
 if TYPE_CHECKING:
     from gaccum_exp.tracking.delivery import Stores
 
+LOCK_S = 3.0
+"""So long another process that delivers a journal is waited for."""
 PATIENCE_S = 20.0
 """So long a store that is away is waited for."""
 
@@ -60,11 +62,16 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
     """Deliver one journal and say how that went; return whether nothing is left to do."""
     from gaccum_exp.tracking.delivery import Delivery
 
-    try:
-        delivery = Delivery(path, stores, uri=given.uri, experiment_name=given.experiment)
-    except (OSError, TrackingError) as error:
-        print(f"gaccum_exp deliver: {error}", file=sys.stderr)
-        return False
+    since = time.monotonic()
+    while True:
+        try:
+            delivery = Delivery(path, stores, uri=given.uri, experiment_name=given.experiment)
+            break
+        except (OSError, TrackingError) as error:  # another process may be about to give up
+            if time.monotonic() - since > LOCK_S:
+                print(f"gaccum_exp deliver: {error}", file=sys.stderr)
+                return False
+        time.sleep(0.2)
     left_bytes, since = delivery.left_bytes, time.monotonic()
     try:
         while not delivery.delivered.settled and delivery.delivered.state != "refused":

@@ -9,13 +9,14 @@ and the end are what they were, and a point is known by its run, metric, timesta
 
 import logging
 import os
+import sqlite3
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from fcntl import LOCK_EX, lockf
 from pathlib import Path
@@ -85,6 +86,7 @@ class Store:
         """Where the runs that were read keep their files, by run id."""
         with _opening(uri):
             _make_database(uri)
+            _ask_once(uri)
             self._client, found = _opened(uri, experiment_name)
         if found.lifecycle_stage == "deleted":
             raise BadInputError(
@@ -255,11 +257,6 @@ class Store:
 
 def _opened(uri: str, experiment_name: str) -> tuple[MlflowClient, Experiment]:
     """Return a client and the experiment, which is created if there is none."""
-    if uri.partition("://")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
-        # Asked once: MLflow asks ten times, for a minute.
-        engine = create_sqlalchemy_engine(uri)
-        engine.connect().close()
-        engine.dispose()
     deadline = time.monotonic() + MAKING_S
     while True:
         try:
@@ -274,14 +271,33 @@ def _opened(uri: str, experiment_name: str) -> tuple[MlflowClient, Experiment]:
         time.sleep(0.5)  # another process makes the tables or the experiment at this moment
 
 
+def _ask_once(uri: str) -> None:
+    """Raise what a database says that is away or none; MLflow asks ten times, for a minute."""
+    kind = uri.partition("://")[0].partition("+")[0]
+    if (path := _sqlite_file(uri)) is not None:
+        with closing(sqlite3.connect(path, timeout=OPENING_S)) as database:
+            database.execute("SELECT name FROM sqlite_master LIMIT 1").fetchall()
+    elif kind in ("postgresql", "mysql", "mssql"):
+        engine = create_sqlalchemy_engine(uri)
+        engine.connect().close()
+        engine.dispose()
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite store; None of another store, or where it is not plainly named."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    plain = uri.startswith("sqlite:///") and path.name not in ("", ":memory:") and "?" not in uri
+    return path if plain else None
+
+
 def _make_database(uri: str) -> None:
     """Make the file of a SQLite store where there is none, in one piece, and once.
 
     MLflow makes its tables one by one, and of two processes that do so at once one fails; one that is
     killed leaves a file of no use. So who holds a lock makes it under another name, and renames it.
     """
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.name in ("", ":memory:") or "?" in uri or _filled(path):
+    path = _sqlite_file(uri)
+    if path is None or _filled(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, new = (path.with_name(f".{path.name}.{what}") for what in ("making", "new"))
