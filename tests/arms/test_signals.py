@@ -252,7 +252,7 @@ class Paced(Net):
 
 
 def started(folder: Path, *arguments: str, until: str = "points") -> subprocess.Popen[str]:
-    """Start a sweep of N = 1, 2 and 4 in a process, and wait until the second arm records."""
+    """Start a sweep of N = 1, 2 and 4 in a process, and wait until the second alone records."""
     command = [sys.executable, "-m", "gaccum_exp", "-m", *POINTS, "accum.steps=1,2,4", "train.steps=200",
                "model._target_=tests.arms.test_signals.Paced", "audit.at_start=false",
                *arguments]  # fmt: skip
@@ -260,7 +260,14 @@ def started(folder: Path, *arguments: str, until: str = "points") -> subprocess.
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + PATIENCE_S
-    while not any(until in path.read_text() for path in folder.glob("multirun/*/1/journal.jsonl")):
+
+    def waits() -> bool:
+        (first,) = [*folder.glob("multirun/*/0/arm.json")] or [None]
+        second = folder.glob("multirun/*/1/journal.jsonl")
+        finished = first is not None and "FINISHED" in first.read_text()
+        return not finished or not any(until in path.read_text() for path in second)
+
+    while waits():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
