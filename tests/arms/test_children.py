@@ -134,6 +134,15 @@ def test_one_child_serves_all_commands_of_a_process_in_their_surroundings(
         assert f"OUT {value} {program.folder}" in ended.out
         pids.add(child._children[os.getpid()][-1].process.pid)
     assert len(pids) == 1
+    terminal = os.dup(1)
+    try:
+        with (tmp_path / "elsewhere").open("wb") as file:
+            os.dup2(file.fileno(), 1)
+        program("-m", *STRANGER, "model._target_=mine.net")
+    finally:
+        os.dup2(terminal, 1)
+        os.close(terminal)
+    assert "OUT two" in (tmp_path / "elsewhere").read_text()
     program("-m", *STRANGER, "model._target_=tests.program.Broken", "hydra.job.name=arm")
     assert "[ERROR] " in (program.sweep_folder / "0/arm.log").read_text()
 
