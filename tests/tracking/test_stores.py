@@ -308,6 +308,14 @@ def test_a_server_that_has_no_time_is_away_and_asked_once(status: int) -> None:
             Store(address, "x")
 
 
+def test_what_is_read_is_asked_for_again_where_a_server_has_no_time() -> None:
+    """A report does not end with the first 503; reading changes nothing, so it may be repeated."""
+    answers = iter([None, (503, "busy"), (503, "busy"), (200, "{}")])
+    with fake_server(lambda _: next(answers)) as (address, posts):
+        assert Store(address, "x").sweep("a") == []
+        assert len(posts) == 3
+
+
 @pytest.mark.parametrize(
     "answer",
     [
