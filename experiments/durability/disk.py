@@ -82,8 +82,9 @@ def disk(options: Options) -> Result:
         return Result(f"skipped: {why}", "", why, True)
     tries = many("disk", 28, _one, options)
     extra = (
-        "What is full is a file system of its own, to the last byte, from a random moment on, for up to "
-        "five seconds or to the command's end; *outcome*: from the last window on. Acknowledged is what "
+        "What is full is a file system of its own, to the last byte, from a random moment on (a third over "
+        "the command's whole life, the others over its windows), for up to five seconds or to the "
+        "command's end; *outcome*: from the last window on. Acknowledged is what "
         f"was trained {FLUSH_S} s before the journal's disk was full (all, where only the store's was), "
         "and what was in the store when a folder was removed."
     )
@@ -93,7 +94,11 @@ def disk(options: Options) -> Result:
 def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
     attack = ATTACKS[number % len(ATTACKS)]
     folder = places.new(f"disk {number}")
-    moment, full_s = draw.uniform(0, took_s("single", places)), draw.choice((draw.uniform(0.5, 5), None))
+    # A third of the moments over the whole life of a command, the others over its training.
+    moment = (
+        draw.uniform(0, took_s("single", places)) if draw.random() < 0.33 else draw.randint(1, WINDOWS)
+    )
+    full_s = draw.choice((draw.uniform(0.5, 5), None))
     if attack in ATTACKS[:4]:
         with small_disk(folder / "disk") as mounted:
             tried = _fill(attack, folder, mounted, moment, full_s)
@@ -118,7 +123,7 @@ def _fill(attack: str, folder: Path, mounted: Path, moment: float, full_s: float
     if attack == "outcome":
         while running.alive and not any(line.global_step == WINDOWS for line in noted(folder / TRUTH)):
             time.sleep(0.02)
-    elif not await_moment(running, moment):
+    elif not await_it(running, moment):
         running.settled()
         return None
     tried = Tried(f"full: {attack}{', for good' if full_s is None else ', for a while'}")
@@ -150,6 +155,15 @@ def _fill(attack: str, folder: Path, mounted: Path, moment: float, full_s: float
     return tried
 
 
+def await_it(running: Running, moment: float) -> bool:
+    """Wait for a time after the start, or for a window where the moment is an integer."""
+    if not isinstance(moment, int):
+        return await_moment(running, moment)
+    while running.alive and sum(line.kind == "step" for line in noted(running.folder / TRUTH)) < moment:
+        time.sleep(0.02)
+    return running.alive
+
+
 def has_runs(folder: Path) -> bool:
     """Whether runs have been written below."""
     return (folder / "outputs").exists()
@@ -158,7 +172,7 @@ def has_runs(folder: Path) -> bool:
 def _remove(attack: str, folder: Path, moment: float) -> Tried | None:
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     running = Running(folder, *arguments("single", folder))
-    if not await_moment(running, moment):
+    if not await_it(running, moment):
         running.settled()
         return None
     tried = Tried(f"removed: {attack}")

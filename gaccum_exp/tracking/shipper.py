@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from urllib.parse import quote, unquote_to_bytes
 
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.delivered import Delivered
@@ -34,22 +35,39 @@ GRACE_S = 10.0
 """So long a store that is away is waited for when nothing is left but to deliver."""
 AT_ONCE = 8
 """So many journals of earlier processes are open at a time."""
+STORE_S = 30.0
+"""So long a training waits for the first answer of its store."""
+ORPHAN_S = 5.0
+"""So long a run whose process is gone is left to whoever has started that, to say why it has ended."""
+DEATHS, DEATHS_S = 5, 60.0
+"""A helper that dies so often in so long a time is not started again for as long."""
+DECISIVE = ("MLFLOW_", "PG", "AWS_", "AZURE_", "GOOGLE_", "DATABRICKS_", "REQUESTS_", "SSL_", "HTTP")
+"""Beginnings of variables that say how a store is reached."""
 LEFT_S = 5.0
 """So long a command waits at its end for the delivery of what earlier ones have left."""
+
+
+_let_go_of: list["subprocess.Popen[bytes]"] = []
+"""Helpers that may still be at work, and outlive this process."""
 
 
 class _Client:
     """The helper, seen from a process that writes journals."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.pid = os.getpid()
+        self.pid, self.surroundings = os.getpid(), _surroundings()
         self._process: subprocess.Popen[bytes] | None = None
         self.address = self._start() if address is None else address
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(self.address)
         self._text = b""
+        try:
+            self._socket.connect(self.address)
+        except OSError:
+            self.bury()
+            raise
 
     def _start(self) -> str:
+        _let_go_of[:] = [process for process in _let_go_of if process.poll() is None]
         folder = tempfile.mkdtemp(prefix="gaccum_exp-")
         address = f"{folder}/helper"
         root = str(Path(__file__).resolve().parents[2])
@@ -73,7 +91,7 @@ class _Client:
             OSError: the helper is gone.
         """
         with contextlib.suppress(BlockingIOError):  # it has enough to read, and more is said later
-            self._socket.send(os.fsencode(path) + b"\n", socket.MSG_DONTWAIT)
+            self._socket.send(_line(path), socket.MSG_DONTWAIT)
 
     def changed(self, timeout_s: float) -> set[Path]:
         """Return the paths beside which something has changed; wait for one.
@@ -91,7 +109,7 @@ class _Client:
         if not text:
             raise ConnectionResetError("the helper has ended")
         *lines, self._text = (self._text + text).split(b"\n")
-        return {Path(os.fsdecode(line)) for line in lines}
+        return {_path(line) for line in lines}
 
     def bury(self) -> None:
         """Take leave of a helper that is dead."""
@@ -103,6 +121,20 @@ class _Client:
     def close(self) -> None:
         """Let go of it; it ends by itself, once everything is delivered or the store is away."""
         self._socket.close()
+        if self._process is not None:
+            _let_go_of.append(self._process)
+
+
+def _line(path: Path) -> bytes:
+    return quote(os.fsencode(path)).encode() + b"\n"
+
+
+def _path(line: bytes) -> Path:
+    return Path(os.fsdecode(unquote_to_bytes(line)))
+
+
+def _surroundings() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key.upper().startswith(DECISIVE)}
 
 
 class _Deliveries:
@@ -116,38 +148,70 @@ class _Deliveries:
         self._folders: set[Path] = set()
         self._away: set[str | None] = set()
         """Addresses of stores that are away, as far as this process knows."""
+        self._deaths: list[float] = []
+        """When helpers have died."""
+        self._lamed = False
+        """Whether it has been said that there is none."""
+
+    def start(self) -> None:
+        """Start the helper, or another one where stores are to be reached in other ways now."""
+        if self._client is not None and self._client.surroundings != _surroundings():
+            self._client.close()
+            self._client = None
+        self._restart() if self._open else self.helper()
 
     def helper(self) -> _Client:
-        """Return the helper; start one if there is none, or none any more."""
+        """Return the helper; start one if there is none, or none any more.
+
+        Raises:
+            OSError: none can be started, or it dies again and again.
+        """
         if self._client is None or self._client.pid != os.getpid():
+            recent = [at for at in self._deaths if time.monotonic() - at < DEATHS_S]
+            if len(recent) >= DEATHS:
+                raise ChildProcessError("it dies again and again")
             try:
                 self._client = _Client(self._address)
             except OSError:  # whose it was is gone, or on another host
+                if self._address is None:
+                    raise
                 self._address = None
                 self._client = _Client()
         return self._client
 
     def tell(self, path: Path) -> None:
         """Name a path to the helper; to another one, with all others, where it is dead."""
+        if self._client is None and not self._restart():
+            return
         client = self.helper()
         try:
             client.tell(path)
             self._note(client.changed(0))
         except OSError:
+            self._bury()
             self._restart()
 
-    def _restart(self) -> None:
-        for attempt in (1, 2, 3):
-            if self._client is not None:
-                self._client.bury()
-            self._client = self._address = None
-            try:
-                for path in (*self._open, *self._folders):
-                    self.helper().tell(path)
-                return
-            except OSError as error:
-                if attempt == 3:
-                    raise TrackingError(f"the process that writes to MLflow ends ({error})") from error
+    def _bury(self) -> None:
+        if self._client is not None:
+            self._client.bury()
+            self._deaths = [*self._deaths[-DEATHS:], time.monotonic()]
+        self._client = self._address = None
+
+    def _restart(self) -> bool:
+        """Have another helper deliver everything; return whether there is one. What has been recorded
+        is in the journals, so a training goes on without.
+        """
+        try:
+            for path in (*self._open, *self._folders):
+                self.helper().tell(path)
+        except OSError as error:
+            if not self._lamed:
+                _say(f"tracking: no process that writes to MLflow ({error}); the runs' folders keep "
+                     "what is recorded")  # fmt: skip
+            self._lamed = True
+            return False
+        self._lamed = False
+        return True
 
     def announce(self, path: Path) -> None:
         """Say that a journal has grown, or that a folder may hold what was left."""
@@ -167,7 +231,9 @@ class _Deliveries:
             try:
                 self._note(self.helper().changed(left))
             except OSError:
-                self._restart()
+                self._bury()
+                if not self._restart():
+                    return over()
         return True
 
     def _note(self, changed: Iterable[Path]) -> None:
@@ -206,8 +272,9 @@ class _Deliveries:
         return True
 
     def _said(self, uri: str | None) -> Path:
-        folder = Path(self.helper().address).parent
-        return folder / f"away-{hashlib.sha256(str(uri).encode()).hexdigest()[:16]}"
+        """Return the file, beside the helper's socket, that stands for what has been said of a store."""
+        name = f"away-{hashlib.sha256(str(uri).encode()).hexdigest()[:16]}"
+        return Path(self.helper().address).with_name(name)
 
     def finish(self) -> list[Path]:
         """Wait until all is delivered, or the store stays away; return the journals that are not."""
@@ -230,7 +297,8 @@ class _Deliveries:
             self.wait(lambda: not self._folders, LEFT_S)
         left, self._open, self._folders = sorted(self._open), set(), set()
         for uri in self._away:  # a later command says so again
-            self._said(uri).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._said(uri).unlink()
         self._away.clear()
         return left
 
@@ -245,17 +313,21 @@ _deliveries = _Deliveries()
 
 def start_helper() -> None:
     """Start the helper process, if it does not run yet."""
-    _deliveries.helper()
+    with contextlib.suppress(OSError):  # which is said when there is something to deliver
+        _deliveries.start()
 
 
 def helper_address() -> str:
-    """Return where the helper listens; it is started if need be."""
-    return _deliveries.helper().address
+    """Return where the helper listens; it is started if need be. Empty where it cannot be."""
+    try:
+        return _deliveries.helper().address
+    except OSError:
+        return ""
 
 
 def use_helper(address: str) -> None:
     """Share another process's helper, where it can be reached."""
-    if _deliveries._client is None:
+    if address and _deliveries._client is None:
         _deliveries._address = address
 
 
@@ -271,7 +343,9 @@ def wait(over: Callable[[], bool]) -> None:
 
 def wait_for_store(journal: Path) -> Delivered:
     """Wait until the store of a journal has been opened, or is known to be away or of no use."""
-    _deliveries.wait(lambda: Delivered.of(journal).state != "unknown" or not journal.exists())
+    known = lambda: Delivered.of(journal).state != "unknown" or not journal.exists()  # noqa: E731
+    if not _deliveries.wait(known, STORE_S) and not _deliveries._lamed:
+        _say(f"tracking: no answer within {STORE_S:.0f} s; the runs' folders keep what is recorded")
     return Delivered.of(journal)
 
 
@@ -285,16 +359,15 @@ def _let_go() -> None:
     client = _deliveries._client
     if client is not None and client.pid == os.getpid():
         client.close()
-        if client._process is not None:
-            client._process.returncode = 0  # it may outlive this process, which is no oversight
+    for process in _let_go_of:
+        process.returncode = process.poll() or 0  # that it goes on is no oversight
 
 
 def _forget() -> None:
     """Let go in a forked process, which must not keep its parent's connection alive."""
     global _deliveries  # another process's now
-    _let_go_of = _deliveries._client
-    if _let_go_of is not None:
-        _let_go_of.close()
+    if _deliveries._client is not None:
+        _deliveries._client.close()
     _deliveries = _Deliveries()
 
 
@@ -314,6 +387,8 @@ class _Helper:
         self._told: dict[socket.socket, set[Path]] = {}
         """What each process has named."""
         self._texts: dict[socket.socket, bytes] = {}
+        self._orphaned: dict[Path, float] = {}
+        """When the process that had named a journal went."""
         self._left: list[tuple[Path, Iterator[Path]]] = []
         """Folders and the journals in them that earlier processes have left."""
         self._searched: list[Path] = []
@@ -369,11 +444,12 @@ class _Helper:
             text = b""
         if not text:
             self._selector.unregister(client)
+            self._orphaned |= dict.fromkeys(self._told[client], time.monotonic())
             del self._told[client], self._texts[client]
             client.close()
             return
         *lines, self._texts[client] = (self._texts[client] + text).split(b"\n")
-        for path in {Path(os.fsdecode(line)) for line in lines}:
+        for path in {_path(line) for line in lines}:
             self._told[client].add(path)
             if path.is_dir():
                 self._left.append((path, unsettled_below(path)))
@@ -401,7 +477,8 @@ class _Helper:
         delivery.notes.clear()
         watched = path in self._watched()
         over = delivery.delivered.settled
-        if not watched and delivery.caught_up and not work and not over:
+        others_know = self._told and time.monotonic() - self._orphaned.get(path, 0.0) < ORPHAN_S
+        if not watched and delivery.caught_up and not (work or over or others_know):
             if delivery.end_if_dead():
                 work = True
             else:  # its process lives, or is another host's
@@ -436,7 +513,7 @@ class _Helper:
         for client, paths in self._told.items():
             if path in paths:
                 with contextlib.suppress(OSError):
-                    client.send(os.fsencode(path) + b"\n", socket.MSG_DONTWAIT)
+                    client.send(_line(path), socket.MSG_DONTWAIT)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
+from gaccum_exp.arms.serve import _Server
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.build import build
@@ -120,6 +123,18 @@ def test_a_forked_workers_signal_is_its_own(stop: Stop) -> None:
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     assert stop.asked is None
+
+
+def test_a_forked_worker_holds_no_connection_of_the_child() -> None:
+    """Or the command would wait for the worker where its child is dead."""
+    ours, theirs = socket.socketpair()
+    server = _Server(Connection(theirs.detach()))
+    worker = os.fork()
+    if worker == 0:
+        os._exit(7 if server.connection.closed else 8)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+    ours.close()
+    server.connection.close()
 
 
 class Counted(Net):
@@ -285,7 +300,7 @@ def test_a_command_that_is_ended_passes_it_on_and_compares(
     assert "waiting up to 30 s" in err
     reason = f"interrupted ({number.name})"
     assert outcomes(tmp_path) == {0: ("FINISHED", None), 1: ("KILLED", reason)}
-    (table,) = tmp_path.rglob("comparison.csv")
+    (table,) = (tmp_path / "multirun").rglob("comparison.csv")
     with table.open() as file:
         rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
     assert {steps: row["status"] for steps, row in rows.items()} == {"1": "FINISHED", "2": "KILLED"}

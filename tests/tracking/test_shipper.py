@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.journal import Journal, end_left
+from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.sink import JournalSink, Point
 from tests.program import PATIENCE_S, TINY, Program, environment, new_store
 
@@ -38,6 +39,20 @@ if os.fork() == 0:  # a data worker that outlives it
     print(os.getpid(), shipper._deliveries._client is None, flush=True)
     time.sleep(60)
     os._exit(0)
+sys.stdin.read()
+"""
+
+SHARING = """
+import sys
+from pathlib import Path
+from gaccum_exp.tracking import shipper
+from gaccum_exp.tracking.journal import Journal
+shipper.use_helper(sys.argv[2])
+journal = Journal.create(Path("run"), sys.argv[1], "gaccum_exp")
+journal.begin("run", params={}, tags={}, texts={})
+shipper.announce(journal.path)
+shipper.wait_for_store(journal.path)
+print("begun", flush=True)
 sys.stdin.read()
 """
 
@@ -176,3 +191,71 @@ def test_what_earlier_commands_have_left_is_delivered_and_ended(program: Program
     assert {"killed": "KILLED", "away": "FINISHED"}.items() <= found.items()
     assert found.get("living", "RUNNING") == "RUNNING"
     living.close()
+
+
+@pytest.mark.parametrize("program_of", ["no/such/python", "dies"])
+def test_a_training_goes_on_without_a_helper(
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    program_of: str,
+) -> None:
+    """None can be started, or each dies at once: it is said once, and the journal has everything."""
+    if program_of == "dies":
+        program_of = str(program.folder / "dies")
+        Path(program_of).write_text("#!/bin/sh\nexit 7\n")
+        Path(program_of).chmod(0o755)
+    monkeypatch.setattr(shipper, "_deliveries", shipper._Deliveries())
+    monkeypatch.setattr(sys, "executable", program_of)
+    sink = run_in(program.folder / "run", program.uri)
+    sink.ready()
+    for step in range(1, 4):
+        sink.send([Point(step, step, {"train/loss": step / 7})])
+    sink.close("FINISHED")
+    assert shipper.finish() == [program.folder / "run" / "journal.jsonl"]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1, said
+    assert "no process that writes to MLflow" in said[0]
+    (run,) = Journals(program.folder / "run").sweep("a", ["train/loss"])
+    assert run.curves["train/loss"].values == tuple(step / 7 for step in range(1, 4))
+
+
+def test_a_helper_that_dies_again_and_again_is_given_up(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For a while; what a training waits for at its end, it does not wait for without end."""
+    monkeypatch.setattr(shipper, "_deliveries", shipper._Deliveries())
+    monkeypatch.setattr(shipper, "DEATHS", 2)
+    sink = run_in(program.folder / "run", program.uri)
+    for _ in range(50):
+        for pid in helpers():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+        sink.describe({"cause": "x"})
+    sink.close("FINISHED")
+    assert shipper.finish() == [program.folder / "run" / "journal.jsonl"]
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "tracking: no process that writes to MLflow (it dies again and again); the runs' folders keep "
+        "what is recorded"
+    ]
+
+
+def test_why_a_run_has_ended_is_said_by_whoever_started_its_process(tmp_path: Path) -> None:
+    """The helper, which notices first, leaves it to that for a while, and ends it only if it must."""
+    uri = f"sqlite:///{new_store(tmp_path)}"
+    shipper.start_helper()
+    training = subprocess.Popen(
+        [sys.executable, "-c", SHARING, uri, shipper.helper_address()], cwd=tmp_path,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert training.stdout is not None
+    assert training.stdout.readline() == "begun\n"
+    training.kill()
+    training.communicate()
+    time.sleep(1.5)
+    assert end_left(tmp_path, "FAILED", "its process was ended by signal 9 (SIGKILL)") == ["run"]
+    shipper.announce(tmp_path / "run" / "journal.jsonl")
+    assert shipper.finish() == []
+    (run,) = MlflowClient(uri).search_runs(["1"])
+    assert (run.info.status, "signal 9" in run.data.tags["failure"]) == ("FAILED", True)
