@@ -155,7 +155,7 @@ class Life:
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             log.error("its traceback is in %s", path)
         except OSError as failed:
-            log.error("its traceback cannot be written (%s): %s", failed, text)
+            log.error("its traceback cannot be written (%s)", failed.strerror)
 
     def _abandon(self, status: str, reason: str) -> None:
         if self._sink is None:
