@@ -210,7 +210,6 @@ class _Deliveries:
                      "what is recorded")  # fmt: skip
             self._lamed = True
             return False
-        self._lamed = False
         return True
 
     def announce(self, path: Path) -> None:
@@ -305,6 +304,7 @@ class _Deliveries:
             with contextlib.suppress(OSError):
                 self._said(uri).unlink()
         self._away.clear()
+        self._lamed = False
         return left
 
 
