@@ -39,6 +39,8 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
 
 log = logging.getLogger(__name__)
+EXPECTED = (BadInputError, NonFiniteLossError, TrackingError)
+"""Errors whose message says all, as against faults of the program's or the user's code."""
 
 
 class Life:
@@ -137,7 +139,7 @@ class Life:
             log.warning("%s failed: %s", self.name, reason)
         else:
             _say_failed(self.context.sweep_id, self.name, reason)
-            if not isinstance(error, (BadInputError, NonFiniteLossError)):  # a fault of the program's
+            if not isinstance(error, EXPECTED):  # a fault of the program's
                 self._keep_traceback(error)
         self._abandon("FAILED", reason)
         self._end("FAILED", reason=reason, bad_input=isinstance(error, BadInputError))
@@ -378,7 +380,7 @@ def reason_of(error: BaseException) -> str:
     if out_of_memory(error):
         advice = "task=plan says which N fits, accum.on_oom=increase_steps goes on with one that does"
         return f"out of memory ({lines[0]}): {advice}"
-    expected = isinstance(error, (BadInputError, NonFiniteLossError))
+    expected = isinstance(error, EXPECTED)
     return lines[0] if expected else f"{type(error).__name__}: {lines[0]}"
 
 
