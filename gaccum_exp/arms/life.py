@@ -23,7 +23,7 @@ from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.errors import BadInputError, text_of
+from gaccum_exp.errors import BadInputError, TrackingError, text_of
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.report.text.audit_printout import print_audit
