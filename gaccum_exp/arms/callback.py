@@ -213,6 +213,7 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
 def _have_left_runs_delivered(config: DictConfig) -> None:
     """Have the helper deliver, and end, what commands have left that were killed or had no store."""
     for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
-        # Only where commands have folders of their own side by side: no search through a home.
-        if str(config.sweep_id) in folder.name and folder.parent.is_dir():
-            announce(folder.parent.absolute())
+        # Where commands have folders of their own, side by side, in all of these.
+        place = folder.parent if str(config.sweep_id) in folder.name else folder
+        if place.is_dir():
+            announce(place.absolute())

@@ -18,6 +18,7 @@ from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
+from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
     record_report(journal, given.sweep_id, files)
+    for folder in FOLDERS:
+        if folder.is_dir():
+            shipper.announce(folder.absolute())
     say_where([out], uri, given.sweep_id)
     return OK
 
