@@ -72,7 +72,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, how)
-            server.wait(timeout=10)
+            server.wait(timeout=2)  # longer it waits for clients that keep their connections
         except ProcessLookupError:
             break
         except subprocess.TimeoutExpired:

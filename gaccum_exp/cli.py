@@ -155,7 +155,8 @@ def task(cfg: DictConfig) -> float | None:
     from gaccum_exp.arms.life import run_arm
 
     assert command is not None
-    return run_arm(context, settings, command.stop).objective
+    outcome = command.outcomes[context.folder] = run_arm(context, settings, command.stop)
+    return outcome.objective
 
 
 def _end(command: Command, status: int, interrupted: str | None = None) -> int:

@@ -41,9 +41,8 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What stands on stderr, but for the line that names the store."""
-        lines = self.err.splitlines()
-        return [line for line in lines if not line.startswith("gaccum_exp: store ")]
+        """What stands on stderr."""
+        return self.err.splitlines()
 
     @property
     def plain(self) -> str:

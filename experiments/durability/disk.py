@@ -82,10 +82,10 @@ def disk(options: Options) -> Result:
         return Result(f"skipped: {why}", "", why, True)
     tries = many("disk", 28, _one, options)
     extra = (
-        "What is full is a file system of its own, to the last byte, from a random moment on (a third over "
-        "the command's whole life, the others over its windows), for up to five seconds or to the "
-        "command's end; *outcome*: from the last window on. Acknowledged is what "
-        f"was trained {FLUSH_S} s before the journal's disk was full (all, where only the store's was), "
+        "What is full is a file system of its own, to the last byte, from a random moment on (a third "
+        "over the command's whole life, the others over its windows), for up to five seconds or to the "
+        "command's end; *outcome*: from the last window on. Acknowledged is what was trained "
+        f"{FLUSH_S} s before the journal's disk was full (all, where the store's was alone), "
         "and what was in the store when a folder was removed."
     )
     return result(tries, extra)

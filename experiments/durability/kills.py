@@ -108,7 +108,11 @@ def _kill_training(draw: random.Random, places: Folders, number: int) -> Tried |
     lines = noted(folder / TRUTH)
     arms, windows = (1, WINDOWS) if shape == "single" else (2, SWEEP_WINDOWS)
     tried.when = "delivery" if aimed else phase(lines, folder, at, arms, windows)
-    if whom == "sweep, child":
+    if whom == "sweep, child" and "the process that compares" in running.text:
+        problems += complaints(
+            running, 1, "the sweep"
+        )  # whose arms are stored, and named to be compared
+    elif whom == "sweep, child":
         problems += sweep_goes_on(running, folder, arms)
     after = next_command(folder)
     problems += complaints(after, 0, "the next command")

@@ -59,10 +59,15 @@ class SweepStart(Callback):
         with _refusing():
             _refuse_passwords(config, kwargs["config_name"], overrides)
             self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
+        unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
+        unnamed += [line.partition("=")[0] for line in self._pinned]
         with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.swept_keys=[{listed}]")
-            config.hydra.overrides.hydra.append(f"+hydra.callbacks.sweep.helper='{helper_address()}'")
-            config.hydra.overrides.hydra.extend(self._pinned)
+            config.hydra.overrides.hydra += [
+                f"+hydra.callbacks.sweep.swept_keys=[{listed}]",
+                f"+hydra.callbacks.sweep.helper='{helper_address()}'",
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
+                *self._pinned,
+            ]
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
@@ -208,6 +213,7 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
 def _have_left_runs_delivered(config: DictConfig) -> None:
     """Have the helper deliver, and end, what commands have left that were killed or had no store."""
     for folder in (Path(config.hydra.run.dir), Path(config.hydra.sweep.dir)):
-        # Only where commands have folders of their own side by side: no search through a home.
-        if str(config.sweep_id) in folder.name and folder.parent.is_dir():
-            announce(folder.parent.absolute())
+        # Where commands have folders of their own, side by side, in all of these.
+        place = folder.parent if str(config.sweep_id) in folder.name else folder
+        if place.is_dir():
+            announce(place.absolute())

@@ -23,7 +23,7 @@ from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.provenance import dataset_records, device_tags, environment_tags
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.errors import BadInputError, text_of
+from gaccum_exp.errors import BadInputError, TrackingError, text_of
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
 from gaccum_exp.report.text.audit_printout import print_audit
@@ -39,6 +39,8 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
 
 log = logging.getLogger(__name__)
+EXPECTED = (BadInputError, NonFiniteLossError, TrackingError)
+"""Errors whose message says all, as against faults of the program's or the user's code."""
 
 
 class Life:
@@ -137,7 +139,7 @@ class Life:
             log.warning("%s failed: %s", self.name, reason)
         else:
             _say_failed(self.context.sweep_id, self.name, reason)
-            if not isinstance(error, (BadInputError, NonFiniteLossError)):  # a fault of the program's
+            if not isinstance(error, EXPECTED):  # a fault of the program's
                 self._keep_traceback(error)
         self._abandon("FAILED", reason)
         self._end("FAILED", reason=reason, bad_input=isinstance(error, BadInputError))
@@ -155,7 +157,7 @@ class Life:
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             log.error("its traceback is in %s", path)
         except OSError as failed:
-            log.error("its traceback cannot be written (%s): %s", failed, text)
+            log.error("its traceback cannot be written (%s)", failed.strerror)
 
     def _abandon(self, status: str, reason: str) -> None:
         if self._sink is None:
@@ -378,7 +380,7 @@ def reason_of(error: BaseException) -> str:
     if out_of_memory(error):
         advice = "task=plan says which N fits, accum.on_oom=increase_steps goes on with one that does"
         return f"out of memory ({lines[0]}): {advice}"
-    expected = isinstance(error, (BadInputError, NonFiniteLossError))
+    expected = isinstance(error, EXPECTED)
     return lines[0] if expected else f"{type(error).__name__}: {lines[0]}"
 
 

@@ -56,7 +56,8 @@ class Outcome:
         return state not in "ZX"  # dead, and nobody has asked yet how it ended
 
     def write(self, folder: Path) -> None:
-        """Write `arm.json`."""
+        """Write `arm.json`, in a folder that is made anew if it was removed."""
+        folder.mkdir(parents=True, exist_ok=True)
         # Moved into place, so that a reader of the folder finds it whole or not at all.
         temporary = folder / f"{OUTCOME_FILE}.tmp"
         temporary.write_text(json.dumps(asdict(self)))

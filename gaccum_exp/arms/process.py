@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 def process_restored() -> Iterator[None]:
     """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
     argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    # A log file that cannot be written, on a full disk, is no reason to end, nor for a traceback a line.
+    raises, logging.raiseExceptions = logging.raiseExceptions, False
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]
     hydra_before, job_before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
@@ -31,10 +33,11 @@ def process_restored() -> Iterator[None]:
             life.set_process_settings(of_torch or life.BEFORE_ANY_ARM)
         for logger, handlers, level in loggers:
             for handler in set(logger.handlers) - set(handlers):
-                handler.close()
+                with suppress(OSError):
+                    handler.close()
             logger.handlers = handlers
             logger.setLevel(level)
-        sys.argv = argv
+        sys.argv, logging.raiseExceptions = argv, raises
         for key in os.environ.keys() - environment.keys():
             del os.environ[key]
         os.environ.update(environment)

@@ -18,6 +18,7 @@ from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
+from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
@@ -44,21 +45,28 @@ def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp report` with these arguments and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp report", description=__doc__)
     parser.add_argument("sweep_id", help="as printed at the end of the sweep; the runs' tag")
-    parser.add_argument("--uri", help=f"MLflow tracking URI (MLFLOW_TRACKING_URI, else {DEFAULT_URI})")
-    named = f"(MLFLOW_EXPERIMENT_NAME, else {DEFAULT_EXPERIMENT})"
+    parser.add_argument(
+        "--uri", help=f"MLflow tracking URI (the sweep's, MLFLOW_TRACKING_URI, {DEFAULT_URI})"
+    )
+    named = f"(the sweep's, MLFLOW_EXPERIMENT_NAME, {DEFAULT_EXPERIMENT})"
     parser.add_argument("--experiment", help=named)
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
     given = parser.parse_args(arguments)
     out = given.out or Path("reports") / given.sweep_id
-    experiment = experiment_name(given.experiment)
+    folder = _folder_of(given.sweep_id)
+    own = (None if folder is None else Journals(folder).store()) or (None, None)
+    experiment = experiment_name(given.experiment or own[1])
     try:
-        uri = tracking_uri(given.uri, "--uri")
-        files = report_sweep(Runs(uri, experiment, _folder_of(given.sweep_id)), given.sweep_id, out)
+        uri = tracking_uri(given.uri or own[0], "--uri")
+        files = report_sweep(Runs(uri, experiment, folder), given.sweep_id, out)
         journal = Journal.create(out, uri, experiment)
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
     record_report(journal, given.sweep_id, files)
+    for folder in FOLDERS:
+        if folder.is_dir():
+            shipper.announce(folder.absolute())
     say_where([out], uri, given.sweep_id)
     return OK
 

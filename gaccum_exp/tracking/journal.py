@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import platform
+import tempfile
 import time
 import uuid
 import zlib
@@ -178,6 +179,33 @@ def records_in(text: bytes, path: Path) -> tuple[list[Record], list[str]]:
     if torn:
         notes.append(f"{path}: its last record is torn and left out ({len(torn)} bytes)")
     return records, notes
+
+
+def whole_size(path: Path) -> int:
+    """Return where the last whole record of a journal ends, in bytes; 0 where there is none."""
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end:
+                start = max(0, end - (1 << 16))
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    return start + found + 1
+                end = start
+    except OSError:
+        pass
+    return 0
+
+
+def can_write(folder: Path) -> bool:
+    """Whether there is room for a small file in a folder."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="journal.room") as file:
+            file.write(b"-" * 4096)
+        return True
+    except OSError:
+        return False
 
 
 def journals_below(folder: Path) -> list[Path]:

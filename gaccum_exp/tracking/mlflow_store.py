@@ -195,13 +195,19 @@ class Store:
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Bring a file of a run into a folder and return its path; None if there is no such file."""
-        artifacts = self._artifacts.get(run_id)
-        try:
-            if artifacts is None:  # the client reads the whole run first, to learn where its files are
-                return str(self._client.download_artifacts(run_id, name, folder))
-            return str(download_artifacts(f"{artifacts}/{name}", dst_path=folder, tracking_uri=self.uri))
-        except Exception:  # each artifact store raises errors of its own for a missing file
-            return None
+        artifacts, deadline = self._artifacts.get(run_id), time.monotonic() + READING_S
+        while True:
+            try:
+                if (
+                    artifacts is None
+                ):  # the client reads the whole run first, to learn where its files are
+                    return str(self._client.download_artifacts(run_id, name, folder))
+                uri = f"{artifacts}/{name}"
+                return str(download_artifacts(uri, dst_path=folder, tracking_uri=self.uri))
+            except Exception as error:  # each artifact store raises errors of its own for a missing file
+                if not says_away(error) or time.monotonic() > deadline:
+                    return None
+            time.sleep(0.5)
 
     def _runs_of(self, token: str) -> list[str]:
         """Return the ids of the runs of a token, oldest first."""

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Self
 
 from rich.console import Console
@@ -43,7 +44,10 @@ class Progress:
         now = time.monotonic()
         if self._plain:
             if now - self._last_draw_s > LINE_EVERY_S or done == self._total:
-                print(f"{self._name}: {done}/{self._total}{self._text()}", file=sys.stderr, flush=True)
+                # Where nobody listens any more, as behind `| head`, a training goes on.
+                with suppress(OSError, ValueError):
+                    line = f"{self._name}: {done}/{self._total}{self._text()}"
+                    print(line, file=sys.stderr, flush=True)
                 self._last_draw_s = now
         elif now - self._last_draw_s > 0.1 or done == self._total:
             self._bar.update(self._task, completed=done, notes=self._text())

@@ -33,6 +33,14 @@ class Journals:
             self._files[run.run_id] = files
         return sorted(runs, key=lambda run: run.start_time_ms)
 
+    def store(self) -> tuple[str, str] | None:
+        """Return the address and the experiment that they belong to; None where there is no journal."""
+        for path in journals_below(self.folder):
+            for record in read_journal(path)[0]:
+                if record["kind"] == "store":
+                    return record["uri"], record["experiment_name"]
+        return None
+
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return where a file of a run that was read lies; None if there is no such file."""
         path = self._files.get(run_id, {}).get(name)

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import now_ms, unsettled_below
+from gaccum_exp.tracking.journal import can_write, now_ms, unsettled_below, whole_size
 from gaccum_exp.tracking.locks import FileLock
 
 if TYPE_CHECKING:
@@ -210,7 +210,6 @@ class _Deliveries:
                      "what is recorded")  # fmt: skip
             self._lamed = True
             return False
-        self._lamed = False
         return True
 
     def announce(self, path: Path) -> None:
@@ -279,27 +278,33 @@ class _Deliveries:
     def finish(self) -> list[Path]:
         """Wait until all is delivered, or the store stays away; return the journals that are not."""
 
+        since: dict[Path, tuple[Delivered, float]] = {}
+
+        def waited_for(path: Path) -> bool:
+            known, now = Delivered.of(path), time.monotonic()
+            if known.settled or known.state == "refused" or known.offset >= whole_size(path):
+                return False
+            if known.state == "away":
+                return now_ms() - (known.away_since_ms or now_ms()) < 1e3 * GRACE_S
+            if since.get(path, (None, 0.0))[0] != known:
+                since[path] = known, now
+            # Where nothing moves, nothing may be known of it: the disk is full.
+            return now - since[path][1] < STORE_S or can_write(path.parent)
+
         def over() -> bool:
-            now = now_ms()
-            waited_for = False
-            for path in list(self._open):
-                self._note([path])
-                known = Delivered.of(path)
-                if not path.exists():
-                    self._open.discard(path)
-                elif path in self._open and known.state != "refused":
-                    away = known.state == "away" and now - (known.away_since_ms or now) > 1e3 * GRACE_S
-                    waited_for |= not away
-            return not waited_for
+            self._note(list(self._open))
+            return not any(waited_for(path) for path in self._open)
 
         self.wait(over)
         if not self._away:
             self.wait(lambda: not self._folders, LEFT_S)
-        left, self._open, self._folders = sorted(self._open), set(), set()
+        left = sorted(path for path in self._open if path.exists())
+        self._open, self._folders = set(), set()
         for uri in self._away:  # a later command says so again
             with contextlib.suppress(OSError):
                 self._said(uri).unlink()
         self._away.clear()
+        self._lamed = False
         return left
 
 
@@ -384,6 +389,8 @@ class _Helper:
         self._deliveries: dict[Path, Delivery] = {}
         self._put_off: dict[Path, float] = {}
         """Journals whose store is away, till when: meanwhile another process may deliver them."""
+        self._faults: set[str] = set()
+        """What has been said of journals that cannot be delivered."""
         self._told: dict[socket.socket, set[Path]] = {}
         """What each process has named."""
         self._texts: dict[socket.socket, bytes] = {}
@@ -410,7 +417,10 @@ class _Helper:
                 del self._put_off[path]
                 self._open(path)
             for path in list(self._deliveries):
-                work = self._deliver(path) or work
+                try:
+                    work = self._deliver(path) or work
+                except Exception as error:  # a full disk, or a fault: others are delivered all the same
+                    self._put_off_for_a_while(path, error)
             others = (self._deliveries.keys() | self._put_off.keys()) - self._watched()
             if self._left and not work and len(others) < AT_ONCE:
                 self._take_what_was_left()
@@ -494,6 +504,15 @@ class _Helper:
             delivery.close()
             del self._deliveries[path]
         return work
+
+    def _put_off_for_a_while(self, path: Path, error: Exception) -> None:
+        if str(error) not in self._faults:
+            _say(f"tracking: {path}: cannot be delivered now ({type(error).__name__}: {error})")
+        self._faults.add(str(error))
+        with contextlib.suppress(OSError):
+            self._deliveries[path].close()
+        del self._deliveries[path]
+        self._put_off[path] = time.monotonic() + ORPHAN_S
 
     def _take_what_was_left(self) -> None:
         """Begin with one more journal of an earlier process."""

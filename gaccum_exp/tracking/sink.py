@@ -5,6 +5,7 @@ the device, and a delivery reads all of them at once.
 """
 
 import math
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.errors import BadInputError, TrackingError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import DatasetRecord
@@ -164,9 +165,19 @@ class JournalSink(Sink):
         self._append("datasets", datasets=[asdict(record) for record in datasets])
 
     def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Store parameters by name."""
+        """Store parameters by name.
+
+        Raises:
+            TrackingError: they cannot be written.
+        """
         path = self.journal.file_path(WEIGHTS)
-        torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, path)
+        kept = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        try:
+            torch.save(kept, path)
+        except (OSError, RuntimeError) as error:  # torch says of a full disk that a stream has an error
+            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+            message = f"{path}: the weights cannot be written ({free:,} bytes are free there)"
+            raise TrackingError(message) from error
         self.keep_file(path, WEIGHTS)
 
     def keep_file(self, path: Path, name: str | None = None) -> None:

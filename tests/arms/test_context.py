@@ -49,8 +49,10 @@ def test_an_outcome_is_written_whole_or_not_at_all(
 ) -> None:
     """What stood there stays until the new one is complete; of another sweep it is not read."""
     before = Outcome("a", "N=1", "FINISHED", verdict="biased", audit_asked=True)
-    before.write(tmp_path)
-    assert read_outcomes(tmp_path.parent, "a") == {tmp_path: before}
+    folder = tmp_path / "0"
+    folder.mkdir()
+    before.write(folder)
+    assert read_outcomes(tmp_path, "a") == {folder: before}
     assert read_outcomes(tmp_path, "b") == {}
 
     def no_space(*_: object) -> None:
@@ -58,8 +60,8 @@ def test_an_outcome_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr("gaccum_exp.arms.outcome.os.replace", no_space)
     with pytest.raises(OSError, match="no space left"):
-        Outcome("a", "N=1", "FAILED").write(tmp_path)
-    assert json.loads((tmp_path / OUTCOME_FILE).read_text())["status"] == "FINISHED"
+        Outcome("a", "N=1", "FAILED").write(folder)
+    assert json.loads((folder / OUTCOME_FILE).read_text())["status"] == "FINISHED"
 
 
 def test_the_exit_status_is_the_first_of_1_3_5_4_that_an_arm_earned() -> None:

@@ -153,26 +153,27 @@ def test_how_a_sweep_ended_is_read_from_the_store_alone(uri: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["served", "postgres_uri", "served_postgres"])
+@pytest.mark.parametrize("kinds", [["served"], ["postgres_uri", "served_postgres"]])
 def test_a_sweep_reads_back_from_every_store_as_from_a_file(
-    program: Program, kind: str, request: pytest.FixtureRequest
+    program: Program, kinds: list[str], request: pytest.FixtureRequest
 ) -> None:
     """The same curves, parameters and weights."""
-    uri = str(request.getfixturevalue(kind))
 
-    def recorded(at: str) -> list[RunRecord]:
-        ended = program.tiny("-m", "accum.steps=1,2", f"tracking.uri={at}")
+    def recorded(uri: str) -> list[RunRecord]:
+        ended = program.tiny("-m", "accum.steps=1,2", "audit.at_start=false", f"tracking.uri={uri}")
         assert ended.status == 0, ended.err
-        store = Store(at, "gaccum_exp")
+        store = Store(uri, "gaccum_exp")
         runs = sorted(store.sweep(program.sweep_id), key=lambda run: run.name)
         assert all(kept_weights(store, run.run_id) for run in runs)
         return runs
 
-    for one, other in zip(recorded(program.uri), recorded(uri), strict=True):
-        assert one.curves == other.curves
-        assert (one.name, one.status) == (other.name, other.status)
-        differing = {k for k in one.params if one.params[k] != other.params[k]}
-        assert differing == {"tracking.uri", "sweep_id"}
+    in_file = recorded(program.uri)
+    for kind in kinds:
+        for one, other in zip(in_file, recorded(request.getfixturevalue(kind)), strict=True):
+            assert one.curves == other.curves
+            assert (one.name, one.status) == (other.name, other.status)
+            differing = {k for k in one.params if one.params[k] != other.params[k]}
+            assert differing == {"tracking.uri", "sweep_id"}
 
 
 # --- Who is quicker -----------------------------------------------------------------------------------
@@ -206,14 +207,14 @@ def opened_at_once(uri: str, processes: int) -> list[str]:
 @pytest.mark.slow
 def test_processes_that_start_together_make_one_database(tmp_path: Path) -> None:
     """Each of them opens it, and nothing else is left in the folder."""
-    assert opened_at_once(f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", 4) == ["1"] * 4
+    assert opened_at_once(f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}", 3) == ["1"] * 3
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"]
 
 
 @pytest.mark.slow
 def test_processes_that_start_together_make_the_tables_in_postgresql(postgres: PostgresServer) -> None:
     """Of those that do it at the same moment all but one fail, and ask again."""
-    assert opened_at_once(postgres.create("at_once"), 3) == ["1"] * 3
+    assert opened_at_once(postgres.create("at_once"), 2) == ["1"] * 2
 
 
 def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
@@ -305,6 +306,14 @@ def test_a_server_that_has_no_time_is_away_and_asked_once(status: int) -> None:
         assert len(posts) == 2
         with pytest.raises(StoreAwayError, match=f"tracking.uri={address}: no tracking server answers"):
             Store(address, "x")
+
+
+def test_what_is_read_is_asked_for_again_where_a_server_has_no_time() -> None:
+    """A report does not end with the first 503; reading changes nothing, so it may be repeated."""
+    answers = iter([None, (503, "busy"), (503, "busy"), (200, "{}")])
+    with fake_server(lambda _: next(answers)) as (address, posts):
+        assert Store(address, "x").sweep("a") == []
+        assert len(posts) == 3
 
 
 @pytest.mark.parametrize(
