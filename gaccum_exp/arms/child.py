@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, TrackingError, first_line
+from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
@@ -238,10 +238,6 @@ def _given(
             _write(_running(arm, process), arm.folder)
 
     stop.look()
-    for arm in arms:
-        with contextlib.suppress(TrackingError):
-            # Or the process that delivers, which sees the child's end first, would not know the reason.
-            shipper.announce(_next_journal(arm.folder))
     try:
         # As it is it cannot be pickled where a plugin has classes of its own in it.
         hydra: Any = HydraConfig.instance().cfg
@@ -291,15 +287,9 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
         end_left(folder, status, reason)
         for path in journals_below(folder):
             shipper.announce(path)
-    except (OSError, ValueError, TrackingError) as error:
+    except (OSError, ValueError) as error:
         log.warning("%s: its journal could not be ended (%s)", running.name, error)
     return outcome
-
-
-def _next_journal(folder: Path) -> Path:
-    """Return the journal that the next run in a folder is going to write."""
-    number = 1 + len(list(folder.glob("journal*.jsonl")))
-    return folder.absolute() / ("journal.jsonl" if number == 1 else f"journal-{number}.jsonl")
 
 
 def _write(outcome: Outcome, folder: Path) -> None:

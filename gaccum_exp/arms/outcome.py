@@ -79,6 +79,29 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
 
 
+def outcomes_in_store(uri: str, experiment_name: str, sweep_id: str) -> dict[Path, Outcome]:
+    """Return how the arms of a sweep ended, by the run's id, as its store has it.
+
+    For arms that ran where they share no folder with the command.
+
+    Raises:
+        BadInputError: the store cannot be used.
+        StoreAwayError: it does not answer.
+    """
+    from gaccum_exp.tracking.mlflow_store import Store  # seconds, which no other command pays
+
+    return {
+        Path(run.run_id): Outcome(
+            sweep_id, run.name, run.status, run.tags.get("failure"),
+            task=run.params.get("task", "train"), verdict=run.tags.get("verdict"),
+            audit_asked=run.params.get("audit.every_steps", "None") != "None"
+            or run.params.get("task") == "audit",
+        )
+        for run in Store(uri, experiment_name).sweep(sweep_id, ())
+        if not run.is_control
+    }  # fmt: skip
+
+
 def exit_status(outcomes: Collection[Outcome], *, multirun: bool) -> int:
     """Return 1 if a run failed (2 if it is a single one and its input was at fault), else the verdicts'.
 

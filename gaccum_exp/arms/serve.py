@@ -183,7 +183,7 @@ def _compare(launch: Launch, stop: Stop) -> list[Path]:
             from gaccum_exp.arms.audits import print_audits
 
             print_audits(audited)
-        if not any(outcome.task == "train" for outcome in outcomes.values()):
+        if outcomes and not any(outcome.task == "train" for outcome in outcomes.values()):
             return []
         from gaccum_exp.arms.report import Runs, report_sweep
 

@@ -8,9 +8,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from gaccum_exp.arms.context import ArmContext
-from gaccum_exp.arms.outcome import OUTCOME_FILE, Outcome, exit_status, read_outcomes
+from gaccum_exp.arms.outcome import (
+    OUTCOME_FILE,
+    Outcome,
+    exit_status,
+    outcomes_in_store,
+    read_outcomes,
+)
 from gaccum_exp.arms.seeds import contexts_of_seeds
 from gaccum_exp.config import schema as config
+from tests.program import Program
 
 
 def context(folder: Path, *overrides: str) -> ArmContext:
@@ -78,3 +85,15 @@ def test_the_exit_status_is_the_first_of_1_3_5_4_that_an_arm_earned() -> None:
     assert exit_status([*asked.values(), arm(status="KILLED")], multirun=True) == 1
     refused = arm(status="FAILED", bad_input=True)
     assert (exit_status([refused], multirun=False), exit_status([refused], multirun=True)) == (2, 1)
+
+
+def test_outcomes_are_the_same_read_from_folders_and_from_the_store(program: Program) -> None:
+    """Arms on hosts that share no folder have no other place to leave them."""
+    ended = program.tiny("-m", "accum.steps=1,2,0", "audit.every_steps=2")
+    assert ended.status == 1
+    of_folders = read_outcomes(program.sweep_folder, program.sweep_id).values()
+    of_store = outcomes_in_store(program.uri, "gaccum_exp", program.sweep_id).values()
+    assert {(o.name, o.status, o.reason, o.verdict) for o in of_store} == {
+        (o.name, o.status, o.reason, o.verdict) for o in of_folders
+    }
+    assert exit_status(list(of_store), multirun=True) == 1
