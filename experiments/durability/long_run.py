@@ -15,7 +15,8 @@ from experiments.durability.tries import Options, Result, Tried, folders_of, los
 
 WINDOWS = 1_000_000
 EVERY_S = 5.0
-QUIET_S = 30.0
+QUIET_S = 30.5
+"""Half a minute, as exactly as silences are measured."""
 FLAT = 0.05
 """Memory is called flat where the line through its samples rises by less than this part of it."""
 
