@@ -1,6 +1,7 @@
 """Many tries of an attack, each with random numbers of its own, so that any can be repeated alone."""
 
 import random
+import re
 import time
 import traceback
 from collections import Counter
@@ -158,11 +159,17 @@ def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit
         f"| {what} | {when} | {n} | {sound[what, when]} |" for (what, when), n in sorted(rows.items())
     ]
     faults = [
-        f"- try {t.number} ({t.what}, {t.when}): {'; '.join([*t.found.examples, *t.problems])[:400]}"
+        f"- try {t.number} ({t.what}, {t.when}): {in_a_line([*t.found.examples, *t.problems])}"
         for t in tries
         if not t.sound
     ]
     return "\n".join(lines) + ("\n\n" + "\n".join(faults[:20]) if faults else "")
+
+
+def in_a_line(words: list[str], longest: int = 400) -> str:
+    """Return words for a page: in one line, without the paths of the machine that they were said on."""
+    text = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "…/", " ".join("; ".join(words).split()))
+    return text.replace("|", "/")[:longest]
 
 
 def result(
