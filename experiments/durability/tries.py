@@ -1,6 +1,7 @@
 """Many tries of an attack, each with random numbers of its own, so that any can be repeated alone."""
 
 import random
+import re
 import time
 import traceback
 from collections import Counter
@@ -149,6 +150,11 @@ def lost_or_doubled(tries: list[Tried]) -> str:
     return ", ".join(parts) + (f"; something else in {others} tries" if others else "")
 
 
+def in_a_line(said: list[str]) -> str:
+    """Return the beginning of what a command has said, without the folders of this machine."""
+    return re.sub(r"/(?:[\w.+=-]+/)+", "…/", " ".join("; ".join(said).split()))[:300]
+
+
 def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit")) -> str:
     """Return a table of how many tries hit what, and how many were sound."""
     rows: Counter[tuple[str, str]] = Counter((t.what, t.when) for t in tries)
@@ -158,7 +164,7 @@ def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit
         f"| {what} | {when} | {n} | {sound[what, when]} |" for (what, when), n in sorted(rows.items())
     ]
     faults = [
-        f"- try {t.number} ({t.what}, {t.when}): {'; '.join([*t.found.examples, *t.problems])[:400]}"
+        f"- try {t.number} ({t.what}, {t.when}): {in_a_line([*t.found.examples, *t.problems])}"
         for t in tries
         if not t.sound
     ]
