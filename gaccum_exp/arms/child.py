@@ -321,10 +321,14 @@ def report(launch: Launch, stop: Stop) -> list[Path]:
         BadInputError: nothing can be compared.
         StoppedError: somebody wants the command to end.
     """
-    try:
-        answer = _ask(stop, lambda process: None, "report", launch, _surroundings())
-    except DiedError as died:
-        answer = Answer(reason=f"the process that compares {died}")
+    answer = Answer()
+    for _ in range(2):  # once more where something has ended the process, which loses nothing
+        try:
+            answer = _ask(stop, lambda process: None, "report", launch, _surroundings())
+            break
+        except DiedError as died:
+            answer = Answer(reason=f"the process that compares {died}")
+        stop.look()
     stop.look()
     if answer.stopped is not None:
         raise answer.stopped

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import get_worker_info
 
 from gaccum_exp import cli
-from gaccum_exp.arms import child
+from gaccum_exp.arms import child, serve
 from gaccum_exp.arms.context import given_name
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome
 from tests.arms.test_context import context
@@ -94,6 +94,21 @@ def test_sys_exit_fails_a_single_run_too(program: Program) -> None:
     ended = program(*STRANGER, "model._target_=tests.arms.test_children.Leaves")
     assert ended.status == 1
     assert "failed: the model called sys.exit(0)" in ended.err
+
+
+class EndsTheComparison(Net):
+    """Ends its process once the arms in it are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        serve._DONE["report"] = lambda launch, stop: os._exit(9)
+
+
+def test_a_comparison_whose_process_dies_is_made_by_another(program: Program) -> None:
+    """Nothing is lost by it; one that dies of the comparison itself is not tried for ever."""
+    ended = program("-m", *STRANGER, "model._target_=tests.arms.test_children.EndsTheComparison")
+    assert ended.status == 0
+    assert (program.sweep_folder / "comparison.csv").exists()
 
 
 class DeadlyPoints(Points):
