@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, writers
+from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, tries, writers
 from experiments.durability.ledger import FILES, STEP, Noted, Stored, compare, noted, stored
 from experiments.durability.proxy import Proxy, proxied
 from experiments.durability.tries import Options, Result
@@ -132,7 +132,7 @@ class Counting(BaseHTTPRequestHandler):
 def before_a_server(**faults: float) -> Iterator[Proxy]:
     Counting.asked = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Counting)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         with proxied(server.server_port, random.Random(0), faults) as proxy:
@@ -207,8 +207,9 @@ def test_damage_that_is_not_said_and_records_that_never_were_are_noticed(tmp_pat
 
 @pytest.fixture
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
-    """Few tries, in this test's folder; how long commands take is not measured first."""
+    """One try, in this test's folder; how long commands take is not measured first."""
     monkeypatch.setattr(kills, "TOOK_S", {"single": 6.0, "sweep": 8.0})
+    monkeypatch.setattr(tries, "SIDE_BY_SIDE", 1)
     return Options(tries=1, keep=tmp_path)
 
 
@@ -226,7 +227,7 @@ def test_what_dies_takes_nothing_with_it(part, short: Options) -> None:  # type:
 @pytest.mark.slow
 def test_a_bad_network_loses_and_doubles_nothing(short: Options) -> None:
     """A sweep through the proxy, which spoils four requests of ten."""
-    require_sound(network.network(short))
+    require_sound(network.network(replace(short, windows=40)))
 
 
 @pytest.mark.slow
@@ -239,15 +240,16 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(short: Options) -> None
 
 
 @pytest.mark.slow
-def test_no_damage_of_a_journal_becomes_a_point(short: Options) -> None:
+def test_no_damage_of_a_journal_becomes_a_point(short: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torn at every byte, and some bits flipped; what is dropped is said."""
+    monkeypatch.setattr(torn, "DELIVERED", 4)
     require_sound(torn.torn(replace(short, tries=400, windows=200)))
 
 
 @pytest.mark.slow
 def test_writers_side_by_side_make_a_store_and_fill_it(short: Options, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Three commands at once where there is no store yet."""
-    monkeypatch.setattr(writers, "WRITERS", 3)
+    """Two commands at once where there is no store yet."""
+    monkeypatch.setattr(writers, "WRITERS", 2)
     monkeypatch.setattr(writers, "no_postgresql", lambda: "it takes a quarter of a minute to start")
     require_sound(writers.writers(replace(short, tries=600)))
 

@@ -10,6 +10,7 @@ from experiments.durability.server import MlflowServer, mlflow_server
 from experiments.durability.tries import Options, Result, Tried, folders_of, many, result
 
 REQUESTS = 2000
+WINDOWS = 300
 DELIVERIES = 12
 """So often what is left is delivered through the proxy; once more without it."""
 
@@ -22,7 +23,7 @@ def network(options: Options) -> Result:
         with proxied(server.port, draw) as proxy:
 
             def one(draw: random.Random, places: Folders, number: int) -> Tried:
-                return through(proxy, server, places, number)
+                return through(proxy, server, places, number, options.windows or WINDOWS)
 
             tries = many("proxy", 200, one, options, enough=lambda _: proxy.done.total() >= wanted)
     rows = [f"| {name} | {proxy.done[name]} |" for name in FAULTS]
@@ -30,9 +31,7 @@ def network(options: Options) -> Result:
     return Result(f"{proxy.done.total():,} requests", row.wrong, row.details, row.sound)
 
 
-def through(
-    proxy: Proxy, server: MlflowServer, places: Folders, number: int, windows: int = 300
-) -> Tried:
+def through(proxy: Proxy, server: MlflowServer, places: Folders, number: int, windows: int) -> Tried:
     """Run a sweep of four arms through the proxy, deliver what is left, and compare."""
     folder = places.new(f"network {number}")
     where = [f"tracking.uri={proxy.uri}", f"tracking.experiment_name={folder.name}"]

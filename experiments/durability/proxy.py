@@ -123,7 +123,7 @@ class _Request(BaseHTTPRequestHandler):
 def proxied(port: int, draw: random.Random, faults: Mapping[str, float] = FAULTS) -> Iterator[Proxy]:
     """Run a proxy before a server of this machine while the block lasts."""
     proxy = Proxy(port, draw, faults)
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield proxy

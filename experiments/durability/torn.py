@@ -40,7 +40,9 @@ def torn(options: Options) -> Result:
         start = time.monotonic()
         trial = Trial(places, small)
         content = small.read_bytes()
-        cuts = range(len(content) + 1)
+        cuts: Iterable[int] = range(len(content) + 1)
+        if options.tries is not None:
+            cuts = draw.sample(range(len(content) + 1), min(len(content), options.tries))
         trial.read("torn at every byte of every record", (content[:cut] for cut in cuts))
         flips = range(8 * len(content)) if options.tries is None else _some(draw, content, options.tries)
         trial.read("every bit of a small journal flipped", (flipped(content, bit) for bit in flips))

@@ -32,7 +32,7 @@ class Options:
     keep: Path | None = None
     """Where the folders of tries stay; None: they are removed."""
     windows: int | None = None
-    """Of the long run, and of the run whose big journal is damaged."""
+    """Of the long run, of a run through the proxy, and of the one whose big journal is damaged."""
 
 
 @dataclass
@@ -148,11 +148,6 @@ def lost_or_doubled(tries: list[Tried]) -> str:
         parts.append(f"{found.runs_doubled} runs doubled")
     others = sum(bool(tried.problems) for tried in tries)
     return ", ".join(parts) + (f"; something else in {others} tries" if others else "")
-
-
-def in_a_line(said: list[str]) -> str:
-    """Return the beginning of what a command has said, without the folders of this machine."""
-    return re.sub(r"/(?:[\w.+=-]+/)+", "…/", " ".join("; ".join(said).split()))[:300]
 
 
 def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit")) -> str:

@@ -38,14 +38,14 @@ def writers(options: Options) -> Result:
     )
 
 
-def side_by_side(places: Folders, what: str, points: int, where: str | None, n: int = WRITERS) -> Tried:
+def side_by_side(places: Folders, what: str, points: int, where: str | None) -> Tried:
     """Start writers at once, and hold what is stored against what they have trained."""
     folder = places.new(f"writers {what}", store=False)
     uri = where or f"sqlite:///{folder / 'mlflow.db'}"
     windows = -(-points // 3)  # of three points each
     tried, start = Tried(what, when="all at once, no store before"), time.monotonic()
     running = []
-    for number in range(n):
+    for number in range(WRITERS):
         own = folder / f"{number}"
         own.mkdir()
         few = overrides(folder, windows=windows, pause_s=0.0)
@@ -58,6 +58,6 @@ def side_by_side(places: Folders, what: str, points: int, where: str | None, n: 
         tried.problems += [f"left running: {line}" for line in one.settled(300)]
     tried.notes["stored_s"] = time.monotonic() - start
     tried.found = compare(noted(folder / TRUTH), stored(uri))
-    if tried.found.statuses["FINISHED"] != n:
+    if tried.found.statuses["FINISHED"] != WRITERS:
         tried.problems.append(f"runs: {dict(tried.found.statuses)}")
     return tried
