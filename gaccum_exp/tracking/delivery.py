@@ -260,8 +260,10 @@ class Delivery:
             )  # fmt: skip
             self._save()
         run_id = str(known.run_id)
-        to.call(lambda store: store.log_params(run_id, record["params"]))
-        to.call(lambda store: store.log_texts(run_id, record["texts"]))
+        try:
+            to.call(lambda store: store.log_params(run_id, record["params"]))
+        finally:  # whatever is refused of them
+            to.call(lambda store: store.log_texts(run_id, record["texts"]))
 
     def _write(self, record: Record, store: Store, run_id: str) -> None:
         match record["kind"]:
