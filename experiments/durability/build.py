@@ -52,7 +52,6 @@ def main(arguments: list[str]) -> int:
     keep = None if given.keep is None else given.keep.absolute()
     options = Options(given.tries, given.minutes, given.seed, given.only, keep, given.windows)
     git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
-    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     sound = True
     for name in given.parts or PARTS:
         start = time.monotonic()
@@ -61,13 +60,22 @@ def main(arguments: list[str]) -> int:
         print(f"| {PARTS[name][0]} | {row.tried} | {row.wrong} |\n\n{row.details}\n", flush=True)
         if given.only is not None:
             continue
+        measured = read_measured()  # another part may have been measured meanwhile
         measured[name] = {
             "tried": row.tried, "wrong": row.wrong, "details": row.details, "sound": row.sound,
             "seed": options.seed, "from": provenance(time.monotonic() - start),
         }  # fmt: skip
         MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_results(HERE / "README.md", page(measured))
+    write_results(HERE / "README.md", page(read_measured()))
     return 0 if sound else 1
+
+
+def read_measured() -> dict[str, dict[str, object]]:
+    """Return what has been measured so far, by part."""
+    found: dict[str, dict[str, object]] = (
+        json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    )
+    return found
 
 
 def page(measured: dict[str, dict[str, object]]) -> str:

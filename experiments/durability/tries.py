@@ -171,6 +171,12 @@ def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit
     return "\n".join(lines) + ("\n\n" + "\n".join(faults[:20]) if faults else "")
 
 
+def in_a_line(words: list[str], longest: int = 400) -> str:
+    """Return words for a page: in one line, without the paths of the machine that they were said on."""
+    text = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "…/", " ".join("; ".join(words).split()))
+    return text.replace("|", "/")[:longest]
+
+
 def result(
     tries: list[Tried], extra: str = "", names: tuple[str, str] = ("attack", "what it hit")
 ) -> Result:
