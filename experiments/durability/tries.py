@@ -150,11 +150,6 @@ def lost_or_doubled(tries: list[Tried]) -> str:
     return ", ".join(parts) + (f"; something else in {others} tries" if others else "")
 
 
-def in_a_line(said: list[str]) -> str:
-    """Return the beginning of what a command has said, without the folders of this machine."""
-    return re.sub(r"/(?:[\w.+=-]+/)+", "…/", " ".join("; ".join(said).split()))[:300]
-
-
 def counted(tries: list[Tried], names: tuple[str, str] = ("attack", "what it hit")) -> str:
     """Return a table of how many tries hit what, and how many were sound."""
     rows: Counter[tuple[str, str]] = Counter((t.what, t.when) for t in tries)
