@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ class Delivery:
             return False
         batch = self._read(self.delivered.offset)
         self.caught_up = not batch
+        self._save()
         if not batch or self._waits():
             return False
         os.fdatasync(self._file.fileno())
@@ -307,9 +309,9 @@ class Delivery:
 
     def _save(self) -> None:
         if self.delivered != self._saved:
-            with suppress(OSError):  # it is sent again, then
+            with suppress(OSError):  # it is written once there is room, or sent again
                 self.delivered.write(self.path)
-            self._saved = Delivered(**{f: getattr(self.delivered, f) for f in Delivered.__slots__})
+                self._saved = replace(self.delivered)
 
     def _read(self, start: int, until: str | None = None) -> list[tuple[Record, int]]:
         """Return some whole records from an offset on, each with the offset of its end."""
