@@ -127,7 +127,9 @@ def in_a_process(folder: Path, *arguments: str, module: str = "gaccum_exp") -> E
 
 def environment() -> dict[str, str]:
     """Return this process's environment with this checkout importable, on one thread."""
-    inherited = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    # MLflow itself sets its variables, wherever another test has chosen a store.
+    left_out = ("HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
+    inherited = {key: value for key, value in os.environ.items() if key not in left_out}
     return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ class Delivery:
             return False
         batch = self._read(self.delivered.offset)
         self.caught_up = not batch
+        self._save()
         if not batch or self._waits():
             return False
         os.fdatasync(self._file.fileno())
@@ -260,8 +262,10 @@ class Delivery:
             )  # fmt: skip
             self._save()
         run_id = str(known.run_id)
-        to.call(lambda store: store.log_params(run_id, record["params"]))
-        to.call(lambda store: store.log_texts(run_id, record["texts"]))
+        try:
+            to.call(lambda store: store.log_params(run_id, record["params"]))
+        finally:  # whatever is refused of them
+            to.call(lambda store: store.log_texts(run_id, record["texts"]))
 
     def _write(self, record: Record, store: Store, run_id: str) -> None:
         match record["kind"]:
@@ -305,9 +309,9 @@ class Delivery:
 
     def _save(self) -> None:
         if self.delivered != self._saved:
-            with suppress(OSError):  # it is sent again, then
+            with suppress(OSError):  # it is written once there is room, or sent again
                 self.delivered.write(self.path)
-            self._saved = Delivered(**{f: getattr(self.delivered, f) for f in Delivered.__slots__})
+                self._saved = replace(self.delivered)
 
     def _read(self, start: int, until: str | None = None) -> list[tuple[Record, int]]:
         """Return some whole records from an offset on, each with the offset of its end."""

@@ -135,6 +135,25 @@ def test_the_offset_is_noted_after_the_answer(tmp_path: Path, memory: type[Memor
     assert (Delivered.of(journal.path).offset, Delivered.of(journal.path).state) == (0, "away")
 
 
+def test_how_far_it_is_delivered_is_noted_once_there_is_room_again(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it would else wait for ever."""
+    of = Delivery(journal_in(tmp_path, ends=False).path, Stores())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Delivered, "write", full)
+        while of.step():
+            pass
+    assert Delivered.of(of.path).offset == 0
+    of.step()
+    assert Delivered.of(of.path).offset == of.path.stat().st_size
+    of.close()
+
+
 def test_a_journal_has_one_deliverer(tmp_path: Path, memory: type[Memory]) -> None:
     """Another is told so, and may try again once the first lets go."""
     journal = journal_in(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from tests.program import Program
+from tests.program import Program, sweep_here
 from tests.strangers import Net, Points
 from tests.support import STRANGER
 
@@ -16,8 +16,9 @@ made: Counter[str] = Counter()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_made_yet() -> None:
+def _nothing_made_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
+    sweep_here(monkeypatch)
 
 
 def tensors(samples: int = 24) -> TensorDataset:
