@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -63,24 +64,38 @@ def main(arguments: list[str]) -> int:
         measured = read_measured()  # another part may have been measured meanwhile
         measured[name] = {
             "tried": row.tried, "wrong": row.wrong, "details": row.details, "sound": row.sound,
-            "seed": options.seed, "from": provenance(time.monotonic() - start),
+            "found": {of: getattr(row.found, of) for of in FOUND}, "seed": options.seed,
+            "from": provenance(time.monotonic() - start),
         }  # fmt: skip
         MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_results(HERE / "README.md", page(read_measured()))
     return 0 if sound else 1
 
 
-def read_measured() -> dict[str, dict[str, object]]:
+FOUND = ("points", "lost", "doubled", "wrong", "untimely", "running", "runs_doubled")
+"""What is added up over the parts."""
+
+
+def read_measured() -> dict[str, dict[str, Any]]:
     """Return what has been measured so far, by part."""
-    found: dict[str, dict[str, object]] = (
+    found: dict[str, dict[str, Any]] = (
         json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     )
     return found
 
 
-def page(measured: dict[str, dict[str, object]]) -> str:
-    """Return the table of all parts that were measured, and what stands below it."""
-    lines = ["| attack | tried | lost, doubled or wrong |", "|---|---|---|"]
+def page(measured: dict[str, dict[str, Any]]) -> str:
+    """Return the answer, the table of all parts that were measured, and what stands below it."""
+    sums = {name: sum(part["found"][name] for part in measured.values()) for name in FOUND}
+    beside = [PARTS[name][0] for name, part in measured.items() if not part["sound"]]
+    lines = [
+        f"**Answer.** Of {sums['points']:,} points that had to be there {sums['lost']} are lost, "
+        f"{sums['doubled']} doubled and {sums['wrong']} wrong; {sums['untimely']} have another time "
+        f"than their step; {sums['running']} runs are RUNNING and {sums['runs_doubled']} there twice. "
+        + (f"Something else is wrong: {'; '.join(beside)}." if beside else "All ended as they should."),
+        "",
+    ]
+    lines += ["| attack | tried | lost, doubled or wrong |", "|---|---|---|"]
     lines += [
         f"| {title} | {measured[name]['tried']} | {measured[name]['wrong']} |"
         for name, (title, _) in PARTS.items()

@@ -102,7 +102,7 @@ def windows(options: Options) -> Result:
     return Result(
         f"{count:,} windows",
         f"{lost_or_doubled([tried])}; {memory}, silent for at most {longest_s:.0f} s",
-        details, tried.sound,
+        details, tried.sound, tried.found,
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Result:
     wrong: str
     details: str
     sound: bool
+    found: Findings = field(default_factory=Findings)
 
 
 def folders_of(options: Options) -> AbstractContextManager[Folders]:
@@ -177,4 +178,5 @@ def result(
 ) -> Result:
     """Make a row of tries."""
     details = counted(tries, names) + (f"\n\n{extra}" if extra else "")
-    return Result(f"{len(tries)} tries", lost_or_doubled(tries), details, all(t.sound for t in tries))
+    sound = all(tried.sound for tried in tries)
+    return Result(f"{len(tries)} tries", lost_or_doubled(tries), details, sound, total(tries))

@@ -1,6 +1,7 @@
 """Many writers on one store: all of them at once, from before there is a store."""
 
 import time
+from dataclasses import replace
 
 from experiments.durability.command import TRUTH, Folders, Running, complaints, overrides
 from experiments.durability.ledger import compare, noted, stored
@@ -33,9 +34,7 @@ def writers(options: Options) -> Result:
     )
     row = result(tries, extra + (f". PostgreSQL skipped: {why}." if why else "."))
     tried = f"{WRITERS} writers × {points:,} points on {', and on '.join(t.what for t in tries)}"
-    return Result(
-        tried + (f"; PostgreSQL skipped: {why}" if why else ""), row.wrong, row.details, row.sound
-    )
+    return replace(row, tried=tried + (f"; PostgreSQL skipped: {why}" if why else ""))
 
 
 def side_by_side(places: Folders, what: str, points: int, where: str | None) -> Tried:
