@@ -23,7 +23,7 @@ LAUNCHERS = {
     "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
     "submitit": ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"),
     "optuna": (
-        # Its grid draws an order, and an arm that fails as the last one is an error of the sweeper's own.
+        # Its grid draws an order, and an arm that fails last is an error of the sweeper's own.
         "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
         "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1",
     ),
