@@ -32,7 +32,8 @@ class Evaluation(Hook):
     Args:
         sink: takes loss and accuracy.
         of: whose settings and data; of models trained as one, the first's.
-        over: as `evaluate` has it; `stop` as well.
+        over: as `evaluate` has it.
+        stop: ends it, before a batch.
     """
 
     def __init__(self, sink: Sink, of: TrainState, over: Over | None = None, stop: Stop = NEVER) -> None:
@@ -44,12 +45,16 @@ class Evaluation(Hook):
         every = of.settings.train.eval_every_steps
         due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
         if of.eval_data is not None and (due or state.done):
+            self._sink.record(global_step, evaluate(of, self._over, self._before_batch))
+
+    def _before_batch(self) -> None:
+        self._stop.look()
+        if self._sink.due:  # what was trained is not to wait for the end of a long evaluation
             self._sink.flush()
-            self._sink.record(global_step, evaluate(of, self._over, self._stop))
 
 
 def evaluate(
-    state: TrainState, over: Over | None = None, stop: Stop = NEVER
+    state: TrainState, over: Over | None = None, before_batch: Callable[[], None] = lambda: None
 ) -> dict[str, float | Tensor]:
     """Return loss and, for class labels, accuracy over the whole evaluation set.
 
@@ -58,7 +63,7 @@ def evaluate(
     Args:
         state: its model and its data.
         over: calls the function that it is given with a model; None: with the state's.
-        stop: ends it, before a batch.
+        before_batch: called before each batch.
     """
     data, workers = state.eval_data, state.settings.data.workers
     assert data is not None
@@ -74,7 +79,7 @@ def evaluate(
             data, plan, accum_steps=1, global_steps=range(plan.steps_in(epochs=1)), workers=workers
         )
         for (batch,) in batches:
-            stop.look()
+            before_batch()
             of_model = partial(_sums, state, batch)
             result, hits, counted = over(of_model) if over else of_model(state.model)
             right, labels = right + hits, labels + counted

@@ -187,7 +187,7 @@ def test_an_evaluation_ends_after_the_batch_in_hand(stop: Stop) -> None:
             return of_model(state.model)
 
         with pytest.raises(StoppedError):
-            evaluate(state, over, stop)
+            evaluate(state, over, stop.look)
     assert len(seen) == 1
 
 

@@ -58,9 +58,10 @@ def test_nothing_is_recorded_after_a_loss_that_is_not_finite() -> None:
     assert sink.deliver() == []
 
 
-def test_what_is_recorded_is_written_before_anything_that_takes_long() -> None:
-    """An evaluation and an audit: of a training that is killed in one, the windows before are there."""
-    state, sink = build(settings(*SMALL, "train.steps=3", "audit.every_steps=2")), Collected()
+def test_what_is_recorded_is_written_while_something_takes_long() -> None:
+    """Before an audit, and in an evaluation once it is due: a training may be killed there."""
+    few = ("train.steps=3", "audit.every_steps=2", "data.eval_batch_size=40")
+    state, sink = build(settings(*SMALL, *few)), Eager()
     there: list[tuple[str, int]] = []
 
     def noted(what: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +73,17 @@ def test_what_is_recorded_is_written_before_anything_that_takes_long() -> None:
 
     with pytest.MonkeyPatch.context() as patch, Progress("test", 3) as progress:
         patch.setattr(audits, "audit", noted("audit", audits.audit))
-        patch.setattr(evaluation, "evaluate", noted("evaluation", evaluation.evaluate))
+        patch.setattr(evaluation, "run_model", noted("batch", evaluation.run_model))
         train_to_end(state, sink, progress)
-    assert there == [("audit", 0), ("audit", 2), ("evaluation", 3)]
+    assert there[:2] == [("audit", 0), ("audit", 2)]
+    assert set(there[2:]) == {("batch", 3)}
+
+
+def test_a_short_evaluation_writes_nothing_early() -> None:
+    """Each word to the process that delivers takes time from the training."""
+    state, sink = build(settings(*SMALL, "train.steps=4", "train.eval_every_steps=1")), Collected()
+    sent: list[int] = []
+    sink.send = sent.append  # type: ignore[method-assign, assignment]
+    with Progress("test", 4) as progress:
+        train_to_end(state, sink, progress)
+    assert len(sent) <= 4  # before the audit, for the finite loss, at the end
