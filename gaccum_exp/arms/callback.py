@@ -59,6 +59,7 @@ class SweepStart(Callback):
         with _refusing():
             _refuse_passwords(config, kwargs["config_name"], overrides)
             self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
+        start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
         with read_write(config.hydra), open_dict(config.hydra):
@@ -97,7 +98,7 @@ def _decide_where(config: DictConfig) -> list[str]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """End the command with bad input, before Hydra writes a file."""
+    """End the command with bad input where that is raised."""
     try:
         yield
     except BadInputError as error:
@@ -202,11 +203,8 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
     if command is not None:
         command.journal = journal
     announce(journal.path)
-    known = wait_for_store(journal.path)
-    if known.state == "refused":
-        print(f"gaccum_exp: {known.reason}", file=sys.stderr)
-        # The one exception that Hydra does not turn into a warning here.
-        raise SystemExit(BAD_INPUT) from None
+    with _refusing():
+        wait_for_store(journal.path)
     print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 

@@ -1,44 +1,37 @@
 """Delivery to MLflow in a process of its own, so that the one that trains neither imports it nor waits.
 
-The helper tails journals. A process connects to its socket and names a journal whenever that has grown,
-or a folder in which to look for what earlier processes have left; the helper answers with the same name
-when something has changed that stands beside the journal (`delivered`). Nothing else is said there: what
-is recorded is in the journal, and a helper that dies is replaced by another, which goes on from there.
+This is that process as others see it; from within it is `helper`. A process connects to its socket and
+names a journal whenever that has grown, or a folder in which to look for what earlier processes have
+left; the helper answers with the same name when something has changed that stands beside the journal
+(`delivered`). Nothing else is said there: what is recorded is in the journal, and a helper that dies is
+replaced by another, which goes on from there.
 """
 
 import atexit
 import contextlib
 import hashlib
 import os
-import selectors
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote_to_bytes
 
-from gaccum_exp.errors import TrackingError
+from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import can_write, now_ms, unsettled_below, whole_size
-from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.tracking.journal import can_write, now_ms, whole_size
 
 if TYPE_CHECKING:
-    from gaccum_exp.tracking.delivery import Delivery
+    pass
 
 GRACE_S = 10.0
 """So long a store that is away is waited for when nothing is left but to deliver."""
-AT_ONCE = 8
-"""So many journals of earlier processes are open at a time."""
 STORE_S = 30.0
 """So long a training waits for the first answer of its store."""
-ORPHAN_S = 5.0
-"""So long a run whose process is gone is left to whoever has started that, to say why it has ended."""
 DEATHS, DEATHS_S = 5, 60.0
 """A helper that dies so often in so long a time is not started again for as long."""
 DECISIVE = ("MLFLOW_", "PG", "AWS_", "AZURE_", "GOOGLE_", "DATABRICKS_", "REQUESTS_", "SSL_", "HTTP")
@@ -77,7 +70,7 @@ class _Client:
             listener.listen(1024)
             # In a session of its own, since Ctrl-C in a terminal is meant for the training alone.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gaccum_exp.tracking.shipper", str(listener.fileno()), folder],
+                [sys.executable, "-m", "gaccum_exp.tracking.helper", str(listener.fileno()), folder],
                 pass_fds=[listener.fileno()], start_new_session=True,
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -91,7 +84,7 @@ class _Client:
             OSError: the helper is gone.
         """
         with contextlib.suppress(BlockingIOError):  # it has enough to read, and more is said later
-            self._socket.send(_line(path), socket.MSG_DONTWAIT)
+            self._socket.send(line_of(path), socket.MSG_DONTWAIT)
 
     def changed(self, timeout_s: float) -> set[Path]:
         """Return the paths beside which something has changed; wait for one.
@@ -109,7 +102,7 @@ class _Client:
         if not text:
             raise ConnectionResetError("the helper has ended")
         *lines, self._text = (self._text + text).split(b"\n")
-        return {_path(line) for line in lines}
+        return {path_of(line) for line in lines}
 
     def bury(self) -> None:
         """Take leave of a helper that is dead."""
@@ -125,11 +118,13 @@ class _Client:
             _let_go_of.append(self._process)
 
 
-def _line(path: Path) -> bytes:
+def line_of(path: Path) -> bytes:
+    """Return the line that names a path."""
     return quote(os.fsencode(path)).encode() + b"\n"
 
 
-def _path(line: bytes) -> Path:
+def path_of(line: bytes) -> Path:
+    """Return the path that a line without its end names."""
     return Path(os.fsdecode(unquote_to_bytes(line)))
 
 
@@ -157,8 +152,15 @@ class _Deliveries:
         """Start the helper, or another one where stores are to be reached in other ways now."""
         if self._client is not None and self._client.surroundings != _surroundings():
             self._client.close()
-            self._client = None
+            self._client = self._address = None
         self._restart() if self._open else self.helper()
+
+    def use(self, address: str) -> None:
+        """Have the helper that listens there deliver from now on, what is open too."""
+        if self._client is not None and self._client.address != address:
+            self._client.close()
+            self._client = None
+        self._address = address
 
     def helper(self) -> _Client:
         """Return the helper; start one if there is none, or none any more.
@@ -206,7 +208,7 @@ class _Deliveries:
                 self.helper().tell(path)
         except OSError as error:
             if not self._lamed:
-                _say(f"tracking: no process that writes to MLflow ({error}); the runs' folders keep "
+                say(f"tracking: no process that writes to MLflow ({error}); the runs' folders keep "
                      "what is recorded")  # fmt: skip
             self._lamed = True
             return False
@@ -242,14 +244,14 @@ class _Deliveries:
                 self._folders.discard(path)
             elif path in self._open:
                 known = Delivered.of(path)
-                if known.state == "away" and self._is_first_to_say(known):
-                    _say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
+                if known.state == "away" and self._is_first_tosay(known):
+                    say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
                 elif known.state == "ready" and self._may_say_that_it_is_back(known):
-                    _say(f"tracking: {known.uri} is back")
+                    say(f"tracking: {known.uri} is back")
                 if known.settled:
                     self._open.discard(path)
 
-    def _is_first_to_say(self, known: Delivered) -> bool:
+    def _is_first_tosay(self, known: Delivered) -> bool:
         """Whether no process that shares the helper has said yet that a store is away."""
         if known.uri in self._away:
             return False
@@ -308,7 +310,8 @@ class _Deliveries:
         return left
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line on stderr, where anybody listens there."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
@@ -331,9 +334,9 @@ def helper_address() -> str:
 
 
 def use_helper(address: str) -> None:
-    """Share another process's helper, where it can be reached."""
-    if address and _deliveries._client is None:
-        _deliveries._address = address
+    """Share another process's helper from now on, where it can be reached."""
+    if address:
+        _deliveries.use(address)
 
 
 def announce(path: Path) -> None:
@@ -346,12 +349,21 @@ def wait(over: Callable[[], bool]) -> None:
     _deliveries.wait(over)
 
 
-def wait_for_store(journal: Path) -> Delivered:
-    """Wait until the store of a journal has been opened, or is known to be away or of no use."""
-    known = lambda: Delivered.of(journal).state != "unknown" or not journal.exists()  # noqa: E731
+def wait_for_store(journal: Path) -> None:
+    """Wait until the store of a journal is open, or known to be away: then the journal waits for it.
+
+    Raises:
+        BadInputError: it cannot be used.
+    """
+
+    def known() -> bool:
+        return Delivered.of(journal).state != "unknown" or not journal.exists()
+
     if not _deliveries.wait(known, STORE_S) and not _deliveries._lamed:
-        _say(f"tracking: no answer within {STORE_S:.0f} s; the runs' folders keep what is recorded")
-    return Delivered.of(journal)
+        say(f"tracking: no answer within {STORE_S:.0f} s; the runs' folders keep what is recorded")
+    found = Delivered.of(journal)
+    if found.state == "refused":
+        raise BadInputError(str(found.reason))
 
 
 def finish() -> list[Path]:
@@ -377,171 +389,3 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-class _Helper:
-    """The helper itself: delivers what is announced until all who could announce are gone."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        from gaccum_exp.tracking.delivery import Stores
-
-        self._listener, self._stores = listener, Stores()
-        self._deliveries: dict[Path, Delivery] = {}
-        self._put_off: dict[Path, float] = {}
-        """Journals whose store is away, till when: meanwhile another process may deliver them."""
-        self._faults: set[str] = set()
-        """What has been said of journals that cannot be delivered."""
-        self._told: dict[socket.socket, set[Path]] = {}
-        """What each process has named."""
-        self._texts: dict[socket.socket, bytes] = {}
-        self._orphaned: dict[Path, float] = {}
-        """When the process that had named a journal went."""
-        self._left: list[tuple[Path, Iterator[Path]]] = []
-        """Folders and the journals in them that earlier processes have left."""
-        self._searched: list[Path] = []
-        """Folders of which all such journals have been begun with."""
-        self._selector = selectors.DefaultSelector()
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
-
-    def run(self) -> None:
-        """Deliver until nobody is there and nothing is left, or its store has long been away."""
-        until, work = time.monotonic() + GRACE_S, False
-        while True:
-            now = time.monotonic()
-            retries = [d.due_s for d in self._deliveries.values() if d.left_bytes and d.due_s]
-            retries += [max(0.0, at - now) for at in self._put_off.values()]
-            self._listen(0.0 if work else 0.01 if self._left else min([1.0, *retries]))
-            work = False
-            for path in [path for path, at in self._put_off.items() if at <= time.monotonic()]:
-                del self._put_off[path]
-                self._open(path)
-            for path in list(self._deliveries):
-                try:
-                    work = self._deliver(path) or work
-                except Exception as error:  # a full disk, or a fault: others are delivered all the same
-                    self._put_off_for_a_while(path, error)
-            others = (self._deliveries.keys() | self._put_off.keys()) - self._watched()
-            if self._left and not work and len(others) < AT_ONCE:
-                self._take_what_was_left()
-            for folder in [f for f in self._searched if not any(f in p.parents for p in others)]:
-                self._searched.remove(folder)
-                self._answer(folder)
-            left = self._put_off or any(d.left_bytes for d in self._deliveries.values())
-            if self._told or self._left or work:
-                until = time.monotonic() + GRACE_S
-            elif not left or time.monotonic() > until:
-                break
-        for delivery in self._deliveries.values():
-            delivery.close()
-
-    def _watched(self) -> set[Path]:
-        return set[Path]().union(*self._told.values())
-
-    def _listen(self, timeout_s: float) -> None:
-        for key, _ in self._selector.select(timeout_s):
-            if key.fileobj is self._listener:
-                client, _ = self._listener.accept()
-                self._told[client], self._texts[client] = set(), b""
-                self._selector.register(client, selectors.EVENT_READ)
-            else:
-                self._hear(cast("socket.socket", key.fileobj))
-
-    def _hear(self, client: socket.socket) -> None:
-        try:
-            text = client.recv(1 << 16)
-        except OSError:
-            text = b""
-        if not text:
-            self._selector.unregister(client)
-            self._orphaned |= dict.fromkeys(self._told[client], time.monotonic())
-            del self._told[client], self._texts[client]
-            client.close()
-            return
-        *lines, self._texts[client] = (self._texts[client] + text).split(b"\n")
-        for path in {_path(line) for line in lines}:
-            self._told[client].add(path)
-            if path.is_dir():
-                self._left.append((path, unsettled_below(path)))
-            else:
-                self._open(path)
-
-    def _open(self, path: Path) -> bool:
-        """Begin to deliver a journal; return whether it is there, and nobody else delivers it."""
-        from gaccum_exp.tracking.delivery import Delivery
-
-        if path not in self._deliveries and path not in self._put_off:
-            try:
-                self._deliveries[path] = Delivery(path, self._stores)
-            except (OSError, TrackingError):
-                return False
-        return True
-
-    def _deliver(self, path: Path) -> bool:
-        """Deliver some of a journal, and end its run if its process is dead; return whether it did."""
-        delivery = self._deliveries[path]
-        before = delivery.delivered.state
-        work = delivery.step()
-        for note in delivery.notes:
-            _say(f"tracking: {note}")
-        delivery.notes.clear()
-        watched = path in self._watched()
-        over = delivery.delivered.settled
-        others_know = self._told and time.monotonic() - self._orphaned.get(path, 0.0) < ORPHAN_S
-        if not watched and delivery.caught_up and not (work or over or others_know):
-            if delivery.end_if_dead():
-                work = True
-            else:  # its process lives, or is another host's
-                over = True
-        state = delivery.delivered.state
-        if state != before or over:
-            self._answer(path)
-        if over or delivery.delivered.settled or (not watched and state == "refused"):
-            delivery.close()
-            del self._deliveries[path]
-        elif delivery.store_away and delivery.due_s:
-            self._put_off[path] = time.monotonic() + delivery.due_s
-            delivery.close()
-            del self._deliveries[path]
-        return work
-
-    def _put_off_for_a_while(self, path: Path, error: Exception) -> None:
-        if str(error) not in self._faults:
-            _say(f"tracking: {path}: cannot be delivered now ({type(error).__name__}: {error})")
-        self._faults.add(str(error))
-        with contextlib.suppress(OSError):
-            self._deliveries[path].close()
-        del self._deliveries[path]
-        self._put_off[path] = time.monotonic() + ORPHAN_S
-
-    def _take_what_was_left(self) -> None:
-        """Begin with one more journal of an earlier process."""
-        folder, journals = self._left[0]
-        path = next(journals, None)
-        if path is None:
-            del self._left[0]
-            self._searched.append(folder)
-        elif not path.exists():  # its process was killed before it wrote a word
-            if (lock := FileLock.take(path.with_suffix(".lock"))) is not None:
-                path.with_suffix(".lock").unlink(missing_ok=True)
-                lock.release()
-        else:
-            self._open(path)
-
-    def _answer(self, path: Path) -> None:
-        for client, paths in self._told.items():
-            if path in paths:
-                with contextlib.suppress(OSError):
-                    client.send(_line(path), socket.MSG_DONTWAIT)
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        _Helper(socket.socket(fileno=int(sys.argv[1]))).run()
-    finally:
-        shutil.rmtree(sys.argv[2], ignore_errors=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is stored; taking MLflow down module by module would be waited for

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import DatasetRecord
@@ -147,9 +147,7 @@ class JournalSink(Sink):
         Raises:
             BadInputError: the store cannot be used.
         """
-        known = wait_for_store(self.journal.path)
-        if known.state == "refused":
-            raise BadInputError(str(known.reason))
+        wait_for_store(self.journal.path)
 
     def send(self, points: list[Point]) -> None:
         """Write these points."""

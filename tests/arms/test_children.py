@@ -89,6 +89,20 @@ def test_what_a_model_does_to_its_process_ends_its_arm_alone(program: Program) -
     assert any("Exits failed: its process ended with status 0" in line for line in ended.lines)
 
 
+def test_a_child_delivers_through_the_helper_of_each_command(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that it has from an earlier command does not know that somebody else will say how it ended."""
+    program.tiny("-m", "accum.steps=1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "31")  # to a helper of its own
+    end_left = child.end_left
+    monkeypatch.setattr(child, "end_left", lambda *given: (time.sleep(2), end_left(*given)))
+    program("-m", *STRANGER, "model._target_=tests.arms.test_children.Exits")
+    assert [(run.status, run.tags["failure"]) for run in program.arms()] == [
+        ("FAILED", "its process ended with status 0")
+    ]
+
+
 def test_sys_exit_fails_a_single_run_too(program: Program) -> None:
     """What a model asks for is not the command's exit status."""
     ended = program(*STRANGER, "model._target_=tests.arms.test_children.Leaves")
