@@ -13,7 +13,7 @@ import platform
 import sys
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from gaccum_exp.arms.outcome import (
     RUNNING,
     Outcome,
     exit_status,
+    outcomes_in_store,
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
@@ -166,6 +167,9 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
         return status
     found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
+    if not outcomes and launch.multirun and status == OK:
+        with suppress(BadInputError, TrackingError):  # of arms that share no folder with this command
+            outcomes = outcomes_in_store(launch.tracking_uri, launch.experiment_name, launch.sweep_id)
     if not outcomes:
         _end_journal(command, [])
         if status == OK and launch.multirun:

@@ -12,7 +12,11 @@ import joblib
 import pytest
 from mlflow import MlflowClient
 
+from gaccum_exp.arms import child
+from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.settle import settle
 from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.train.stopping import Stop
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
 
 CONTRACT = (
@@ -101,6 +105,26 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launche
     ]
     ended_as = [json.loads(path.read_text()) for path in tmp_path.rglob("arm.json")]
     assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
+
+
+def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a launcher runs them on hosts that share none with the command."""
+    run_job = child.run_job
+
+    def elsewhere(context: ArmContext, stop: Stop, outcomes: object, helper: str | None) -> None:
+        run_job(context, stop, {}, helper)
+        settle([context.folder])
+        while context.folder.exists():  # the helper may remove a lock's file at this moment
+            shutil.rmtree(context.folder, ignore_errors=True)
+
+    monkeypatch.setattr(child, "run_job", elsewhere)
+    ended = program.tiny("-m", "accum.steps=1,2,0")
+    assert ended.status == 1
+    assert "N = 2 is equivalent" in ended.plain
+    assert [row["status"] for row in table(program.folder / "multirun")].count("FINISHED") == 2
+    assert program.tiny("-m", "accum.steps=1,2").status == 0
 
 
 @pytest.mark.slow
