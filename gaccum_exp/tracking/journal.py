@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.locks import FileLock
@@ -181,21 +181,48 @@ def records_in(text: bytes, path: Path) -> tuple[list[Record], list[str]]:
     return records, notes
 
 
+def beginning(path: Path) -> tuple[Record, Record]:
+    """Return the `store` and the `begin` record of a journal, each empty where there is none."""
+    found: dict[str, Record] = {"store": {}, "begin": {}}
+    with open(path, "rb") as file:
+        for line in file:
+            record = decoded(line.rstrip(b"\n")) or {}
+            if record.get("kind") in found:
+                found[record["kind"]] = record
+            if found["begin"]:
+                break
+    return found["store"], found["begin"]
+
+
 def whole_size(path: Path) -> int:
-    """Return where the last whole record of a journal ends, in bytes; 0 where there is none."""
+    """Return where the last whole line of a journal ends, in bytes; 0 where there is none."""
     try:
         with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end:
-                start = max(0, end - (1 << 16))
-                file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                if found >= 0:
-                    return start + found + 1
-                end = start
+            return _end_of_line(file, file.seek(0, os.SEEK_END))
     except OSError:
-        pass
+        return 0
+
+
+def _end_of_line(file: BinaryIO, before: int) -> int:
+    """Return where the last line ends that ends not after a place; 0 where there is none."""
+    while before:
+        start = max(0, before - (1 << 16))
+        file.seek(start)
+        found = file.read(before - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        before = start
     return 0
+
+
+def has_end(path: Path) -> bool:
+    """Whether the last whole line of a journal is its end."""
+    with open(path, "rb") as file:
+        end = _end_of_line(file, file.seek(0, os.SEEK_END))
+        start = _end_of_line(file, max(0, end - 1))
+        file.seek(start)
+        record = decoded(file.read(end - start).rstrip(b"\n"))
+    return record is not None and record["kind"] == "end"
 
 
 def can_write(folder: Path) -> bool:
@@ -255,11 +282,9 @@ def end_if_dead(path: Path, status: str, failure: str, *, stale: bool = False) -
     if lock is None:
         return False
     try:
-        records, _ = read_journal(path)
-        of = next((r for r in records if r["kind"] == "store"), {})
-        if any(record["kind"] == "end" for record in records):
+        if has_end(path):
             return True
-        if of.get("host") != platform.node() and not stale:
+        if beginning(path)[0].get("host") != platform.node() and not stale:
             return False
         with open(path, "r+b", buffering=0) as file:
             whole = (
@@ -277,11 +302,9 @@ def end_left(folder: Path, status: str, failure: str) -> list[str]:
     """End the runs below a folder whose process is dead; return their names."""
     ended = []
     for path in journals_below(folder):
-        records, _ = read_journal(path)
-        name = next((str(r["name"]) for r in records if r["kind"] == "begin"), None)
-        over = any(record["kind"] == "end" for record in records)
-        if name is not None and not over and end_if_dead(path, status, failure):
-            ended.append(name)
+        _, begin = beginning(path)
+        if begin and not has_end(path) and end_if_dead(path, status, failure):
+            ended.append(str(begin["name"]))
     return ended
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Record, journals_below, read_journal
+from gaccum_exp.tracking.journal import Record, beginning, journals_below, read_journal
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 
@@ -22,10 +22,10 @@ class Journals:
         """Return the runs of a sweep with these curves, oldest first."""
         runs = []
         for path in journals_below(self.folder):
-            records, notes = read_journal(path)
-            begin = next((record for record in records if record["kind"] == "begin"), None)
-            if begin is None or begin["tags"].get("sweep_id") != sweep_id:
+            _, begin = beginning(path)
+            if not begin or begin["tags"].get("sweep_id") != sweep_id:
                 continue
+            records, notes = read_journal(path)
             run = run_of(path, records, curves)
             runs.append(run)
             self.notes += notes
@@ -36,9 +36,8 @@ class Journals:
     def store(self) -> tuple[str, str] | None:
         """Return the address and the experiment that they belong to; None where there is no journal."""
         for path in journals_below(self.folder):
-            for record in read_journal(path)[0]:
-                if record["kind"] == "store":
-                    return record["uri"], record["experiment_name"]
+            if store := beginning(path)[0]:
+                return store["uri"], store["experiment_name"]
         return None
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
