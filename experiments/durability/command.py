@@ -219,6 +219,7 @@ def folders(keep: Path | None) -> Iterator["Folders"]:
     """Give new folders with an empty store each; they are removed at the end unless they are kept."""
     base = keep or Path(tempfile.mkdtemp(prefix="durability-"))
     base.mkdir(parents=True, exist_ok=True)
+    base.chmod(0o711)  # PostgreSQL's own user has to get through
     try:
         yield Folders(base)
     finally:

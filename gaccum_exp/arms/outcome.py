@@ -72,7 +72,7 @@ def read_outcomes(folder: Path, sweep_id: str) -> dict[Path, Outcome]:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Return how an arm ended, or that it is running; None where there is no word of it."""
+    """Return an arm's outcome as its folder has it; None where it has none that can be read."""
     try:
         return Outcome(**json.loads((folder / OUTCOME_FILE).read_text()))
     except (OSError, ValueError, TypeError):

@@ -59,20 +59,19 @@ def main(arguments: Sequence[str]) -> int:
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
         files = report_sweep(Runs(uri, experiment, folder), given.sweep_id, out)
-        journal = Journal.create(out, uri, experiment)
+        record_report(Journal.create(out, uri, experiment), given.sweep_id, files)
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
-    record_report(journal, given.sweep_id, files)
-    for folder in FOLDERS:
-        if folder.is_dir():
-            shipper.announce(folder.absolute())
+    for place in FOLDERS:
+        if place.is_dir():
+            shipper.announce(place.absolute())
     say_where([out], uri, given.sweep_id)
     return OK
 
 
 def _folder_of(sweep_id: str) -> Path | None:
-    """Return where the journals of a sweep or a run lie, unless it was told to write elsewhere."""
+    """Return the folder of a sweep's or a run's journals; None where it was told to write elsewhere."""
     if Path(sweep_id).name != sweep_id:
         return None
     return next((f / sweep_id for f in FOLDERS if (f / sweep_id).is_dir()), None)

@@ -111,7 +111,7 @@ class _Server:
             os._exit(asked.status)
 
     def answer(self, request: Request) -> Answer:
-        """Do what is asked for, in the surroundings of whoever asks; leave the process as it was."""
+        """Answer a request in the surroundings of its sender; leave the process as it was."""
         what, given, streams = request
         with listening() as stop, stop.held(notice=""), process_restored(), self._spoken_to(streams):
             self._stop = stop

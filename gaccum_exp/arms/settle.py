@@ -21,7 +21,7 @@ def record_report(journal: Journal, sweep_id: str, files: Iterable[Path]) -> Non
 
 
 def close_without_report(journal: Journal) -> None:
-    """Close the journal of a sweep of which nothing was compared."""
+    """Close a sweep's journal where there is no comparison to record."""
     journal.end("FINISHED")
     shipper.announce(journal.path)
 

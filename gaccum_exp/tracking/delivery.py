@@ -51,7 +51,6 @@ class _Attempts:
         self.uri, self.experiment_name, self.folder = uri, experiment_name, folder
         self.away_since: float | None = None
         self.reason: str | None = None
-        self.refused: str | None = None
         self._store: Store | None = None
         self._next_s = self._wait_s = 0.0
 
@@ -86,9 +85,6 @@ class _Attempts:
             self.reason = str(error)
             self._next_s = time.monotonic() + self._wait_s
             self._wait_s = min(2 * self._wait_s, RETRY_S[1])
-            raise
-        except BadInputError as error:
-            self.refused = str(error)
             raise
         self.away_since = self.reason = None
         return answer
@@ -264,8 +260,9 @@ class Delivery:
         run_id = str(known.run_id)
         try:
             to.call(lambda store: store.log_params(run_id, record["params"]))
-        finally:  # whatever is refused of them
-            to.call(lambda store: store.log_texts(run_id, record["texts"]))
+        except RecordRefusedError as error:
+            self._say(f"{self.name}: {error}")
+        to.call(lambda store: store.log_texts(run_id, record["texts"]))
 
     def _write(self, record: Record, store: Store, run_id: str) -> None:
         match record["kind"]:

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS
 from gaccum_exp.tracking.sink import Point
 
-LINE_EVERY_S = 30.0
+LINE_EVERY_S = 25.0
 """Between two plain lines of a run; its end has one, too."""
 
 
