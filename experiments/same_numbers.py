@@ -137,7 +137,7 @@ RENAMED = {"steps": "accum_steps"}
 LEFT_ASIDE = {
     r"time/.*|throughput/.*|step_s|step_ratio|tokens_per_s": "a time, or made of one",
     r"memory/resident_set_bytes": "the whole process, its libraries and their allocator included",
-    r"sweep_id|run_id|reference_run_id": "an id, made of the time or at random",
+    r"sweep_id|run_id|run_token|reference_run_id": "an id, made of the time or at random",
     r"host|python|version\..*|git_commit|mlflow\.source\..*|mlflow\.user": "where it was run, by what",
 }
 """Names of parameters, tags, metrics and columns that are not compared, and why."""
