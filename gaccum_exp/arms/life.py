@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +31,16 @@ from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
-from gaccum_exp.tracking.sink import JournalSink, NonFiniteLossError
+from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
+from gaccum_exp.train.checkpoint import files
+from gaccum_exp.train.checkpoint.hook import FOLDER
 from gaccum_exp.train.datasets import DatasetCache
+from gaccum_exp.train.final_weights import criterion_weights_of, weights_of
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
-from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
+from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, worker_was_ended, workers_silenced
 
 log = logging.getLogger(__name__)
 EXPECTED = (BadInputError, NonFiniteLossError, TrackingError)
@@ -77,6 +81,11 @@ class Life:
         """Where it records; there is one once it has begun."""
         assert self._sink is not None
         return self._sink
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints, beside its journal."""
+        return self.sink.journal.file_path(FOLDER)
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run's journal with its parameters, its configuration, its tags and these."""
@@ -119,13 +128,23 @@ class Life:
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
-        if self.settings.tracking.log_weights:
-            named = state.modules.named_parameters()
-            self.sink.keep_weights({name: p for name, p in named if p.requires_grad})
+        if not self.settings.tracking.log_weights:
+            return
+        weights = weights_of(state)
+        self.sink.keep_weights(weights, criterion_weights_of(state))
+        if weights.left_out:
+            left_out = "; ".join(weights.left_out)
+            self.sink.describe({"weights.left_out": left_out})
+            log.info("%s is without %s: it loads with strict=False", WEIGHTS, left_out)
 
     def finish(self, verdict: str | None) -> None:
-        """End it as finished; `verdict`: of the worst window audited."""
+        """End it as finished, its checkpoints not being needed any more.
+
+        Args:
+            verdict: of the worst window audited.
+        """
         self.sink.close("FINISHED")
+        files.remove(self.checkpoints)
         last = self.sink.last
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
         self._end("FINISHED", verdict=verdict, objective=objective)
@@ -197,7 +216,7 @@ def ends(*lives: Life) -> Iterator[None]:
         except BaseException as error:  # it is the result of this arm, and the others go on
             with workers_silenced():
                 # A batch system ends data workers too, and theirs may be the first word of it.
-                if isinstance(error, RuntimeError) and "killed by signal: Terminated" in text_of(error):
+                if worker_was_ended(error):
                     stop.comes_within(1.0)
                 if stop.asked is None:
                     for life in lives:
@@ -266,7 +285,10 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
         predicted = planning.predicted_peak(settings, loaded)
         planning.refuse_over_budget(settings, loaded, predicted, budget)
     with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-        hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget, stop=life.stop)
+        hooks, audits = hooks_of(
+            state, sink, progress,
+            budget_bytes=budget, stop=life.stop, checkpoints=life.checkpoints,
+        )  # fmt: skip
         train(state, hooks)
     life.keep_weights(state)
     predicted = predicted or planning.predicted_peak(settings, loaded)
@@ -329,7 +351,7 @@ def _train_control(life: Life) -> None:
         life.begin()
         state = _build(life, _load(life))
         with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-            hooks, _ = hooks_of(state, life.sink, progress, stop=life.stop)
+            hooks, _ = hooks_of(state, life.sink, progress, stop=life.stop, checkpoints=life.checkpoints)
             train(state, hooks)
         life.keep_weights(state)
         life.finish(None)
