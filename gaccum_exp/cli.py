@@ -111,6 +111,8 @@ def _run(given: list[str], stop: Stop) -> int:
         print(f"gaccum_exp: {line}", file=sys.stderr)
         status = BAD_INPUT
     finally:
+        if command.resumed is not None:
+            command.resumed.lock.release()
         current_command.reset(token)
         config.register()  # without this command's id
         stop.before_raising = None
@@ -156,7 +158,8 @@ def task(cfg: DictConfig) -> float | None:
     from gaccum_exp.arms.life import run_arm
 
     assert command is not None
-    outcome = command.outcomes[context.folder] = run_arm(context, settings, command.stop)
+    outcome = run_arm(context, settings, command.stop, command.resumed)
+    command.outcomes[context.folder] = outcome
     return outcome.objective
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,17 @@ from omegaconf import OmegaConf
 
 from gaccum_exp.arms import audits as audit_files
 from gaccum_exp.arms import plan as planning
+from gaccum_exp.arms import resume
 from gaccum_exp.arms.context import ArmContext, given_name, name_of
 from gaccum_exp.arms.outcome import Outcome
-from gaccum_exp.arms.provenance import dataset_records, device_tags, environment_tags
+from gaccum_exp.arms.provenance import (
+    DECISIVE,
+    DIGEST,
+    dataset_records,
+    device_tags,
+    digest_of,
+    environment_tags,
+)
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, TrackingError, text_of
@@ -30,16 +39,19 @@ from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
 from gaccum_exp.tracking.sink import JournalSink, NonFiniteLossError
-from gaccum_exp.train.audits import WindowAudits, telling_window
+from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
+from gaccum_exp.train.checkpoint_stand_in import newest, restore, step_of
 from gaccum_exp.train.datasets import DatasetCache
+from gaccum_exp.train.hooks import Hooks
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
 
 log = logging.getLogger(__name__)
-EXPECTED = (BadInputError, NonFiniteLossError, TrackingError)
+EXPECTED = (BadInputError, NonFiniteLossError, TrackingError, UnequalError)
 """Errors whose message says all, as against faults of the program's or the user's code."""
 
 
@@ -52,6 +64,7 @@ class Life:
         control_of: the name of the arm that it is a control of. A control's end does not count for its
             arm: nothing is written to the folder, and a failure is a warning.
         stop: asked to end it.
+        resumed: the run that it goes on with; None: it begins one.
     """
 
     def __init__(
@@ -60,17 +73,25 @@ class Life:
         settings: Settings,
         control_of: str | None = None,
         stop: Stop = NEVER,
+        resumed: resume.Resumed | None = None,
     ) -> None:
-        self.context, self.settings, self.control_of = context, settings, control_of
-        self.stop = stop
+        self.context, self.control_of, self.stop, self.resumed = context, control_of, stop, resumed
+        self.settings = settings if resumed is None else resumed.settings(settings)
         self.outcome: Outcome | None = None
         """How it ended; None: it is not over."""
         self._sink: JournalSink | None = None
+        self._checkpoint: Path | None = None
+        """Of a run that goes on, where from; None: from its beginning."""
 
     @property
     def name(self) -> str:
         """What differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
         return name_of(self.context, self.settings, self.control_of)
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether its windows had to be split finer than was asked for."""
+        return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
 
     @property
     def sink(self) -> JournalSink:
@@ -79,8 +100,17 @@ class Life:
         return self._sink
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
-        """Begin the run's journal with its parameters, its configuration, its tags and these."""
+        """Begin the run's journal with its parameters, its configuration, its tags and these.
+
+        That of a run that goes on has them, and says that it goes on.
+        """
         settings, context = self.settings, self.context
+        if self.resumed is not None:
+            path = self.resumed.left.path
+            recorded, self._checkpoint = Recorded(path), newest(path.parent)
+            since = 0 if self._checkpoint is None else step_of(self._checkpoint)
+            self._sink = ResumedSink(Journal.going_on(path, self.resumed.lock), recorded, since)
+            return
         sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
             "sweep_id": settings.sweep_id,
@@ -110,12 +140,63 @@ class Life:
         )
         self._sink = JournalSink(journal)
 
-    def describe(self, state: TrainState) -> None:
-        """Record what was built: its device, and its data."""
-        records = dataset_records(state)
-        digests = {"data_digest": " ".join(record.digest for record in records)}
-        self.sink.describe(device_tags(state.device) | digests)
+    def describe(self, loaded: TrainingData | TrainState) -> None:
+        """Record what it is made of: its device, and its data."""
+        records, own = dataset_records(self.settings, loaded), device_tags(loaded.device)
+        own[DIGEST] = digest_of(records)
+        if self.resumed is not None:
+            own |= environment_tags() | self._split_anew()
+        self.sink.describe(own)
         self.sink.log_datasets(records)
+
+    def require_same_data(self, loaded: TrainingData) -> None:
+        """Refuse to go on with other data than the run was begun with; its journal stays as it is."""
+        if self.resumed is None:
+            return
+        left = self.resumed.left
+        before = Recorded(left.path).tags.get(DIGEST)
+        now = digest_of(dataset_records(self.settings, loaded))
+        if before not in (None, now):
+            raise BadInputError(
+                f"{left.told} does not go on: its data were {before}, and are {now}; "
+                "resume=never begins another run"
+            )
+
+    def restore(self, state: TrainState, hooks: Hooks, audits: WindowAudits) -> None:
+        """Bring a training that goes on to where it was."""
+        if self.resumed is None:
+            return
+        sink, told = self.sink, self.resumed.left.told
+        assert isinstance(sink, ResumedSink)
+        if self._checkpoint is not None:
+            restore(self._checkpoint, state, hooks)
+        if audits.worst is None:
+            audits.worst = audit_of(sink.recorded.tags, state)
+        if not self._computes_the_same(state, sink):
+            coarser = self.settings.runtime.tf32 or self.settings.runtime.matmul_precision != "highest"
+            sink.expect_rounding("fp16" if coarser else self.settings.precision)
+        part = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
+        log.info(
+            "goes on with %s, from step %d%s of %d", told, state.global_step, part, state.total_steps
+        )
+
+    def _computes_the_same(self, state: TrainState, sink: ResumedSink) -> bool:
+        """Whether a step that is taken again gives the same bits."""
+        deterministic = state.device.type == "cpu" or state.settings.runtime.deterministic
+        now = device_tags(state.device) | environment_tags()
+        same = all(sink.recorded.seen[key] <= {now[key]} for key in DECISIVE)
+        return deterministic and same and not self._split_anew() and not sink.split_finer
+
+    def _split_anew(self) -> dict[str, str]:
+        """Return the tags of a run that goes on at another N than it had, now or once."""
+        assert self.resumed is not None
+        settings = self.settings
+        split = b'"accum.steps_used"' in self.resumed.left.path.read_bytes()
+        if not split and self.resumed.left.params["accum.steps"] == str(settings.accum_steps):
+            return {}
+        sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
+        used = {"accum.steps_used": str(settings.accum_steps), "role": "candidate"}
+        return used | {"micro_batch_sizes": ", ".join(map(str, sizes))}
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
@@ -125,8 +206,18 @@ class Life:
 
     def finish(self, verdict: str | None) -> None:
         """End it as finished; `verdict`: of the worst window audited."""
-        self.sink.close("FINISHED")
-        last = self.sink.last
+        sink = self.sink
+        sink.close("FINISHED")
+        if isinstance(sink, ResumedSink) and sink.compared:
+            log.info("%d steps were taken again, and are equal %s", len(sink.compared), sink.how_equal)
+        self._finished(sink.last, verdict)
+
+    def had_finished(self, journal: Path) -> None:
+        """Take it as finished, as its journal has it."""
+        recorded = Recorded(journal)
+        self._finished(recorded.last, recorded.tags.get("verdict"))
+
+    def _finished(self, last: Mapping[str, float], verdict: str | None) -> None:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
         self._end("FINISHED", verdict=verdict, objective=objective)
 
@@ -161,6 +252,8 @@ class Life:
 
     def _abandon(self, status: str, reason: str) -> None:
         if self._sink is None:
+            if self.resumed is not None:
+                self.resumed.lock.release()
             return
         try:
             self._sink.close(status, reason)
@@ -227,11 +320,31 @@ def set_process_settings(settings: tuple[int, str, bool, bool]) -> None:
 BEFORE_ANY_ARM = process_settings()
 
 
-def run_arm(context: ArmContext, settings: Settings, stop: Stop = NEVER) -> Outcome:
-    """Run one arm and return how it ended; only an interruption is raised again."""
-    life, loaded, tags = Life(context, settings, stop=stop), None, {}
+def run_arm(
+    context: ArmContext, settings: Settings, stop: Stop = NEVER, resumed: resume.Resumed | None = None
+) -> Outcome:
+    """Run one arm, or go on with it, and return how it ended; only an interruption is raised again.
+
+    Args:
+        context: of its job.
+        settings: what it is.
+        stop: asked to end it.
+        resumed: the run to go on with; None: the arm's own that a sweep has left in the arm's folder.
+    """
+    if resumed is None and settings.resume != resume.NEVER and settings.task == "train":
+        resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
+    life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
+    if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
+        life.had_finished(resumed.left.path)
+        resumed.lock.release()
+        train_controls(life)
+        assert life.outcome is not None
+        return life.outcome
     with ends(life):
-        if settings.chooses_accum_steps and settings.task != "plan":
+        if resumed is not None:
+            loaded = _load(life)
+            life.require_same_data(loaded)
+        elif settings.chooses_accum_steps and settings.task != "plan":
             try:
                 with stop.at_once():
                     loaded = load(settings, shared_data(settings.sweep_id))
@@ -267,6 +380,7 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
         planning.refuse_over_budget(settings, loaded, predicted, budget)
     with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
         hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget, stop=life.stop)
+        life.restore(state, hooks, audits)
         train(state, hooks)
     life.keep_weights(state)
     predicted = predicted or planning.predicted_peak(settings, loaded)
@@ -316,20 +430,31 @@ def train_controls(arm: Life) -> None:
     if arm.outcome is None or arm.outcome.status != "FINISHED" or settings.task != "train":
         return
     # Where memory ran out, it did not stay in one pass.
-    if settings.accum_steps != 1 or metrics.ACCUM_STEPS_NOW in arm.sink.last:
+    if settings.accum_steps != 1 or arm.ran_out_of_memory:
         return
     for number in range(1, settings.audit.controls + 1):
         arm.stop.look()
+        left = None
+        if arm.resumed is not None:
+            left = resume.control_in(context.folder, settings.sweep_id, number)
+        if left is not None and not left.is_unfinished:
+            continue
         of_control = context.with_values({"audit.control_seed": number})
-        _train_control(Life(of_control, settings.as_control(number), arm.name, arm.stop))
+        own, resumed = settings.as_control(number), None if left is None else resume.take(left)
+        _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
 
 
 def _train_control(life: Life) -> None:
     with ends(life):
+        loaded = None
+        if life.resumed is not None:
+            loaded = _load(life)
+            life.require_same_data(loaded)
         life.begin()
-        state = _build(life, _load(life))
+        state = _build(life, _load(life, loaded))
         with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-            hooks, _ = hooks_of(state, life.sink, progress, stop=life.stop)
+            hooks, audits = hooks_of(state, life.sink, progress, stop=life.stop)
+            life.restore(state, hooks, audits)
             train(state, hooks)
         life.keep_weights(state)
         life.finish(None)
@@ -402,7 +527,7 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
     """Build what a run trains or audits, and describe it; wait until the run has begun in the store."""
     with life.stop.at_once():
         state = build(life.settings, loaded)
-    life.describe(state)
+    life.describe(loaded)
     with life.stop.at_once():
         life.sink.ready()
     if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms
