@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import platform
+import shlex
 import sys
 import uuid
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from gaccum_exp.arms.settle import close_without_report, record_report, say_wher
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.tracking.journal import PATTERN
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -119,7 +121,21 @@ def _run(given: list[str], stop: Stop) -> int:
     if stop.asked is not None:
         status, interrupted = stop.asked.status, stop.asked.reason
         stop.followed()
-    return _end(command, status, interrupted)
+    status = _end(command, status, interrupted)
+    if interrupted is not None:
+        _say_what_goes_on(command, given)
+    return status
+
+
+def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
+    """Name the command that goes on with a run that was interrupted: the same one."""
+    launch = command.launch
+    if launch is None or launch.multirun or not any(launch.folder.glob(PATTERN)):
+        return
+    ended = read_outcomes(launch.folder, launch.sweep_id).get(launch.folder)
+    if ended is not None and (ended.status, ended.task) == ("KILLED", "train"):
+        arguments = [argument for argument in given if argument != "resume=never"]
+        print(f"goes on: {shlex.join(['python', '-m', 'gaccum_exp', *arguments])}", file=sys.stderr)
 
 
 def _place(argument: str) -> int:
