@@ -157,7 +157,7 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
 
 def left_in(folder: Path, *overrides: str, status: str | None = "KILLED", **tags: str) -> Path:
     """Leave a run of this configuration in a folder, as a command would; return its journal."""
-    own = settings(*ARMS, *overrides)
+    own = settings(*ARMS, "sweep_id=old", *overrides)
     journal = Journal.create(folder, "sqlite:///mlflow.db", "gaccum_exp")
     tags = {"sweep_id": "old", "version.gaccum_exp": resume.version_of("gaccum_exp"), **tags}
     journal.begin("N=1", params=own.flat(), tags=tags, texts={})
@@ -170,7 +170,7 @@ def left_in(folder: Path, *overrides: str, status: str | None = "KILLED", **tags
 
 def found_in(folder: Path, *overrides: str) -> Path | None:
     """Return the journal of the run that a command would go on with, and let go of it."""
-    resumed = resume.in_folder(folder, settings(*ARMS, *overrides))
+    resumed = resume.in_folder(folder, settings(*ARMS, "sweep_id=new", *overrides))
     if resumed is None:
         return None
     resumed.lock.release()
@@ -190,15 +190,15 @@ def test_another_configuration_begins_another_run(tmp_path: Path, other: str) ->
 
 
 @pytest.mark.parametrize(
-    "other", ["data.workers=2", "tracking.log_weights=false", "sweep_id=new", "resume=old"]
+    "other", ["data.workers=2", "tracking.log_weights=false", "resume=old", "checkpoint.keep=1"]
 )
 def test_where_it_records_and_how_fast_it_is_makes_no_other_configuration(
     tmp_path: Path, other: str
 ) -> None:
     """Nor the id that the command itself has, wherever it stands in the configuration."""
     of = "+model.of=${sweep_id}"
-    path = left_in(tmp_path, "sweep_id=old", of)
-    assert found_in(tmp_path, "sweep_id=old", of, other) == path
+    path = left_in(tmp_path, of)
+    assert found_in(tmp_path, of, other) == path
 
 
 def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
