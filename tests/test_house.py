@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "tracking.records tracking.metrics audit.result memory.plan core.dtypes errors",
         "numpy torch matplotlib rich",
     ),
-    "train": ("tracking config audit memory core errors", "torch"),
+    "train": ("tracking config audit memory core errors", "torch numpy"),
     "arms": ("train report tracking config audit memory core errors", "torch hydra omegaconf"),
     "cli": ("arms train.stopping tracking config errors", "hydra omegaconf"),
     "__main__": ("cli", ""),

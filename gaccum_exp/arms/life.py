@@ -40,15 +40,18 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
-from gaccum_exp.tracking.sink import JournalSink, NonFiniteLossError
+from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
-from gaccum_exp.train.checkpoint_stand_in import newest, restore, step_of
+from gaccum_exp.train.checkpoint import files
+from gaccum_exp.train.checkpoint.hook import FOLDER
+from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.datasets import DatasetCache
+from gaccum_exp.train.final_weights import criterion_weights_of, weights_of
 from gaccum_exp.train.hooks import Hooks
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
-from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, workers_silenced
+from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, worker_was_ended, workers_silenced
 
 log = logging.getLogger(__name__)
 EXPECTED = (BadInputError, NonFiniteLossError, TrackingError, UnequalError)
@@ -99,6 +102,11 @@ class Life:
         assert self._sink is not None
         return self._sink
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints, beside its journal."""
+        return self.sink.journal.file_path(FOLDER)
+
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run's journal with its parameters, its configuration, its tags and these.
 
@@ -107,9 +115,11 @@ class Life:
         settings, context = self.settings, self.context
         if self.resumed is not None:
             path = self.resumed.left.path
-            recorded, self._checkpoint = Recorded(path), newest(path.parent)
-            since = 0 if self._checkpoint is None else step_of(self._checkpoint)
-            self._sink = ResumedSink(Journal.going_on(path, self.resumed.lock), recorded, since)
+            recorded, journal = Recorded(path), Journal.going_on(path, self.resumed.lock)
+            # What a machine that was switched off has forgotten of the journal is trained again.
+            self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
+            place = None if self._checkpoint is None else files.place_of(self._checkpoint)
+            self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
             return
         sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
@@ -145,7 +155,7 @@ class Life:
         records, own = dataset_records(self.settings, loaded), device_tags(loaded.device)
         own[DIGEST] = digest_of(records)
         if self.resumed is not None:
-            own |= environment_tags() | self._split_anew()
+            own |= environment_tags()
         self.sink.describe(own)
         self.sink.log_datasets(records)
 
@@ -163,51 +173,51 @@ class Life:
             )
 
     def restore(self, state: TrainState, hooks: Hooks, audits: WindowAudits) -> None:
-        """Bring a training that goes on to where it was."""
+        """Bring a training that goes on to where it was, and say from where."""
         if self.resumed is None:
             return
-        sink, told = self.sink, self.resumed.left.told
+        sink, left, runtime = self.sink, self.resumed.left, self.settings.runtime
         assert isinstance(sink, ResumedSink)
+        recorded = sink.recorded
         if self._checkpoint is not None:
             restore(self._checkpoint, state, hooks)
         if audits.worst is None:
-            audits.worst = audit_of(sink.recorded.tags, state)
-        if not self._computes_the_same(state, sink):
-            coarser = self.settings.runtime.tf32 or self.settings.runtime.matmul_precision != "highest"
+            audits.worst = audit_of(recorded.tags, state)
+        before = {left.params["accum.steps"], *recorded.seen["accum.steps_used"]}
+        used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
+        if recorded.tags.get("accum.steps_used", left.params["accum.steps"]) != used:
+            sizes = split_sizes(self.settings.data.global_batch_size, int(used))
+            split = {"accum.steps_used": used, "micro_batch_sizes": ", ".join(map(str, sizes))}
+            sink.describe(split | {"role": "candidate"})
+        here = device_tags(state.device) | environment_tags()
+        same = before == {used} and all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
+        if not same or not (state.device.type == "cpu" or runtime.deterministic):
+            coarser = runtime.tf32 or runtime.matmul_precision != "highest"
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
-        part = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
-        log.info(
-            "goes on with %s, from step %d%s of %d", told, state.global_step, part, state.total_steps
-        )
-
-    def _computes_the_same(self, state: TrainState, sink: ResumedSink) -> bool:
-        """Whether a step that is taken again gives the same bits."""
-        deterministic = state.device.type == "cpu" or state.settings.runtime.deterministic
-        now = device_tags(state.device) | environment_tags()
-        same = all(sink.recorded.seen[key] <= {now[key]} for key in DECISIVE)
-        return deterministic and same and not self._split_anew() and not sink.split_finer
-
-    def _split_anew(self) -> dict[str, str]:
-        """Return the tags of a run that goes on at another N than it had, now or once."""
-        assert self.resumed is not None
-        settings = self.settings
-        split = b'"accum.steps_used"' in self.resumed.left.path.read_bytes()
-        if not split and self.resumed.left.params["accum.steps"] == str(settings.accum_steps):
-            return {}
-        sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
-        used = {"accum.steps_used": str(settings.accum_steps), "role": "candidate"}
-        return used | {"micro_batch_sizes": ", ".join(map(str, sizes))}
+        step = f"{state.global_step} of {state.total_steps}"
+        done = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
+        log.info("goes on with %s, from step %s%s", left.told, step, done)
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
-        if self.settings.tracking.log_weights:
-            named = state.modules.named_parameters()
-            self.sink.keep_weights({name: p for name, p in named if p.requires_grad})
+        if not self.settings.tracking.log_weights:
+            return
+        weights = weights_of(state)
+        self.sink.keep_weights(weights, criterion_weights_of(state))
+        if weights.left_out:
+            left_out = "; ".join(weights.left_out)
+            self.sink.describe({"weights.left_out": left_out})
+            log.info("%s is without %s: it loads with strict=False", WEIGHTS, left_out)
 
     def finish(self, verdict: str | None) -> None:
-        """End it as finished; `verdict`: of the worst window audited."""
+        """End it as finished, its checkpoints not being needed any more.
+
+        Args:
+            verdict: of the worst window audited.
+        """
         sink = self.sink
         sink.close("FINISHED")
+        files.remove(self.checkpoints)
         if isinstance(sink, ResumedSink) and sink.compared:
             log.info("%d steps were taken again, and are equal %s", len(sink.compared), sink.how_equal)
         self._finished(sink.last, verdict)
@@ -290,7 +300,7 @@ def ends(*lives: Life) -> Iterator[None]:
         except BaseException as error:  # it is the result of this arm, and the others go on
             with workers_silenced():
                 # A batch system ends data workers too, and theirs may be the first word of it.
-                if isinstance(error, RuntimeError) and "killed by signal: Terminated" in text_of(error):
+                if worker_was_ended(error):
                     stop.comes_within(1.0)
                 if stop.asked is None:
                     for life in lives:
@@ -379,7 +389,10 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
         predicted = planning.predicted_peak(settings, loaded)
         planning.refuse_over_budget(settings, loaded, predicted, budget)
     with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-        hooks, audits = hooks_of(state, sink, progress, budget_bytes=budget, stop=life.stop)
+        hooks, audits = hooks_of(
+            state, sink, progress,
+            budget_bytes=budget, stop=life.stop, checkpoints=life.checkpoints,
+        )  # fmt: skip
         life.restore(state, hooks, audits)
         train(state, hooks)
     life.keep_weights(state)
@@ -453,7 +466,9 @@ def _train_control(life: Life) -> None:
         life.begin()
         state = _build(life, _load(life, loaded))
         with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-            hooks, audits = hooks_of(state, life.sink, progress, stop=life.stop)
+            hooks, audits = hooks_of(
+                state, life.sink, progress, stop=life.stop, checkpoints=life.checkpoints
+            )
             life.restore(state, hooks, audits)
             train(state, hooks)
         life.keep_weights(state)

@@ -144,6 +144,13 @@ class Audit:
         """Return plain values, as written to `audit.json`."""
         return asdict(self)
 
+    @classmethod
+    def of_dict(cls, values: dict[str, Any]) -> "Audit":
+        """Return the audit that has these plain values."""
+        parts = {"culprits": Culprit, "checks": Check, "parameters": ParameterError}
+        made = {key: tuple(kind(**part) for part in values[key]) for key, kind in parts.items()}
+        return cls(**{**values, **made})
+
 
 def _counted(culprits: Iterable[Culprit]) -> list[str]:
     """Name each culprit, and those of one type together, by how many they are."""

@@ -8,6 +8,7 @@ are the arguments of a `_target_`.
 Neither torch nor MLflow is imported here: a mistake in the configuration is answered at once.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -137,6 +138,18 @@ class AuditConfig:
 
 
 @dataclass(slots=True)
+class CheckpointConfig:
+    """When a training is kept on disk, so that an interrupted one can go on."""
+
+    every_steps: int | None = None
+    """Every so many optimizer steps."""
+    every_minutes: float | None = 10
+    """Every so many minutes, inside a window too where one takes longer; without both: never."""
+    keep: int = 2
+    """The newest ones; those of a finished training are removed."""
+
+
+@dataclass(slots=True)
 class SweepConfig:
     """How the arms of a sweep are trained."""
 
@@ -160,6 +173,7 @@ class Config:
     runtime: RuntimeConfig = MISSING
     tracking: TrackingConfig = MISSING
     audit: AuditConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     task: str = "train"
@@ -185,6 +199,7 @@ class Settings:
     runtime: RuntimeConfig
     tracking: TrackingConfig
     audit: AuditConfig
+    checkpoint: CheckpointConfig
     train: TrainConfig
     sweep: SweepConfig
     task: str
@@ -302,6 +317,8 @@ def _check_values(config: Config) -> None:
         "train.eval_every_steps": train.eval_every_steps,
         "runtime.threads": runtime.threads,
         "audit.every_steps": audit.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
     }
     for key, value in counts.items():
         if value is not None:
@@ -320,6 +337,11 @@ def _check_values(config: Config) -> None:
         raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
     if not config.resume.strip():
         raise BadInputError("resume=: must be auto, never, or the folder or the id of a run")
+    minutes = config.checkpoint.every_minutes
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise BadInputError(
+            f"checkpoint.every_minutes={minutes}: must be above 0; null: by checkpoint.every_steps alone"
+        )
     distinct = isinstance(seeds, list) and len({*map(str, seeds)}) == len(seeds)
     if seeds is not None and (config.sweep.vectorize is None or not distinct):
         raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")

@@ -141,7 +141,8 @@ def accumulate(
                 model, loss_fn, window, in_one, begun=begun, around=around, after=after
             )
         strategy = held
-    state = begun or AccumulatorState([count(loss_fn, micro_batch) for micro_batch in window])
+    state = begun or AccumulatorState([])
+    state.counts += [count(loss_fn, micro_batch) for micro_batch in window[len(state.counts) :]]
     if state.generators is not None:
         set_random_states(state.generators)
     known = [n for n in state.counts if n is not None and not isinstance(n, dict)]

@@ -30,7 +30,7 @@ def windows(
     dataset: Dataset[Any],
     plan: WindowPlan,
     *,
-    accum_steps: int | Callable[[int], int],
+    accum_steps: int | Callable[[int], int | list[int]],
     global_steps: range,
     workers: int = 0,
     pin: bool = False,
@@ -41,7 +41,8 @@ def windows(
         dataset: map-style; a TensorDataset, or one with `gather`, is fetched by index. A `collate_fn`
             of its own makes a micro-batch of a list of samples.
         plan: says which samples.
-        accum_steps: micro-batches per window, N; or that as a function of the global step.
+        accum_steps: micro-batches per window, N; or that, or their sizes, as a function of the global
+            step.
         global_steps: e.g. range(0, 140); later windows do not depend on earlier ones.
         workers: DataLoader worker processes; they change speed only.
         pin: put micro-batches into page-locked memory, for copies that do not wait.
@@ -49,7 +50,7 @@ def windows(
 
     def sizes(global_step: int) -> list[int]:
         n = accum_steps if isinstance(accum_steps, int) else accum_steps(global_step)
-        return split_sizes(plan.size(global_step), n)
+        return split_sizes(plan.size(global_step), n) if isinstance(n, int) else n
 
     fetch = _by_index(dataset, pin)
     if fetch is not None:

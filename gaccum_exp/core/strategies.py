@@ -27,7 +27,7 @@ class AccumulatorState:
 
     counts: list[Counts | None]
     """Each micro-batch's denominator, or those of its terms; None where it is known after its forward
-    pass only."""
+    pass only. Those that are missing at the end are counted when the window begins or goes on."""
     passes_done: int = 0
     """Micro-batches whose gradient has been taken."""
     loss_sum: Tensor | None = None

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gaccum_exp.tracking.journal import Journal, decoded
 from gaccum_exp.tracking.metrics import (
-    ACCUM_STEPS_NOW,
     EVAL_LOSS,
     GRADIENT_NORM,
     LEARNING_RATE,
@@ -58,7 +57,7 @@ class Recorded:
         self.last: dict[str, float] = {}
         """The last value of each metric."""
         self.last_step = 0
-        """The last step whose training loss is there."""
+        """The last step that is there, also one in whose window nothing counted."""
         self._points: dict[str, tuple[array[int], array[float]]] = {}
         with open(path, "rb") as file:
             for line in file:
@@ -69,13 +68,13 @@ class Recorded:
                         self.seen[key].add(value)
                 elif record.get("kind") == "points":
                     for global_step, _, values in record["points"]:
+                        if LEARNING_RATE in values or not values:
+                            self.last_step = max(self.last_step, global_step)
                         for key, value in values.items():
                             column = self._points.setdefault(key, (array("q"), array("d")))
                             column[0].append(global_step)
                             column[1].append(value)
                         self.last |= values
-        if TRAIN_LOSS in self._points:
-            self.last_step = max(self._points[TRAIN_LOSS][0])
 
     def since(self, global_step: int) -> dict[tuple[int, str], float]:
         """Return what was recorded of a step and those after it, by step and metric."""
@@ -120,11 +119,6 @@ class ResumedSink(JournalSink):
     def expect_rounding(self, precision: str) -> None:
         """Compare to the rounding of a precision, a key of `ROUNDING`, and not bit for bit."""
         self._rounding = ROUNDING[precision]
-
-    @property
-    def split_finer(self) -> bool:
-        """Whether memory ran out in a step that is taken again: on another day it may not."""
-        return any(key == ACCUM_STEPS_NOW for _, key in self._before)
 
     @property
     def how_equal(self) -> str:

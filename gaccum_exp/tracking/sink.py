@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,11 @@ from gaccum_exp.tracking.records import DatasetRecord
 from gaccum_exp.tracking.shipper import announce, wait_for_store
 
 WEIGHTS = "weights.pt"
+"""A state dict of the plain model, or of what of it was trained."""
+CRITERION_WEIGHTS = "criterion_weights.pt"
+"""The same of a criterion that has parameters."""
+ABOUT = "_gaccum_exp"
+"""The attribute of a stored state dict that says which parameters were trained."""
 DELIVERY_INTERVAL_S = 2.0
 DELIVERY_WINDOWS = 1000
 """A buffer of so many windows is delivered before its time, so that it cannot grow without bound."""
@@ -63,6 +68,11 @@ class Sink:
         """Whether it is time for a delivery."""
         waited = time.monotonic() - self._last_delivery_s
         return waited > DELIVERY_INTERVAL_S or len(self._recorded) >= DELIVERY_WINDOWS
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss that was delivered so far is finite."""
+        return self._not_finite is None
 
     def record(self, global_step: int, values: Mapping[str, float | Tensor]) -> None:
         """Take the metrics of a global step: numbers, or 0-dim tensors that are read later."""
@@ -133,6 +143,17 @@ def _on_host(recorded: list[tuple[int, int, Mapping[str, float | Tensor]]]) -> l
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """A state dict to be stored, on the CPU."""
+
+    entries: "OrderedDict[str, Any]"
+    trained: list[str]
+    """The parameters among them that were trained, in the order of the model."""
+    left_out: list[str]
+    """What of the model is not among them, and why."""
+
+
 class JournalSink(Sink):
     """Writes one run's metrics to its journal, which is delivered to its store from there.
 
@@ -166,21 +187,26 @@ class JournalSink(Sink):
         """Record the data sets that the run is fed."""
         self._append("datasets", datasets=[asdict(record) for record in datasets])
 
-    def keep_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Store parameters by name.
+    def keep_weights(self, weights: "StateDict", criterion: "StateDict | None" = None) -> None:
+        """Store the final weights of a model, and of a criterion that has some.
 
         Raises:
             TrackingError: they cannot be written.
         """
-        path = self.journal.file_path(WEIGHTS)
-        kept = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        self._keep(WEIGHTS, weights, has_criterion=criterion is not None)
+        if criterion is not None:
+            self._keep(CRITERION_WEIGHTS, criterion)
+
+    def _keep(self, name: str, weights: "StateDict", has_criterion: bool = False) -> None:
+        path = self.journal.file_path(name)
+        vars(weights.entries)[ABOUT] = {"trained": weights.trained, "criterion": has_criterion}
         try:
-            torch.save(kept, path)
+            torch.save(weights.entries, path)
         except (OSError, RuntimeError) as error:  # torch says of a full disk that a stream has an error
             free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
             message = f"{path}: the weights cannot be written ({free:,} bytes are free there)"
             raise TrackingError(message) from error
-        self.keep_file(path, WEIGHTS)
+        self.keep_file(path, name)
 
     def keep_file(self, path: Path, name: str | None = None) -> None:
         """Store a file with the run, under its name or another one."""
@@ -209,11 +235,21 @@ class Files(Protocol):
         """Bring a file of a run into a folder and return its path; None if there is no such file."""
 
 
-def kept_weights(files: Files, run_id: str) -> dict[str, torch.Tensor] | None:
-    """Return a run's final parameters by name, on the CPU; None if they were not kept."""
+def kept_weights(files: Files, run_id: str) -> dict[str, Tensor] | None:
+    """Return a run's final parameters by name, on the CPU, the criterion's last; None: not kept."""
     with tempfile.TemporaryDirectory() as folder:
         path = files.fetch(run_id, WEIGHTS, folder)
         if path is None:
             return None
-        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return weights
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        about = vars(weights).get(ABOUT) if isinstance(weights, OrderedDict) else None
+        if about is None:  # of an older version: parameters alone, the model's as `0.…`, then `1.…`
+            rooms = {"0": "", "1": "criterion."}
+            split = {name: name.partition(".") for name in weights}
+            return {rooms[split[n][0]] + split[n][2]: p for n, p in weights.items()}
+        parameters = {name: weights[name] for name in about["trained"]}
+        path = files.fetch(run_id, CRITERION_WEIGHTS, folder) if about["criterion"] else None
+        if path is not None:
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            parameters |= {f"criterion.{name}": kept[name] for name in vars(kept)[ABOUT]["trained"]}
+        return parameters

@@ -67,6 +67,16 @@ class WindowAudits(Hook):
         """Of the windows audited so far."""
         self._of_stages = {first_full(state, windows) for windows in state.stage_windows}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window that was audited last, and the worst audit."""
+        worst = None if self.worst is None else self.worst.as_dict()
+        return {"judged": self._judged, "worst": worst}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._judged = state["judged"]
+        self.worst = None if state["worst"] is None else Audit.of_dict(state["worst"])
+
     def due(self, global_step: int) -> bool:
         """Whether the window of this global step is to be audited."""
         when = self._state.settings.audit

@@ -35,6 +35,7 @@ class StepClock(Hook):
     """
 
     phases = frozenset({WINDOW})
+    measures_split = True
 
     def __init__(
         self,
@@ -46,6 +47,23 @@ class StepClock(Hook):
         self._start: Any = None
         self._warmup_left = WARMUP_WINDOWS
         self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
+        self._earlier: list[tuple[float, int]] = []
+        """Seconds and tokens of the windows before an interruption; of those after it, the warm-up does
+        not count either."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return seconds and tokens of the windows, and whether these count."""
+        seconds, tokens = zip(*self._measured(), strict=True) if self._measured() else ((), ())
+        return {
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
+            "tokens": torch.tensor(tokens, dtype=torch.int64),
+            "warm": self._warmup_left < 0 or bool(self._earlier),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them for earlier ones."""
+        if state["warm"]:
+            self._earlier = list(zip(state["seconds"].tolist(), state["tokens"].tolist(), strict=True))
 
     def begin(self, state: TrainState) -> None:
         """Start the first window's time."""
@@ -55,7 +73,8 @@ class StepClock(Hook):
     def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
         """Take a window that is a measure of time; the time of an attempt that failed begins anew."""
         global_step = state.global_step
-        timed = self._is_measure(state) and not self._disturbed(global_step)
+        whole = state.begun is None
+        timed = whole and self._is_measure(state) and not self._disturbed(global_step)
         try:
             yield
         except Exception:
@@ -92,17 +111,20 @@ class StepClock(Hook):
 
     def step_time_s(self) -> float | None:
         """Return the median seconds per window after warm-up; None if nothing was timed."""
-        if not self._windows:
-            return None
-        return statistics.median(self._seconds(start, end) for start, end, _ in self._windows)
+        measured = self._measured()
+        return statistics.median(seconds for seconds, _ in measured) if measured else None
 
     def tokens_per_s(self) -> float | None:
         """Return the median tokens per second after warm-up; None if nothing was timed."""
-        if not self._windows:
-            return None
-        return statistics.median(
-            tokens / self._seconds(start, end) for start, end, tokens in self._windows
-        )
+        measured = self._measured()
+        return statistics.median(tokens / seconds for seconds, tokens in measured) if measured else None
+
+    def _measured(self) -> list[tuple[float, int]]:
+        """Return seconds and tokens of the windows after warm-up, the latest."""
+        if self._earlier and self._warmup_left >= 0:
+            return self._earlier
+        here = [(self._seconds(start, end), tokens) for start, end, tokens in self._windows]
+        return [*self._earlier, *here][-KEPT_WINDOWS:]
 
     def _is_measure(self, state: TrainState) -> bool:
         """Whether the window is full, and in as many micro-batches as the run is named after."""

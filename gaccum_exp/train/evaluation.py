@@ -38,6 +38,21 @@ class Evaluation(Hook):
 
     def __init__(self, sink: Sink, of: TrainState, over: Over | None = None, stop: Stop = NEVER) -> None:
         self._sink, self._of, self._over, self._stop = sink, of, over, stop
+        self._begun = False
+        """One that was interrupted is to be had again."""
+
+    def state_dict(self) -> dict[str, bool]:
+        """Return whether it is in an evaluation."""
+        return {"begun": self._begun}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Go on from there."""
+        self._begun = state["begun"]
+
+    def begin(self, state: Any) -> None:
+        """Evaluate where that was interrupted."""
+        if self._begun:
+            self._evaluate(state.global_step)
 
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Evaluate if it is time."""
@@ -45,7 +60,12 @@ class Evaluation(Hook):
         every = of.settings.train.eval_every_steps
         due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
         if of.eval_data is not None and (due or state.done):
-            self._sink.record(global_step, evaluate(of, self._over, self._before_batch))
+            self._evaluate(global_step)
+
+    def _evaluate(self, global_step: int) -> None:
+        self._begun = True
+        self._sink.record(global_step, evaluate(self._of, self._over, self._before_batch))
+        self._begun = False
 
     def _before_batch(self) -> None:
         self._stop.look()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,21 @@ Values = Mapping[str, float | Tensor]
 """Metrics of a window by name, on the run's device; empty where nothing in it counted."""
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A hook that carries something over from window to window, which checkpoints keep."""
+
+    measures_split: bool
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as a tree of tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back, before the training begins."""
+        ...
+
+
 class Hook:
     """Watches a training at the points that it overrides. `state` is the `TrainState`.
 
@@ -28,6 +43,8 @@ class Hook:
 
     phases: frozenset[str] = frozenset()
     """The phases that it goes `around`."""
+    measures_split: bool = False
+    """Whether what it keeps was measured of a window as it is split, and is worth nothing otherwise."""
 
     def begin(self, state: Any) -> None:
         """Prepare, once the training is built."""
@@ -51,6 +68,9 @@ class Hook:
 
     def end(self, state: Any) -> None:
         """Conclude, after the last window."""
+
+    def interrupted(self, state: Any, error: BaseException) -> None:
+        """Learn of an error, or a request to stop, that ends the training before its time."""
 
 
 class Hooks(list[Hook]):
@@ -108,6 +128,11 @@ class Hooks(list[Hook]):
         """Call every hook's `end`."""
         for hook in reversed(self):
             hook.end(state)
+
+    def interrupted(self, state: Any, error: BaseException) -> None:
+        """Call every hook's `interrupted`."""
+        for hook in reversed(self):
+            hook.interrupted(state, error)
 
 
 class Stopping(Hook):

@@ -1,11 +1,13 @@
 """The training loop: window after window, one optimizer step each; everything else is a hook."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.audits import WindowAudits
+from gaccum_exp.train.checkpoint.hook import Checkpoints
 from gaccum_exp.train.clock import StepClock
 from gaccum_exp.train.compiled import CompiledCheck
 from gaccum_exp.train.evaluation import Evaluation
@@ -45,21 +47,25 @@ def train(state: Trainable, hooks: Hooks, step: Callable[[Any, Any, Hooks], Valu
         StoppedError: somebody wants it to end.
     """
     windows = Windows()
-    hooks.begin(state)
-    while not state.done:
-        window = windows.next(state)
-        hooks.before(state, window)
-        try:
-            with hooks.around(WINDOW, state, window):
-                values = step(state, window, hooks)
-        except Exception as error:
-            if not hooks.redo(state, window, error):
-                raise
-            continue
-        state.global_step += 1
-        hooks.after(state, window, values)
-        del window  # or two of them are on the host while the next one is fetched
-    hooks.end(state)
+    try:
+        hooks.begin(state)
+        while not state.done:
+            window = windows.next(state)
+            hooks.before(state, window)
+            try:
+                with hooks.around(WINDOW, state, window):
+                    values = step(state, window, hooks)
+            except Exception as error:
+                if not hooks.redo(state, window, error):
+                    raise
+                continue
+            state.global_step += 1
+            hooks.after(state, window, values)
+            del window  # or two of them are on the host while the next one is fetched
+        hooks.end(state)
+    except BaseException as error:
+        hooks.interrupted(state, error)
+        raise
 
 
 class Windows:
@@ -84,6 +90,7 @@ def hooks_of(
     *,
     budget_bytes: int | None = None,
     stop: Stop = NEVER,
+    checkpoints: Path | None = None,
 ) -> tuple[Hooks, WindowAudits]:
     """Return the hooks of a run's training, the outermost first, and of these the one that audits.
 
@@ -93,6 +100,7 @@ def hooks_of(
         progress: shows how far the training is.
         budget_bytes: what a window may hold on a CPU under `accum.on_oom=increase_steps`.
         stop: ends it.
+        checkpoints: the folder of its checkpoints; None: there are none.
     """
     audits, meters = WindowAudits(state, sink, stop), MemoryMeters(state, sink, budget_bytes)
     hooks: list[Hook] = [
@@ -104,4 +112,9 @@ def hooks_of(
         audits,
         *([CompiledCheck(sink)] if state.settings.runtime.compile else []),
     ]
-    return Hooks(hooks), audits
+    watching = Hooks(hooks)
+    when = state.settings.checkpoint
+    if checkpoints is not None and (when.every_steps or when.every_minutes):
+        # Looks after the others and before the clock goes on; inside a window, before it is stopped.
+        watching.insert(2, Checkpoints(checkpoints, sink, stop, watching, audits.due))
+    return watching, audits

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import moves_weights
 
 log = logging.getLogger(__name__)
+METERS: tuple[type[Meter], ...] = (TensorMeter, AllocatorMeter)
 MEASURED_WINDOW = 2
 """Windows before the one whose memory is measured: the optimizer's state is made in the first."""
 Shapes = tuple[tuple[int, ...], ...]
@@ -62,6 +64,7 @@ class MemoryMeters(Hook):
     """
 
     phases = frozenset({WINDOW, PASSES, OPTIMIZER_STEP})
+    measures_split = True
 
     def __init__(self, state: TrainState, sink: Sink, budget_bytes: int | None = None) -> None:
         self._sink = sink
@@ -83,13 +86,32 @@ class MemoryMeters(Hook):
         self._largest: dict[bool, list[Shapes]] = {False: [], True: []}
         """The micro-batches held to the budget so far, without and with optimizer state."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the peaks so far, and which windows are to be measured."""
+        due = {k: METERS.index(kind) for k, kind in self._due.items()}
+        return {"due": due, "peaks": [asdict(p) for p in self._peaks], "resident": self._resident}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._due = {k: METERS[kind] for k, kind in state["due"].items()}
+        self._peaks = [Peak(**peak) for peak in state["peaks"]]
+        self._resident = state["resident"]
+
+    def begin(self, state: TrainState) -> None:
+        """Measure later windows in place of those that a training which goes on has behind it."""
+        self._has_stepped = bool(state.optimizer.state)
+        for global_step in sorted(self._due)[len(self._peaks) :]:
+            if global_step < state.global_step:
+                self._postpone(state, global_step)
+
     def due(self, global_step: int) -> bool:
         """Whether the memory of this window is to be measured."""
         return global_step in self._due
 
     def before(self, state: TrainState, window: Window) -> None:
-        """Wait for the steady state: optimizer state is made in the first step."""
-        if not self._has_stepped and state.global_step >= MEASURED_WINDOW:
+        """Wait for the steady state, where optimizer state is there, and for a window that is whole."""
+        waits = not self._has_stepped and state.global_step >= MEASURED_WINDOW
+        if waits or state.begun is not None:
             self._postpone(state, state.global_step)
 
     def around(self, phase: str, state: TrainState, window: Window) -> AbstractContextManager[None]:
@@ -175,7 +197,8 @@ class MemoryMeters(Hook):
     def _postpone(self, state: TrainState, global_step: int) -> None:
         """Measure a later window in place of this one, if it was to be measured and there is one."""
         if global_step in self._due:
-            windows = (k for k in _telling_stage(state) if k > global_step and k not in self._due)
+            after = max(global_step, state.global_step - 1)
+            windows = (k for k in _telling_stage(state) if k > after and k not in self._due)
             later = next((k for k in windows if state.is_full(k)), None)
             if later is not None:
                 self._due[later] = self._due.pop(global_step)

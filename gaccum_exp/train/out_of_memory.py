@@ -40,6 +40,14 @@ class FinerSplit(Hook):
         self._sink = sink
         self._events = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """Return how often memory ran out."""
+        return {"events": self._events}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Count on from there."""
+        self._events = state["events"]
+
     @contextmanager
     def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
         """Put modules and generators back where memory runs out.

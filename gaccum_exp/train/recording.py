@@ -37,6 +37,16 @@ class Recording(Hook):
                 "without a finite gradient; use runtime.precision=bf16 or a smaller learning rate"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and the last value of each metric."""
+        counts = {"steps": self._steps, "empty": self._empty, "skipped": self._skipped}
+        return counts | {"last": dict(self._sink.last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from there."""
+        self._steps, self._empty, self._skipped = state["steps"], state["empty"], state["skipped"]
+        self._sink.last = state["last"] | self._sink.last
+
     def end(self, state: TrainState) -> None:
         """Record the counts, where there are such windows.
 

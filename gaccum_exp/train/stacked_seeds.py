@@ -4,6 +4,7 @@ Each seed has its own weights, its own samples and its own sink, and gets the cu
 What is not measured here is time and memory: those of one seed alone cannot be seen.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from gaccum_exp.train.recording import recording_hooks
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import rates_scaled
 from gaccum_exp.train.stopping import NEVER, Stop
+
+log = logging.getLogger(__name__)
 
 
 class StackedState:
@@ -192,6 +195,9 @@ def train_stacked(
     Returns:
         How each seed ended: one whose loss is not finite has its curve up to there delivered.
     """
+    when = state.seeds[0].settings.checkpoint
+    if when.every_steps or when.every_minutes:
+        log.info("sweep.vectorize=seed: no checkpoints; what is interrupted begins again")
     sink = StackedSink(sinks, state)
     audits = [WindowAudits(seed, own, stop) for seed, own in zip(state.seeds, sinks, strict=True)]
     evaluation = Evaluation(sink, state.seeds[0], state.over, stop)

@@ -56,6 +56,10 @@ class TrainState:
     """Times as many micro-batches as was asked for: it grows where memory runs out."""
     begun: AccumulatorState | None = None
     """Of the window at `global_step`, where it was interrupted after a micro-batch and is to go on."""
+    begun_sizes: list[int] | None = None
+    """Of that window's micro-batches, where the ones that are left are split for another N."""
+    begun_at_start: dict[str, Any] | None = None
+    """What passes move, as it was when that window began."""
 
     @property
     def done(self) -> bool:
@@ -77,10 +81,11 @@ class TrainState:
 
     def windows_from(self, first: int) -> Iterator[Window]:
         """Yield the windows of the training in order, from a global step on."""
+        begun_sizes = None if self.begun is None else self.begun_sizes
         return windows(
             self.train_data,
             replace(self.plan, control_seed=self.settings.audit.control_seed),
-            accum_steps=self.accum_steps,
+            accum_steps=lambda k: begun_sizes if begun_sizes and k == first else self.accum_steps(k),
             global_steps=range(first, self.total_steps),
             workers=self.settings.data.workers,
             pin=self.device.type != "cpu",

@@ -85,6 +85,7 @@ def window_gradients(
     """
     begun, state.begun = state.begun, None
     if begun is None:
+        state.begun_sizes = state.begun_at_start = None  # of a window that went on before
         seed_model(derive_seed(state.settings.seed, "model", state.global_step), state.device)
         for parameter in state.parameters:  # a tenth of the time of the optimizer's own zero_grad
             parameter.grad = None

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from gaccum_exp.errors import text_of
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOGETHER_S = 0.1
 """Signals so close are one: `timeout` and batch systems signal a process, and then its group."""
@@ -141,6 +143,11 @@ class Stop:
 
 NEVER = Stop()
 """Nobody asks."""
+
+
+def worker_was_ended(error: BaseException) -> bool:
+    """Whether an error says that a data worker was ended from outside."""
+    return isinstance(error, RuntimeError) and "killed by signal: Terminated" in text_of(error)
 
 
 def _as_before(handler: Any, number: int, frame: FrameType | None) -> None:
