@@ -19,6 +19,7 @@ from gaccum_exp.tracking import sink as sinks
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal, end_if_dead, last_record, read_journal
 from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.train.checkpoint.hook import Writer
 from tests.program import Program
 from tests.strangers import Net
 from tests.support import settings
@@ -46,6 +47,13 @@ class Killed(Net):
         return super().forward(x)
 
 
+class Steep(Killed):
+    """Its gradients overflow in half precision until the loss scale has sunk."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 30
+
+
 class Undecided(Killed):
     """Another one in each process."""
 
@@ -55,7 +63,14 @@ class Undecided(Killed):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write what is recorded at once, so that a run that was killed has points."""
+    """Write what is recorded at once, and checkpoints too, so that a run that was killed has them."""
+
+    def start(writer: Writer, *given: Any) -> None:
+        started(writer, *given)
+        writer.wait()
+
+    started = Writer.start
+    monkeypatch.setattr(Writer, "start", start)
     monkeypatch.setattr(sinks, "DELIVERY_INTERVAL_S", -1.0)
     monkeypatch.setattr(resume, "PATIENCE_S", 5.0)
 
@@ -118,14 +133,16 @@ def lock_of(path: Path) -> FileLock:
 
 def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -> None:
     """In its folder and as the same run in the store; every point once, and each of the same bits."""
-    command = (*ARMS, "accum.steps=2", "+model.dropout=0.3")
+    command = (*ARMS, "accum.steps=2", "+model.dropout=0.3", "checkpoint.every_steps=2")
     assert program(*command, "hydra.run.dir=apart").status == 0
     expected, weights = curves(program), weights_in(program.folder / "apart")
     killed(program, *command, at=12)
     (folder,) = folders(program)
     done = program(*command)
     assert (done.status, folders(program)) == (0, [folder])
-    assert any(f"goes on with outputs/{folder} (N=2" in line for line in done.lines)
+    assert any(
+        f"{folder} (N=2 · micro 4 · global_mean), from step 4 of 9" in line for line in done.lines
+    )
     assert any("taken again, and are equal bit for bit" in line for line in done.lines)
     assert curves(program) == expected
     again = weights_in(program.folder / "outputs")
@@ -139,6 +156,40 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
         assert len(history) == len({point.step for point in history})
     assert program(*command).status == 0
     assert len(folders(program)) == 2, "it has finished, so another one is begun"
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [
+        # Augmentation in data workers, a window that is carried over the epoch's end, momentum, audits.
+        (("+data.train.noise=0.5", "data.workers=1", "accum.partial_window=carry", "accum.steps=3",
+          "data.global_batch_size=7", "optimizer.momentum=0.9", "audit.every_steps=3"), 17),
+        # A loss scale that sinks until gradients are finite, a schedule, clipping.
+        (("runtime.precision=fp16", "model._target_=tests.arms.test_resume.Steep", "accum.steps=2",
+          "scheduler=cosine", "accum.max_grad_norm=0.5", "+criterion.label_smoothing=0.1"), 13),
+        # A batch that grows, windows in which nothing counts, Adam, dropout.
+        (("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
+          "accum.steps=null", "data.train._target_=tests.strangers.Ignored", "optimizer=adamw",
+          "+model.dropout=0.5", "accum.reduction=sum"), 9),
+    ],
+    ids=["workers and audits", "fp16 and skipped windows", "a growing batch"],
+)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_gives_the_bits_of_an_undisturbed_run(
+    program: Program, how: tuple[str, ...], at: int, number: int
+) -> None:
+    """Whatever a training consists of: killed on the spot, or by a signal inside a window."""
+    command = (*ARMS, "checkpoint.every_steps=2", *how)
+    assert program(*command, "hydra.run.dir=apart").status == 0
+    expected, weights = curves(program), weights_in(program.folder / "apart")
+    killed(program, *command, at=at, number=number)
+    done = program(*command)
+    assert done.status == 0, done
+    assert "from step 0 " not in done.err
+    assert len(folders(program)) == 1
+    assert curves(program) == expected
+    again = weights_in(program.folder / "outputs")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
