@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, writers
+from experiments.durability import disk, going_on, kills, long_run, misbehaviour, network, torn, writers
 from experiments.durability.tries import Options, Result
 from experiments.notebook import provenance, write_results
 from gaccum_exp.arms.provenance import git_commit
@@ -26,6 +26,8 @@ MEASURED = HERE / "measured.json"
 PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     "training": ("kill -9 of the training", kills.training),
     "helper": ("kill -9 of the helper, of both, of the server", kills.helper),
+    "resume": ("kill -9, then the same command", going_on.resume),
+    "resume_n": ("killed inside a window at N = 8, continued at N = 4, 16, 1", going_on.resume_n),
     "proxy": ("a proxy that delays, drops, cuts, answers 429, 500, 503", network.network),
     "disk": ("disk full, folders removed", disk.disk),
     "torn": ("journals torn at every byte, bits flipped", torn.torn),
