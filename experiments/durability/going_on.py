@@ -68,7 +68,8 @@ def arguments(folder: Path, *more: str) -> list[str]:
     """Return the command line of a training that goes on."""
     return [
         "model=custom", f"model._target_={HERE}.Net", "+model.phase=phase", "data=digits",
-        "data.global_batch_size=32", "accum.partial_window=carry", "accum.steps=2", "runtime.device=cpu", "runtime.threads=1",
+        "data.global_batch_size=32", "accum.partial_window=carry", "accum.steps=2",
+        "runtime.device=cpu", "runtime.threads=1",
         f"train.steps={STEPS}", "train.eval_every_steps=40", "optimizer.momentum=0.9",
         "scheduler=cosine", "checkpoint.every_steps=25", *more,
     ]  # fmt: skip
@@ -308,7 +309,7 @@ def _await(running: Running, over: Callable[[], bool]) -> bool:
 
 
 def apart(truth: Stored, run: Stored, weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    """Return the largest distance of two runs: of losses over the largest, of weights over their norm."""
+    """Return the largest distance of losses, over the largest, and of weights, over their norm."""
     farthest = 0.0
     for metric in (TRAIN_LOSS, EVAL_LOSS):
         curve = {step: values[0][0] for (name, step), values in truth.points.items() if name == metric}

@@ -62,6 +62,10 @@ class SweepStart(Callback):
         listed = ",".join(f"'{o.get_key_element().lstrip('+')}'" for o in swept)
         with _refusing():
             _refuse_passwords(config, kwargs["config_name"], overrides)
+            if config.resume not in (resume.AUTO, resume.NEVER):
+                raise BadInputError(
+                    f"resume={config.resume}: names one run, and not the arms of a sweep"
+                )
             self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]

@@ -56,6 +56,8 @@ from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, worker_was_ende
 log = logging.getLogger(__name__)
 EXPECTED = (BadInputError, NonFiniteLossError, TrackingError, UnequalError)
 """Errors whose message says all, as against faults of the program's or the user's code."""
+VECTORIZED = "vectorized"
+"""The tag of a run that was trained together with others."""
 
 
 class Life:
@@ -83,6 +85,8 @@ class Life:
         self.outcome: Outcome | None = None
         """How it ended; None: it is not over."""
         self._sink: JournalSink | None = None
+        self._recorded: Recorded | None = None
+        """What the journal of a run that goes on told, once it was read."""
         self._checkpoint: Path | None = None
         """Of a run that goes on, where from; None: from its beginning."""
 
@@ -115,7 +119,8 @@ class Life:
         settings, context = self.settings, self.context
         if self.resumed is not None:
             path = self.resumed.left.path
-            recorded, journal = Recorded(path), Journal.going_on(path, self.resumed.lock)
+            recorded = self._recorded or Recorded(path)
+            journal = Journal.going_on(path, self.resumed.lock)
             # What a machine that was switched off has forgotten of the journal is trained again.
             self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
             place = None if self._checkpoint is None else files.place_of(self._checkpoint)
@@ -164,7 +169,8 @@ class Life:
         if self.resumed is None:
             return
         left = self.resumed.left
-        before = Recorded(left.path).tags.get(DIGEST)
+        self._recorded = Recorded(left.path)
+        before = self._recorded.tags.get(DIGEST)
         now = digest_of(dataset_records(self.settings, loaded))
         if before not in (None, now):
             raise BadInputError(
@@ -191,7 +197,11 @@ class Life:
             sink.describe(split | {"role": "candidate"})
         here = device_tags(state.device) | environment_tags()
         same = before == {used} and all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
-        if not same or not (state.device.type == "cpu" or runtime.deterministic):
+        if (
+            not same
+            or VECTORIZED in recorded.tags
+            or not (state.device.type == "cpu" or runtime.deterministic)
+        ):
             coarser = runtime.tf32 or runtime.matmul_precision != "highest"
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
         step = f"{state.global_step} of {state.total_steps}"

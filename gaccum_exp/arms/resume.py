@@ -62,7 +62,7 @@ class Left:
     @property
     def sweep_id(self) -> str:
         """The id of the command that has begun it."""
-        return str(self.begin["tags"]["sweep_id"])
+        return str(self.begin["tags"].get("sweep_id", ""))
 
     @property
     def is_unfinished(self) -> bool:
@@ -132,7 +132,8 @@ def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> 
     Args:
         folder: of runs' journals.
         settings: the configuration.
-        sweep_id: of the command that has begun it; None: of any.
+        sweep_id: of the sweep whose arm it is, and then also one that has finished, which is not to be
+            trained a second time; None: of any command.
     """
     left = _unfinished(folder, settings, sweep_id)
     if left is None:
@@ -204,7 +205,8 @@ def _unfinished(folder: Path, settings: Settings, sweep_id: str | None) -> Left 
     for run in runs:
         if sweep_id not in (None, run.sweep_id) or _differing(settings, run):
             continue
-        if run.is_unfinished or (run.status == "FINISHED" and _lacks_controls(run, runs, settings)):
+        over = sweep_id is None and not _lacks_controls(run, runs, settings)
+        if run.is_unfinished or (run.status == "FINISHED" and not over):
             return run
     return None
 
@@ -238,7 +240,7 @@ def _differing(settings: Settings, run: Left) -> dict[str, tuple[str, str]]:
 def _mattering(params: Mapping[str, Any], sweep_id: str) -> dict[str, str]:
     """Return the values that matter as text, wherever the command's own id stands in them."""
     return {
-        key: str(value).replace(sweep_id, "${sweep_id}")
+        key: str(value).replace(sweep_id, "${sweep_id}") if sweep_id else str(value)
         for key, value in params.items()
         if not key.startswith(ANOTHER_ROUTE)
     }

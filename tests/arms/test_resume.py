@@ -19,8 +19,9 @@ from gaccum_exp.tracking import sink as sinks
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal, end_if_dead, last_record, read_journal
 from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
-from tests.program import Program
+from tests.program import Program, sweep_here
 from tests.strangers import Net
 from tests.support import settings
 
@@ -28,6 +29,7 @@ ARMS = ("model=custom", "model._target_=tests.arms.test_resume.Killed", "data=cu
         "data.train._target_=tests.strangers.Points", "data.eval._target_=tests.strangers.Points",
         "+data.eval.seed=1", "data.global_batch_size=8", "train.steps=9", "train.eval_every_steps=2",
         "runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp64")  # fmt: skip
+CURVES = ("train/loss", "optim/grad_norm", "optim/lr", "eval/loss", "eval/accuracy")
 KILL_AT = "KILLED_AT"
 """The variable that says at which training pass the model ends its process, and by which signal."""
 
@@ -93,8 +95,13 @@ def killed(program: Program, *arguments: str, at: int = 6, number: int = signal.
 
 def curves(program: Program) -> list[dict[str, Any]]:
     """Return the curves of each run of the last command, by the run's name."""
-    names = ("train/loss", "optim/grad_norm", "optim/lr", "eval/loss", "eval/accuracy")
-    runs = program.store().sweep(program.sweep_id, names)
+    runs = program.store().sweep(program.sweep_id, CURVES)
+    return [{"status": run.status, **run.curves} for run in sorted(runs, key=lambda run: run.name)]
+
+
+def recorded(program: Program) -> list[dict[str, Any]]:
+    """Return the same as the journals have it."""
+    runs = Journals(program.folder).sweep(program.sweep_id, CURVES)
     return [{"status": run.status, **run.curves} for run in sorted(runs, key=lambda run: run.name)]
 
 
@@ -206,6 +213,32 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
     assert (run.status, run.tags.get("failure")) == ("FINISHED", None)
 
 
+def test_an_arm_of_a_sweep_goes_on_where_it_is_given_its_folder_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has finished is not trained again, seeds that were trained as one go on one by one; a
+    run that is named is no sweep's."""
+    sweep_here(monkeypatch)
+    again = ("-m", *ARMS, "seed=0,1", "sweep.vectorize=seed", "sweep_id=s", "hydra.sweep.dir=swept")
+    assert program(*again).status == 0
+    expected = [run.keys() for run in recorded(program)]
+    assert len(expected) == 2
+    path = next(program.folder.glob("swept/0/seed=1/journal.jsonl"))
+    lock = lock_of(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: next(i for i, line in enumerate(lines) if b"[[4," in line)]))
+    lock.release()
+    done = program(*again)
+    assert done.status == 0, done
+    assert any("are equal to rounding" in line for line in done.lines)
+    assert [run.keys() for run in recorded(program)] == expected
+    named = program(*again, "resume=s")
+    assert (named.status, named.err) == (
+        2,
+        "gaccum_exp: resume=s: names one run, and not the arms of a sweep\n",
+    )
+
+
 def left_in(folder: Path, *overrides: str, status: str | None = "KILLED", **tags: str) -> Path:
     """Leave a run of this configuration in a folder, as a command would; return its journal."""
     own = settings(*ARMS, "sweep_id=old", *overrides)
@@ -279,6 +312,26 @@ def test_a_run_that_failed_is_not_gone_on_with_unless_it_is_named(program: Progr
     assert len(folders(program)) == 2
     assert program(*ARMS, f"resume={folder}").status == 0
     assert len(folders(program)) == 2
+
+
+def test_what_was_recorded_and_is_gone_is_trained_again(program: Program) -> None:
+    """As where a machine is switched off, with the checkpoint on its disk and not yet the journal."""
+    command = (*ARMS, "checkpoint.every_steps=2", "checkpoint.keep=3")
+    assert program(*command, "hydra.run.dir=apart").status == 0
+    expected = curves(program)
+    killed(program, *command, at=8)
+    (folder,) = folders(program)
+    path = journal_of(program, folder)
+    lock = lock_of(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    third = next(i for i, line in enumerate(lines) if b"[[3," in line)
+    path.write_bytes(b"".join(lines[: third + 1]))
+    lock.release()
+    done = program(*command)
+    assert done.status == 0
+    assert "from step 2 of 9" in done.err
+    assert "step-00000006 is passed over: what was recorded ends with step 3" in done.err
+    assert recorded(program) == expected
 
 
 def test_two_commands_at_once_do_not_go_on_with_one_run(
