@@ -138,6 +138,7 @@ LEFT_ASIDE = {
     r"time/.*|throughput/.*|step_s|step_ratio|tokens_per_s": "a time, or made of one",
     r"memory/resident_set_bytes": "the whole process, its libraries and their allocator included",
     r"sweep_id|run_id|reference_run_id": "an id, made of the time or at random",
+    r"checkpoint\..*|resume|sweep\.(resume|into)|weights\.left_out": "when a training is kept",
     r"host|python|version\..*|git_commit|mlflow\.source\..*|mlflow\.user": "where it was run, by what",
 }
 """Names of parameters, tags, metrics and columns that are not compared, and why."""
@@ -250,7 +251,9 @@ def _run(client: Any, run: Any, folder: Path) -> dict[str, Any]:
     weights = None
     if "weights.pt" in kept:
         place = tempfile.mkdtemp(dir=folder)
-        weights = digest(client.download_artifacts(run.info.run_id, "weights.pt", place))
+        files = [name for name in ("weights.pt", "criterion_weights.pt") if name in kept]
+        paths = [client.download_artifacts(run.info.run_id, name, place) for name in files]
+        weights = digest(*map(parameters_in, paths))
     of = {"status": run.info.status, "params": dict(run.data.params), "tags": dict(run.data.tags)}
     return {**of, "metrics": curves, "weights": weights}
 
@@ -264,12 +267,24 @@ def unique(named: Any) -> dict[str, Any]:
     return found
 
 
-def digest(path: str) -> str:
-    """Return a digest of all bits of the tensors in a file, with their names, types and shapes."""
+def parameters_in(path: str) -> dict[str, Any]:
+    """Return the trained parameters in a file, named as before it was a state dict."""
+    import torch
+
+    weights = torch.load(path, weights_only=True)
+    about = getattr(weights, "_gaccum_exp", None)
+    if about is None:
+        return dict(weights)
+    of = 1 if Path(path).name.startswith("criterion") else 0
+    return {f"{of}.{name}": weights[name] for name in about["trained"]}
+
+
+def digest(*files: Mapping[str, Any]) -> str:
+    """Return a digest of all bits of these tensors, with their names, types and shapes."""
     import torch
 
     found = hashlib.sha256()
-    for name, tensor in sorted(torch.load(path, weights_only=True).items()):
+    for name, tensor in sorted((name, tensor) for of in files for name, tensor in of.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -16,7 +16,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.durability import disk, going_on, kills, long_run, misbehaviour, network, torn, writers
+from experiments.durability import (
+    checkpoint_cost,
+    checkpoints,
+    disk,
+    going_on,
+    kills,
+    long_run,
+    misbehaviour,
+    network,
+    torn,
+    writers,
+)
 from experiments.durability.tries import Options, Result
 from experiments.notebook import provenance, write_results
 from gaccum_exp.arms.provenance import git_commit
@@ -33,6 +44,11 @@ PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     "torn": ("journals torn at every byte, bits flipped", torn.torn),
     "writers": ("many writers on one store", writers.writers),
     "models": ("models and workers that exit, crash, hang; signals", misbehaviour.models),
+    "checkpoints": (
+        "checkpoints torn at every file, bits flipped, code planted",
+        checkpoints.checkpoints,
+    ),
+    "checkpoint_cost": ("what checkpoints cost", checkpoint_cost.checkpoint_cost),
     "windows": ("a million windows of a tiny model", long_run.windows),
 }
 

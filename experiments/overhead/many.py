@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ from gaccum_exp.report.text.table import render
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import finish
-from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, kept_weights
+from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, StateDict, kept_weights
 
 EXPERIMENT = "gaccum_exp"
 SWEEP = "many"
@@ -135,7 +136,8 @@ def written(uri: str, folder: Path, arm: Arm, points: int, sweep_id: str, weight
         {"device": "cpu", "threads": "1", "data_digest": "4a63347a", "memory.source": "tracker"}
     )
     if weights:
-        sink.keep_weights({"w": torch.full((64, 64), 1.0)})
+        weights = OrderedDict(w=torch.full((64, 64), 1.0))
+        sink.keep_weights(StateDict(weights, ["w"], []))
     sink.close("FINISHED")
     finish()
     return str(Delivered.of(journal.path).run_id)

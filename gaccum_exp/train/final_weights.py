@@ -36,9 +36,7 @@ def _state_dict(module: nn.Module) -> StateDict:
     parameters = dict(module.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     left_out: list[str] = []
-    kept: OrderedDict[str, Any] = (
-        OrderedDict()
-    )  # not `OrderedDict[str, Any]()`, which keeps its own type
+    kept: OrderedDict[str, Any] = OrderedDict()
     if len(trained) < len(parameters):
         kept.update({plain_name(name): parameters[name] for name in trained})
         left_out.append(

@@ -60,6 +60,8 @@ class TrainState:
     """Of that window's micro-batches, where the ones that are left are split for another N."""
     begun_at_start: dict[str, Any] | None = None
     """What passes move, as it was when that window began."""
+    rates: list[Any] | None = None
+    """The learning rates of the schedule, while a step has multiplied them; None: as in the groups."""
 
     @property
     def done(self) -> bool:

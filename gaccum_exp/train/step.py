@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Val
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaled: dict[str, float | Tensor] = {}
-    factor = state.rate_factor(state.global_step)
-    with nullcontext() if factor == 1.0 else rates_scaled(optimizer, factor):
+    with _rates_of_step(state):
         rate = optimizer.param_groups[0]["lr"]
         if needs_closure(type(optimizer).step):
             with hooks.around(OPTIMIZER_STEP, state, window):  # which holds the passes too
@@ -110,13 +110,27 @@ def window_gradients(
 
 
 @contextmanager
-def rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
-    """Multiply the learning rates for the length of a step: what the schedule holds stays its own."""
+def _rates_of_step(state: TrainState) -> Iterator[None]:
+    """Have the learning rates of a step, while the state knows those of the schedule."""
+    factor = state.rate_factor(state.global_step)
+    if factor == 1.0:
+        yield
+        return
+    with rates_scaled(state.optimizer, factor) as state.rates:
+        try:
+            yield
+        finally:
+            state.rates = None
+
+
+@contextmanager
+def rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[list[Any]]:
+    """Multiply the learning rates for the length of a step; yield what the schedule holds."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * factor
     try:
-        yield
+        yield rates
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

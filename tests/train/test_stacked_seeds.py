@@ -408,7 +408,7 @@ def test_the_weights_kept_are_each_seeds_own(program: Program) -> None:
         kept = kept_weights(program.store(), run.run_id)
         assert kept is not None
         experiment, _, _ = alone(settings(*TOGETHER, f"seed={run.params['seed']}"))
-        expected = dict(experiment.modules.named_parameters())
+        expected = dict(experiment.model.named_parameters())
         assert kept.keys() == expected.keys()
         for name, tensor in kept.items():
             torch.testing.assert_close(tensor, expected[name].detach(), rtol=1e-12, atol=1e-14)

@@ -202,8 +202,9 @@ class _Decoder:
             return array.copy() if kind == "$array" else array[()]
         if kind == "$sparse":
             indices, values = self.decoded(of)
-            shape, coalesced = about["shape"], about["coalesced"]
-            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced)
+            return torch.sparse_coo_tensor(
+                indices, values, about["shape"], is_coalesced=about["coalesced"], check_invariants=True
+            )
         raise ValueError(f"{kind!r} is no kind of value")
 
     def _tensor(self, name: str, about: Mapping[str, Any]) -> Tensor:

@@ -78,7 +78,7 @@ def snapshot(
         "device": state.device.type,
         "parameters": parameters,
         "moving": now,
-        "optimizer": _optimizer_tree(state.optimizer, names),
+        "optimizer": _optimizer_tree(state, names),
         "scheduler": scheduler,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "hooks": {type(h).__name__: h.state_dict() for h in hooks if isinstance(h, Stateful)},
@@ -180,18 +180,25 @@ def _without_functions(tree: Tree) -> Tree:
     return {key: value for key, value in tree.items() if not callable(value)}
 
 
-def _optimizer_tree(optimizer: Optimizer, names: Mapping[Any, str]) -> Tree:
+def _optimizer_tree(state: TrainState, names: Mapping[Any, str]) -> Tree:
     """Return an optimizer's state and groups by parameter name.
 
     Directly, since `load_state_dict` would cast the state to the parameters' type; one with a
     `state_dict` of its own knows more than these, and is taken by its word.
     """
+    optimizer = state.optimizer
     tree: Tree = {"attributes": plain_attributes(optimizer), "groups": [], "own": None}
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         plain = {key: value for key, value in _without_functions(group).items() if key != "params"}
+        if state.rates is not None:
+            plain["lr"] = state.rates[number]
         tree["groups"].append({"params": [names[p] for p in group["params"]], "values": plain})
     if type(optimizer).state_dict is not Optimizer.state_dict:
-        return tree | {"own": optimizer.state_dict()}
+        own = optimizer.state_dict()
+        if state.rates is not None:
+            for group, rate in zip(own.get("param_groups", ()), state.rates, strict=False):
+                group["lr"] = rate
+        return tree | {"own": own}
     tree["state"] = {names[key]: of for key, of in optimizer.state.items() if key in names}
     tree["others"] = {key: of for key, of in optimizer.state.items() if key not in names}
     return tree
