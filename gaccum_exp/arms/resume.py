@@ -7,6 +7,7 @@ asked before the command has a folder of its own, or torch.
 """
 
 import copy
+import fnmatch
 import importlib.metadata
 import os
 import platform
@@ -106,7 +107,7 @@ def of_command(config: DictConfig) -> Resumed | None:
     asked = str(config.resume)
     if asked == NEVER or config.task != "train":
         return None
-    settings: Settings | None = None
+    wanted: Wanted | None = None
     if asked != AUTO:
         try:
             return _named(config, asked, _validated(config))
@@ -114,13 +115,13 @@ def of_command(config: DictConfig) -> Resumed | None:
             raise BadInputError(f"resume={asked}: {first_line(error)}") from error
     controls = bool(config.audit.controls)
     for folder in _folders(config)[:LOOKED_THROUGH]:
-        if not any(_may_go_on(path, controls) for path in folder.glob(PATTERN)):
+        if not any(_may_go_on(path, controls) for path in _journals(folder)):
             continue
         try:
-            settings = settings or _validated(config)
+            wanted = wanted or Wanted(_validated(config))
         except Exception:  # whoever runs it says what is wrong with it
             return None
-        resumed = in_folder(folder, settings)
+        resumed = _taken(folder, wanted)
         if resumed is not None:
             return resumed
     return None
@@ -135,7 +136,11 @@ def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> 
         sweep_id: of the sweep whose arm it is, and then also one that has finished, which is not to be
             trained a second time; None: of any command.
     """
-    left = _unfinished(folder, settings, sweep_id)
+    return _taken(folder, Wanted(settings), sweep_id)
+
+
+def _taken(folder: Path, wanted: "Wanted", sweep_id: str | None = None) -> Resumed | None:
+    left = _unfinished(folder, wanted, sweep_id)
     if left is None:
         return None
     if left.status is None and (host := last_host(left.path)) != platform.node():
@@ -146,7 +151,7 @@ def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> 
     lock = _lock_of(left)
     if lock is None:
         return None
-    now = _unfinished(folder, settings, sweep_id)  # since another process may have gone on with it
+    now = _unfinished(folder, wanted, sweep_id)  # since another process may have gone on with it
     if now is None or now.path != left.path:
         lock.release()
         return None
@@ -174,7 +179,7 @@ def take(left: Left) -> Resumed:
 def runs_in(folder: Path) -> list[Left]:
     """Return the runs whose journals lie in a folder, the newest first."""
     found = []
-    for path in folder.absolute().glob(PATTERN):
+    for path in _journals(folder.absolute()):
         store, begin = beginning(path)
         if begin and begin["params"]:  # else it is a report, or was refused
             found.append(Left(path, store, begin, _status(path)))
@@ -200,12 +205,35 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def _unfinished(folder: Path, settings: Settings, sweep_id: str | None) -> Left | None:
+class Wanted:
+    """The configuration whose run is looked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._values = _mattering(settings.flat(), settings.sweep_id)
+        self._values["version.gaccum_exp"] = version_of("gaccum_exp")
+
+    def differing(self, run: Left) -> dict[str, tuple[str, str]]:
+        """Return the keys that matter and differ, each with the run's value and the wanted one."""
+        theirs, ours = _mattering(run.params, run.sweep_id), dict(self._values)
+        theirs["version.gaccum_exp"] = run.begin["tags"].get("version.gaccum_exp", "")
+        if self.settings.chooses_accum_steps:
+            for key in ("accum.steps", "data.micro_batch_size"):
+                ours[key] = theirs.get(key, "") if run.chose_accum_steps else "auto"
+        none = "not there"
+        return {
+            key: (theirs.get(key, none), ours.get(key, none))
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        }
+
+
+def _unfinished(folder: Path, wanted: Wanted, sweep_id: str | None) -> Left | None:
     runs = runs_in(folder)
     for run in runs:
-        if sweep_id not in (None, run.sweep_id) or _differing(settings, run):
+        if sweep_id not in (None, run.sweep_id) or wanted.differing(run):
             continue
-        over = sweep_id is None and not _lacks_controls(run, runs, settings)
+        over = sweep_id is None and not _lacks_controls(run, runs, wanted.settings)
         if run.is_unfinished or (run.status == "FINISHED" and not over):
             return run
     return None
@@ -219,22 +247,6 @@ def _lacks_controls(run: Left, runs: list[Left], settings: Settings) -> bool:
     over = sum(not control.is_unfinished for control in of_run)
     # One whose memory ran out is no reference any more, and has none.
     return over < settings.audit.controls and b'"accum.steps_used"' not in run.path.read_bytes()
-
-
-def _differing(settings: Settings, run: Left) -> dict[str, tuple[str, str]]:
-    """Return the keys that matter and differ, each with the run's value and that of the settings."""
-    theirs, ours = _mattering(run.params, run.sweep_id), _mattering(settings.flat(), settings.sweep_id)
-    theirs["version.gaccum_exp"] = run.begin["tags"].get("version.gaccum_exp", "")
-    ours["version.gaccum_exp"] = version_of("gaccum_exp")
-    if settings.chooses_accum_steps:
-        for key in ("accum.steps", "data.micro_batch_size"):
-            ours[key] = theirs.get(key, "") if run.chose_accum_steps else "auto"
-    none = "not there"
-    return {
-        key: (theirs.get(key, none), ours.get(key, none))
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    }
 
 
 def _mattering(params: Mapping[str, Any], sweep_id: str) -> dict[str, str]:
@@ -257,7 +269,7 @@ def _named(config: DictConfig, asked: str, settings: Settings) -> Resumed:
         hint = nearest(asked, (AUTO, NEVER))
         raise BadInputError(f"resume={asked}: no such run: give the folder of one, or its id{hint}")
     run = runs[0]
-    differing = _differing(settings, run)
+    differing = Wanted(settings).differing(run)
     if settings.chooses_accum_steps:
         differing.pop("accum.steps", None)
     differing = {key: both for key, both in differing.items() if not key.startswith(SPLIT)}
@@ -308,6 +320,13 @@ def _beside(place: Path) -> Iterator[tuple[float, Path]]:
                     yield entry.stat().st_mtime, Path(entry.path)
     except OSError:  # there is no such place, or it is somebody else's
         return
+
+
+def _journals(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, PATTERN)]
+    except OSError:
+        return []
 
 
 def _may_go_on(path: Path, controls: bool) -> bool:

@@ -68,7 +68,7 @@ class Recorded:
                         self.seen[key].add(value)
                 elif record.get("kind") == "points":
                     for global_step, _, values in record["points"]:
-                        if LEARNING_RATE in values or not values:
+                        if not values or TRAIN_LOSS in values or LEARNING_RATE in values:
                             self.last_step = max(self.last_step, global_step)
                         for key, value in values.items():
                             column = self._points.setdefault(key, (array("q"), array("d")))
