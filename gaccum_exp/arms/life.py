@@ -189,19 +189,14 @@ class Life:
             restore(self._checkpoint, state, hooks)
         if audits.worst is None:
             audits.worst = audit_of(recorded.tags, state)
-        before = {left.params["accum.steps"], *recorded.seen["accum.steps_used"]}
+        before = left.params["accum.steps"]
         used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
-        if recorded.tags.get("accum.steps_used", left.params["accum.steps"]) != used:
+        if recorded.tags.get("accum.steps_used", before) != used:
             sizes = split_sizes(self.settings.data.global_batch_size, int(used))
             split = {"accum.steps_used": used, "micro_batch_sizes": ", ".join(map(str, sizes))}
             sink.describe(split | {"role": "candidate"})
-        here = device_tags(state.device) | environment_tags()
-        same = before == {used} and all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
-        if (
-            not same
-            or VECTORIZED in recorded.tags
-            or not (state.device.type == "cpu" or runtime.deterministic)
-        ):
+        same_n = {before, *recorded.seen["accum.steps_used"]} == {used}
+        if not (same_n and computes_alike(state, recorded)):
             coarser = runtime.tf32 or runtime.matmul_precision != "highest"
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
         step = f"{state.global_step} of {state.total_steps}"
@@ -292,6 +287,14 @@ class Life:
             log.error("%s: its outcome cannot be written (%s)", self.name, error)
 
 
+def computes_alike(state: TrainState, recorded: Recorded) -> bool:
+    """Whether a step gives the bits that it gave to all processes that have recorded a run before."""
+    here = device_tags(state.device) | environment_tags()
+    alike = all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
+    deterministic = state.device.type == "cpu" or state.settings.runtime.deterministic
+    return alike and deterministic and VECTORIZED not in recorded.tags
+
+
 @contextmanager
 def ends(*lives: Life) -> Iterator[None]:
     """End the lives that are not over, on an error or an interruption; raise only the latter again.
@@ -349,9 +352,9 @@ def run_arm(
         context: of its job.
         settings: what it is.
         stop: asked to end it.
-        resumed: the run to go on with; None: the arm's own that a sweep has left in the arm's folder.
+        resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
     """
-    if resumed is None and settings.resume != resume.NEVER and settings.task == "train":
+    if resumed is None and settings.task == "train":
         resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
     life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
     if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left

@@ -133,8 +133,8 @@ def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> 
     Args:
         folder: of runs' journals.
         settings: the configuration.
-        sweep_id: of the sweep whose arm it is, and then also one that has finished, which is not to be
-            trained a second time; None: of any command.
+        sweep_id: of the sweep whose arm it is, and then whatever has become of it: no sweep has an arm
+            twice; None: of any command.
     """
     return _taken(folder, Wanted(settings), sweep_id)
 
@@ -233,8 +233,8 @@ def _unfinished(folder: Path, wanted: Wanted, sweep_id: str | None) -> Left | No
     for run in runs:
         if sweep_id not in (None, run.sweep_id) or wanted.differing(run):
             continue
-        over = sweep_id is None and not _lacks_controls(run, runs, wanted.settings)
-        if run.is_unfinished or (run.status == "FINISHED" and not over):
+        has_controls = run.status != "FINISHED" or not _lacks_controls(run, runs, wanted.settings)
+        if sweep_id is not None or run.is_unfinished or not has_controls:
             return run
     return None
 

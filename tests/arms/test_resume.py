@@ -75,6 +75,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "start", start)
     monkeypatch.setattr(sinks, "DELIVERY_INTERVAL_S", -1.0)
     monkeypatch.setattr(resume, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(shipper, "LEFT_S", 0.1)
 
 
 def killed(program: Program, *arguments: str, at: int = 6, number: int = signal.SIGKILL) -> None:
@@ -166,24 +167,26 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
 
 
 @pytest.mark.parametrize(
-    ("how", "at"),
+    ("number", "at", "how"),
     [
         # Augmentation in data workers, a window that is carried over the epoch's end, momentum, audits.
-        (("+data.train.noise=0.5", "data.workers=1", "accum.partial_window=carry", "accum.steps=3",
-          "data.global_batch_size=7", "optimizer.momentum=0.9", "audit.every_steps=3"), 17),
+        (signal.SIGTERM, 17,
+         ("+data.train.noise=0.5", "data.workers=1", "accum.partial_window=carry", "accum.steps=3",
+          "data.global_batch_size=7", "optimizer.momentum=0.9", "audit.every_steps=3")),
         # A loss scale that sinks until gradients are finite, a schedule, clipping.
-        (("runtime.precision=fp16", "model._target_=tests.arms.test_resume.Steep", "accum.steps=2",
-          "scheduler=cosine", "accum.max_grad_norm=0.5", "+criterion.label_smoothing=0.1"), 13),
+        (signal.SIGKILL, 13,
+         ("runtime.precision=fp16", "model._target_=tests.arms.test_resume.Steep", "accum.steps=2",
+          "scheduler=cosine", "accum.max_grad_norm=0.5", "+criterion.label_smoothing=0.1")),
         # A batch that grows, windows in which nothing counts, Adam, dropout.
-        (("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
+        (signal.SIGTERM, 9,
+         ("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
           "accum.steps=null", "data.train._target_=tests.strangers.Ignored", "optimizer=adamw",
-          "+model.dropout=0.5", "accum.reduction=sum"), 9),
+          "+model.dropout=0.5", "accum.reduction=sum")),
     ],
     ids=["workers and audits", "fp16 and skipped windows", "a growing batch"],
 )  # fmt: skip
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_gives_the_bits_of_an_undisturbed_run(
-    program: Program, how: tuple[str, ...], at: int, number: int
+    program: Program, number: int, at: int, how: tuple[str, ...]
 ) -> None:
     """Whatever a training consists of: killed on the spot, or by a signal inside a window."""
     command = (*ARMS, "checkpoint.every_steps=2", *how)
@@ -205,7 +208,7 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
     """The command is named that goes on; with resume=never the same one would not."""
     killed(program, *ARMS, "resume=never", number=signal.SIGTERM)
     (folder,) = folders(program)
-    said = f"goes on: python -m gaccum_exp {' '.join(ARMS)}"
+    said = f"gaccum_exp: the same command goes on: python -m gaccum_exp {' '.join(ARMS)}"
     assert said in " ".join(capfd.readouterr().err.split())
     assert program(*ARMS).status == 0
     assert folders(program) == [folder]
@@ -295,6 +298,10 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found_in(tmp_path) is None
     assert found_in(tmp_path / "nowhere") is None
     assert found_in(tmp_path) is None
+    of_sweep = resume.in_folder(tmp_path, settings(*ARMS, "sweep_id=old"), "old")
+    assert of_sweep is not None, "whatever has become of an arm, its sweep goes on with it"
+    assert of_sweep.left.status == "FAILED"
+    of_sweep.lock.release()
     killed_first = left_in(tmp_path)
     assert found_in(tmp_path) == killed_first
     without_end = left_in(tmp_path, status=None)
