@@ -7,15 +7,16 @@ from pathlib import Path
 from experiments.durability.tries import Options, Result, folders_of
 
 EVERY = 50
-ROUNDS = 7
+ROUNDS = 5
 LIMIT = 1.05
 """Times the time without, for models whose windows take more than a few milliseconds."""
 MODELS = {
-    "MLP": ("model=mlp", 600),
-    "CNN": ("model=cnn", 200),
+    "MLP": ("model=mlp", 1000),
+    "CNN": ("model=cnn data.global_batch_size=64", 300),
     "GPT": (
-        "model=gpt data=text data.global_batch_size=16 criterion=token_cross_entropy optimizer=adamw",
-        150,
+        "model=gpt data=text data.context=64 data.global_batch_size=8 criterion=token_cross_entropy "
+        "optimizer=adamw",
+        200,
     ),
 }
 """Overrides, and how many windows are trained at a time."""

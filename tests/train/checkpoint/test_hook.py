@@ -66,10 +66,12 @@ def test_they_are_taken_every_so_many_steps_and_the_newest_are_kept(tmp_path: Pa
     assert noted.seen[8] == ["step-00000006", "step-00000008"]
 
 
-def test_one_of_any_place_is_gone_on_from(tmp_path: Path) -> None:
-    """From the end of a window, as after a kill -9: bit for bit."""
-    whole = Training(*EVERY_2).train()
-    training = Training(*EVERY_2, folder=tmp_path)
+@pytest.mark.parametrize("model", ["strangers.Net", "train.checkpoint.test_snapshot.Moody"])
+def test_the_end_of_a_window_is_gone_on_from(tmp_path: Path, model: str) -> None:
+    """As after a kill -9: bit for bit, whatever state the model keeps."""
+    of = (*EVERY_2, f"model._target_=tests.{model}")
+    whole = Training(*of).train()
+    training = Training(*of, folder=tmp_path)
 
     class Killed(Hook):
         def before(self, state: Any, window: Any) -> None:
@@ -79,7 +81,7 @@ def test_one_of_any_place_is_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         training.train(Killed())
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
-    again, _ = gone_on(tmp_path, *EVERY_2)
+    again, _ = gone_on(tmp_path, *of)
     assert torch.equal(again.weights, whole.weights)
     assert {**training.curves, **again.curves} == whole.curves
 

@@ -161,11 +161,11 @@ def test_a_window_that_cannot_go_on_begins_again(tmp_path: Path, overrides: tupl
     of = (*POINTS, *overrides, f"model._target_={HERE}.Counting")
     whole = Training(*of).train()
     assert_the_same(tmp_path, (3, 2), whole, *of)
-    assert newest(tmp_path) is None or newest(tmp_path).name == "step-00000003"  # type: ignore[union-attr]  # it is one
+    assert newest(tmp_path) == tmp_path / "step-00000003"
 
 
 class Counting(Net):
-    """Its passes move a buffer that its later outputs depend on, all samples alike."""
+    """Its passes with a graph move a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,10 +173,8 @@ class Counting(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 2) -> logits (batch, 3)."""
-        scale = 1 + 0.01 * self.passes.clone()
-        if self.training and torch.is_grad_enabled():
-            self.passes += 1
-        return super().forward(x) * scale if self.passes < 0 else super().forward(x) * 1.0
+        self.passes += self.training and torch.is_grad_enabled()
+        return super().forward(x)
 
 
 @pytest.mark.parametrize("n", [2, 16, 1])
