@@ -413,10 +413,17 @@ def test_another_n_is_the_same_run_where_it_is_named(program: Program) -> None:
 
 def test_n_that_was_chosen_stays(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would fit today."""
-    killed(program, *ARMS, "accum.steps=auto")
+    monkeypatch.setattr(
+        plan, "with_fitting_accum_steps", lambda own, loaded: (own.with_accum_steps(2), "2 fits")
+    )
+    killed(program, *ARMS, "accum.steps=auto", at=12)
     monkeypatch.setattr(plan, "with_fitting_accum_steps", None)
-    assert program(*ARMS, "accum.steps=auto").status == 0
-    assert len(folders(program)) == 1
+    done = program(*ARMS, "accum.steps=auto")
+    assert done.status == 0
+    assert any("are equal bit for bit" in line for line in done.lines)
+    (run,) = program.arms()
+    assert (len(folders(program)), run.accum_steps) == (1, 2)
+    assert "accum.steps_used" not in run.tags
 
 
 def test_other_data_are_refused_and_leave_the_run_as_it_was(
@@ -478,6 +485,11 @@ def test_controls_are_trained_that_were_not_and_none_twice(program: Program) -> 
     assert folders(program) == [folder]
     assert curves(program) == expected
     assert [run["status"] for run in expected] == ["FINISHED"] * 4
+    went_on = {
+        path.stem: sum(record["kind"] == "resume" for record in read_journal(path)[0])
+        for path in (program.folder / "outputs" / folder).glob("journal*.jsonl")
+    }
+    assert went_on == {"journal": 0, "journal-2": 0, "journal-3": 1, "journal-4": 0}
     assert program(*command).status == 0
     assert len(folders(program)) == 2
 
