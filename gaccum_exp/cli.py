@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import platform
+import shlex
 import sys
 import uuid
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from gaccum_exp.arms.settle import close_without_report, record_report, say_wher
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.tracking.journal import PATTERN
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -111,13 +113,30 @@ def _run(given: list[str], stop: Stop) -> int:
         print(f"gaccum_exp: {line}", file=sys.stderr)
         status = BAD_INPUT
     finally:
+        if command.resumed is not None:
+            command.resumed.lock.release()
         current_command.reset(token)
         config.register()  # without this command's id
         stop.before_raising = None
     if stop.asked is not None:
         status, interrupted = stop.asked.status, stop.asked.reason
         stop.followed()
-    return _end(command, status, interrupted)
+    status = _end(command, status, interrupted)
+    if interrupted is not None:
+        _say_what_goes_on(command, given)
+    return status
+
+
+def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
+    """Name the command that goes on with a run that was interrupted: the same one."""
+    launch = command.launch
+    if launch is None or launch.multirun or not any(launch.folder.glob(PATTERN)):
+        return
+    ended = read_outcomes(launch.folder, launch.sweep_id).get(launch.folder)
+    if ended is not None and (ended.status, ended.task) == ("KILLED", "train"):
+        arguments = [argument for argument in given if argument != "resume=never"]
+        line = shlex.join(["python", "-m", "gaccum_exp", *arguments])
+        print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 
 
 def _place(argument: str) -> int:
@@ -156,7 +175,8 @@ def task(cfg: DictConfig) -> float | None:
     from gaccum_exp.arms.life import run_arm
 
     assert command is not None
-    outcome = command.outcomes[context.folder] = run_arm(context, settings, command.stop)
+    outcome = run_arm(context, settings, command.stop, command.resumed)
+    command.outcomes[context.folder] = outcome
     return outcome.objective
 
 

@@ -359,10 +359,10 @@ def test_fingerprinting_data_leaves_the_generators_alone(program: Program) -> No
     torch.manual_seed(5)
     random.seed(5)
     states = torch.get_rng_state(), random.getstate()
-    first = dataset_records(experiment)
+    first = dataset_records(experiment.settings, experiment)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert dataset_records(experiment) == first
+    assert dataset_records(experiment.settings, experiment) == first
 
 
 class Stepped(torch.optim.SGD):

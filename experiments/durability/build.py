@@ -20,6 +20,7 @@ from experiments.durability import (
     checkpoint_cost,
     checkpoints,
     disk,
+    going_on,
     kills,
     long_run,
     misbehaviour,
@@ -36,6 +37,8 @@ MEASURED = HERE / "measured.json"
 PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     "training": ("kill -9 of the training", kills.training),
     "helper": ("kill -9 of the helper, of both, of the server", kills.helper),
+    "resume": ("kill -9, then the same command", going_on.resume),
+    "resume_n": ("killed inside a window at N = 8, continued at N = 4, 16, 1", going_on.resume_n),
     "proxy": ("a proxy that delays, drops, cuts, answers 429, 500, 503", network.network),
     "disk": ("disk full, folders removed", disk.disk),
     "torn": ("journals torn at every byte, bits flipped", torn.torn),

@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from gaccum_exp.arms import resume
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config.schema import conf_dir
@@ -44,7 +45,10 @@ class SweepStart(Callback):
         """Note a single run, and start the process that will record it."""
         with _refusing():
             _decide_where(config)
-        _note_launch(config, Path(config.hydra.run.dir), multirun=False)
+            resumed = resume.of_command(config)
+        if resumed is not None:
+            resume.go_on_there(config, resumed)
+        _note_launch(config, Path(config.hydra.run.dir), multirun=False, resumed=resumed)
         start_helper()
         _have_left_runs_delivered(config)
 
@@ -58,6 +62,10 @@ class SweepStart(Callback):
         listed = ",".join(f"'{o.get_key_element().lstrip('+')}'" for o in swept)
         with _refusing():
             _refuse_passwords(config, kwargs["config_name"], overrides)
+            if config.resume not in (resume.AUTO, resume.NEVER):
+                raise BadInputError(
+                    f"resume={config.resume}: names one run, and not the arms of a sweep"
+                )
             self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
@@ -127,9 +135,12 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
+def _note_launch(
+    config: DictConfig, folder: Path, *, multirun: bool, resumed: resume.Resumed | None = None
+) -> None:
     command = current_command.get()
     if command is not None:
+        command.resumed = resumed
         command.launch = Launch(
             folder=folder.absolute(),
             sweep_id=str(config.sweep_id),

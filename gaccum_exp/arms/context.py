@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gaccum_exp.arms.outcome import Outcome
+from gaccum_exp.arms.resume import Resumed
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.train.stopping import Stop
@@ -104,6 +105,8 @@ class Command:
     """Asked to end it."""
     launch: Launch | None = None
     """Noted by the callback, once Hydra has composed the configuration."""
+    resumed: Resumed | None = None
+    """The run that a single run goes on with."""
     journal: Journal | None = None
     """Of a sweep: its report is recorded there, as a run of its own."""
     outcomes: dict[Path, Outcome] = field(default_factory=dict)

@@ -19,9 +19,17 @@ from omegaconf import OmegaConf
 
 from gaccum_exp.arms import audits as audit_files
 from gaccum_exp.arms import plan as planning
+from gaccum_exp.arms import resume
 from gaccum_exp.arms.context import ArmContext, given_name, name_of
 from gaccum_exp.arms.outcome import Outcome
-from gaccum_exp.arms.provenance import dataset_records, device_tags, environment_tags
+from gaccum_exp.arms.provenance import (
+    DECISIVE,
+    DIGEST,
+    dataset_records,
+    device_tags,
+    digest_of,
+    environment_tags,
+)
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, TrackingError, text_of
@@ -31,20 +39,25 @@ from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
 from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
-from gaccum_exp.train.audits import WindowAudits, telling_window
+from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.checkpoint import files
 from gaccum_exp.train.checkpoint.hook import FOLDER
+from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.datasets import DatasetCache
 from gaccum_exp.train.final_weights import criterion_weights_of, weights_of
+from gaccum_exp.train.hooks import Hooks
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, worker_was_ended, workers_silenced
 
 log = logging.getLogger(__name__)
-EXPECTED = (BadInputError, NonFiniteLossError, TrackingError)
+EXPECTED = (BadInputError, NonFiniteLossError, TrackingError, UnequalError)
 """Errors whose message says all, as against faults of the program's or the user's code."""
+VECTORIZED = "vectorized"
+"""The tag of a run that was trained together with others."""
 
 
 class Life:
@@ -56,6 +69,7 @@ class Life:
         control_of: the name of the arm that it is a control of. A control's end does not count for its
             arm: nothing is written to the folder, and a failure is a warning.
         stop: asked to end it.
+        resumed: the run that it goes on with; None: it begins one.
     """
 
     def __init__(
@@ -64,17 +78,27 @@ class Life:
         settings: Settings,
         control_of: str | None = None,
         stop: Stop = NEVER,
+        resumed: resume.Resumed | None = None,
     ) -> None:
-        self.context, self.settings, self.control_of = context, settings, control_of
-        self.stop = stop
+        self.context, self.control_of, self.stop, self.resumed = context, control_of, stop, resumed
+        self.settings = settings if resumed is None else resumed.settings(settings)
         self.outcome: Outcome | None = None
         """How it ended; None: it is not over."""
         self._sink: JournalSink | None = None
+        self._recorded: Recorded | None = None
+        """What the journal of a run that goes on told, once it was read."""
+        self._checkpoint: Path | None = None
+        """Of a run that goes on, where from; None: from its beginning."""
 
     @property
     def name(self) -> str:
         """What differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
         return name_of(self.context, self.settings, self.control_of)
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether its windows had to be split finer than was asked for."""
+        return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
 
     @property
     def sink(self) -> JournalSink:
@@ -88,8 +112,20 @@ class Life:
         return self.sink.journal.file_path(FOLDER)
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
-        """Begin the run's journal with its parameters, its configuration, its tags and these."""
+        """Begin the run's journal with its parameters, its configuration, its tags and these.
+
+        That of a run that goes on has them, and says that it goes on.
+        """
         settings, context = self.settings, self.context
+        if self.resumed is not None:
+            path = self.resumed.left.path
+            recorded = self._recorded or Recorded(path)
+            journal = Journal.going_on(path, self.resumed.lock)
+            # What a machine that was switched off has forgotten of the journal is trained again.
+            self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
+            place = None if self._checkpoint is None else files.place_of(self._checkpoint)
+            self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
+            return
         sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
             "sweep_id": settings.sweep_id,
@@ -119,12 +155,53 @@ class Life:
         )
         self._sink = JournalSink(journal)
 
-    def describe(self, state: TrainState) -> None:
-        """Record what was built: its device, and its data."""
-        records = dataset_records(state)
-        digests = {"data_digest": " ".join(record.digest for record in records)}
-        self.sink.describe(device_tags(state.device) | digests)
+    def describe(self, loaded: TrainingData | TrainState) -> None:
+        """Record what it is made of: its device, and its data."""
+        records, own = dataset_records(self.settings, loaded), device_tags(loaded.device)
+        own[DIGEST] = digest_of(records)
+        if self.resumed is not None:
+            own |= environment_tags()
+        self.sink.describe(own)
         self.sink.log_datasets(records)
+
+    def require_same_data(self, loaded: TrainingData) -> None:
+        """Refuse to go on with other data than the run was begun with; its journal stays as it is."""
+        if self.resumed is None:
+            return
+        left = self.resumed.left
+        self._recorded = Recorded(left.path)
+        before = self._recorded.tags.get(DIGEST)
+        now = digest_of(dataset_records(self.settings, loaded))
+        if before not in (None, now):
+            raise BadInputError(
+                f"{left.told} does not go on: its data were {before}, and are {now}; "
+                "resume=never begins another run"
+            )
+
+    def restore(self, state: TrainState, hooks: Hooks, audits: WindowAudits) -> None:
+        """Bring a training that goes on to where it was, and say from where."""
+        if self.resumed is None:
+            return
+        sink, left, runtime = self.sink, self.resumed.left, self.settings.runtime
+        assert isinstance(sink, ResumedSink)
+        recorded = sink.recorded
+        if self._checkpoint is not None:
+            restore(self._checkpoint, state, hooks)
+        if audits.worst is None:
+            audits.worst = audit_of(recorded.tags, state)
+        before = left.params["accum.steps"]
+        used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
+        if recorded.tags.get("accum.steps_used", before) != used:
+            sizes = split_sizes(self.settings.data.global_batch_size, int(used))
+            split = {"accum.steps_used": used, "micro_batch_sizes": ", ".join(map(str, sizes))}
+            sink.describe(split | {"role": "candidate"})
+        same_n = {before, *recorded.seen["accum.steps_used"]} == {used}
+        if not (same_n and computes_alike(state, recorded)):
+            coarser = runtime.tf32 or runtime.matmul_precision != "highest"
+            sink.expect_rounding("fp16" if coarser else self.settings.precision)
+        step = f"{state.global_step} of {state.total_steps}"
+        done = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
+        log.info("goes on with %s, from step %s%s", left.told, step, done)
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
@@ -143,9 +220,19 @@ class Life:
         Args:
             verdict: of the worst window audited.
         """
-        self.sink.close("FINISHED")
+        sink = self.sink
+        sink.close("FINISHED")
         files.remove(self.checkpoints)
-        last = self.sink.last
+        if isinstance(sink, ResumedSink) and sink.compared:
+            log.info("%d steps were taken again, and are equal %s", len(sink.compared), sink.how_equal)
+        self._finished(sink.last, verdict)
+
+    def had_finished(self, journal: Path) -> None:
+        """Take it as finished, as its journal has it."""
+        recorded = Recorded(journal)
+        self._finished(recorded.last, recorded.tags.get("verdict"))
+
+    def _finished(self, last: Mapping[str, float], verdict: str | None) -> None:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
         self._end("FINISHED", verdict=verdict, objective=objective)
 
@@ -180,6 +267,8 @@ class Life:
 
     def _abandon(self, status: str, reason: str) -> None:
         if self._sink is None:
+            if self.resumed is not None:
+                self.resumed.lock.release()
             return
         try:
             self._sink.close(status, reason)
@@ -196,6 +285,14 @@ class Life:
             outcome.write(self.context.folder)
         except OSError as error:  # whoever waits for it is told, too
             log.error("%s: its outcome cannot be written (%s)", self.name, error)
+
+
+def computes_alike(state: TrainState, recorded: Recorded) -> bool:
+    """Whether a step gives the bits that it gave to all processes that have recorded a run before."""
+    here = device_tags(state.device) | environment_tags()
+    alike = all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
+    deterministic = state.device.type == "cpu" or state.settings.runtime.deterministic
+    return alike and deterministic and VECTORIZED not in recorded.tags
 
 
 @contextmanager
@@ -246,11 +343,31 @@ def set_process_settings(settings: tuple[int, str, bool, bool]) -> None:
 BEFORE_ANY_ARM = process_settings()
 
 
-def run_arm(context: ArmContext, settings: Settings, stop: Stop = NEVER) -> Outcome:
-    """Run one arm and return how it ended; only an interruption is raised again."""
-    life, loaded, tags = Life(context, settings, stop=stop), None, {}
+def run_arm(
+    context: ArmContext, settings: Settings, stop: Stop = NEVER, resumed: resume.Resumed | None = None
+) -> Outcome:
+    """Run one arm, or go on with it, and return how it ended; only an interruption is raised again.
+
+    Args:
+        context: of its job.
+        settings: what it is.
+        stop: asked to end it.
+        resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
+    """
+    if resumed is None and settings.task == "train":
+        resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
+    life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
+    if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
+        life.had_finished(resumed.left.path)
+        resumed.lock.release()
+        train_controls(life)
+        assert life.outcome is not None
+        return life.outcome
     with ends(life):
-        if settings.chooses_accum_steps and settings.task != "plan":
+        if resumed is not None:
+            loaded = _load(life)
+            life.require_same_data(loaded)
+        elif settings.chooses_accum_steps and settings.task != "plan":
             try:
                 with stop.at_once():
                     loaded = load(settings, shared_data(settings.sweep_id))
@@ -289,6 +406,7 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
             state, sink, progress,
             budget_bytes=budget, stop=life.stop, checkpoints=life.checkpoints,
         )  # fmt: skip
+        life.restore(state, hooks, audits)
         train(state, hooks)
     life.keep_weights(state)
     predicted = predicted or planning.predicted_peak(settings, loaded)
@@ -338,20 +456,33 @@ def train_controls(arm: Life) -> None:
     if arm.outcome is None or arm.outcome.status != "FINISHED" or settings.task != "train":
         return
     # Where memory ran out, it did not stay in one pass.
-    if settings.accum_steps != 1 or metrics.ACCUM_STEPS_NOW in arm.sink.last:
+    if settings.accum_steps != 1 or arm.ran_out_of_memory:
         return
     for number in range(1, settings.audit.controls + 1):
         arm.stop.look()
+        left = None
+        if arm.resumed is not None:
+            left = resume.control_in(context.folder, settings.sweep_id, number)
+        if left is not None and not left.is_unfinished:
+            continue
         of_control = context.with_values({"audit.control_seed": number})
-        _train_control(Life(of_control, settings.as_control(number), arm.name, arm.stop))
+        own, resumed = settings.as_control(number), None if left is None else resume.take(left)
+        _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
 
 
 def _train_control(life: Life) -> None:
     with ends(life):
+        loaded = None
+        if life.resumed is not None:
+            loaded = _load(life)
+            life.require_same_data(loaded)
         life.begin()
-        state = _build(life, _load(life))
+        state = _build(life, _load(life, loaded))
         with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
-            hooks, _ = hooks_of(state, life.sink, progress, stop=life.stop, checkpoints=life.checkpoints)
+            hooks, audits = hooks_of(
+                state, life.sink, progress, stop=life.stop, checkpoints=life.checkpoints
+            )
+            life.restore(state, hooks, audits)
             train(state, hooks)
         life.keep_weights(state)
         life.finish(None)
@@ -424,7 +555,7 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
     """Build what a run trains or audits, and describe it; wait until the run has begun in the store."""
     with life.stop.at_once():
         state = build(life.settings, loaded)
-    life.describe(state)
+    life.describe(loaded)
     with life.stop.at_once():
         life.sink.ready()
     if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms

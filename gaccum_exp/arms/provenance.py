@@ -1,32 +1,34 @@
 """The provenance of a result: commit, versions, machine, data."""
 
 import hashlib
-import importlib.metadata
 import platform
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from gaccum_exp.arms.resume import version_of
+from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.seeding import random_state_kept, seed_host
 from gaccum_exp.tracking.records import DatasetRecord
+from gaccum_exp.train.build import TrainingData
 from gaccum_exp.train.state import TrainState
 
+DIGEST = "data_digest"
+"""The tag that tells the data of a run."""
+DECISIVE = ("host", "device", "threads", "version.torch", "version.numpy")
+"""Tags without which a run computed again need not give the same bits."""
 PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
 
 
 def environment_tags() -> dict[str, str]:
     """Return the tags that every run of this process shares: host, commit, versions."""
     tags = {"host": platform.node(), "python": platform.python_version(), "git_commit": git_commit()}
-    for package in PACKAGES:
-        try:
-            tags[f"version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            tags[f"version.{package}"] = "not installed"
-    return tags
+    return tags | {f"version.{package}": version_of(package) for package in PACKAGES}
 
 
 def device_tags(device: torch.device) -> dict[str, str]:
@@ -37,12 +39,12 @@ def device_tags(device: torch.device) -> dict[str, str]:
     return {"device": name, "threads": str(torch.get_num_threads())}
 
 
-def dataset_records(state: TrainState) -> list[DatasetRecord]:
+def dataset_records(settings: Settings, loaded: TrainingData | TrainState) -> list[DatasetRecord]:
     """Return a record of each data set that a run is fed."""
-    data = state.settings.data
-    sets = [("training", state.train_data, data.train)]
-    if state.eval_data is not None and data.eval is not None:
-        sets.append(("evaluation", state.eval_data, data.eval))
+    data = settings.data
+    sets = [("training", loaded.train_data, data.train)]
+    if loaded.eval_data is not None and data.eval is not None:
+        sets.append(("evaluation", loaded.eval_data, data.eval))
     return [
         DatasetRecord(
             name=str(node["_target_"]),
@@ -52,6 +54,11 @@ def dataset_records(state: TrainState) -> list[DatasetRecord]:
         )
         for context, dataset, node in sets
     ]
+
+
+def digest_of(records: Sequence[DatasetRecord]) -> str:
+    """Return the fingerprints of all data sets of a run, as its tag has them."""
+    return " ".join(record.digest for record in records)
 
 
 def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
@@ -68,7 +75,9 @@ def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
     with random_state_kept():
         seed_host(0)  # so that random augmentation does not change it
         ends = dataset[0], dataset[size - 1]
-    digest.update(repr((sorted(node.items()), size, *ends)).encode())
+    # Where an object lies in memory is said of it by default, and is no part of it.
+    told = re.sub(r" at 0x[0-9a-f]+", "", repr((sorted(node.items()), size, *ends)))
+    digest.update(told.encode())
     return digest.hexdigest()
 
 

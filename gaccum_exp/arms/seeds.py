@@ -11,6 +11,7 @@ from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms.child import Ended
 from gaccum_exp.arms.context import ArmContext, contexts_of_seeds
 from gaccum_exp.arms.life import (
+    VECTORIZED,
     Life,
     clear,
     ends,
@@ -20,6 +21,7 @@ from gaccum_exp.arms.life import (
     shared_data,
     train_controls,
 )
+from gaccum_exp.arms.resume import runs_in
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.errors import BadInputError
@@ -32,8 +34,6 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import Stop
 
 log = logging.getLogger(__name__)
-VECTORIZED = "vectorized"
-"""The tag of a run that was trained together with others."""
 
 
 def run_job(context: ArmContext, stop: Stop) -> Ended:
@@ -54,6 +54,8 @@ def run_job(context: ArmContext, stop: Stop) -> Ended:
 def run_seeds(context: ArmContext, stop: Stop) -> Ended:
     """Run the arm of every seed in `sweep.seeds` as one, where that is sound."""
     contexts = contexts_of_seeds(context)
+    if any(run.sweep_id == one.sweep_id for one in contexts for run in runs_in(one.folder)):
+        return Ended(apart=True)  # each goes on from where it is
     settings = [config.validate(one.config) for one in contexts]
     lives = [Life(one, own, stop=stop) for one, own in zip(contexts, settings, strict=True)]
     try:

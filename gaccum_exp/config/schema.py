@@ -178,6 +178,8 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     task: str = "train"
     seed: int = 0
+    resume: str = "auto"
+    """auto (go on with this configuration's newest unfinished run) | never | a run's folder or id"""
     sweep_id: str = "none"
 
 
@@ -202,6 +204,7 @@ class Settings:
     sweep: SweepConfig
     task: str
     seed: int
+    resume: str
     sweep_id: str
     stages: tuple[AccumStage, ...]
     """N and the global batch over training: one stage, or those of accum.schedule."""
@@ -332,6 +335,8 @@ def _check_values(config: Config) -> None:
         raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
     if budget is not None and not budget > 0:
         raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
+    if not config.resume.strip():
+        raise BadInputError("resume=: must be auto, never, or the folder or the id of a run")
     minutes = config.checkpoint.every_minutes
     if minutes is not None and not 0 < minutes < math.inf:
         raise BadInputError(

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from gaccum_exp.tracking.journal import whole_size
+
 
 @dataclass(slots=True)
 class Delivered:
@@ -26,15 +28,17 @@ class Delivered:
     run_id: str | None = None
     experiment_id: str | None = None
     settled: bool = False
-    """Whether the run has ended, in the store too."""
+    """Whether the run has ended, in the store too: not where it goes on since."""
 
     @classmethod
     def of(cls, journal: Path) -> "Delivered":
         """Read what stands beside a journal; what cannot be read is nothing."""
         try:
-            return cls(**json.loads(_path(journal).read_text()))
+            known = cls(**json.loads(_path(journal).read_text()))
         except (OSError, ValueError, TypeError):
             return cls()
+        known.settled = known.settled and whole_size(journal) <= known.offset
+        return known
 
     def write(self, journal: Path) -> None:
         """Write it beside the journal, at once or not at all.

@@ -15,7 +15,7 @@ from typing import Any
 
 from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, TrackingError
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Record, decoded, end_if_dead, now_ms
+from gaccum_exp.tracking.journal import Record, decoded, end_if_dead, last_host, now_ms, whole_size
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import DatasetRecord
@@ -145,8 +145,8 @@ class Delivery:
                 )  # fmt: skip
             case "begin":
                 self.name, self._token = record["name"], record["token"]
-            case "end":
-                self.has_end = True
+            case "end" | "resume":
+                self.has_end = record["kind"] == "end"
 
     def _known(self) -> Delivered:
         """Return what is known of it in this store; another one has nothing of it yet."""
@@ -155,12 +155,14 @@ class Delivery:
             return Delivered()
         if (known.uri, known.experiment_name) != (self._to.uri, self._to.experiment_name):
             return Delivered(uri=self._to.uri, experiment_name=self._to.experiment_name, creating=True)
+        if known.state == "refused":  # somebody may have mended what was wrong
+            known.state = "unknown"
         return known
 
     @property
     def foreign(self) -> bool:
         """Whether the run belongs to another host."""
-        return bool(self.owner) and self.owner["host"] != platform.node()
+        return bool(self.owner) and last_host(self.path) != platform.node()
 
     @property
     def due_s(self) -> float:
@@ -228,6 +230,8 @@ class Delivery:
             self._say(f"{self.name}: {error}")
             self.delivered.settled |= record["kind"] == "end"
         self.delivered.offset = end
+        if self.delivered.settled:  # unless the run goes on already
+            self.delivered.settled = whole_size(self.path) <= end
         return batch
 
     def _deliver(self, record: Record, to: _Attempts) -> None:
@@ -277,6 +281,8 @@ class Delivery:
                 store.log_file(run_id, path, record["name"])
             case "experiment_tags":
                 store.set_experiment_tags(record["tags"])
+            case "resume":
+                store.resume_run(run_id)
             case "end":
                 store.one_run(self._token, run_id)
                 store.end_run(run_id, record["status"], record["failure"], record["time_ms"])
@@ -287,7 +293,7 @@ class Delivery:
             return True
         dead = end_if_dead(self.path, "KILLED", "its process has ended", stale=stale)
         if dead and not self._begins:  # it had not begun: there is nothing to be ended
-            self.delivered.settled = True
+            self.delivered.settled, self.delivered.offset = True, whole_size(self.path)
             self._save()
         return dead
 
@@ -295,8 +301,11 @@ class Delivery:
         """Let another process deliver it; without its lock files where nothing is left to deliver."""
         self._file.close()
         if self.delivered.settled or not self.delivered.uri:
-            for path in (self.path.with_suffix(".lock"), self._delivery_lock):
-                path.unlink(missing_ok=True)
+            lock = FileLock.take(self.path.with_suffix(".lock"))
+            if lock is not None:  # else somebody goes on with the run
+                lock.path.unlink(missing_ok=True)
+                lock.release()
+            self._delivery_lock.unlink(missing_ok=True)
         self._lock.release()
 
     def _say(self, note: str) -> None:

@@ -11,13 +11,16 @@ with its `kind`:
     file             path (relative to the journal's folder), name
     experiment_tags  tags
     end              status, failure, time_ms
+    resume           host, boot, time_ms: another process goes on with the run, which has no end any more
 
 A reader drops a last line that is torn, and skips one that is damaged. While the training's process
-lives it holds the lock file beside the journal; who can take that lock knows that it is dead.
+lives it holds the lock file beside the journal; who can take that lock knows that it is dead. Who goes
+on with the run takes it.
 """
 
 import json
 import logging
+import mmap
 import os
 import platform
 import tempfile
@@ -35,6 +38,9 @@ from gaccum_exp.tracking.locks import FileLock
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
 PATTERN = "journal*.jsonl"
+NEW = os.O_CREAT | os.O_EXCL
+RESUME = b' {"kind":"resume",'
+"""In the line of such a record."""
 
 
 class Journal:
@@ -43,10 +49,10 @@ class Journal:
     What cannot be written, on a full disk, is kept for the next record, and said once.
     """
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    def __init__(self, path: Path, lock: FileLock, flags: int) -> None:
         self.path = path
         self._lock = lock
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o644)
         self._pending = bytearray()
         self._said: str | None = None
 
@@ -67,8 +73,21 @@ class Journal:
             if lock is not None:
                 break
             number += 1
-        journal = cls(path, lock)
+        journal = cls(path, lock, NEW)
         journal.append("store", uri=uri, experiment_name=experiment_name, folder=os.getcwd(), **owner())
+        return journal
+
+    @classmethod
+    def going_on(cls, path: Path, lock: FileLock) -> "Journal":
+        """Open the journal of a run that this process goes on with.
+
+        Args:
+            path: absolute.
+            lock: of the journal.
+        """
+        os.truncate(path, whole_size(path))  # what is torn of it was never recorded
+        journal = cls(path, lock, 0)
+        journal.append("resume", time_ms=now_ms(), **owner())
         return journal
 
     def begin(
@@ -136,7 +155,7 @@ class Journal:
         text = b"".join(os.pread(self._file, 1 << 20, start) for start in range(0, size, 1 << 20))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock.create(self.path.with_suffix(".lock"))
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | NEW, 0o644)
         log.warning("%s was removed: written again", self.path)
         if lock is not None:
             self._lock.release()
@@ -217,12 +236,31 @@ def _end_of_line(file: BinaryIO, before: int) -> int:
 
 def has_end(path: Path) -> bool:
     """Whether the last whole line of a journal is its end."""
+    return last_record(path).get("kind") == "end"
+
+
+def last_record(path: Path) -> Record:
+    """Return the record of the last whole line of a journal; empty where that is damaged."""
     with open(path, "rb") as file:
         end = _end_of_line(file, file.seek(0, os.SEEK_END))
         start = _end_of_line(file, max(0, end - 1))
         file.seek(start)
-        record = decoded(file.read(end - start).rstrip(b"\n"))
-    return record is not None and record["kind"] == "end"
+        return decoded(file.read(end - start).rstrip(b"\n")) or {}
+
+
+def last_host(path: Path) -> str | None:
+    """Return the host of the process that wrote a journal last: began it, or went on with it."""
+    found, _ = beginning(path)
+    if found:  # else it may be empty, which cannot be mapped
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            at = text.rfind(RESUME)
+            while at >= 0:
+                start = text.rfind(b"\n", 0, at) + 1
+                record = decoded(text[start : text.find(b"\n", at)])
+                if record is not None:
+                    return str(record["host"])
+                at = text.rfind(RESUME, 0, at)
+    return found.get("host")
 
 
 def can_write(folder: Path) -> bool:
@@ -284,7 +322,7 @@ def end_if_dead(path: Path, status: str, failure: str, *, stale: bool = False) -
     try:
         if has_end(path):
             return True
-        if beginning(path)[0].get("host") != platform.node() and not stale:
+        if last_host(path) != platform.node() and not stale:
             return False
         with open(path, "r+b", buffering=0) as file:
             whole = (

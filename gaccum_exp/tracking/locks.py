@@ -26,12 +26,15 @@ class FileLock:
     @classmethod
     def create(cls, path: Path) -> Self | None:
         """Create the file and hold its lock; None where there is such a file."""
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return None
-        fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        return cls(path, descriptor)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                return None
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            if _is_there(path, descriptor):
+                return cls(path, descriptor)
+            os.close(descriptor)
 
     @classmethod
     def take(cls, path: Path) -> Self | None:
@@ -42,13 +45,16 @@ class FileLock:
                 return None
         except FileNotFoundError:
             pass
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                return None
+            if _is_there(path, descriptor):
+                return cls(path, descriptor)
             os.close(descriptor)
-            return None
-        return cls(path, descriptor)
 
     def release(self) -> None:
         """Give the lock up."""
@@ -56,3 +62,11 @@ class FileLock:
             _held.pop(self._key, None)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Whether the file whose lock was had is that of the path: its last holder may have removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

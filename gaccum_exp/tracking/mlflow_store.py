@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from fcntl import LOCK_EX, lockf
 from pathlib import Path
@@ -171,6 +171,12 @@ class Store:
         if failure is not None:
             self.log_tags(run_id, {"failure": failure})
         _insist(self._client.set_terminated, run_id, status, end_time_ms)
+
+    def resume_run(self, run_id: str) -> None:
+        """Set a run that goes on RUNNING, and drop why it had ended."""
+        _insist(self._client.update_run, run_id, "RUNNING")
+        with suppress(RecordRefusedError):  # it has no such tag
+            _insist(self._client.delete_tag, run_id, "failure")
 
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the experiment, which another sweep may be about to set, too."""

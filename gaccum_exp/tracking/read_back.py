@@ -70,6 +70,9 @@ def run_of(path: Path, records: Iterable[Record], curves: Sequence[str]) -> RunR
                             points[key].append((global_step, value))
                         if key not in last or (global_step, time_ms) >= last[key][:2]:
                             last[key] = global_step, time_ms, value
+            case "resume":
+                status = "RUNNING"
+                tags.pop("failure", None)
             case "end":
                 status = record["status"]
                 if record["failure"] is not None:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Keys that say how the batch is split, or what a store calls it: none changes what is trained.
+# Keys that say how the batch is split, what a store calls it, or where it goes on: none changes what is
+# trained.
 _SPLITTING = {
     *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
-    *("data.micro_batch_size", "data.global_batch_size", "sweep_id"),
+    *("data.micro_batch_size", "data.global_batch_size", "sweep_id", "resume"),
 }
 # Nor does how it is audited, a control's seed being such a key, what else was trained with it, or when
 # it was kept on disk.

@@ -111,6 +111,10 @@ class Sink:
                 if not math.isfinite(loss):
                     self._not_finite = NonFiniteLossError(point.global_step, loss)
 
+    def has(self, global_step: int, metric: str) -> bool:
+        """Whether an earlier process of a run that goes on has recorded a metric of a step."""
+        return False
+
     def send(self, points: list[Point]) -> None:
         """Bring points to where they are kept."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from gaccum_exp.audit.audit_window import audit_window
@@ -88,7 +89,8 @@ class WindowAudits(Hook):
     def before(self, state: TrainState, window: Window) -> None:
         """Audit a window that is about to be used, once for each way to split it."""
         split = state.global_step, state.split_factor
-        if self.due(state.global_step) and self._judged != split:
+        known = self._sink.has(state.global_step + 1, metrics.AUDIT_E)
+        if self.due(state.global_step) and self._judged != split and not known:
             self._judged = split
             self._sink.flush()
             self.judge(window, state.global_step)
@@ -120,3 +122,11 @@ def tags(audit: Audit) -> dict[str, str]:
     """Return an audit's words as tags, those that it has."""
     words = {key: getattr(audit, key) for key in TAGS}
     return {key: value for key, value in words.items() if value is not None}
+
+
+def audit_of(tags: Mapping[str, str], state: TrainState) -> Audit | None:
+    """Return the audit that a run's tags tell, in words alone; None where it was not audited."""
+    words: dict[str, Any] = {key: tags[key] for key in TAGS if tags.get(key)}
+    if "verdict" not in words:
+        return None
+    return Audit(accum_steps=state.settings.accum_steps, reduction=state.reduction.name, **words)

@@ -95,12 +95,20 @@ def read(path: Path) -> "Encoded":
         raise UnusableCheckpointError(f"{path}: cannot be read ({why})") from error
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, until: int | None = None) -> Path | None:
     """Return the newest checkpoint in a folder that counts; None: there is none.
 
     Says of each that it passes over why it does not count.
+
+    Args:
+        folder: of the checkpoints.
+        until: the last global step that it may have; None: any.
     """
     for path in _checkpoints(folder):
+        place = place_of(path)
+        if until is not None and place is not None and place[0] > until:
+            log.warning("%s is passed over: what was recorded ends with step %d", path, until)
+            continue
         fault = fault_of(path)
         if fault is None:
             return path
