@@ -9,7 +9,6 @@ asked before the command has a folder of its own, or torch.
 import copy
 import importlib.metadata
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.config.schema import Settings, validate
 from gaccum_exp.errors import BadInputError, first_line, nearest
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import PATTERN, Record, beginning, last_host, last_record
+from gaccum_exp.tracking.journal import (
+    PATTERN,
+    Record,
+    beginning,
+    is_of_this_host,
+    last_owner,
+    last_record,
+)
 from gaccum_exp.tracking.locks import FileLock
 
 AUTO, NEVER = "auto", "never"
@@ -138,7 +144,8 @@ def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> 
     left = _unfinished(folder, settings, sweep_id)
     if left is None:
         return None
-    if left.status is None and (host := last_host(left.path)) != platform.node():
+    if left.status is None and not is_of_this_host(last := last_owner(left.path)):
+        host = last.get("host")
         where = os.path.relpath(folder)
         print(f"gaccum_exp: {left.told} is of {host}, which may still train it: another run is begun "
               f"(resume={where} goes on with it)", file=sys.stderr)  # fmt: skip
