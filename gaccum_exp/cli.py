@@ -160,6 +160,7 @@ def task(cfg: DictConfig) -> float | None:
         swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,
         owns_terminal=command is not None,
+        home=Path(job.runtime.cwd),
     )
     if context.multirun:
         outcomes = {} if command is None else command.outcomes

@@ -29,6 +29,10 @@ class RecordRefusedError(TrackingError):
     """The store has answered that it will never take a record; what else came with it is stored."""
 
 
+class RunGoneError(RecordRefusedError):
+    """The store knows nothing of the run that a record is of."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -73,7 +73,7 @@ class SweepStart(Callback):
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra += [
                 f"+hydra.callbacks.sweep.swept_keys=[{listed}]",
-                f"+hydra.callbacks.sweep.helper='{helper_address()}'",
+                f"+hydra.callbacks.sweep.helper={_quoted(helper_address())}",
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
                 *self._pinned,
             ]

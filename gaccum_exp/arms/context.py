@@ -33,6 +33,8 @@ class ArmContext:
     multirun: bool
     owns_terminal: bool
     """Whether no other arm runs beside it, so that a progress bar can have the terminal."""
+    home: Path = field(default_factory=Path.cwd)
+    """The working directory of the command, which Hydra may have its jobs leave."""
 
     @property
     def sweep_id(self) -> str:

@@ -146,7 +146,7 @@ class Life:
             own["global_batches"] = ", ".join(growth)
         choices = {f"choice.{k}": str(v) for k, v in context.choices.items() if "/" not in k}
         to = settings.tracking
-        journal = Journal.create(context.folder, to.uri, to.experiment_name)
+        journal = Journal.create(context.folder, to.uri, to.experiment_name, context.home)
         journal.begin(
             self.name,
             params=settings.flat(),

@@ -10,7 +10,6 @@ import copy
 import fnmatch
 import importlib.metadata
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.config.schema import Settings, validate
 from gaccum_exp.errors import BadInputError, first_line, nearest
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import PATTERN, Record, beginning, last_host, last_record
+from gaccum_exp.tracking.journal import (
+    PATTERN,
+    Record,
+    beginning,
+    is_of_this_host,
+    last_owner,
+    last_record,
+)
 from gaccum_exp.tracking.locks import FileLock
 
 AUTO, NEVER = "auto", "never"
@@ -143,7 +149,8 @@ def _taken(folder: Path, wanted: "Wanted", sweep_id: str | None = None) -> Resum
     left = _unfinished(folder, wanted, sweep_id)
     if left is None:
         return None
-    if left.status is None and (host := last_host(left.path)) != platform.node():
+    if left.status is None and not is_of_this_host(last := last_owner(left.path)):
+        host = last.get("host")
         where = os.path.relpath(folder)
         print(f"gaccum_exp: {left.told} is of {host}, which may still train it: another run is begun "
               f"(resume={where} goes on with it)", file=sys.stderr)  # fmt: skip

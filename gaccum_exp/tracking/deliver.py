@@ -5,16 +5,17 @@ whose process is dead are ended as KILLED, those of other hosts only with `--end
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import journals_below
-from gaccum_exp.tracking.store_uri import refuse_password
+from gaccum_exp.tracking.store_uri import absolute, refuse_password
 
 if TYPE_CHECKING:
     from gaccum_exp.tracking.delivery import Stores
@@ -26,7 +27,7 @@ PATIENCE_S = 20.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `gaccum_exp deliver`; return 0, 1 if something is left to deliver, 2 for bad input."""
+    """Run `gaccum_exp deliver`; return 0, 1 if something is left or was refused, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp deliver", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or sweeps")
     parser.add_argument("--uri", help="MLflow tracking URI (as recorded)")
@@ -53,13 +54,28 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     from gaccum_exp.tracking.delivery import Stores  # with MLflow, which `--help` need not wait for
 
-    stores = Stores()
-    whole = [_deliver(path, stores, given) for path in paths]
+    if given.uri is not None:
+        given.uri = absolute(given.uri, os.getcwd())
+    stores, whole, named = Stores(), [], set[str]()
+    for path in paths:
+        try:
+            whole.append(_deliver(path, stores, given, named))
+        except Exception as error:  # of one that is damaged, or none of ours: the others are delivered
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"gaccum_exp deliver: {path}: {why}", file=sys.stderr)
+            whole.append(False)
     return 0 if all(whole) else 1
 
 
-def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
-    """Deliver one journal and say how that went; return whether nothing is left to do."""
+def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, named: set[str]) -> bool:
+    """Deliver one journal and say how that went; return whether nothing is left to do.
+
+    Args:
+        path: of the journal.
+        stores: where journals go.
+        given: the command's arguments.
+        named: the stores that have been named; a journal of somebody else's may name any.
+    """
     from gaccum_exp.tracking.delivery import Delivery
 
     since = time.monotonic()
@@ -73,6 +89,9 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
                 return False
         time.sleep(0.2)
     left_bytes, since = delivery.left_bytes, time.monotonic()
+    if delivery.store not in named:
+        print(f"to {delivery.store}")
+        named.add(delivery.store)
     try:
         while not delivery.delivered.settled and delivery.delivered.state != "refused":
             if delivery.step():
@@ -89,7 +108,8 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
         print(f"gaccum_exp deliver: {note}", file=sys.stderr)
     known = delivery.delivered
     if known.settled:
-        print(f"{delivery.name}: delivered ({left_bytes:,} bytes)")
+        but = ", but for what was refused" if delivery.refused else ""
+        print(f"{delivery.name}: delivered ({left_bytes:,} bytes){but}")
     elif not delivery.caught_up:
         print(f"gaccum_exp deliver: {delivery.name}: {known.reason}", file=sys.stderr)
     elif delivery.foreign and not given.end_stale:
@@ -100,4 +120,4 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace) -> bool:
     else:
         print(f"{delivery.name}: delivered as far as it goes; it is being trained")
         return True
-    return known.settled
+    return known.settled and not delivery.refused

@@ -25,6 +25,8 @@ class Delivered:
     """Since when it has not answered."""
     creating: bool = False
     """Whether a run has been asked for: there may be one, also without an answer."""
+    host: str | None = None
+    """Where it was delivered from: a database that is a file is another one elsewhere."""
     run_id: str | None = None
     experiment_id: str | None = None
     settled: bool = False

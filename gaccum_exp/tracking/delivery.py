@@ -13,12 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, TrackingError
+from gaccum_exp.errors import (
+    BadInputError,
+    RecordRefusedError,
+    RunGoneError,
+    StoreAwayError,
+    TrackingError,
+)
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Record, decoded, end_if_dead, last_host, now_ms, whole_size
+from gaccum_exp.tracking.journal import (
+    Record,
+    decoded,
+    end_if_dead,
+    is_of_this_host,
+    last_owner,
+    now_ms,
+    whole_size,
+)
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import DatasetRecord
+from gaccum_exp.tracking.store_uri import absolute, is_file
 
 CHUNK = 1 << 18
 """Bytes of a journal that are read at once."""
@@ -34,11 +49,13 @@ class Stores:
     """The stores that journals are delivered to, each opened once, and tried again from time to time."""
 
     def __init__(self) -> None:
+        self.folder = os.getcwd()
+        """What addresses are relative to that this process was given, or that come from elsewhere."""
         self._stores: dict[tuple[str, ...], _Attempts] = {}
 
     def of(self, uri: str, experiment_name: str, folder: str) -> "_Attempts":
         """Return the store of an address, which may be relative to a folder."""
-        key = uri, experiment_name, folder
+        key = absolute(uri, folder), experiment_name, folder
         if key not in self._stores:
             self._stores[key] = _Attempts(*key)
         return self._stores[key]
@@ -75,7 +92,7 @@ class _Attempts:
         """
         try:
             if self._store is None:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # where runs of a new database keep their files
                     os.chdir(self.folder)
                 self._store = Store(self.uri, self.experiment_name)
             answer = request(self._store)
@@ -88,6 +105,10 @@ class _Attempts:
             raise
         self.away_since = self.reason = None
         return answer
+
+    def forget(self) -> None:
+        """Open the store anew: it is another one than it was."""
+        self._store = None
 
 
 class Delivery:
@@ -123,25 +144,41 @@ class Delivery:
         self.owner: Record = {}
         self.has_end = self.caught_up = False
         """Whether its end has been read, and whether there was nothing to deliver last time."""
-        self._begins = False
+        self.refused = False
+        """Whether the store has refused something of it."""
+        self._begins = self._begun_again = False
         self._token = ""
         start = 0
-        while not self._token and (batch := self._read(start, until="begin")):
-            start = batch[-1][1]
-            for record, _ in batch:
-                self._note(record)
-        self.delivered = self._known()
+        try:
+            while not self._token and (batch := self._read(start, until="begin")):
+                start = batch[-1][1]
+                for record, _ in batch:
+                    self._note(record)
+            self.delivered = self._known()
+        except BaseException:
+            self._file.close()
+            lock.release()
+            raise
         self._saved = Delivered()
 
     def _note(self, record: Record) -> None:
+        try:
+            self._take_in(record)
+        except (KeyError, TypeError) as error:
+            raise BadInputError(
+                f"{self.path}: its {record['kind']} is none of ours ({error})"
+            ) from error
+
+    def _take_in(self, record: Record) -> None:
         self._begins |= record["kind"] not in ("store", "end")
         match record["kind"]:
             case "store":
                 self.owner = record
                 uri, experiment_name = self._asked
+                here = uri is not None or not is_of_this_host(record)
                 self._to = self._stores.of(
                     uri or record["uri"], experiment_name or record["experiment_name"],
-                    record["folder"] if record["host"] == platform.node() else os.getcwd(),
+                    self._stores.folder if here else record["folder"],
                 )  # fmt: skip
             case "begin":
                 self.name, self._token = record["name"], record["token"]
@@ -153,16 +190,32 @@ class Delivery:
         known, size = Delivered.of(self.path), os.fstat(self._file.fileno()).st_size
         if self._to is None or known.offset > size:
             return Delivered()
-        if (known.uri, known.experiment_name) != (self._to.uri, self._to.experiment_name):
-            return Delivered(uri=self._to.uri, experiment_name=self._to.experiment_name, creating=True)
+        here = self._to.uri, self._to.experiment_name
+        elsewhere = known.host != platform.node() and is_file(self._to.uri)
+        if elsewhere or (known.uri, known.experiment_name) != here:
+            return self._nothing_of_it()
         if known.state == "refused":  # somebody may have mended what was wrong
-            known.state = "unknown"
+            known.state, known.reason = "unknown", None
         return known
+
+    def _nothing_of_it(self) -> Delivered:
+        assert self._to is not None
+        return Delivered(
+            uri=self._to.uri, experiment_name=self._to.experiment_name, creating=True,
+            host=platform.node(),
+        )  # fmt: skip
+
+    @property
+    def store(self) -> str:
+        """Where it goes, to be shown."""
+        return (
+            "no store" if self._to is None else f"{self._to.uri}, experiment {self._to.experiment_name}"
+        )
 
     @property
     def foreign(self) -> bool:
         """Whether the run belongs to another host."""
-        return bool(self.owner) and last_host(self.path) != platform.node()
+        return bool(self.owner) and not is_of_this_host(last_owner(self.path))
 
     @property
     def due_s(self) -> float:
@@ -188,7 +241,7 @@ class Delivery:
         self._save()
         if not batch or self._waits():
             return False
-        os.fdatasync(self._file.fileno())
+        getattr(os, "fdatasync", os.fsync)(self._file.fileno())  # macOS has but the other
         try:
             while batch:
                 batch = self._deliver_some(batch)
@@ -226,18 +279,30 @@ class Delivery:
             record = {"kind": "points", "values": values}
         try:
             self._deliver(record, self._to)
+        except RunGoneError as error:
+            if self._begun_again:
+                raise BadInputError(f"{self.name}: {error}") from error
+            self._say(f"{self.name}: not in its store any more ({error}): written there anew")
+            self._begun_again = True
+            self.delivered = self._nothing_of_it()
+            self._to.forget()
+            return []
         except RecordRefusedError as error:
-            self._say(f"{self.name}: {error}")
+            self._refuse(error)
             self.delivered.settled |= record["kind"] == "end"
         self.delivered.offset = end
         if self.delivered.settled:  # unless the run goes on already
             self.delivered.settled = whole_size(self.path) <= end
         return batch
 
+    def _refuse(self, error: RecordRefusedError) -> None:
+        self._say(f"{self.name}: {error}")
+        self.refused = True
+
     def _deliver(self, record: Record, to: _Attempts) -> None:
         known, kind, run_id = self.delivered, record["kind"], self.delivered.run_id
         if kind == "store":
-            known.uri, known.experiment_name = to.uri, to.experiment_name
+            known.uri, known.experiment_name, known.host = to.uri, to.experiment_name, platform.node()
             known.experiment_id = to.call(lambda store: store.experiment_id)
         elif kind == "begin":
             self._begin(record, to)
@@ -246,7 +311,10 @@ class Delivery:
         elif kind != "damaged":
             if run_id is None:
                 raise RecordRefusedError(f"{kind}: the record of the run's beginning is damaged")
-            to.call(lambda store: self._write(record, store, run_id))
+            try:
+                to.call(lambda store: self._write(record, store, run_id))
+            except (KeyError, TypeError) as error:
+                raise RecordRefusedError(f"{kind}: is none of ours ({error})") from error
             known.settled = kind == "end"
 
     def _begin(self, record: Record, to: _Attempts) -> None:
@@ -254,18 +322,23 @@ class Delivery:
         again, known.creating = known.creating, True
         self._save()
         if known.run_id is None:
-            known.run_id = to.call(
-                lambda store: store.create_run(
-                    record["token"], record["name"], tags=record["tags"],
-                    start_time_ms=record["time_ms"], again=again,
-                )
-            )  # fmt: skip
+            try:
+                known.run_id = to.call(
+                    lambda store: store.create_run(
+                        record["token"], record["name"], tags=record["tags"],
+                        start_time_ms=record["time_ms"], again=again,
+                    )
+                )  # fmt: skip
+            except RecordRefusedError as error:  # without a run nothing else has a place
+                raise BadInputError(f"no run can be created ({error})") from error
             self._save()
         run_id = str(known.run_id)
         try:
             to.call(lambda store: store.log_params(run_id, record["params"]))
+        except RunGoneError:
+            raise
         except RecordRefusedError as error:
-            self._say(f"{self.name}: {error}")
+            self._refuse(error)
         to.call(lambda store: store.log_texts(run_id, record["texts"]))
 
     def _write(self, record: Record, store: Store, run_id: str) -> None:
@@ -277,7 +350,9 @@ class Delivery:
             case "datasets":
                 store.log_datasets(run_id, [DatasetRecord(**of) for of in record["datasets"]])
             case "file":
-                path = os.path.normpath(self.path.parent / record["path"])
+                path = os.path.realpath(self.path.parent / record["path"])
+                if not Path(path).is_relative_to(os.path.realpath(self.path.parent)):
+                    raise RecordRefusedError(f"{path}: is no file of the run: it lies elsewhere")
                 store.log_file(run_id, path, record["name"])
             case "experiment_tags":
                 store.set_experiment_tags(record["tags"])
@@ -286,6 +361,8 @@ class Delivery:
             case "end":
                 store.one_run(self._token, run_id)
                 store.end_run(run_id, record["status"], record["failure"], record["time_ms"])
+            case kind:
+                raise RecordRefusedError(f"{kind}: a record of a later version of gaccum_exp")
 
     def end_if_dead(self, *, stale: bool = False) -> bool:
         """End the run as KILLED whose process is dead; return whether there is an end now."""
@@ -327,13 +404,10 @@ class Delivery:
                 self._file.close()
                 self._file = open(self.path, "rb")  # noqa: SIM115  # until `close`
         self._file.seek(start)
-        text = self._file.read(CHUNK)
-        while text and b"\n" not in text[-CHUNK:]:
-            more = self._file.read(CHUNK)
-            if not more:
-                break
-            text += more
-        for line in text.split(b"\n")[:-1]:
+        parts = [self._file.read(CHUNK)]
+        while parts[-1] and b"\n" not in parts[-1]:
+            parts.append(self._file.read(CHUNK))
+        for line in b"".join(parts).split(b"\n")[:-1]:
             start += len(line) + 1
             record = decoded(line)
             if record is None:

@@ -23,6 +23,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import tempfile
 import time
 import uuid
@@ -37,7 +38,7 @@ from gaccum_exp.tracking.locks import FileLock
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
-PATTERN = "journal*.jsonl"
+PATTERN, NAME = "journal*.jsonl", re.compile(r"journal(-\d+)?\.jsonl")
 NEW = os.O_CREAT | os.O_EXCL
 RESUME = b' {"kind":"resume",'
 """In the line of such a record."""
@@ -57,13 +58,14 @@ class Journal:
         self._said: str | None = None
 
     @classmethod
-    def create(cls, folder: Path, uri: str, experiment_name: str) -> "Journal":
+    def create(cls, folder: Path, uri: str, experiment_name: str, home: Path | None = None) -> "Journal":
         """Create the journal of another run in a folder: `journal.jsonl`, `journal-2.jsonl`, ...
 
         Args:
             folder: made if need be.
             uri: of the store that it is to be delivered to.
             experiment_name: there.
+            home: what a relative address is relative to; None: the working directory.
         """
         folder.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -74,7 +76,9 @@ class Journal:
                 break
             number += 1
         journal = cls(path, lock, NEW)
-        journal.append("store", uri=uri, experiment_name=experiment_name, folder=os.getcwd(), **owner())
+        journal.append(
+            "store", uri=uri, experiment_name=experiment_name, folder=str(home or os.getcwd()), **owner()
+        )
         return journal
 
     @classmethod
@@ -155,11 +159,11 @@ class Journal:
         text = b"".join(os.pread(self._file, 1 << 20, start) for start in range(0, size, 1 << 20))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock.create(self.path.with_suffix(".lock"))
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | NEW, 0o644)
-        log.warning("%s was removed: written again", self.path)
         if lock is not None:
             self._lock.release()
             self._lock = lock
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | NEW, 0o644)
+        log.warning("%s was removed: written again", self.path)
         os.close(self._file)
         self._file = file
         self._pending[:0] = text
@@ -176,8 +180,11 @@ def decoded(line: bytes) -> Record | None:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    record: Record = json.loads(text)
-    return record
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):  # nobody wrote it here
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
 
 
 def read_journal(path: Path) -> tuple[list[Record], list[str]]:
@@ -248,8 +255,8 @@ def last_record(path: Path) -> Record:
         return decoded(file.read(end - start).rstrip(b"\n")) or {}
 
 
-def last_host(path: Path) -> str | None:
-    """Return the host of the process that wrote a journal last: began it, or went on with it."""
+def last_owner(path: Path) -> Record:
+    """Return the record of the process that wrote a journal last: that began it, or went on with it."""
     found, _ = beginning(path)
     if found:  # else it may be empty, which cannot be mapped
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -258,9 +265,18 @@ def last_host(path: Path) -> str | None:
                 start = text.rfind(b"\n", 0, at) + 1
                 record = decoded(text[start : text.find(b"\n", at)])
                 if record is not None:
-                    return str(record["host"])
+                    return record
                 at = text.rfind(RESUME, 0, at)
-    return found.get("host")
+    return found
+
+
+def is_of_this_host(of: Record) -> bool:
+    """Whether a record of `store` or `resume` is of this machine, by its name now or since it started.
+
+    A container that is started again has another name, and locks are of the kernel.
+    """
+    here = owner()
+    return of.get("host") == here["host"] or (bool(here["boot"]) and of.get("boot") == here["boot"])
 
 
 def can_write(folder: Path) -> bool:
@@ -275,7 +291,7 @@ def can_write(folder: Path) -> bool:
 
 def journals_below(folder: Path) -> list[Path]:
     """Return the journals in a folder and below it, in order."""
-    return sorted(folder.rglob(PATTERN))
+    return sorted(p for p in folder.rglob(PATTERN) if NAME.fullmatch(p.name) and p.is_file())
 
 
 def unsettled_below(folder: Path, depth: int = 3) -> Iterator[Path]:
@@ -322,7 +338,8 @@ def end_if_dead(path: Path, status: str, failure: str, *, stale: bool = False) -
     try:
         if has_end(path):
             return True
-        if last_host(path) != platform.node() and not stale:
+        last = last_owner(path)
+        if not last or not (stale or is_of_this_host(last)):  # without a beginning it may be anything
             return False
         with open(path, "r+b", buffering=0) as file:
             whole = (

@@ -5,6 +5,7 @@ outlives its training does not keep it alive. The kernel gives such a lock up as
 closes *any* descriptor of the file; so a lock file is opened by nothing but this module.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -49,9 +50,11 @@ class FileLock:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 os.close(descriptor)
-                return None
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    return None
+                raise  # a file system without locks
             if _is_there(path, descriptor):
                 return cls(path, descriptor)
             os.close(descriptor)

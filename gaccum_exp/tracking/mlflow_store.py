@@ -7,6 +7,7 @@ and the end are what they were, and a point is known by its run, metric, timesta
 `create_run` makes another run, so a run is tagged with a token, and searched for by it.
 """
 
+import errno
 import logging
 import os
 import sqlite3
@@ -16,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from fcntl import LOCK_EX, lockf
 from pathlib import Path
@@ -27,9 +28,21 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.store.db.utils import create_sqlalchemy_engine
 
-from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, first_line
+from gaccum_exp.errors import (
+    BadInputError,
+    RecordRefusedError,
+    RunGoneError,
+    StoreAwayError,
+    first_line,
+)
 from gaccum_exp.tracking.records import Curve, DatasetRecord, RunRecord
-from gaccum_exp.tracking.store_errors import says_away, says_clash, says_refused
+from gaccum_exp.tracking.store_errors import (
+    says_away,
+    says_clash,
+    says_gone,
+    says_refused,
+    what_is_deleted,
+)
 from gaccum_exp.tracking.store_uri import refuse_password
 
 log = logging.getLogger(__name__)
@@ -108,7 +121,7 @@ class Store:
             again: it may have been created before; then that one is returned.
         """
         if again and (found := self._runs_of(token)):
-            return found[0]
+            return str(found[0].info.run_id)
         # What the UI's own columns show; its client would fill them in, this one does not.
         shown = {"mlflow.source.name": "gaccum_exp", RUN_TOKEN: token}
         if "git_commit" in tags:
@@ -121,10 +134,13 @@ class Store:
         return str(created.info.run_id)
 
     def one_run(self, token: str, run_id: str) -> None:
-        """Delete all runs of this token but one: requests whose answers were lost have created them."""
+        """Delete what requests whose answers were lost have created: runs of the token without a record.
+
+        One that has a record is another deliverer's, of a copy of the journal.
+        """
         for other in self._runs_of(token):
-            if other != run_id:
-                _insist(self._client.delete_run, other)
+            if other.info.run_id != run_id and not (other.data.params or other.data.metrics):
+                _insist(self._client.delete_run, other.info.run_id)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Record parameters, cut to what MLflow keeps of them."""
@@ -162,15 +178,19 @@ class Store:
         if base == os.path.basename(path):
             _insist(self._client.log_artifact, run_id, path, folder or None)
             return
-        with tempfile.TemporaryDirectory() as place:  # the client keeps a file under its own name
-            os.symlink(os.path.abspath(path), os.path.join(place, base))
-            _insist(self._client.log_artifact, run_id, os.path.join(place, base), folder or None)
+        with ExitStack() as until:  # the client keeps a file under its own name
+            try:
+                named = os.path.join(until.enter_context(tempfile.TemporaryDirectory()), base)
+                os.symlink(os.path.abspath(path), named)
+            except OSError as error:
+                raise StoreAwayError(f"{path} cannot be sent ({_cause(error)})") from error
+            _insist(self._client.log_artifact, run_id, named, folder or None)
 
     def end_run(self, run_id: str, status: str, failure: str | None, end_time_ms: int) -> None:
         """End the run with FINISHED, FAILED or KILLED, and the reason if there is one."""
+        _insist(self._client.set_terminated, run_id, status, end_time_ms)
         if failure is not None:
             self.log_tags(run_id, {"failure": failure})
-        _insist(self._client.set_terminated, run_id, status, end_time_ms)
 
     def resume_run(self, run_id: str) -> None:
         """Set a run that goes on RUNNING, and drop why it had ended."""
@@ -215,13 +235,12 @@ class Store:
                     return None
             time.sleep(0.5)
 
-    def _runs_of(self, token: str) -> list[str]:
-        """Return the ids of the runs of a token, oldest first."""
+    def _runs_of(self, token: str) -> list[Run]:
+        """Return the runs of a token, oldest first."""
         clause = f"tags.{RUN_TOKEN} = '{token}'"
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
         with _writing():
-            found = self._client.search_runs([self.experiment_id], clause, order_by=order)
-        return [run.info.run_id for run in found]
+            return list(self._client.search_runs([self.experiment_id], clause, order_by=order))
 
     def _read(self, conditions: Mapping[str, str], curves: Sequence[str]) -> list[RunRecord]:
         clauses = [f"""{key} = '{value.replace("'", "")}'""" for key, value in conditions.items()]
@@ -311,6 +330,8 @@ def _make_database(uri: str) -> None:
     path = _sqlite_file(uri)
     if path is None or _filled(path):
         return
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise OSError(errno.EINVAL, "is no file")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, new = (path.with_name(f".{path.name}.{what}") for what in ("making", "new"))
     with lock.open("w") as held:
@@ -361,11 +382,14 @@ def _opening(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Turn an error of the store into `RecordRefusedError` or `StoreAwayError`."""
+    """Turn an error of the store into `RecordRefusedError`, `StoreAwayError` or `BadInputError`."""
     try:
         yield
     except Exception as error:  # every store raises errors of its own here, too
-        kind = RecordRefusedError if says_refused(error) else StoreAwayError
+        if deleted := what_is_deleted(error):
+            raise BadInputError(f"its {deleted} was deleted in MLflow: restore it there") from error
+        refused = RunGoneError if says_gone(error) else RecordRefusedError
+        kind = refused if says_refused(error) else StoreAwayError
         raise kind(_cause(error)) from error
 
 
@@ -402,6 +426,8 @@ def _send(entries: Sequence[tuple[str, T]], most: int, send: Callable[[list[T]],
         some = entries[start : start + most]
         try:
             _insist(send, [entry for _, entry in some])
+        except RunGoneError:
+            raise
         except RecordRefusedError:
             of_key: dict[str, list[T]] = defaultdict(list)
             for key, entry in some:

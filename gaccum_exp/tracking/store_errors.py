@@ -31,6 +31,10 @@ REFUSING_CODES = {
     *("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND"),
 }
 """Of MLflow's own answers, those that are about what it was given."""
+GONE = re.compile(r"\brun\b.* not found|no run with", re.IGNORECASE)
+"""Says that a run is not there, in an answer with the code RESOURCE_DOES_NOT_EXIST."""
+DELETED = re.compile(r"(run|experiment) .*must be in the 'active' state", re.IGNORECASE)
+"""Says that the user has deleted what a record is of; it can be restored."""
 REFUSING_STATUSES = {400, 413, 414, 422}
 """Of an answer to an upload, which need not come from MLflow."""
 
@@ -61,6 +65,18 @@ def says_refused(error: BaseException) -> bool:
     # What a proxy answers, or a database that is damaged, is not about the record.
     foreign = "failed with error code" in text or re.match(r"\((?:\w+\.)+\w+\)", text)
     return code in REFUSING_CODES and not foreign
+
+
+def says_gone(error: BaseException) -> bool:
+    """Return whether an error in writing says that the store has no such run."""
+    code = getattr(error, "error_code", None)
+    return code == "RESOURCE_DOES_NOT_EXIST" and bool(GONE.search(str(error)))
+
+
+def what_is_deleted(error: BaseException) -> str | None:
+    """Return "run" or "experiment" where an error says that the user has deleted it; else None."""
+    found = DELETED.search(str(error))
+    return None if found is None else found[1].lower()
 
 
 def _texts(error: BaseException | None) -> str:

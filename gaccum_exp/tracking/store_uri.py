@@ -30,6 +30,18 @@ def tracking_uri(given: object = None, source: str = "tracking.uri") -> str:
     return uri
 
 
+def absolute(uri: str, folder: str) -> str:
+    """Return an address with the file of a SQLite store from the root on, not from a folder."""
+    kind, separator, path = uri.partition(":///")
+    relative = kind.startswith("sqlite") and path and not path.startswith(("/", ":memory:", "file:"))
+    return f"{kind}{separator}{os.path.normpath(os.path.join(folder, path))}" if relative else uri
+
+
+def is_file(uri: str) -> bool:
+    """Whether a store is a file, or files, of this machine."""
+    return uri.startswith(("sqlite", "file:")) or "://" not in uri
+
+
 def experiment_name(given: object = None) -> str:
     """Return the name of the experiment: as given, else from the environment, else the program's."""
     return str(given or os.environ.get(EXPERIMENT) or DEFAULT_EXPERIMENT)

@@ -368,6 +368,7 @@ def test_a_run_of_another_host_is_left_and_named(
     """Whether it lives cannot be known here."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(platform, "node", lambda: "elsewhere")
+        elsewhere.setattr("gaccum_exp.tracking.journal._boot", lambda: "another")
         killed(program, *ARMS)
     (folder,) = folders(program)
     done = program(*ARMS)

@@ -2,18 +2,28 @@
 
 import os
 import random
+import sqlite3
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from mlflow import MlflowClient
 
-from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError, TrackingError
+from gaccum_exp.errors import (
+    BadInputError,
+    RecordRefusedError,
+    RunGoneError,
+    StoreAwayError,
+    TrackingError,
+)
 from gaccum_exp.tracking import deliver, delivery
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.delivery import Delivery, Stores
-from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.journal import Journal, encoded
+from gaccum_exp.tracking.mlflow_store import Store
 from tests.program import Program, new_store
 
 STEPS = range(1, 301)
@@ -288,6 +298,7 @@ def test_deliver_leaves_what_lives_here_or_elsewhere(
     living = journal_in(tmp_path / "here", ends=False)
     with monkeypatch.context() as patch:
         patch.setattr("platform.node", lambda: "elsewhere")
+        patch.setattr("gaccum_exp.tracking.journal._boot", lambda: "another")
         journal_in(tmp_path / "there", ends=False).close()
     assert deliver.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -297,3 +308,122 @@ def test_deliver_leaves_what_lives_here_or_elsewhere(
     assert deliver.main([str(tmp_path), "--end-stale"]) == 0
     assert [run.get("status") for run in memory.runs.values()] == [None, "KILLED"]
     living.close()
+
+
+def test_a_run_that_its_store_has_lost_is_written_there_anew(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, from the journal; where it is lost again and again, nothing is skipped."""
+    journal = journal_in(tmp_path, ends=False)
+    delivered_whole(journal.path)
+    memory.runs.clear()
+
+    def log_points(self: Memory, run_id: str, points: list[Any]) -> None:
+        if run_id not in self.runs:
+            raise RunGoneError(f"Run with id={run_id} not found")
+        self.runs[run_id]["points"] |= set(points)
+
+    monkeypatch.setattr(memory, "log_points", log_points)
+    journal.append("points", points=[[100, 1, {"train/loss": 0.5}]])
+    journal.end("FINISHED")
+    delivered_whole(journal.path)
+    (run,) = memory.runs.values()
+    assert {step for _, _, _, step in run["points"]} == {*STEPS, 100}
+    assert run["status"] == "FINISHED"
+    again = journal_in(tmp_path / "again")
+    monkeypatch.setattr(memory, "log_points", lambda *given: (_ for _ in ()).throw(RunGoneError("gone")))
+    of = Delivery(again.path, Stores())
+    while of.step():
+        pass
+    assert (of.delivered.state, of.delivered.settled) == ("refused", False)
+    of.close()
+
+
+def test_what_a_store_refuses_to_begin_is_kept(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a run no record has a place; once it can be created, everything is delivered."""
+    journal = journal_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            memory, "create_run", lambda *a, **k: (_ for _ in ()).throw(RecordRefusedError("no"))
+        )
+        delivered_whole(journal.path)
+    assert not Delivered.of(journal.path).settled
+    delivered_whole(journal.path)
+    (run,) = memory.runs.values()
+    assert len(run["points"]) == len(STEPS)
+
+
+def test_what_is_refused_is_no_success(
+    tmp_path: Path, memory: type[Memory], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record of a later version, and a file that lies outside the run's folder; all else arrives."""
+    (tmp_path / "key").write_text("secret")
+    journal = journal_in(tmp_path / "run", ends=False)
+    journal.append("file", path="../key", name="innocent.txt")
+    journal.append("of tomorrow", x=1)
+    journal.end("FINISHED")
+    assert deliver.main([str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert "it lies elsewhere" in said.err
+    assert "of tomorrow: a record of a later version" in said.err
+    assert "delivered" in said.out
+    (run,) = memory.runs.values()
+    assert len(run["points"]) == len(STEPS)
+
+
+def test_one_odd_journal_holds_up_no_other(
+    tmp_path: Path, memory: type[Memory], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that no program of ours has written, a folder of that name, a file of another's."""
+    for name, line in {
+        "a": b"00000000 \n",
+        "b": encoded({"kind": "store", "uri": "x"}),
+        "c": b"%08x [1]\n" % zlib.crc32(b"[1]"),
+        "d": encoded({"kind": "begin"}),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "journal.jsonl").write_bytes(line)
+    (tmp_path / "e" / "journal.jsonl").mkdir(parents=True)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "journal-of-mine.jsonl").write_text("mine")
+    journal_in(tmp_path / "z")
+    assert deliver.main([str(tmp_path), "--end-stale"]) == 1
+    assert len(memory.runs) == 1
+    assert (tmp_path / "f" / "journal-of-mine.jsonl").read_text() == "mine"
+    assert (tmp_path / "a" / "journal.jsonl").read_bytes() == b"00000000 \n"
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_folders_with_the_same_relative_address_have_stores_of_their_own(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run lands in the database of the folder from which its command was given."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mlflow.db").write_bytes(empty_store.read_bytes())
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path / name)
+            journal = Journal.create(tmp_path / name / "run", "sqlite:///mlflow.db", "gaccum_exp")
+            journal.begin(name, params={}, tags={}, texts={})
+            journal.end("FINISHED")
+    monkeypatch.chdir(tmp_path)
+    assert deliver.main(["a", "b"]) == 0
+    for name in ("a", "b"):
+        with closing(sqlite3.connect(tmp_path / name / "mlflow.db")) as database:
+            assert database.execute("SELECT name, status FROM runs").fetchall() == [(name, "FINISHED")]
+
+
+def test_two_copies_of_a_journal_delete_nothing_of_each_other(tmp_path: Path, empty_store: Path) -> None:
+    """Only what a request has created whose answer was lost, which nothing was written to."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "gaccum_exp")
+    ours, theirs, lost = (
+        store.create_run("token", "N=2", tags={}, start_time_ms=1, again=False) for _ in range(3)
+    )
+    for run_id in (ours, theirs):
+        store.log_params(run_id, {"seed": 0})
+    store.one_run("token", ours)
+    assert {run.info.run_id for run in store._runs_of("token")} == {ours, theirs}
+    assert lost not in (ours, theirs)

@@ -151,6 +151,7 @@ def test_a_run_of_another_host_is_left_unless_it_is_asked_for(
     """Nothing here knows whether it lives."""
     with monkeypatch.context() as patch:
         patch.setattr(journals.platform, "node", lambda: "elsewhere")
+        patch.setattr(journals, "_boot", lambda: "another")
         journal = begun(tmp_path)
     journal.close()
     assert not end_if_dead(journal.path, "KILLED", "gone")

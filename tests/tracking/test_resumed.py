@@ -17,7 +17,7 @@ from gaccum_exp.tracking.journal import (
     Journal,
     end_if_dead,
     has_end,
-    last_host,
+    last_owner,
     read_journal,
     unsettled_below,
     whole_size,
@@ -87,16 +87,17 @@ def test_a_run_belongs_to_the_host_that_has_gone_on_with_it(
     """Who has begun it cannot end it any more, whatever stands in the names of what is recorded."""
     path = interrupted(tmp_path)
     here = platform.node()
-    assert last_host(path) == here
+    assert last_owner(path)["host"] == here
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(platform, "node", lambda: "elsewhere")
+        elsewhere.setattr("gaccum_exp.tracking.journal._boot", lambda: "another")
         journal = gone_on(path)
     journal.append("tags", tags={"x": ' {"kind":"resume","host":"nowhere"}'})
     journal.close()
-    assert last_host(path) == "elsewhere"
+    assert last_owner(path)["host"] == "elsewhere"
     assert not end_if_dead(path, "KILLED", "gone")
     gone_on(path).close()
-    assert last_host(path) == here
+    assert last_owner(path)["host"] == here
     assert end_if_dead(path, "KILLED", "gone")
 
 

@@ -22,7 +22,7 @@ import pytest
 from mlflow import MlflowClient
 
 from experiments.postgresql import PostgresServer, postgres_server, why_not
-from gaccum_exp.errors import BadInputError, RecordRefusedError, StoreAwayError
+from gaccum_exp.errors import BadInputError, RecordRefusedError, RunGoneError, StoreAwayError
 from gaccum_exp.tracking import mlflow_store
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import DatasetRecord, RunRecord
@@ -106,13 +106,14 @@ def test_what_is_refused_takes_nothing_with_it(uri: str) -> None:
 
 
 @pytest.mark.parametrize("of", ["unknown", "deleted"])
-def test_a_run_that_is_gone_refuses_its_records(uri: str, of: str) -> None:
-    """They will never be taken, so they are not kept for later."""
+def test_a_run_that_is_gone_is_told_from_one_that_is_deleted(uri: str, of: str) -> None:
+    """The one may be written anew, the other be restored; neither is a record that is refused."""
     store = Store(uri, EXPERIMENT)
     run_id = begun(store) if of == "deleted" else "0" * 32
     if of == "deleted":
         MlflowClient(uri).delete_run(run_id)
-    with pytest.raises(RecordRefusedError, match=r"a, b: .*(not found|deleted)"):
+    expected = {"deleted": BadInputError, "unknown": RunGoneError}[of]
+    with pytest.raises(expected, match=r"restore it|not found"):
         store.log_points(run_id, [("a", 1.0, 1, 1), ("b", 1.0, 1, 1)])
 
 
