@@ -11,6 +11,7 @@ from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms.child import Ended
 from gaccum_exp.arms.context import ArmContext, contexts_of_seeds
 from gaccum_exp.arms.life import (
+    EXPECTED,
     Life,
     clear,
     ends,
@@ -20,6 +21,7 @@ from gaccum_exp.arms.life import (
     shared_data,
     train_controls,
 )
+from gaccum_exp.arms.process import SPENT
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.errors import BadInputError
@@ -63,6 +65,8 @@ def run_seeds(context: ArmContext, stop: Stop) -> Ended:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # before any of them has begun
+        if not isinstance(error, (NotStackableError, *EXPECTED)):
+            SPENT.set()
         if not isinstance(error, BadInputError):  # each arm will report that itself
             why = error if isinstance(error, NotStackableError) else reason_of(error)
             log.warning(
