@@ -5,10 +5,17 @@ import re
 from collections.abc import Iterable
 
 _PASSWORDS = (
-    # Before the host. What begins with a port is no password: `http://host:5000/a@b`.
+    # Of a server, whatever stands before it: a token takes the place of the user.
+    re.compile(r"(?P<before>\bhttps?://)[^\s/?#]+(?=@)", re.IGNORECASE),
+    # Of a database as SQLAlchemy reads it: a user's name ends at the first colon, the password at an @.
+    re.compile(r"(?P<before>\b(?!https?:)[\w+.-]+://[^\s:/]*:)[^\s@]+(?=@)", re.IGNORECASE),
+    # One that should have been quoted, to the last @. What begins with a port is none:
+    # `http://host:5000/a@b`.
     re.compile(r"(?P<before>\b[\w+.-]+://[^\s/?#@:]*:)(?!\d+[/?#])(?:(?!://).)+(?=@)"),
     # Among the options, also of a driver that gets them in one.
-    re.compile(r"(?P<before>[?&]\w*(?:passw|passphrase|pwd|token|secret)\w*=)[^\s&'\"]+", re.IGNORECASE),
+    re.compile(
+        r"(?P<before>[?&](?:pass|\w*(?:passw|passphrase|pwd|token|secret)\w*)=)[^\s&'\"]+", re.IGNORECASE
+    ),
     re.compile(r"(?P<before>odbc_connect=\S*?(?:password|pwd)(?:=|%3D))[^\s&;%]+", re.IGNORECASE),
 )
 

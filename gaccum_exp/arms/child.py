@@ -25,12 +25,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
-from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
+from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
-from gaccum_exp.train.stopping import Stop, StoppedError, of_signal
+from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
+from gaccum_exp.tracking.read_back import Journals
+from gaccum_exp.train.stopping import Stop, StoppedError, of_signal, say_at_once
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 30.0
@@ -102,13 +104,21 @@ class _Child:
         self._used = False
 
     def send(self, what: str, *given: Any) -> None:
-        """Send a request, and the streams that its words go to."""
-        self.connection.send((what, pickle.dumps(given)))
-        streams = [_open(1), _open(2)]
+        """Send a request, and the streams that its words go to.
+
+        Raises:
+            DiedError: there is nobody to take it.
+        """
+        request, streams = pickle.dumps(given), [_open(1), _open(2)]
         with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            socket.send_fds(connection, [b"-"], streams)
-        for stream in streams:
-            os.close(stream)
+            try:
+                self.connection.send((what, request))
+                socket.send_fds(connection, [b"-"], streams)
+            except OSError:
+                raise DiedError(self._end()) from None
+            finally:
+                for stream in streams:
+                    os.close(stream)
         self._used = True
 
     def receive(self, stop: Stop) -> Any:
@@ -276,12 +286,11 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
         stopped: why the command was ended, if it was.
         reason: else, why the arm failed.
     """
-    status = "FAILED"
-    if stopped is not None:
-        status, reason = "KILLED", stopped
-    else:
-        log.error("%s failed: %s", running.name, reason)
-    outcome = replace(running, status=status, reason=reason, host=None, process=None)
+    status, reason = ("FAILED", reason) if stopped is None else ("KILLED", stopped)
+    ended_as = {"status": status, "reason": reason} | _recorded_end(folder, running)
+    outcome = replace(running, host=None, process=None, process_started=None, **ended_as)
+    if outcome.status == "FAILED":
+        log.error("%s failed: %s", running.name, outcome.reason)
     _write(outcome, folder)
     try:
         end_left(folder, status, reason)
@@ -290,6 +299,25 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
     except (OSError, ValueError) as error:
         log.warning("%s: its journal could not be ended (%s)", running.name, error)
     return outcome
+
+
+def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
+    """Return what the journal of an arm says of its end, as fields of an outcome; empty if nothing.
+
+    It died between the two, and its run's end in the store is the journal's.
+    """
+    try:
+        runs = Journals(folder).sweep(running.sweep_id, ())
+    except (OSError, ValueError, KeyError):  # one that cannot be read says nothing
+        return {}
+    for run in runs:
+        if run.status != RUNNING and not run.is_control:
+            objective = run.metrics.get(EVAL_LOSS, run.metrics.get(TRAIN_LOSS)) if run.finished else None
+            return {
+                "status": run.status, "reason": run.tags.get("failure"),
+                "verdict": run.tags.get("verdict"), "objective": objective,
+            }  # fmt: skip
+    return {}
 
 
 def _write(outcome: Outcome, folder: Path) -> None:
@@ -311,6 +339,7 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
     return Outcome(
         arm.sweep_id, name, RUNNING, task=str(arm.config.task), audit_asked=asked,
         host=platform.node(), process=process,
+        process_started=None if process is None else process_started(process),
     )  # fmt: skip
 
 
@@ -358,10 +387,10 @@ def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> A
                 if answer.spent:
                     child.close()
                 return answer
-            except (DiedError, OSError) as error:
+            except DiedError:
                 child.close()
                 if begun or last:  # else it had died before, of nothing that it was asked
-                    raise DiedError(str(error)) from error
+                    raise
             finally:
                 stop.before_end = None
     raise AssertionError("unreachable")
@@ -369,11 +398,11 @@ def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> A
 
 def pass_on(launch: Launch, number: int) -> None:
     """Pass a signal on to the arms that other processes of this host run; wait until they have ended."""
-    os.write(2, f"gaccum_exp: {of_signal(number)}: {NOTICE}\n".encode())
+    say_at_once(of_signal(number), NOTICE)
     until, asked = time.monotonic() + PATIENCE_S, set[int]()
     while time.monotonic() < until:
         outcomes = read_outcomes(launch.folder, launch.sweep_id).values()
-        running = {outcome.process or 0 for outcome in outcomes if outcome.runs_here}
+        running = {o.process for o in outcomes if o.runs_here and o.process is not None}
         for process in running - asked:
             with contextlib.suppress(OSError):
                 os.kill(process, number)

@@ -40,20 +40,28 @@ class Outcome:
     """On which it is running; None: it is over."""
     process: int | None = None
     """The id there of the process that runs it."""
+    process_started: int | None = None
+    """When that process has started, as `process_started` says: its id may be another's later."""
 
     @property
     def runs_here(self) -> bool:
         """Whether it is running, in a process of this host that is alive."""
-        if self.status != RUNNING or self.process is None or self.host != platform.node():
+        if self.status != RUNNING or self.host != platform.node():
+            return False
+        if type(self.process) is not int or self.process <= 1:  # to signal these means something else
             return False
         try:
             os.kill(self.process, 0)
-            state = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
-        except ProcessLookupError:
+        except PermissionError:  # another user's
+            pass
+        except (OSError, OverflowError):
             return False
-        except OSError:  # another user's, or a system without such files
-            return True
-        return state not in "ZX"  # dead, and nobody has asked yet how it ended
+        found = _stat_of(self.process)
+        if found is None:  # on a system without such files; else it has just ended
+            return _stat_of(os.getpid()) is None
+        state, started = found
+        # Dead, and nobody has asked yet how it ended; or another process that has got its id.
+        return state not in "ZX" and self.process_started in (None, started)
 
     def write(self, folder: Path) -> None:
         """Write `arm.json`, in a folder that is made anew if it was removed."""
@@ -62,6 +70,21 @@ class Outcome:
         temporary = folder / f"{OUTCOME_FILE}.tmp"
         temporary.write_text(json.dumps(asdict(self)))
         os.replace(temporary, folder / OUTCOME_FILE)
+
+
+def process_started(process: int) -> int | None:
+    """Return when a process of this host has started, in ticks since that was; None if unknown."""
+    found = _stat_of(process)
+    return None if found is None else found[1]
+
+
+def _stat_of(process: int) -> tuple[str, int] | None:
+    """Return the state of a process and when it has started (fields 3 and 22 of proc_pid_stat(5))."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def read_outcomes(folder: Path, sweep_id: str) -> dict[Path, Outcome]:

@@ -4,17 +4,26 @@ import gc
 import logging
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+
+SPENT = threading.Event()
+"""Set once something may be left in this process that no other arm should meet."""
 
 
 @contextmanager
 def process_restored() -> Iterator[None]:
     """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
     argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    streams, known_filters = (sys.stdin, sys.stdout, sys.stderr), list(warnings.filters)
+    mask = os.umask(0o077)  # which nothing else tells
+    os.umask(mask)
     # A log file that cannot be written, on a full disk, is no reason to end, nor for a traceback a line.
     raises, logging.raiseExceptions = logging.raiseExceptions, False
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
@@ -29,8 +38,13 @@ def process_restored() -> Iterator[None]:
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
         life = sys.modules.get("gaccum_exp.arms.life")
-        if life is not None:
-            life.set_process_settings(of_torch or life.BEFORE_ANY_ARM)
+        if life is not None and not life.set_process_settings(of_torch or life.BEFORE_ANY_ARM):
+            SPENT.set()
+        sys.stdin, sys.stdout, sys.stderr = streams
+        os.umask(mask)
+        filters: Any = warnings.filters
+        # What imports have added stays: it makes no errors.
+        filters[:] = [entry for entry in filters if entry[0] != "error" or entry in known_filters]
         for logger, handlers, level in loggers:
             for handler in set(logger.handlers) - set(handlers):
                 with suppress(OSError):

@@ -11,6 +11,7 @@ from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms.child import Ended
 from gaccum_exp.arms.context import ArmContext, contexts_of_seeds
 from gaccum_exp.arms.life import (
+    EXPECTED,
     VECTORIZED,
     Life,
     clear,
@@ -21,6 +22,7 @@ from gaccum_exp.arms.life import (
     shared_data,
     train_controls,
 )
+from gaccum_exp.arms.process import SPENT
 from gaccum_exp.arms.resume import runs_in
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
@@ -65,6 +67,8 @@ def run_seeds(context: ArmContext, stop: Stop) -> Ended:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # before any of them has begun
+        if not isinstance(error, (NotStackableError, *EXPECTED)):
+            SPENT.set()
         if not isinstance(error, BadInputError):  # each arm will report that itself
             why = error if isinstance(error, NotStackableError) else reason_of(error)
             log.warning(

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
 from gaccum_exp.arms.context import ArmContext, Launch
 from gaccum_exp.arms.outcome import read_outcomes
-from gaccum_exp.arms.process import process_restored
+from gaccum_exp.arms.process import SPENT, process_restored
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.train.stopping import Stop, StoppedError, listening, silence_workers
@@ -130,7 +130,7 @@ class _Server:
                 self._stop = None
                 _flush()
         left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
-        return Answer(result, reason, stopped=stopped or stop.asked, spent=bool(left))
+        return Answer(result, reason, stopped=stopped or stop.asked, spent=bool(left) or SPENT.is_set())
 
     @contextmanager
     def _spoken_to(self, streams: list[int]) -> Iterator[None]:

@@ -29,6 +29,8 @@ ORPHAN_S = 5.0
 """So long a run whose process is gone is left to whoever has started that, to say why it has ended."""
 FAULT_S = 5.0
 """So long a journal is left alone that cannot be delivered for another reason than its store's."""
+HELD_S = 1.0
+"""So long a journal is left alone that another process delivers."""
 
 
 class Helper:
@@ -41,9 +43,9 @@ class Helper:
         self._listener, self._stores = listener, Stores()
         self._deliveries: dict[Path, Delivery] = {}
         self._put_off: dict[Path, float] = {}
-        """Journals whose store is away, till when: meanwhile another process may deliver them."""
-        self._faults: set[str] = set()
-        """What has been said of journals that cannot be delivered."""
+        """Journals that cannot be delivered now, till when: another process may do so meanwhile."""
+        self._faults: set[tuple[Path, type[Exception]]] = set()
+        """What has been said of them."""
         self._told: dict[socket.socket, set[Path]] = {}
         """What each process has named."""
         self._texts: dict[socket.socket, bytes] = {}
@@ -65,24 +67,31 @@ class Helper:
             retries = [d.due_s for d in self._deliveries.values() if d.left_bytes and d.due_s]
             retries += [max(0.0, at - now) for at in self._put_off.values()]
             self._listen(0.0 if work else 0.01 if self._left and room else min([1.0, *retries]))
+            work, watched = False, set[Path]().union(*self._told.values())
             for path in [path for path, at in self._put_off.items() if at <= time.monotonic()]:
                 del self._put_off[path]
-                self._open(path)
-            work, watched = False, set[Path]().union(*self._told.values())
+                self._open(path, path in watched)
             for path in list(self._deliveries):
                 try:
                     work = self._deliver(path, path in watched) or work
                 except Exception as error:  # a full disk, or a fault: others are delivered all the same
-                    self._put_off_for_a_while(path, error)
+                    self._say_once(path, error)
+                    with contextlib.suppress(Exception):
+                        self._deliveries[path].close()
+                    del self._deliveries[path]
+                    self._put_off[path] = time.monotonic() + FAULT_S
             others = (self._deliveries.keys() | self._put_off.keys()) - watched
             room = len(others) < AT_ONCE
             if self._left and room and not work:
-                self._take_what_was_left()
+                try:
+                    self._take_what_was_left()
+                except Exception as error:
+                    self._say_once(self._left[0][0], error)
             for folder in [f for f in self._searched if not any(f in p.parents for p in others)]:
                 self._searched.remove(folder)
                 self._answer(folder)
-            left = self._put_off or any(d.left_bytes for d in self._deliveries.values())
-            if self._told or self._left or work:
+            left = self._put_off or self._left or any(d.left_bytes for d in self._deliveries.values())
+            if self._told or work or (self._left and room):  # else all those begun with wait for stores
                 until = time.monotonic() + GRACE_S
             elif not left or time.monotonic() > until:
                 break
@@ -115,18 +124,27 @@ class Helper:
             if path.is_dir():
                 self._left.append((path, unsettled_below(path)))
             else:
-                self._open(path)
+                self._open(path, watched=True)
 
-    def _open(self, path: Path) -> bool:
-        """Begin to deliver a journal; return whether it is there, and nobody else delivers it."""
+    def _open(self, path: Path, watched: bool) -> None:
+        """Begin to deliver a journal, or put off one that somebody waits for."""
         from gaccum_exp.tracking.delivery import Delivery
 
-        if path not in self._deliveries and path not in self._put_off:
-            try:
-                self._deliveries[path] = Delivery(path, self._stores)
-            except (OSError, TrackingError):
-                return False
-        return True
+        if path in self._deliveries or path in self._put_off:
+            return
+        try:
+            self._deliveries[path] = Delivery(path, self._stores)
+        except FileNotFoundError:  # removed; once it is written anew, it is named again
+            return
+        except TrackingError:  # another process delivers it, and may let go of it before its end
+            wait_s = HELD_S
+        except Exception as error:
+            self._say_once(path, error)
+            wait_s = FAULT_S
+        else:
+            return
+        if watched:
+            self._put_off[path] = time.monotonic() + wait_s
 
     def _deliver(self, path: Path, watched: bool) -> bool:
         """Deliver some of a journal, and end its run if its process is dead; return whether it did."""
@@ -155,14 +173,10 @@ class Helper:
             del self._deliveries[path]
         return work
 
-    def _put_off_for_a_while(self, path: Path, error: Exception) -> None:
-        if str(error) not in self._faults:
+    def _say_once(self, path: Path, error: Exception) -> None:
+        if (path, type(error)) not in self._faults:  # its text may hold a name that is drawn each time
             say(f"tracking: {path}: cannot be delivered now ({type(error).__name__}: {error})")
-        self._faults.add(str(error))
-        with contextlib.suppress(OSError):
-            self._deliveries[path].close()
-        del self._deliveries[path]
-        self._put_off[path] = time.monotonic() + FAULT_S
+        self._faults.add((path, type(error)))
 
     def _take_what_was_left(self) -> None:
         """Begin with one more journal of an earlier process."""
@@ -171,18 +185,30 @@ class Helper:
         if path is None:
             del self._left[0]
             self._searched.append(folder)
-        elif not path.exists():  # its process was killed before it wrote a word
-            if (lock := FileLock.take(path.with_suffix(".lock"))) is not None:
-                path.with_suffix(".lock").unlink(missing_ok=True)
+            return
+        lock_path = path.with_suffix(".lock")
+        if _is_anothers(path) or _is_anothers(lock_path):
+            return
+        if not path.exists():  # its process was killed before it wrote a word
+            if (lock := FileLock.take(lock_path)) is not None:
+                lock_path.unlink(missing_ok=True)
                 lock.release()
         else:
-            self._open(path)
+            self._open(path, watched=False)
 
     def _answer(self, path: Path) -> None:
         for client, paths in self._told.items():
             if path in paths:
                 with contextlib.suppress(OSError):
                     client.send(line_of(path), socket.MSG_DONTWAIT)
+
+
+def _is_anothers(path: Path) -> bool:
+    """Whether a file is another user's, who could have anything sent in this one's name."""
+    try:
+        return path.lstat().st_uid != os.getuid()
+    except FileNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,15 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote_to_bytes
 
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import can_write, now_ms, whole_size
-
-if TYPE_CHECKING:
-    pass
 
 GRACE_S = 10.0
 """So long a store that is away is waited for when nothing is left but to deliver."""
@@ -38,10 +35,15 @@ DECISIVE = ("MLFLOW_", "PG", "AWS_", "AZURE_", "GOOGLE_", "DATABRICKS_", "REQUES
 """Beginnings of variables that say how a store is reached."""
 LEFT_S = 5.0
 """So long a command waits at its end for the delivery of what earlier ones have left."""
+AGAIN_S = 5.0
+"""After so long without any delivery, journals that are waited for are named again."""
+FOLDER = "gaccum_exp-"
+"""Beginning of the name of a helper's temporary folder."""
+ADDRESS_BYTES = 100
+"""So long the name of a socket may be, on every system."""
 
-
-_let_go_of: list["subprocess.Popen[bytes]"] = []
-"""Helpers that may still be at work, and outlive this process."""
+_let_go_of: list["_Client"] = []
+"""Helpers of this process that may still be at work, and outlive it."""
 
 
 class _Client:
@@ -50,19 +52,28 @@ class _Client:
     def __init__(self, address: str | None = None) -> None:
         self.pid, self.surroundings = os.getpid(), _surroundings()
         self._process: subprocess.Popen[bytes] | None = None
-        self.address = self._start() if address is None else address
+        self.address = address or ""
         self._socket = socket.socket(socket.AF_UNIX)
         self._text = b""
         try:
+            if address is None:
+                self._start()
             self._socket.connect(self.address)
         except OSError:
-            self.bury()
+            if address is None:
+                self.bury()
+            self._socket.close()
             raise
 
-    def _start(self) -> str:
-        _let_go_of[:] = [process for process in _let_go_of if process.poll() is None]
-        folder = tempfile.mkdtemp(prefix="gaccum_exp-")
-        address = f"{folder}/helper"
+    def _start(self) -> None:
+        for client in _let_go_of.copy():
+            if client.ended:
+                _let_go_of.remove(client)
+                client.remove_folder()
+        address = f"{tempfile.gettempdir()}/{FOLDER}12345678/helper"
+        place = None if len(os.fsencode(address)) <= ADDRESS_BYTES else "/tmp"
+        folder = tempfile.mkdtemp(prefix=FOLDER, dir=place)
+        self.address = address = f"{folder}/helper"
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         with socket.socket(socket.AF_UNIX) as listener:
@@ -75,7 +86,6 @@ class _Client:
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
-        return address
 
     def tell(self, path: Path) -> None:
         """Name a journal or a folder.
@@ -105,17 +115,37 @@ class _Client:
         return {path_of(line) for line in lines}
 
     def bury(self) -> None:
-        """Take leave of a helper that is dead."""
-        self.close()
+        """Take leave of a helper that is dead, and could not remove its folder if it was killed."""
+        self._socket.close()
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                _let_go_of.append(self)
+                return
+        self.remove_folder()
+
+    def remove_folder(self) -> None:
+        """Remove its temporary folder."""
+        folder = Path(self.address).parent
+        if folder.name.startswith(FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of it; it ends by itself, once everything is delivered or the store is away."""
         self._socket.close()
         if self._process is not None:
-            _let_go_of.append(self._process)
+            _let_go_of.append(self)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process that this one has started for it has ended."""
+        return self.pid == os.getpid() and self._process is not None and self._process.poll() is not None
+
+    def disown(self) -> None:
+        """Let the process go on after this one, which Python would warn of."""
+        if self._process is not None:
+            self._process.returncode = self._process.poll() or 0
 
 
 def line_of(path: Path) -> bytes:
@@ -172,13 +202,18 @@ class _Deliveries:
             recent = [at for at in self._deaths if time.monotonic() - at < DEATHS_S]
             if len(recent) >= DEATHS:
                 raise ChildProcessError("it dies again and again")
-            try:
-                self._client = _Client(self._address)
-            except OSError:  # whose it was is gone, or on another host
-                if self._address is None:
+            self._client = None
+            if self._address is not None:
+                try:
+                    self._client = _Client(self._address)
+                except OSError:  # whose it was is gone, or on another host
+                    self._address = None
+            if self._client is None:
+                try:
+                    self._client = _Client()
+                except OSError:
+                    self._note_death()
                     raise
-                self._address = None
-                self._client = _Client()
         return self._client
 
     def tell(self, path: Path) -> None:
@@ -196,8 +231,11 @@ class _Deliveries:
     def _bury(self) -> None:
         if self._client is not None:
             self._client.bury()
-            self._deaths = [*self._deaths[-DEATHS:], time.monotonic()]
+            self._note_death()
         self._client = self._address = None
+
+    def _note_death(self) -> None:
+        self._deaths = [*self._deaths[-DEATHS:], time.monotonic()]
 
     def _restart(self) -> bool:
         """Have another helper deliver everything; return whether there is one. What has been recorded
@@ -244,14 +282,14 @@ class _Deliveries:
                 self._folders.discard(path)
             elif path in self._open:
                 known = Delivered.of(path)
-                if known.state == "away" and self._is_first_tosay(known):
+                if known.state == "away" and self._is_first_to_say(known):
                     say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
                 elif known.state == "ready" and self._may_say_that_it_is_back(known):
                     say(f"tracking: {known.uri} is back")
                 if known.settled:
                     self._open.discard(path)
 
-    def _is_first_tosay(self, known: Delivered) -> bool:
+    def _is_first_to_say(self, known: Delivered) -> bool:
         """Whether no process that shares the helper has said yet that a store is away."""
         if known.uri in self._away:
             return False
@@ -278,9 +316,9 @@ class _Deliveries:
         return Path(self.helper().address).with_name(name)
 
     def finish(self) -> list[Path]:
-        """Wait until all is delivered, or the store stays away; return the journals that are not."""
-
+        """Wait until all is delivered, the store stays away or nothing moves; return what is not."""
         since: dict[Path, tuple[Delivered, float]] = {}
+        named = time.monotonic()
 
         def waited_for(path: Path) -> bool:
             known, now = Delivered.of(path), time.monotonic()
@@ -294,8 +332,15 @@ class _Deliveries:
             return now - since[path][1] < STORE_S or can_write(path.parent)
 
         def over() -> bool:
+            nonlocal named
             self._note(list(self._open))
-            return not any(waited_for(path) for path in self._open)
+            left = [path for path in self._open if waited_for(path)]
+            moved, now = max((at for _, at in since.values()), default=0.0), time.monotonic()
+            if left and now - max(moved, named) > AGAIN_S:  # a helper may have let go of them
+                named = now
+                for path in left:
+                    self.tell(path)
+            return not left or (moved > 0.0 and now - moved > 2 * STORE_S)
 
         self.wait(over)
         if not self._away:
@@ -376,8 +421,8 @@ def _let_go() -> None:
     client = _deliveries._client
     if client is not None and client.pid == os.getpid():
         client.close()
-    for process in _let_go_of:
-        process.returncode = process.poll() or 0  # that it goes on is no oversight
+    for helper in _let_go_of:
+        helper.disown()
 
 
 def _forget() -> None:

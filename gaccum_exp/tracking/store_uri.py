@@ -48,7 +48,7 @@ def experiment_name(given: object = None) -> str:
 
 
 def refuse_password(uri: str, source: str = "tracking.uri") -> None:
-    """Raise `BadInputError` where an address holds a password, and say where it belongs instead."""
+    """Raise `BadInputError` where an address holds a password or a token; say where that belongs."""
     if hide_passwords(uri) == uri:
         return
     scheme = urlsplit(uri).scheme.partition("+")[0]
@@ -61,5 +61,5 @@ def refuse_password(uri: str, source: str = "tracking.uri") -> None:
     }
     advice = instead.get(scheme, "give it to the driver in another way")
     raise BadInputError(
-        f"{source}: an address with a password would be recorded with every run; {advice}"
+        f"{source}: an address with a password or a token would be recorded with every run; {advice}"
     )

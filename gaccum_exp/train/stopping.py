@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -30,6 +30,12 @@ class StoppedError(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return self.reason
+
+
+def say_at_once(asked: StoppedError, notice: str) -> None:
+    """Say from within a signal handler what becomes of a request, where anybody can listen now."""
+    with suppress(OSError):  # Ctrl-C ends `| tee log` too, and is followed all the same
+        os.write(2, f"gaccum_exp: {asked}: {notice}\n".encode())
 
 
 def of_signal(number: int) -> StoppedError:
@@ -123,15 +129,12 @@ class Stop:
         if not first:
             return
         if self._held:
-            self._say(self.notice)
+            if self.notice and self.asked is not None:
+                say_at_once(self.asked, self.notice)
         else:
             if self.before_raising is not None:
                 self.before_raising(number)
             self.look()
-
-    def _say(self, notice: str) -> None:
-        if notice:
-            os.write(2, f"gaccum_exp: {self.asked}: {notice}\n".encode())
 
     def _end(self, number: int) -> None:
         try:
@@ -165,15 +168,17 @@ def listening() -> Iterator[Stop]:
     One that is ignored stays so, as SIGINT is in a shell's background jobs.
     """
     stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                stop._handlers[number] = signal.signal(number, stop._handle)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):
+                    stop._handlers[number] = handler  # first: the signal may come at once
+                    signal.signal(number, stop._handle)
         yield stop
     finally:
-        for installed, handler in stop._handlers.items():
-            signal.signal(installed, handler)
+        for installed, before in stop._handlers.items():
+            signal.signal(installed, before)
 
 
 def silence_workers() -> Any:

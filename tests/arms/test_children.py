@@ -1,16 +1,19 @@
 """What a model does to its process ends its arm alone, with a reason; the rest of the sweep goes on."""
 
 import ctypes
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
 from gaccum_exp import cli
@@ -193,6 +196,40 @@ def test_what_an_arm_leaves_running_meets_no_other_arm(program: Program) -> None
     assert child._children[os.getpid()][-1].process.pid != before
 
 
+class Leaving(Net):
+    """Changes its process in a way that reaches other arms."""
+
+    def __init__(self, way: str = "") -> None:
+        super().__init__()
+        match way:
+            case "settings":
+                torch.set_default_dtype(torch.float64)
+                torch.backends.cudnn.benchmark = True
+                os.umask(0o777)
+                warnings.simplefilter("error")
+                sys.stdout = sys.stderr = io.StringIO()
+            case "hook":
+                torch.nn.modules.module.register_module_forward_hook(lambda *given: 2 * given[-1])
+
+
+@pytest.mark.parametrize(("way", "one"), [("settings", True), ("hook", False), ("fails", False)])
+def test_an_arm_after_another_is_the_one_that_it_is_alone(program: Program, way: str, one: bool) -> None:
+    """Bit for bit: what can be put back is, else it has another process, as after a fault."""
+    model = "model._target_=tests.arms.test_children."
+    first = f"{model}Silent" if way == "fails" else f"{model}Leaving"
+    how = () if way == "fails" else (f"+model.way={way}",)
+    net = ("-m", *STRANGER, "model._target_=tests.strangers.Net")
+    curves, children = [], []
+    for others in ((), (first, *how)):
+        if others:
+            program("-m", *STRANGER, *others)
+        assert program(*net).status == 0
+        curves.append(program.arms()[0].curves["train/loss"])
+        children.append(child._children[os.getpid()][-1].process.pid)
+    assert curves[0].values == curves[1].values
+    assert (children[0] == children[1]) == one
+
+
 HANGS = """
 import atexit, os, sys, threading, time
 from tests.strangers import Net
@@ -256,7 +293,7 @@ def test_an_arm_runs_in_its_file_before_it_is_given_away(
 
         def send(self, *given: Any) -> None:
             seen.append(read_outcome(tmp_path))
-            raise OSError("gone")
+            raise child.DiedError("gone")
 
         def close(self) -> None:
             self.process.wait()
@@ -271,6 +308,25 @@ def test_an_arm_runs_in_its_file_before_it_is_given_away(
     assert ended[tmp_path].status == "FAILED"
     assert "gone" in str(ended[tmp_path].reason)
     assert given_name(job)
+
+
+def test_a_fault_beside_the_connection_is_no_death_of_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is left: the arm has failed of that, and the child takes the next request."""
+    child.start()
+    living = child._children[os.getpid()][-1]
+
+    def full(stream: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(child, "_open", full)
+    ended: dict[Path, Outcome] = {}
+    child.run_job(context(tmp_path, *TINY), cli.Stop(), ended, None)
+    assert "Too many open files" in str(ended[tmp_path].reason)
+    assert "process" not in str(ended[tmp_path].reason)
+    assert not living.connection.closed
+    assert child._children[os.getpid()][-1] is living
 
 
 class CrashesWhenBuilt(Net):

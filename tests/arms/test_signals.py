@@ -23,7 +23,7 @@ from gaccum_exp.train.build import build
 from gaccum_exp.train.evaluation import evaluate
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.loop import hooks_of, train
-from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, listening
+from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, listening, of_signal, say_at_once
 from tests.program import PATIENCE_S, Ending, Program, environment
 from tests.strangers import Net
 from tests.support import STRANGER, Collected, settings
@@ -76,6 +76,41 @@ def test_signals_that_come_together_are_one(stop: Stop) -> None:
         signal.raise_signal(signal.SIGTERM)
         stop.tell(StoppedError("interrupted (SIGTERM)", 143))
     assert str(stop.asked) == "interrupted (SIGTERM)"
+
+
+def test_a_signal_is_followed_where_nobody_reads_what_is_said(stop: Stop) -> None:
+    """Ctrl-C ends the `tee` behind a command too: what is said breaks the pipe, and nothing else."""
+    said, ours = os.pipe()
+    terminal = os.dup(2)
+    os.close(said)
+    os.dup2(ours, 2)
+    try:
+        with stop.held("waiting"):
+            signal.raise_signal(signal.SIGTERM)
+            say_at_once(of_signal(signal.SIGTERM), "passed on")
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(ours)
+    assert str(stop.asked) == "interrupted (SIGTERM)"
+
+
+def test_a_signal_that_comes_while_one_begins_to_listen_is_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Right after its handler is there; the handlers are put back all the same."""
+    install, before = signal.signal, [signal.getsignal(number) for number in SIGNALS]
+
+    def install_late(number: int, handler: Any) -> Any:
+        replaced = install(number, handler)
+        if number == signal.SIGTERM and getattr(handler, "__name__", "") == "_handle":
+            signal.raise_signal(number)
+        return replaced
+
+    monkeypatch.setattr(signal, "signal", install_late)
+    with pytest.raises(StoppedError, match="SIGTERM"), listening():
+        pytest.fail("it had been asked for")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 SECOND = """

@@ -28,13 +28,27 @@ WITH_PASSWORD = [
     f"mssql+pyodbc:///?odbc_connect=UID%3Dalice%3BPWD%3D{SECRET}",
     f"https://mlflow.example/?token={SECRET}",
     "http://alice:5000@127.0.0.1",
+    f"https://{SECRET}@mlflow.example/path",
+    f"https://{SECRET}:@mlflow.example",
+    f"http://alice@corp:{SECRET}@127.0.0.1:5000",
+    f"postgresql://alice@corp:{SECRET}@127.0.0.1/db",
+    f"postgresql+psycopg2://alice@srv:{SECRET}@srv.example:5432/db",
+    f"postgresql://alice:12/{SECRET}@127.0.0.1/db",
+    f"postgresql://alice:1234#{SECRET}@127.0.0.1/db",
+    f"postgresql://:{SECRET}@127.0.0.1/db",
+    f"mysql+pymysql://alice:p?{SECRET}@127.0.0.1/db",
+    f"mysql+pymysql://alice@127.0.0.1/db?charset=utf8&pass={SECRET}",
+    f"mysql+pymysql://alice@127.0.0.1/db?passwd={SECRET}",
 ]
 WITHOUT = [
     "sqlite:///mlflow.db",
     "sqlite:////home/a:b@c/mlflow.db",
     "http://127.0.0.1:5000",
     "http://127.0.0.1:5000/mail@example",
-    "http://alice@127.0.0.1:5000",
+    "https://mlflow.example/a@b?c=d@e",
+    "postgresql://alice@corp@127.0.0.1/db",
+    "postgresql://127.0.0.1:5432/db",
+    "sqlite:///C:/home/a@b/mlflow.db",
     "postgresql://alice@127.0.0.1:5432/db?passfile=~/.pgpass",
     "mysql+pymysql://alice@127.0.0.1/db?read_default_file=~/.my.cnf",
 ]
@@ -57,14 +71,14 @@ def test_a_password_is_refused_and_its_place_is_named(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", WITHOUT)
 def test_an_address_without_a_password_is_taken_as_it_is(uri: str) -> None:
-    """A port, a user alone, and signs in a path are none."""
+    """A port, the user of a database, and signs in a path are none."""
     assert tracking_uri(uri) == uri == hide_passwords(uri)
 
 
 def test_messages_lose_the_passwords_of_addresses() -> None:
     """Also one about a value that cannot be read at all."""
     said = explain.one_line(BadInputError(f"x={WITH_PASSWORD[0]}: not one of y"), [])
-    assert said == "x=http://alice:…@127.0.0.1:5000: not one of y"
+    assert said == "x=http://…@127.0.0.1:5000: not one of y"
     assert SECRET not in hide_passwords(" and ".join(WITH_PASSWORD))
 
 
