@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, writers
+from experiments.durability import disk, kills, long_run, misbehaviour, network, sweeps, torn, writers
 from experiments.durability.tries import Options, Result
 from experiments.notebook import provenance, write_results
 from gaccum_exp.arms.provenance import git_commit
@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     "torn": ("journals torn at every byte, bits flipped", torn.torn),
     "writers": ("many writers on one store", writers.writers),
     "models": ("models and workers that exit, crash, hang; signals", misbehaviour.models),
+    "sweeps": ("sweeps ended at random moments, continued, arms added", sweeps.sweeps),
     "windows": ("a million windows of a tiny model", long_run.windows),
 }
 

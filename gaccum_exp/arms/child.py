@@ -24,6 +24,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from gaccum_exp.arms import continued
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
@@ -195,8 +196,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None) -> None:
-    """Run the arms of a sweep's job.
+def run_job(
+    context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None
+) -> float | None:
+    """Run the arms of a sweep's job, but for those that the sweep has already; return its objective.
 
     Args:
         context: of the job.
@@ -207,22 +210,51 @@ def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], help
     Raises:
         StoppedError: somebody wants the command to end.
     """
-    if context.sweep_id in _stopped:  # a launcher may go on giving jobs
-        raise _stopped[context.sweep_id]
+    command_id = context.command_id
+    if command_id in _stopped:  # a launcher may go on giving jobs
+        raise _stopped[command_id]
+    if continued.forgotten(context.sweep_folder, command_id):
+        raise StoppedError("the sweep goes on in another command", 143)
     if helper is not None:
         shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
     try:
-        if _given(context, arms, stop, outcomes):
-            for arm in arms:
+        left = [arm for arm in arms if not _answered(arm, outcomes)]
+        job = left[0] if len(left) == 1 else context
+        if 1 < len(left) < len(arms):
+            job = context.with_values({"sweep.seeds": [arm.config.seed for arm in left]})
+        if left and _given(job, left, stop, outcomes):
+            for arm in left:
                 _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
-        _stopped[context.sweep_id] = error
+        _stopped[command_id] = error
         raise
+    finally:
+        if context.known:
+            continued.remove_job_folder(context.folder, [arm.folder for arm in arms])
+    # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
+    return outcomes[arms[0].folder].objective if len(arms) == 1 else None
+
+
+def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
+    """Whether the sweep has this arm's end already; it then counts for this command too."""
+    known = arm.known_arm
+    if known is None or known.status is None:
+        return False
+    there = read_outcome(arm.folder)
+    if there is None:  # it has run where no folder is shared with this host
+        there = Outcome(
+            arm.sweep_id, known.name, known.status, task=str(arm.config.task),
+            objective=known.objective, digest=arm.digest,
+        )  # fmt: skip
+    else:
+        _write(replace(there, command_id=arm.command_id), arm.folder)
+    outcomes[arm.folder] = replace(there, command_id=arm.command_id)
+    return True
 
 
 _stopped: dict[str, StoppedError] = {}
-"""The sweeps that have been stopped in this process."""
+"""The commands whose sweeps have been stopped in this process."""
 
 
 def _given(
@@ -242,6 +274,8 @@ def _given(
         # As it is it cannot be pickled where a plugin has classes of its own in it.
         hydra: Any = HydraConfig.instance().cfg
         hydra = None if hydra is None else OmegaConf.to_container(hydra)
+        if hydra is not None:
+            hydra["hydra"]["runtime"]["output_dir"] = str(job.folder)  # where an arm's log belongs
         surroundings = _surroundings(hydra, shipper.helper_address())
         answer = _ask(stop, note_running, "arm", job, surroundings)
     except DiedError as died:
@@ -256,7 +290,9 @@ def _given(
     stopped = answer.stopped or stop.asked
     for arm in arms:
         outcome = done.outcomes.get(arm.folder) or read_outcome(arm.folder) or _running(arm)
-        if outcome.status == RUNNING or outcome.sweep_id != arm.sweep_id:
+        if (outcome.sweep_id, outcome.command_id) != (arm.sweep_id, arm.command_id):
+            outcome = _running(arm)  # another command's, which had the folder before
+        if outcome.status == RUNNING:
             why = None if stopped is None else stopped.reason
             outcome = ended(arm.folder, outcome, why, answer.reason or WITHOUT_OUTCOME)
         elif answer.reason:
@@ -281,7 +317,7 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
         status, reason = "KILLED", stopped
     else:
         log.error("%s failed: %s", running.name, reason)
-    outcome = replace(running, status=status, reason=reason, host=None, process=None)
+    outcome = replace(running, status=status, reason=reason, host=None, process=None, again=True)
     _write(outcome, folder)
     try:
         end_left(folder, status, reason)
@@ -310,7 +346,7 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
         name = given_name(arm)
     return Outcome(
         arm.sweep_id, name, RUNNING, task=str(arm.config.task), audit_asked=asked,
-        host=platform.node(), process=process,
+        host=platform.node(), process=process, digest=arm.digest, command_id=arm.command_id,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
-from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.tracking.records import RunRecord, last_of_each_arm
 from gaccum_exp.tracking.sink import kept_weights
 from gaccum_exp.tracking.store_uri import (
     DEFAULT_EXPERIMENT,
@@ -105,7 +105,7 @@ class Runs:
     def sweep(self, sweep_id: str) -> list[RunRecord]:
         """Return the arms, oldest first; raises as `store` does where there are no journals of them."""
         found = self.journals.sweep(sweep_id, COMPARED_CURVES) if self.journals else []
-        return found or self.store.sweep(sweep_id, COMPARED_CURVES)
+        return last_of_each_arm(found or self.store.sweep(sweep_id, COMPARED_CURVES))
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""

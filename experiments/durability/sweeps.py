@@ -1,0 +1,131 @@
+"""Sweeps that are ended at random moments and go on: every arm once, and more of them added."""
+
+import csv
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from experiments.durability.command import (
+    TRUTH,
+    Folders,
+    Running,
+    complaints,
+    kill,
+    overrides,
+    run,
+)
+from experiments.durability.kills import await_moment
+from experiments.durability.ledger import Stored, noted, stored
+from experiments.durability.tries import Options, Result, Tried, many, result
+
+WINDOWS = 150
+LIFE_S = {"basic": 12.0, "joblib": 16.0, "submitit_local": 16.0}
+"""About how long an undisturbed sweep of three arms takes under each launcher."""
+LAUNCHERS: dict[str, tuple[str, ...]] = {
+    "basic": (),
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "submitit_local": ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"),
+}
+ATTACKS = ("Ctrl-C", "SIGTERM", "kill -9, parent", "kill -9, child", "kill -9, all")
+FIRST, ADDED = "accum.steps=1,2,4", "accum.steps=8,2,1,4"
+MOST_TIMES = 6
+"""A sweep that does not end after so many commands is wrong."""
+
+
+def sweeps(options: Options) -> Result:
+    """End sweeps at random moments, go on with them until they are whole, and add an arm."""
+    tries = many("sweeps", 24, _one, options)
+    times = Counter(int(tried.notes["commands"]) for tried in tries if "commands" in tried.notes)
+    counted = ", ".join(f"{number} in {of} tries" for number, of in sorted(times.items()))
+    said = sum(tried.notes.get("said", 0) for tried in tries)
+    extra = (
+        "Wrong is an arm that finished twice or never, that is there twice in the comparison, whose end "
+        "was trained anew after it had finished, or that is RUNNING; another status than 0 at the end. "
+        f"Commands until a sweep was whole: {counted}. {said:.0f} times the command that was printed is "
+        "the one that went on."
+    )
+    return result(tries, extra, ("how it was ended", "launcher, commands that were ended"))
+
+
+def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
+    launcher, attack = list(LAUNCHERS)[number % 3], ATTACKS[number % 5]
+    hits = draw.choice((1, 1, 2))
+    moments = [draw.uniform(1.0, LIFE_S[launcher]) for _ in range(hits)]
+    folder = places.new(f"sweeps {number}")
+    line = ["-m", *overrides(folder, windows=WINDOWS, pause_s=0.01), *LAUNCHERS[launcher]]
+    tried = Tried(attack, notes={"said": 0})
+    ended, arguments, status = 0, [*line, FIRST], None
+    commands = 0
+    while status != 0 and commands < MOST_TIMES:
+        commands += 1
+        running = Running(folder, *arguments)
+        if moments and await_moment(running, moments.pop()):
+            ended += _attack(running, attack)
+        running.ended()
+        tried.problems += [f"left running: {left}" for left in running.settled()]
+        if "Traceback" in running.text and "joblib" not in running.text:
+            tried.problems.append(f"a traceback: {running.text[-400:]}")
+        status = running.process.returncode
+        printed = re.findall(r"; to go on:\n  python -m gaccum_exp (.+)\n", running.text)
+        if printed:
+            tried.notes["said"] += 1
+        arguments = [*line, FIRST]
+        if list(folder.glob("multirun/*/command.json")):  # else it had not begun
+            arguments.append("sweep.resume=last")
+    if not ended:
+        places.done(folder, keep=False)
+        return None
+    tried.when = f"{launcher}, {ended}"
+    tried.notes["commands"] = commands
+    if status != 0:
+        tried.problems.append(f"not whole after {commands} commands: {running.text[-400:]}")
+    else:
+        (sweep,) = {path.parent for path in folder.glob("multirun/*/command.json")}
+        tried.problems += wrong_with(sweep, folder, {1, 2, 4})
+        added = run(folder, *line, ADDED, f"sweep.into={sweep.name}")
+        tried.problems += complaints(added, 0, "the one that adds")
+        tried.problems += wrong_with(sweep, folder, {1, 2, 4, 8})
+    places.done(folder, keep=not tried.sound)
+    return tried
+
+
+def _attack(running: Running, attack: str) -> bool:
+    """End a command; return whether there was anything to be ended."""
+    if not running.alive:
+        return False
+    if attack in ("Ctrl-C", "SIGTERM"):
+        running.process.send_signal(signal.SIGINT if attack == "Ctrl-C" else signal.SIGTERM)
+        return True
+    found = running.trainings()
+    first = [process for process in found if process.pid == running.pid]
+    others = [process for process in found if process.pid != running.pid]
+    victims = {"parent": first, "child": others[-1:], "all": found}[attack.partition(", ")[2]]
+    kill(victims)
+    time.sleep(0.1)
+    return bool(victims)
+
+
+def wrong_with(sweep: Path, folder: Path, expected: set[int]) -> list[str]:
+    """Say what is wrong with a sweep that is whole: an arm that is not there once, in every place."""
+    problems = []
+    with (sweep / "comparison.csv").open() as file:
+        rows = Counter((int(row["accum_steps"]), row["status"]) for row in csv.DictReader(file))
+    if rows != dict.fromkeys(((n, "FINISHED") for n in expected), 1):
+        problems.append(f"the comparison has {dict(rows)}")
+    runs: list[Stored] = stored(f"sqlite:///{folder / 'mlflow.db'}", curves=())
+    finished = Counter(run.arm for run in runs if run.status == "FINISHED" and run.sweep == sweep.name)
+    if finished != dict.fromkeys((f"{n}-0" for n in expected), 1):
+        problems.append(f"the store has as finished {dict(finished)}")
+    problems += [f"{run.name} is RUNNING" for run in runs if run.status == "RUNNING"]
+    ends = Counter(
+        line.arm for line in noted(folder / TRUTH)
+        if (line.kind, line.global_step, line.sweep) == ("step", WINDOWS, sweep.name)
+    )  # fmt: skip
+    # Killed between its last step and its end, an arm is trained to the end once more.
+    problems += [
+        f"{arm} was trained to its end {times} times" for arm, times in ends.items() if times > 2
+    ]
+    return problems
