@@ -55,7 +55,7 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
-        overrides = _parsed([*config.hydra.overrides.task, *_configured_overrides(config)])
+        overrides = _parsed([*_given(config), *_configured_overrides(config)])
         swept = [o.get_key_element().lstrip("+") for o in overrides if o.is_sweep_override()]
         # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
@@ -94,7 +94,7 @@ class SweepStart(Callback):
     def _note_plan(self, config: DictConfig, command_id: str) -> None:
         command = current_command.get()
         if command is not None:
-            given = _parsed([*_configured_overrides(config), *config.hydra.overrides.task])
+            given = _parsed([*_configured_overrides(config), *_given(config)])
             command.planned = continued.planned_arms(config, given)
             command.command_id = command_id
 
@@ -110,9 +110,8 @@ def _take_up(config: DictConfig, before: Continued) -> None:
     """Let a command be one of an earlier sweep's: under its id, in its folder, which jobs do not see."""
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
         config.sweep_id = before.sweep_id
-        task = config.hydra.overrides.task
         config.hydra.overrides.task = [
-            line for line in task if line.partition("=")[0].lstrip("+") not in continued.KEYS
+            line for line in _given(config) if line.partition("=")[0].lstrip("+") not in continued.KEYS
         ]
 
 
@@ -209,6 +208,12 @@ def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
         )
 
 
+def _given(config: DictConfig) -> list[str]:
+    """Return the command line's overrides; what they refer to is another value in every arm."""
+    lines: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(lines)
+
+
 def _configured_overrides(config: DictConfig) -> list[str]:
     """Return what the configuration has the sweeper vary or set, as on the command line."""
     return [f"{k}={v}" for k, v in dict(config.hydra.sweeper.get("params") or {}).items()]
@@ -223,7 +228,7 @@ def _one_job_for_all_seeds(config: DictConfig) -> None:
         log.warning("sweep.vectorize=seed: only Hydra's basic sweeper varies seeds that can be stacked")
         return
     configured = _configured_overrides(config)
-    overrides = _parsed([*configured, *hydra.overrides.task])
+    overrides = _parsed([*configured, *_given(config)])
     of_seed = [o for o in overrides if o.get_key_element().lstrip("+") == "seed"]
     if not of_seed or not of_seed[-1].is_discrete_sweep():
         return
@@ -248,7 +253,7 @@ def _composed(
 ) -> DictConfig | None:
     """Compose the first arm, or that with these choices; None where Hydra will say what is wrong."""
     overrides = []
-    for override in _parsed(config.hydra.overrides.task):
+    for override in _parsed(_given(config)):
         key = override.get_key_element()
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))

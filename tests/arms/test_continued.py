@@ -263,6 +263,15 @@ def test_how_many_arms_a_command_line_names_is_counted(program: Program) -> None
     assert "1 arm did not finish, 17 of 18 never started" in ended.err
 
 
+def test_what_a_command_line_refers_to_is_each_arms_own(program: Program) -> None:
+    """Also where the sweep goes on, and where seeds are trained as one: no arm has the first one's."""
+    line = ("-m", "runtime.threads=${seed}", "seed=1,2,3")
+    program.tiny(*line[:2], "seed=1")
+    ended = program.tiny(*line, f"sweep.into={program.sweep_id}", "sweep.vectorize=seed")
+    assert ended.status == 0, ended.err
+    assert sorted(run.params["runtime.threads"] for run in program.arms()) == ["1", "2", "3"]
+
+
 def test_another_store_than_the_sweeps_is_refused(program: Program) -> None:
     """Its arms are found under one filter."""
     program.tiny("-m", "accum.steps=1,2")
