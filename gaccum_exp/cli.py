@@ -1,9 +1,9 @@
 """The command line: the only hydra.main.
 
 Exit status: 0; 1 a run failed; 2 bad input, or nothing was run; 3 biased; 4 stochastic; 5 inconclusive;
-130 interrupted by Ctrl-C (SIGINT); 143 by SIGTERM or SIGUSR1. 3 to 5 only where an audit was asked for:
-`task=audit`, or `audit.every_steps` is set. Under `-m` it is decided at the end, from what the arms have
-left: the first of 1, 3, 5, 4 that any arm earned.
+130 interrupted by Ctrl-C (SIGINT); 143 by SIGTERM, SIGUSR1 or SIGUSR2. 3 to 5 only where an audit was
+asked for: `task=audit`, or `audit.every_steps` is set. Under `-m` it is decided at the end, from what
+the arms have left: the first of 1, 3, 5, 4 that any arm earned.
 """
 
 import gc

@@ -47,8 +47,8 @@ def sweeps(options: Options) -> Result:
     extra = (
         "Wrong is an arm that finished twice or never, that is there twice in the comparison, whose end "
         "was trained anew after it had finished, or that is RUNNING; another status than 0 at the end. "
-        f"Commands until a sweep was whole: {counted}; {said:.0f} of them were run as the one before had "
-        "printed them, the others with `sweep.resume=last`."
+        f"Commands until a sweep was whole: {counted}; {said:.0f} of them were run as the one before "
+        "had printed them, the others with `sweep.resume=last`."
     )
     return result(tries, extra, ("how it was ended", "launcher, commands that were ended"))
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
-from gaccum_exp.arms.report import COMPARED_CURVES, Runs, read_sweep
+from gaccum_exp.arms.report import COMPARED_CURVES, Runs, read_sweeps
 from gaccum_exp.arms.settle import record_report
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures.save_figures import draw
@@ -243,9 +243,9 @@ def once(arm: Arm) -> dict[str, float]:
 
 def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     """Report on a stored sweep as the program does at its end; return the seconds of each stage."""
-    store = Runs(uri, EXPERIMENT, None)
+    store = Runs(uri, EXPERIMENT)
     marks = [time.perf_counter()]
-    runs, stored = read_sweep(store, sweep_id)
+    runs, stored = read_sweeps(store, [sweep_id])
     marks.append(time.perf_counter())
     comparison = compare(runs, stored, partial(kept_weights, store))
     marks.append(time.perf_counter())

@@ -238,10 +238,14 @@ def run_job(
 
 def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
     """Whether the sweep has this arm's end already; it then counts for this command too."""
-    known = arm.known_arm
+    known, there = arm.known_arm, read_outcome(arm.folder)
+    # A job that a batch system has put back into its queue may have done its work already.
+    same = there is not None and (there.command_id, there.digest) == (arm.command_id, arm.digest)
+    if there is not None and same and there.status != RUNNING and not there.again:
+        outcomes[arm.folder] = there
+        return True
     if known is None or known.status is None:
         return False
-    there = read_outcome(arm.folder)
     if there is None:  # it has run where no folder is shared with this host
         there = Outcome(
             arm.sweep_id, known.name, known.status, task=str(arm.config.task),
