@@ -175,21 +175,24 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     launch = command.launch
     if launch is None:
         return status
+    compared = False
     try:
-        return _compare(command, launch, status, interrupted)
+        end = _compare(command, launch, status, interrupted)
+        compared = True
     finally:
         if launch.multirun:
-            _say_how_to_go_on(command, launch, status)
+            _say_how_to_go_on(command, launch, broken=status not in (OK, BAD_INPUT) or not compared)
+    return end
 
 
-def _say_how_to_go_on(command: Command, launch: Launch, status: int) -> None:
+def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool) -> None:
     """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
     outcomes = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
     note = continued.SweepNote.of(launch.folder)
     if note is None or note.command_id != command.command_id:  # nothing could be recorded
         return
-    if not unfinished and status in (OK, BAD_INPUT):
+    if not unfinished and not broken:
         with suppress(OSError):
             replace(note, whole=True).write(launch.folder)
         return

@@ -302,7 +302,9 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
     parts = []
     if unfinished:
         parts.append(f"{unfinished} arm{'s' if unfinished > 1 else ''} did not finish")
-    if never is None:
+    if never == unfinished == 0:
+        parts.append("every arm has ended, and the comparison has not")
+    elif never is None:
         parts.append("how many never started is not known here")
     else:
         parts.append(f"{never or 'none'} of {planned} never started")
