@@ -1,12 +1,13 @@
 """The command line: the only hydra.main.
 
 Exit status: 0; 1 a run failed; 2 bad input, or nothing was run; 3 biased; 4 stochastic; 5 inconclusive;
-130 interrupted by Ctrl-C (SIGINT); 143 by SIGTERM or SIGUSR1. 3 to 5 only where an audit was asked for:
-`task=audit`, or `audit.every_steps` is set. Under `-m` it is decided at the end, from what the arms have
-left: the first of 1, 3, 5, 4 that any arm earned.
+130 interrupted by Ctrl-C (SIGINT); 143 by SIGTERM, SIGUSR1 or SIGUSR2. 3 to 5 only where an audit was
+asked for: `task=audit`, or `audit.every_steps` is set. Under `-m` it is decided at the end, from what
+the arms have left: the first of 1, 3, 5, 4 that any arm earned.
 """
 
 import gc
+import json
 import logging
 import os
 import platform
@@ -15,6 +16,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -23,8 +25,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gaccum_exp.arms import child
-from gaccum_exp.arms.context import ArmContext, Command, command_here, current_command
+from gaccum_exp.arms import child, continued
+from gaccum_exp.arms.context import (
+    ArmContext,
+    Command,
+    KnownArm,
+    Launch,
+    command_here,
+    current_command,
+)
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -93,7 +102,7 @@ def _run(given: list[str], stop: Stop) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra reads `seed=0 --config-dir mine model=x` as two lists of overrides and refuses the second.
     sys.argv = [sys.argv[0], *sorted(given, key=_place)]
-    command, status, interrupted = Command(stop), OK, None
+    command, status, interrupted = Command(stop, tuple(given)), OK, None
 
     def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
         if command.launch is not None and command.launch.multirun:
@@ -161,13 +170,14 @@ def task(cfg: DictConfig) -> float | None:
         multirun=job.mode == RunMode.MULTIRUN,
         owns_terminal=command is not None,
         home=Path(job.runtime.cwd),
+        command_id=str(swept.get("command_id", cfg.sweep_id)),
+        sweep_folder=Path(job.runtime.cwd, job.sweep.dir) if job.mode == RunMode.MULTIRUN else None,
+        known={digest: KnownArm(*arm) for digest, arm in json.loads(swept.get("known", "{}")).items()},
     )
     if context.multirun:
         outcomes = {} if command is None else command.outcomes
         with listening() if command is None else nullcontext(command.stop) as stop:
-            child.run_job(context, stop, outcomes, swept.get("helper"))
-        # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
-        return outcomes[context.folder].objective if context.folder in outcomes else None
+            return child.run_job(context, stop, outcomes, swept.get("helper"))
     try:
         settings = config.validate(cfg)
     except BadInputError as error:  # answered at once, without waiting for torch and MLflow
@@ -186,6 +196,33 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     launch = command.launch
     if launch is None:
         return status
+    compared = False
+    try:
+        end = _compare(command, launch, status, interrupted)
+        compared = True
+    finally:
+        if launch.multirun:
+            _say_how_to_go_on(command, launch, broken=status not in (OK, BAD_INPUT) or not compared)
+    return end
+
+
+def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool) -> None:
+    """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
+    outcomes = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
+    unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
+    note = continued.SweepNote.of(launch.folder)
+    if note is None or note.command_id != command.command_id:  # nothing could be recorded
+        return
+    if not unfinished and not broken:
+        with suppress(OSError):
+            replace(note, whole=True).write(launch.folder)
+        return
+    left = continued.say_left(unfinished, never, command.planned)
+    line = continued.command_line(command.arguments, launch.sweep_id)
+    print(f"\ngaccum_exp: {left}; to go on:\n  {line}", file=sys.stderr)
+
+
+def _compare(command: Command, launch: Launch, status: int, interrupted: str | None) -> int:
     found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
     if not outcomes and launch.multirun and status == OK:

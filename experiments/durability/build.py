@@ -25,6 +25,7 @@ from experiments.durability import (
     long_run,
     misbehaviour,
     network,
+    sweeps,
     torn,
     writers,
 )
@@ -49,6 +50,7 @@ PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
         checkpoints.checkpoints,
     ),
     "checkpoint_cost": ("what checkpoints cost", checkpoint_cost.checkpoint_cost),
+    "sweeps": ("sweeps ended at random moments, continued, arms added", sweeps.sweeps),
     "windows": ("a million windows of a tiny model", long_run.windows),
 }
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.durability.server import mlflow_server
 from experiments.notebook import composed, middle
 from gaccum_exp.arms.provenance import environment_tags
-from gaccum_exp.arms.report import Runs, read_sweep
+from gaccum_exp.arms.report import Runs, read_sweeps
 from gaccum_exp.arms.settle import record_report
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.figures.save_figures import draw
@@ -276,7 +276,7 @@ def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     """Report on a sweep as the program does at its end; return the seconds of each stage."""
     store = Runs(uri, EXPERIMENT, folder)
     marks = [time.perf_counter()]
-    runs, stored = read_sweep(store, sweep_id)
+    runs, stored = read_sweeps(store, [sweep_id])
     marks.append(time.perf_counter())
     comparison = compare(runs, stored, partial(kept_weights, store))
     marks.append(time.perf_counter())
@@ -298,7 +298,7 @@ def read_from_store(uri: str) -> float:
     runs = Runs(uri, EXPERIMENT, None)
     assert runs.store
     start = time.perf_counter()
-    read_sweep(runs, SWEEP)
+    read_sweeps(runs, [SWEEP])
     return time.perf_counter() - start
 
 

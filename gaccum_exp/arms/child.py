@@ -24,6 +24,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from gaccum_exp.arms import continued
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
@@ -205,8 +206,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None) -> None:
-    """Run the arms of a sweep's job.
+def run_job(
+    context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None
+) -> float | None:
+    """Run the arms of a sweep's job, but for those that the sweep has already; return its objective.
 
     Args:
         context: of the job.
@@ -217,22 +220,55 @@ def run_job(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], help
     Raises:
         StoppedError: somebody wants the command to end.
     """
-    if context.sweep_id in _stopped:  # a launcher may go on giving jobs
-        raise _stopped[context.sweep_id]
+    command_id = context.command_id
+    if command_id in _stopped:  # a launcher may go on giving jobs
+        raise _stopped[command_id]
+    if continued.forgotten(context.sweep_folder, command_id):
+        raise StoppedError("the sweep goes on in another command", 143)
     if helper is not None:
         shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
     try:
-        if _given(context, arms, stop, outcomes):
-            for arm in arms:
+        left = [arm for arm in arms if not _answered(arm, outcomes)]
+        job = left[0] if len(left) == 1 else context
+        if 1 < len(left) < len(arms):
+            job = context.with_values({"sweep.seeds": [arm.config.seed for arm in left]})
+        if left and _given(job, left, stop, outcomes):
+            for arm in left:
                 _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
-        _stopped[context.sweep_id] = error
+        _stopped[command_id] = error
         raise
+    finally:
+        if context.known:
+            continued.remove_job_folder(context.folder, [arm.folder for arm in arms])
+    # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
+    return outcomes[arms[0].folder].objective if len(arms) == 1 else None
+
+
+def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
+    """Whether the sweep has this arm's end already; it then counts for this command too."""
+    known, there = arm.known_arm, read_outcome(arm.folder)
+    # A job that a batch system has put back into its queue may have done its work already.
+    same = there is not None and (there.command_id, there.digest) == (arm.command_id, arm.digest)
+    if there is not None and same and there.status != RUNNING and not there.again:
+        outcomes[arm.folder] = there
+        return True
+    if known is None or known.status is None:
+        return False
+    if there is None:  # it has run where no folder is shared with this host
+        there = Outcome(
+            arm.sweep_id, known.name, known.status, task=str(arm.config.task),
+            objective=known.objective, digest=arm.digest,
+        )  # fmt: skip
+    else:
+        _write(replace(there, command_id=arm.command_id), arm.folder)
+    outcomes[arm.folder] = replace(there, command_id=arm.command_id)
+    return True
 
 
 _stopped: dict[str, StoppedError] = {}
-"""The sweeps that have been stopped in this process."""
+"""The commands whose sweeps have been stopped in this process."""
 
 
 def _given(
@@ -252,6 +288,8 @@ def _given(
         # As it is it cannot be pickled where a plugin has classes of its own in it.
         hydra: Any = HydraConfig.instance().cfg
         hydra = None if hydra is None else OmegaConf.to_container(hydra)
+        if hydra is not None:
+            hydra["hydra"]["runtime"]["output_dir"] = str(job.folder)  # where an arm's log belongs
         surroundings = _surroundings(hydra, shipper.helper_address())
         answer = _ask(stop, note_running, "arm", job, surroundings)
     except DiedError as died:
@@ -266,7 +304,9 @@ def _given(
     stopped = answer.stopped or stop.asked
     for arm in arms:
         outcome = done.outcomes.get(arm.folder) or read_outcome(arm.folder) or _running(arm)
-        if outcome.status == RUNNING or outcome.sweep_id != arm.sweep_id:
+        if (outcome.sweep_id, outcome.command_id) != (arm.sweep_id, arm.command_id):
+            outcome = _running(arm)  # another command's, which had the folder before
+        if outcome.status == RUNNING:
             why = None if stopped is None else stopped.reason
             outcome = ended(arm.folder, outcome, why, answer.reason or WITHOUT_OUTCOME)
         elif answer.reason:
@@ -287,7 +327,8 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
         reason: else, why the arm failed.
     """
     status, reason = ("FAILED", reason) if stopped is None else ("KILLED", stopped)
-    ended_as = {"status": status, "reason": reason} | _recorded_end(folder, running)
+    ended_as: dict[str, Any] = {"status": status, "reason": reason, "again": True}
+    ended_as |= _recorded_end(folder, running)
     outcome = replace(running, host=None, process=None, process_started=None, **ended_as)
     if outcome.status == "FAILED":
         log.error("%s failed: %s", running.name, outcome.reason)
@@ -316,6 +357,7 @@ def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
             return {
                 "status": run.status, "reason": run.tags.get("failure"),
                 "verdict": run.tags.get("verdict"), "objective": objective,
+                "again": run.status == "KILLED",
             }  # fmt: skip
     return {}
 
@@ -340,6 +382,7 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
         arm.sweep_id, name, RUNNING, task=str(arm.config.task), audit_asked=asked,
         host=platform.node(), process=process,
         process_started=None if process is None else process_started(process),
+        digest=arm.digest, command_id=arm.command_id,
     )  # fmt: skip
 
 

@@ -1,19 +1,36 @@
 """The context of a job, and the launch of a command."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.resume import Resumed
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.train.stopping import Stop
+
+_NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume"})
+"""Blocks and keys that do not change what an arm is."""
+
+
+class KnownArm(NamedTuple):
+    """An arm that a sweep has which goes on."""
+
+    folder: str
+    """In the sweep's."""
+    name: str
+    status: str | None
+    """How it ended for good; None: it is to go on."""
+    objective: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +52,50 @@ class ArmContext:
     """Whether no other arm runs beside it, so that a progress bar can have the terminal."""
     home: Path = field(default_factory=Path.cwd)
     """The working directory of the command, which Hydra may have its jobs leave."""
+    command_id: str = ""
+    """Of the command that runs it: the sweep's own, or another one where the sweep goes on."""
+    sweep_folder: Path | None = None
+    known: Mapping[str, KnownArm] = field(default_factory=dict)
+    """The arms that a sweep has which goes on, by digest."""
 
     @property
     def sweep_id(self) -> str:
         """The id that all arms of a command share."""
         return str(self.config.sweep_id)
+
+    @property
+    def digest(self) -> str:
+        """Its configuration in sixteen hexadecimal digits, without where it is recorded and how it goes
+        on: arms of a sweep are the same where this is.
+        """
+        try:
+            tree = OmegaConf.to_container(self.config, resolve=True)
+        except OmegaConfBaseException:  # which will be its failure
+            tree = OmegaConf.to_container(self.config)
+        assert isinstance(tree, dict)
+        kept = {key: value for key, value in tree.items() if key not in _NOT_COMPARED}
+        text = json.dumps(_in_order(kept), default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def known_arm(self) -> KnownArm | None:
+        """This arm as the sweep has it that goes on; None: it is new there."""
+        return self.known.get(self.digest) if self.known else None
+
+    @property
+    def place(self) -> str | None:
+        """Its folder, in the sweep's; None: it is of no sweep."""
+        if self.sweep_folder is None or not self.folder.is_relative_to(self.sweep_folder):
+            return None
+        return str(self.folder.relative_to(self.sweep_folder))
+
+    def at_home(self) -> "ArmContext":
+        """Return the same in the folder that the sweep has for it already, if it does."""
+        known = self.known_arm
+        if known is None or self.sweep_folder is None:
+            return self
+        # What is there of an unfinished arm, its journal and its checkpoints, is found here.
+        return replace(self, folder=self.sweep_folder / known.folder)
 
     def with_values(self, values: Mapping[str, Any], **changes: Any) -> "ArmContext":
         """Return a copy with other values in its configuration, by dotted key, and other fields."""
@@ -71,9 +127,12 @@ def given_name(context: ArmContext) -> str:
 
 
 def contexts_of_seeds(context: ArmContext) -> list[ArmContext]:
-    """Return the job of each seed, as Hydra would have made it; without several seeds, the given one."""
+    """Return the job of each seed, as Hydra would have made it; without several seeds, the given one.
+
+    Each is where the sweep has it, if it goes on.
+    """
     if not isinstance(context.config.sweep.seeds, ListConfig):
-        return [context]
+        return [context.at_home()]
     contexts = []
     for seed in context.config.sweep.seeds:
         overrides = []
@@ -81,11 +140,19 @@ def contexts_of_seeds(context: ArmContext) -> list[ArmContext]:
             key = line.partition("=")[0]
             if key != "sweep.seeds":
                 overrides.append(f"{key}={seed}" if key.lstrip("+") == "seed" else line)
-        folder = context.folder / f"seed={seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {"seed": seed, "sweep.seeds": None}
-        contexts.append(context.with_values(values, folder=folder, overrides=tuple(overrides)))
+        folder, values = context.folder / f"seed={seed}", {"seed": seed, "sweep.seeds": None}
+        one = context.with_values(values, folder=folder, overrides=tuple(overrides)).at_home()
+        one.folder.mkdir(parents=True, exist_ok=True)
+        contexts.append(one)
     return contexts
+
+
+def _in_order(value: Any) -> Any:
+    """Return nested containers as lists, whatever order the keys of mappings came in."""
+    if isinstance(value, dict):
+        pairs = ([str(key), _in_order(of_key)] for key, of_key in value.items())
+        return sorted(pairs, key=lambda pair: pair[0])
+    return [_in_order(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +172,11 @@ class Command:
 
     stop: Stop
     """Asked to end it."""
+    arguments: tuple[str, ...] = ()
+    """As they were given."""
+    command_id: str = ""
+    planned: int | None = None
+    """How many arms a sweep's command line names; None: that is the sweeper's to decide."""
     launch: Launch | None = None
     """Noted by the callback, once Hydra has composed the configuration."""
     resumed: Resumed | None = None

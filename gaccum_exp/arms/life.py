@@ -130,11 +130,15 @@ class Life:
         sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
             "sweep_id": settings.sweep_id,
+            "command_id": context.command_id or settings.sweep_id,
+            "digest": context.digest,
             "kind": {"train": "arm"}.get(settings.task, settings.task),
             "role": "reference" if settings.accum_steps == 1 else "candidate",
             "micro_batch_sizes": ", ".join(map(str, sizes)),
             "overrides": " ".join(context.overrides),
         }
+        if context.place is not None:
+            own["arm"] = context.place
         if len(sizes) > 64:
             own["micro_batch_sizes"] = f"{sizes[0]} … {sizes[-1]}"
         if settings.audit.control_seed is not None:
@@ -251,14 +255,15 @@ class Life:
             if not isinstance(error, EXPECTED):  # a fault of the program's
                 self._keep_traceback(error)
         self._abandon("FAILED", reason)
-        self._end("FAILED", reason=reason, bad_input=isinstance(error, BadInputError))
+        refused, unwritten = (isinstance(error, kind) for kind in (BadInputError, TrackingError))
+        self._end("FAILED", reason=reason, bad_input=refused, again=unwritten)
 
     def interrupt(self, error: KeyboardInterrupt) -> None:
         """End it as killed, unless it is over."""
         if self.outcome is None:
             reason = text_of(error) if isinstance(error, StoppedError) else "interrupted"
             self._abandon("KILLED", reason)
-            self._end("KILLED", reason=reason)
+            self._end("KILLED", reason=reason, again=True)
 
     def _keep_traceback(self, error: BaseException) -> None:
         path, text = self.context.folder / "traceback.txt", "".join(traceback.format_exception(error))
@@ -280,7 +285,10 @@ class Life:
 
     def _end(self, status: str, **more: Any) -> None:
         own, asked = self.settings, self.settings.audit_asked
-        outcome = Outcome(own.sweep_id, self.name, status, task=own.task, audit_asked=asked, **more)
+        outcome = Outcome(
+            own.sweep_id, self.name, status, task=own.task, audit_asked=asked,
+            digest=self.context.digest, command_id=self.context.command_id, **more,
+        )  # fmt: skip
         self.outcome = outcome
         if self.control_of is not None:
             return
@@ -536,9 +544,15 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> Outcome:
     config, name = context.config, given_name(context)
     _say_failed(context.sweep_id, name, str(error))
     task = str(config.task)
-    outcome = Outcome(context.sweep_id, name, "FAILED", str(error), task, bad_input=True)
+    outcome = Outcome(
+        context.sweep_id, name, "FAILED", str(error), task, bad_input=True,
+        digest=context.digest, command_id=context.command_id,
+    )  # fmt: skip
     outcome.write(context.folder)
-    tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate"}
+    tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate", "digest": context.digest,
+            "command_id": context.command_id or context.sweep_id}  # fmt: skip
+    if context.place is not None:
+        tags["arm"] = context.place
     try:
         to = config.tracking
         journal = Journal.create(context.folder, str(to.uri), str(to.experiment_name))

@@ -11,6 +11,9 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
+from gaccum_exp.tracking.records import last_of_each_arm
+
 OUTCOME_FILE = "arm.json"
 OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 RUNNING = "RUNNING"
@@ -42,6 +45,13 @@ class Outcome:
     """The id there of the process that runs it."""
     process_started: int | None = None
     """When that process has started, as `process_started` says: its id may be another's later."""
+    digest: str | None = None
+    """Of the arm's configuration: see `ArmContext.digest`."""
+    command_id: str | None = None
+    """Of the last command that had this arm among its own."""
+    again: bool = False
+    """Whether its end was none of its own, so that it is to go on: it was interrupted, its process died,
+    its records could not be written."""
 
     @property
     def runs_here(self) -> bool:
@@ -103,7 +113,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def outcomes_in_store(uri: str, experiment_name: str, sweep_id: str) -> dict[Path, Outcome]:
-    """Return how the arms of a sweep ended, by the run's id, as its store has it.
+    """Return how the arms of a sweep ended, by their folder in the sweep's, as its store has it.
 
     For arms that ran where they share no folder with the command.
 
@@ -114,13 +124,16 @@ def outcomes_in_store(uri: str, experiment_name: str, sweep_id: str) -> dict[Pat
     from gaccum_exp.tracking.mlflow_store import Store  # seconds, which no other command pays
 
     return {
-        Path(run.run_id): Outcome(
+        Path(run.tags.get("arm", run.run_id)): Outcome(
             sweep_id, run.name, run.status, run.tags.get("failure"),
             task=run.params.get("task", "train"), verdict=run.tags.get("verdict"),
             audit_asked=run.params.get("audit.every_steps", "None") != "None"
             or run.params.get("task") == "audit",
+            objective=run.last(EVAL_LOSS) if run.last(EVAL_LOSS) is not None else run.last(TRAIN_LOSS),
+            digest=run.tags.get("digest"), command_id=run.tags.get("command_id"),
+            again=run.status in ("KILLED", "RUNNING"),
         )
-        for run in Store(uri, experiment_name).sweep(sweep_id, ())
+        for run in last_of_each_arm(Store(uri, experiment_name).sweep(sweep_id, ()))
         if not run.is_control
     }  # fmt: skip
 

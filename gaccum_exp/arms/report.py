@@ -22,7 +22,7 @@ from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
-from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.tracking.records import RunRecord, last_of_each_arm
 from gaccum_exp.tracking.sink import kept_weights
 from gaccum_exp.tracking.store_uri import (
     DEFAULT_EXPERIMENT,
@@ -44,7 +44,8 @@ COMPARED_CURVES = (TRAIN_LOSS,)
 def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp report` with these arguments and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m gaccum_exp report", description=__doc__)
-    parser.add_argument("sweep_id", help="as printed at the end of the sweep; the runs' tag")
+    named = "as printed at the end of a sweep, the runs' tag; several are compared as one"
+    parser.add_argument("sweep_id", nargs="+", help=named)
     parser.add_argument(
         "--uri", help=f"MLflow tracking URI (the sweep's, MLFLOW_TRACKING_URI, {DEFAULT_URI})"
     )
@@ -52,21 +53,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--experiment", help=named)
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
     given = parser.parse_args(arguments)
-    out = given.out or Path("reports") / given.sweep_id
-    folder = _folder_of(given.sweep_id)
-    own = (None if folder is None else Journals(folder).store()) or (None, None)
+    sweep_ids = list(dict.fromkeys(given.sweep_id))
+    out = given.out or Path("reports") / "+".join(sweep_ids)
+    folders = [folder for sweep_id in sweep_ids if (folder := _folder_of(sweep_id)) is not None]
+    own = next(filter(None, (Journals(folder).store() for folder in folders)), (None, None))
     experiment = experiment_name(given.experiment or own[1])
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
-        files = report_sweep(Runs(uri, experiment, folder), given.sweep_id, out)
-        record_report(Journal.create(out, uri, experiment), given.sweep_id, files)
+        files = report_sweep(Runs(uri, experiment, *folders), sweep_ids, out)
+        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files)
     except (BadInputError, TrackingError) as error:
         print(f"gaccum_exp report: {error}", file=sys.stderr)
         return BAD_INPUT
     for place in FOLDERS:
         if place.is_dir():
             shipper.announce(place.absolute())
-    say_where([out], uri, given.sweep_id)
+    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None)
     return OK
 
 
@@ -83,12 +85,12 @@ class Runs:
     Args:
         uri: of the store, which is opened when something is asked of it.
         experiment_name: there.
-        folder: of the journals.
+        folders: of the journals, one for each sweep that is at hand.
     """
 
-    def __init__(self, uri: str, experiment_name: str, folder: Path | None) -> None:
+    def __init__(self, uri: str, experiment_name: str, *folders: Path) -> None:
         self.uri, self._experiment_name = uri, experiment_name
-        self.journals = None if folder is None else Journals(folder)
+        self.journals = [Journals(folder) for folder in folders]
 
     @cached_property
     def store(self) -> "Store":
@@ -104,20 +106,21 @@ class Runs:
 
     def sweep(self, sweep_id: str) -> list[RunRecord]:
         """Return the arms, oldest first; raises as `store` does where there are no journals of them."""
-        found = self.journals.sweep(sweep_id, COMPARED_CURVES) if self.journals else []
-        return found or self.store.sweep(sweep_id, COMPARED_CURVES)
+        found = [run for of in self.journals for run in of.sweep(sweep_id, COMPARED_CURVES)]
+        return last_of_each_arm(found or self.store.sweep(sweep_id, COMPARED_CURVES))
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
-        found = self.journals.fetch(run_id, name, folder) if self.journals else None
+        at_hand = (of.fetch(run_id, name, folder) for of in self.journals)
+        found = next(filter(None, at_hand), None)
         if found is None:
             with suppress(BadInputError, StoreAwayError):
                 return self.store.fetch(run_id, name, folder)
         return found
 
 
-def report_sweep(runs: Runs, sweep_id: str, folder: Path) -> list[Path]:
-    """Compare a sweep; print the table, write its files to `folder` and return them.
+def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Path]:
+    """Compare a sweep, or the arms of several; print the table, write files to `folder`, return them.
 
     Raises:
         BadInputError: the store cannot be used, or holds no such sweep.
@@ -127,7 +130,7 @@ def report_sweep(runs: Runs, sweep_id: str, folder: Path) -> list[Path]:
         draw,  # with matplotlib, which a single run does without
     )
 
-    arms, stored = read_sweep(runs, sweep_id)
+    arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, arms, folder)]
@@ -143,21 +146,24 @@ def show_run(runs: Runs, sweep_id: str) -> None:
     Raises:
         BadInputError: as `report_sweep`; StoreAwayError: likewise.
     """
-    print_comparison(compare(*read_sweep(runs, sweep_id), partial(kept_weights, runs)))
+    print_comparison(compare(*read_sweeps(runs, [sweep_id]), partial(kept_weights, runs)))
     print(f"\nFigures: python -m gaccum_exp report {sweep_id}")
 
 
-def read_sweep(runs: Runs, sweep_id: str) -> tuple[list[RunRecord], list[RunRecord]]:
-    """Return the runs of a sweep, and stored references for those that have none among them.
+def read_sweeps(runs: Runs, sweep_ids: Sequence[str]) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Return the runs of sweeps, and stored references for those that have none among them.
 
     Raises:
         BadInputError: as `report_sweep`; StoreAwayError: likewise.
     """
-    arms = runs.sweep(sweep_id)
-    for note in runs.journals.notes if runs.journals else ():
+    arms: list[RunRecord] = []
+    for sweep_id in sweep_ids:
+        of_sweep = runs.sweep(sweep_id)
+        if not of_sweep:
+            raise BadInputError(f"{sweep_id}: no such sweep at {runs.uri}")
+        arms += of_sweep
+    for note in dict.fromkeys(note for of in runs.journals for note in of.notes):
         log.warning("%s", note)
-    if not arms:
-        raise BadInputError(f"{sweep_id}: no such sweep at {runs.uri}")
     alone = [g.arms[0] for g in group_runs(arms) if g.source in (Source.STAND_IN, Source.NONE)]
     alone = [arm for arm in alone if arm.params]  # one that was refused has no reference anywhere
     if not alone:

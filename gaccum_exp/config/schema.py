@@ -157,6 +157,12 @@ class SweepConfig:
     """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null."""
     seeds: Any = None  # a list of int | None, which the command line could not replace by null
     """The seeds of an arm under `vectorize`: written by `-m`, where it finds several."""
+    resume: str | None = None
+    """last | the id of a sweep: it goes on, and of these arms those run that it has not ended."""
+    into: str | None = None
+    """The id of a sweep, whole or not: these arms are added to it."""
+    rerun_failed: bool = False
+    """Whether arms run again that have failed of their own fault: their input, their model."""
 
 
 @dataclass(slots=True)

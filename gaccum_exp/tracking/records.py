@@ -1,6 +1,6 @@
 """Stored runs as plain values, and what follows from these; nothing of the store they came from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 # Keys that say how the batch is split, what a store calls it, or where it goes on: none changes what is
@@ -36,8 +36,10 @@ class RunRecord:
     params: Mapping[str, str]
     """Every resolved config value by its dotted key, e.g. `accum.steps`."""
     tags: Mapping[str, str]
-    """`sweep_id`, `role` (reference, candidate or control), `verdict`, `cause`, `culprit` and `remedy`
-    where audited, `memory.source`, `memory.peak_phase`, `failure`, versions, device."""
+    """`sweep_id`, `command_id` (of the command that ran it), `arm` (its folder in the sweep's),
+    `digest` (of its configuration), `role` (reference, candidate or control), `verdict`, `cause`,
+    `culprit` and `remedy` where audited, `memory.source`, `memory.peak_phase`, `failure`, versions,
+    device."""
     metrics: Mapping[str, float]
     """The last value of each metric, e.g. `train/loss`, `memory/peak_bytes`, `time/step_s`."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -108,6 +110,17 @@ class DatasetRecord:
     samples: int
     context: str
     """training | evaluation"""
+
+
+def last_of_each_arm(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the runs without those of an arm that was begun again later, in the order given."""
+    every = list(runs)
+    last: dict[tuple[str, int | None], RunRecord] = {}
+    for run in sorted(every, key=lambda run: run.start_time_ms):
+        if "arm" in run.tags:
+            last[run.tags["arm"], run.control_seed] = run
+    kept = {run.run_id for run in last.values()}
+    return [run for run in every if "arm" not in run.tags or run.run_id in kept]
 
 
 def _integer(text: str | None) -> int | None:

@@ -1,7 +1,7 @@
 """Signals that end a program, as a request that is looked at where work may end.
 
-The first SIGTERM, SIGUSR1 or SIGINT asks for an end: raised at once where nothing is in hand, else kept
-until whoever trains looks. The second one ends the process on the spot.
+The first SIGTERM, SIGUSR1, SIGUSR2 or SIGINT asks for an end: raised at once where nothing is in hand,
+else kept until whoever trains looks. The second one ends the process on the spot.
 """
 
 import os
@@ -15,7 +15,10 @@ from typing import Any
 
 from gaccum_exp.errors import text_of
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+OF_QUEUES = (signal.SIGUSR1, signal.SIGUSR2)
+"""What batch systems announce an end by. Whoever handles them, as submitit does, leaves the process with
+its job back in the queue: so only once the work in hand has ended."""
 TOGETHER_S = 0.1
 """Signals so close are one: `timeout` and batch systems signal a process, and then its group."""
 NOTICE = "the run ends after the micro-batch in hand; a second signal ends it at once"
@@ -62,6 +65,8 @@ class Stop:
         self._process = os.getpid()
         self._handlers: dict[int, Any] = {}
         """What handled a signal before."""
+        self._last: list[tuple[Callable[[int, FrameType | None], Any], int]] = []
+        """What is to be called of these once nobody listens any more."""
 
     def look(self) -> None:
         """Raise what was asked for, if anything was."""
@@ -125,7 +130,10 @@ class Stop:
         if first:
             self.asked = told or of_signal(number)
         if told is None and callable(handler) and handler is not signal.default_int_handler:
-            handler(number, frame)
+            if number in OF_QUEUES:
+                self._last.append((handler, number))
+            else:
+                handler(number, frame)
         if not first:
             return
         if self._held:
@@ -179,6 +187,8 @@ def listening() -> Iterator[Stop]:
     finally:
         for installed, before in stop._handlers.items():
             signal.signal(installed, before)
+        for last, announced in stop._last:
+            last(announced, None)
 
 
 def silence_workers() -> Any:

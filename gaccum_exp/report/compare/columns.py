@@ -38,6 +38,14 @@ class Measured:
         names = {Source.STAND_IN: "stand-in", Source.STORED: "stored reference"}
         return names.get(self.group.source, "reference")
 
+    @property
+    def other_command(self) -> bool:
+        """Whether another command than the reference's ran it: on another day, under another load."""
+        ours, theirs = (
+            run.tags.get("command_id") for run in (self.run, self.group.reference or self.group.arms[0])
+        )
+        return None not in (ours, theirs) and ours != theirs
+
     def ratio(self, metric: str, *alike: str) -> float | None:
         """Return a cost over the reference's; None unless these tags, which it depends on, agree."""
         run, reference = self.run, self.group.reference
@@ -170,6 +178,9 @@ class ComparisonRow:
     predicted_peak_bytes: int | None = column(_predicted_peak)
     """What was predicted before the run, for the N that it ended with."""
 
+    command_id: str | None = column(_tag("command_id"))
+    """Of the command that ran it."""
+
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""
     setting: Setting = column(lambda arm: arm.group.setting, in_csv=False)
@@ -178,6 +189,8 @@ class ComparisonRow:
         lambda arm: arm.run.micro_batch_sizes, "micro\nbatch", say_sizes, in_csv=False
     )
     """The micro-batches of a full window, largest first."""
+    other_command: bool = column(lambda arm: arm.other_command, in_csv=False)
+    """Whether its step time and its reference's are of different commands."""
     left_at: int | None = column(lambda arm: arm.standing.left_at, in_csv=False)
     """The first optimizer step at which the loss curve is outside the envelope."""
     controls: int = column(lambda arm: arm.envelope.controls if arm.envelope else 0, in_csv=False)

@@ -9,7 +9,7 @@ from gaccum_exp.report.arm_limit import MOST_SETTINGS, by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.panels import Panel, panels_of, subject, thinned
-from gaccum_exp.report.text.wording import byte_unit, say_list, say_scaled, time_unit
+from gaccum_exp.report.text.wording import byte_unit, say_list, say_numbers, say_scaled, time_unit
 from gaccum_exp.tracking.metrics import RESIDENT_SET_BYTES, memory_part
 from gaccum_exp.tracking.records import RunRecord
 
@@ -139,9 +139,22 @@ def step_time_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Bar
         axis=f"step time in {unit}",
         highest=max(times, default=0.0) / unit_s,
         panels=_bars(panels, "step_s", bar),
-        notes=(*left_out, "× is the ratio to the reference.", *comparison.reference_notes),
+        notes=(
+            *left_out,
+            "× is the ratio to the reference.",
+            *_apart(comparison),
+            *comparison.reference_notes,
+        ),
         are_repeated=any(len(rows) > 1 for panel in panels for rows in panel.by_n.values()),
     )
+
+
+def _apart(comparison: Comparison) -> tuple[str, ...]:
+    rows = [row for row in comparison.rows if row.other_command and row.step_s is not None]
+    if not rows:
+        return ()
+    ns = say_numbers(sorted({row.accum_steps or 0 for row in rows}))
+    return (f"N = {ns}: run by another command than the reference, perhaps under another load.",)
 
 
 def frontier_rows(comparison: Comparison) -> list[CostCurve]:

@@ -42,7 +42,8 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
             linestyle="-", marker=_MARKERS[index], color=_COLORS[index], **_markers(curve.step_s),
         )  # fmt: skip
     time.set_ylim(0, 1.15 * max(times, default=1.0) / unit_s)
-    time.set_ylabel(f"time of a step in {unit}", fontsize=9)
+    apart = any(row.other_command for row in comparison.rows)
+    time.set_ylabel(f"time of a step in {unit}{', by several commands' * apart}", fontsize=9)
     _finish(figure, time, curves, [memory])
     return figure
 

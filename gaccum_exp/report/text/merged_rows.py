@@ -90,6 +90,7 @@ def _sum_up(rows: Sequence[ComparisonRow], *, by_seed: bool) -> ComparisonRow:
         setting=setting,
         differs=setting.text,
         status=(unfinished or [worst])[0].status,
+        other_command=any(row.other_command for row in rows),
         global_batch_size=worst.global_batch_size if len(batches) == 1 else None,
         micro_batch_sizes=tuple(sorted({n for row in rows for n in row.micro_batch_sizes})[::-1]),
         **numbers,

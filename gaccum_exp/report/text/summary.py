@@ -115,14 +115,23 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
         if not times:
             return ""
         slowest = max(times, key=lambda n: times[n])
-        return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest})."
+        apart = _say_apart(rows, slowest)
+        return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest}){apart}."
     least = min(peaks, key=lambda n: peaks[n])
     ratio = round(peaks[least], 2)
     verb = "falls to" if ratio < 0.95 else f"{'hardly falls' if ratio < 1 else 'does not fall'}: it is"
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
         return f"{memory}."
-    return f"{memory}; a step there takes {say_ratio(times[least])} × as long."
+    apart = _say_apart(rows, least)
+    return f"{memory}; a step there takes {say_ratio(times[least])} × as long{apart}."
+
+
+def _say_apart(rows: Sequence[ComparisonRow], n: int) -> str:
+    """Say where a step time and its reference's are of different commands."""
+    if not any(row.other_command for row in rows if row.accum_steps == n):
+        return ""
+    return ", as another command has measured it, perhaps under another load"
 
 
 def _largest_by_n(rows: Sequence[ComparisonRow], ratio: str) -> dict[int, float]:

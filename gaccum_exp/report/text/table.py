@@ -20,6 +20,7 @@ _LEGEND = {
     "†": "a stand-in for the missing one-pass reference",
     "‡": "the reference, a stored run of another sweep",
     "!": "not finished",
+    "~": "run by another command than its reference, perhaps under another load",
 }
 _HEADERS = (
     "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights; "
@@ -32,6 +33,7 @@ _NUMBERS = (
     *("train_loss", "eval_loss", *_SCORES, "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
 )
+_TIMES = ("step_s", "step_ratio")
 _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
@@ -106,6 +108,7 @@ def _printed(
         size, unit = column.unit(max((getattr(row, name) or 0 for row in rows), default=0))
         say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit)
     any_controls = any(row.controls for row in rows)
+    any_other_command = any(row.other_command for row in rows)
 
     def cell(row: ComparisonRow) -> str:
         value = getattr(row, name)
@@ -114,6 +117,8 @@ def _printed(
             return text + (_mark(row) or " ")
         if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
+        if name in _TIMES and any_other_command:
+            return text + ("~" if row.other_command and value is not None else " ")
         if name == "verdict" and row.role not in ("reference", "stored reference"):
             return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
         return text
@@ -127,6 +132,7 @@ def _mark(row: ComparisonRow) -> str:
 
 def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
+    marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
     lines = [legend, _HEADERS] if legend else []
     controls = [row.controls for row in rows if row.controls]

@@ -23,6 +23,7 @@ CONTRACT = [
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
     *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
     *("eval_perplexity", "tokens_per_s", "skipped_windows", "predicted_peak_bytes"),
+    "command_id",
 ]
 
 

@@ -1,0 +1,329 @@
+"""A sweep that goes on: which one it is, which of its arms there are, and what is left at the end.
+
+`sweep.resume` and `sweep.into` name a sweep that an earlier command has begun. Its folder, its id and
+its store stay; the arms of the command line of now are matched with those that are there by what they
+are, their configuration, whatever numbers the launcher gives them. One that has ended is answered from
+its outcome; one that was interrupted, or whose process died, is run in the folder that it has; a new one
+gets a folder below one that is named after the command, so that nothing collides.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Glob, Override
+from omegaconf import DictConfig
+
+from gaccum_exp.arms.context import KnownArm
+from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
+from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
+from gaccum_exp.tracking.locks import FileLock
+
+COMMAND_FILE = "command.json"
+KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed")
+"""What only the command is told, and not its arms."""
+HELPER_S = 1.0
+"""So long a journal's lock may be held by who delivers it."""
+ENDING_S = 10.0
+"""So long the arms of a command that was killed may take to notice."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepNote:
+    """What the last command of a sweep has written to the sweep's folder."""
+
+    sweep_id: str
+    command_id: str
+    begun_s: float
+    """When, in seconds since 1970."""
+    whole: bool = False
+    """Whether it has come to its end, with every arm."""
+    swept_keys: list[str] = field(default_factory=list)
+    """Of all commands so far."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "SweepNote | None":
+        """Read what a folder has; None where it has nothing that can be read."""
+        try:
+            return cls(**json.loads((folder / COMMAND_FILE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Write it, at once or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{COMMAND_FILE}.tmp"
+        temporary.write_text(json.dumps(asdict(self)))
+        os.replace(temporary, folder / COMMAND_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """A sweep that this command goes on with."""
+
+    sweep_id: str
+    folder: Path
+    asked: str
+    """How it was named: `sweep.resume=last`."""
+    swept_keys: list[str]
+    uri: str | None
+    """Of its store."""
+    experiment_name: str | None
+    outcomes: Mapping[Path, Outcome]
+    """How its arms ended, by folder; where they left none here, by its place in the sweep's."""
+
+    def known(self, *, rerun_failed: bool) -> dict[str, KnownArm]:
+        """Return its arms by digest: those that have ended for good, and those that are to go on.
+
+        One that has failed of its own fault, its input or its model, has ended unless it is asked for.
+        """
+        found: dict[str, KnownArm] = {}
+        for folder, outcome in self.outcomes.items():
+            goes_on = outcome.again or outcome.status == RUNNING
+            goes_on |= rerun_failed and outcome.status == "FAILED"
+            status = None if goes_on else outcome.status
+            place = folder.relative_to(self.folder) if folder.is_absolute() else folder
+            arm = KnownArm(str(place), outcome.name, status, outcome.objective)
+            other = found.get(outcome.digest or "")
+            # Of two that are the same, the one that has ended answers.
+            if outcome.digest and (other is None or other.status is None):
+                found[outcome.digest] = arm
+        return found
+
+
+def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) -> Continued | None:
+    """Return the sweep that a command is to go on with; None: it begins one of its own.
+
+    Args:
+        config: as composed for the sweep, under the id that a new one would have.
+        overrides: of the command line.
+        now_id: that id.
+
+    Raises:
+        BadInputError: there is none, it is running, or several are named.
+    """
+    for override in overrides:
+        if override.get_key_element().lstrip("+") in KEYS and override.is_sweep_override():
+            raise BadInputError(f"{override.input_line}: one value, since a command has one sweep")
+    asked = {f"sweep.{key}": getattr(config.sweep, key) for key in ("resume", "into")}
+    given = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BadInputError(f"{given[0]} and {given[1]} both name a sweep: leave one of them out")
+    ((key, name),) = ((key, str(value)) for key, value in asked.items() if value is not None)
+    places = _sweeps_beside(Path(config.hydra.sweep.dir), now_id)
+    if key == "sweep.resume" and name == "last":
+        sweep_id = _last(places, given[0])
+    elif name in places:
+        sweep_id = name
+    else:
+        there = f" ({len(places)} there{nearest(name, places)})" if places else ""
+        raise BadInputError(f"{given[0]}: no such sweep in {_place(config, now_id)}{there}")
+    folder = places[sweep_id].absolute()
+    running = _running(folder, sweep_id)
+    if running is not None:
+        raise BadInputError(f"{given[0]}: {running}")
+    note, store = SweepNote.of(folder), _store_of(folder)
+    return Continued(
+        sweep_id, folder, given[0], [] if note is None else note.swept_keys, *store,
+        outcomes=read_outcomes(folder, sweep_id) or _in_store(store, sweep_id),
+    )  # fmt: skip
+
+
+def refuse_without_sweep(config: DictConfig) -> None:
+    """Refuse a single run that is to go on with a sweep.
+
+    Raises:
+        BadInputError: it is.
+    """
+    for key in ("resume", "into"):
+        value = config.sweep.get(key)
+        if value is not None:
+            raise BadInputError(
+                f"sweep.{key}={value}: a single run is no sweep; add -m, with the arms that are meant "
+                "(-m accum.steps=1,2,4)"
+            )
+
+
+def _place(config: DictConfig, now_id: str) -> Path:
+    folder = Path(config.hydra.sweep.dir)
+    return folder.parent if now_id in folder.name else folder
+
+
+def _sweeps_beside(folder: Path, now_id: str) -> dict[str, Path]:
+    """Return the folders of the sweeps that stand where a new one would, by id, the oldest first."""
+    found: list[tuple[float, str, Path]] = []
+    beside = folder.parent.glob("*") if now_id in folder.name else [folder]
+    for place in beside:
+        note = SweepNote.of(place)
+        if note is not None:
+            found.append((note.begun_s, note.sweep_id, place))
+    return {sweep_id: place for _, sweep_id, place in sorted(found)}
+
+
+def _last(places: Mapping[str, Path], asked: str) -> str:
+    unfinished = []
+    for sweep_id, place in places.items():
+        note = SweepNote.of(place)
+        if note is not None and not note.whole:
+            unfinished.append(sweep_id)
+    if not unfinished:
+        raise BadInputError(f"{asked}: no sweep is unfinished ({len(places)} there)")
+    # Where another one is running, that is not the one that is meant, unless there is no other.
+    return next((i for i in reversed(unfinished) if not _held(places[i])), unfinished[-1])
+
+
+def _held(folder: Path) -> bool:
+    """Whether a command of a sweep is running: it holds the lock of its journal."""
+    return any(_is_held(path) for path in folder.glob("journal*.jsonl"))
+
+
+def _is_held(journal: Path) -> bool:
+    lock_path = journal.with_suffix(".lock")
+    if not lock_path.exists() or has_end(journal):
+        return False
+    lock = FileLock.take(lock_path)
+    if lock is None:
+        return True
+    lock.release()
+    return False
+
+
+def _running(folder: Path, sweep_id: str) -> str | None:
+    """Say what of a sweep is running; wait for arms to end whose command is gone already."""
+    start = time.monotonic()
+    while True:
+        held = {path.parent for path in journals_below(folder) if _is_held(path)}
+        held |= {arm for arm, o in read_outcomes(folder, sweep_id).items() if _lives(o)}
+        if not held:
+            break
+        own = folder in held
+        if time.monotonic() - start > (HELPER_S if own else ENDING_S):
+            arms = ", ".join(sorted(str(arm.relative_to(folder)) for arm in held))
+            what = "it is" if own else f"its arm in {arms} is" if len(held) == 1 else f"{arms} are"
+            return f"{what} running; wait for its end, or end it"
+        time.sleep(0.1)
+    here = owner()["host"]
+    for path in journals_below(folder):
+        store, begin = beginning(path)
+        if begin and not has_end(path) and store.get("host") not in (here, None):
+            return (
+                f"{begin['name']} was begun on {store['host']} and may still run there; if it does not: "
+                f"python -m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(folder))}"
+            )
+    return None
+
+
+def _lives(outcome: Outcome) -> bool:
+    """Whether the process that an arm was given to is alive, and still one of this program's."""
+    if not outcome.runs_here:
+        return False
+    try:
+        return b"gaccum_exp" in Path(f"/proc/{outcome.process}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _store_of(folder: Path) -> tuple[str | None, str | None]:
+    for path in sorted(folder.glob("journal*.jsonl")):
+        store = beginning(path)[0]
+        if store:
+            return store["uri"], store["experiment_name"]
+    return None, None
+
+
+def _in_store(store: tuple[str | None, str | None], sweep_id: str) -> dict[Path, Outcome]:
+    """Return the arms that left no folder here, as their store has them."""
+    uri, experiment_name = store
+    if uri is None or experiment_name is None:
+        return {}
+    return outcomes_in_store(uri, experiment_name, sweep_id)
+
+
+def planned_arms(config: DictConfig, overrides: Sequence[Override]) -> int | None:
+    """Return how many arms a command line names; None where that is the sweeper's to decide.
+
+    Args:
+        config: as composed for the sweep.
+        overrides: the sweeper's own, then those of the command line.
+    """
+    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        return None
+    values: dict[str, int] = {}
+    for override in overrides:  # of a key that comes twice, the last one counts
+        count = 1
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
+                return None
+            count = sum(1 for _ in override.sweep_string_iterator())
+        values[override.get_key_element()] = count
+    product = 1
+    for count in values.values():
+        product *= count
+    return product
+
+
+def forgotten(folder: Path | None, command_id: str) -> bool:
+    """Whether a sweep goes on in another command than this one, of which a job is still to begin."""
+    note = None if folder is None else SweepNote.of(folder)
+    return note is not None and note.command_id != command_id
+
+
+def remove_job_folder(folder: Path, arms: Sequence[Path]) -> None:
+    """Remove what Hydra has written for a job whose arms are all somewhere else."""
+    if not any(arm.is_relative_to(folder) for arm in arms):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def what_is_left(
+    outcomes: Mapping[Path, Outcome], command_id: str, planned: int | None
+) -> tuple[int, int | None]:
+    """Return how many arms of a command did not come to their end, and how many never started."""
+    own = [outcome for outcome in outcomes.values() if outcome.command_id == command_id]
+    unfinished = sum(outcome.again or outcome.status == RUNNING for outcome in own)
+    return unfinished, None if planned is None else max(0, planned - len(own))
+
+
+def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
+    """`1 arm did not finish, 2 of 4 never started`."""
+    parts = []
+    if unfinished:
+        parts.append(f"{unfinished} arm{'s' if unfinished > 1 else ''} did not finish")
+    if never == unfinished == 0:
+        parts.append("every arm has ended, and the comparison has not")
+    elif never is None:
+        parts.append("how many never started is not known here")
+    else:
+        parts.append(f"{never or 'none'} of {planned} never started")
+    return ", ".join(parts)
+
+
+def command_line(arguments: Sequence[str], sweep_id: str) -> str:
+    """Return the user's own line, for the shell, with what makes it go on with a sweep."""
+    kept = [
+        a for a in arguments if a.partition("=")[0].lstrip("+") not in ("sweep.resume", "sweep.into")
+    ]
+    return shlex.join([*_program(arguments), *kept, f"sweep.resume={sweep_id}"])
+
+
+def _program(arguments: Sequence[str]) -> list[str]:
+    """Return how this program was called, without its arguments."""
+    line: Any = sys.orig_argv
+    before = line[: len(line) - len(arguments)]
+    if line[len(before) :] == list(arguments) and before[-2:] == ["-m", "gaccum_exp"]:
+        return list(before)
+    name = Path(sys.argv[0]).name
+    return [name] if name in ("gaccum_exp", "gaccum-exp") else ["python", "-m", "gaccum_exp"]

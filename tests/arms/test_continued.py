@@ -1,0 +1,314 @@
+"""A sweep that goes on: every arm once, whoever launches them and however the first command ended."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from torch import Tensor
+
+from gaccum_exp.arms import continued
+from gaccum_exp.tracking.journal import Journal
+from tests.arms.test_context import context
+from tests.arms.test_sweep import LAUNCHERS
+from tests.program import TINY, Ended, Program, in_a_process
+from tests.strangers import Net
+
+POINTS = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
+          "data.global_batch_size=8", "runtime.device=cpu", "train.steps=4",
+          "audit.at_start=false")  # fmt: skip
+HERE = "tests.arms.test_continued"
+FIRST = Path("first")
+"""A file that is there once something has happened that shall happen once."""
+
+
+def once() -> bool:
+    """Whether this is asked for the first time in the working directory."""
+    try:
+        FIRST.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class StopsOnce(Net):
+    """At its sixth training pass with micro-batches of four, somebody presses Ctrl-C, once."""
+
+    number = signal.SIGINT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training and len(x) == 4
+        if self.passes == 6 and once():
+            self.happen()
+        return super().forward(x)
+
+    def happen(self) -> None:
+        signal.raise_signal(self.number)
+
+
+class TerminatesOnce(StopsOnce):
+    number = signal.SIGTERM
+
+
+class DiesOnce(StopsOnce):
+    """Its process is killed."""
+
+    def happen(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fails(Net):
+    """It has a fault of its own with micro-batches of four, until that is mended."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 4 and not FIRST.exists():
+            raise RuntimeError("a fault of its own")
+        return super().forward(x)
+
+
+def sweep(program: Program, model: str, *arguments: str) -> Ended:
+    return program("-m", *POINTS, f"model._target_={HERE}.{model}", *arguments)
+
+
+def rows(folder: Path) -> dict[str, str]:
+    """Return the status of each arm in the comparison, by N; an arm that is there twice is an error."""
+    (path,) = folder.rglob("comparison.csv")
+    with path.open() as file:
+        found = list(csv.DictReader(file))
+    assert len({row["name"] for row in found}) == len(found)
+    return {row["accum_steps"]: row["status"] for row in found}
+
+
+def runs_of(program: Program) -> list[tuple[str, str]]:
+    return sorted((run.name.split(" ")[0], run.status) for run in program.arms())
+
+
+def said_command(ended: Ended) -> list[str]:
+    """Return the words of the command that goes on, as a shell would read them."""
+    (line,) = re.findall(r"; to go on:\n  (.+)\n", ended.err)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize(("model", "status"), [("StopsOnce", 130), ("TerminatesOnce", 143)])
+def test_an_interrupted_sweep_prints_the_command_that_goes_on(
+    program: Program, model: str, status: int
+) -> None:
+    """As it stands, it runs what is missing, in the same folder, under the same id; then it is whole."""
+    ended = sweep(program, model, "accum.steps=1,2,4,8")
+    assert ended.status == status
+    assert "1 arm did not finish, 2 of 4 never started; to go on:" in ended.err
+    words = said_command(ended)
+    assert words[:4] == ["python", "-m", "gaccum_exp", "-m"]
+    folder, before = program.sweep_folder, program.sweep_id
+    first = {path: path.stat().st_mtime_ns for path in folder.glob("0/journal*")}
+    again = program.as_given(*words[3:])
+    assert again.status == 0, again.err
+    assert (program.sweep_folder, program.sweep_id) == (folder, before)
+    assert rows(folder) == dict.fromkeys("1248", "FINISHED")
+    assert runs_of(program) == [
+        ("N=1", "FINISHED"), ("N=2", "FINISHED"), ("N=2", "KILLED"), ("N=4", "FINISHED"),
+        ("N=8", "FINISHED"),
+    ]  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("0/journal*")} == first
+    assert (folder / "1" / "journal-2.jsonl").exists()
+    assert "of sweep" in again.err
+    assert program("-m", *POINTS, "sweep.resume=last").err.endswith(
+        "sweep.resume=last: no sweep is unfinished (1 there)\n"
+    )
+
+
+def test_arms_are_added_and_compared_with_those_that_are_there(program: Program) -> None:
+    """Whatever the command line swept then: nothing runs twice, and a new report is recorded."""
+    program.tiny("-m", "accum.steps=1,2")
+    sweep_id, folder = program.sweep_id, program.sweep_folder
+    ended = program.tiny("-m", "accum.steps=4,2,8", f"sweep.into={sweep_id}")
+    assert ended.status == 0, ended.err
+    assert rows(folder) == dict.fromkeys("1248", "FINISHED")
+    assert [name for name, _ in runs_of(program)] == ["N=1", "N=2", "N=4", "N=8"]
+    commands = {run.tags["arm"]: run.tags["command_id"] for run in program.arms()}
+    (second,) = {command for command in commands.values() if command != sweep_id}
+    assert commands == {"0": sweep_id, "1": sweep_id, f"{second}/0": second, f"{second}/2": second}
+    assert sorted(path.name for path in (folder / second).iterdir()) == ["0", "2"]
+    assert "N = 4, as another" not in ended.plain
+    assert "~ run by another command than its reference" in ended.plain
+    assert "as another command has measured it, perhaps under another load" in ended.plain
+    client = MlflowClient(program.uri)
+    reports = client.search_runs([program.store().experiment_id], "tags.kind = 'report'")
+    assert [run.data.tags["report_of"] for run in reports] == [sweep_id] * 2
+    assert all(run.params["sweep.into"] == "None" for run in program.arms())
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "count"),
+    [("Fails", (), 2), ("Fails", ("sweep.rerun_failed=true",), 3), ("DiesOnce", (), 3)],
+)
+def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(
+    program: Program, model: str, asked: tuple[str, ...], count: int
+) -> None:
+    """A model that raises; as against a process that was killed, which says nothing of the arm."""
+    ended = sweep(program, model, "accum.steps=1,2")
+    assert ended.status == 1
+    assert ("sweep.resume=" in ended.err) == (model == "DiesOnce")
+    FIRST.touch()
+    again = sweep(program, model, "accum.steps=1,2", f"sweep.resume={program.sweep_id}", *asked)
+    assert again.status == (0 if count == 3 else 1)
+    assert len(program.arms()) == count
+    assert rows(program.sweep_folder)["2"] == ("FINISHED" if count == 3 else "FAILED")
+    assert ("1 by a fault of their own" in again.err) == (not asked and model == "Fails")
+
+
+def test_seeds_that_are_trained_as_one_are_run_where_they_are_missing(program: Program) -> None:
+    """A seed that the sweep has is left out of the job; one that is left alone is trained alone."""
+    program.tiny("-m", "seed=1", "accum.steps=2")
+    into = f"sweep.into={program.sweep_id}"
+    ended = program.tiny("-m", "seed=0,1,2", "accum.steps=2", "sweep.vectorize=seed", into)
+    assert ended.status == 0, ended.err
+    seeds = {run.params["seed"]: run.tags.get("vectorized") for run in program.arms()}
+    assert seeds == {"1": None, "0": "2 seeds", "2": "2 seeds"}
+    program.tiny("-m", "seed=0,1,2,3", "accum.steps=2", "sweep.vectorize=seed", into)
+    seeds = {run.params["seed"]: run.tags.get("vectorized") for run in program.arms()}
+    assert seeds == {"1": None, "0": "2 seeds", "2": "2 seeds", "3": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-m", "sweep.resume=last"), "sweep.resume=last: no sweep is unfinished (0 there)"),
+        (("-m", "sweep.into=nowhere"), "sweep.into=nowhere: no such sweep in multirun"),
+        (("-m", "sweep.resume=../x"), "sweep.resume=../x: no such sweep in multirun"),
+        (("-m", "sweep.resume=a", "sweep.into=b"), "sweep.resume=a and sweep.into=b both name a sweep"),
+        (("-m", "sweep.resume=a,b"), "sweep.resume=a,b: one value"),
+        (("sweep.resume=last",), "sweep.resume=last: a single run is no sweep; add -m"),
+        (("sweep.into=a",), "sweep.into=a: a single run is no sweep; add -m"),
+    ],
+)
+def test_a_sweep_that_is_not_there_is_refused_in_a_line(
+    program: Program, arguments: tuple[str, ...], said: str
+) -> None:
+    """Status 2, and nothing is written."""
+    ended = program.tiny(*arguments)
+    assert (ended.status, len(ended.lines)) == (2, 1), ended.err
+    assert said in ended.err
+    assert not list(program.folder.glob("multirun/*"))
+
+
+def test_a_sweep_that_is_running_is_refused(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its journal's lock; by an arm's process that lives; and what another host may still run."""
+    monkeypatch.setattr(continued, "HELPER_S", 0.0)
+    monkeypatch.setattr(continued, "ENDING_S", 0.0)
+    program.tiny("-m", "accum.steps=1,2")
+    into, folder = f"sweep.into={program.sweep_id}", program.sweep_folder
+    script = (
+        "import sys, pathlib; from gaccum_exp.tracking.journal import Journal;"
+        "j = Journal.create(pathlib.Path(sys.argv[1]), 'sqlite://', 'x'); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        ended = program.tiny("-m", "accum.steps=1,2", into)
+        assert other.stdin is not None
+        other.stdin.write(b"\n")
+    assert ended.status == 2
+    assert ended.err.endswith(f"{into}: it is running; wait for its end, or end it\n")
+    path = folder / "1" / "arm.json"
+    outcome = json.loads(path.read_text())
+    with subprocess.Popen([sys.executable, "-c", "gaccum_exp=input()"], stdin=subprocess.PIPE) as child:
+        path.write_text(json.dumps(outcome | {
+            "status": "RUNNING", "host": os.uname().nodename, "process": child.pid
+        }))  # fmt: skip
+        ended = program.tiny("-m", "accum.steps=1,2", into)
+        assert child.stdin is not None
+        child.stdin.write(b"\n")
+    assert (ended.status, "its arm in 1 is running" in ended.err) == (2, True)
+
+
+def test_a_job_that_begins_after_another_command_took_over_runs_nothing(program: Program) -> None:
+    """As one that waited in a queue: the other command has its arm."""
+    program.tiny("-m", "accum.steps=1")
+    note = continued.SweepNote.of(program.sweep_folder)
+    assert note is not None
+    assert not continued.forgotten(program.sweep_folder, note.command_id)
+    assert continued.forgotten(program.sweep_folder, "20260101-000000-abcdef")
+
+
+def test_an_arm_is_known_by_its_configuration(tmp_path: Path) -> None:
+    """Whatever order its overrides came in, wherever it is recorded; another value is another arm."""
+    one = context(tmp_path, "optimizer.lr=0.5", "accum.steps=2")
+    assert context(tmp_path, "accum.steps=2", "optimizer.lr=0.5").digest == one.digest
+    for same in ("tracking.uri=sqlite:///other.db", "sweep.resume=last", "sweep.vectorize=seed"):
+        assert context(tmp_path, "optimizer.lr=0.5", "accum.steps=2", same).digest == one.digest
+    for other in ("seed=1", "accum.steps=4", "train.steps=3", "model=mlp", "runtime.threads=1"):
+        assert context(tmp_path, "optimizer.lr=0.5", "accum.steps=2", other).digest != one.digest
+
+
+def test_how_many_arms_a_command_line_names_is_counted(program: Program) -> None:
+    """Products of lists, choices and ranges; of a key that comes twice, the last one counts."""
+    line = ["-m", *POINTS, f"model._target_={HERE}.StopsOnce", "seed=0,1", "accum.steps=2,1",
+            "optimizer.lr=0.1,0.2,0.3", "seed=range(3)"]  # fmt: skip
+    ended = program(*line)
+    assert "1 arm did not finish, 17 of 18 never started" in ended.err
+
+
+def test_what_a_command_line_refers_to_is_each_arms_own(program: Program) -> None:
+    """Also where the sweep goes on, and where seeds are trained as one: no arm has the first one's."""
+    line = ("-m", "runtime.threads=${seed}", "seed=1,2,3")
+    program.tiny(*line[:2], "seed=1")
+    ended = program.tiny(*line, f"sweep.into={program.sweep_id}", "sweep.vectorize=seed")
+    assert ended.status == 0, ended.err
+    assert sorted(run.params["runtime.threads"] for run in program.arms()) == ["1", "2", "3"]
+
+
+def test_another_store_than_the_sweeps_is_refused(program: Program) -> None:
+    """Its arms are found under one filter."""
+    program.tiny("-m", "accum.steps=1,2")
+    into = f"sweep.into={program.sweep_id}"
+    ended = program.as_given(*TINY, "-m", "accum.steps=4", into, "tracking.uri=sqlite:///other.db")
+    assert (ended.status, len(ended.lines)) == (2, 1)
+    assert f"tracking.uri=sqlite:///other.db: {into} is recorded in {program.uri}" in ended.err
+    assert program.as_given(*TINY, "-m", "accum.steps=4", into).status == 0
+    assert len(program.arms()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+def test_a_sweep_goes_on_under_every_launcher(tmp_path: Path, launcher: str) -> None:
+    """An arm whose process was killed goes on, one is added, those that have ended are not run."""
+    line = ("-m", *LAUNCHERS[launcher], *POINTS, f"model._target_={HERE}.DiesOnce")
+    first = in_a_process(tmp_path, *line, "accum.steps=1,2")
+    assert first.status == 1, first.err
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert rows(folder) == {"1": "FINISHED", "2": "FAILED"}
+    again = in_a_process(tmp_path, *line, "accum.steps=1,2,4", "sweep.resume=last")
+    assert again.status == 0, again.err
+    assert rows(folder) == dict.fromkeys("124", "FINISHED")
+    journals = [str(path.relative_to(folder)) for path in folder.rglob("journal*.jsonl")]
+    assert len(journals) == 2 + 2 + 2  # of two reports, of an arm that was begun twice, of two others
+
+
+def test_a_resumed_arm_counts_with_its_last_run(tmp_path: Path) -> None:
+    """Of an arm that was begun again the last run is compared; without the tag, every run is."""
+    from gaccum_exp.tracking.read_back import Journals
+    from gaccum_exp.tracking.records import last_of_each_arm
+
+    for number, arm in enumerate(("0", "0", "1", None, None)):
+        journal = Journal.create(tmp_path, "sqlite://", "x")
+        tags = {"sweep_id": "a"} | ({} if arm is None else {"arm": arm})
+        journal.begin(str(number), params={}, tags=tags, texts={})
+        journal.end("FINISHED")
+        time.sleep(0.002)
+    runs = Journals(tmp_path).sweep("a", ())
+    assert [run.name for run in last_of_each_arm(runs)] == ["1", "2", "3", "4"]
