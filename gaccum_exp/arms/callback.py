@@ -6,31 +6,39 @@ runs in the store.
 """
 
 import logging
+import math
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString
+from hydra.core.override_parser.types import Glob, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms.context import Launch, current_command
 from gaccum_exp.arms.outcome import BAD_INPUT
-from gaccum_exp.config.schema import conf_dir
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.config import explain
+from gaccum_exp.config.files import conf_dir, options
+from gaccum_exp.config.schema import check_id
+from gaccum_exp.errors import BadInputError, complain
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
 from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, tracking_uri
 
 log = logging.getLogger(__name__)
+MOST_ARMS = 10_000
+"""Hydra composes the arms of a sweep before the first one begins, some twenty a second."""
 
 
 class SweepStart(Callback):
@@ -43,22 +51,28 @@ class SweepStart(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a single run, and start the process that will record it."""
         with _refusing():
+            _refuse_places(config)
             _decide_where(config)
-        _note_launch(config, Path(config.hydra.run.dir), multirun=False)
-        start_helper()
-        _have_left_runs_delivered(config)
+            _note_launch(config, Path(config.hydra.run.dir), multirun=False)
+            start_helper()
+            _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
-        overrides = _parsed([*config.hydra.overrides.task, *_configured_overrides(config)])
+        with _refusing():
+            self._start_sweep(config, kwargs["config_name"])
+
+    def _start_sweep(self, config: DictConfig, config_name: str | None) -> None:
+        overrides = _parsed([*_configured_overrides(config), *config.hydra.overrides.task])
         swept = [o for o in overrides if o.is_sweep_override()]
+        _refuse_places(config)
+        _refuse_sweep(config, overrides)
+        _refuse_passwords(config, config_name, overrides)
         # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
         # taken from them again when the job starts.
         listed = ",".join(f"'{o.get_key_element().lstrip('+')}'" for o in swept)
-        with _refusing():
-            _refuse_passwords(config, kwargs["config_name"], overrides)
-            self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
+        self._pinned = [f"sweep_id={config.sweep_id}", *_decide_where(config)]
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
@@ -72,7 +86,7 @@ class SweepStart(Callback):
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
-        if _composed(config, kwargs["config_name"]) is not None:  # else it is said without MLflow
+        if _composed(config, config_name) is not None:  # else it is said without MLflow
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _have_left_runs_delivered(config)
 
@@ -98,13 +112,78 @@ def _decide_where(config: DictConfig) -> list[str]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """End the command with bad input where that is raised."""
+    """End the command with bad input where anything is raised: Hydra would warn of it, and go on."""
     try:
         yield
-    except BadInputError as error:
-        print(f"gaccum_exp: {error}", file=sys.stderr)
+    except Exception as error:
+        command = current_command.get()
+        if command is not None and command.raw and not isinstance(error, BadInputError):
+            traceback.print_exc()
+        complain(explain.one_line(error, [] if command is None else command.arguments))
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None
+
+
+def _refuse_places(config: DictConfig) -> None:
+    """Refuse an id or a name that would have a run write outside its own folder."""
+    check_id("sweep_id", config.sweep_id)
+    for key in ("job.name", "output_subdir", "sweep.subdir"):
+        block, _, name = f"hydra.{key}".rpartition(".")
+        # As it is written: what it is made of is only known when a job starts.
+        value = OmegaConf.to_container(OmegaConf.select(config, block), resolve=False)[name]  # type: ignore[index, call-overload]
+        if value is not None and (Path(str(value)).is_absolute() or ".." in Path(str(value)).parts):
+            raise BadInputError(
+                f"hydra.{key}={value}: leads out of the output folder; give a name below it"
+            )
+
+
+def _refuse_sweep(config: DictConfig, overrides: list[Override]) -> None:
+    """Refuse a sweep of no arms, of more than can be composed, or whose arms share a folder."""
+    loader, values = GlobalHydra.instance().config_loader(), dict[str, int]()
+    for override in overrides:
+        override.config_loader = loader
+        key, line = override.get_key_element().lstrip("+"), override.input_line
+        values.pop(key, None)  # the last one holds
+        if not override.is_sweep_override():
+            continue
+        if key in ("sweep_id", "sweep.seeds"):
+            raise BadInputError(f"{line}: is one for all arms; leave it out")
+        if not override.is_discrete_sweep():
+            continue
+        values[key] = _number_of_values(override)
+        if not values[key]:
+            known = options(key)
+            raise BadInputError(
+                f"{line}: has no value, so nothing would be run"
+                + (f"; {key} is one of {', '.join(known)}" if known else "")
+            )
+    arms = math.prod(values.values())
+    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        return  # what others draw from a range is their own affair
+    if arms > MOST_ARMS:
+        each = " × ".join(f"{key} {number:,}" for key, number in values.items())
+        raise BadInputError(
+            f"-m: {each} are {arms:,} arms, more than {MOST_ARMS:,}; sweep over fewer values"
+        )
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
+    if arms > 1 and "${" not in str(subdir):
+        raise BadInputError(
+            f"hydra.sweep.subdir={subdir}: {arms} arms would write to one folder; have each its own "
+            "(${hydra.job.num})"
+        )
+
+
+def _number_of_values(override: Override) -> int:
+    """Return how many values a sweep gives a key, without making a list of them."""
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    start, stop, step = (Decimal(str(x)) for x in (value.start, value.stop, value.step))
+    if not (start.is_finite() and stop.is_finite() and step.is_finite() and step):
+        raise BadInputError(
+            f"{override.input_line}: is no range: its ends and its step must be numbers, the step not 0"
+        )
+    return max(0, math.ceil((stop - start) / step))
 
 
 def _refuse_passwords(config: DictConfig, config_name: str | None, given: list[Override]) -> None:
@@ -203,8 +282,7 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
     if command is not None:
         command.journal = journal
     announce(journal.path)
-    with _refusing():
-        wait_for_store(journal.path)
+    wait_for_store(journal.path)
     print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """The context of a job, and the launch of a command."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +102,10 @@ class Command:
 
     stop: Stop
     """Asked to end it."""
+    arguments: Sequence[str] = ()
+    """What stands behind the program's name."""
+    raw: bool = False
+    """Whether the user wants to see where an error comes from (HYDRA_FULL_ERROR=1)."""
     launch: Launch | None = None
     """Noted by the callback, once Hydra has composed the configuration."""
     journal: Journal | None = None

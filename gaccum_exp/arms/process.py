@@ -10,11 +10,14 @@ from contextlib import contextmanager, suppress
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from gaccum_exp.arms.streams import forgiving
+
 
 @contextmanager
 def process_restored() -> Iterator[None]:
     """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
-    argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    argv, environment, collects, path = sys.argv, dict(os.environ), gc.isenabled(), list(sys.path)
+    _look_here_last()
     # A log file that cannot be written, on a full disk, is no reason to end, nor for a traceback a line.
     raises, logging.raiseExceptions = logging.raiseExceptions, False
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
@@ -25,7 +28,8 @@ def process_restored() -> Iterator[None]:
     of_torch = None if life is None else life.process_settings()
     GlobalHydra.instance().clear()  # or Hydra refuses to begin
     try:
-        yield
+        with forgiving():
+            yield
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
         life = sys.modules.get("gaccum_exp.arms.life")
@@ -38,6 +42,7 @@ def process_restored() -> Iterator[None]:
             logger.handlers = handlers
             logger.setLevel(level)
         sys.argv, logging.raiseExceptions = argv, raises
+        sys.path[:] = path
         for key in os.environ.keys() - environment.keys():
             del os.environ[key]
         os.environ.update(environment)
@@ -45,3 +50,15 @@ def process_restored() -> Iterator[None]:
             gc.enable()
         else:
             gc.disable()
+
+
+def _look_here_last() -> None:
+    """Have modules looked for in the working directory too, after everything else.
+
+    `gaccum_exp` as a script would not find a package of the user's own there, and `python -m` would take
+    a file random.py there for the standard library's (see the package's first lines).
+    """
+    with suppress(OSError):
+        here = os.getcwd()
+        if not sys.flags.safe_path and not {"", here} & set(sys.path):
+            sys.path.append(here)
