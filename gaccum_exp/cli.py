@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from gaccum_exp import __version__
 from gaccum_exp.arms import child
-from gaccum_exp.arms.context import ArmContext, Command, command_here, current_command
+from gaccum_exp.arms.context import ArmContext, Command, command_here, current_command, overrides_of
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -40,6 +40,7 @@ from gaccum_exp.arms.outcome import (
 )
 from gaccum_exp.arms.process import process_restored
 from gaccum_exp.arms.settle import close_without_report, record_report, say_where
+from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exception: whatever stopped Hydra, its sweeper or launcher, under HYDRA_FULL_ERROR=1 alone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with process_restored(), listening() as stop:
+    with forgiving(), process_restored(), listening() as stop:
         # Imports leave next to no garbage, and the search for it takes a sixth of their time. An arm
         # turns it on again.
         gc.disable()
@@ -175,14 +176,15 @@ def task(cfg: DictConfig) -> float | None:
     job, command = HydraConfig.get(), command_here()
     swept = (job.callbacks or {}).get("sweep")
     if swept is None or (command is not None and command.launch is None):
-        raise BadInputError(
+        complain(
             "hydra.callbacks.sweep: is not there, by which it is known where runs are recorded; a file "
             "of your own begins with `defaults: [config, _self_]`, and leaves it as it is"
         )
+        raise SystemExit(BAD_INPUT)
     context = ArmContext(
         config=cfg,
         folder=Path(job.runtime.output_dir),
-        overrides=tuple(job.overrides.task),
+        overrides=tuple(overrides_of(job)),
         choices=dict(job.runtime.choices),
         swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,

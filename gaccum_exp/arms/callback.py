@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from gaccum_exp.arms.context import Launch, current_command
+from gaccum_exp.arms.context import Launch, current_command, overrides_of
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config import explain
 from gaccum_exp.config.files import conf_dir, options
@@ -63,8 +63,9 @@ class SweepStart(Callback):
             self._start_sweep(config, kwargs["config_name"])
 
     def _start_sweep(self, config: DictConfig, config_name: str | None) -> None:
-        overrides = _parsed([*_configured_overrides(config), *config.hydra.overrides.task])
-        swept = [o for o in overrides if o.is_sweep_override()]
+        configured, given = _parsed(_configured_overrides(config)), _parsed(overrides_of(config.hydra))
+        overrides = [*configured, *given]
+        swept = [o for o in (*given, *configured) if o.is_sweep_override()]
         _refuse_places(config)
         _refuse_sweep(config, overrides)
         _refuse_passwords(config, config_name, overrides)
@@ -94,8 +95,8 @@ class SweepStart(Callback):
         """Leave a job's own overrides, which are what it differs in."""
         job: Any = HydraConfig.instance().cfg
         with read_write(job.hydra):
-            task = job.hydra.overrides.task
-            job.hydra.overrides.task = [line for line in task if line not in self._pinned]
+            left = [line for line in overrides_of(job.hydra) if line not in self._pinned]
+            job.hydra.overrides.task = left
 
 
 def _decide_where(config: DictConfig) -> list[str]:
@@ -157,9 +158,12 @@ def _refuse_sweep(config: DictConfig, overrides: list[Override]) -> None:
                 f"{line}: has no value, so nothing would be run"
                 + (f"; {key} is one of {', '.join(known)}" if known else "")
             )
-    arms = math.prod(values.values())
-    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+    arms, sweeper = math.prod(values.values()), config.hydra.sweeper
+    if not str(sweeper._target_).endswith("BasicSweeper"):
         return  # what others draw from a range is their own affair
+    if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
+        given = f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}"
+        raise BadInputError(f"{given}: must be at least 1; null: all arms at once")
     if arms > MOST_ARMS:
         each = " × ".join(f"{key} {number:,}" for key, number in values.items())
         raise BadInputError(
@@ -232,7 +236,7 @@ def _one_job_for_all_seeds(config: DictConfig) -> None:
         log.warning("sweep.vectorize=seed: only Hydra's basic sweeper varies seeds that can be stacked")
         return
     configured = _configured_overrides(config)
-    overrides = _parsed([*configured, *hydra.overrides.task])
+    overrides = _parsed([*configured, *overrides_of(hydra)])
     of_seed = [o for o in overrides if o.get_key_element().lstrip("+") == "seed"]
     if not of_seed or not of_seed[-1].is_discrete_sweep():
         return
@@ -257,7 +261,7 @@ def _composed(
 ) -> DictConfig | None:
     """Compose the first arm, or that with these choices; None where Hydra will say what is wrong."""
     overrides = []
-    for override in _parsed(config.hydra.overrides.task):
+    for override in _parsed(overrides_of(config.hydra)):
         key = override.get_key_element()
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))

@@ -46,6 +46,12 @@ class ArmContext:
         return replace(self, config=config, **changes)
 
 
+def overrides_of(hydra: Any) -> list[str]:
+    """Return a job's overrides as they were written, interpolations too."""
+    written: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(written)
+
+
 def name_of(context: ArmContext, settings: Settings, control_of: str | None = None) -> str:
     """Return a run's name, what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
     if control_of is not None:

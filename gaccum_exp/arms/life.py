@@ -81,16 +81,13 @@ class Life:
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run's journal with its parameters, its configuration, its tags and these."""
         settings, context = self.settings, self.context
-        sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
             "sweep_id": settings.sweep_id,
             "kind": {"train": "arm"}.get(settings.task, settings.task),
             "role": "reference" if settings.accum_steps == 1 else "candidate",
-            "micro_batch_sizes": ", ".join(map(str, sizes)),
+            "micro_batch_sizes": _spelled(settings.data.global_batch_size, settings.accum_steps),
             "overrides": " ".join(context.overrides),
         }
-        if len(sizes) > 64:
-            own["micro_batch_sizes"] = f"{sizes[0]} … {sizes[-1]}"
         if settings.audit.control_seed is not None:
             own["role"] = "control"
         if self.control_of is not None:
@@ -177,6 +174,13 @@ class Life:
             outcome.write(self.context.folder)
         except OSError as error:  # whoever waits for it is told, too
             log.error("%s: its outcome cannot be written (%s)", self.name, error)
+
+
+def _spelled(samples: int, accum_steps: int) -> str:
+    """Return the sizes of a window's micro-batches, of many the largest and the smallest."""
+    if accum_steps > 64:
+        return f"{-(-samples // accum_steps)} … {samples // accum_steps}"
+    return ", ".join(map(str, split_sizes(samples, accum_steps)))
 
 
 @contextmanager

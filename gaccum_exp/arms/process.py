@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from gaccum_exp.arms.streams import forgiving
-
 
 @contextmanager
 def process_restored() -> Iterator[None]:
@@ -28,8 +26,7 @@ def process_restored() -> Iterator[None]:
     of_torch = None if life is None else life.process_settings()
     GlobalHydra.instance().clear()  # or Hydra refuses to begin
     try:
-        with forgiving():
-            yield
+        yield
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
         life = sys.modules.get("gaccum_exp.arms.life")

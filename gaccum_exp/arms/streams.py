@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gaccum_exp.errors import complain
+
 _PLAIN = str.maketrans(
     {
         "×": "x", "·": "-", "–": "-", "…": "...", "µ": "u", "Σ": "Sum", "†": "+", "‡": "#", "✓": "y",
@@ -45,8 +47,8 @@ class _Outlet(io.FileIO):
 
 
 @contextmanager
-def forgiving() -> Iterator[None]:
-    """Let both streams take everything meanwhile; at the end, say on the other one what one has lost."""
+def forgiving(*, says: bool = True) -> Iterator[None]:
+    """Let both streams take everything meanwhile; `says` on stderr, at the end, that stdout did not."""
     _keep_numbers()
     before, outlets = (sys.stdout, sys.stderr), dict[str, _Outlet]()
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -68,10 +70,12 @@ def forgiving() -> Iterator[None]:
         for name, outlet in outlets.items():
             getattr(sys, name).flush()
             # Of a reader that has left, as behind `| head`, nothing is said.
-            if outlet.lost is not None and outlet.lost.errno != errno.EPIPE and name == "stdout":
-                why = outlet.lost.strerror
-                print(f"gaccum_exp: stdout cannot be written ({why}): some of what was said is lost, "
-                      "nothing of what is recorded", file=sys.stderr, flush=True)  # fmt: skip
+            lost = outlet.lost if says and name == "stdout" else None
+            if lost is not None and lost.errno != errno.EPIPE:
+                complain(
+                    f"stdout cannot be written ({lost.strerror}): some of what was said is lost, nothing "
+                    "of what is recorded"
+                )
         sys.stdout, sys.stderr = before
 
 

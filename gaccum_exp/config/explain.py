@@ -3,7 +3,6 @@
 import importlib.util
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gaccum_exp.config.arguments import WORDS
+from gaccum_exp.config.arguments import WORDS, command_line
 from gaccum_exp.config.files import blocks, conf_dir, options
 from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_line, nearest, text_of
 
 _FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
-_SUSPECTS = ("hydra", "+hydra", "++hydra", "~hydra", "-")
-"""How the words of a command line begin that change what Hydra itself does."""
 
 
 def one_line(error: BaseException, arguments: Sequence[str]) -> str:
@@ -50,6 +47,8 @@ def _explained(error: BaseException, arguments: Sequence[str]) -> str:
     if there:
         given = _given(there[1], arguments)
         return f"{given}: {there[1]} exists already, so leave out the + ({given.lstrip('+')})"
+    if "onfig group" in said and not isinstance(error, OmegaConfBaseException):
+        return _no_name_of_a_file(said, arguments)
     cause = error.__cause__
     overridden = re.search(r"Could not (?:override|delete from config).*?'(.+?)'", said)
     # A key that does not exist, as against a value that its key does not take.
@@ -69,7 +68,8 @@ def of_configuration(error: BaseException, arguments: Sequence[str] = ()) -> str
         return f"{cyclic}: refers to itself"
     key, said = getattr(error, "full_key", None), first_line(error)
     if not key:
-        return said
+        named = " ".join(a for a in arguments if "${" in a)
+        return f"{named}: {said}" if named else f"{_suspects(arguments)}{said}"
     at, said = _given(str(key), arguments), said.replace("Missing mandatory value", "must be set")
     return said if said.startswith(at) else f"{at}: {said}"
 
@@ -86,7 +86,10 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
-    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+    path = str(error.missing_cfg_file or "")
+    words = [(a.partition("=")[0].lstrip("+~"), a.partition("=")[2]) for a in arguments]
+    chosen = next(((key, value) for key, value in words if f"{key}/{value}" == path), None)
+    group, name = chosen or path.rpartition("/")[::2]
     known = sorted({*options(group, _own_folders(arguments)), *(error.options or ())})
     if not group or not known:
         return f"{_suspects(arguments)}{first_line(error)}"
@@ -109,13 +112,29 @@ def _torchvision_names() -> set[str]:
     }
 
 
+def _no_name_of_a_file(said: str, arguments: Sequence[str]) -> str:
+    """Say that a block is chosen by a file's name, which null, a number and a list are not."""
+    for given in arguments:
+        group, value = _group_of(given), given.partition("=")[2]
+        if group in blocks() and value not in options(group, _own_folders(arguments)):
+            known = ", ".join(options(group, _own_folders(arguments)))
+            return f"{given}: takes the name of a file: {known}"
+    return f"{_suspects(arguments)}{said.splitlines()[0]}"
+
+
 def _no_such_key(key: str, arguments: Sequence[str]) -> str:
     if key in blocks():
         return (
             f"{key}: takes the name of a file ({key}=custom); set values one by one ({key}.x=value, "
             "with + in front where it is new), or write a file of your own (--config-dir)"
         )
-    return f"{key}: no such key{nearest(key, _known_keys(arguments))}"
+    known = _known_keys(arguments)
+    if key in known:  # Hydra says so of one that is null and to be taken away
+        return f"{_given(key, arguments)}: {key} is null already, so leave that out"
+    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
+    given = _given(key, arguments)
+    is_new = not near and "." in key and key.partition(".")[0] in blocks() and "=" in given
+    return f"{key}: no such key{near}" + (f"; a new one has + in front (+{given})" if is_new else "")
 
 
 def _of_any(error: BaseException, arguments: Sequence[str]) -> str:
@@ -151,18 +170,27 @@ def _given(key: str, arguments: Sequence[str]) -> str:
 
 
 def _suspects(arguments: Sequence[str]) -> str:
-    """Return what the command line says of Hydra itself, which else runs as it is set up here."""
-    named = [a for a in arguments if a.startswith(_SUSPECTS) and a not in ("-m", "--multirun")]
+    """Return what of a command line may be at fault where an error names nothing, in front of a colon.
+
+    What it says of Hydra itself, which else runs as it is set up here; else the blocks it chooses; else
+    all of it.
+    """
+    line = command_line(arguments)
+    said = [f"{k}={v}" if v else k for k, v in line.flags.items() if k != "--multirun"]
+    said += [o for o in line.overrides if o.lstrip("+~").startswith("hydra")]
+    groups = [o for o in line.overrides if _group_of(o) in blocks()]
+    named = said or groups or line.overrides
     return f"{' '.join(named)}: " if named else ""
+
+
+def _group_of(override: str) -> str:
+    return override.partition("=")[0].partition("@")[0].lstrip("+~")
 
 
 def _own_folders(arguments: Sequence[str]) -> list[str]:
     """Return the folders of configurations that the command line adds to the program's."""
-    flags = ("--config-dir", "-cd")
-    after = [value for flag, value in pairwise(arguments) if flag in flags]
-    return after + [
-        a.partition("=")[2] for a in arguments if a.startswith(tuple(f"{f}=" for f in flags))
-    ]
+    folder = command_line(arguments).flags.get("--config-dir")
+    return [] if folder is None else [folder]
 
 
 def _known_keys(arguments: Sequence[str]) -> list[str]:
