@@ -73,8 +73,8 @@ def forgiving(*, says: bool = True) -> Iterator[None]:
             lost = outlet.lost if says and name == "stdout" else None
             if lost is not None and lost.errno != errno.EPIPE:
                 complain(
-                    f"stdout cannot be written ({lost.strerror}): some of what was said is lost, nothing "
-                    "of what is recorded"
+                    f"stdout cannot be written ({lost.strerror}): some of what was said is lost, but "
+                    "nothing of what is recorded"
                 )
         sys.stdout, sys.stderr = before
 

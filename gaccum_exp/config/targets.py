@@ -90,13 +90,14 @@ def _annotation(target: str, name: str) -> Any:
     """Return what type a target says that one of its parameters has; None where it says nothing."""
     try:
         made: Any = hydra.utils.get_object(target)
-        return get_type_hints(made.__init__ if isinstance(made, type) else made).get(name)
+        called = made.__init__ if inspect.isclass(made) else made
+        return get_type_hints(called).get(name)
     except Exception:  # as many as there are ways to write annotations
         return None
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value of a configuration may be of a type; yes, where that is none of the simple ones."""
+    """Whether a value of a configuration may be of a type; yes, where that is not simple."""
     kind, inner = get_origin(wanted), get_args(wanted)
     if kind in (Union, UnionType):
         numbers = [one for one in inner if one in (int, float)]  # float | Tensor: no text can be meant
