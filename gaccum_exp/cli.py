@@ -65,15 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # turns it on again.
         gc.disable()
         try:
-            if given[:1] == ["report"]:
-                from gaccum_exp.arms.report import main as report
-
-                return report(given[1:])
-            if given[:1] == ["deliver"]:
-                from gaccum_exp.tracking.deliver import main as deliver
-
-                return deliver(given[1:])
-            return _run(given, stop)
+            return _word(given) if given[:1] in (["report"], ["deliver"]) else _run(given, stop)
         except BadInputError as error:
             complain(explain.one_line(error, given))
             return BAD_INPUT
@@ -83,6 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(end.code, str):
                 raise
             return end.code or OK
+
+
+def _word(given: list[str]) -> int:
+    """Run a command beside the runner."""
+    try:
+        if given[0] == "report":
+            from gaccum_exp.arms.report import main as report
+
+            return report(given[1:])
+        from gaccum_exp.tracking.deliver import main as deliver
+
+        return deliver(given[1:])
+    except OSError as error:  # of a folder or a file that was named
+        raise BadInputError(f"{error.filename}: {error.strerror}") from None
 
 
 def _status(interrupt: KeyboardInterrupt) -> int:

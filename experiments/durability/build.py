@@ -16,7 +16,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.durability import disk, kills, long_run, misbehaviour, network, torn, writers
+from experiments.durability import (
+    command_lines,
+    disk,
+    kills,
+    long_run,
+    misbehaviour,
+    network,
+    torn,
+    writers,
+)
 from experiments.durability.tries import Options, Result
 from experiments.notebook import provenance, write_results
 from gaccum_exp.arms.provenance import git_commit
@@ -31,6 +40,10 @@ PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     "torn": ("journals torn at every byte, bits flipped", torn.torn),
     "writers": ("many writers on one store", writers.writers),
     "models": ("models and workers that exit, crash, hang; signals", misbehaviour.models),
+    "command_lines": (
+        "command lines generated from the schema, hostile by kind",
+        command_lines.command_lines,
+    ),
     "windows": ("a million windows of a tiny model", long_run.windows),
 }
 

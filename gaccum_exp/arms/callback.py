@@ -67,7 +67,7 @@ class SweepStart(Callback):
         overrides = [*configured, *given]
         swept = [o for o in (*given, *configured) if o.is_sweep_override()]
         _refuse_places(config)
-        _refuse_sweep(config, overrides)
+        planned = _arms_of(config, overrides)
         _refuse_passwords(config, config_name, overrides)
         # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
@@ -84,7 +84,7 @@ class SweepStart(Callback):
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
                 *self._pinned,
             ]
-        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
+        _note_launch(config, Path(config.hydra.sweep.dir), multirun=True, planned=planned)
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
         if _composed(config, config_name) is not None:  # else it is said without MLflow
@@ -138,8 +138,12 @@ def _refuse_places(config: DictConfig) -> None:
             )
 
 
-def _refuse_sweep(config: DictConfig, overrides: list[Override]) -> None:
-    """Refuse a sweep of no arms, of more than can be composed, or whose arms share a folder."""
+def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
+    """Return how many arms a sweep has; None: its sweeper decides that as it goes.
+
+    Raises:
+        BadInputError: none, more than can be composed, or several that would share a folder.
+    """
     loader, values = GlobalHydra.instance().config_loader(), dict[str, int]()
     for override in overrides:
         override.config_loader = loader
@@ -160,7 +164,7 @@ def _refuse_sweep(config: DictConfig, overrides: list[Override]) -> None:
             )
     arms, sweeper = math.prod(values.values()), config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
-        return  # what others draw from a range is their own affair
+        return None  # what others draw from a range is their own affair
     if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
         given = f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}"
         raise BadInputError(f"{given}: must be at least 1; null: all arms at once")
@@ -175,6 +179,7 @@ def _refuse_sweep(config: DictConfig, overrides: list[Override]) -> None:
             f"hydra.sweep.subdir={subdir}: {arms} arms would write to one folder; have each its own "
             "(${hydra.job.num})"
         )
+    return arms
 
 
 def _number_of_values(override: Override) -> int:
@@ -210,7 +215,9 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
+def _note_launch(
+    config: DictConfig, folder: Path, *, multirun: bool, planned: int | None = None
+) -> None:
     command = current_command.get()
     if command is not None:
         command.launch = Launch(
@@ -219,6 +226,7 @@ def _note_launch(config: DictConfig, folder: Path, *, multirun: bool) -> None:
             tracking_uri=str(config.tracking.uri),
             experiment_name=str(config.tracking.experiment_name),
             multirun=multirun,
+            planned=planned,
         )
 
 

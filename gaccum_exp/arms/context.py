@@ -100,6 +100,8 @@ class Launch:
     tracking_uri: str
     experiment_name: str
     multirun: bool
+    planned: int | None = None
+    """How many arms a sweep is to have, where that is known beforehand."""
 
 
 @dataclass(slots=True)

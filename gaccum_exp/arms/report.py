@@ -120,8 +120,10 @@ class Runs:
         return found
 
 
-def report_sweep(runs: Runs, sweep_id: str, folder: Path) -> list[Path]:
+def report_sweep(runs: Runs, sweep_id: str, folder: Path, planned: int | None = None) -> list[Path]:
     """Compare a sweep; print the table, write its files to `folder` and return them.
+
+    `planned`: how many arms it was to have, where that is known.
 
     Raises:
         BadInputError: the store cannot be used, or holds no such sweep.
@@ -135,7 +137,7 @@ def report_sweep(runs: Runs, sweep_id: str, folder: Path) -> list[Path]:
     comparison = compare(arms, stored, partial(kept_weights, runs))
     folder.mkdir(parents=True, exist_ok=True)
     files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, arms, folder)]
-    print_comparison(comparison)
+    print_comparison(comparison, max(0, (planned or 0) - len(comparison.rows)))
     # Each figure lies beside its PNG as SVG.
     print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
     return files

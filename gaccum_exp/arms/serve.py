@@ -192,7 +192,7 @@ def _compare(launch: Launch, stop: Stop) -> list[Path]:
         from gaccum_exp.arms.report import Runs, report_sweep
 
         runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
-        return report_sweep(runs, launch.sweep_id, launch.folder)
+        return report_sweep(runs, launch.sweep_id, launch.folder, launch.planned)
 
 
 _DONE: dict[str, Callable[[Any, Stop], Any]] = {"arm": _run, "report": _compare}

@@ -33,7 +33,7 @@ from gaccum_exp.errors import BadInputError, nearest
 
 DEFAULT_EPOCHS = 20
 """Training length where none of train.steps, train.epochs and train.samples is set."""
-MOST_THREADS = 4096
+MOST_CONTROLS, MOST_THREADS = 1000, 4096
 """Beyond it a process cannot have them, and ends instead of saying so."""
 
 
@@ -332,8 +332,10 @@ def _check_values(config: Config) -> None:
     for key, value in counts.items():
         if value is not None:
             check_positive(key, value)
-    if not 0 <= audit.controls <= MOST:
-        raise BadInputError(f"audit.controls={audit.controls}: must be 0 to {MOST:,}")
+    if not 0 <= audit.controls <= MOST_CONTROLS:
+        raise BadInputError(
+            f"audit.controls={audit.controls}: must be 0 to {MOST_CONTROLS:,}, since each is a training"
+        )
     if runtime.weight_dtype == "same" and runtime.precision == "fp16":
         raise BadInputError(
             "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "

@@ -5,6 +5,7 @@ Configurations are code: a `_target_` names a function that is called.
 
 import importlib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ import hydra
 from hydra.errors import InstantiationException
 
 from gaccum_exp.errors import BadInputError, nearest, text_of
+
+# What it cannot import it logs, and raises as well.
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 
 def checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs: Any) -> Any:

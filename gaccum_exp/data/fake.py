@@ -14,7 +14,7 @@ from gaccum_exp.errors import BadInputError
 
 MOST_BYTES_IN_MEMORY = 2**30
 """Above this, images are made when they are read."""
-MOST_VALUES, MOST_CLASSES = 2**28, 2**20
+MOST_IMAGES, MOST_VALUES, MOST_CLASSES = 2**24, 2**28, 2**20
 
 
 def fake(
@@ -47,10 +47,10 @@ def fake(
         raise BadInputError(
             f"data.image_size={image_size}: {values:,} values an image, more than {MOST_VALUES:,}"
         )
-    if size >= 2**31 or num_classes > MOST_CLASSES:
+    if size > MOST_IMAGES or num_classes > MOST_CLASSES:
         raise BadInputError(
-            f"data.size={size} must be below 2**31, and data.num_classes={num_classes} at most "
-            f"{MOST_CLASSES:,}"
+            f"data.size={size} must be at most {MOST_IMAGES:,}, and data.num_classes={num_classes} "
+            f"at most {MOST_CLASSES:,}"
         )
     shape = (side[0], side[1], side[2])
     transform = Compose([ToTensor(), Normalize(0.5, 0.5)])

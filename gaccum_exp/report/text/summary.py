@@ -26,14 +26,23 @@ _REFERENCE_NAMES = {
 }
 
 
-def summary(comparison: Comparison) -> str:
-    """Say what the comparison means in one or two sentences per setting or reduction, a line each."""
+def summary(comparison: Comparison, never_started: int = 0) -> str:
+    """Say what the comparison means in one or two sentences per setting or reduction, a line each.
+
+    Args:
+        comparison: of the arms that have begun.
+        never_started: arms that the sweep would have had besides.
+    """
     if not comparison.rows:
         return "There are no runs to compare."
+    more = ""
+    if never_started:
+        more = f"{never_started} of {len(comparison.rows) + never_started} arms never started."
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
-        return _say_setting(comparison.rows)
+        return f"{_say_setting(comparison.rows)} {more}".strip()
     settings = by_setting(comparison.rows, "{reduction}, over all settings")
-    return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in settings.items())
+    lines = [f"{label}: {_say_setting(rows)}" for label, rows in settings.items()]
+    return "\n".join([*lines, more] if more else lines)
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:

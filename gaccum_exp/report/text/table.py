@@ -36,11 +36,11 @@ _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Print the table, and what it says in words."""
+def print_comparison(comparison: Comparison, never_started: int = 0) -> None:
+    """Print the table and what it says in words; `never_started`: arms that are not in it."""
     out = console()
     out.print(render(comparison))
-    out.print(summary(comparison), highlight=False)
+    out.print(summary(comparison, never_started), highlight=False)
 
 
 def render(comparison: Comparison) -> Table:
@@ -103,8 +103,9 @@ def _printed(
     column = COLUMNS[name]
     say, header = column.say, column.header
     if column.unit is not None:
-        size, unit = column.unit(max((getattr(row, name) or 0 for row in rows), default=0))
-        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit)
+        known = [value for row in rows if (value := getattr(row, name)) is not None]
+        size, unit = column.unit(max(known, default=0))
+        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit if known else "")
     any_controls = any(row.controls for row in rows)
 
     def cell(row: ComparisonRow) -> str:
