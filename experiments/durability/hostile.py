@@ -187,7 +187,8 @@ def _sweep(draw: random.Random) -> list[str]:
 
 def _target(draw: random.Random) -> list[str]:
     block = draw.choice([*BUILT, "data.train", "data.eval"])
-    more = f"{draw.choice(['x', '_args_', '_partial_', '_convert_', 'status'])}={draw.choice(['0', 'true', '[1]'])}"
+    name = draw.choice(["x", "_args_", "_partial_", "_convert_", "status"])
+    more = f"{name}={draw.choice(['0', 'true', '[1]'])}"
     beside = draw.choice([[], [f"+{block}.{more}"]])
     custom = [f"{block}=custom"] if block in ("model", "criterion", "optimizer") else []
     return [*TINY[2:], *custom, f"{block}._target_={draw.choice(TARGETS)}", *beside]

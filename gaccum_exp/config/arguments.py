@@ -56,9 +56,7 @@ class CommandLine:
     @property
     def for_hydra(self) -> list[str]:
         """The same as Hydra's parser takes it."""
-        given = [
-            word for flag, value in self.flags.items() for word in (flag, value) if word is not None
-        ]
+        given = [flag if value is None else f"{flag}={value}" for flag, value in self.flags.items()]
         return [*given, "--", *self.overrides] if self.overrides else given
 
 
@@ -91,7 +89,7 @@ def command_line(arguments: Sequence[str]) -> CommandLine:
         if takes and not equals:
             if flag == "--info" and (not left or left[0] not in _choices(flag)):
                 value = "all"
-            elif not left:
+            elif not left or left[0].startswith("-"):
                 raise BadInputError(f"{flag}: takes {takes}, which is not given")
             else:
                 value = left.pop(0)

@@ -144,6 +144,7 @@ def _of_any(error: BaseException, arguments: Sequence[str]) -> str:
         return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', None) or 'is not YAML'}"
     if isinstance(error, UnicodeDecodeError):
         files = [p for f in _own_folders(arguments) for p in Path(f).rglob("*.yaml") if not _is_utf8(p)]
+        files.sort(key=lambda path: f"{path.parent.name}={path.stem}" not in arguments)
         if files:
             return f"{files[0]}: is not UTF-8"
     if isinstance(error, OSError) and error.strerror:
@@ -161,6 +162,8 @@ def _is_utf8(path: Path) -> bool:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return False
+    except OSError:  # not a file
+        return True
     return True
 
 
@@ -179,7 +182,7 @@ def _suspects(arguments: Sequence[str]) -> str:
     said = [f"{k}={v}" if v else k for k, v in line.flags.items() if k != "--multirun"]
     said += [o for o in line.overrides if o.lstrip("+~").startswith("hydra")]
     groups = [o for o in line.overrides if _group_of(o) in blocks()]
-    named = said or groups or line.overrides
+    named = [*said, *groups] or line.overrides
     return f"{' '.join(named)}: " if named else ""
 
 

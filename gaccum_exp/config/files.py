@@ -19,4 +19,4 @@ def blocks() -> list[str]:
 def options(group: str, own_folders: Iterable[str] = ()) -> list[str]:
     """Return the names of a group's files, the program's and those of folders of the user's own."""
     folders = [Path(folder) / group for folder in (conf_dir(), *own_folders)]
-    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml") if path.is_file()})

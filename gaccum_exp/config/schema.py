@@ -262,6 +262,7 @@ def validate(cfg: DictConfig) -> Settings:
         BadInputError: a value that cannot be used, with the numbers and the nearest valid value.
     """
     try:
+        OmegaConf.to_container(cfg, resolve=True)  # raises of an interpolation whose key it is
         _refuse_other_than_blocks(cfg)
         _refuse_unknown_keys(cfg)
         _check_targets(cfg)
