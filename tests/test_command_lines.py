@@ -144,10 +144,11 @@ def test_an_override_may_refer_to_other_keys(program: Program) -> None:
 def test_broken_files_of_ones_own_are_named(tmp_path: Path, program: Program) -> None:
     """YAML that is none, bytes that are no text, a list in place of keys."""
     hostile.broken_files(tmp_path)
-    for name, said in {
-        "tab": "tab.yaml, line 2: found character", "latin": "latin.yaml: is not UTF-8",
-        "list": "model=list: In 'model/list'", "interpolated": "model._target_: Interpolation key 'nope' not found",
-    }.items():  # fmt: skip
+    for name, said in (
+        ("tab", "tab.yaml, line 2: found character"), ("latin", "model/latin.yaml: is not UTF-8"),
+        ("list", "model=list: In 'model/list'"), ("folder", "model=folder: not one of"),
+        ("interpolated", "model._target_: Interpolation key 'nope' not found"),
+    ):  # fmt: skip
         ended = program("--config-dir=mine", f"model={name}")
         assert (ended.status, len(ended.lines)) == (2, 1)
         assert said in ended.err

@@ -103,6 +103,8 @@ def in_this_process(judged: Judged, folder: Path, work: Path, number: int, optio
                 status, said = _called(line, folder)
                 faults = faults_of(line, status, said, work, folder, began)
                 judged.add(kind, line, status, faults)
+                if judged.tried.total() % 100 == 0:
+                    print(f"command_lines: {judged.tried.total()} of {number}", flush=True)
                 if faults or options.only is not None:
                     print(f"{kind}: {faults}: {shlex.join(line)!r}\n{said[-800:]}", flush=True)
     finally:
