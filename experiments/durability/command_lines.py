@@ -25,7 +25,7 @@ from gaccum_exp.arms import child, serve
 from gaccum_exp.train.stopping import Stop
 
 IN_PROCESS, AS_PROCESSES = 5_000, 200
-PATIENCE_S = 60
+PATIENCE_S = 120
 """After so long a line hangs."""
 SAID = ("recorded in ", "tracking: ", "data.train holds ", "accum.partial_window=carry")
 """How lines begin that are said beside the one that is asked for."""
