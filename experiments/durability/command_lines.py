@@ -103,6 +103,8 @@ def in_this_process(judged: Judged, folder: Path, work: Path, number: int, optio
                 status, said = _called(line, folder)
                 faults = faults_of(line, status, said, work, folder, began)
                 judged.add(kind, line, status, faults)
+                for name in ("outputs", "multirun"):  # what thousands leave, each command would look at
+                    shutil.rmtree(work / name, ignore_errors=True)
                 if judged.tried.total() % 100 == 0:
                     print(f"command_lines: {judged.tried.total()} of {number}", flush=True)
                 if faults or options.only is not None:
