@@ -5,9 +5,17 @@
 `plan_memory` says what each N would hold.
 """
 
-from typing import TYPE_CHECKING, Any
+import sys
 
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "gaccum_exp" in sys.orig_argv:
+    # `python -m gaccum_exp`, before anything else is imported: a file random.py or socket.py in the
+    # working directory is not the standard library's. What brought Python here was looked for there.
+    sys.path.append(sys.path.pop(0))
+
+TYPE_CHECKING = False  # typing itself is a module that a file there could stand for
 if TYPE_CHECKING:
+    from typing import Any
+
     from gaccum_exp.audit.watch.watch import watch
     from gaccum_exp.core.accumulate import accumulate_gradients
     from gaccum_exp.memory.plan_memory import plan_memory
@@ -16,7 +24,7 @@ __version__ = "0.1.0"
 __all__ = ["accumulate_gradients", "plan_memory", "watch"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     # Lazily, because `--help` and config errors must answer without waiting for torch.
     if name == "accumulate_gradients":
         from gaccum_exp.core.accumulate import accumulate_gradients

@@ -7,6 +7,7 @@ the arms have left: the first of 1, 3, 5, 4 that any arm earned.
 """
 
 import gc
+import io
 import json
 import logging
 import os
@@ -14,8 +15,9 @@ import platform
 import shlex
 import sys
 import uuid
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from gaccum_exp import __version__
 from gaccum_exp.arms import child, continued
 from gaccum_exp.arms.context import (
     ArmContext,
@@ -33,6 +36,7 @@ from gaccum_exp.arms.context import (
     Launch,
     command_here,
     current_command,
+    overrides_of,
 )
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
@@ -47,9 +51,11 @@ from gaccum_exp.arms.outcome import (
 )
 from gaccum_exp.arms.process import process_restored
 from gaccum_exp.arms.settle import close_without_report, record_report, say_where
+from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, TrackingError
+from gaccum_exp.config.arguments import CommandLine, command_line
+from gaccum_exp.errors import BadInputError, TrackingError, complain
 from gaccum_exp.tracking.journal import PATTERN
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
@@ -63,29 +69,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None: those of this process.
 
     Raises:
-        Exception: whatever stopped Hydra and is not about the configuration, e.g. a sweeper's own error.
+        Exception: whatever stopped Hydra, its sweeper or launcher, under HYDRA_FULL_ERROR=1 alone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with process_restored(), listening() as stop:
+    with forgiving(), process_restored(), listening() as stop:
         # Imports leave next to no garbage, and the search for it takes a sixth of their time. An arm
         # turns it on again.
         gc.disable()
         try:
-            if given[:1] == ["report"]:
-                from gaccum_exp.arms.report import main as report
-
-                return report(given[1:])
-            if given[:1] == ["deliver"]:
-                from gaccum_exp.tracking.deliver import main as deliver
-
-                return deliver(given[1:])
-            return _run(given, stop)
+            return _word(given) if given[:1] in (["report"], ["deliver"]) else _run(given, stop)
+        except BadInputError as error:
+            complain(explain.one_line(error, given))
+            return BAD_INPUT
         except KeyboardInterrupt as interrupt:  # while comparing
             return _status(interrupt)
-        except SystemExit as end:  # of --help, of a wrong flag, of a configuration that was refused
+        except SystemExit as end:  # of --help, and of a configuration that was refused
             if isinstance(end.code, str):
                 raise
             return end.code or OK
+
+
+def _word(given: list[str]) -> int:
+    """Run a command beside the runner."""
+    try:
+        if given[0] == "report":
+            from gaccum_exp.arms.report import main as report
+
+            return report(given[1:])
+        from gaccum_exp.tracking.deliver import main as deliver
+
+        return deliver(given[1:])
+    except OSError as error:  # of a folder or a file that was named
+        raise BadInputError(f"{error.filename}: {error.strerror}") from None
 
 
 def _status(interrupt: KeyboardInterrupt) -> int:
@@ -94,15 +109,18 @@ def _status(interrupt: KeyboardInterrupt) -> int:
 
 def _run(given: list[str], stop: Stop) -> int:
     """Run what Hydra makes of the arguments, then compare what there is."""
-    if {"-m", "--multirun"} & set(given):
+    line = command_line(given)
+    if "--version" in line.flags:
+        print(_version())
+        return OK
+    if line.multirun:
         child.start()  # it imports torch, while Hydra composes
     config.register(f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}")
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra reads `seed=0 --config-dir mine model=x` as two lists of overrides and refuses the second.
-    sys.argv = [sys.argv[0], *sorted(given, key=_place)]
-    command, status, interrupted = Command(stop, tuple(given)), OK, None
+    sys.argv = [sys.argv[0], *line.for_hydra]
+    command, status, interrupted = Command(stop, given, raw), OK, None
 
     def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
         if command.launch is not None and command.launch.multirun:
@@ -111,16 +129,17 @@ def _run(given: list[str], stop: Stop) -> int:
     stop.before_raising = pass_on
     token = current_command.set(command)
     try:
-        task()
+        _refuse_overrides_of_ours(line)
+        with _hydra_speaks(line):
+            task()
     except KeyboardInterrupt as interrupt:
         status, interrupted = _status(interrupt), str(interrupt) or "interrupted"
     except Exception as error:  # of Hydra, its sweeper or launcher; an arm ends by itself
-        line = explain.one_line(error, given)
-        if raw or line is None:
+        if raw and not isinstance(error, BadInputError):
             _end(command, RUN_FAILED)  # the arms that have ended are there to be compared
             raise
-        print(f"gaccum_exp: {line}", file=sys.stderr)
-        status = BAD_INPUT
+        complain(explain.one_line(error, given))
+        status = RUN_FAILED if command.outcomes else BAD_INPUT
     finally:
         if command.resumed is not None:
             command.resumed.lock.release()
@@ -148,11 +167,41 @@ def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
         print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 
 
-def _place(argument: str) -> int:
-    """Order arguments: `-m`, other flags with their values, overrides (`key=value`, `~key`)."""
-    if argument in ("-m", "--multirun"):
-        return 0
-    return 2 if argument.startswith("~") or ("=" in argument and not argument.startswith("-")) else 1
+def _version() -> str:
+    """Return the program's version, and those of what its numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    others = []
+    for package, name in (("torch", "torch"), ("MLflow", "mlflow")):
+        with suppress(PackageNotFoundError):
+            others.append(f"{package} {version(name)}")
+    return f"gaccum_exp {__version__} ({', '.join([*others, f'Python {platform.python_version()}'])})"
+
+
+def _refuse_overrides_of_ours(line: CommandLine) -> None:
+    """Refuse to be told nothing of where a command writes, by which its end is known."""
+    for override in line.overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key == "hydra.callbacks" or f"{key}.".startswith("hydra.callbacks.sweep."):
+            raise BadInputError(
+                f"{override}: notes where runs are recorded, and is the program's own; callbacks of "
+                "yours go beside it (+hydra.callbacks.mine._target_=...)"
+            )
+
+
+@contextmanager
+def _hydra_speaks(line: CommandLine) -> Iterator[None]:
+    """Turn what Hydra prints in place of an error into one: warnings, and lines of what only shows."""
+    said = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"hydra\._internal\.(utils|config_loader_impl)")
+        try:
+            with redirect_stderr(said) if line.only_shows else nullcontext():
+                yield
+        except SystemExit as end:
+            if not end.code or not said.getvalue():
+                raise
+            raise BadInputError(f"{' '.join(line.for_hydra)}: {said.getvalue()}") from None
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="config")
@@ -160,11 +209,17 @@ def task(cfg: DictConfig) -> float | None:
     """Run one job; what it returns is for sweepers that minimise something."""
     # Launchers pickle this function with the names that it uses, and a context variable cannot be.
     job, command = HydraConfig.get(), command_here()
-    swept = job.callbacks.get("sweep", {})
+    swept = (job.callbacks or {}).get("sweep")
+    if swept is None or (command is not None and command.launch is None):
+        complain(
+            "hydra.callbacks.sweep: is not there, by which it is known where runs are recorded; a file "
+            "of your own begins with `defaults: [config, _self_]`, and leaves it as it is"
+        )
+        raise SystemExit(BAD_INPUT)
     context = ArmContext(
         config=cfg,
         folder=Path(job.runtime.output_dir),
-        overrides=tuple(job.overrides.task),
+        overrides=tuple(overrides_of(job)),
         choices=dict(job.runtime.choices),
         swept_keys=tuple(swept.get("swept_keys", ())),
         multirun=job.mode == RunMode.MULTIRUN,
@@ -180,8 +235,10 @@ def task(cfg: DictConfig) -> float | None:
             return child.run_job(context, stop, outcomes, swept.get("helper"))
     try:
         settings = config.validate(cfg)
+        if settings.sweep.seeds is not None:
+            raise BadInputError(f"sweep.seeds={cfg.sweep.seeds}: is written by -m seed=0,1,2")
     except BadInputError as error:  # answered at once, without waiting for torch and MLflow
-        print(f"gaccum_exp: {error}", file=sys.stderr)
+        complain(error)
         raise SystemExit(BAD_INPUT) from None
     from gaccum_exp.arms.life import run_arm
 
@@ -231,7 +288,7 @@ def _compare(command: Command, launch: Launch, status: int, interrupted: str | N
     if not outcomes:
         _end_journal(command, [])
         if status == OK and launch.multirun:
-            print("gaccum_exp: nothing was run: what the sweep varies has no value", file=sys.stderr)
+            complain("nothing was run: what the sweep varies has no value")
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
@@ -246,7 +303,7 @@ def _compare(command: Command, launch: Launch, status: int, interrupted: str | N
             runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
             show_run(runs, launch.sweep_id)
     except (BadInputError, TrackingError) as error:
-        print(f"gaccum_exp: nothing is compared: {error}", file=sys.stderr)
+        complain(f"nothing is compared: {error}")
         status = status or RUN_FAILED
     finally:
         _end_journal(command, files)
@@ -265,7 +322,7 @@ def _end_journal(command: Command, files: Sequence[Path]) -> None:
         else:
             close_without_report(command.journal)
     except TrackingError as error:
-        print(f"gaccum_exp: the report is not recorded: {error}", file=sys.stderr)
+        complain(f"the report is not recorded: {error}")
 
 
 def _over(folder: Path, outcome: Outcome, interrupted: str | None) -> Outcome:

@@ -1,8 +1,16 @@
-"""Errors that the user can mend, as against faults of the program."""
+"""Errors that the user can mend, as against faults of the program, and how they are said: in a line."""
 
+import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import NoReturn
+
+LONGEST = 600
+"""Characters of a line; a longer one loses its middle."""
+_IN_A_WORKER = re.compile(r"Caught \S+ in .*\.\nOriginal Traceback \(most recent call last\):\n")
 
 _PASSWORDS = (
     # Of a server, whatever stands before it: a token takes the place of the user.
@@ -46,13 +54,47 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]!r}?" if found else ""
 
 
+class Arguments(argparse.ArgumentParser):
+    """A parser of words that raises what is wrong with them, instead of printing a page and ending."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `BadInputError`."""
+        raise BadInputError(f"{message} ({self.prog} --help)")
+
+
 def text_of(error: BaseException) -> str:
-    """Return an error's message as text that can be written anywhere, whatever its class makes of it."""
+    """Return an error's message as text that can be written anywhere, whatever its class makes of it.
+
+    Of an error in a data worker it is the worker's own, without the traceback that torch puts before it.
+    """
     try:
         text = str(error)
     except Exception as failed:
         text = f"its message cannot be read ({type(failed).__name__})"
-    return text.encode("utf-8", "backslashreplace").decode()
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return _of_the_worker(text) if _IN_A_WORKER.match(text) else text
+
+
+def _of_the_worker(text: str) -> str:
+    """Return what stands behind the last traceback of a text, without the name of the error's class."""
+    lines = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    said = next((n for n, line in enumerate(lines) if line.strip() and not line[0].isspace()), None)
+    if said is None:
+        return text
+    return "\n".join([lines[said].partition(": ")[2], *lines[said + 1 :]])
+
+
+def in_a_line(text: str) -> str:
+    """Return a text as one line that can be printed, a very long one without its middle."""
+    words = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 200]} … {shown[-200:]}"
+
+
+def complain(text: object, program: str = "gaccum_exp") -> None:
+    """Say on stderr, in a line and without passwords, what is wrong."""
+    with suppress(OSError, ValueError):
+        print(f"{program}: {hide_passwords(in_a_line(str(text)))}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -278,12 +278,18 @@ def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
 def test_a_sweeper_that_gives_up_does_not_take_the_comparison_with_it(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its arms are compared before its error is shown."""
+    """Its arms are compared, and its error is a line; raw, it is raised after that."""
 
     def give_up(*args: object, **kwargs: object) -> None:
         raise RuntimeError("the sweeper is tired")
 
     monkeypatch.setattr("hydra._internal.callbacks.Callbacks.on_multirun_end", give_up)
+    ended = program.tiny("-m", "accum.steps=1,2")
+    assert ended.status == 1
+    (line,) = [line for line in ended.lines if line.startswith("gaccum_exp: ")]
+    assert "RuntimeError: the sweeper is tired; HYDRA_FULL_ERROR=1" in line
+    assert (program.sweep_folder / "comparison.csv").exists()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(RuntimeError, match="the sweeper is tired"):
         program.tiny("-m", "accum.steps=1,2")
     assert (program.sweep_folder / "comparison.csv").exists()

@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "train": ("tracking config audit memory core errors", "torch numpy"),
     "arms": ("train report tracking config audit memory core errors", "torch hydra omegaconf"),
-    "cli": ("arms train.stopping tracking config errors", "hydra omegaconf"),
+    "cli": ("arms train.stopping tracking config errors __version__", "hydra omegaconf"),
     "__main__": ("cli", ""),
     "__init__": ("audit memory core", ""),
 }

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from experiments.durability import (
     checkpoint_cost,
     checkpoints,
+    command_lines,
     disk,
     going_on,
     kills,
@@ -51,6 +52,10 @@ PARTS: dict[str, tuple[str, Callable[[Options], Result]]] = {
     ),
     "checkpoint_cost": ("what checkpoints cost", checkpoint_cost.checkpoint_cost),
     "sweeps": ("sweeps ended at random moments, continued, arms added", sweeps.sweeps),
+    "command_lines": (
+        "command lines generated from the schema, hostile by kind",
+        command_lines.command_lines,
+    ),
     "windows": ("a million windows of a tiny model", long_run.windows),
 }
 

@@ -7,34 +7,42 @@ runs in the store.
 
 import json
 import logging
+import math
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString
+from hydra.core.override_parser.types import Glob, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.arms import continued, resume
-from gaccum_exp.arms.context import Launch, current_command
+from gaccum_exp.arms.context import Launch, current_command, overrides_of
 from gaccum_exp.arms.continued import Continued, SweepNote
 from gaccum_exp.arms.outcome import BAD_INPUT
-from gaccum_exp.config.schema import conf_dir
-from gaccum_exp.errors import BadInputError
+from gaccum_exp.config import explain
+from gaccum_exp.config.files import conf_dir, options
+from gaccum_exp.config.schema import check_id
+from gaccum_exp.errors import BadInputError, complain
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
 from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, tracking_uri
 
 log = logging.getLogger(__name__)
+MOST_ARMS = 10_000
+"""Hydra composes the arms of a sweep before the first one begins, some twenty a second."""
 
 
 class SweepStart(Callback):
@@ -48,33 +56,38 @@ class SweepStart(Callback):
         """Note a single run, and start the process that will record it."""
         with _refusing():
             continued.refuse_without_sweep(config)
+            _refuse_places(config)
             _decide_where(config)
             resumed = resume.of_command(config)
-        if resumed is not None:
-            resume.go_on_there(config, resumed)
-        _note_launch(config, Path(config.hydra.run.dir), multirun=False, resumed=resumed)
-        start_helper()
-        _have_left_runs_delivered(config)
+            if resumed is not None:
+                resume.go_on_there(config, resumed)
+            _note_launch(config, Path(config.hydra.run.dir), multirun=False, resumed=resumed)
+            start_helper()
+            _have_left_runs_delivered(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note a sweep, tell its jobs what it varies, and refuse it where nothing can be recorded."""
-        overrides = _parsed([*_given(config), *_configured_overrides(config)])
-        swept = [o.get_key_element().lstrip("+") for o in overrides if o.is_sweep_override()]
+        with _refusing():
+            self._start_sweep(config, kwargs["config_name"])
+
+    def _start_sweep(self, config: DictConfig, config_name: str | None) -> None:
+        configured, given = _parsed(_configured_overrides(config)), _parsed(overrides_of(config.hydra))
+        overrides = [*configured, *given]
+        swept = [o.get_key_element().lstrip("+") for o in (*given, *configured) if o.is_sweep_override()]
+        _refuse_places(config)
+        planned = _arms_of(config, overrides)
+        command_id = str(config.sweep_id)
+        before = continued.asked_for(config, overrides, command_id)
+        if before is not None:
+            _take_up(config, before)
+            swept = list(dict.fromkeys([*before.swept_keys, *swept]))
+        _refuse_passwords(config, config_name, overrides)
+        if config.resume not in (resume.AUTO, resume.NEVER):
+            raise BadInputError(f"resume={config.resume}: names one run, and not the arms of a sweep")
         # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
         # taken from them again when the job starts.
-        command_id = str(config.sweep_id)
-        with _refusing():
-            before = continued.asked_for(config, overrides, command_id)
-            if before is not None:
-                _take_up(config, before)
-                swept = list(dict.fromkeys([*before.swept_keys, *swept]))
-            _refuse_passwords(config, kwargs["config_name"], overrides)
-            if config.resume not in (resume.AUTO, resume.NEVER):
-                raise BadInputError(
-                    f"resume={config.resume}: names one run, and not the arms of a sweep"
-                )
-            self._pinned = [f"sweep_id={_quoted(config.sweep_id)}", *_decide_where(config, before)]
+        self._pinned = [f"sweep_id={_quoted(config.sweep_id)}", *_decide_where(config, before)]
         note = SweepNote(config.sweep_id, command_id, time.time(), swept_keys=swept)
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
@@ -90,27 +103,22 @@ class SweepStart(Callback):
             if before is not None:
                 config.hydra.overrides.hydra += _of_what_is_there(config, before, command_id)
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
-        self._note_plan(config, command_id)
+        command = current_command.get()
+        if command is not None:
+            command.planned, command.command_id = planned, command_id
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
-        if _composed(config, kwargs["config_name"]) is not None:  # else it is said without MLflow
+        if _composed(config, config_name) is not None:  # else it is said without MLflow
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _note_sweep(note, Path(config.hydra.sweep.dir))
             _have_left_runs_delivered(config)
-
-    def _note_plan(self, config: DictConfig, command_id: str) -> None:
-        command = current_command.get()
-        if command is not None:
-            given = _parsed([*_configured_overrides(config), *_given(config)])
-            command.planned = continued.planned_arms(config, given)
-            command.command_id = command_id
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Leave a job's own overrides, which are what it differs in."""
         job: Any = HydraConfig.instance().cfg
         with read_write(job.hydra):
-            task = job.hydra.overrides.task
-            job.hydra.overrides.task = [line for line in task if line not in self._pinned]
+            left = [line for line in overrides_of(job.hydra) if line not in self._pinned]
+            job.hydra.overrides.task = left
 
 
 def _take_up(config: DictConfig, before: Continued) -> None:
@@ -118,7 +126,9 @@ def _take_up(config: DictConfig, before: Continued) -> None:
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
         config.sweep_id = before.sweep_id
         config.hydra.overrides.task = [
-            line for line in _given(config) if line.partition("=")[0].lstrip("+") not in continued.KEYS
+            line
+            for line in overrides_of(config.hydra)
+            if line.partition("=")[0].lstrip("+") not in continued.KEYS
         ]
 
 
@@ -174,13 +184,86 @@ def _decide_where(config: DictConfig, before: Continued | None = None) -> list[s
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """End the command with bad input where that is raised."""
+    """End the command with bad input where anything is raised: Hydra would warn of it, and go on."""
     try:
         yield
-    except BadInputError as error:
-        print(f"gaccum_exp: {error}", file=sys.stderr)
+    except Exception as error:
+        command = current_command.get()
+        if command is not None and command.raw and not isinstance(error, BadInputError):
+            traceback.print_exc()
+        complain(explain.one_line(error, [] if command is None else command.arguments))
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None
+
+
+def _refuse_places(config: DictConfig) -> None:
+    """Refuse an id or a name that would have a run write outside its own folder."""
+    check_id("sweep_id", config.sweep_id)
+    for key in ("job.name", "output_subdir", "sweep.subdir"):
+        block, _, name = f"hydra.{key}".rpartition(".")
+        # As it is written: what it is made of is only known when a job starts.
+        value = OmegaConf.to_container(OmegaConf.select(config, block), resolve=False)[name]  # type: ignore[index, call-overload]
+        if value is not None and (Path(str(value)).is_absolute() or ".." in Path(str(value)).parts):
+            raise BadInputError(
+                f"hydra.{key}={value}: leads out of the output folder; give a name below it"
+            )
+
+
+def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
+    """Return how many arms a sweep has; None: its sweeper decides that as it goes.
+
+    Raises:
+        BadInputError: none, more than can be composed, or several that would share a folder.
+    """
+    loader, values = GlobalHydra.instance().config_loader(), dict[str, int]()
+    for override in overrides:
+        override.config_loader = loader
+        key, line = override.get_key_element().lstrip("+"), override.input_line
+        values.pop(key, None)  # the last one holds
+        if not override.is_sweep_override():
+            continue
+        if key in ("sweep_id", "sweep.seeds"):
+            raise BadInputError(f"{line}: is one for all arms; leave it out")
+        if not override.is_discrete_sweep():
+            continue
+        values[key] = _number_of_values(override)
+        if not values[key]:
+            known = options(key)
+            raise BadInputError(
+                f"{line}: has no value, so nothing would be run"
+                + (f"; {key} is one of {', '.join(known)}" if known else "")
+            )
+    arms, sweeper = math.prod(values.values()), config.hydra.sweeper
+    if not str(sweeper._target_).endswith("BasicSweeper"):
+        return None  # what others draw from a range is their own affair
+    if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
+        given = f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}"
+        raise BadInputError(f"{given}: must be at least 1; null: all arms at once")
+    if arms > MOST_ARMS:
+        each = " × ".join(f"{key} {number:,}" for key, number in values.items())
+        raise BadInputError(
+            f"-m: {each} are {arms:,} arms, more than {MOST_ARMS:,}; sweep over fewer values"
+        )
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
+    if arms > 1 and "${" not in str(subdir):
+        raise BadInputError(
+            f"hydra.sweep.subdir={subdir}: {arms} arms would write to one folder; have each its own "
+            "(${hydra.job.num})"
+        )
+    return arms
+
+
+def _number_of_values(override: Override) -> int:
+    """Return how many values a sweep gives a key, without making a list of them."""
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    start, stop, step = (Decimal(str(x)) for x in (value.start, value.stop, value.step))
+    if not (start.is_finite() and stop.is_finite() and step.is_finite() and step):
+        raise BadInputError(
+            f"{override.input_line}: is no range: its ends and its step must be numbers, the step not 0"
+        )
+    return max(0, math.ceil((stop - start) / step))
 
 
 def _refuse_passwords(config: DictConfig, config_name: str | None, given: list[Override]) -> None:
@@ -218,12 +301,6 @@ def _note_launch(
         )
 
 
-def _given(config: DictConfig) -> list[str]:
-    """Return the command line's overrides; what they refer to is another value in every arm."""
-    lines: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    return list(lines)
-
-
 def _configured_overrides(config: DictConfig) -> list[str]:
     """Return what the configuration has the sweeper vary or set, as on the command line."""
     return [f"{k}={v}" for k, v in dict(config.hydra.sweeper.get("params") or {}).items()]
@@ -238,7 +315,7 @@ def _one_job_for_all_seeds(config: DictConfig) -> None:
         log.warning("sweep.vectorize=seed: only Hydra's basic sweeper varies seeds that can be stacked")
         return
     configured = _configured_overrides(config)
-    overrides = _parsed([*configured, *_given(config)])
+    overrides = _parsed([*configured, *overrides_of(hydra)])
     of_seed = [o for o in overrides if o.get_key_element().lstrip("+") == "seed"]
     if not of_seed or not of_seed[-1].is_discrete_sweep():
         return
@@ -263,7 +340,7 @@ def _composed(
 ) -> DictConfig | None:
     """Compose the first arm, or that with these choices; None where Hydra will say what is wrong."""
     overrides = []
-    for override in _parsed(_given(config)):
+    for override in _parsed(overrides_of(config.hydra)):
         key = override.get_key_element()
         if not override.is_sweep_override():
             overrides.append(str(override.input_line))
@@ -288,8 +365,7 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
     if command is not None:
         command.journal = journal
     announce(journal.path)
-    with _refusing():
-        wait_for_store(journal.path)
+    wait_for_store(journal.path)
     print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 

@@ -32,6 +32,7 @@ from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
+from gaccum_exp.tracking.processes import python
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.stopping import Stop, StoppedError, of_signal, say_at_once
 
@@ -90,14 +91,10 @@ class DiedError(Exception):
 class _Child:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from gaccum_exp.arms.serve import serve; serve({theirs.fileno()})"
-        )
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing
+        program = f"from gaccum_exp.arms.serve import serve; serve({theirs.fileno()})"
         # In a session of its own: Ctrl-C in a terminal is meant for this process, which passes it on.
         self.process = subprocess.Popen(
-            [sys.executable, *flags, "-c", program], pass_fds=[theirs.fileno()],
+            python(program), pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         theirs.close()

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,6 +105,12 @@ class ArmContext:
         return replace(self, config=config, **changes)
 
 
+def overrides_of(hydra: Any) -> list[str]:
+    """Return a job's overrides as they were written, interpolations too."""
+    written: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(written)
+
+
 def name_of(context: ArmContext, settings: Settings, control_of: str | None = None) -> str:
     """Return a run's name, what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
     if control_of is not None:
@@ -172,8 +178,10 @@ class Command:
 
     stop: Stop
     """Asked to end it."""
-    arguments: tuple[str, ...] = ()
-    """As they were given."""
+    arguments: Sequence[str] = ()
+    """What stands behind the program's name."""
+    raw: bool = False
+    """Whether the user wants to see where an error comes from (HYDRA_FULL_ERROR=1)."""
     command_id: str = ""
     planned: int | None = None
     """How many arms a sweep's command line names; None: that is the sweeper's to decide."""

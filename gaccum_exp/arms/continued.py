@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from gaccum_exp.arms.context import KnownArm
@@ -251,29 +251,6 @@ def _in_store(store: tuple[str | None, str | None], sweep_id: str) -> dict[Path,
     if uri is None or experiment_name is None:
         return {}
     return outcomes_in_store(uri, experiment_name, sweep_id)
-
-
-def planned_arms(config: DictConfig, overrides: Sequence[Override]) -> int | None:
-    """Return how many arms a command line names; None where that is the sweeper's to decide.
-
-    Args:
-        config: as composed for the sweep.
-        overrides: the sweeper's own, then those of the command line.
-    """
-    if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
-        return None
-    values: dict[str, int] = {}
-    for override in overrides:  # of a key that comes twice, the last one counts
-        count = 1
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
-                return None
-            count = sum(1 for _ in override.sweep_string_iterator())
-        values[override.get_key_element()] = count
-    product = 1
-    for count in values.values():
-        product *= count
-    return product
 
 
 def forgotten(folder: Path | None, command_id: str) -> bool:

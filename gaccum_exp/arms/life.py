@@ -127,20 +127,17 @@ class Life:
             place = None if self._checkpoint is None else files.place_of(self._checkpoint)
             self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
             return
-        sizes = split_sizes(settings.data.global_batch_size, settings.accum_steps)
         own = {
             "sweep_id": settings.sweep_id,
             "command_id": context.command_id or settings.sweep_id,
             "digest": context.digest,
             "kind": {"train": "arm"}.get(settings.task, settings.task),
             "role": "reference" if settings.accum_steps == 1 else "candidate",
-            "micro_batch_sizes": ", ".join(map(str, sizes)),
+            "micro_batch_sizes": _spelled(settings.data.global_batch_size, settings.accum_steps),
             "overrides": " ".join(context.overrides),
         }
         if context.place is not None:
             own["arm"] = context.place
-        if len(sizes) > 64:
-            own["micro_batch_sizes"] = f"{sizes[0]} … {sizes[-1]}"
         if settings.audit.control_seed is not None:
             own["role"] = "control"
         if self.control_of is not None:
@@ -304,6 +301,13 @@ def computes_alike(state: TrainState, recorded: Recorded) -> bool:
     alike = all(recorded.seen[key] <= {here[key]} for key in DECISIVE)
     deterministic = state.device.type == "cpu" or state.settings.runtime.deterministic
     return alike and deterministic and VECTORIZED not in recorded.tags
+
+
+def _spelled(samples: int, accum_steps: int) -> str:
+    """Return the sizes of a window's micro-batches, of many the largest and the smallest."""
+    if accum_steps > 64:
+        return f"{-(-samples // accum_steps)} … {samples // accum_steps}"
+    return ", ".join(map(str, split_sizes(samples, accum_steps)))
 
 
 @contextmanager

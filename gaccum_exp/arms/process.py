@@ -20,10 +20,11 @@ SPENT = threading.Event()
 @contextmanager
 def process_restored() -> Iterator[None]:
     """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
-    argv, environment, collects = sys.argv, dict(os.environ), gc.isenabled()
+    argv, environment, collects, path = sys.argv, dict(os.environ), gc.isenabled(), list(sys.path)
     streams, known_filters = (sys.stdin, sys.stdout, sys.stderr), list(warnings.filters)
     mask = os.umask(0o077)  # which nothing else tells
     os.umask(mask)
+    _look_here_last()
     # A log file that cannot be written, on a full disk, is no reason to end, nor for a traceback a line.
     raises, logging.raiseExceptions = logging.raiseExceptions, False
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
@@ -52,6 +53,7 @@ def process_restored() -> Iterator[None]:
             logger.handlers = handlers
             logger.setLevel(level)
         sys.argv, logging.raiseExceptions = argv, raises
+        sys.path[:] = path
         for key in os.environ.keys() - environment.keys():
             del os.environ[key]
         os.environ.update(environment)
@@ -59,3 +61,15 @@ def process_restored() -> Iterator[None]:
             gc.enable()
         else:
             gc.disable()
+
+
+def _look_here_last() -> None:
+    """Have modules looked for in the working directory too, after everything else.
+
+    `gaccum_exp` as a script would not find a package of the user's own there, and `python -m` would take
+    a file random.py there for the standard library's (see the package's first lines).
+    """
+    with suppress(OSError):
+        here = os.getcwd()
+        if not sys.flags.safe_path and not {"", here} & set(sys.path):
+            sys.path.append(here)

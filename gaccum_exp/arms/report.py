@@ -3,9 +3,7 @@
 A sweep does the same at its end.
 """
 
-import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from gaccum_exp.arms.outcome import BAD_INPUT, OK
 from gaccum_exp.arms.settle import record_report, say_where
-from gaccum_exp.errors import BadInputError, StoreAwayError, TrackingError
+from gaccum_exp.config.schema import check_id
+from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
@@ -43,7 +42,7 @@ COMPARED_CURVES = (TRAIN_LOSS,)
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp report` with these arguments and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gaccum_exp report", description=__doc__)
+    parser = Arguments(prog="gaccum_exp report", description=__doc__)
     named = "as printed at the end of a sweep, the runs' tag; several are compared as one"
     parser.add_argument("sweep_id", nargs="+", help=named)
     parser.add_argument(
@@ -52,7 +51,13 @@ def main(arguments: Sequence[str]) -> int:
     named = f"(the sweep's, MLFLOW_EXPERIMENT_NAME, {DEFAULT_EXPERIMENT})"
     parser.add_argument("--experiment", help=named)
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
-    given = parser.parse_args(arguments)
+    try:
+        given = parser.parse_args(arguments)
+        for sweep_id in given.sweep_id:
+            check_id("sweep_id", sweep_id)
+    except BadInputError as error:
+        complain(error, "gaccum_exp report")
+        return BAD_INPUT
     sweep_ids = list(dict.fromkeys(given.sweep_id))
     out = given.out or Path("reports") / "+".join(sweep_ids)
     folders = [folder for sweep_id in sweep_ids if (folder := _folder_of(sweep_id)) is not None]
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         files = report_sweep(Runs(uri, experiment, *folders), sweep_ids, out)
         record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files)
     except (BadInputError, TrackingError) as error:
-        print(f"gaccum_exp report: {error}", file=sys.stderr)
+        complain(error, "gaccum_exp report")
         return BAD_INPUT
     for place in FOLDERS:
         if place.is_dir():

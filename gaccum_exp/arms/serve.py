@@ -27,6 +27,7 @@ from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
 from gaccum_exp.arms.context import ArmContext, Launch
 from gaccum_exp.arms.outcome import read_outcomes
 from gaccum_exp.arms.process import SPENT, process_restored
+from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.train.stopping import Stop, StoppedError, listening, silence_workers
@@ -113,7 +114,10 @@ class _Server:
     def answer(self, request: Request) -> Answer:
         """Answer a request in the surroundings of its sender; leave the process as it was."""
         what, given, streams = request
-        with listening() as stop, stop.held(notice=""), process_restored(), self._spoken_to(streams):
+        with (
+            listening() as stop, stop.held(notice=""), forgiving(says=False), process_restored(),
+            self._spoken_to(streams),
+        ):  # fmt: skip
             self._stop = stop
             self._waiting -= 1
             self.connection.send("begun")

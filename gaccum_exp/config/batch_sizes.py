@@ -6,6 +6,10 @@ from typing import Any
 
 from gaccum_exp.errors import BadInputError
 
+MOST = 2**31 - 1
+"""The largest count."""
+MOST_WORKERS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
@@ -48,8 +52,10 @@ def data_config(data: Mapping[str, Any], accum_steps: int | None) -> tuple[DataC
     _check_integers(data)
     sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), accum_steps)
     check_positive("data.eval_batch_size", data["eval_batch_size"])
-    if data["workers"] < 0:
-        raise BadInputError(f"data.workers={data['workers']}: cannot be negative")
+    if not 0 <= data["workers"] <= MOST_WORKERS:
+        raise BadInputError(
+            f"data.workers={data['workers']}: must be 0 to {MOST_WORKERS:,}, since each is a process"
+        )
     sort_by_length = data.get("sort_by_length", False)
     if not isinstance(sort_by_length, bool):
         raise BadInputError(f"data.sort_by_length={sort_by_length}: not true or false")
@@ -93,6 +99,7 @@ def batch_sizes(
     if global_batch_size is None:
         assert micro_batch_size is not None
         assert accum_steps is not None
+        check_positive("data.micro_batch_size * accum.steps", micro_batch_size * accum_steps)
         return micro_batch_size * accum_steps, micro_batch_size, accum_steps
     if accum_steps is None:
         assert micro_batch_size is not None
@@ -125,11 +132,14 @@ def stages_of(schedule: Mapping[int, int], data: Mapping[str, Any]) -> tuple[Acc
     whole = isinstance(schedule, Mapping) and all(type(n) is int for p in schedule.items() for n in p)
     if not whole or not schedule or min(schedule) != 0:
         raise BadInputError(f"accum.schedule={schedule}: must say N from 0 on, e.g. {{0:1,4:2,8:4}}")
+    if max(schedule) > MOST:
+        raise BadInputError(f"accum.schedule: {max(schedule)} is beyond {MOST:,}")
     micro = data.get("micro_batch_size")
     stages = []
     for start, accum_steps in sorted(schedule.items()):
         check_positive(f"accum.schedule.{start}", accum_steps)
         total = data.get("global_batch_size") if micro is None else micro * accum_steps
+        check_positive("data.global_batch_size", total or 1)
         if total is not None and accum_steps > total:
             raise BadInputError(
                 f"data.global_batch_size={total} cannot be split into "
@@ -159,6 +169,8 @@ def _target_of(key: str, node: Any) -> Mapping[str, Any]:
 
 
 def check_positive(key: str, value: int) -> None:
-    """Refuse what is below 1."""
+    """Refuse what is below 1, and what no count is."""
     if value < 1:
         raise BadInputError(f"{key}={value}: must be at least 1")
+    if value > MOST:
+        raise BadInputError(f"{key}={value}: must be at most {MOST:,}")

@@ -1,8 +1,10 @@
-"""Hydra's and OmegaConf's errors as one line that names the nearest valid key or file."""
+"""Whatever Hydra, OmegaConf, a sweeper or a launcher raises, as a line of key, value and way out."""
 
+import importlib.util
 import re
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -10,72 +12,201 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gaccum_exp.config.schema import conf_dir
-from gaccum_exp.errors import BadInputError, first_line, hide_passwords, nearest
+from gaccum_exp.config.arguments import WORDS, command_line
+from gaccum_exp.config.files import blocks, conf_dir, options
+from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_line, nearest, text_of
+
+_FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
 
 
-def one_line(error: BaseException, arguments: list[str]) -> str | None:
-    """Return the error in one line without passwords, or None if it is not about the configuration.
+def one_line(error: BaseException, arguments: Sequence[str]) -> str:
+    """Return an error as one line without passwords.
 
     Args:
-        error: what Hydra, OmegaConf or this program has raised.
-        arguments: the command line's, to compose again the configuration that a wrong key was meant for.
+        error: what anything between the command line and an arm has raised.
+        arguments: the command line's: they hold the value that a key was given, and compose again the
+            configuration that a wrong key was meant for.
     """
-    line = _explained(error, arguments)
-    return None if line is None else hide_passwords(line)
+    return hide_passwords(in_a_line(_explained(error, arguments)))
 
 
-def _explained(error: BaseException, arguments: list[str]) -> str | None:
+def _explained(error: BaseException, arguments: Sequence[str]) -> str:
     if isinstance(error, BadInputError):
         return str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value"
+        return _unreadable(error)
     if isinstance(error, MissingConfigException):
-        group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-        folders = [Path(folder) / group for folder in (conf_dir(), *_own_folders(arguments))]
-        options = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-        if not group or not options:
-            return first_line(error)
-        return f"{group}={name}: not one of {', '.join(options)}{nearest(name, options)}"
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
+        return _missing(error, arguments)
+    said = text_of(error)
+    several = re.search(r"Ambiguous value for argument '(.*)'|Sweep parameters '(.*)' requires", said)
+    if several:
+        given = several[1] or several[2]
+        key, _, value = given.partition("=")
+        return f"{given}: several values need -m in front; one value that is a list is {key}=[{value}]"
+    there = re.search(r"Could not append to config\. An item is already at '(.*)'", said)
+    if there:
+        given = _given(there[1], arguments)
+        return f"{given}: {there[1]} exists already, so leave out the + ({given.lstrip('+')})"
+    if "onfig group" in said and not isinstance(error, OmegaConfBaseException):
+        return _no_name_of_a_file(said, arguments)
     cause = error.__cause__
-    pattern = r"Could not (?:override|append to config|delete from config).*?'(.+?)'"
-    overridden = re.search(pattern, str(error))
+    overridden = re.search(r"Could not (?:override|delete from config).*?'(.+?)'", said)
     # A key that does not exist, as against a value that its key does not take.
     if overridden is not None and (cause is None or "not in" in str(cause)):
-        key = overridden[1].split("@")[0]
-        if (Path(conf_dir()) / key).is_dir():
-            return (
-                f"{key}: takes the name of a file ({key}=custom); set values one by one ({key}.x=value, "
-                "with + in front where it is new), or write a file of your own (--config-dir)"
-            )
-        return f"{key}: no such key{nearest(key, _known_keys(arguments))}"
-    deepest = cause if isinstance(cause, OmegaConfBaseException) else error
-    full_key, text = getattr(deepest, "full_key", None), first_line(deepest)
-    return f"{full_key}: {text}" if full_key and full_key not in text else text
+        return _no_such_key(overridden[1].split("@")[0], arguments)
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        error = cause
+    if isinstance(error, OmegaConfBaseException):
+        return of_configuration(error, arguments)
+    return _of_any(error, arguments)
 
 
-def _own_folders(arguments: list[str]) -> list[str]:
+def of_configuration(error: BaseException, arguments: Sequence[str] = ()) -> str:
+    """Return what is wrong with the value of a key, in the words of OmegaConf."""
+    if isinstance(error, RecursionError):
+        cyclic = ", ".join(a for a in arguments if "${" in a) or "an interpolation ${...}"
+        return f"{cyclic}: refers to itself"
+    key, said = getattr(error, "full_key", None), first_line(error)
+    if not key:
+        named = " ".join(a for a in arguments if "${" in a)
+        return f"{named}: {said}" if named else f"{_suspects(arguments)}{said}"
+    at, said = _given(str(key), arguments), said.replace("Missing mandatory value", "must be set")
+    return said if said.startswith(at) else f"{at}: {said}"
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    given = error.override
+    why = "cannot be read as key=value"
+    if "=" not in given:
+        return f"{given or repr(given)}: {why}{nearest(given, WORDS)}"
+    said = error.message.splitlines()
+    # The parser's own words are about its grammar; those of functions (`range`, `int`) are plain.
+    told = f" ({said[1]})" if len(said) > 2 and said[0].startswith("Error parsing override") else ""
+    return f"{given}: {why}{told}; quote a value that holds blanks, commas or brackets: \"key='value'\""
+
+
+def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
+    path = str(error.missing_cfg_file or "")
+    words = [(a.partition("=")[0].lstrip("+~"), a.partition("=")[2]) for a in arguments]
+    chosen = next(((key, value) for key, value in words if f"{key}/{value}" == path), None)
+    group, name = chosen or path.rpartition("/")[::2]
+    known = sorted({*options(group, _own_folders(arguments)), *(error.options or ())})
+    if not group or not known:
+        return f"{_suspects(arguments)}{first_line(error)}"
+    line = f"{group}={name}: not one of {', '.join(known)}"
+    if group == "model" and name.lower() in _torchvision_names():
+        return f"{line}; torchvision's is model=torchvision model.name={name}"
+    return line + nearest(name, known)
+
+
+def _torchvision_names() -> set[str]:
+    """Return the names of torchvision's models, without the seconds that importing it takes."""
+    found = importlib.util.find_spec("torchvision")
+    folders = [Path(p) / "models" for p in (found.submodule_search_locations or ())] if found else []
+    registered = re.compile(r"@register_model\(.*\)\n(?:@.*\n)*def (\w+)\(")
+    return {
+        name
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for name in registered.findall(path.read_text(encoding="utf-8"))
+    }
+
+
+def _no_name_of_a_file(said: str, arguments: Sequence[str]) -> str:
+    """Say that a block is chosen by a file's name, which null, a number and a list are not."""
+    for given in arguments:
+        group, value = _group_of(given), given.partition("=")[2]
+        if group in blocks() and value not in options(group, _own_folders(arguments)):
+            known = ", ".join(options(group, _own_folders(arguments)))
+            return f"{given}: takes the name of a file: {known}"
+    return f"{_suspects(arguments)}{said.splitlines()[0]}"
+
+
+def _no_such_key(key: str, arguments: Sequence[str]) -> str:
+    if key in blocks():
+        return (
+            f"{key}: takes the name of a file ({key}=custom); set values one by one ({key}.x=value, "
+            "with + in front where it is new), or write a file of your own (--config-dir)"
+        )
+    known = _known_keys(arguments)
+    if key in known:  # Hydra says so of one that is null and to be taken away
+        return f"{_given(key, arguments)}: {key} is null already, so leave that out"
+    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
+    given = _given(key, arguments)
+    is_new = not near and "." in key and key.partition(".")[0] in blocks() and "=" in given
+    return f"{key}: no such key{near}" + (f"; a new one has + in front (+{given})" if is_new else "")
+
+
+def _of_any(error: BaseException, arguments: Sequence[str]) -> str:
+    """Say of an error that nobody has foreseen what it says, and what may have caused it."""
+    mark: Any = getattr(error, "problem_mark", None)  # of a file in YAML
+    if mark is not None:
+        return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', None) or 'is not YAML'}"
+    if isinstance(error, UnicodeDecodeError):
+        files = [p for f in _own_folders(arguments) for p in Path(f).rglob("*.yaml") if not _is_utf8(p)]
+        files.sort(key=lambda path: f"{path.parent.name}={path.stem}" not in arguments)
+        if files:
+            return f"{files[0]}: is not UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        kind, said = type(error).__name__, first_line(error)
+        said = said if said == kind or isinstance(error, HydraException) else f"{kind}: {said}"
+    key = re.search(r"full_key: (\S+)", text_of(error))
+    at = f"{_given(key[1], arguments)}: " if key else _suspects(arguments)
+    return f"{at}{said}; {_FULL_ERROR}"
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    except OSError:  # not a file
+        return True
+    return True
+
+
+def _given(key: str, arguments: Sequence[str]) -> str:
+    """Return the override of a key as the command line has it last; the key alone where it has none."""
+    return next((a for a in reversed(arguments) if a.partition("=")[0].lstrip("+~") == key), key)
+
+
+def _suspects(arguments: Sequence[str]) -> str:
+    """Return what of a command line may be at fault where an error names nothing, in front of a colon.
+
+    What it says of Hydra itself, which else runs as it is set up here; else the blocks it chooses; else
+    all of it.
+    """
+    line = command_line(arguments)
+    said = [f"{k}={v}" if v else k for k, v in line.flags.items() if k != "--multirun"]
+    said += [o for o in line.overrides if o.lstrip("+~").startswith("hydra")]
+    groups = [o for o in line.overrides if _group_of(o) in blocks()]
+    named = [*said, *groups] or line.overrides
+    return f"{' '.join(named)}: " if named else ""
+
+
+def _group_of(override: str) -> str:
+    return override.partition("=")[0].partition("@")[0].lstrip("+~")
+
+
+def _own_folders(arguments: Sequence[str]) -> list[str]:
     """Return the folders of configurations that the command line adds to the program's."""
-    flags = ("--config-dir", "-cd")
-    after = [value for flag, value in pairwise(arguments) if flag in flags]
-    return after + [
-        a.partition("=")[2] for a in arguments if a.startswith(tuple(f"{f}=" for f in flags))
-    ]
+    folder = command_line(arguments).flags.get("--config-dir")
+    return [] if folder is None else [folder]
 
 
-def _known_keys(arguments: list[str]) -> list[str]:
+def _known_keys(arguments: Sequence[str]) -> list[str]:
     """Return every dotted key of the configuration that the arguments' choices of files compose."""
-    folders = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
+    folders = blocks()
     choices = [a for a in arguments if a.split("=")[0] in folders and "," not in a]
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
             cfg = compose("config", choices)
-        except (HydraException, OmegaConfBaseException):
+        except Exception:  # another thing is wrong with these
             cfg = compose("config")
-    return list(_dotted(cfg)) + sorted(folders)
+    return list(_dotted(cfg)) + folders
 
 
 def _dotted(node: DictConfig, prefix: str = "") -> list[str]:

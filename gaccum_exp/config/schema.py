@@ -9,34 +9,33 @@ Neither torch nor MLflow is imported here: a mistake in the configuration is ans
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from gaccum_exp.config.batch_sizes import (
     BATCH_KEYS,
+    MOST,
     AccumStage,
     DataConfig,
     check_positive,
     data_config,
     stages_of,
 )
+from gaccum_exp.config.explain import of_configuration
+from gaccum_exp.config.files import conf_dir as conf_dir  # from here, too
+from gaccum_exp.config.files import options
 from gaccum_exp.errors import BadInputError, nearest
 
 DEFAULT_EPOCHS = 20
 """Training length where none of train.steps, train.epochs and train.samples is set."""
-
-
-def conf_dir() -> str:
-    """Return the folder of the YAML files: inside an installed package, next to it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "conf"
-    return str(inside if inside.is_dir() else package.parent / "conf")
+MOST_CONTROLS, MOST_THREADS = 1000, 4096
+"""Beyond it a process cannot have them, and ends instead of saying so."""
 
 
 @dataclass(slots=True)
@@ -286,13 +285,18 @@ def validate(cfg: DictConfig) -> Settings:
     Raises:
         BadInputError: a value that cannot be used, with the numbers and the nearest valid value.
     """
-    _refuse_unknown_keys(cfg)
-    _check_targets(cfg)
     try:
+        OmegaConf.to_container(cfg, resolve=True)  # raises of an interpolation whose key it is
+        _refuse_other_than_blocks(cfg)
+        _refuse_unknown_keys(cfg)
+        _check_targets(cfg)
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise BadInputError(f"{error.full_key} must be set") from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise BadInputError(of_configuration(error)) from None
     assert isinstance(config, Config)
+    check_id("sweep_id", config.sweep_id)
     for key, choices in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         value = "null" if value is None else value
@@ -307,6 +311,32 @@ def validate(cfg: DictConfig) -> Settings:
         stages = (AccumStage(0, config.accum.steps, data.global_batch_size),)
     values = {f.name: getattr(config, f.name) for f in fields(Config)} | {"data": data}
     return Settings(**values, stages=stages, chooses_accum_steps=chooses_accum_steps)
+
+
+def check_id(key: str, value: object) -> None:
+    """Refuse an id that is no plain name of a folder.
+
+    Raises:
+        BadInputError: it has other signs than letters, digits, -, _ and dots, or leaves the folder.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(value)):
+        raise BadInputError(
+            f"{key}={value}: an id is made of letters, digits, -, _ and dots, beginning with a "
+            "letter or a digit"
+        )
+
+
+def _refuse_other_than_blocks(cfg: DictConfig) -> None:
+    """Refuse a block that is null, a number, or not there."""
+    plain = ("task", "seed", "resume", "sweep_id")
+    for name in (f.name for f in fields(Config) if f.name not in plain):
+        missing = name not in cfg or OmegaConf.is_missing(cfg, name)
+        node = None if missing else cfg[name]
+        if isinstance(node, DictConfig):
+            continue
+        files = options(name)
+        way_out = f"choose a file of it ({name}={files[0]})" if files else "set its keys one by one"
+        raise BadInputError(f"{name}={'null' if node is None else node}: must be a block; {way_out}")
 
 
 def _check_values(config: Config) -> None:
@@ -329,8 +359,10 @@ def _check_values(config: Config) -> None:
     for key, value in counts.items():
         if value is not None:
             check_positive(key, value)
-    if audit.controls < 0:
-        raise BadInputError(f"audit.controls={audit.controls}: cannot be negative")
+    if not 0 <= audit.controls <= MOST_CONTROLS:
+        raise BadInputError(
+            f"audit.controls={audit.controls}: must be 0 to {MOST_CONTROLS:,}, since each is a training"
+        )
     if runtime.weight_dtype == "same" and runtime.precision == "fp16":
         raise BadInputError(
             "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "
@@ -339,8 +371,10 @@ def _check_values(config: Config) -> None:
     norm, budget = config.accum.max_grad_norm, runtime.memory_budget_gib
     if norm is not None and not norm > 0:
         raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
-    if budget is not None and not budget > 0:
-        raise BadInputError(f"runtime.memory_budget_gib={budget}: must be above 0; null: what is free")
+    if budget is not None and not 0 < budget < MOST:
+        raise BadInputError(
+            f"runtime.memory_budget_gib={budget}: must be above 0, and a size; null: what is free"
+        )
     if not config.resume.strip():
         raise BadInputError("resume=: must be auto, never, or the folder or the id of a run")
     minutes = config.checkpoint.every_minutes
@@ -348,7 +382,9 @@ def _check_values(config: Config) -> None:
         raise BadInputError(
             f"checkpoint.every_minutes={minutes}: must be above 0; null: by checkpoint.every_steps alone"
         )
-    distinct = isinstance(seeds, list) and len({*map(str, seeds)}) == len(seeds)
+    if runtime.threads is not None and runtime.threads > MOST_THREADS:
+        raise BadInputError(f"runtime.threads={runtime.threads}: more than {MOST_THREADS:,}")
+    distinct = isinstance(seeds, list) and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)
     if seeds is not None and (config.sweep.vectorize is None or not distinct):
         raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
 

@@ -1,5 +1,6 @@
 """Noise images of any size and number, the same every time: for memory, speed and tests."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from gaccum_exp.errors import BadInputError
 
 MOST_BYTES_IN_MEMORY = 2**30
 """Above this, images are made when they are read."""
+MOST_IMAGES, MOST_VALUES, MOST_CLASSES = 2**24, 2**28, 2**20
 
 
 def fake(
@@ -40,6 +42,16 @@ def fake(
         )
     if size < 1 or num_classes < 1:
         raise BadInputError(f"data.size={size} and data.num_classes={num_classes} must be at least 1")
+    values = math.prod(side)
+    if values > MOST_VALUES:
+        raise BadInputError(
+            f"data.image_size={image_size}: {values:,} values an image, more than {MOST_VALUES:,}"
+        )
+    if size > MOST_IMAGES or num_classes > MOST_CLASSES:
+        raise BadInputError(
+            f"data.size={size} must be at most {MOST_IMAGES:,}, and data.num_classes={num_classes} "
+            f"at most {MOST_CLASSES:,}"
+        )
     shape = (side[0], side[1], side[2])
     transform = Compose([ToTensor(), Normalize(0.5, 0.5)])
     classes = [str(label) for label in range(num_classes)]

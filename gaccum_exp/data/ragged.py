@@ -18,6 +18,11 @@ SCORE_STD = 2.0
 CHAIN_SEED = 7_304_512
 SAMPLES_SEED = 1_904_663_017
 
+MOST_TOKENS = 2**28
+"""Of a data set, which is in memory and is walked token by token: 5 GB while it is made."""
+
+LARGEST_CV = 100
+
 LARGEST_VOCABULARY = 1024
 """A chain is a table of vocab_size² float64: 8 MB here."""
 
@@ -66,15 +71,20 @@ def ragged(
         )
     if not mean_length >= 1:
         raise BadInputError(f"data.mean_length={mean_length} must be at least 1")
-    if not length_cv >= 0:
-        raise BadInputError(f"data.length_cv={length_cv} must be at least 0")
+    if not 0 <= length_cv <= LARGEST_CV:
+        raise BadInputError(f"data.length_cv={length_cv} must be 0 to {LARGEST_CV}")
+    if size * mean_length > MOST_TOKENS:
+        raise BadInputError(
+            f"data.size={size} sequences of data.mean_length={mean_length} are "
+            f"{size * mean_length:,.0f} tokens, more than {MOST_TOKENS:,}"
+        )
     if not 0 <= coupling <= 1:
         raise BadInputError(f"data.coupling={coupling} must be 0 to 1")
     generator = torch.Generator().manual_seed(SAMPLES_SEED + split_seed)
     normal = torch.randn(size, generator=generator, dtype=torch.float64)
     variance = math.log1p(length_cv**2)  # of the logarithm; its mean makes that of the lengths right
     logarithm = math.log(mean_length) - variance / 2 + math.sqrt(variance) * normal
-    lengths = logarithm.exp().round().clamp(min=1).to(torch.int64)
+    lengths = logarithm.exp().round().clamp(min=1, max=MOST_TOKENS / size).to(torch.int64)
     quantiles = torch.special.ndtr(normal)
     second = torch.rand(size, generator=generator, dtype=torch.float64) < coupling * (1 - quantiles)
     # One more token than inputs, for the last label.

@@ -16,6 +16,7 @@ from gaccum_exp.errors import BadInputError
 
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
+MOST_LAYERS = 4096
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of every position's angles, (length, head size / 2) each."""
@@ -55,6 +56,8 @@ class GPT(nn.Module):
         for name, value in (("layers", layers), ("heads", heads), ("width", width)):
             if value < 1:
                 raise BadInputError(f"model.{name}={value} must be at least 1")
+        if layers > MOST_LAYERS:
+            raise BadInputError(f"model.layers={layers} must be at most {MOST_LAYERS:,}")
         if width % (2 * heads):
             fitting = max(1, round(width / (2 * heads))) * 2 * heads
             raise BadInputError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaccum_exp.errors import BadInputError, TrackingError, first_line
+from gaccum_exp.errors import Arguments, BadInputError, TrackingError, complain, first_line
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import journals_below
 from gaccum_exp.tracking.store_uri import absolute, refuse_password
@@ -28,16 +28,16 @@ PATIENCE_S = 20.0
 
 def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp deliver`; return 0, 1 if something is left or was refused, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m gaccum_exp deliver", description=__doc__)
+    parser = Arguments(prog="gaccum_exp deliver", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or sweeps")
     parser.add_argument("--uri", help="MLflow tracking URI (as recorded)")
     parser.add_argument("--experiment", help="(as recorded)")
     parser.add_argument("--end-stale", action="store_true", help="end the runs of other hosts, too")
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         refuse_password(given.uri or "", "--uri")
     except BadInputError as error:
-        print(f"gaccum_exp deliver: {error}", file=sys.stderr)
+        complain(error, "gaccum_exp deliver")
         return 2
     missing = [folder for folder in given.folders if not folder.is_dir()]
     if missing:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.journal import unsettled_below
@@ -211,13 +211,14 @@ def _is_anothers(path: Path) -> bool:
         return False
 
 
-if __name__ == "__main__":
+def main(listener: int, folder: str) -> NoReturn:
+    """Be the helper that listens at a file descriptor, and has a folder for its socket."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
-        Helper(socket.socket(fileno=int(sys.argv[1]))).run()
+        Helper(socket.socket(fileno=listener)).run()
     finally:
-        shutil.rmtree(sys.argv[2], ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stored; taking MLflow down module by module would be waited for

@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote_to_bytes
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import can_write, now_ms, whole_size
+from gaccum_exp.tracking.processes import python
 
 GRACE_S = 10.0
 """So long a store that is away is waited for when nothing is left but to deliver."""
@@ -74,16 +75,14 @@ class _Client:
         place = None if len(os.fsencode(address)) <= ADDRESS_BYTES else "/tmp"
         folder = tempfile.mkdtemp(prefix=FOLDER, dir=place)
         self.address = address = f"{folder}/helper"
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen(1024)
             # In a session of its own, since Ctrl-C in a terminal is meant for the training alone.
+            of_it = listener.fileno(), folder
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gaccum_exp.tracking.helper", str(listener.fileno()), folder],
+                python(f"from gaccum_exp.tracking.helper import main; main{of_it!r}"),
                 pass_fds=[listener.fileno()], start_new_session=True,
-                env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
 

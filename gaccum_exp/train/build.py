@@ -32,7 +32,9 @@ from gaccum_exp.core.strategies import InPlace
 from gaccum_exp.core.window import BatchStage, WindowPlan
 from gaccum_exp.core.window_loss import LossTotal
 from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.memory.available import free_bytes
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind, sizes_only
+from gaccum_exp.memory.plan import size
 from gaccum_exp.tracking import metrics
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.device_and_precision import (
@@ -45,6 +47,10 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.two_sample_check import first_samples, try_first_samples
 
 log = logging.getLogger(__name__)
+MOST_EPOCHS = 1000
+"""Of the data set in one window."""
+SIZED = ("gaccum_exp.models.mlp.", "gaccum_exp.models.cnn.", "gaccum_exp.models.gpt.")
+"""Beginnings of the models whose size is the configuration's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
         lengths=lengths_of(train_data) if settings.data.sort_by_length else None,
         by_step=settings.accum.schedule_by == "step",
     )
+    _refuse_windows_beyond_data(settings, plan)
     return TrainingData(
         device=device,
         train_data=train_data,
@@ -98,6 +105,22 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
         total_steps=_total_steps(settings, plan),
         drawn=train.drawn or (held_out is not None and held_out.drawn),
     )
+
+
+def _refuse_windows_beyond_data(settings: Settings, plan: WindowPlan) -> None:
+    """Refuse windows that no data set of this size can fill, or be split for."""
+    n, asked = max(stage.accum_steps for stage in settings.stages), plan.full_window
+    if n > asked:
+        raise BadInputError(
+            f"accum.steps={n}: data.train holds {plan.samples} samples, so that no window can be split "
+            f"into more than {asked} micro-batches"
+        )
+    if asked > MOST_EPOCHS * plan.samples:
+        raise BadInputError(
+            f"data.global_batch_size={asked}: under accum.partial_window=carry a window would hold "
+            f"{asked // plan.samples:,} epochs of data.train ({plan.samples} samples), more than "
+            f"{MOST_EPOCHS:,}"
+        )
 
 
 def build(
@@ -120,6 +143,7 @@ def build(
     strategy.require(reduction)
     first = first_samples(train_data, plan)
     if fake is None:
+        _refuse_weights_beyond_memory(settings, train_data)
         model = placed_weights(_model(settings, train_data), settings, placement)
     else:
         weights = _sized_model(settings, train_data)
@@ -183,6 +207,21 @@ def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:
             return _model(settings, train_data)
     except Exception:  # where values are not what is missing, the second attempt raises the same
         return _model(settings, train_data)
+
+
+def _refuse_weights_beyond_memory(settings: Settings, train_data: Dataset[Any]) -> None:
+    """Refuse a model of ours whose weights alone do not fit, before one of them is allocated.
+
+    Of others who knows what building them does besides; torch says when it cannot.
+    """
+    if not str(settings.model["_target_"]).startswith(SIZED):
+        return
+    weights = sum(p.nbytes for p in _sized_model(settings, train_data).parameters())
+    free = free_bytes(torch.device("cpu"))  # where they are made first
+    if free is not None and weights > free:
+        raise BadInputError(
+            f"model: its weights alone hold {size(weights)}, of {size(free)} that are free"
+        )
 
 
 def nominal_denominator(

@@ -23,6 +23,8 @@ FIGURES = {
     "step_time": draw_step_time,
     "memory_frontier": draw_frontier,
 }
+_SHOWS = {"loss_curves": "train_loss", "memory": "peak_bytes", "step_time": "step_s"}
+"""The column that a figure shows: where no arm has it, there would be nothing but axes."""
 _SETTINGS = {
     # The same runs give the same bytes: no random ids in the SVG, no date in either.
     "svg.hashsalt": "gaccum_exp",
@@ -35,13 +37,19 @@ _DPI = 150
 
 
 def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Draw every figure of a comparison and save it; return the files, none if no arm has an N."""
+    """Draw every figure of a comparison that shows something and save it; return the files.
+
+    There are none if no arm has an N.
+    """
     if all(row.accum_steps is None for row in comparison.rows):
         return []
     records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
     paths: list[Path] = []
     with matplotlib.rc_context(_SETTINGS):
         for name, draw_figure in FIGURES.items():
+            column = _SHOWS.get(name)
+            if column and all(getattr(row, column) is None for row in comparison.shown):
+                continue
             figure = draw_figure(comparison, records)
             paths += [] if figure is None else _save(figure, folder, name)
     return paths

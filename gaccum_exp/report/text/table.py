@@ -105,8 +105,9 @@ def _printed(
     column = COLUMNS[name]
     say, header = column.say, column.header
     if column.unit is not None:
-        size, unit = column.unit(max((getattr(row, name) or 0 for row in rows), default=0))
-        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit)
+        known = [value for row in rows if (value := getattr(row, name)) is not None]
+        size, unit = column.unit(max(known, default=0))
+        say, header = (lambda value: say_scaled(value, size)), header.format(unit=unit if known else "")
     any_controls = any(row.controls for row in rows)
     any_other_command = any(row.other_command for row in rows)
 

@@ -12,4 +12,5 @@ LOOK |= {"header_style": "bold", "caption_justify": "left"}
 
 def console() -> Console:
     """Return a console as wide as the terminal; 100 columns where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 100)
+    there = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if there else 100)
