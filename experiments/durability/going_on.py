@@ -156,7 +156,8 @@ def resume(options: Options) -> Result:
     kills, steps = (sum(tried.notes.get(what, 0.0) for tried in tries) for what in ("kills", "equal"))
     extra = (
         f"{kills:.0f} kills: aimed at a checkpoint, an evaluation, the moment that a journal grows, or "
-        f"at nothing, over the life of a command ({TOOK_S.get('resume', 0.0):.1f} s). {steps:,.0f} steps were taken again and compared "
+        f"at nothing, over the life of a command ({TOOK_S.get('resume', 0.0):.1f} s). "
+        f"{steps:,.0f} steps were taken again and compared "
         "by the program itself. Every point and the weights are compared bit for bit with a run that "
         "was not disturbed (dropout, batch statistics, momentum, a schedule)."
     )
