@@ -31,6 +31,8 @@ WHEN = ("anywhere", "anywhere", "anywhere", "checkpoint", "checkpoint", "evaluat
 ROUNDING = 1e-12
 """How far losses and weights at another N may lie apart in float64, relative to the largest."""
 SPLIT_STEPS = 60
+TOOK_S: dict[str, float] = {}
+"""How long an undisturbed command takes."""
 _measuring = threading.Lock()
 _undisturbed: dict[str, tuple[Stored, dict[str, Tensor]]] = {}
 
@@ -83,6 +85,7 @@ def undisturbed(places: Folders, name: str, *more: str) -> tuple[Stored, dict[st
             running = Running(folder, *arguments(folder, *more))
             if running.ended() != 0:
                 raise RuntimeError(f"an undisturbed command fails: {running.text}")
+            TOOK_S[name] = time.time() - running.start_s
             running.settled()
             _undisturbed[name] = the_run(folder)[0], weights_in(folder)
         return _undisturbed[name]
@@ -113,7 +116,7 @@ def finished(folder: Path) -> bool:
 def await_aim(running: Running, aim: str, draw: random.Random) -> bool:
     """Wait for what a kill is aimed at; False: the command ends before."""
     if aim == "anywhere":
-        return await_moment(running, draw.uniform(0.0, 9.0))
+        return await_moment(running, draw.uniform(0.0, TOOK_S["resume"]))
     if not await_growth(running, draw.randint(1, 3)):
         return False
     if aim == "delivery":
@@ -153,7 +156,8 @@ def resume(options: Options) -> Result:
     kills, steps = (sum(tried.notes.get(what, 0.0) for tried in tries) for what in ("kills", "equal"))
     extra = (
         f"{kills:.0f} kills: aimed at a checkpoint, an evaluation, the moment that a journal grows, or "
-        f"at nothing, over the life of a command. {steps:,.0f} steps were taken again and compared "
+        f"at nothing, over the life of a command ({TOOK_S.get('resume', 0.0):.1f} s). "
+        f"{steps:,.0f} steps were taken again and compared "
         "by the program itself. Every point and the weights are compared bit for bit with a run that "
         "was not disturbed (dropout, batch statistics, momentum, a schedule)."
     )
