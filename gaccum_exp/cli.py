@@ -259,18 +259,20 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
         compared = True
     finally:
         if launch.multirun:
-            _say_how_to_go_on(command, launch, broken=status not in (OK, BAD_INPUT) or not compared)
+            gave_up = status == RUN_FAILED  # the sweeper or the launcher
+            broken = interrupted is not None or not compared
+            _say_how_to_go_on(command, launch, broken=broken, gave_up=gave_up)
     return end
 
 
-def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool) -> None:
+def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool, gave_up: bool) -> None:
     """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
     outcomes = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
     note = continued.SweepNote.of(launch.folder)
     if note is None or note.command_id != command.command_id:  # nothing could be recorded
         return
-    if not unfinished and not broken:
+    if not unfinished and not broken and not (gave_up and never):
         with suppress(OSError):
             replace(note, whole=True).write(launch.folder)
         return

@@ -347,7 +347,7 @@ def test_arms_that_never_started_are_counted(program: Program, monkeypatch: pyte
     model = ["model=custom", "model._target_=tests.program.Interrupted"]
     ended = program("-m", *model, *points, "runtime.device=cpu", "accum.steps=1,2,4")
     assert ended.status == 130
-    assert "1 of 1 arms did not finish. 2 of 3 arms never started." in ended.plain
+    assert "1 arm did not finish, 2 of 3 never started; to go on:" in ended.plain
 
 
 def test_nothing_is_drawn_of_no_numbers(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

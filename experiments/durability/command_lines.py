@@ -194,6 +194,8 @@ def _called(line: list[str], folder: Path) -> tuple[object, str]:
     def hangs(number: int, frame: FrameType | None) -> None:
         raise HangsError
 
+    said_to = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # as in a process of the command's own
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(PATIENCE_S)
     status: object = None
@@ -207,8 +209,10 @@ def _called(line: list[str], folder: Path) -> tuple[object, str]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = said_to
         for number, stream in zip((1, 2), streams, strict=True):
             os.dup2(stream, number)
             os.close(stream)

@@ -231,6 +231,7 @@ def test_an_arm_of_a_sweep_goes_on_where_it_is_given_its_folder_again(
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: next(i for i, line in enumerate(lines) if b"[[4," in line)]))
     lock.release()
+    (path.parent / "arm.json").unlink()  # it was killed
     done = program(*again)
     assert done.status == 0, done
     assert any("are equal to rounding" in line for line in done.lines)
