@@ -227,7 +227,7 @@ def test_what_dies_takes_nothing_with_it(part, short: Options) -> None:  # type:
 @pytest.mark.slow
 def test_a_bad_network_loses_and_doubles_nothing(short: Options) -> None:
     """A sweep through the proxy, which spoils four requests of ten."""
-    require_sound(network.network(replace(short, windows=40)))
+    require_sound(network.network(replace(short, windows=20)))
 
 
 @pytest.mark.slow
@@ -243,7 +243,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(short: Options) -> None
 def test_no_damage_of_a_journal_becomes_a_point(short: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torn at every byte, and some bits flipped; what is dropped is said."""
     monkeypatch.setattr(torn, "DELIVERED", 4)
-    require_sound(torn.torn(replace(short, tries=400, windows=200)))
+    require_sound(torn.torn(replace(short, tries=150, windows=200)))
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_another_store_than_the_sweeps_is_refused(program: Program) -> None:
     assert len(program.arms()) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 @pytest.mark.parametrize("launcher", ["joblib", "submitit"])
 def test_a_sweep_goes_on_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     """An arm whose process was killed goes on, one is added, those that have ended are not run."""

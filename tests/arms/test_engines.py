@@ -49,7 +49,7 @@ def ends_of(folder: Path) -> list[tuple[str, str | None]]:
     return [(end["status"], end["failure"]) for end in last]
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_a_job_that_the_batch_system_ends_is_requeued_and_goes_on(tmp_path: Path) -> None:
     """Its arm ends first, KILLED; only then submitit's own handler gives the job back to the queue."""
     ended = in_a_process(
@@ -65,7 +65,7 @@ def test_a_job_that_the_batch_system_ends_is_requeued_and_goes_on(tmp_path: Path
     assert "this job is preempted" in logs
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_ray_runs_a_sweep_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started here, for this sweep: one comparison over all, one arm fails; then one is added."""
     if importlib.util.find_spec("ray") is None:
@@ -96,7 +96,7 @@ def of_study(folder: Path, statement: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_workers_of_one_optuna_study_share_its_database(tmp_path: Path) -> None:
     """Two commands at once, each with trials of its own; one report over both."""
     storage = (
@@ -143,7 +143,7 @@ def _of_slurm(cluster: dict[str, str], *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_slurm_runs_a_sweep_and_requeues_an_arm(tmp_path: Path, cluster: dict[str, str]) -> None:
     """SIGTERM ends the arm of the job that is requeued: KILLED; then it runs to its end, compared."""
     command = [
