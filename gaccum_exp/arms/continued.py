@@ -283,8 +283,8 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
         parts.append("every arm has ended, and the comparison has not")
     elif never is None:
         parts.append("how many never started is not known here")
-    else:
-        parts.append(f"{never or 'none'} of {planned} never started")
+    elif never or not parts:
+        parts.append(f"{never} of {planned} never started")
     return ", ".join(parts)
 
 

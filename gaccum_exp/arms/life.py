@@ -126,6 +126,9 @@ class Life:
             self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
             place = None if self._checkpoint is None else files.place_of(self._checkpoint)
             self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
+            before, now = recorded.tags.get("command_id"), context.command_id
+            if before and now and now not in before.split():
+                self._sink.describe({"command_id": f"{before} {now}"})  # its times are of several loads
             return
         own = {
             "sweep_id": settings.sweep_id,

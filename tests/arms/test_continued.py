@@ -118,6 +118,8 @@ def test_an_interrupted_sweep_prints_the_command_that_goes_on(
     assert (program.sweep_folder, program.sweep_id) == (folder, before)
     assert rows(folder) == dict.fromkeys("1248", "FINISHED")
     assert runs_of(program) == [(f"N={n}", "FINISHED") for n in (1, 2, 4, 8)]
+    commands = [run.tags["command_id"].split() for run in program.arms()]
+    assert [len(of) for of in commands] == [1, 2, 1, 1]  # N = 2 has times of both
     assert {path: path.stat().st_mtime_ns for path in folder.glob("0/journal*")} == first
     assert not (folder / "1" / "journal-2.jsonl").exists()  # it went on with what it had
     assert "of sweep" in again.err
