@@ -163,7 +163,7 @@ def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
     ended = read_outcomes(launch.folder, launch.sweep_id).get(launch.folder)
     if ended is not None and (ended.status, ended.task) == ("KILLED", "train"):
         arguments = [argument for argument in given if argument != "resume=never"]
-        line = shlex.join(["python", "-m", "gaccum_exp", *arguments])
+        line = shlex.join([*continued.program(given), *arguments])
         print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 
 

@@ -26,6 +26,7 @@ from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_ou
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
 from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.tracking.read_back import Journals
 
 COMMAND_FILE = "command.json"
 KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed")
@@ -136,7 +137,8 @@ def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) ->
     running = _running(folder, sweep_id)
     if running is not None:
         raise BadInputError(f"{given[0]}: {running}")
-    note, store = SweepNote.of(folder), _store_of(folder)
+    note = SweepNote.of(folder)
+    store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
     return Continued(
         sweep_id, folder, given[0], [] if note is None else note.swept_keys, *store,
         outcomes=read_outcomes(folder, sweep_id) or _in_store(store, sweep_id),
@@ -237,14 +239,6 @@ def _lives(outcome: Outcome) -> bool:
         return False
 
 
-def _store_of(folder: Path) -> tuple[str | None, str | None]:
-    for path in sorted(folder.glob("journal*.jsonl")):
-        store = beginning(path)[0]
-        if store:
-            return store["uri"], store["experiment_name"]
-    return None, None
-
-
 def _in_store(store: tuple[str | None, str | None], sweep_id: str) -> dict[Path, Outcome]:
     """Return the arms that left no folder here, as their store has them."""
     uri, experiment_name = store
@@ -293,10 +287,10 @@ def command_line(arguments: Sequence[str], sweep_id: str) -> str:
     kept = [
         a for a in arguments if a.partition("=")[0].lstrip("+") not in ("sweep.resume", "sweep.into")
     ]
-    return shlex.join([*_program(arguments), *kept, f"sweep.resume={sweep_id}"])
+    return shlex.join([*program(arguments), *kept, f"sweep.resume={sweep_id}"])
 
 
-def _program(arguments: Sequence[str]) -> list[str]:
+def program(arguments: Sequence[str]) -> list[str]:
     """Return how this program was called, without its arguments."""
     line: Any = sys.orig_argv
     before = line[: len(line) - len(arguments)]

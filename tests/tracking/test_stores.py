@@ -205,6 +205,15 @@ def opened_at_once(uri: str, processes: int) -> list[str]:
     return [process.communicate()[0].strip() for process in running]
 
 
+def test_a_database_takes_the_place_of_no_device(tmp_path: Path) -> None:
+    """What is there and is no file stays what it is: `sqlite:////dev/null` is refused."""
+    place = tmp_path / "pipe"
+    os.mkfifo(place)
+    with pytest.raises(BadInputError, match="is no file"):
+        Store(f"sqlite:///{place}", EXPERIMENT)
+    assert place.is_fifo()
+
+
 @pytest.mark.slow
 def test_processes_that_start_together_make_one_database(tmp_path: Path) -> None:
     """Each of them opens it, and nothing else is left in the folder."""
