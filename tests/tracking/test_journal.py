@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,9 @@ def test_a_journal_whose_folder_was_removed_is_written_again(
     journal.end("FINISHED")
     (run,) = Journals(tmp_path).sweep("a", ["train/loss"])
     assert (run.status, run.curves["train/loss"].values) == ("FINISHED", (0.5, 0.25))
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{}", b'{"kind":1}', b"[" * 100_000])
+def test_a_line_with_a_good_checksum_that_is_no_record_is_damaged(text: bytes) -> None:
+    """Whoever has written it: no reader is to stumble over it."""
+    assert journals.decoded(b"%08x %b" % (zlib.crc32(text), text)) is None
