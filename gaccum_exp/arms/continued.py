@@ -26,6 +26,7 @@ from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_ou
 from gaccum_exp.errors import BadInputError, nearest
 from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
 from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
 
 COMMAND_FILE = "command.json"
@@ -59,15 +60,12 @@ class SweepNote:
             return None
 
     def write(self, folder: Path) -> None:
-        """Write it, at once or not at all.
+        """Write it.
 
         Raises:
             OSError: it cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{COMMAND_FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, folder / COMMAND_FILE)
+        write_note(folder / COMMAND_FILE, asdict(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
+from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.records import last_of_each_arm
 
 OUTCOME_FILE = "arm.json"
@@ -74,12 +75,8 @@ class Outcome:
         return state not in "ZX" and self.process_started in (None, started)
 
     def write(self, folder: Path) -> None:
-        """Write `arm.json`, in a folder that is made anew if it was removed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        # Moved into place, so that a reader of the folder finds it whole or not at all.
-        temporary = folder / f"{OUTCOME_FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, folder / OUTCOME_FILE)
+        """Write `arm.json`."""
+        write_note(folder / OUTCOME_FILE, asdict(self))
 
 
 def process_started(process: int) -> int | None:

@@ -31,15 +31,15 @@ def process_restored() -> Iterator[None]:
     loggers = [(logger, list(logger.handlers), logger.level) for logger in (logging.root, *known)]
     hydra_before, job_before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     # Without waiting for torch, where no arm has needed it.
-    life = sys.modules.get("gaccum_exp.arms.life")
-    of_torch = None if life is None else life.process_settings()
+    torchs = sys.modules.get("gaccum_exp.arms.torch_settings")
+    of_torch = None if torchs is None else torchs.torch_settings()
     GlobalHydra.instance().clear()  # or Hydra refuses to begin
     try:
         yield
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra_before, job_before
-        life = sys.modules.get("gaccum_exp.arms.life")
-        if life is not None and not life.set_process_settings(of_torch or life.BEFORE_ANY_ARM):
+        torchs = sys.modules.get("gaccum_exp.arms.torch_settings")
+        if torchs is not None and not torchs.set_torch_settings(of_torch or torchs.BEFORE_ANY_ARM):
             SPENT.set()
         sys.stdin, sys.stdout, sys.stderr = streams
         os.umask(mask)

@@ -1,12 +1,12 @@
 """How far a journal is delivered, in a file beside it: written by its deliverer, read by anyone."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from gaccum_exp.tracking.journal import whole_size
+from gaccum_exp.tracking.notes import write_note
 
 
 @dataclass(slots=True)
@@ -43,14 +43,12 @@ class Delivered:
         return known
 
     def write(self, journal: Path) -> None:
-        """Write it beside the journal, at once or not at all.
+        """Write it beside the journal.
 
         Raises:
             OSError: it cannot be written.
         """
-        temporary = journal.with_suffix(".delivery.tmp")
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, _path(journal))
+        write_note(_path(journal), asdict(self))
 
 
 def _path(journal: Path) -> Path:
