@@ -1,8 +1,8 @@
 """Is my gradient accumulation really my large batch, what does it save, and is it worth it?
 
 `python -m gaccum_exp -m accum.steps=1,2,4,8` runs the experiment. For anyone's own training loop,
-`accumulate_gradients` is the accumulation itself, `watch` the audit of what the loop does, and
-`plan_memory` says what each N would hold.
+`accumulate_gradients` is the accumulation itself, `noise_scale` the same while it measures how large a
+batch pays, `watch` the audit of what the loop does, and `plan_memory` says what each N would hold.
 """
 
 import sys
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from gaccum_exp.audit.watch.watch import watch
     from gaccum_exp.core.accumulate import accumulate_gradients
+    from gaccum_exp.core.noise_scale import noise_scale
     from gaccum_exp.memory.plan_memory import plan_memory
 
 __version__ = "0.1.0"
-__all__ = ["accumulate_gradients", "plan_memory", "watch"]
+__all__ = ["accumulate_gradients", "noise_scale", "plan_memory", "watch"]
 
 
 def __getattr__(name: str) -> "Any":
@@ -34,6 +35,10 @@ def __getattr__(name: str) -> "Any":
         from gaccum_exp.audit.watch.watch import watch
 
         return watch
+    if name == "noise_scale":
+        from gaccum_exp.core.noise_scale import noise_scale
+
+        return noise_scale
     if name == "plan_memory":
         from gaccum_exp.memory.plan_memory import plan_memory
 

@@ -149,6 +149,16 @@ class CheckpointConfig:
 
 
 @dataclass(slots=True)
+class NoiseConfig:
+    """When the gradient noise scale is measured, from a window's micro gradients."""
+
+    every_steps: int | None = None
+    """Every so many optimizer steps, the first included; null: never."""
+    of: str = "population"
+    """Which gradient's: population (of which the data are samples) | training_set"""
+
+
+@dataclass(slots=True)
 class SweepConfig:
     """How the arms of a sweep are trained."""
 
@@ -179,6 +189,7 @@ class Config:
     tracking: TrackingConfig = MISSING
     audit: AuditConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    noise: NoiseConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     task: str = "train"
@@ -205,6 +216,7 @@ class Settings:
     tracking: TrackingConfig
     audit: AuditConfig
     checkpoint: CheckpointConfig
+    noise: NoiseConfig
     train: TrainConfig
     sweep: SweepConfig
     task: str
@@ -267,6 +279,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "runtime.weight_dtype": ("float32", "same"),
     "runtime.matmul_precision": ("highest", "high", "medium"),
     "sweep.vectorize": ("null", "seed"),
+    "noise.of": ("population", "training_set"),
 }
 
 
@@ -355,6 +368,7 @@ def _check_values(config: Config) -> None:
         "audit.every_steps": audit.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "noise.every_steps": config.noise.every_steps,
     }
     for key, value in counts.items():
         if value is not None:

@@ -222,7 +222,8 @@ def _back_propagate(
         loss, n = pair_of(result)
     else:
         loss, n = loss_sum(loss_fn, model, micro_batch, counted), counted
-    share = quotient(loss, divisor(n))
+    state.last_share = n, divisor(n)
+    share = quotient(loss, state.last_share[1])
     if share is not None:
         if not share.requires_grad:
             raise BadInputError(

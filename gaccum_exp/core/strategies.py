@@ -34,6 +34,8 @@ class AccumulatorState:
     """Σ Sᵢ over these, 0-dim, detached; None before the first."""
     denominator: Denominator = 0
     """Σ nᵢ over these."""
+    last_share: tuple[Denominator, Denominator] | None = None
+    """The last micro-batch's nᵢ, and what its loss sum was divided by; None: it has several terms."""
     provisional_divisor: float | None = None
     """What stands in for a window's denominator that is not known before its end."""
     terms: WindowTerms | None = None

@@ -26,12 +26,22 @@ COMPILED_FLOOR = "compile/floor"
 STEP_TIME_S = "time/step_s"
 SAMPLES_PER_S = "throughput/samples_per_s"
 TOKENS_PER_S = "throughput/tokens_per_s"
+NOISE_TRACE = "noise/trace"
+NOISE_SQUARED_NORM = "noise/squared_norm"
+NOISE_SCALE = "noise/scale"
+NOISE_SCALE_LOW = "noise/scale_low"
+NOISE_SCALE_HIGH = "noise/scale_high"
 
 
 def of_term(metric: str, name: str) -> str:
     """Return the metric of one term of a loss: `train/loss/box`, in letters that the store takes."""
     taken = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
     return f"{metric}/{taken}"
+
+
+def in_adam_metric(metric: str) -> str:
+    """Return the metric of the same in Adam's: `noise/adam_scale`."""
+    return metric.replace("noise/", "noise/adam_")
 
 
 def memory_part(name: str) -> str:

@@ -13,6 +13,7 @@ from gaccum_exp.train.compiled import CompiledCheck
 from gaccum_exp.train.evaluation import Evaluation
 from gaccum_exp.train.hooks import WINDOW, Hook, Hooks, Stopping, Values
 from gaccum_exp.train.memory_meters import MemoryMeters
+from gaccum_exp.train.noise_scale import NoiseScale
 from gaccum_exp.train.out_of_memory import FinerSplit
 from gaccum_exp.train.recording import recording_hooks
 from gaccum_exp.train.state import TrainState
@@ -111,6 +112,7 @@ def hooks_of(
         meters,
         audits,
         *([CompiledCheck(sink)] if state.settings.runtime.compile else []),
+        *([NoiseScale(state, sink)] if NoiseScale.asked_for(state) else []),
     ]
     watching = Hooks(hooks)
     when = state.settings.checkpoint

@@ -81,6 +81,7 @@ def _ruled_out(settings: Settings) -> str | None:
         "runtime.compile=true": runtime.compile,
         "runtime.activation_checkpointing=true": runtime.activation_checkpointing,
         f"data.workers={workers}": workers > 0,
+        f"noise.every_steps={settings.noise.every_steps}": settings.noise.every_steps is not None,
     }
     return next((key for key, holds in found.items() if holds), None)
 

@@ -1,0 +1,280 @@
+"""Micro gradients seen one by one, without a copy: what a hook on a leaf gets before autograd adds it.
+
+Of each only its square and its inner product with the sum of those before it are taken. That sum is what
+`.grad`, or the strategy's buffer, holds while the hook runs.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gaccum_exp.core.dtypes import out_of_half, reals
+from gaccum_exp.core.gradient import gradient_norm
+from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.losses.protocol import Denominator, LossFn, criterion_of, pair_of
+from gaccum_exp.core.module_state import held_by, state_put_back, states_of
+from gaccum_exp.core.sample_mixing import mixing_module, swaps
+from gaccum_exp.core.sample_reading import picked, size_of
+from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
+from gaccum_exp.core.strategies import AccumulatorState
+from gaccum_exp.errors import BadInputError
+
+CHUNK = 2**20
+"""Elements of a gradient that are looked at in one operation: what that needs besides is no larger."""
+
+
+class Seen(NamedTuple):
+    """What was seen of one micro-batch."""
+
+    samples: int
+    denominator: Denominator
+    """nᵢ."""
+    divisor: Denominator
+    """What its loss sum was divided by."""
+    dots: Tensor
+    """s·s and s·A of its gradient s and the sum A of those before it, (2,); in an optimizer's metric D
+    sᵀDs and sᵀDA besides, (4,), NaN where not all parameters have one."""
+
+
+class AdamMetric(NamedTuple):
+    """D = 1/(√v̂ + ε) of one parameter, v̂ = v/(1 − β₂ᵏ) after k steps.
+
+    An element that has never had a gradient has no metric yet, and counts as 0: 1/ε would drown all.
+    """
+
+    second_moment: Tensor
+    """v, or its maximum under amsgrad."""
+    root: float | Tensor
+    """√(1 − β₂ᵏ)."""
+    eps: float
+
+
+class MicroGradients:
+    """Sees the micro gradients of one window.
+
+    Args:
+        parameters: whose gradients.
+        optimizer: its metric is measured by, too, where it is Adam-like and has taken a step.
+        rows: of the micro-batches that are done, where the window goes on.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer | None = None,
+        rows: Sequence[Seen] = (),
+    ) -> None:
+        self.rows = list(rows)
+        self.unfit: str | None = None
+        """Why this window tells nothing."""
+        self._parameters = parameters
+        self._metrics = {} if optimizer is None else adam_metrics(optimizer)
+        self._held: dict[nn.Parameter, Tensor] = {}
+        self._dots: list[Tensor] = []
+        self._seen: set[nn.Parameter] = set()
+        first = parameters[0]
+        self._device = first.device
+        self._zero, self._nan = torch.tensor([0.0, math.nan], device=first.device).unbind()
+
+    @contextmanager
+    def watching(self, begun: AccumulatorState | None = None) -> Iterator[None]:
+        """See the gradients of a block's passes; `begun` is the state of a window that goes on."""
+        self._held = {} if begun is None else begun.buffers
+        handles = [
+            p.register_hook(partial(self._see, p))  # type: ignore[no-untyped-call]  # torch's
+            for p in self._parameters
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_micro_batch(self, state: AccumulatorState, samples: int) -> None:
+        """Take what was seen since the last one as that of a micro-batch of so many samples."""
+        self._held = state.buffers
+        if state.last_share is None:
+            self.unfit = OF_TERMS
+            return
+        columns, device = 4 if self._metrics else 2, self._device
+        seen = [dot if dot.device == device else dot.to(device) for dot in self._dots]
+        double = torch.float32 if device.type == "mps" else torch.float64
+        if seen:
+            dots = torch.stack(seen).view(-1, columns).sum(0, dtype=double)
+        else:  # nothing in it counts
+            dots = torch.zeros(columns, dtype=double, device=device)
+        self.rows.append(Seen(samples, *state.last_share, dots))
+        self._dots, self._seen = [], set()
+
+    def _see(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if gradient.layout != torch.strided:
+            self.unfit = (
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse: use "
+                "sparse=False in its layer"
+            )
+            return
+        if parameter in self._seen:
+            self.unfit = (
+                f"a parameter of shape {tuple(parameter.shape)} gets its gradient in several parts "
+                "within one micro-batch, as one that is shared by checkpointed segments does: use "
+                "use_reentrant=False there, and one backward pass a micro-batch"
+            )
+            return
+        self._seen.add(parameter)
+        tensors = [gradient.detach()]
+        held, metric = self._held.get(parameter, parameter.grad), self._metrics.get(parameter)
+        if held is not None:
+            tensors.append(held.detach())
+        if metric is not None:
+            tensors.append(metric.second_moment)
+        for own, *others in _pieces([reals(t) for t in tensors]):
+            total = others[0] if held is not None else None
+            self._dots += [torch.dot(own, own), self._zero if total is None else _dot(own, total)]
+            if metric is not None:
+                by = torch.threshold_(others[-1].sqrt(), 0.0, math.inf).add_(metric.eps * metric.root)
+                by = own / by if by.dtype != own.dtype else torch.div(own, by, out=by)
+                self._dots.append(_dot(own, by) * metric.root)
+                self._dots.append(self._zero if total is None else _dot(by, total) * metric.root)
+            elif self._metrics:
+                self._dots += [self._nan, self._nan]
+
+
+def adam_metrics(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, AdamMetric]:
+    """Return the metric of every parameter that has one by now; none, if others have another state."""
+    metrics: dict[nn.Parameter, AdamMetric] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+            step = state.get("step")
+            if moment is None or step is None or not {"betas", "eps"} <= group.keys():
+                return {}
+            left = 1 - float(group["betas"][1]) ** (step if _on_device(step) else float(step))
+            root = left.sqrt() if isinstance(left, Tensor) else math.sqrt(left)
+            metrics[parameter] = AdamMetric(moment, root, group["eps"])
+    return metrics
+
+
+OF_TERMS = "a loss of several terms has a noise scale for each term: give it as one sum and denominator"
+
+
+def require_independent(
+    model: nn.Module,
+    loss_fn: LossFn,
+    micro_batch: Any,
+    parameters: Sequence[nn.Parameter],
+    coarsest: torch.dtype,
+) -> None:
+    """Raise a `BadInputError` where a gradient is no sum over samples, each of which has its own share.
+
+    A micro-batch passes four times, always with the same draws: its samples, every second one replaced
+    by its neighbour, the others replaced, and all. Of a sum over samples the gradients of the first and
+    the last are together those of the other two. What passes move is put back.
+
+    Args:
+        model: in the mode to be trained in.
+        loss_fn: of the window.
+        micro_batch: of two samples or more, or else nothing is seen.
+        parameters: that get a gradient.
+        coarsest: the least precise type that passes compute in.
+    """
+    try:
+        size = size_of(micro_batch, 0)
+        samples = torch.arange(size)
+        picked(micro_batch, samples, size)
+    except NotJoinableError as error:
+        raise BadInputError(
+            f"noise scale: the samples of a micro-batch cannot be told apart ({error}), so that nothing "
+            "shows that they are independent: collate tensors with the samples along dimension 0"
+        ) from None
+    if size < 2:
+        return
+    held = [model, *held_by(loss_fn)]
+    before, watched = [p.grad for p in parameters], MicroGradients(parameters)
+    with random_state_kept(), state_put_back(held):
+        kept, start = states_of(held), random_states()
+
+        def run(rows: Tensor) -> tuple[Tensor, Denominator]:
+            for state in kept:
+                state.put_back()
+            set_random_states(start)
+            result = loss_fn(model, picked(micro_batch, rows, size))
+            if isinstance(result, Mapping):
+                raise BadInputError(f"noise scale: {OF_TERMS}")
+            return pair_of(result)
+
+        one, other = (swap.rows for swap in swaps(size))
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            norms: list[float] = []
+            for sign, rows in ((1, samples), (-1, one), (-1, other), (1, one + other - samples)):
+                loss, _ = run(rows)
+                if loss.requires_grad:
+                    with nullcontext() if norms else watched.watching():
+                        torch.autograd.backward(sign * loss)
+                norms.append(float(gradient_norm(parameters)))
+        finally:
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
+        if watched.unfit is not None:
+            raise BadInputError(f"noise scale: {watched.unfit}")
+        left, whole = norms[-1], max(norms)
+        if left <= math.sqrt(torch.finfo(coarsest).eps) * whole or not math.isfinite(left):
+            return
+        with torch.no_grad():
+            named = [mixing_module(model, run, swap) for swap in swaps(size)]
+    culprit = next((name for name in named if name != type(model).__name__), None)
+    if culprit is not None:
+        raise BadInputError(
+            f"noise scale: {culprit} makes a sample's output depend on the other samples of its "
+            "micro-batch, so that a sample has no gradient of its own: replace it (model.norm=group), "
+            "or freeze the statistics that it takes"
+        )
+    criterion = criterion_of(loss_fn)
+    name = "the loss function" if criterion is None else f"the criterion {type(criterion).__name__}"
+    raise BadInputError(
+        f"noise scale: {name} couples the samples of a micro-batch, so that a sample has no gradient of "
+        "its own: there is none, unless the loss is a sum over samples"
+    )
+
+
+def coarsest_type(
+    parameters: Sequence[nn.Parameter], autocast: torch.dtype | None = None
+) -> torch.dtype:
+    """Return the least precise type of parameters, and of autocast where that is on or given."""
+    kind = parameters[0].device.type
+    if autocast is None and torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
+    own = [p.real.dtype if p.is_complex() else p.dtype for p in parameters]
+    return max([*own, *([autocast] if autocast else [])], key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield flat parts of tensors of one shape, views where they are contiguous; halves in float32."""
+    first = tensors[0]
+    if first.numel() <= CHUNK:
+        yield [out_of_half(t).reshape(-1) for t in tensors]
+        return
+    dim = max(range(first.ndim), key=first.shape.__getitem__)
+    rows = max(1, first.shape[dim] * CHUNK // first.numel())
+    for parts in zip(*(torch.split(t, rows, dim) for t in tensors), strict=True):
+        yield from _pieces(parts)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    if one.dtype != other.dtype:
+        wider = torch.promote_types(one.dtype, other.dtype)
+        one, other = one.to(wider), other.to(wider)
+    return torch.dot(one, other)
+
+
+def _on_device(step: Any) -> bool:
+    return isinstance(step, Tensor) and step.device.type != "cpu"
