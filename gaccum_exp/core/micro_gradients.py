@@ -26,6 +26,8 @@ from gaccum_exp.errors import BadInputError
 
 CHUNK = 2**20
 """Elements of a gradient that are looked at in one operation: what that needs besides is no larger."""
+KEPT = 2**18
+"""Elements of D that are kept for a window, of small parameters: of a small model it takes the time."""
 
 
 class Seen(NamedTuple):
@@ -53,6 +55,11 @@ class AdamMetric(NamedTuple):
     """√(1 − β₂ᵏ)."""
     eps: float
 
+    def weights(self, moment: Tensor) -> Tensor:
+        """Return D for a part of v."""
+        root = torch.threshold_(moment.sqrt(), 0.0, math.inf)
+        return root.add_(self.eps * self.root).reciprocal_().mul_(self.root)
+
 
 class MicroGradients:
     """Sees the micro gradients of one window.
@@ -74,12 +81,18 @@ class MicroGradients:
         """Why this window tells nothing."""
         self._parameters = parameters
         self._metrics = {} if optimizer is None else adam_metrics(optimizer)
+        self._weights: dict[nn.Parameter, Tensor] = {}
+        left = KEPT
+        for parameter, metric in self._metrics.items():
+            if parameter.numel() <= left:
+                left -= parameter.numel()
+                self._weights[parameter] = metric.weights(out_of_half(reals(metric.second_moment)))
         self._held: dict[nn.Parameter, Tensor] = {}
         self._dots: list[Tensor] = []
         self._seen: set[nn.Parameter] = set()
-        first = parameters[0]
-        self._device = first.device
-        self._zero, self._nan = torch.tensor([0.0, math.nan], device=first.device).unbind()
+        self._device = parameters[0].device
+        self._apart = any(p.device != self._device for p in parameters)
+        self._zero, self._nan = torch.tensor([0.0, math.nan], device=self._device).unbind()
 
     @contextmanager
     def watching(self, begun: AccumulatorState | None = None) -> Iterator[None]:
@@ -102,7 +115,7 @@ class MicroGradients:
             self.unfit = OF_TERMS
             return
         columns, device = 4 if self._metrics else 2, self._device
-        seen = [dot if dot.device == device else dot.to(device) for dot in self._dots]
+        seen = [dot.to(device) for dot in self._dots] if self._apart else self._dots
         double = torch.float32 if device.type == "mps" else torch.float64
         if seen:
             dots = torch.stack(seen).view(-1, columns).sum(0, dtype=double)
@@ -126,20 +139,19 @@ class MicroGradients:
             )
             return
         self._seen.add(parameter)
-        tensors = [gradient.detach()]
         held, metric = self._held.get(parameter, parameter.grad), self._metrics.get(parameter)
+        weights = self._weights.get(parameter)
+        tensors = [reals(gradient.detach())]
         if held is not None:
-            tensors.append(held.detach())
+            tensors.append(reals(held.detach()))
         if metric is not None:
-            tensors.append(metric.second_moment)
-        for own, *others in _pieces([reals(t) for t in tensors]):
+            tensors.append(reals(metric.second_moment) if weights is None else weights)
+        for own, *others in _pieces(tensors):
             total = others[0] if held is not None else None
             self._dots += [torch.dot(own, own), self._zero if total is None else _dot(own, total)]
             if metric is not None:
-                by = torch.threshold_(others[-1].sqrt(), 0.0, math.inf).add_(metric.eps * metric.root)
-                by = own / by if by.dtype != own.dtype else torch.div(own, by, out=by)
-                self._dots.append(_dot(own, by) * metric.root)
-                self._dots.append(self._zero if total is None else _dot(by, total) * metric.root)
+                by = own * (metric.weights(others[-1]) if weights is None else others[-1])
+                self._dots += [_dot(own, by), self._zero if total is None else _dot(by, total)]
             elif self._metrics:
                 self._dots += [self._nan, self._nan]
 

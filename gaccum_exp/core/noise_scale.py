@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -260,17 +261,16 @@ def quotient_of_means(windows: Sequence[Noise], level: float = 0.95) -> Quotient
     1,000, 64 windows of 64 samples.)
     """
     m = len(windows)
-    x, y = (math.fsum(column) / m for column in zip(*windows, strict=True))
+    xs, ys = zip(*windows, strict=True)
+    x, y = sum(xs) / m, sum(ys) / m
     value = x / y if y > 0 else math.nan
     if m < 2:
         return Quotient(value, 0.0, math.inf)
-
-    def of_means(one: int, other: int) -> float:
-        products = math.fsum((w[one] - (x, y)[one]) * (w[other] - (x, y)[other]) for w in windows)
-        return products / (m - 1) / m
-
-    t2 = student_t(level, m - 1) ** 2
-    a, b, c = y * y - t2 * of_means(1, 1), x * y - t2 * of_means(0, 1), x * x - t2 * of_means(0, 0)
+    dx, dy = [value - x for value in xs], [value - y for value in ys]
+    t2 = student_t(level, m - 1) ** 2 / (m - 1) / m  # of variances of the means
+    a = y * y - t2 * sum(map(mul, dy, dy))
+    b = x * y - t2 * sum(map(mul, dx, dy))
+    c = x * x - t2 * sum(map(mul, dx, dx))
     # The interval is where aθ² − 2bθ + c ≤ 0.
     inside = b * b - a * c
     if a == 0 or inside < 0:
