@@ -92,14 +92,10 @@ class NoiseScale(Hook):
         sizes = None if begun is None else state.begun_sizes
         self._sizes = sizes or split_sizes(state.plan.size(state.global_step), len(window))
         self._loss_scale = 1.0 if state.scaler is None else float(state.scaler.get_scale())
-        seen = MicroGradients(state.parameters, state.optimizer, () if begun is None else rows)
-        self._seen = seen
-        try:
-            with seen.watching(begun):
-                yield
-        except BaseException:
-            self._seen = None  # it may come again, split otherwise
-            raise
+        # Should this window fail and come again, its second attempt has another one.
+        self._seen = MicroGradients(state.parameters, state.optimizer, () if begun is None else rows)
+        with self._seen.watching(begun):
+            yield
 
     def after_micro_batch(self, state: TrainState, accumulator: AccumulatorState) -> None:
         """Take what was seen as the micro-batch's that has just passed."""

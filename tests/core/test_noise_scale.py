@@ -237,6 +237,9 @@ def test_in_adams_metric_it_is_that_of_gradients_multiplied_by_it(amsgrad: bool)
         optimizer.step()
         optimizer.zero_grad()
         window = window_of([4] * 4, seed=step)
+        if step == 1:  # an element that has had no gradient gets one in the last window
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = 0.0
+            optimizer.state[model[0].weight].get("max_exp_avg_sq", torch.empty(1, 1))[0, 0] = 0.0
         roots = []
         for parameter in model.parameters():
             state = optimizer.state[parameter]
@@ -376,6 +379,20 @@ def test_the_quotient_is_of_means_and_unbounded_where_nothing_bounds_it() -> Non
     assert quotient_of_means([Noise(1.0, -1.0), Noise(1.1, -1.0), Noise(0.9, -1.1)])[1:] == (0, math.inf)
 
 
+def test_at_the_ends_of_the_interval_the_quotient_is_just_refuted() -> None:
+    """There the mean of trace − θ·squared norm is t standard errors from 0; correlation included."""
+    generator = torch.Generator().manual_seed(11)
+    norm = 1 + 0.3 * torch.randn(16, generator=generator, dtype=F64)
+    trace = 40 + 5 * norm + 6 * torch.randn(16, generator=generator, dtype=F64)
+    windows = [Noise(*pair) for pair in zip(trace.tolist(), norm.tolist(), strict=True)]
+    value, *ends = quotient_of_means(windows)
+    assert value == pytest.approx(float(trace.mean() / norm.mean()))
+    for sign, end in zip((1, -1), ends, strict=True):
+        gaps = trace - end * norm
+        error = float(gaps.std()) / 4
+        assert float(gaps.mean()) / error == pytest.approx(sign * student_t(0.95, 15))
+
+
 def test_students_t_is_that_of_the_tables() -> None:
     """Two-sided 95 %."""
     table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 15: 2.13145, 63: 1.99834}
@@ -468,9 +485,22 @@ def test_what_has_no_noise_scale_is_refused_by_name(model: nn.Module, loss: Any,
     assert all(p.grad is None for p in model.parameters())
 
 
+class Moved(nn.Linear):
+    """Its passes move what its outputs depend on."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x) * self.passes
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        Moved(),
         Mixed(nn.LayerNorm(8)),
         Mixed(nn.GroupNorm(2, 8)),
         Mixed(nn.BatchNorm1d(8).eval()),
