@@ -5,7 +5,7 @@ Of each only its square and its inner product with the sum of those before it ar
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,9 @@ CHUNK = 2**20
 """Elements of a gradient that are looked at in one operation: what that needs besides is no larger."""
 KEPT = 2**18
 """Elements of D that are kept for a window, of small parameters: of a small model it takes the time."""
+TRIED = 8
+"""Samples that are tried for whether they are independent."""
+OF_TERMS = "a loss of several terms has a noise scale for each term: give it as one sum and denominator"
 
 
 class Seen(NamedTuple):
@@ -174,9 +177,6 @@ def adam_metrics(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, AdamMet
     return metrics
 
 
-OF_TERMS = "a loss of several terms has a noise scale for each term: give it as one sum and denominator"
-
-
 def require_independent(
     model: nn.Module,
     loss_fn: LossFn,
@@ -186,9 +186,10 @@ def require_independent(
 ) -> None:
     """Raise a `BadInputError` where a gradient is no sum over samples, each of which has its own share.
 
-    A micro-batch passes four times, always with the same draws: its samples, every second one replaced
-    by its neighbour, the others replaced, and all. Of a sum over samples the gradients of the first and
-    the last are together those of the other two. What passes move is put back.
+    The first samples of a micro-batch pass four times, always with the same draws: as they are, every
+    second one replaced by its neighbour, the others replaced, and all. Of a sum over samples the
+    gradients of the first and the last pass are together those of the other two. What passes move is put
+    back.
 
     Args:
         model: in the mode to be trained in.
@@ -198,9 +199,9 @@ def require_independent(
         coarsest: the least precise type that passes compute in.
     """
     try:
-        size = size_of(micro_batch, 0)
-        samples = torch.arange(size)
-        picked(micro_batch, samples, size)
+        held_samples = size_of(micro_batch, 0)
+        size = min(held_samples, TRIED)
+        few = picked(micro_batch, torch.arange(size), held_samples)
     except NotJoinableError as error:
         raise BadInputError(
             f"noise scale: the samples of a micro-batch cannot be told apart ({error}), so that nothing "
@@ -209,50 +210,69 @@ def require_independent(
     if size < 2:
         return
     held = [model, *held_by(loss_fn)]
-    before, watched = [p.grad for p in parameters], MicroGradients(parameters)
-    with random_state_kept(), state_put_back(held):
+    refusal: BadInputError | None
+    with random_state_kept(), state_put_back(held):  # which an error would leave as it is
         kept, start = states_of(held), random_states()
 
         def run(rows: Tensor) -> tuple[Tensor, Denominator]:
             for state in kept:
                 state.put_back()
             set_random_states(start)
-            result = loss_fn(model, picked(micro_batch, rows, size))
+            result = loss_fn(model, picked(few, rows, size))
             if isinstance(result, Mapping):
                 raise BadInputError(f"noise scale: {OF_TERMS}")
             return pair_of(result)
 
-        one, other = (swap.rows for swap in swaps(size))
         try:
-            for parameter in parameters:
-                parameter.grad = None
-            norms: list[float] = []
-            for sign, rows in ((1, samples), (-1, one), (-1, other), (1, one + other - samples)):
-                loss, _ = run(rows)
-                if loss.requires_grad:
-                    with nullcontext() if norms else watched.watching():
-                        torch.autograd.backward(sign * loss)
-                norms.append(float(gradient_norm(parameters)))
-        finally:
-            for parameter, grad in zip(parameters, before, strict=True):
-                parameter.grad = grad
-        if watched.unfit is not None:
-            raise BadInputError(f"noise scale: {watched.unfit}")
-        left, whole = norms[-1], max(norms)
-        if left <= math.sqrt(torch.finfo(coarsest).eps) * whole or not math.isfinite(left):
-            return
-        with torch.no_grad():
-            named = [mixing_module(model, run, swap) for swap in swaps(size)]
+            refusal = _refusal(model, loss_fn, run, size, parameters, coarsest)
+        except BadInputError as error:
+            refusal = error
+    if refusal is not None:
+        raise refusal
+
+
+def _refusal(
+    model: nn.Module,
+    loss_fn: LossFn,
+    run: Callable[[Tensor], tuple[Tensor, Denominator]],
+    size: int,
+    parameters: Sequence[nn.Parameter],
+    coarsest: torch.dtype,
+) -> BadInputError | None:
+    """Run samples and their replacements; return what speaks against them."""
+    samples, (one, other) = torch.arange(size), (swap.rows for swap in swaps(size))
+    # Without a loss scale float16 would lose the digits of small gradients.
+    scale = 1024.0 if coarsest == torch.float16 else 1.0
+    before, watched = [p.grad for p in parameters], MicroGradients(parameters)
+    norms: list[float] = []
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for sign, rows in ((1, samples), (-1, one), (-1, other), (1, one + other - samples)):
+            loss, _ = run(rows)
+            if loss.requires_grad:
+                with nullcontext() if norms else watched.watching():
+                    torch.autograd.backward(loss * (sign * scale))
+            norms.append(float(gradient_norm(parameters)))
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+    if watched.unfit is not None:
+        return BadInputError(f"noise scale: {watched.unfit}")
+    if not norms[-1] > math.sqrt(torch.finfo(coarsest).eps) * max(norms):
+        return None
+    with torch.no_grad():
+        named = [mixing_module(model, run, swap) for swap in swaps(size)]
     culprit = next((name for name in named if name != type(model).__name__), None)
     if culprit is not None:
-        raise BadInputError(
+        return BadInputError(
             f"noise scale: {culprit} makes a sample's output depend on the other samples of its "
-            "micro-batch, so that a sample has no gradient of its own: replace it (model.norm=group), "
-            "or freeze the statistics that it takes"
+            "micro-batch, so that a sample has no gradient of its own: replace it (by GroupNorm, for "
+            "one), or freeze the statistics that it takes"
         )
     criterion = criterion_of(loss_fn)
     name = "the loss function" if criterion is None else f"the criterion {type(criterion).__name__}"
-    raise BadInputError(
+    return BadInputError(
         f"noise scale: {name} couples the samples of a micro-batch, so that a sample has no gradient of "
         "its own: there is none, unless the loss is a sum over samples"
     )

@@ -110,7 +110,7 @@ def noise_scale(
                 accumulate_gradients(model, criterion, window)
             optimizer.step()
 
-    No gradient is kept and no pass repeated; beforehand two samples pass four times, to see that they
+    No gradient is kept and no pass repeated; beforehand a few samples pass four times, to see that they
     are independent.
 
     Args:
@@ -132,6 +132,8 @@ def noise_scale(
     loss_fn = as_loss_fn(loss_fn, reduction)
     modules = nn.ModuleList([m for m in (model, criterion_of(loss_fn)) if m is not None])
     parameters = [p for p in modules.parameters() if p.requires_grad]
+    if not parameters:
+        raise BadInputError("noise_scale: the model has no parameter that requires a gradient")
     sizes = _samples_of(parts) if samples is None else list(samples)
     if len(parts) < 2:
         raise BadInputError(

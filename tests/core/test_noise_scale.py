@@ -437,6 +437,18 @@ def of_terms(model: nn.Module, micro_batch: Any) -> Any:
     return {"one": (model(x).square().sum(), len(x)), "two": (model(x).sum(), len(x))}
 
 
+class Counting(nn.Linear):
+    """Counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x)
+
+
 class Lookup(nn.Module):
     """Sparse gradients."""
 
@@ -468,7 +480,7 @@ class InParts(nn.Module):
         (Mixed(nn.BatchNorm1d(8)), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes a sample's output"),
         (Mixed(nn.BatchNorm1d(8), 0.0), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes"),
         (linear(torch.float32), Pairs(), "the criterion Pairs couples the samples"),
-        (linear(torch.float32), of_terms, "a loss of several terms"),
+        (Counting(), of_terms, "a loss of several terms"),
         (Lookup(), nn.CrossEntropyLoss(), "is sparse: use sparse=False"),
         (InParts(True), nn.CrossEntropyLoss(), "in several parts within one micro-batch"),
     ],
