@@ -145,18 +145,18 @@ def test_a_training_that_goes_on_from_a_checkpoint_records_the_same(
 def test_a_measured_window_that_goes_on_in_smaller_micro_batches_tells_what_these_tell(
     tmp_path: Path,
 ) -> None:
-    """Two of three samples were done, and the other six go on in twos."""
+    """Two of three samples each were done, and the other six go on one by one."""
     when = ("checkpoint.every_minutes=null", "checkpoint.every_steps=100")
     stopped_at(tmp_path, (2, 2), *POINTS, *when)
-    rest, _ = gone_on(tmp_path, *POINTS, *when, "accum.steps=6")
+    rest, _ = gone_on(tmp_path, *POINTS, *when, "accum.steps=12")
     state, _ = trained(*POINTS, "train.steps=2")
     state.total_steps = 3
     whole = [torch.cat(parts) for parts in zip(*next(state.windows_from(2)), strict=True)]
-    sizes = [3, 3, 2, 2, 2]
+    sizes = [3, 3, 1, 1, 1, 1, 1, 1]
     sums, n, _ = apart(state, zip(*(t.split(sizes) for t in whole), strict=True))
     mean = sum(sums) / 12
     gaps = [float((s - k * mean).square().sum()) / k for s, k in zip(sums, n, strict=True)]
-    assert rest.curves[3, metrics.NOISE_TRACE] == pytest.approx(sum(gaps) / 4)
+    assert rest.curves[3, metrics.NOISE_TRACE] == pytest.approx(sum(gaps) / 7)
 
 
 def test_one_micro_batch_a_window_is_said_and_trained(caplog: pytest.LogCaptureFixture) -> None:
