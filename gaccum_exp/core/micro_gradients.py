@@ -149,14 +149,19 @@ class MicroGradients:
             tensors.append(reals(held.detach()))
         if metric is not None:
             tensors.append(reals(metric.second_moment) if weights is None else weights)
-        for own, *others in _pieces(tensors):
-            total = others[0] if held is not None else None
-            self._dots += [torch.dot(own, own), self._zero if total is None else _dot(own, total)]
-            if metric is not None:
-                by = own * (metric.weights(others[-1]) if weights is None else others[-1])
-                self._dots += [_dot(own, by), self._zero if total is None else _dot(by, total)]
-            elif self._metrics:
-                self._dots += [self._nan, self._nan]
+        for parts in _pieces(tensors):
+            self._look(parts, held is not None, metric if weights is None else None)
+            parts.clear()  # or the next ones are made beside them
+
+    def _look(self, parts: Sequence[Tensor], has_sum: bool, metric: AdamMetric | None) -> None:
+        """Take the dots of a part of a gradient with its sum, if there is one, and D, or v in its place."""
+        own, total = parts[0], parts[1] if has_sum else None
+        self._dots += [torch.dot(own, own), self._zero if total is None else _dot(own, total)]
+        if len(parts) > 1 + has_sum:
+            by = own * (parts[-1] if metric is None else metric.weights(parts[-1]))
+            self._dots += [_dot(own, by), self._zero if total is None else _dot(by, total)]
+        elif self._metrics:
+            self._dots += [self._nan, self._nan]
 
 
 def adam_metrics(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, AdamMetric]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gaccum_exp import accumulate_gradients, noise_scale
 from gaccum_exp.core import micro_gradients
+from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.micro_gradients import MicroGradients
 from gaccum_exp.core.noise_scale import (
     Noise,
@@ -26,6 +27,7 @@ from gaccum_exp.core.noise_scale import (
 )
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.memory.meter import TensorMeter
 from gaccum_exp.models.cnn import CNN
 from gaccum_exp.models.gpt import GPT
 from gaccum_exp.models.mlp import MLP
@@ -536,6 +538,34 @@ def test_a_window_that_cannot_tell_is_refused_with_what_to_do() -> None:
     accumulate_gradients(model, nn.CrossEntropyLoss(), window_of([8]))
     with pytest.raises(BadInputError, match=r"call optimizer.zero_grad\(\) first"):
         noise_scale(model, nn.CrossEntropyLoss(), window_of([4, 4]))
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_the_peak_memory_of_a_window_is_raised_by_pieces_alone(
+    monkeypatch: pytest.MonkeyPatch, adam: bool
+) -> None:
+    """By less than a hundredth of the gradients, whose size it holds anyway."""
+    monkeypatch.setattr(micro_gradients, "CHUNK", 2**10)
+    monkeypatch.setattr(micro_gradients, "KEPT", 2**10)
+    torch.manual_seed(12)
+    model = nn.Sequential(nn.Linear(5, 700), nn.Tanh(), nn.Linear(700, 700), nn.Linear(700, 3))
+    optimizer, peaks = torch.optim.Adam(model.parameters()), []
+    window, criterion = window_of([2, 2, 2], torch.float32), CriterionLoss(nn.CrossEntropyLoss())
+    for measured in (False, False, True):  # the first makes the optimizer's state
+        optimizer.zero_grad()
+        meter = TensorMeter(model, optimizer, torch.device("cpu"))
+        with meter, meter.phase("forward/backward"):
+            if measured:
+                found = noise_scale(model, criterion, window, optimizer=optimizer if adam else None)
+                assert (found.adam_window is not None) == adam
+            else:
+                accumulate_gradients(model, criterion, window)
+        optimizer.step()
+        peak = meter.peak()
+        assert peak is not None
+        peaks.append(peak.bytes)
+    gradients = sum(p.nbytes for p in model.parameters())
+    assert peaks[2] - peaks[1] < gradients / 100
 
 
 class Largest(TorchDispatchMode):
