@@ -154,7 +154,7 @@ class MicroGradients:
             parts.clear()  # or the next ones are made beside them
 
     def _look(self, parts: Sequence[Tensor], has_sum: bool, metric: AdamMetric | None) -> None:
-        """Take the dots of a part of a gradient with its sum, if there is one, and D, or v in its place."""
+        """Take the dots of a part of a gradient; after it that of the sum so far, and D or v for it."""
         own, total = parts[0], parts[1] if has_sum else None
         self._dots += [torch.dot(own, own), self._zero if total is None else _dot(own, total)]
         if len(parts) > 1 + has_sum:
