@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import out_of_half, reals
 from gaccum_exp.core.gradient import gradient_norm
-from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout
 from gaccum_exp.core.losses.protocol import Denominator, LossFn, criterion_of, pair_of
 from gaccum_exp.core.module_state import held_by, state_put_back, states_of
 from gaccum_exp.core.sample_mixing import mixing_module, swaps
-from gaccum_exp.core.sample_reading import picked, size_of
+from gaccum_exp.core.sample_reading import sample_layouts
 from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import BadInputError
@@ -182,10 +182,33 @@ def adam_metrics(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, AdamMet
     return metrics
 
 
+def samples_in(
+    window: Sequence[Any], *, dim: int | None = None, sizes: Sequence[int] | None = None
+) -> SampleLayout:
+    """Return where the samples of a window's micro-batches are.
+
+    Args:
+        window: the micro-batches.
+        dim: the dimension that counts them, if that is known.
+        sizes: how many each holds, if they are known.
+
+    Raises:
+        BadInputError: they cannot be told apart.
+    """
+    try:
+        return sample_layouts(window, dim=dim, sizes=sizes, guess=True)[0]
+    except NotJoinableError as error:
+        raise BadInputError(
+            f"noise scale: the samples of a micro-batch cannot be told apart ({error}), so that nothing "
+            "shows whether they are independent: give tensors with the samples along one dimension"
+        ) from None
+
+
 def require_independent(
     model: nn.Module,
     loss_fn: LossFn,
     micro_batch: Any,
+    layout: SampleLayout,
     parameters: Sequence[nn.Parameter],
     coarsest: torch.dtype,
 ) -> None:
@@ -200,18 +223,11 @@ def require_independent(
         model: in the mode to be trained in.
         loss_fn: of the window.
         micro_batch: of two samples or more, or else nothing is seen.
+        layout: where its samples are, it being the first of the window.
         parameters: that get a gradient.
         coarsest: the least precise type that passes compute in.
     """
-    try:
-        held_samples = size_of(micro_batch, 0)
-        size = min(held_samples, TRIED)
-        few = picked(micro_batch, torch.arange(size), held_samples)
-    except NotJoinableError as error:
-        raise BadInputError(
-            f"noise scale: the samples of a micro-batch cannot be told apart ({error}), so that nothing "
-            "shows that they are independent: collate tensors with the samples along dimension 0"
-        ) from None
+    size = min(layout.sizes[0], TRIED)
     if size < 2:
         return
     held = [model, *held_by(loss_fn)]
@@ -223,7 +239,7 @@ def require_independent(
             for state in kept:
                 state.put_back()
             set_random_states(start)
-            result = loss_fn(model, picked(few, rows, size))
+            result = loss_fn(model, layout.picked(micro_batch, rows))
             if isinstance(result, Mapping):
                 raise BadInputError(f"noise scale: {OF_TERMS}")
             return pair_of(result)

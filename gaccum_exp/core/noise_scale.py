@@ -30,12 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.accumulate import accumulate, strategy_named
-from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.joined_samples import SampleLayout
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import LossFn, criterion_of
-from gaccum_exp.core.micro_gradients import MicroGradients, Seen, coarsest_type, require_independent
+from gaccum_exp.core.micro_gradients import (
+    MicroGradients,
+    Seen,
+    coarsest_type,
+    require_independent,
+    samples_in,
+)
 from gaccum_exp.core.reductions import ReductionName, reduction_named
-from gaccum_exp.core.sample_reading import sample_layouts
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window_loss import WindowLoss
 from gaccum_exp.errors import BadInputError
@@ -132,20 +137,9 @@ def noise_scale(
     loss_fn = as_loss_fn(loss_fn, reduction)
     modules = nn.ModuleList([m for m in (model, criterion_of(loss_fn)) if m is not None])
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    if not parameters:
-        raise BadInputError("noise_scale: the model has no parameter that requires a gradient")
-    sizes = _samples_of(parts) if samples is None else list(samples)
-    if len(parts) < 2:
-        raise BadInputError(
-            f"noise_scale: a window of {len(parts)} micro-batch has no micro gradients to compare: "
-            f"split its {sum(sizes)} samples into 2 at least, 8 tell more"
-        )
-    if any(p.grad is not None for p in parameters):
-        raise BadInputError(
-            "noise_scale: `.grad` holds gradients already, which would count as this window's: call "
-            "optimizer.zero_grad() first"
-        )
-    require_independent(model, loss_fn, parts[0], parameters, coarsest_type(parameters))
+    layout = _require_comparable(parts, parameters, samples)
+    sizes = layout.sizes if samples is None else list(samples)
+    require_independent(model, loss_fn, parts[0], layout, parameters, coarsest_type(parameters))
     seen = MicroGradients(parameters, optimizer)
     loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -307,10 +301,30 @@ def student_t(level: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(high)
 
 
-def _samples_of(window: Sequence[Any]) -> list[int]:
-    try:
-        return list(sample_layouts(window, guess=True)[0].sizes)
-    except NotJoinableError as error:
+def _require_comparable(
+    window: Sequence[Any], parameters: Sequence[nn.Parameter], samples: Sequence[int] | None
+) -> SampleLayout:
+    """Return where a window's samples are; raise an error where no micro gradients could be compared."""
+    if not parameters:
+        raise BadInputError("noise_scale: the model has no parameter that requires a gradient")
+    ranks = torch.distributed
+    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
         raise BadInputError(
-            f"noise_scale: how many samples a micro-batch holds cannot be told ({error}): give samples"
-        ) from None
+            f"noise_scale: of {ranks.get_world_size()} ranks it is not measured: use it in one process"
+        )
+    if samples is not None and len(samples) != len(window):
+        raise BadInputError(f"noise_scale: samples names {len(samples)} of {len(window)} micro-batches")
+    if not window:
+        raise ValueError("the window holds no micro-batch")
+    layout = samples_in(window, sizes=samples)
+    if len(window) < 2:
+        raise BadInputError(
+            "noise_scale: a window of one micro-batch has no micro gradients to compare: split its "
+            f"{layout.sizes[0]} samples into 2 at least, 8 tell more"
+        )
+    if any(p.grad is not None for p in parameters):
+        raise BadInputError(
+            "noise_scale: `.grad` holds gradients already, which would count as this window's: call "
+            "optimizer.zero_grad() first"
+        )
+    return layout

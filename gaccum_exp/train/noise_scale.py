@@ -8,7 +8,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from gaccum_exp.core.feed import Window
-from gaccum_exp.core.micro_gradients import MicroGradients, Seen, coarsest_type, require_independent
+from gaccum_exp.core.micro_gradients import (
+    MicroGradients,
+    Seen,
+    coarsest_type,
+    require_independent,
+    samples_in,
+)
 from gaccum_exp.core.noise_scale import Noise, noise_of, quotient_of_means
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window import split_sizes
@@ -166,10 +172,12 @@ def _require_one_gradient_each(state: TrainState) -> None:
             "under data.sort_by_length=true micro-batches are no random parts of their window, the "
             "first of its short sequences, the last of its long ones: use data.sort_by_length=false"
         )
+    first = first_samples(state.train_data, state.plan)
     require_independent(
         state.model,
         state.loss_fn,
-        first_samples(state.train_data, state.plan),
+        first,
+        samples_in([first], dim=0),
         state.parameters,
         coarsest_type(state.parameters, state.placement.autocast),
     )

@@ -530,6 +530,28 @@ def test_samples_that_are_independent_are_not_refused(model: nn.Module) -> None:
     assert found.window.trace > 0
 
 
+def test_sequences_that_come_time_first_are_the_samples() -> None:
+    """The second dimension counts them, as the targets say."""
+    torch.manual_seed(13)
+    model, criterion = Recurrent(), nn.CrossEntropyLoss()
+    whole, labels = torch.randn(7, 12, 5), torch.randint(3, (12,))
+    window = list(zip(whole.split([3, 5, 4], 1), labels.split([3, 5, 4]), strict=True))
+    found = noise_scale(model, criterion, window)
+    b = [3, 5, 4]
+    assert close(found.window, textbook(sums_of(model, window), b, b), rel=1e-3)
+
+
+class Recurrent(nn.Module):
+    """(time, batch, 5) -> (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.GRU(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][-1])
+
+
 def test_a_window_that_cannot_tell_is_refused_with_what_to_do() -> None:
     """One micro-batch; gradients that are there already."""
     model = linear()
@@ -538,6 +560,12 @@ def test_a_window_that_cannot_tell_is_refused_with_what_to_do() -> None:
     accumulate_gradients(model, nn.CrossEntropyLoss(), window_of([8]))
     with pytest.raises(BadInputError, match=r"call optimizer.zero_grad\(\) first"):
         noise_scale(model, nn.CrossEntropyLoss(), window_of([4, 4]))
+    with pytest.raises(BadInputError, match="samples names 1 of 2 micro-batches"):
+        noise_scale(model, nn.CrossEntropyLoss(), window_of([4, 4]), samples=[8])
+    with pytest.raises(ValueError, match="no micro-batch"):
+        noise_scale(model, nn.CrossEntropyLoss(), [])
+    with pytest.raises(BadInputError, match="cannot be told apart"):
+        noise_scale(model, lambda of, x: (of(torch.ones(2, 5).double()).sum(), x), [2.0, 3.0])
 
 
 @pytest.mark.parametrize("adam", [False, True])
