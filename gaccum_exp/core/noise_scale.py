@@ -47,7 +47,7 @@ from gaccum_exp.errors import BadInputError
 
 
 class Noise(NamedTuple):
-    """What one window tells; either may come out negative."""
+    """What one window tells; without bias, so that the squared norm may come out negative."""
 
     trace: float
     """tr(Σ)."""
