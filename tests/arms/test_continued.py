@@ -149,23 +149,28 @@ def test_arms_are_added_and_compared_with_those_that_are_there(program: Program)
     assert all(run.params["sweep.into"] == "None" for run in program.arms())
 
 
-@pytest.mark.parametrize(
-    ("model", "asked", "whole"),
-    [("Fails", (), False), ("Fails", ("sweep.rerun_failed=true",), True), ("DiesOnce", (), True)],
-)
-def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(
-    program: Program, model: str, asked: tuple[str, ...], whole: bool
-) -> None:
-    """A model that raises; as against a process that was killed, which says nothing of the arm."""
-    ended = sweep(program, model, "accum.steps=1,2")
-    assert ended.status == 1
-    assert ("sweep.resume=" in ended.err) == (model == "DiesOnce")
+def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(program: Program) -> None:
+    """A model that raises."""
+    ended = sweep(program, "Fails", "accum.steps=1,2")
+    assert (ended.status, "sweep.resume=" in ended.err) == (1, False)
     FIRST.touch()
-    again = sweep(program, model, "accum.steps=1,2", f"sweep.resume={program.sweep_id}", *asked)
-    assert again.status == (0 if whole else 1)
+    line = ("accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    again = sweep(program, "Fails", *line)
+    assert (again.status, rows(program.sweep_folder)["2"]) == (1, "FAILED")
+    assert "1 by a fault of their own" in again.err
+    asked = sweep(program, "Fails", *line, "sweep.rerun_failed=true")
+    assert (asked.status, rows(program.sweep_folder)["2"]) == (0, "FINISHED")
+    assert "by a fault of their own" not in asked.err
     assert len(program.arms()) == 2
-    assert rows(program.sweep_folder)["2"] == ("FINISHED" if whole else "FAILED")
-    assert ("1 by a fault of their own" in again.err) == (not asked and model == "Fails")
+
+
+def test_an_arm_whose_process_was_killed_is_run_again(program: Program) -> None:
+    """It says nothing of the arm."""
+    ended = sweep(program, "DiesOnce", "accum.steps=1,2")
+    assert (ended.status, "sweep.resume=" in ended.err) == (1, True)
+    again = sweep(program, "DiesOnce", "accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    assert (again.status, rows(program.sweep_folder)["2"]) == (0, "FINISHED")
+    assert len(program.arms()) == 2
 
 
 def test_seeds_that_are_trained_as_one_are_run_where_they_are_missing(program: Program) -> None:
@@ -284,14 +289,14 @@ def test_another_store_than_the_sweeps_is_refused(program: Program) -> None:
 
 @pytest.mark.engines
 @pytest.mark.parametrize("launcher", ["joblib", "submitit"])
-def test_a_sweep_goes_on_under_every_launcher(tmp_path: Path, launcher: str) -> None:
+def test_a_sweep_goes_on_under_every_launcher(home: Path, launcher: str) -> None:
     """An arm whose process was killed goes on, one is added, those that have ended are not run."""
     line = ("-m", *LAUNCHERS[launcher], *POINTS, f"model._target_={HERE}.DiesOnce")
-    first = in_a_process(tmp_path, *line, "accum.steps=1,2")
+    first = in_a_process(home, *line, "accum.steps=1,2")
     assert first.status == 1, first.err
-    (folder,) = (tmp_path / "multirun").iterdir()
+    (folder,) = (home / "multirun").iterdir()
     assert rows(folder) == {"1": "FINISHED", "2": "FAILED"}
-    again = in_a_process(tmp_path, *line, "accum.steps=1,2,4", "sweep.resume=last")
+    again = in_a_process(home, *line, "accum.steps=1,2,4", "sweep.resume=last")
     assert again.status == 0, again.err
     assert rows(folder) == dict.fromkeys("124", "FINISHED")
     journals = [str(path.relative_to(folder)) for path in folder.rglob("journal*.jsonl")]

@@ -331,21 +331,21 @@ def child_of(folder: Path) -> int:
     ids=["Ctrl-C", "SIGTERM under joblib"],
 )
 def test_a_command_that_is_ended_passes_it_on_and_compares(
-    tmp_path: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
+    home: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
 ) -> None:
     """Whoever launches the arms: those in hand are KILLED, with their curves; no other is begun."""
-    process = started(tmp_path, *launcher)
+    process = started(home, *launcher)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, err
     assert "Traceback" not in err
     assert "waiting up to 30 s" in err
     reason = f"interrupted ({number.name})"
-    ended = outcomes(tmp_path)
+    ended = outcomes(home)
     if launcher:  # the worker that had the first arm takes the third at once
         assert ended.pop(2, ("KILLED", reason)) == ("KILLED", reason)
     assert ended == {0: ("FINISHED", None), 1: ("KILLED", reason)}
-    (table,) = tmp_path.glob("multirun/*/comparison.csv")
+    (table,) = home.glob("multirun/*/comparison.csv")
     with table.open() as file:
         rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
     assert [rows[steps]["status"] for steps in "12"] == ["FINISHED", "KILLED"]
@@ -354,10 +354,10 @@ def test_a_command_that_is_ended_passes_it_on_and_compares(
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_command_and_child_on_the_spot(tmp_path: Path) -> None:
+def test_a_second_signal_ends_command_and_child_on_the_spot(home: Path) -> None:
     """What was flushed is on disk; the arm has no outcome of its own."""
-    process = started(tmp_path, "+model.pause_s=100", until="begin")
-    child = child_of(tmp_path)
+    process = started(home, "+model.pause_s=100", until="begin")
+    child = child_of(home)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -370,13 +370,13 @@ def test_a_second_signal_ends_command_and_child_on_the_spot(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_arms_of_a_command_that_is_killed_end_in_order(tmp_path: Path) -> None:
+def test_the_arms_of_a_command_that_is_killed_end_in_order(home: Path) -> None:
     """The child sees that nobody is there any more, and ends its arm after the micro-batch in hand."""
-    process = started(tmp_path)
+    process = started(home)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + PATIENCE_S
-    while outcomes(tmp_path)[1][0] == "RUNNING":
+    while outcomes(home)[1][0] == "RUNNING":
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert outcomes(tmp_path)[1] == ("KILLED", "its command has ended")
+    assert outcomes(home)[1] == ("KILLED", "its command has ended")

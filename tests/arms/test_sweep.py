@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from gaccum_exp.arms import child
 from gaccum_exp.arms.context import ArmContext
 from gaccum_exp.arms.settle import settle
+from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.stopping import Stop
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
@@ -91,19 +92,25 @@ def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
-def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launcher: str) -> None:
+def test_every_launcher_ends_in_a_comparison_of_all_arms(home: Path, launcher: str) -> None:
     """Side by side in processes, through submitit, or one by one at a sweeper's wish; one arm fails."""
     steps = "accum.steps=choice(1,0,2)" if launcher == "optuna" else "accum.steps=1,0,2"
-    ended = in_a_process(tmp_path, "-m", *LAUNCHERS[launcher], *TINY, steps)
+    ended = in_a_process(home, "-m", *LAUNCHERS[launcher], *TINY, steps)
     assert ended.status == 1, ended.err
     assert "Traceback" not in ended.err
-    rows = table(tmp_path / "multirun")
+    rows = table(home / "multirun")
     finished = [(row["accum_steps"], row["role"]) for row in rows if row["status"] == "FINISHED"]
     assert finished == [("1", "reference"), ("2", "candidate")]
     assert [row["failure"] for row in rows if row["status"] == "FAILED"] == [
         "accum.steps=0: must be at least 1"
     ]
-    ended_as = [json.loads(path.read_text()) for path in tmp_path.rglob("arm.json")]
+    (sweep,) = (home / "multirun").iterdir()
+    runs = Store(f"sqlite:///{home / 'mlflow.db'}", "gaccum_exp").sweep(sweep.name)
+    assert sorted(run.name for run in runs)[:2] == [
+        "N=1 · micro 256 · global_mean", "N=2 · micro 128 · global_mean"
+    ]  # fmt: skip
+    assert {run.tags["overrides"].rpartition(" ")[0] for run in runs if run.params} == {" ".join(TINY)}
+    ended_as = [json.loads(path.read_text()) for path in home.rglob("arm.json")]
     assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
 
 
@@ -128,13 +135,13 @@ def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
 
 
 @pytest.mark.slow
-def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
+def test_arms_side_by_side_share_the_threads(home: Path) -> None:
     """Two at a time have half of the cores each; their names know what the sweep varies all the same."""
     free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
     rates = "optimizer.lr=0.1,0.2"
     command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, rates, *LAUNCHERS["joblib"]]
-    subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    subprocess.run(command, cwd=home, env=free, check=True, timeout=PATIENCE_S)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gaccum_exp'")
     runs = client.search_runs([experiment.experiment_id], "tags.kind = 'arm'")
     assert [run.data.tags["threads"] for run in runs] == [str(max(1, joblib.cpu_count() // 2))] * 2
@@ -142,7 +149,7 @@ def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
         "optimizer.lr=0.1", "optimizer.lr=0.2",
     ]  # fmt: skip
     (sweep_id,) = {run.data.tags["sweep_id"] for run in runs}
-    assert (tmp_path / "multirun" / sweep_id / "comparison.csv").exists()
+    assert (home / "multirun" / sweep_id / "comparison.csv").exists()
     overrides = sorted(run.data.tags["overrides"] for run in runs)
     assert overrides == [" ".join([*TINY, f"optimizer.lr={rate}"]) for rate in ("0.1", "0.2")]
 

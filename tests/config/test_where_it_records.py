@@ -200,13 +200,12 @@ def test_no_command_takes_a_password(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_a_sweeps_id_and_store_reach_its_arms_and_do_not_show(program: Program, launcher: str) -> None:
-    """Not in names, recorded overrides or Hydra's own names of jobs, under every launcher."""
+def test_a_sweeps_id_and_store_reach_its_arms_and_do_not_show(program: Program) -> None:
+    """Not in names, recorded overrides or Hydra's own names of jobs."""
     where = "hydra.sweep.subdir=${hydra.job.override_dirname}"
     ended = in_a_process(
         program.folder, "-m", *TINY, "accum.steps=1,2", "audit.at_start=false", where,
-        f"hydra/launcher={launcher}", "hydra.job.config.override_dirname.exclude_keys=[train.steps]",
+        "hydra.job.config.override_dirname.exclude_keys=[train.steps]",
     )  # fmt: skip
     assert ended.status == 0, ended.err
     runs = program.arms()

@@ -130,10 +130,10 @@ def test_it_is_the_same_run_in_the_store_and_its_points_are_there_once(
 
 
 def test_an_end_that_is_delivered_while_the_run_goes_on_takes_no_lock_away(
-    tmp_path: Path, empty_store: Path
+    tmp_path: Path, home: Path
 ) -> None:
     """Whoever delivers the end of a run may do so when another process has gone on with it already."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     delivery = Delivery(path, Stores())
     while delivery.step():
         pass
@@ -150,9 +150,9 @@ def test_an_end_that_is_delivered_while_the_run_goes_on_takes_no_lock_away(
     assert not path.with_suffix(".lock").exists()
 
 
-def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, empty_store: Path) -> None:
+def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, home: Path) -> None:
     """A process that died before it could say that it goes on leaves the run as it was."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     assert delivered(path).settled
     with path.open("ab") as file:
         file.write(b'0123abcd {"kind":"resu')
@@ -160,12 +160,12 @@ def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, empty_
     assert has_end(path)
 
 
-def test_a_store_that_was_refused_is_tried_again(tmp_path: Path, empty_store: Path) -> None:
+def test_a_store_that_was_refused_is_tried_again(tmp_path: Path, home: Path) -> None:
     """Somebody may have mended what was wrong since."""
     path = interrupted(tmp_path, "nonsense://")
     assert delivered(path).state == "refused"
     known = Delivered.of(path)
-    known.uri = f"sqlite:///{empty_store}"
+    known.uri = f"sqlite:///{home / 'mlflow.db'}"
     text = path.read_text().splitlines(keepends=True)
     other = Journal.create(tmp_path / "other", known.uri, "gaccum_exp")
     other.close()
@@ -290,9 +290,9 @@ def test_all_values_of_a_tag_are_seen(tmp_path: Path) -> None:
     assert recorded.last_step == 5
 
 
-def test_a_journal_that_is_being_delivered_can_go_on(tmp_path: Path, empty_store: Path) -> None:
+def test_a_journal_that_is_being_delivered_can_go_on(tmp_path: Path, home: Path) -> None:
     """The process that delivers reads on, and keeps others from doing the same."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     delivery = Delivery(path, Stores())
     while delivery.step():
         pass
