@@ -1,9 +1,11 @@
 """Whatever a command line holds is answered in a line: kinds of input, streams, and who imports what."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from experiments.durability import command_lines as study
 from experiments.durability import hostile
 from experiments.durability.tries import Options
+from gaccum_exp.arms.streams import _Outlet
 from gaccum_exp.config.arguments import command_line
 from gaccum_exp.errors import BadInputError
 from tests.program import TINY, Ended, Program, environment, in_a_process, sweep_here
@@ -303,6 +306,20 @@ def test_what_an_encoding_lacks_is_written_in_another_way(home: Path) -> None:
     assert "x at N = 2" in " ".join(out.split())
     assert "N=2 - micro 128" in err
     assert "1 × 2 · √3".encode("latin-1", "gaccum_exp.plain").decode("latin-1") == "1 × 2 · sqrt3"
+
+
+def test_a_pipe_that_is_full_and_does_not_block_is_waited_for() -> None:
+    """As the one that a shell of Node's gives: nothing of what is said is lost."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    got: list[bytes] = []
+    reader = threading.Timer(0.1, lambda: got.extend(iter(lambda: os.read(read, 1 << 16), b"")))
+    reader.start()
+    with io.BufferedWriter(_Outlet(write, "wb")) as stream:
+        stream.write(bytes(1 << 20))
+    reader.join()
+    os.close(read)
+    assert sum(map(len, got)) == 1 << 20
 
 
 def test_lines_that_are_generated_are_all_answered(

@@ -32,6 +32,7 @@ from gaccum_exp.arms.provenance import (
     digest_of,
     environment_tags,
 )
+from gaccum_exp.audit.result import worst
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, TrackingError, text_of
@@ -107,6 +108,14 @@ class Life:
         """Where it records; there is one once it has begun."""
         assert self._sink is not None
         return self._sink
+
+    @property
+    def store(self) -> tuple[str, str]:
+        """The address of its store and its experiment: of a run that goes on, where it was begun."""
+        if self.resumed is not None:
+            store = self.resumed.left.store
+            return str(store["uri"]), str(store["experiment_name"])
+        return self.settings.tracking.uri, self.settings.tracking.experiment_name
 
     @property
     def checkpoints(self) -> Path:
@@ -193,8 +202,9 @@ class Life:
         recorded = sink.recorded
         if self._checkpoint is not None:
             restore(self._checkpoint, state, hooks)
-        if audits.worst is None:
-            audits.worst = audit_of(recorded.tags, state)
+        # The journal may know of a worse one than a checkpoint that was taken before it.
+        told = [audit for audit in (audits.worst, audit_of(recorded.tags, state)) if audit is not None]
+        audits.worst = worst(told) if told else None
         before = left.params["accum.steps"]
         used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
         if recorded.tags.get("accum.steps_used", before) != used:
@@ -263,8 +273,12 @@ class Life:
         """End it as killed, unless it is over."""
         if self.outcome is None:
             reason = text_of(error) if isinstance(error, StoppedError) else "interrupted"
-            self._abandon("KILLED", reason)
-            self._end("KILLED", reason=reason, again=True)
+            try:
+                self._abandon("KILLED", reason)
+            except UnequalError as unequal:  # found in what had not been written yet
+                self.fail(unequal)
+            else:
+                self._end("KILLED", reason=reason, again=True)
 
     def _keep_traceback(self, error: BaseException) -> None:
         path, text = self.context.folder / "traceback.txt", "".join(traceback.format_exception(error))
@@ -281,6 +295,8 @@ class Life:
             return
         try:
             self._sink.close(status, reason)
+        except UnequalError:
+            raise
         except Exception as error:  # it must not hide why the run has failed
             log.warning("the run could not be closed (%s)", error)
 
@@ -355,14 +371,38 @@ def run_arm(
         resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
     """
     if resumed is None and settings.task == "train":
-        resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
-    life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
-    if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
-        life.had_finished(resumed.left.path)
-        resumed.lock.release()
+        resumed = resume.in_folder(context.folder, settings)
+    life = Life(context, settings, stop=stop, resumed=resumed)
+    with _controls_held(life):
+        if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
+            life.had_finished(resumed.left.path)
+            resumed.lock.release()
+        else:
+            _run(life)
         train_controls(life)
-        assert life.outcome is not None
-        return life.outcome
+    assert life.outcome is not None
+    return life.outcome
+
+
+@contextmanager
+def _controls_held(life: Life) -> Iterator[None]:
+    """Let no other process train controls of a reference while this one does, or is going to."""
+    settings, lock = life.settings, None
+    if settings.task == "train" and settings.accum_steps == 1 and settings.audit.controls:
+        lock = resume.controls_lock(life.context.folder)
+        if lock is None:
+            raise BadInputError(f"{life.name}: its controls are being trained by another process")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.path.unlink(missing_ok=True)
+            lock.release()
+
+
+def _run(life: Life) -> None:
+    """Train, audit or plan, as the task is."""
+    settings, stop, resumed, loaded, tags = life.settings, life.stop, life.resumed, None, {}
     with ends(life):
         if resumed is not None:
             loaded = _load(life)
@@ -380,9 +420,6 @@ def run_arm(
         life.begin(tags)
         run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
         life.finish(run_task(life, loaded))
-    train_controls(life)
-    assert life.outcome is not None
-    return life.outcome
 
 
 # A task is a function of its own, so that nothing that it has built outlives it.
@@ -565,6 +602,5 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
     with life.stop.at_once():
         life.sink.ready()
     if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms
-        to = life.settings.tracking
-        log.info("recorded in %s, experiment %s", to.uri, to.experiment_name)
+        log.info("recorded in %s, experiment %s", *life.store)
     return state

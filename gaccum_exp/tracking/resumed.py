@@ -141,7 +141,8 @@ class ResumedSink(JournalSink):
                 self._over = True
                 break
             values = {k: v for k, v in point.values.items() if not self.has(point.global_step, k)}
-            if values:
+            # That of a window in which nothing counted has no values; it tells that the step is over.
+            if values or (not point.values and point.global_step > self.recorded.last_step):
                 new.append(Point(point.global_step, point.time_ms, values))
         super().send(new)
         if unequal is not None:

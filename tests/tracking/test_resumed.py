@@ -25,6 +25,7 @@ from gaccum_exp.tracking.journal import (
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.resumed import ROUNDING, TELLING, Recorded, ResumedSink, UnequalError
+from gaccum_exp.tracking.sink import Point
 
 SWEEP = "resumed"
 """No test that shares the store has runs of it."""
@@ -228,6 +229,18 @@ def test_what_comes_again_is_compared_and_not_recorded_again(tmp_path: Path) -> 
         *((step, {"train/loss": 1 / step, "time/x": 9.0, "eval/loss": 0.5}) for step in (6, 7)),
     ]
     assert (sorted(sink.compared), sink.how_equal) == ([3, 4, 5], "bit for bit")
+
+
+def test_a_window_in_which_nothing_counted_is_over_too(tmp_path: Path) -> None:
+    """It has no values, and is written where it was not: a checkpoint after it counts."""
+    path = interrupted(tmp_path)
+    recorded = Recorded(path)
+    sink = ResumedSink(gone_on(path), recorded, 3)
+    sink.send([Point(4, 7, {}), Point(6, 7, {}), Point(7, 7, {})])
+    sink.close("KILLED")
+    assert Recorded(path).last_step == 7
+    points = [p for r in read_journal(path)[0] if r["kind"] == "points" for p in r["points"]]
+    assert [p[0] for p in points if not p[2]] == [6, 7]
 
 
 def test_another_bit_ends_the_run_with_the_step(tmp_path: Path) -> None:
