@@ -34,7 +34,7 @@ from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
 from gaccum_exp.tracking.processes import python
 from gaccum_exp.tracking.read_back import Journals
-from gaccum_exp.train.stopping import Stop, StoppedError, of_signal, say_at_once
+from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, of_signal, say_at_once
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 30.0
@@ -93,10 +93,15 @@ class _Child:
         ours, theirs = socket.socketpair()
         program = f"from gaccum_exp.arms.serve import serve; serve({theirs.fileno()})"
         # In a session of its own: Ctrl-C in a terminal is meant for this process, which passes it on.
-        self.process = subprocess.Popen(
-            python(program), pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        # What is passed on waits there until it can be followed, and does not end Python as it starts.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process = subprocess.Popen(
+                python(program), pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.connection = Connection(ours.detach())
         self._used = False

@@ -30,7 +30,7 @@ from gaccum_exp.arms.process import SPENT, process_restored
 from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.tracking import shipper
-from gaccum_exp.train.stopping import Stop, StoppedError, listening, silence_workers
+from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, listening, silence_workers
 
 END_S = 5.0
 """So long what arms have left to be done at the end of the process may take."""
@@ -119,6 +119,7 @@ class _Server:
             self._spoken_to(streams),
         ):  # fmt: skip
             self._stop = stop
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked since the process began
             self._waiting -= 1
             self.connection.send("begun")
             result = reason = stopped = None

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from gaccum_exp.arms import child
 from gaccum_exp.arms.serve import _Server
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.tracking.progress import Progress
@@ -272,6 +273,24 @@ def test_a_sweep_that_is_ended_compares_what_there_is(program: Program, model: s
     assert program("-m", *POINTS, "model._target_=tests.strangers.Net").status == 0
 
 
+def test_a_signal_that_comes_while_the_child_begins_ends_its_arm_in_order(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until it can be followed, and does not break into Python's own beginning."""
+
+    class Signalled(child._Child):
+        def __init__(self) -> None:
+            super().__init__()
+            os.kill(self.process.pid, signal.SIGINT)
+
+    child._end_all()
+    monkeypatch.setattr(child, "_Child", Signalled)
+    done = program("-m", *POINTS, "model._target_=tests.strangers.Net", "accum.steps=1,2")
+    assert done.status == 130, done.err
+    assert ended(program) == [("KILLED", "interrupted (SIGINT)")]
+    assert "KeyboardInterrupt" not in done.err
+
+
 class Paced(Net):
     """Takes its time for a micro-batch of less than a global batch."""
 
@@ -281,7 +300,7 @@ class Paced(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 2) -> logits (batch, 3)."""
-        if self.training and len(x) < 8:
+        if self.training and len(x) < 8 and type(x) is Tensor:  # not where its memory is planned
             time.sleep(self.pause_s)
         return super().forward(x)
 
@@ -289,7 +308,8 @@ class Paced(Net):
 def started(folder: Path, *arguments: str, until: str = "points") -> subprocess.Popen[str]:
     """Start a sweep of four arms in a process; wait until the first has ended and the second records."""
     command = [sys.executable, "-m", "gaccum_exp", "-m", *POINTS, "accum.steps=1,2,4,8",
-               "train.steps=200", "model._target_=tests.arms.test_signals.Paced", "audit.at_start=false",
+               "train.steps=200", "accum.partial_window=drop", "audit.at_start=false",
+               "model._target_=tests.arms.test_signals.Paced",
                *arguments]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -75,6 +75,14 @@ def test_an_address_without_a_password_is_taken_as_it_is(uri: str) -> None:
     assert tracking_uri(uri) == uri == hide_passwords(uri)
 
 
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///?a=b"])
+def test_a_database_in_memory_is_refused(uri: str) -> None:
+    """What is recorded there ends with the process that records it."""
+    with pytest.raises(BadInputError, match=r"^MLFLOW_TRACKING_URI=sqlite:/.*a database in memory"):
+        tracking_uri(uri, "MLFLOW_TRACKING_URI")
+    assert tracking_uri("sqlite:///file.db") == "sqlite:///file.db"
+
+
 def test_messages_lose_the_passwords_of_addresses() -> None:
     """Also one about a value that cannot be read at all."""
     said = explain.one_line(BadInputError(f"x={WITH_PASSWORD[0]}: not one of y"), [])

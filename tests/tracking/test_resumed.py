@@ -291,6 +291,15 @@ def test_another_order_of_the_sums_is_allowed_its_rounding(tmp_path: Path, preci
     assert sink.how_equal == "to rounding"
 
 
+def test_where_nothing_can_be_compared_any_more_a_run_goes_on(tmp_path: Path) -> None:
+    """However many steps after its checkpoint."""
+    sink = ResumedSink(gone_on(interrupted(tmp_path)), Recorded(tmp_path / "journal.jsonl"), 0)
+    sink.expect_rounding("fp32")
+    sink.send([Point(10**6, 7, {"train/loss": 1.0})])
+    sink.close("FINISHED")
+    assert Recorded(tmp_path / "journal.jsonl").last_step == 10**6
+
+
 def test_all_values_of_a_tag_are_seen(tmp_path: Path) -> None:
     """By them it is known whether every process of the run has computed alike."""
     path = interrupted(tmp_path)
