@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
@@ -25,7 +24,6 @@ DIGEST = "data_digest"
 """The tag that tells the data of a run."""
 DECISIVE = ("host", "device", "threads", "version.torch", "version.numpy")
 """Tags without which a run computed again need not give the same bits."""
-ARRAYS = (Tensor, np.ndarray)
 SAMPLES = 8
 """So many samples of a data set are looked at that does not lie in memory."""
 PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
@@ -98,9 +96,14 @@ def _add_whole(digest: "hashlib.blake2b", dataset: Any) -> bool:
         return all(_add_whole(digest, part) for part in dataset.datasets)
     if not type(dataset).__module__.startswith(("gaccum_exp.", "torch.", "torchvision.")):
         return False
-    held = {id(v): (k, v) for k, v in vars(dataset).items() if isinstance(v, (*ARRAYS, tuple, list))}
+    held = {id(v): (k, v) for k, v in vars(dataset).items() if _is_array(v) or isinstance(v, list)}
     _add(digest, list(held.values()))
-    return any(isinstance(v, ARRAYS) for _, v in held.values())
+    return any(_is_array(v) for _, v in held.values())
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor, or an array of NumPy's numbers."""
+    return isinstance(value, Tensor) or (hasattr(value, "tobytes") and hasattr(value, "dtype"))
 
 
 def _add(digest: "hashlib.blake2b", value: Any) -> None:
@@ -109,7 +112,7 @@ def _add(digest: "hashlib.blake2b", value: Any) -> None:
         value = value.detach().cpu().contiguous()
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+    elif _is_array(value) and not getattr(value.dtype, "hasobject", True):
         digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
     elif isinstance(value, Mapping):
         _add(digest, list(value.items()))
