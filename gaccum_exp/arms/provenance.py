@@ -96,6 +96,9 @@ def _add_whole(digest: "hashlib.blake2b", dataset: Any) -> bool:
         return all(_add_whole(digest, part) for part in dataset.datasets)
     if not type(dataset).__module__.startswith(("gaccum_exp.", "torch.", "torchvision.")):
         return False
+    if isinstance(dataset, TensorDataset):
+        _add(digest, list(dataset.tensors))
+        return True
     held = {id(v): (k, v) for k, v in vars(dataset).items() if _is_array(v) or isinstance(v, list)}
     _add(digest, list(held.values()))
     return any(_is_array(v) for _, v in held.values())
