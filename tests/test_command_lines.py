@@ -40,6 +40,8 @@ OURS = "is the program's own"
         (["+="], "+=: "),
         ([""], "'': cannot be read as key=value"),
         (["reprot"], "reprot: cannot be read as key=value, did you mean 'report'?"),
+        (["outputs"], "outputs: cannot be read as key=value; --help shows what there is"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: is no number"),
         (["seed=[[["], 'seed=[[[: cannot be read as key=value; quote a value'),
         (["seed=\udcff"], "seed=\\udcff: is not text in UTF-8"),
         (["seed=a\nb"], "seed="),
