@@ -217,7 +217,8 @@ class Life:
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
         step = f"{state.global_step} of {state.total_steps}"
         done = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
-        log.info("goes on with %s, from step %s%s", left.told, step, done)
+        split = "" if used == before else f", at N = {used}"
+        log.info("goes on with %s%s, from step %s%s", left.told, split, step, done)
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
