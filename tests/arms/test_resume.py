@@ -428,6 +428,7 @@ def test_another_n_is_the_same_run_where_it_is_named(program: Program) -> None:
     while (run_id := Delivered.of(journal_of(program, folder)).run_id) is None:
         time.sleep(0.02)
     done = program(*ARMS, "accum.steps=4", f"resume={run_id}")
+    assert f"outputs/{folder} (N=1 · micro 8 · global_mean), at N = 4, from step" in done.err
     assert (done.status, folders(program)) == (0, [folder]), done
     assert any("are equal to rounding" in line for line in done.lines)
     (run,) = program.store().sweep(folder, ("train/loss",))
