@@ -392,6 +392,8 @@ def _controls_held(life: Life) -> Iterator[None]:
     if settings.task == "train" and settings.accum_steps == 1 and settings.audit.controls:
         lock = resume.controls_lock(life.context.folder)
         if lock is None:
+            if life.resumed is not None:
+                life.resumed.lock.release()
             raise BadInputError(f"{life.name}: its controls are being trained by another process")
     try:
         yield
