@@ -16,13 +16,14 @@ import shlex
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -46,7 +47,6 @@ from gaccum_exp.arms.outcome import (
     RUNNING,
     Outcome,
     exit_status,
-    outcomes_in_store,
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
@@ -226,7 +226,7 @@ def task(cfg: DictConfig) -> float | None:
         owns_terminal=command is not None,
         home=Path(job.runtime.cwd),
         command_id=str(swept.get("command_id", cfg.sweep_id)),
-        sweep_folder=Path(job.runtime.cwd, job.sweep.dir) if job.mode == RunMode.MULTIRUN else None,
+        sweep_folder=_folder_of_sweep(job) if job.mode == RunMode.MULTIRUN else None,
         known={digest: KnownArm(*arm) for digest, arm in json.loads(swept.get("known", "{}")).items()},
     )
     if context.multirun:
@@ -248,26 +248,57 @@ def task(cfg: DictConfig) -> float | None:
     return outcome.objective
 
 
+def _folder_of_sweep(job: HydraConf) -> Path:
+    """Return it without the dots of `../elsewhere`, as Hydra names those of its jobs."""
+    return Path(os.path.abspath(Path(job.runtime.cwd, job.sweep.dir)))
+
+
 def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     """Compare what the arms have left, and let their outcomes decide the status."""
     launch = command.launch
     if launch is None:
         return status
-    compared = False
+    found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
+    outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
+    if not launch.multirun:
+        return _compare(command, launch, outcomes, status)
+    gave_up, compared = status == RUN_FAILED, False  # the sweeper or the launcher
     try:
-        end = _compare(command, launch, status, interrupted)
+        try:
+            outcomes = _with_those_elsewhere(command, launch, outcomes, status)
+        except (BadInputError, TrackingError) as error:
+            complain(f"what became of arms that ran elsewhere is not known: {error}")
+            status = status or RUN_FAILED
+        continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
+        end = _compare(command, launch, outcomes, status)
         compared = True
     finally:
-        if launch.multirun:
-            gave_up = status == RUN_FAILED  # the sweeper or the launcher
-            broken = interrupted is not None or not compared
-            _say_how_to_go_on(command, launch, broken=broken, gave_up=gave_up)
+        broken = interrupted is not None or not compared
+        _say_how_to_go_on(command, launch, outcomes, broken=broken, gave_up=gave_up)
     return end
 
 
-def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool, gave_up: bool) -> None:
+def _with_those_elsewhere(
+    command: Command, launch: Launch, here: dict[Path, Outcome], status: int
+) -> dict[Path, Outcome]:
+    """Return the arms of a sweep, also those that share no folder with this command, if there are any.
+
+    Raises:
+        BadInputError: as `continued.with_those_elsewhere`; StoreAwayError: likewise.
+    """
+    _, never = continued.what_is_left(here, command.command_id, command.planned)
+    missing = status == OK and (not here if never is None else never > 0)
+    if not missing and not continued.lacks(launch.folder, launch.sweep_id, here):
+        return here
+    return continued.with_those_elsewhere(
+        launch.folder, launch.sweep_id, here, launch.tracking_uri, launch.experiment_name
+    )
+
+
+def _say_how_to_go_on(
+    command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], *, broken: bool, gave_up: bool
+) -> None:
     """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
-    outcomes = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
     note = continued.SweepNote.of(launch.folder)
     if note is None or note.command_id != command.command_id:  # nothing could be recorded
@@ -281,12 +312,7 @@ def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool, gave_up
     print(f"\ngaccum_exp: {left}; to go on:\n  {line}", file=sys.stderr)
 
 
-def _compare(command: Command, launch: Launch, status: int, interrupted: str | None) -> int:
-    found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
-    outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
-    if not outcomes and launch.multirun and status == OK:
-        with suppress(BadInputError, TrackingError):  # of arms that share no folder with this command
-            outcomes = outcomes_in_store(launch.tracking_uri, launch.experiment_name, launch.sweep_id)
+def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], status: int) -> int:
     if not outcomes:
         _end_journal(command, [])
         if status == OK and launch.multirun:

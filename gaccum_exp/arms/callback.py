@@ -8,6 +8,7 @@ runs in the store.
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -43,6 +44,8 @@ from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, trac
 log = logging.getLogger(__name__)
 MOST_ARMS = 10_000
 """Hydra composes the arms of a sweep before the first one begins, some twenty a second."""
+SHARING = (".BasicLauncher", ".JoblibLauncher", ".LocalLauncher", ".SlurmLauncher")
+"""Launchers whose jobs write to the command's own folder: on its host, or on one that shares it."""
 
 
 class SweepStart(Callback):
@@ -88,7 +91,11 @@ class SweepStart(Callback):
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
         # taken from them again when the job starts.
         self._pinned = [f"sweep_id={_quoted(config.sweep_id)}", *_decide_where(config, before)]
-        note = SweepNote(config.sweep_id, command_id, time.time(), swept_keys=swept)
+        note = SweepNote(
+            config.sweep_id, command_id, time.time(), swept_keys=swept,
+            arms=[] if before is None else before.places,
+            uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
+        )  # fmt: skip
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
@@ -298,7 +305,7 @@ def _note_launch(
     if command is not None:
         command.resumed = resumed
         command.launch = Launch(
-            folder=folder.absolute(),
+            folder=Path(os.path.abspath(folder)),  # as Hydra names those of its jobs
             sweep_id=str(config.sweep_id),
             tracking_uri=str(config.tracking.uri),
             experiment_name=str(config.tracking.experiment_name),

@@ -253,7 +253,7 @@ def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
         return True
     if known is None or known.status is None:
         return False
-    if there is None:  # it has run where no folder is shared with this host
+    if there is None or there.status != known.status:  # its end is of a host that shares no folder
         there = Outcome(
             arm.sweep_id, known.name, known.status, task=str(arm.config.task),
             objective=known.objective, digest=arm.digest,

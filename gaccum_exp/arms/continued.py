@@ -13,8 +13,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from omegaconf import DictConfig
 
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
-from gaccum_exp.errors import BadInputError, nearest
+from gaccum_exp.errors import BadInputError, StoreAwayError, nearest
 from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.notes import write_note
@@ -50,6 +51,10 @@ class SweepNote:
     """Whether it has come to its end, with every arm."""
     swept_keys: list[str] = field(default_factory=list)
     """Of all commands so far."""
+    arms: list[str] = field(default_factory=list)
+    """The folders, in the sweep's, of the arms that its commands have counted at their ends."""
+    uncounted: bool = False
+    """Whether there may be others: its launcher shares no folder with the command, which is not over."""
 
     @classmethod
     def of(cls, folder: Path) -> "SweepNote | None":
@@ -81,7 +86,12 @@ class Continued:
     """Of its store."""
     experiment_name: str | None
     outcomes: Mapping[Path, Outcome]
-    """How its arms ended, by folder; where they left none here, by its place in the sweep's."""
+    """How its arms ended, by folder, which need not be here."""
+
+    @property
+    def places(self) -> list[str]:
+        """The folders of its arms, in its own."""
+        return [str(arm.relative_to(self.folder)) for arm in self.outcomes]
 
     def known(self, *, rerun_failed: bool) -> dict[str, KnownArm]:
         """Return its arms by digest: those that have ended for good, and those that are to go on.
@@ -93,8 +103,8 @@ class Continued:
             goes_on = outcome.again or outcome.status == RUNNING
             goes_on |= rerun_failed and outcome.status == "FAILED"
             status = None if goes_on else outcome.status
-            place = folder.relative_to(self.folder) if folder.is_absolute() else folder
-            arm = KnownArm(str(place), outcome.name, status, outcome.objective)
+            place = str(folder.relative_to(self.folder))
+            arm = KnownArm(place, outcome.name, status, outcome.objective)
             other = found.get(outcome.digest or "")
             # Of two that are the same, the one that has ended answers.
             if outcome.digest and (other is None or other.status is None):
@@ -131,7 +141,7 @@ def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) ->
     else:
         there = f" ({len(places)} there{nearest(name, places)})" if places else ""
         raise BadInputError(f"{given[0]}: no such sweep in {_place(config, now_id)}{there}")
-    folder = places[sweep_id].absolute()
+    folder = Path(os.path.abspath(places[sweep_id]))
     running = _running(folder, sweep_id)
     if running is not None:
         raise BadInputError(f"{given[0]}: {running}")
@@ -139,7 +149,7 @@ def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) ->
     store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
     return Continued(
         sweep_id, folder, given[0], [] if note is None else note.swept_keys, *store,
-        outcomes=read_outcomes(folder, sweep_id) or _in_store(store, sweep_id),
+        outcomes=_arms_of(folder, sweep_id, store, given[0]),
     )  # fmt: skip
 
 
@@ -237,12 +247,74 @@ def _lives(outcome: Outcome) -> bool:
         return False
 
 
-def _in_store(store: tuple[str | None, str | None], sweep_id: str) -> dict[Path, Outcome]:
-    """Return the arms that left no folder here, as their store has them."""
-    uri, experiment_name = store
-    if uri is None or experiment_name is None:
-        return {}
-    return outcomes_in_store(uri, experiment_name, sweep_id)
+def _arms_of(
+    folder: Path, sweep_id: str, store: tuple[str | None, str | None], asked: str
+) -> dict[Path, Outcome]:
+    """Return how the arms of a sweep ended, here or elsewhere.
+
+    Raises:
+        BadInputError: what became of some is not known, or one may be running.
+    """
+    here, (uri, experiment_name) = read_outcomes(folder, sweep_id), store
+    if uri is None or experiment_name is None or (here and not lacks(folder, sweep_id, here)):
+        return here
+    try:
+        found = with_those_elsewhere(folder, sweep_id, here, uri, experiment_name)
+    except StoreAwayError as error:
+        raise BadInputError(f"{asked}: arms of it may have run elsewhere, and {error}") from None
+    for arm in found.keys() - here.keys():
+        if found[arm].status == RUNNING:
+            raise BadInputError(
+                f"{asked}: {found[arm].name} left no folder here and is RUNNING in the store, on "
+                f"{found[arm].host}; wait for its end; if it is dead, end it where its folder is (python "
+                f"-m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(arm))}), or delete its "
+                "run in MLflow"
+            )
+    return found
+
+
+def lacks(folder: Path, sweep_id: str, here: Iterable[Path]) -> bool:
+    """Whether a sweep has arms, or may have, that are not among these, whose folders are here."""
+    note = SweepNote.of(folder)
+    if note is None or note.sweep_id != sweep_id:
+        return False
+    return note.uncounted or not {folder / place for place in note.arms} <= set(here)
+
+
+def with_those_elsewhere(
+    folder: Path, sweep_id: str, here: Mapping[Path, Outcome], uri: str, experiment_name: str
+) -> dict[Path, Outcome]:
+    """Return the arms that are here and, from the store, those that are not.
+
+    An arm is the same where its folder is, or its configuration. One that is here counts, unless it has
+    finished elsewhere alone.
+
+    Raises:
+        BadInputError: the store cannot be used.
+        StoreAwayError: it does not answer.
+    """
+    found, digests = dict(here), {outcome.digest for outcome in here.values()}
+    for place, outcome in outcomes_in_store(uri, experiment_name, sweep_id).items():
+        before = here.get(folder / place)
+        if before is None and (outcome.digest is None or outcome.digest not in digests):
+            found[folder / place] = outcome
+        elif before is not None and before.status != "FINISHED" and outcome.status == "FINISHED":
+            found[folder / place] = outcome
+    return found
+
+
+def note_arms(
+    folder: Path, command_id: str, outcomes: Mapping[Path, Outcome], planned: int | None
+) -> None:
+    """Note the arms that a sweep has at the end of a command, for whoever looks for them later."""
+    note = SweepNote.of(folder)
+    if note is None or note.command_id != command_id:
+        return
+    places = {str(arm.relative_to(folder)) for arm in outcomes}
+    _, never = what_is_left(outcomes, command_id, planned)
+    uncounted = note.uncounted and never != 0
+    with suppress(OSError):
+        replace(note, arms=sorted(places.union(note.arms)), uncounted=uncounted).write(folder)
 
 
 def forgotten(folder: Path | None, command_id: str) -> bool:

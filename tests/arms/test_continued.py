@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from gaccum_exp.arms import continued
+from gaccum_exp.arms.outcome import Outcome
+from gaccum_exp.errors import BadInputError, StoreAwayError
 from gaccum_exp.tracking.journal import Journal
 from tests.arms.test_context import context
 from tests.arms.test_sweep import LAUNCHERS
@@ -316,3 +320,80 @@ def test_a_resumed_arm_counts_with_its_last_run(tmp_path: Path) -> None:
         time.sleep(0.002)
     runs = Journals(tmp_path).sweep("a", ())
     assert [run.name for run in last_of_each_arm(runs)] == ["1", "2", "3", "4"]
+
+
+class Left:
+    """A sweep as its commands have left it in `multirun/a`, with a store of any content."""
+
+    def __init__(self, folder: Path, *arms: Outcome, **note: object) -> None:
+        self.folder = folder / "multirun" / "a"
+        for number, arm in enumerate(arms):
+            (self.folder / str(number)).mkdir(parents=True)
+            arm.write(self.folder / str(number))
+        Journal.create(self.folder, "sqlite:///none.db", "x").end("FINISHED")
+        note = {"whole": True, "arms": ["0", "1"], **note}
+        continued.SweepNote("a", "a", 0.0, **note).write(self.folder)  # type: ignore[arg-type]
+
+    def taken_up(self) -> continued.Continued:
+        """Take it up, as `sweep.resume=a` does."""
+        sweep = {"resume": "a", "into": None}
+        config = OmegaConf.create(
+            {"sweep": sweep, "hydra": {"sweep": {"dir": f"{self.folder.parent}/b"}}}
+        )
+        found = continued.asked_for(config, [], "b")
+        assert found is not None
+        return found
+
+
+def stores(monkeypatch: pytest.MonkeyPatch, **arms: Outcome) -> None:
+    """Let any store have these arms, by place."""
+    of_store = {Path(place): outcome for place, outcome in arms.items()}
+    monkeypatch.setattr(continued, "outcomes_in_store", lambda *_: of_store)
+
+
+HERE_ALONE = Outcome("a", "here", "FINISHED", digest="d0", command_id="a")
+ELSEWHERE = Outcome("a", "elsewhere", "FAILED", "a fault", digest="d1", command_id="a")
+
+
+@pytest.mark.parametrize(
+    "note",
+    [{"arms": ["0", "1", "b/1"]}, {"uncounted": True}],
+    ids=["one is missing", "its launcher shares no folder"],
+)
+def test_arms_that_ran_elsewhere_are_among_those_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: dict[str, object]
+) -> None:
+    """Beside those that are here; what is of the same place or configuration is the same arm."""
+    killed = replace(ELSEWHERE, name="killed", status="KILLED", digest="d2", again=True)
+    finished = replace(killed, status="FINISHED", again=False)
+    same = replace(HERE_ALONE, status="FAILED")
+    stores(monkeypatch, **{"0": HERE_ALONE, "1": finished, "b/1": ELSEWHERE, "b/2": same})
+    arms = Left(tmp_path, HERE_ALONE, killed, **note).taken_up().known(rerun_failed=False)
+    assert {digest: arm.status for digest, arm in arms.items()} == {
+        "d0": "FINISHED", "d1": "FAILED", "d2": "FINISHED"
+    }  # fmt: skip
+
+
+def test_the_store_is_not_asked_where_every_arm_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes seconds, and it may be away."""
+    monkeypatch.delattr(continued, "outcomes_in_store")
+    assert len(Left(tmp_path, HERE_ALONE, ELSEWHERE).taken_up().outcomes) == 2
+
+
+def test_what_may_run_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it lives cannot be known here; nor what became of it, where the store is away."""
+    left = Left(tmp_path, HERE_ALONE)
+    stores(monkeypatch, **{"0": HERE_ALONE, "1": replace(ELSEWHERE, status="RUNNING", host="other")})
+    with pytest.raises(
+        BadInputError, match=r"elsewhere left no folder here and is RUNNING .* --end-stale"
+    ):
+        left.taken_up()
+
+    def away(*_: object) -> None:
+        raise StoreAwayError("it does not answer")
+
+    monkeypatch.setattr(continued, "outcomes_in_store", away)
+    with pytest.raises(BadInputError, match="sweep.resume=a: arms of it may have run elsewhere, and it"):
+        left.taken_up()
