@@ -255,7 +255,8 @@ def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
         return False
     if there is None or there.status != known.status:  # its end is of a host that shares no folder
         there = Outcome(
-            arm.sweep_id, known.name, known.status, task=str(arm.config.task),
+            arm.sweep_id, known.name, known.status, known.reason, task=str(arm.config.task),
+            verdict=known.verdict, audit_asked=known.audit_asked,
             objective=known.objective, digest=arm.digest,
         )  # fmt: skip
     else:

@@ -31,6 +31,9 @@ class KnownArm(NamedTuple):
     status: str | None
     """How it ended for good; None: it is to go on."""
     objective: float | None = None
+    reason: str | None = None
+    verdict: str | None = None
+    audit_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,10 @@ class Continued:
             goes_on |= rerun_failed and outcome.status == "FAILED"
             status = None if goes_on else outcome.status
             place = str(folder.relative_to(self.folder))
-            arm = KnownArm(place, outcome.name, status, outcome.objective)
+            arm = KnownArm(
+                place, outcome.name, status, outcome.objective,
+                outcome.reason, outcome.verdict, outcome.audit_asked,
+            )  # fmt: skip
             other = found.get(outcome.digest or "")
             # Of two that are the same, the one that has ended answers.
             if outcome.digest and (other is None or other.status is None):
@@ -266,9 +269,9 @@ def _arms_of(
         if found[arm].status == RUNNING:
             raise BadInputError(
                 f"{asked}: {found[arm].name} left no folder here and is RUNNING in the store, on "
-                f"{found[arm].host}; wait for its end; if it is dead, end it where its folder is (python "
-                f"-m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(arm))}), or delete its "
-                "run in MLflow"
+                f"{found[arm].host}; wait for its end; if it is dead, end it where its folder is "
+                f"(python -m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(arm))}), or "
+                "delete its run in MLflow"
             )
     return found
 
@@ -296,9 +299,11 @@ def with_those_elsewhere(
     found, digests = dict(here), {outcome.digest for outcome in here.values()}
     for place, outcome in outcomes_in_store(uri, experiment_name, sweep_id).items():
         before = here.get(folder / place)
-        if before is None and (outcome.digest is None or outcome.digest not in digests):
-            found[folder / place] = outcome
-        elif before is not None and before.status != "FINISHED" and outcome.status == "FINISHED":
+        if before is None:
+            counts = outcome.digest is None or outcome.digest not in digests
+        else:
+            counts = outcome.status == "FINISHED" != before.status
+        if counts:
             found[folder / place] = outcome
     return found
 

@@ -17,10 +17,12 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from gaccum_exp.arms import continued
+from gaccum_exp.arms import child, continued
+from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.train.stopping import NEVER
 from tests.arms.test_context import context
 from tests.arms.test_sweep import LAUNCHERS
 from tests.program import TINY, Ended, Program, in_a_process
@@ -397,3 +399,24 @@ def test_what_may_run_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(continued, "outcomes_in_store", away)
     with pytest.raises(BadInputError, match="sweep.resume=a: arms of it may have run elsewhere, and it"):
         left.taken_up()
+
+
+def test_an_arm_that_has_ended_elsewhere_answers_with_all_that_it_earned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verdict and its reason, by which the exit status is decided."""
+    arm = replace(context(tmp_path / "b" / "0", "task=audit"), sweep_folder=tmp_path, command_id="b")
+    monkeypatch.setattr(child, "_given", None)  # nothing is run
+    for ended in (
+        Outcome(
+            "a", "arm", "FINISHED", None, "audit", "biased", True, digest=arm.digest, command_id="a"
+        ),
+        Outcome("a", "arm", "FAILED", "a fault", "audit", digest=arm.digest, command_id="a"),
+    ):
+        before = continued.Continued("a", tmp_path, "", [], None, None, {tmp_path / "0": ended})
+        known = json.loads(json.dumps(before.known(rerun_failed=False)))  # as jobs are told
+        knowing = replace(arm, known={digest: KnownArm(*one) for digest, one in known.items()})
+        outcomes: dict[Path, Outcome] = {}
+        child.run_job(knowing, NEVER, outcomes, None)
+        expected = replace(ended, sweep_id=arm.sweep_id, command_id="b")
+        assert outcomes == {tmp_path / "0": expected}
