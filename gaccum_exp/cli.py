@@ -120,7 +120,17 @@ def _run(given: list[str], stop: Stop) -> int:
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *line.for_hydra]
-    command, status, interrupted = Command(stop, given, raw), OK, None
+    command = Command(stop, given, raw)
+    try:
+        return _launched(command, line)
+    finally:
+        if command.lock is not None:
+            command.lock.release()
+
+
+def _launched(command: Command, line: CommandLine) -> int:
+    """Have Hydra launch what a command asks for; return its exit status."""
+    stop, given, raw, status, interrupted = command.stop, command.arguments, command.raw, OK, None
 
     def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
         if command.launch is not None and command.launch.multirun:

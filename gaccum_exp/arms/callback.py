@@ -80,8 +80,10 @@ class SweepStart(Callback):
         _refuse_places(config)
         planned = _arms_of(config, overrides)
         command_id = str(config.sweep_id)
-        before = continued.asked_for(config, overrides, command_id)
+        before, command = continued.asked_for(config, overrides, command_id), current_command.get()
         if before is not None:
+            if command is not None:
+                command.lock = before.lock
             _take_up(config, before)
             swept = list(dict.fromkeys([*before.swept_keys, *swept]))
         _refuse_passwords(config, config_name, overrides)
@@ -110,7 +112,6 @@ class SweepStart(Callback):
             if before is not None:
                 config.hydra.overrides.hydra += _of_what_is_there(config, before, command_id)
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
-        command = current_command.get()
         if command is not None:
             command.planned, command.command_id = planned, command_id
         if config.sweep.vectorize == "seed":

@@ -28,7 +28,7 @@ from gaccum_exp.arms import continued
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, first_line
+from gaccum_exp.errors import BadInputError, complain, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
@@ -221,6 +221,7 @@ def run_job(
     if command_id in _stopped:  # a launcher may go on giving jobs
         raise _stopped[command_id]
     if continued.forgotten(context.sweep_folder, command_id):
+        complain("the sweep goes on in another command: this one ends")
         raise StoppedError("the sweep goes on in another command", 143)
     if helper is not None:
         shipper.use_helper(helper)

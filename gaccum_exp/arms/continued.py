@@ -30,11 +30,11 @@ from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
 
-COMMAND_FILE = "command.json"
+COMMAND_FILE, COMMAND_LOCK = "command.json", "command.lock"
 KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed")
 """What only the command is told, and not its arms."""
 HELPER_S = 1.0
-"""So long a journal's lock may be held by who delivers it."""
+"""So long a lock may be held by who delivers a journal, or looks whether it is held."""
 ENDING_S = 10.0
 """So long the arms of a command that was killed may take to notice."""
 
@@ -87,6 +87,8 @@ class Continued:
     experiment_name: str | None
     outcomes: Mapping[Path, Outcome]
     """How its arms ended, by folder, which need not be here."""
+    lock: FileLock | None = None
+    """Held for as long as the command lives: no other one goes on with the sweep meanwhile."""
 
     @property
     def places(self) -> list[str]:
@@ -145,15 +147,21 @@ def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) ->
         there = f" ({len(places)} there{nearest(name, places)})" if places else ""
         raise BadInputError(f"{given[0]}: no such sweep in {_place(config, now_id)}{there}")
     folder = Path(os.path.abspath(places[sweep_id]))
-    running = _running(folder, sweep_id)
-    if running is not None:
-        raise BadInputError(f"{given[0]}: {running}")
-    note = SweepNote.of(folder)
-    store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
-    return Continued(
-        sweep_id, folder, given[0], [] if note is None else note.swept_keys, *store,
-        outcomes=_arms_of(folder, sweep_id, store, given[0]),
-    )  # fmt: skip
+    lock = _lock_of(folder)
+    if lock is None:
+        raise BadInputError(f"{given[0]}: another command goes on with it; wait for its end, or end it")
+    try:
+        running = _running(folder, sweep_id)
+        if running is not None:
+            raise BadInputError(f"{given[0]}: {running}")
+        note = SweepNote.of(folder)
+        store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
+        outcomes = _arms_of(folder, sweep_id, store, given[0])
+    except BaseException:
+        lock.release()
+        raise
+    swept_keys = [] if note is None else note.swept_keys
+    return Continued(sweep_id, folder, given[0], swept_keys, *store, outcomes, lock)
 
 
 def refuse_without_sweep(config: DictConfig) -> None:
@@ -200,15 +208,28 @@ def _last(places: Mapping[str, Path], asked: str) -> str:
 
 
 def _held(folder: Path) -> bool:
-    """Whether a command of a sweep is running: it holds the lock of its journal."""
-    return any(_is_held(path) for path in folder.glob("journal*.jsonl"))
+    """Whether a command of a sweep is running: it holds the sweep's lock, or that of its journal."""
+    return _is_locked(folder / COMMAND_LOCK) or any(map(_is_held, folder.glob("journal*.jsonl")))
+
+
+def _lock_of(folder: Path) -> FileLock | None:
+    """Take the lock of a sweep; None: a command that goes on with it lives."""
+    until = time.monotonic() + HELPER_S
+    while (lock := FileLock.take(folder / COMMAND_LOCK)) is None:
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.02)
+    return lock
 
 
 def _is_held(journal: Path) -> bool:
-    lock_path = journal.with_suffix(".lock")
-    if not lock_path.exists() or has_end(journal):
+    return not has_end(journal) and _is_locked(journal.with_suffix(".lock"))
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
         return False
-    lock = FileLock.take(lock_path)
+    lock = FileLock.take(path)
     if lock is None:
         return True
     lock.release()

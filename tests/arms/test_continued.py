@@ -17,11 +17,13 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from gaccum_exp.arms import child, continued
+from gaccum_exp import cli
+from gaccum_exp.arms import callback, child, continued
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import NEVER
 from tests.arms.test_context import context
 from tests.arms.test_sweep import LAUNCHERS
@@ -332,7 +334,8 @@ class Left:
         for number, arm in enumerate(arms):
             (self.folder / str(number)).mkdir(parents=True)
             arm.write(self.folder / str(number))
-        Journal.create(self.folder, "sqlite:///none.db", "x").end("FINISHED")
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        Journal.create(self.folder, uri, "gaccum_exp").end("FINISHED")
         note = {"whole": True, "arms": ["0", "1"], **note}
         continued.SweepNote("a", "a", 0.0, **note).write(self.folder)  # type: ignore[arg-type]
 
@@ -344,6 +347,8 @@ class Left:
         )
         found = continued.asked_for(config, [], "b")
         assert found is not None
+        assert found.lock is not None
+        found.lock.release()
         return found
 
 
@@ -397,7 +402,7 @@ def test_what_may_run_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.M
         raise StoreAwayError("it does not answer")
 
     monkeypatch.setattr(continued, "outcomes_in_store", away)
-    with pytest.raises(BadInputError, match="sweep.resume=a: arms of it may have run elsewhere, and it"):
+    with pytest.raises(BadInputError, match="arms of it may have run elsewhere, and it does"):
         left.taken_up()
 
 
@@ -420,3 +425,26 @@ def test_an_arm_that_has_ended_elsewhere_answers_with_all_that_it_earned(
         child.run_job(knowing, NEVER, outcomes, None)
         expected = replace(ended, sweep_id=arm.sweep_id, command_id="b")
         assert outcomes == {tmp_path / "0": expected}
+
+
+def test_one_command_at_a_time_goes_on_with_a_sweep(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the moment that it asks for it until it has compared; another one is refused in a line."""
+    monkeypatch.setattr(continued, "HELPER_S", 0.0)
+    left, others = Left(program.folder, HERE_ALONE, arms=["0"]), list[str]()
+
+    def another(*_: object) -> int:
+        with pytest.raises(BadInputError) as refused:
+            left.taken_up()
+        others.append(str(refused.value))
+        return 0
+
+    monkeypatch.setattr(callback, "start_helper", another)  # when nothing is written yet
+    monkeypatch.setattr(cli, "_compare", another)
+    assert program.tiny("-m", "accum.steps=1", "sweep.resume=a").status == 0
+    said = "sweep.resume=a: another command goes on with it; wait for its end, or end it"
+    assert others == [said, said]
+    lock = FileLock.take(left.folder / continued.COMMAND_LOCK)
+    assert lock is not None
+    lock.release()
