@@ -25,7 +25,13 @@ from omegaconf import DictConfig
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
 from gaccum_exp.errors import BadInputError, StoreAwayError, nearest
-from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
+from gaccum_exp.tracking.journal import (
+    beginning,
+    has_end,
+    is_of_this_host,
+    journals_below,
+    last_owner,
+)
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
@@ -250,12 +256,11 @@ def _running(folder: Path, sweep_id: str) -> str | None:
             what = "it is" if own else f"its arm in {arms} is" if len(held) == 1 else f"{arms} are"
             return f"{what} running; wait for its end, or end it"
         time.sleep(0.1)
-    here = owner()["host"]
     for path in journals_below(folder):
-        store, begin = beginning(path)
-        if begin and not has_end(path) and store.get("host") not in (here, None):
+        _, begin = beginning(path)
+        if begin and not has_end(path) and not is_of_this_host(last := last_owner(path)):
             return (
-                f"{begin['name']} was begun on {store['host']} and may still run there; if it does not: "
+                f"{begin['name']} is of {last.get('host')}, which may still run it; if it does not: "
                 f"python -m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(folder))}"
             )
     return None

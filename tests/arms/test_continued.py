@@ -22,6 +22,7 @@ from gaccum_exp.arms import callback, child, continued
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
+from gaccum_exp.tracking import journal as journals
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import NEVER
@@ -442,9 +443,37 @@ def test_one_command_at_a_time_goes_on_with_a_sweep(
 
     monkeypatch.setattr(callback, "start_helper", another)  # when nothing is written yet
     monkeypatch.setattr(cli, "_compare", another)
-    assert program.tiny("-m", "accum.steps=1", "sweep.resume=a").status == 0
+    assert program.tiny("-m", "accum.steps=0", "sweep.resume=a").status == 0
     said = "sweep.resume=a: another command goes on with it; wait for its end, or end it"
     assert others == [said, said]
     lock = FileLock.take(left.folder / continued.COMMAND_LOCK)
     assert lock is not None
     lock.release()
+
+
+def test_what_another_host_may_still_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of the host that went on with it last; a container that is started again is the same."""
+    monkeypatch.chdir(tmp_path)
+    left = Left(tmp_path, HERE_ALONE, arms=["0"])
+
+    def of(host: str, boot: str) -> None:
+        monkeypatch.setattr(journals, "owner", lambda: {"host": host, "boot": boot})
+
+    of("container", "boot")
+    journal = Journal.create(left.folder / "0", "sqlite:///none.db", "x")
+    journal.begin("arm", params={}, tags={"sweep_id": "a"}, texts={})
+    journal.close()
+    of("container started again", "boot")
+    left.taken_up()
+    of("elsewhere", "another boot")
+    with pytest.raises(BadInputError, match=r"arm is of container, which .* multirun/a$"):
+        left.taken_up()
+    lock = FileLock.take(journal.path.with_suffix(".lock"))
+    assert lock is not None
+    Journal.going_on(journal.path, lock).close()
+    left.taken_up()
+    of("container", "boot")
+    with pytest.raises(BadInputError, match="arm is of elsewhere"):
+        left.taken_up()
