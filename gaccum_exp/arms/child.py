@@ -342,7 +342,7 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
 
 
 def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
-    """Return what the journal of an arm says of its end, as fields of an outcome; empty if nothing.
+    """Return what an arm's journal says of its end in a command, as fields of an outcome, if anything.
 
     It died between the two, and its run's end in the store is the journal's.
     """
@@ -351,7 +351,8 @@ def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):  # one that cannot be read says nothing
         return {}
     for run in runs:
-        if run.status != RUNNING and not run.is_control:
+        own = running.command_id in (None, *run.tags.get("command_id", "").split())
+        if own and run.status != RUNNING and not run.is_control:
             objective = run.metrics.get(EVAL_LOSS, run.metrics.get(TRAIN_LOSS)) if run.finished else None
             return {
                 "status": run.status, "reason": run.tags.get("failure"),

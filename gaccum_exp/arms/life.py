@@ -355,7 +355,7 @@ def run_arm(
         resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
     """
     if resumed is None and settings.task == "train":
-        resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
+        resumed = left_by_sweep(context, settings)
     life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
     if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
         life.had_finished(resumed.left.path)
@@ -383,6 +383,25 @@ def run_arm(
     train_controls(life)
     assert life.outcome is not None
     return life.outcome
+
+
+def left_by_sweep(context: ArmContext, settings: Settings) -> resume.Resumed | None:
+    """Take the run that an arm's sweep has left in its folder; None: another one is begun there."""
+    resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
+    if resumed is None or may_go_on(resumed.left, context):
+        return resumed
+    log.info("%s is left as it is, and the arm begun anew (resume=never)", resumed.left.told)
+    resumed.lock.release()
+    return None
+
+
+def may_go_on(left: resume.Left, context: ArmContext) -> bool:
+    """Whether a run that an arm's sweep has left is one to go on with.
+
+    Under `resume=never` it is one of this command, whose job a batch system has put back into its queue.
+    """
+    own = left.begin["tags"].get("command_id") == context.command_id
+    return own or context.config.resume != resume.NEVER
 
 
 # A task is a function of its own, so that nothing that it has built outlives it.
@@ -463,6 +482,8 @@ def train_controls(arm: Life) -> None:
         left = None
         if arm.resumed is not None:
             left = resume.control_in(context.folder, settings.sweep_id, number)
+            if left is not None and left.begin["time_ms"] < arm.resumed.left.begin["time_ms"]:
+                left = None  # of an earlier run of the arm
         if left is not None and not left.is_unfinished:
             continue
         of_control = context.with_values({"audit.control_seed": number})

@@ -477,3 +477,16 @@ def test_what_another_host_may_still_run_is_refused(
     of("container", "boot")
     with pytest.raises(BadInputError, match="arm is of elsewhere"):
         left.taken_up()
+
+
+def test_an_arm_without_an_outcome_has_the_end_of_its_commands_run(tmp_path: Path) -> None:
+    """Not that of an earlier one, which lies in its folder too where it was begun anew."""
+    for command, status in (("a", "FAILED"), ("b", "FINISHED")):
+        journal = Journal.create(tmp_path, "sqlite:///none.db", "x")
+        tags = {"sweep_id": "a", "command_id": command}
+        journal.begin("arm", params={}, tags=tags, texts={})
+        journal.end(status, "a fault" if status == "FAILED" else None)
+    for command, status in (("b", "FINISHED"), ("c", "FAILED")):
+        running = Outcome("a", "arm", "RUNNING", command_id=command)
+        ended = child.ended(tmp_path, running, None)
+        assert (ended.status, ended.again) == (status, command == "c")

@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gaccum_exp import cli
 from gaccum_exp.arms import life, plan, resume
+from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking import sink as sinks
 from gaccum_exp.tracking.delivered import Delivered
@@ -21,6 +23,7 @@ from gaccum_exp.tracking.journal import Journal, end_if_dead, last_record, read_
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
+from tests.arms.test_context import context
 from tests.program import Program, sweep_here
 from tests.strangers import Net
 from tests.support import settings
@@ -309,6 +312,20 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found_in(tmp_path) == without_end
     without_end.write_bytes(b"")
     assert found_in(tmp_path) == killed_first
+
+
+def test_under_resume_never_an_arm_of_a_sweep_is_begun_anew(tmp_path: Path) -> None:
+    """Unless the run is of the same command, whose job was put back into a queue."""
+    path = left_in(tmp_path, status="FAILED", command_id="first")
+    for asked, command_id, expected in (
+        ("auto", "second", path), ("never", "second", None), ("never", "first", path)
+    ):  # fmt: skip
+        arm = context(tmp_path, *ARMS, "sweep_id=old", f"resume={asked}")
+        arm = replace(arm, command_id=command_id)
+        resumed = life.left_by_sweep(arm, validate(arm.config))
+        assert (None if resumed is None else resumed.left.path) == expected
+        if resumed is not None:
+            resumed.lock.release()
 
 
 def test_a_run_that_failed_is_not_gone_on_with_unless_it_is_named(program: Program) -> None:
