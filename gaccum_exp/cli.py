@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp import __version__
-from gaccum_exp.arms import child, continued
+from gaccum_exp.arms import child, continued, resume
 from gaccum_exp.arms.context import (
     ArmContext,
     Command,
@@ -56,7 +56,6 @@ from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
 from gaccum_exp.errors import BadInputError, TrackingError, complain
-from gaccum_exp.tracking.journal import PATTERN
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -161,20 +160,23 @@ def _launched(command: Command, line: CommandLine) -> int:
         stop.followed()
     status = _end(command, status, interrupted)
     if interrupted is not None:
-        _say_what_goes_on(command, given)
+        _say_what_goes_on(command)
     return status
 
 
-def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
-    """Name the command that goes on with a run that was interrupted: the same one."""
-    launch = command.launch
-    if launch is None or launch.multirun or not any(launch.folder.glob(PATTERN)):
+def _say_what_goes_on(command: Command) -> None:
+    """Name the command that goes on with a run that was interrupted, or its control: the same one."""
+    launch, settings, given = command.launch, command.settings, command.arguments
+    if launch is None or settings is None or settings.task != "train":
         return
-    ended = read_outcomes(launch.folder, launch.sweep_id).get(launch.folder)
-    if ended is not None and (ended.status, ended.task) == ("KILLED", "train"):
-        arguments = [argument for argument in given if argument != "resume=never"]
-        line = shlex.join([*continued.program(given), *arguments])
-        print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
+    own = [run for run in resume.runs_in(launch.folder) if run.sweep_id == launch.sweep_id]
+    if not any(run.is_unfinished for run in own):
+        resumed = resume.in_folder(launch.folder, settings)
+        if resumed is None:
+            return
+        resumed.lock.release()
+    line = shlex.join([*continued.program(given), *continued.going_on(given)])
+    print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 
 
 def _version() -> str:
@@ -253,6 +255,7 @@ def task(cfg: DictConfig) -> float | None:
     from gaccum_exp.arms.life import run_arm
 
     assert command is not None
+    command.settings = settings
     outcome = run_arm(context, settings, command.stop, command.resumed)
     command.outcomes[context.folder] = outcome
     return outcome.objective

@@ -193,6 +193,8 @@ class Command:
     """Noted by the callback, once Hydra has composed the configuration."""
     resumed: Resumed | None = None
     """The run that a single run goes on with."""
+    settings: Settings | None = None
+    """Of a single run."""
     lock: FileLock | None = None
     """Of the sweep that it goes on with."""
     journal: Journal | None = None

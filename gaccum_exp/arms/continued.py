@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
+from gaccum_exp.arms.resume import NEVER
 from gaccum_exp.errors import BadInputError, StoreAwayError, nearest
 from gaccum_exp.tracking.journal import (
     beginning,
@@ -385,10 +388,24 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
 
 def command_line(arguments: Sequence[str], sweep_id: str) -> str:
     """Return the user's own line, for the shell, with what makes it go on with a sweep."""
-    kept = [
-        a for a in arguments if a.partition("=")[0].lstrip("+") not in ("sweep.resume", "sweep.into")
-    ]
-    return shlex.join([*program(arguments), *kept, f"sweep.resume={sweep_id}"])
+    kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
+    return shlex.join([*program(arguments), *going_on(kept), f"sweep.resume={sweep_id}"])
+
+
+def going_on(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without `resume=never`, however it is spelled: with it nothing goes on."""
+    return [a for a in arguments if _key_and_value(a) != ("resume", NEVER)]
+
+
+def _key_and_value(argument: str) -> tuple[str, str]:
+    """Return the key of an override and its value as text, both empty for anything else."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return "", ""
+    value = override.value()
+    text = value.text if isinstance(value, QuotedString) else str(value)
+    return override.get_key_element().lstrip("+"), text
 
 
 def program(arguments: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaccum_exp import cli
 from gaccum_exp.arms import life, plan, resume
+from gaccum_exp.arms.context import Command, Launch
 from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking import sink as sinks
@@ -23,6 +24,7 @@ from gaccum_exp.tracking.journal import Journal, end_if_dead, last_record, read_
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
+from gaccum_exp.train.stopping import NEVER
 from tests.arms.test_context import context
 from tests.program import Program, sweep_here
 from tests.strangers import Net
@@ -217,6 +219,28 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
     assert folders(program) == [folder]
     (run,) = program.arms()
     assert (run.status, run.tags.get("failure")) == ("FINISHED", None)
+
+
+@pytest.mark.parametrize(
+    ("controls", "status", "control", "goes_on"),
+    [(0, "KILLED", None, True), (0, "FINISHED", None, False), (1, "FINISHED", None, True),
+     (1, "FINISHED", "KILLED", True), (1, "FINISHED", "FINISHED", False)],
+)  # fmt: skip
+def test_the_command_that_goes_on_is_named_where_there_is_something_to_go_on_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], controls: int, status: str, control: str | None,
+    goes_on: bool,
+) -> None:  # fmt: skip
+    """Also where a control was interrupted, or not begun yet; without what would begin anew."""
+    asked = f"audit.controls={controls}"
+    left_in(tmp_path, asked, status=status)
+    if control is not None:
+        left_in(tmp_path, asked, "audit.control_seed=1", status=control, control_of="N=1")
+    line = ["seed=1", "resume=never", "++resume=never", "+resume='never'", 'resume="never"', "seed=2"]
+    launch = Launch(tmp_path, "old", "sqlite:///mlflow.db", "x", False)
+    own = settings(*ARMS, "sweep_id=old", asked)
+    cli._say_what_goes_on(Command(NEVER, line, launch=launch, settings=own))
+    said = capfd.readouterr().err
+    assert said.endswith("gaccum_exp seed=1 seed=2\n") if goes_on else not said
 
 
 def test_an_arm_of_a_sweep_goes_on_where_it_is_given_its_folder_again(
