@@ -388,11 +388,24 @@ def run_arm(
 def left_by_sweep(context: ArmContext, settings: Settings) -> resume.Resumed | None:
     """Take the run that an arm's sweep has left in its folder; None: another one is begun there."""
     resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
-    if resumed is None or may_go_on(resumed.left, context):
+    if resumed is None:
+        _say_what_is_unlike(context, settings)
+        return None
+    if may_go_on(resumed.left, context):
         return resumed
     log.info("%s is left as it is, and the arm begun anew (resume=never)", resumed.left.told)
     resumed.lock.release()
     return None
+
+
+def _say_what_is_unlike(context: ArmContext, settings: Settings) -> None:
+    """Say why the run that an arm's sweep has left in its folder does not go on, if there is one."""
+    of_arm = (run for run in resume.runs_in(context.folder) if "control_of" not in run.begin["tags"])
+    left = next((run for run in of_arm if run.sweep_id == settings.sweep_id), None)
+    unlike = {} if left is None else resume.Wanted(settings).differing(left)
+    if left is not None and unlike:
+        both = ", ".join(f"{key} ({there} there, {here} here)" for key, (there, here) in unlike.items())
+        log.info("%s is left as it is, and the arm begun anew: %s", left.told, both)
 
 
 def may_go_on(left: resume.Left, context: ArmContext) -> bool:

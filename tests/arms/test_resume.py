@@ -352,6 +352,20 @@ def test_under_resume_never_an_arm_of_a_sweep_is_begun_anew(tmp_path: Path) -> N
             resumed.lock.release()
 
 
+def test_why_an_arm_of_a_sweep_is_begun_anew_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by another version of the package, whose numbers may be others."""
+    caplog.set_level("INFO", "gaccum_exp")
+    arm = context(tmp_path, *ARMS, "sweep_id=old")
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    assert not caplog.messages
+    left_in(tmp_path, **{"version.gaccum_exp": "0.0"})
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    (said,) = caplog.messages
+    assert "the arm begun anew: version.gaccum_exp (0.0 there, " in said
+
+
 def test_a_run_that_failed_is_not_gone_on_with_unless_it_is_named(program: Program) -> None:
     """What it met is there to be met again."""
     killed(program, *ARMS)
