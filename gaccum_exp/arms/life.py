@@ -10,6 +10,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,15 @@ class Life:
     def ran_out_of_memory(self) -> bool:
         """Whether its windows had to be split finer than was asked for."""
         return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
+
+    @property
+    def controls(self) -> int:
+        """How often it is trained again in other orders, once it has finished."""
+        own = self.settings
+        if self.control_of is not None or own.task != "train":
+            return 0
+        # Where memory ran out, it did not stay in one pass.
+        return own.audit.controls if own.accum_steps == 1 and not self.ran_out_of_memory else 0
 
     @property
     def sink(self) -> JournalSink:
@@ -240,7 +250,13 @@ class Life:
 
     def _finished(self, last: Mapping[str, float], verdict: str | None) -> None:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
-        self._end("FINISHED", verdict=verdict, objective=objective)
+        # Whatever ends its process before its controls are trained, it is to go on with them.
+        self._end("FINISHED", verdict=verdict, objective=objective, again=self.controls > 0)
+
+    def controls_are_over(self) -> None:
+        """Take it as finished with its controls."""
+        assert self.outcome is not None
+        self._keep(replace(self.outcome, again=False))
 
     def fail(self, error: BaseException) -> None:
         """End it as failed with a reason, unless it is over."""
@@ -290,6 +306,9 @@ class Life:
             own.sweep_id, self.name, status, task=own.task, audit_asked=asked,
             digest=self.context.digest, command_id=self.context.command_id, **more,
         )  # fmt: skip
+        self._keep(outcome)
+
+    def _keep(self, outcome: Outcome) -> None:
         self.outcome = outcome
         if self.control_of is not None:
             return
@@ -485,12 +504,9 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
 def train_controls(arm: Life) -> None:
     """Train a finished reference again in other orders, as often as was asked."""
     settings, context = arm.settings, arm.context
-    if arm.outcome is None or arm.outcome.status != "FINISHED" or settings.task != "train":
+    if arm.outcome is None or arm.outcome.status != "FINISHED" or not arm.controls:
         return
-    # Where memory ran out, it did not stay in one pass.
-    if settings.accum_steps != 1 or arm.ran_out_of_memory:
-        return
-    for number in range(1, settings.audit.controls + 1):
+    for number in range(1, arm.controls + 1):
         arm.stop.look()
         left = None
         if arm.resumed is not None:
@@ -502,6 +518,7 @@ def train_controls(arm: Life) -> None:
         of_control = context.with_values({"audit.control_seed": number})
         own, resumed = settings.as_control(number), None if left is None else resume.take(left)
         _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
+    arm.controls_are_over()
 
 
 def _train_control(life: Life) -> None:

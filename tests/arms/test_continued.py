@@ -18,17 +18,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from gaccum_exp import cli
-from gaccum_exp.arms import callback, child, continued
+from gaccum_exp.arms import callback, child, continued, life
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
 from gaccum_exp.tracking import journal as journals
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
-from gaccum_exp.train.stopping import NEVER
+from gaccum_exp.train.stopping import NEVER, StoppedError
 from tests.arms.test_context import context
 from tests.arms.test_sweep import LAUNCHERS
-from tests.program import TINY, Ended, Program, in_a_process
+from tests.program import TINY, Ended, Program, in_a_process, sweep_here
 from tests.strangers import Net
 
 POINTS = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
@@ -490,3 +490,21 @@ def test_an_arm_without_an_outcome_has_the_end_of_its_commands_run(tmp_path: Pat
         running = Outcome("a", "arm", "RUNNING", command_id=command)
         ended = child.ended(tmp_path, running, None)
         assert (ended.status, ended.again) == (status, command == "c")
+
+
+def test_controls_that_were_interrupted_are_trained_where_the_sweep_goes_on(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their arm has finished, and is not trained again."""
+    sweep_here(monkeypatch)
+
+    def interrupted(control: life.Life) -> None:
+        raise StoppedError("interrupted (SIGINT)", 130)
+
+    with monkeypatch.context() as first:
+        first.setattr(life, "_train_control", interrupted)
+        ended = program.tiny("-m", "accum.steps=1", "audit.controls=1")
+    assert (ended.status, "1 arm did not finish; to go on:" in ended.err) == (130, True)
+    again = program.tiny("-m", "accum.steps=1", "audit.controls=1", "sweep.resume=last")
+    assert (again.status, "to go on" in again.err) == (0, False)
+    assert [run.control_seed for run in program.arms()] == [None, 1]
