@@ -433,7 +433,7 @@ def may_go_on(left: resume.Left, context: ArmContext) -> bool:
     Under `resume=never` it is one of this command, whose job a batch system has put back into its queue.
     """
     own = left.begin["tags"].get("command_id") == context.command_id
-    return own or context.config.resume != resume.NEVER
+    return own or str(context.config.resume) != resume.NEVER
 
 
 # A task is a function of its own, so that nothing that it has built outlives it.
