@@ -10,6 +10,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ class Life:
     def ran_out_of_memory(self) -> bool:
         """Whether its windows had to be split finer than was asked for."""
         return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
+
+    @property
+    def controls(self) -> int:
+        """How often it is trained again in other orders, once it has finished."""
+        own = self.settings
+        if self.control_of is not None or own.task != "train":
+            return 0
+        # Where memory ran out, it did not stay in one pass.
+        return own.audit.controls if own.accum_steps == 1 and not self.ran_out_of_memory else 0
 
     @property
     def sink(self) -> JournalSink:
@@ -217,8 +227,8 @@ class Life:
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
         step = f"{state.global_step} of {state.total_steps}"
         done = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
-        split = "" if used == before else f", at N = {used}"
-        log.info("goes on with %s%s, from step %s%s", left.told, split, step, done)
+        at = "" if used == before else f", at N = {used}"
+        log.info("goes on with %s%s, from step %s%s", left.told, at, step, done)
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
@@ -251,7 +261,13 @@ class Life:
 
     def _finished(self, last: Mapping[str, float], verdict: str | None) -> None:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
-        self._end("FINISHED", verdict=verdict, objective=objective)
+        # Whatever ends its process before its controls are trained, it is to go on with them.
+        self._end("FINISHED", verdict=verdict, objective=objective, again=self.controls > 0)
+
+    def controls_are_over(self) -> None:
+        """Take it as finished with its controls."""
+        assert self.outcome is not None
+        self._keep(replace(self.outcome, again=False))
 
     def fail(self, error: BaseException) -> None:
         """End it as failed with a reason, unless it is over."""
@@ -307,6 +323,9 @@ class Life:
             own.sweep_id, self.name, status, task=own.task, audit_asked=asked,
             digest=self.context.digest, command_id=self.context.command_id, **more,
         )  # fmt: skip
+        self._keep(outcome)
+
+    def _keep(self, outcome: Outcome) -> None:
         self.outcome = outcome
         if self.control_of is not None:
             return
@@ -372,7 +391,7 @@ def run_arm(
         resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
     """
     if resumed is None and settings.task == "train":
-        resumed = resume.in_folder(context.folder, settings)
+        resumed = left_by_sweep(context, settings)
     life = Life(context, settings, stop=stop, resumed=resumed)
     with _controls_held(life):
         if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
@@ -423,6 +442,38 @@ def _run(life: Life) -> None:
         life.begin(tags)
         run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
         life.finish(run_task(life, loaded))
+
+
+def left_by_sweep(context: ArmContext, settings: Settings) -> resume.Resumed | None:
+    """Take the run that an arm's sweep has left in its folder; None: another one is begun there."""
+    resumed = resume.in_folder(context.folder, settings)
+    if resumed is None:
+        _say_what_is_unlike(context, settings)
+        return None
+    if may_go_on(resumed.left, context):
+        return resumed
+    log.info("%s is left as it is, and the arm begun anew (resume=never)", resumed.left.told)
+    resumed.lock.release()
+    return None
+
+
+def _say_what_is_unlike(context: ArmContext, settings: Settings) -> None:
+    """Say why the run that an arm's sweep has left in its folder does not go on, if there is one."""
+    of_arm = (run for run in resume.runs_in(context.folder) if "control_of" not in run.begin["tags"])
+    left = next((run for run in of_arm if run.sweep_id == settings.sweep_id), None)
+    unlike = {} if left is None else resume.Wanted(settings).differing(left)
+    if left is not None and unlike:
+        both = ", ".join(f"{key} ({there} there, {here} here)" for key, (there, here) in unlike.items())
+        log.info("%s is left as it is, and the arm begun anew: %s", left.told, both)
+
+
+def may_go_on(left: resume.Left, context: ArmContext) -> bool:
+    """Whether a run that an arm's sweep has left is one to go on with.
+
+    Under `resume=never` it is one of this command, whose job a batch system has put back into its queue.
+    """
+    own = left.begin["tags"].get("command_id") == context.command_id
+    return own or str(context.config.resume) != resume.NEVER
 
 
 # A task is a function of its own, so that nothing that it has built outlives it.
@@ -493,21 +544,21 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
 def train_controls(arm: Life) -> None:
     """Train a finished reference again in other orders, as often as was asked."""
     settings, context = arm.settings, arm.context
-    if arm.outcome is None or arm.outcome.status != "FINISHED" or settings.task != "train":
+    if arm.outcome is None or arm.outcome.status != "FINISHED" or not arm.controls:
         return
-    # Where memory ran out, it did not stay in one pass.
-    if settings.accum_steps != 1 or arm.ran_out_of_memory:
-        return
-    for number in range(1, settings.audit.controls + 1):
+    for number in range(1, arm.controls + 1):
         arm.stop.look()
         left = None
         if arm.resumed is not None:
             left = resume.control_in(context.folder, settings.sweep_id, number)
+            if left is not None and left.begin["time_ms"] < arm.resumed.left.begin["time_ms"]:
+                left = None  # of an earlier run of the arm
         if left is not None and not left.is_unfinished:
             continue
         of_control = context.with_values({"audit.control_seed": number})
         own, resumed = settings.as_control(number), None if left is None else resume.take(left)
         _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
+    arm.controls_are_over()
 
 
 def _train_control(life: Life) -> None:

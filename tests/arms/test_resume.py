@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gaccum_exp import cli
 from gaccum_exp.arms import life, plan, resume
+from gaccum_exp.arms.context import Command, Launch
 from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking import sink as sinks
@@ -23,6 +25,8 @@ from gaccum_exp.tracking.journal import Journal, encoded, end_if_dead, last_reco
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
+from gaccum_exp.train.stopping import NEVER
+from tests.arms.test_context import context
 from tests.program import Program, sweep_here
 from tests.strangers import Net
 from tests.support import composed, settings
@@ -218,6 +222,28 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
     assert (run.status, run.tags.get("failure")) == ("FINISHED", None)
 
 
+@pytest.mark.parametrize(
+    ("controls", "status", "control", "goes_on"),
+    [(0, "KILLED", None, True), (0, "FINISHED", None, False), (1, "FINISHED", None, True),
+     (1, "FINISHED", "KILLED", True), (1, "FINISHED", "FINISHED", False)],
+)  # fmt: skip
+def test_the_command_that_goes_on_is_named_where_there_is_something_to_go_on_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], controls: int, status: str, control: str | None,
+    goes_on: bool,
+) -> None:  # fmt: skip
+    """Also where a control was interrupted, or not begun yet; without what would begin anew."""
+    asked = f"audit.controls={controls}"
+    left_in(tmp_path, asked, status=status)
+    if control is not None:
+        left_in(tmp_path, asked, "audit.control_seed=1", status=control, control_of="N=1")
+    line = ["seed=1", "resume=never", "++resume=never", "+resume='never'", 'resume="never"', "seed=2"]
+    launch = Launch(tmp_path, "old", "sqlite:///mlflow.db", "x", False)
+    own = settings(*ARMS, "sweep_id=old", asked)
+    cli._say_what_goes_on(Command(NEVER, line, launch=launch, settings=own))
+    said = capfd.readouterr().err
+    assert said.endswith("gaccum_exp seed=1 seed=2\n") if goes_on else not said
+
+
 def test_an_arm_of_a_sweep_goes_on_where_it_is_given_its_folder_again(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +353,34 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found_in(tmp_path) == without_end
     without_end.write_bytes(b"")
     assert found_in(tmp_path) == killed_first
+
+
+def test_under_resume_never_an_arm_of_a_sweep_is_begun_anew(tmp_path: Path) -> None:
+    """Unless the run is of the same command, whose job was put back into a queue."""
+    path = left_in(tmp_path, status="FAILED", command_id="first")
+    for asked, command_id, expected in (
+        ("auto", "second", path), ("never", "second", None), ("never", "first", path)
+    ):  # fmt: skip
+        arm = context(tmp_path, *ARMS, "sweep_id=old", f"resume={asked}")
+        arm = replace(arm, command_id=command_id)
+        resumed = life.left_by_sweep(arm, validate(arm.config))
+        assert (None if resumed is None else resumed.left.path) == expected
+        if resumed is not None:
+            resumed.lock.release()
+
+
+def test_why_an_arm_of_a_sweep_is_begun_anew_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by another version of the package, whose numbers may be others."""
+    caplog.set_level("INFO", "gaccum_exp")
+    arm = context(tmp_path, *ARMS, "sweep_id=old")
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    assert not caplog.messages
+    left_in(tmp_path, **{"version.gaccum_exp": "0.0"})
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    (said,) = caplog.messages
+    assert "the arm begun anew: version.gaccum_exp (0.0 there, " in said
 
 
 def test_a_run_that_failed_is_not_gone_on_with_unless_it_is_named(program: Program) -> None:

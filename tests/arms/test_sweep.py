@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from gaccum_exp.arms import child
 from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.settle import settle
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
@@ -115,24 +116,48 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(home: Path, launcher: s
     assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
 
 
-def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where a launcher runs them on hosts that share none with the command."""
+def elsewhere(monkeypatch: pytest.MonkeyPatch, *here: str) -> None:
+    """Let the jobs of a sweep, but for those of these folders, share none with the command."""
     run_job = child.run_job
 
-    def elsewhere(context: ArmContext, stop: Stop, outcomes: object, helper: str | None) -> None:
+    def run(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None) -> None:
+        if context.place in here:
+            run_job(context, stop, outcomes, helper)
+            return
         run_job(context, stop, {}, helper)
         settle([context.folder])
         while context.folder.exists():  # the helper may remove a lock's file at this moment
             shutil.rmtree(context.folder, ignore_errors=True)
 
-    monkeypatch.setattr(child, "run_job", elsewhere)
+    monkeypatch.setattr(child, "run_job", run)
+
+
+def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a launcher runs them on hosts that share none with the command."""
+    elsewhere(monkeypatch)
     ended = program.tiny("-m", "accum.steps=1,2,0")
     assert ended.status == 1
     assert "N = 2 is equivalent" in ended.plain
     assert [row["status"] for row in table(program.folder / "multirun")].count("FINISHED") == 2
     assert program.tiny("-m", "accum.steps=1,2").status == 0
+
+
+def test_arms_of_which_some_leave_no_folder_are_all_judged_and_none_runs_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a queue's head node takes jobs, too; the one that fails does so elsewhere."""
+    elsewhere(monkeypatch, "0")
+    ended = program.tiny("-m", "accum.steps=1,2,0")
+    assert (ended.status, "N = 2 is equivalent" in ended.plain) == (1, True)
+    assert [row["status"] for row in table(program.folder / "multirun")].count("FINISHED") == 2
+    report = program.report(program.sweep_id)
+    assert (report.status, "N = 2 is equivalent" in report.plain) == (0, True)
+    again = program.tiny("-m", "accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    assert "3 of 3 arms begun have ended, 1 by a fault of their own" in again.err
+    assert (again.status, len(table(program.sweep_folder))) == (1, 3)
+    assert len(program.arms()) == 3
 
 
 @pytest.mark.slow
