@@ -186,8 +186,9 @@ def refuse_without_sweep(config: DictConfig) -> None:
     for key in ("resume", "into", "rerun_failed"):
         value = config.sweep.get(key)
         if value not in (None, False):
+            said = "true" if value is True else value
             raise BadInputError(
-                f"sweep.{key}={str(value).lower() if value is True else value}: a single run is no sweep; add -m, with the arms that are meant "
+                f"sweep.{key}={said}: a single run is no sweep; add -m, with the arms that are meant "
                 "(-m accum.steps=1,2,4)"
             )
 
