@@ -20,6 +20,7 @@ from gaccum_exp.train.checkpoint import files
 from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, decode, encode
 from gaccum_exp.train.checkpoint.parts import moving, parts_of
 from gaccum_exp.train.checkpoint.snapshot import Tree, goes_on_inside, snapshot
+from gaccum_exp.train.checkpoint.unkept import Unkept
 from gaccum_exp.train.hooks import WINDOW, Hook, Values
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import Stop, StoppedError, worker_was_ended
@@ -71,6 +72,10 @@ class Checkpoints(Hook):
         """Whether passes move buffers."""
         self._versions: list[int] = []
         """Of the parameters where that begins."""
+        self._unkept: Unkept | None = None
+        """As it was before the first window."""
+        self._tried = False
+        """Whether a window was taken, which may move what cannot be kept."""
         self._taken_s = self._window_s = self._begun_s = 0.0
         self._cost_s = 0.0
         self._count = 0
@@ -81,7 +86,8 @@ class Checkpoints(Hook):
         self._at = state.global_step, done
         self._taken_s = self._window_s = self._begun_s = time.monotonic()
         self._moves = any(True for _ in state.modules.buffers())
-        self._encoded(state, stage=lambda tensor: tensor)
+        self._unkept = Unkept(state)
+        self._try(state)
 
     def before(self, state: TrainState, window: Window) -> None:
         """Copy what the training is before an audit, where that may have to be kept."""
@@ -123,6 +129,9 @@ class Checkpoints(Hook):
 
     def after(self, state: TrainState, window: Window, values: Values) -> None:
         """Take one at the end of a window, where that is due and the last one is written."""
+        if self._on and not self._tried:
+            self._tried = True
+            self._try(state)
         if not self._on or state.done or self._at is None or self._writer.busy:
             return
         when = state.settings.checkpoint
@@ -184,17 +193,31 @@ class Checkpoints(Hook):
         self._taken_s = now_s
         self._writer.start(name, encoded, when.keep)
 
+    def _try(self, state: TrainState) -> None:
+        """Find out whether the training can be kept, without a copy of it."""
+        self._encoded(state, stage=lambda tensor: tensor)
+
     def _encoded(
         self, state: TrainState, accumulator: AccumulatorState | None = None, **how: Any
     ) -> Encoded | None:
+        """Return what the training is; None: it cannot be kept, which is said once."""
+        assert self._unkept is not None
         try:
-            return encode(snapshot(state, self._hooks, accumulator, self._at_start), **how)
+            encoded = encode(snapshot(state, self._hooks, accumulator, self._at_start), **how)
+            moved = next(Unkept(state).moved_since(self._unkept), None)
+            if moved is None:
+                return encoded
+            why = (
+                f"{moved} moves, and checkpoints keep numbers, strings, tensors, arrays, containers of "
+                "them, and what a module's get_extra_state or an optimizer's own state_dict returns"
+            )
         except NotKeptError as error:
             why = str(error)
         except Exception as error:  # of the user's own `get_extra_state`, or `state_dict`
             why = f"{type(error).__name__}: {first_line(error)}"
         self._on = False
         log.warning("no checkpoints: an interrupted training would begin again, since %s", why)
+        self._writer.drop()
         return None
 
 
@@ -229,6 +252,11 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def drop(self) -> None:
+        """Remove what was written: it lacks something."""
+        self.wait()
+        files.remove(self._folder)
 
     def _write(self, name: str, encoded: Encoded, keep: int) -> None:
         start_s = time.thread_time()

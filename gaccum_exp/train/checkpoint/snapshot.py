@@ -16,16 +16,17 @@ from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.train.checkpoint.attributes import attributes_of, put_back_attributes
 from gaccum_exp.train.checkpoint.encoding import decode
 from gaccum_exp.train.checkpoint.files import UnusableCheckpointError, read
 from gaccum_exp.train.checkpoint.parts import (
     fitting,
     moving,
+    names_of,
+    objects_of,
     parameters_of,
     parts_of,
-    plain_attributes,
     put_back,
-    put_back_attributes,
 )
 from gaccum_exp.train.device_and_precision import needs_closure
 from gaccum_exp.train.hooks import Hook, Stateful
@@ -33,7 +34,7 @@ from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 Tree = dict[str, Any]
-VERSION = 1
+VERSION = 2
 
 
 def goes_on_inside(state: TrainState) -> bool:
@@ -78,7 +79,8 @@ def snapshot(
         "device": state.device.type,
         "parameters": parameters,
         "moving": now,
-        "optimizer": _optimizer_tree(state, names),
+        "optimizer": _optimizer_tree(state, names)
+        | {"attributes": attributes_of(state.optimizer, names_of(parts))[0]},
         "scheduler": scheduler,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "hooks": {type(h).__name__: h.state_dict() for h in hooks if isinstance(h, Stateful)},
@@ -132,6 +134,7 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
     state.split_factor = tree["split_factor"] if same_n else 1
     put_back(parts, tree["moving"])
     _put_back_optimizer(state.optimizer, tree["optimizer"], parameters)
+    put_back_attributes(state.optimizer, tree["optimizer"]["attributes"], objects_of(parts))
     if state.scheduler is not None:
         state.scheduler.load_state_dict(tree["scheduler"])
     if state.scaler is not None:
@@ -187,7 +190,7 @@ def _optimizer_tree(state: TrainState, names: Mapping[Any, str]) -> Tree:
     `state_dict` of its own knows more than these, and is taken by its word.
     """
     optimizer = state.optimizer
-    tree: Tree = {"attributes": plain_attributes(optimizer), "groups": [], "own": None}
+    tree: Tree = {"groups": [], "own": None}
     for number, group in enumerate(optimizer.param_groups):
         plain = {key: value for key, value in _without_functions(group).items() if key != "params"}
         if state.rates is not None:
@@ -217,7 +220,6 @@ def _put_back_optimizer(
             for key in _without_functions(group).keys() - {"params"} - kept["values"].keys():
                 del group[key]
             group.update(kept["values"])
-    put_back_attributes(optimizer, tree["attributes"])
 
 
 def _require_same_model(path: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

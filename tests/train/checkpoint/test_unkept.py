@@ -1,0 +1,193 @@
+"""Attributes are kept, or it is said that a training has no checkpoints; nothing is dropped unsaid."""
+
+import collections
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.strangers import Net
+from tests.support import STRANGER
+from tests.train.checkpoint.resumes import Training, gone_on, stopped_at
+
+HERE = "tests.train.checkpoint.test_unkept"
+OF = (*STRANGER, "audit.at_start=false", "data.global_batch_size=8", "accum.steps=2", "train.steps=5")
+EVERY = (*OF, "checkpoint.every_steps=1", "checkpoint.every_minutes=null", "checkpoint.keep=9")
+
+
+class Hoarder(Net):
+    """Its output follows from what earlier passes have left in attributes of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, dtype=torch.float64)
+        self.several = [zeros.clone(), zeros.clone()]
+        self.by_name = {"ema": zeros.clone(), "act": torch.tanh}
+        self.recent = collections.deque([zeros.clone()], maxlen=3)
+        self.pair: tuple[Any, ...] = (0.0, zeros.clone())
+        self.number, self.array = np.float64(0), [np.zeros(2)]
+        self.counts, self.ordered = collections.Counter(n=0), collections.OrderedDict(n=0)
+        self.made = collections.defaultdict(list)
+        self.nested: list[Any] = [[0.0], {"in": ({1: 0.0},)}]
+        self.long = [0.0] * 1001
+        self.seen: set[int] = set()
+        self.of_parameter = {p: torch.zeros_like(p) for p in self.parameters()}
+        self.generators = [torch.Generator().manual_seed(1), np.random.default_rng(2)]
+        self.parts = [self.layers, next(self.parameters())]
+        self.hidden: Tensor | None = None  # with a graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        if self.training:
+            mean = x.mean(0)
+            self.several[0] = 0.9 * self.several[0] + mean
+            self.several[1] += mean
+            self.by_name["ema"] = 0.9 * self.by_name["ema"] + mean
+            self.recent.append(mean)
+            self.pair = (self.pair[0] + 1, self.pair[1] + mean)
+            self.number, self.array[0] = self.number + 1, self.array[0] + 1
+            self.counts["n"] += 1
+            self.ordered["n"] += 1
+            self.made["n"].append(1.0)
+            self.nested[0][0] += 1
+            self.nested[1]["in"][0][1] += 1
+            self.long[7] += 1
+            self.seen.add(len(self.seen))
+            for parameter, of in self.of_parameter.items():
+                of += 0.1 * parameter.detach()
+        moved = (
+            self.several[0] + self.several[1] + self.by_name["ema"] + sum(self.recent) + self.pair[1]
+        ).sum()
+        moved = moved + self.pair[0] + float(self.number) + self.array[0].sum() + self.counts["n"]
+        moved = moved + self.ordered["n"] + sum(self.made["n"]) + self.nested[0][0] + len(self.seen)
+        moved = moved + self.nested[1]["in"][0][1] + self.long[7] + len(self.parts)
+        moved = moved + sum(of.sum() for of in self.of_parameter.values())
+        moved = moved + torch.rand((), generator=self.generators[0]) + self.generators[1].random()
+        moved = moved + (0.0 if self.hidden is None else self.hidden.detach().sum())
+        out = super().forward(x)
+        self.hidden = 0.1 * out
+        return out * (1 + 0.01 * moved)
+
+
+class Lookahead(torch.optim.SGD):
+    """Goes half the way back to slow weights, which are a list, every second step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        done = super().step(closure)
+        self.count += 1
+        if self.count % 2 == 0:
+            for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                slow += 0.5 * (p - slow)
+                p.copy_(slow)
+        return done
+
+
+def test_containers_of_tensors_and_values_come_back(tmp_path: Path) -> None:
+    """In a model and in an optimizer, whatever holds them: the training ends bit for bit as it would."""
+    of = (*OF, f"model._target_={HERE}.Hoarder", "optimizer=custom", "optimizer.lr=0.1",
+          f"optimizer._target_={HERE}.Lookahead")  # fmt: skip
+    whole = Training(*of).train()
+    stopped = stopped_at(tmp_path, (3, 1), *of)
+    again, _ = gone_on(tmp_path, *of)
+    assert torch.equal(again.weights, whole.weights)
+    assert {**stopped.curves, **again.curves} == whole.curves
+    model: Any = again.state.model
+    assert set(model.of_parameter) == set(model.parameters())
+    assert model.parts[0] is model.layers
+    assert model.made["new"] == []
+
+
+class Box:
+    """An object of the user's own."""
+
+    def __init__(self, value: Any = 0) -> None:
+        self.value, self.lock, self.act = value, threading.Lock(), lambda x: x
+
+
+class Moving(Net):
+    """From its seventh pass on it moves something that is no tensor, number or container of them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.passes = kind, 0
+        self.kept = {
+            "object": Box(),
+            "entry": [Box(Box(0.0))],
+            "tensor": Box(torch.zeros(2)),
+            "module": [nn.BatchNorm1d(2, dtype=torch.float64)],
+            "factory": collections.defaultdict(lambda: 0),
+            "anew": Box(),
+        }[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        self.passes += self.training
+        if self.training and self.passes > 6:
+            of: Any = self.kept
+            if self.kind == "object":
+                of.value += 1
+            elif self.kind == "entry":
+                of[0].value.value += 0.5
+            elif self.kind == "tensor":
+                of.value.data.add_(1)
+            elif self.kind == "module":
+                of[0](x)
+            elif self.kind == "factory":
+                of["n"] += 1
+            else:
+                self.kept = Box()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "type_"),
+    [("object", "Box"), ("entry", "Box"), ("tensor", "Box"), ("module", "BatchNorm1d"),
+     ("factory", "defaultdict"), ("anew", "Box")],
+)  # fmt: skip
+def test_what_cannot_be_kept_and_moves_is_said_and_ends_the_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, type_: str
+) -> None:
+    """Once, with its name; those that were taken before it moved are removed."""
+    of = (*EVERY, f"model._target_={HERE}.Moving", f"+model.kind={kind}")
+    before = Training(*of, "train.steps=3", folder=tmp_path).train()
+    assert before.state.done
+    assert [path.name for path in tmp_path.iterdir()]
+    training = Training(*of, folder=tmp_path).train()
+    assert training.state.done
+    (said,) = [m for m in caplog.messages if "checkpoints" in m]
+    assert said.startswith(
+        f"no checkpoints: an interrupted training would begin again, since model.kept ({type_}) moves"
+    )
+    assert list(tmp_path.glob("*")) == []
+
+
+class Configured(Net):
+    """Holds what cannot be kept and stays as it is, as most models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.act, self.of = Box({"width": 6}), torch.tanh, lambda x: x
+        self.listed = [self.layers, self.config, self.act, nn.Tanh()]
+        self.lock, self.type, self.parent = threading.Lock(), Box, [self]
+        self.itself: list[Any] = []
+        self.itself.append(self.itself)
+
+
+def test_what_cannot_be_kept_and_stays_is_no_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A configuration, functions, locks, lists of modules; a schedule that wraps a step."""
+    of = (*EVERY, f"model._target_={HERE}.Configured", "optimizer=adamw", "scheduler=cosine")
+    Training(*of, folder=tmp_path).train()
+    assert not [m for m in caplog.messages if "no checkpoints" in m]
+    assert len(list(tmp_path.iterdir())) == 4
