@@ -41,7 +41,7 @@ class Checkpoints(Hook):
     needs its checkpoints: whoever has kept the final weights removes them.
 
     Args:
-        folder: of the training's checkpoints; made with the first one.
+        writer: of the training's checkpoints.
         sink: of its metrics.
         stop: asked to end it.
         hooks: of the training, whose state belongs to it.
@@ -53,14 +53,14 @@ class Checkpoints(Hook):
 
     def __init__(
         self,
-        folder: Path,
+        writer: "Writer",
         sink: Sink,
         stop: Stop,
         hooks: Iterable[Hook],
         audited: Callable[[int], bool] = lambda global_step: False,
     ) -> None:
         self._sink, self._stop, self._hooks, self._audited = sink, stop, hooks, audited
-        self._writer = Writer(folder)
+        self._writer = writer
         self._on = True
         self._at: tuple[int, int] | None = None
         """The global step and the micro-batches done of the last one, or at the beginning."""
@@ -225,11 +225,12 @@ class Writer:
     """Writes checkpoints in another thread, one at a time, and removes old ones.
 
     Args:
-        folder: of them all.
+        folder: of them all; made with the first one.
+        run: the token of the run that they are of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, run: str = "") -> None:
+        self._folder, self._run = folder, run
         self._thread: threading.Thread | None = None
         self._said: str | None = None
         self._first = True
@@ -254,14 +255,15 @@ class Writer:
             self._thread = None
 
     def drop(self) -> None:
-        """Remove what was written: it lacks something."""
+        """Remove what was written: it lacks something, or is not needed any more."""
         self.wait()
         files.remove(self._folder)
 
     def _write(self, name: str, encoded: Encoded, keep: int) -> None:
         start_s = time.thread_time()
         try:
-            files.prune(self._folder, files.write(self._folder, name, encoded), keep)
+            written = files.write(self._folder, name, encoded, self._run)
+            files.prune(self._folder, written, keep)
         except Exception as error:  # a disk that is full, a folder that is gone: no end of the training
             why = first_line(error)
             if why != self._said:

@@ -141,6 +141,17 @@ def test_why_one_is_passed_over_is_said_in_a_line(
     ]
 
 
+def test_a_checkpoint_of_another_run_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copied into the folder of a run, or left there by one before: it is passed over, which is said."""
+    own = files.write(tmp_path, files.name_of(1), small(), "this run's token")
+    other = files.write(tmp_path, files.name_of(2), small(), "another's")
+    assert files.newest(tmp_path, "this run's token") == own
+    assert caplog.messages == [f"{other} does not count: it is of another run"]
+    assert files.newest(tmp_path, "a third one's") is None
+
+
 def test_the_newest_are_kept_and_what_is_left_over_is_removed(tmp_path: Path) -> None:
     """Those before, what was passed over further on, and what a process left that was killed."""
     written = write_some(tmp_path, 1, 2, 3, 4, 9)
