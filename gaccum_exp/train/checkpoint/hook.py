@@ -17,9 +17,10 @@ from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import first_line
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.checkpoint import files
-from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, decode, encode
+from gaccum_exp.train.checkpoint.attributes import copied
+from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, encode
 from gaccum_exp.train.checkpoint.parts import moving, parts_of
-from gaccum_exp.train.checkpoint.snapshot import Tree, goes_on_inside, snapshot
+from gaccum_exp.train.checkpoint.snapshot import Tree, goes_on_inside, may_begin_again, snapshot
 from gaccum_exp.train.checkpoint.unkept import Unkept
 from gaccum_exp.train.hooks import WINDOW, Hook, Values
 from gaccum_exp.train.state import TrainState
@@ -68,8 +69,6 @@ class Checkpoints(Hook):
         self._inside = False
         self._at_start: Tree | None = None
         """What passes move, where the window in hand may have to begin again."""
-        self._moves = False
-        """Whether passes move buffers."""
         self._versions: list[int] = []
         """Of the parameters where that begins."""
         self._unkept: Unkept | None = None
@@ -85,7 +84,6 @@ class Checkpoints(Hook):
         done = 0 if state.begun is None else state.begun.passes_done
         self._at = state.global_step, done
         self._taken_s = self._window_s = self._begun_s = time.monotonic()
-        self._moves = any(True for _ in state.modules.buffers())
         self._unkept = Unkept(state)
         self._try(state)
 
@@ -105,8 +103,8 @@ class Checkpoints(Hook):
         begins_again = not goes_on_inside(state)
         if state.begun is not None:
             self._at_start = state.begun_at_start
-        elif self._on and (begins_again or (self._moves and not state.reduction.splits_again)):
-            self._at_start = decode(encode(moving(parts_of(state)), lambda t: t.detach().clone()))
+        elif self._on and (begins_again or may_begin_again(state)):
+            self._at_start = copied(moving(parts_of(state)))
             self._versions = [p._version for p in state.parameters] if begins_again else []
         yield
         self._inside = False

@@ -45,6 +45,11 @@ def goes_on_inside(state: TrainState) -> bool:
     return not needs_closure(type(state.optimizer).step) and not state.strategy.takes_window_at_once
 
 
+def may_begin_again(state: TrainState) -> bool:
+    """Whether a window that goes on may still have to begin again, at another N."""
+    return not state.reduction.splits_again
+
+
 def snapshot(
     state: TrainState,
     hooks: Iterable[Hook],
@@ -132,7 +137,9 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
             parameter.data.copy_(tree["parameters"][name])
     state.global_step = tree["global_step"]
     state.split_factor = tree["split_factor"] if same_n else 1
-    put_back(parts, tree["moving"])
+    window = tree["window"]
+    begins_again = window is not None and _begins_again(state, window)
+    put_back(parts, window["at_start"] if begins_again else tree["moving"])
     _put_back_optimizer(state.optimizer, tree["optimizer"], parameters)
     put_back_attributes(state.optimizer, tree["optimizer"]["attributes"], objects_of(parts))
     if state.scheduler is not None:
@@ -143,32 +150,39 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
         kept = tree["hooks"].get(type(hook).__name__)
         if isinstance(hook, Stateful) and kept is not None and (same_n or not hook.measures_split):
             hook.load_state_dict(kept)
-    return None if tree["window"] is None else _begin(state, tree["window"], parts, parameters)
+    if begins_again:
+        return _say_begins_again(state, window)
+    if window is not None:
+        _go_on_inside(state, window, parameters)
+    return None
 
 
-def _begin(
-    state: TrainState, window: Tree, parts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
-) -> str | None:
-    """Let the window in which the checkpoint was taken go on, or begin again; return what to say."""
+def _begins_again(state: TrainState, window: Tree) -> bool:
+    """Whether the window in which a checkpoint was taken cannot go on as it would be split now."""
+    return not state.reduction.splits_again and window["sizes"] != _sizes(state)
+
+
+def _say_begins_again(state: TrainState, window: Tree) -> str:
+    done, asked = window["accumulator"]["passes_done"], len(window["sizes"])
+    said = (
+        f"the window of step {state.global_step + 1} begins again: {done} of its {asked} micro-batches "
+        f"were done, and under accum.reduction={state.reduction.name} it cannot go on with "
+        f"N = {len(_sizes(state))}"
+    )
+    log.warning("%s", said)
+    return said
+
+
+def _go_on_inside(state: TrainState, window: Tree, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let the window in which a checkpoint was taken go on, what is left of it split as it is now."""
     sizes, done = window["sizes"], window["accumulator"]["passes_done"]
     now = _sizes(state)
     state.begun_sizes = None
     if sizes != now:
-        if not state.reduction.splits_again:
-            if window["at_start"] is not None:
-                put_back(parts, window["at_start"])
-            said = (
-                f"the window of step {state.global_step + 1} begins again: {done} of its {len(sizes)} "
-                f"micro-batches were done, and under accum.reduction={state.reduction.name} it cannot "
-                f"go on with N = {len(now)}"
-            )
-            log.warning("%s", said)
-            return said
         left = sum(sizes[done:])
         state.begun_sizes = [*sizes[:done], *(split_sizes(left, -(-left // now[0])) if left else [])]
     state.begun_at_start = window["at_start"]
     state.begun = AccumulatorState.from_state_dict(window["accumulator"], parameters)
-    return None
 
 
 def _sizes(state: TrainState) -> list[int]:

@@ -1,6 +1,7 @@
 """A training that is stopped and goes on is the one that was never stopped."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ class Moody(Net):
         moved = self.mean.sum() + self.passes + len(self.notes) + self.own["heat"] + self._hidden.heat
         last = 0.0 if self.last is None else self.last.sum()
         return super().forward(x) * (1 + 0.01 * (draws + moved + last))
+
+
+class Unbuffered(Moody):
+    """The same without buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers.clear()
+        self.mean, self.last = torch.zeros(2, dtype=torch.float64), None  # type: ignore[assignment]
 
 
 class Scarce(Net):
@@ -205,6 +215,21 @@ def test_the_mean_of_means_begins_its_window_again_at_another_n(
     assert said is not None
     assert "step 3 begins again: 3 of its 4 micro-batches" in said
     torch.testing.assert_close(again.weights, undisturbed(*of).weights, rtol=1e-12, atol=1e-13)
+
+
+def test_a_window_that_begins_again_finds_what_passes_move_as_it_was_at_its_start(
+    tmp_path: Path,
+) -> None:
+    """Attributes, a state of its own and every generator: as from the checkpoint before the window."""
+    of = (*POINTS, "accum.reduction=mean", f"model._target_={HERE}.Unbuffered",
+          "checkpoint.every_steps=2")  # fmt: skip
+    stopped_at(tmp_path / "inside", (2, 3), *of)
+    shutil.copytree(tmp_path / "inside", tmp_path / "before")
+    shutil.rmtree(tmp_path / "before" / "step-00000002+3")
+    again, said = gone_on(tmp_path / "inside", *of, "accum.steps=2")
+    expected, nothing = gone_on(tmp_path / "before", *of, "accum.steps=2")
+    assert (said is None, nothing) == (False, None)
+    assert torch.equal(again.weights, expected.weights)
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_nothing_is_moved(tmp_path: Path) -> None:
