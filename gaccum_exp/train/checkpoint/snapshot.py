@@ -46,8 +46,8 @@ def goes_on_inside(state: TrainState) -> bool:
 
 
 def may_begin_again(state: TrainState) -> bool:
-    """Whether a window that goes on may still have to begin again, at another N."""
-    return not state.reduction.splits_again
+    """Whether a window that goes on may still have to begin again: at another N, or out of memory."""
+    return not state.reduction.splits_again or state.settings.accum.on_oom == "increase_steps"
 
 
 def snapshot(
