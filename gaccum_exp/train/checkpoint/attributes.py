@@ -107,7 +107,7 @@ class _Walk:
 
     def _key(self, key: Any) -> Any:
         """Return what is kept of a key of a dictionary, or of an element of a set."""
-        if type(key) in PLAIN or isinstance(key, (torch.dtype, torch.device)):
+        if type(key) in (*PLAIN, torch.Size) or (not isinstance(key, Tensor) and _is_value(key)):
             return key
         if id(key) in self._names:
             return Held(*self._names[id(key)])
@@ -165,6 +165,8 @@ def written(now: Any, before: Any) -> bool:
         return now is before
     if now.shape != before.shape or now.dtype != before.dtype or now.layout != torch.strided:
         return False
+    if now.is_inference():
+        return False  # it can be written to in inference mode alone
     if any(by == 0 and n > 1 for n, by in zip(now.shape, now.stride(), strict=True)):
         return False  # it shows one number at several places
     now.data.copy_(before)

@@ -116,7 +116,7 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
         device = state.device
         tree = decode(encoded, device)
         if tree["device"] == "cpu" and device.type != "cpu":
-            tree |= _on_device({k: tree[k] for k in ("optimizer", "window")}, device)
+            tree = _on_device(tree, device)
         if tree["window"] is not None:
             accumulator = tree["window"]["accumulator"]
             accumulator["generators"] = fitting(tree["moving"]["random"])
@@ -262,6 +262,17 @@ def _require_same_optimizer(
 
 
 def _on_device(tree: Tree, device: torch.device) -> Tree:
-    """Return a tree of a training on the host, for one that goes on elsewhere."""
-    moved: Tree = tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
-    return moved
+    """Return the tree of a training on the host, for one that goes on elsewhere."""
+
+    def moved(of: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), of)
+
+    def of_modules(kept: Tree) -> Tree:
+        return kept | {key: moved(kept[key]) for key in ("buffers", "attributes")}  # no generators
+
+    window = tree["window"]
+    if window is not None:
+        at_start = window["at_start"] and of_modules(window["at_start"])
+        window |= {"accumulator": moved(window["accumulator"]), "at_start": at_start}
+    elsewhere = {"optimizer": moved(tree["optimizer"]), "moving": of_modules(tree["moving"])}
+    return tree | elsewhere | {"window": window}

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.train.checkpoint.attributes import copied
+from gaccum_exp.train.checkpoint.parts import moving, parts_of
+from gaccum_exp.train.checkpoint.snapshot import _on_device
 from tests.strangers import Net
 from tests.support import STRANGER
 from tests.train.checkpoint.resumes import Training, gone_on, stopped_at
@@ -33,7 +36,7 @@ class Hoarder(Net):
         self.counts, self.ordered = collections.Counter(n=0), collections.OrderedDict(n=0)
         self.made = collections.defaultdict(list)
         self.nested: list[Any] = [[0.0], {"in": ({1: 0.0},)}]
-        self.long = [0.0] * 1001
+        self.long, self.shapes = [0.0] * 1001, {(torch.Size([2]), torch.float64): 0.0}
         self.seen: set[int] = set()
         self.of_parameter = {p: torch.zeros_like(p) for p in self.parameters()}
         self.generators = [torch.Generator().manual_seed(1), np.random.default_rng(2)]
@@ -56,6 +59,7 @@ class Hoarder(Net):
             self.nested[0][0] += 1
             self.nested[1]["in"][0][1] += 1
             self.long[7] += 1
+            self.shapes[x.shape[1:], x.dtype] += 1
             self.seen.add(len(self.seen))
             for parameter, of in self.of_parameter.items():
                 of += 0.1 * parameter.detach()
@@ -64,7 +68,7 @@ class Hoarder(Net):
         ).sum()
         moved = moved + self.pair[0] + float(self.number) + self.array[0].sum() + self.counts["n"]
         moved = moved + self.ordered["n"] + sum(self.made["n"]) + self.nested[0][0] + len(self.seen)
-        moved = moved + self.nested[1]["in"][0][1] + self.long[7] + len(self.parts)
+        moved = moved + self.nested[1]["in"][0][1] + self.long[7] + sum(self.shapes.values())
         moved = moved + sum(of.sum() for of in self.of_parameter.values())
         moved = moved + torch.rand((), generator=self.generators[0]) + self.generators[1].random()
         moved = moved + (0.0 if self.hidden is None else self.hidden.detach().sum())
@@ -90,6 +94,22 @@ class Lookahead(torch.optim.SGD):
                 slow += 0.5 * (p - slow)
                 p.copy_(slow)
         return done
+
+
+def test_what_was_on_the_host_is_brought_to_the_device_that_goes_on() -> None:
+    """Tensors in containers too, which may have no place yet; the states of generators stay."""
+    training = Training(*OF, "accum.reduction=mean", f"model._target_={HERE}.Hoarder")
+    now = moving(parts_of(training.state))
+    window = {"accumulator": {"loss_sum": torch.ones(())}, "at_start": copied(now)}
+    tree = {"optimizer": {}, "moving": now, "window": window}
+    moved = _on_device(tree, torch.device("meta"))
+    for kept in (moved["moving"], moved["window"]["at_start"]):
+        own = kept["attributes"]["model"]
+        assert own["recent"][0].is_meta
+        assert own["by_name"]["ema"].is_meta
+        assert not own["generators"][0].of.is_meta
+        assert not kept["random"][0].is_meta
+    assert moved["window"]["accumulator"]["loss_sum"].is_meta
 
 
 def test_containers_of_tensors_and_values_come_back(tmp_path: Path) -> None:
