@@ -126,35 +126,114 @@ def filled(like: Any, content: Any) -> Any:
     return content if kind in (dict, list) else kind(content)
 
 
-def copied(tree: Any) -> Any:
-    """Return a tree with copies of its tensors, arrays and containers: those of a model move on."""
+def copied(tree: Any, made: dict[int, Any] | None = None) -> Any:
+    """Return a tree with copies of its tensors, arrays and containers: those of a model move on.
+
+    Args:
+        tree: as `attributes_of` makes them.
+        made: the copies so far, by what they are of: a tensor that stands at two places is one.
+    """
+    made = {} if made is None else made
     kind = type(tree)
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if kind is np.ndarray:
-        return tree.copy()
+    if isinstance(tree, Tensor) or kind is np.ndarray:
+        if id(tree) not in made:
+            made[id(tree)] = tree.detach().clone() if isinstance(tree, Tensor) else tree.copy()
+        return made[id(tree)]
     if kind is Held:
-        return tree if type(tree.of) in PLAIN else Held(tree.kind, copied(tree.of))
+        return tree if type(tree.of) in PLAIN else Held(tree.kind, copied(tree.of, made))
     if isinstance(tree, dict) and kind in _CONTAINERS:
-        return filled(tree, {key: copied(item) for key, item in tree.items()})
+        return filled(tree, {key: copied(item, made) for key, item in tree.items()})
     if kind in _SEVERAL:
         flat = set(map(type, tree)) <= PLAIN
-        return filled(tree, list(tree) if flat else [copied(item) for item in tree])
+        return filled(tree, list(tree) if flat else [copied(item, made) for item in tree])
     return set(tree) if kind is set else tree
 
 
-@torch.no_grad()
-def put_back_attributes(of: Any, kept: Mapping[str, Any], objects: Objects) -> None:
-    """Put back what `attributes_of` has returned."""
-    own = vars(of)
-    for key, before in kept.items():
-        now = own.get(key)
-        after = _restored(now, before, objects)
-        if after is not now or key not in own:
-            own[key] = after
+class PuttingBack:
+    """Puts values back into what is there, into each once: what is one there may be two by now.
+
+    Args:
+        objects: what is known by name. No value is written into one.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._taken = set(map(id, objects.values()))
+        self._after: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def attributes(self, of: Any, kept: Mapping[str, Any]) -> None:
+        """Put back what `attributes_of` has returned; it stays as it is, and can be put back again."""
+        own = vars(of)
+        for key, before in kept.items():
+            now = own.get(key)
+            after = self.restored(now, before)
+            if after is not now or key not in own:
+                own[key] = after
+
+    def restored(self, now: Any, before: Any) -> Any:
+        """Return what belongs where `now` stands: itself with what was kept, where it can take that."""
+        kind = type(before)
+        if kind is Held:
+            if before.kind == GENERATOR:
+                _set_generator(now, before.of)
+                return now
+            return self._objects.get((before.kind, before.of), now)
+        if isinstance(before, (Tensor, np.ndarray)):
+            if id(before) not in self._after:
+                into_it = self._may_take(now) and _written(now, before)
+                self._after[id(before)] = now if into_it else copied(before)
+            return self._after[id(before)]
+        if kind not in _CONTAINERS:
+            return before
+        alike = type(now) is kind and (kind is not deque or now.maxlen == before.maxlen)
+        free = alike and self._may_take(now)
+        content = self._content(now if alike else kind(), before)
+        if alike and _same(now, content):
+            return now
+        if not free or kind in (tuple, frozenset, torch.Size):
+            return filled(before, content)
+        refill(now, list(content), list(content.values()) if isinstance(content, dict) else [])
+        return now
+
+    def _content(self, now: Any, before: Any) -> Any:
+        """Return what a container holds when it is put back: a dictionary, a set or a list."""
+        if isinstance(before, dict):
+            return {
+                (key := self.restored(None, k)): self.restored(now.get(key), item)
+                for k, item in before.items()
+            }
+        if type(before) in _UNORDERED:
+            return {self.restored(None, item) for item in before}
+        there = [*now, *[None] * (len(before) - len(now))]
+        return [self.restored(old, item) for old, item in zip(there, before, strict=False)]
+
+    def _may_take(self, now: Any) -> bool:
+        """Whether nothing was written into it yet, nor is it somebody else's."""
+        free = id(now) not in self._taken
+        self._taken.add(id(now))
+        return free
 
 
-def written(now: Any, before: Any) -> bool:
+def _same(container: Any, content: Any) -> bool:
+    """Whether a container holds this, tensors and the like as the same objects."""
+    if isinstance(content, set):
+        return bool(container == content)
+    if len(container) != len(content):
+        return False
+    if isinstance(content, dict):
+        there = [*container, *container.values()]
+        wanted = [*content, *content.values()]
+    else:
+        there, wanted = list(container), content
+    alike = (
+        a is b or (type(a) is type(b) and type(a) in PLAIN and a == b)
+        for a, b in zip(there, wanted, strict=True)
+    )
+    return all(alike)
+
+
+def _written(now: Any, before: Any) -> bool:
     """Write a tensor's or an array's value into the one that is there, if it has its shape and type."""
     if isinstance(now, np.ndarray) and isinstance(before, np.ndarray):
         alike = now.shape == before.shape and now.dtype == before.dtype and now.flags.writeable
@@ -162,7 +241,7 @@ def written(now: Any, before: Any) -> bool:
             np.copyto(now, before)
         return alike
     if not isinstance(now, Tensor) or not isinstance(before, Tensor):
-        return now is before
+        return False
     if now.shape != before.shape or now.dtype != before.dtype or now.layout != torch.strided:
         return False
     if now.is_inference():
@@ -171,50 +250,6 @@ def written(now: Any, before: Any) -> bool:
         return False  # it shows one number at several places
     now.data.copy_(before)
     return True
-
-
-def _restored(now: Any, before: Any, objects: Objects) -> Any:
-    """Return what belongs where `now` stands: itself with what was kept, where its type allows that."""
-    kind = type(before)
-    if kind is Held:
-        if before.kind == GENERATOR:
-            _set_generator(now, before.of)
-            return now
-        return objects.get((before.kind, before.of), now)
-    if kind not in _CONTAINERS:
-        is_kept = isinstance(before, (Tensor, np.ndarray))
-        return now if is_kept and written(now, before) else copied(before)
-    alike = type(now) is kind
-    if isinstance(before, dict):
-        there = now if alike else {}
-        items = {
-            (key := _restored(None, k, objects)): _restored(there.get(key), item, objects)
-            for k, item in before.items()
-        }
-        if not alike:
-            return filled(before, items)
-        refill(now, list(items), list(items.values()))
-        return now
-    if kind in _UNORDERED:
-        elements = [_restored(None, item, objects) for item in before]
-        if alike and kind is set:
-            refill(now, elements, [])
-        return now if alike and now == set(elements) else kind(elements)
-    return _restored_in_order(now if alike else (), before, objects)
-
-
-def _restored_in_order(now: Any, before: Any, objects: Objects) -> Any:
-    there = [*now, *[None] * (len(before) - len(now))]
-    items = [_restored(old, item, objects) for old, item in zip(there, before, strict=False)]
-    if isinstance(now, list) or (isinstance(now, deque) and now.maxlen == before.maxlen):
-        refill(now, items, [])
-        return now
-    same = type(now) is type(before) and len(now) == len(items)
-    return now if same and all(map(_is, now, items)) else filled(before, items)
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other
 
 
 def _is_value(value: Any) -> bool:

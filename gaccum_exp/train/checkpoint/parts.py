@@ -16,10 +16,9 @@ from gaccum_exp.train.checkpoint.attributes import (
     PART,
     Names,
     Objects,
+    PuttingBack,
     attributes_of,
     copied,
-    put_back_attributes,
-    written,
 )
 from gaccum_exp.train.state import TrainState
 
@@ -94,16 +93,14 @@ def moving(parts: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def put_back(parts: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
     """Put back what `moving` has returned; it stays as it is, and can be put back again."""
+    putting_back = PuttingBack(objects_of(parts))
     for name, part in _modules(parts):
         for key, now in list(part._buffers.items()):
-            before = kept["buffers"].get(f"{name}.{key}")
-            if not written(now, before):
-                part._buffers[key] = copied(before)
+            part._buffers[key] = putting_back.restored(now, kept["buffers"].get(f"{name}.{key}"))
         if name in kept["extra"]:
             part.set_extra_state(copied(kept["extra"][name]))
-    objects = objects_of(parts)
     for name, part in parts.items():
-        put_back_attributes(part, kept["attributes"].get(name, {}), objects)
+        putting_back.attributes(part, kept["attributes"].get(name, {}))
     set_random_states(fitting(kept["random"]))
 
 

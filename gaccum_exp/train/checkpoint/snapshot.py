@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.train.checkpoint.attributes import attributes_of, put_back_attributes
+from gaccum_exp.train.checkpoint.attributes import PuttingBack, attributes_of
 from gaccum_exp.train.checkpoint.encoding import decode
 from gaccum_exp.train.checkpoint.files import UnusableCheckpointError, read
 from gaccum_exp.train.checkpoint.parts import (
@@ -141,7 +141,7 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
     begins_again = window is not None and _begins_again(state, window)
     put_back(parts, window["at_start"] if begins_again else tree["moving"])
     _put_back_optimizer(state.optimizer, tree["optimizer"], parameters)
-    put_back_attributes(state.optimizer, tree["optimizer"]["attributes"], objects_of(parts))
+    PuttingBack(objects_of(parts)).attributes(state.optimizer, tree["optimizer"]["attributes"])
     if state.scheduler is not None:
         state.scheduler.load_state_dict(tree["scheduler"])
     if state.scaler is not None:

@@ -77,6 +77,38 @@ class Hoarder(Net):
         return out * (1 + 0.01 * moved)
 
 
+class Aliased(Net):
+    """What is one object when it is built becomes several, and the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros, nothing = torch.zeros(2, dtype=torch.float64), list[float]()
+        self.older = self.newer = zeros
+        self.recent = [zeros] * 3
+        self.notes = self.others = nothing
+        self.shadow: list[Tensor] = [self.layers[0].weight]
+        self.one, self.other = zeros.clone(), zeros.clone()
+        self.register_buffer("mean", zeros.clone())
+        self.view = self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        if self.training:
+            mean = x.mean(0)
+            self.older, self.newer = self.newer, mean
+            self.recent = [*self.recent[1:], mean.clone()]
+            self.notes = [*self.notes, 1.0]
+            self.others.append(2.0)
+            self.shadow[0] = 0.5 * self.shadow[0].detach() + 1
+            self.one = self.other
+            self.one += mean
+            self.mean += mean
+        moved = self.older - self.newer + self.recent[0] - self.recent[2] + self.one - 2 * self.other
+        moved = moved + self.mean + 2 * self.view
+        out = super().forward(x) * (1 + 0.01 * moved.sum() + 0.01 * self.shadow[0].sum())
+        return out * (1 + 0.01 * (sum(self.notes) - sum(self.others)))
+
+
 class Lookahead(torch.optim.SGD):
     """Goes half the way back to slow weights, which are a list, every second step."""
 
@@ -125,6 +157,18 @@ def test_containers_of_tensors_and_values_come_back(tmp_path: Path) -> None:
     assert set(model.of_parameter) == set(model.parameters())
     assert model.parts[0] is model.layers
     assert model.made["new"] == []
+
+
+def test_what_was_one_object_and_is_several_comes_back_as_several(tmp_path: Path) -> None:
+    """Each with its own value, and none of them in a parameter; what is one object stays one."""
+    of = (*OF, f"model._target_={HERE}.Aliased", "accum.steps=4", "accum.reduction=mean")
+    whole = Training(*of).train()
+    stopped_at(tmp_path, (3, 1), *of)
+    again, _ = gone_on(tmp_path, *of)
+    assert torch.equal(again.weights, whole.weights)
+    model: Any = again.state.model
+    assert model.one is model.other
+    assert model.view is model.mean
 
 
 class Box:
