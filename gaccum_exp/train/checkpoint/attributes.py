@@ -50,7 +50,7 @@ def attributes_of(of: Any, names: Names) -> tuple[dict[str, Any], dict[str, Left
         walk = _Walk(names)
         try:
             tree = walk.tree(value, key)
-        except (_WholeError, RecursionError):  # of which the latter is a list inside itself
+        except Exception:  # a list inside itself, or whatever a user's object answers
             tree, walk.left = THERE, [(key, value)]
         if tree is not THERE:
             kept[key] = tree

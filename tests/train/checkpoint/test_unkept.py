@@ -235,6 +235,13 @@ def test_what_cannot_be_kept_and_moves_is_said_and_ends_the_checkpoints(
     assert list(tmp_path.glob("*")) == []
 
 
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self) -> int:
+        return 0
+
+
 class Configured(Net):
     """Holds what cannot be kept and stays as it is, as most models do."""
 
@@ -245,6 +252,7 @@ class Configured(Net):
         self.lock, self.type, self.parent = threading.Lock(), Box, [self]
         self.itself: list[Any] = []
         self.itself.append(self.itself)
+        self.made = collections.defaultdict(Unhashable())
 
 
 def test_what_cannot_be_kept_and_stays_is_no_reason(
