@@ -48,7 +48,7 @@ from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.checkpoint import files
-from gaccum_exp.train.checkpoint.hook import FOLDER
+from gaccum_exp.train.checkpoint.hook import FOLDER, Writer
 from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.datasets import DatasetCache
 from gaccum_exp.train.final_weights import criterion_weights_of, weights_of
@@ -128,9 +128,10 @@ class Life:
         return self.settings.tracking.uri, self.settings.tracking.experiment_name
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of its checkpoints, beside its journal."""
-        return self.sink.journal.file_path(FOLDER)
+    def checkpoints(self) -> Writer:
+        """What writes its checkpoints, beside its journal."""
+        journal = self.sink.journal
+        return Writer(journal.file_path(FOLDER), journal.token)
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run's journal with its parameters, its configuration, its tags and these.
@@ -143,7 +144,7 @@ class Life:
             recorded = self._recorded or Recorded(path)
             journal = Journal.going_on(path, self.resumed.lock)
             # What a machine that was switched off has forgotten of the journal is trained again.
-            self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
+            self._checkpoint = files.newest(journal.file_path(FOLDER), journal.token, recorded.last_step)
             place = None if self._checkpoint is None else files.place_of(self._checkpoint)
             self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
             before, now = recorded.tags.get("command_id"), context.command_id
@@ -249,7 +250,7 @@ class Life:
         """
         sink = self.sink
         sink.close("FINISHED")
-        files.remove(self.checkpoints)
+        self.checkpoints.drop()
         if isinstance(sink, ResumedSink) and sink.compared:
             log.info("%d steps were taken again, and are equal %s", len(sink.compared), sink.how_equal)
         self._finished(sink.last, verdict)

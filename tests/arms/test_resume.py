@@ -21,7 +21,14 @@ from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking import sink as sinks
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Journal, encoded, end_if_dead, last_record, read_journal
+from gaccum_exp.tracking.journal import (
+    Journal,
+    beginning,
+    encoded,
+    end_if_dead,
+    last_record,
+    read_journal,
+)
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
@@ -152,6 +159,10 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
     expected, weights = curves(program), weights_in(program.folder / "apart")
     killed(program, *command, at=12)
     (folder,) = folders(program)
+    path = journal_of(program, folder)
+    left = list(path.parent.glob("checkpoints/*/manifest.json"))
+    assert left
+    assert all(beginning(path)[1]["token"] in manifest.read_text() for manifest in left)
     done = program(*command)
     assert (done.status, folders(program)) == (0, [folder])
     assert any(

@@ -10,7 +10,7 @@ import torch
 
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train.checkpoint import files, hook
-from gaccum_exp.train.checkpoint.hook import Checkpoints, Writer
+from gaccum_exp.train.checkpoint.hook import Checkpoints
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.stopping import StoppedError
 from tests.strangers import Net
@@ -43,18 +43,6 @@ class Noted(Hook):
             if thread.name == hook.FOLDER:
                 thread.join()
         self.seen.append(names(self.folder))
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every checkpoint be written before the next window: the machine may be busy."""
-    start = Writer.start
-
-    def started(self: Writer, *arguments: Any) -> None:
-        start(self, *arguments)
-        self.wait()
-
-    monkeypatch.setattr(Writer, "start", started)
 
 
 def test_they_are_taken_every_so_many_steps_and_the_newest_are_kept(tmp_path: Path) -> None:
