@@ -5,6 +5,7 @@ time. One that cannot be written is a warning: the training goes on.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ from gaccum_exp.train.stopping import Stop, StoppedError, worker_was_ended
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+COPIED = 0.01
+"""The share of a window's time that a copy of its start may take, where it can do without."""
 WORTH = 0.05
 """The share of the training's time that checkpoints may cost unsaid."""
 TELLING = 3
@@ -76,6 +79,8 @@ class Checkpoints(Hook):
         self._tried = False
         """Whether a window was taken, which may move what cannot be kept."""
         self._taken_s = self._window_s = self._begun_s = 0.0
+        self._copy_s, self._took_s = 0.0, math.inf
+        """Of the last copy of what passes move, and of the last window."""
         self._cost_s = 0.0
         self._count = 0
 
@@ -103,11 +108,19 @@ class Checkpoints(Hook):
         begins_again = not goes_on_inside(state)
         if state.begun is not None:
             self._at_start = state.begun_at_start
-        elif self._on and (begins_again or may_begin_again(state)):
+        elif self._on and (begins_again or may_begin_again(state, cheaply=self._copies_cheaply)):
+            start_s = time.monotonic()
             self._at_start = copied(moving(parts_of(state)))
+            self._copy_s = time.monotonic() - start_s
             self._versions = [p._version for p in state.parameters] if begins_again else []
+        start_s = time.monotonic()
         yield
-        self._inside = False
+        self._inside, self._took_s = False, time.monotonic() - start_s
+
+    @property
+    def _copies_cheaply(self) -> bool:
+        """Whether a copy of what passes move takes next to no part of a window's time."""
+        return self._copy_s <= COPIED * self._took_s
 
     def after_micro_batch(self, state: TrainState, accumulator: AccumulatorState) -> None:
         """Take one inside a window where the training is to stop, or the window takes too long."""

@@ -45,9 +45,13 @@ def goes_on_inside(state: TrainState) -> bool:
     return not needs_closure(type(state.optimizer).step) and not state.strategy.takes_window_at_once
 
 
-def may_begin_again(state: TrainState) -> bool:
-    """Whether a window that goes on may still have to begin again: at another N, or out of memory."""
-    return not state.reduction.splits_again or state.settings.accum.on_oom == "increase_steps"
+def may_begin_again(state: TrainState, *, cheaply: bool) -> bool:
+    """Whether a window that goes on may still have to begin again: at another N, or out of memory.
+
+    At another N it need not, and goes on as it was split; where its start is kept `cheaply`, it does.
+    """
+    at_another_n = cheaply and not state.reduction.splits_again
+    return at_another_n or state.settings.accum.on_oom == "increase_steps"
 
 
 def snapshot(
@@ -159,7 +163,8 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
 
 def _begins_again(state: TrainState, window: Tree) -> bool:
     """Whether the window in which a checkpoint was taken cannot go on as it would be split now."""
-    return not state.reduction.splits_again and window["sizes"] != _sizes(state)
+    splits = state.reduction.splits_again or window["sizes"] == _sizes(state)
+    return not splits and window["at_start"] is not None
 
 
 def _say_begins_again(state: TrainState, window: Tree) -> str:
@@ -174,11 +179,16 @@ def _say_begins_again(state: TrainState, window: Tree) -> str:
 
 
 def _go_on_inside(state: TrainState, window: Tree, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let the window in which a checkpoint was taken go on, what is left of it split as it is now."""
+    """Let the window in which a checkpoint was taken go on, what is left of it split as it is now.
+
+    Under a reduction whose 1/N is spent it is left as it was split.
+    """
     sizes, done = window["sizes"], window["accumulator"]["passes_done"]
     now = _sizes(state)
     state.begun_sizes = None
-    if sizes != now:
+    if sizes != now and not state.reduction.splits_again:
+        state.begun_sizes = sizes
+    elif sizes != now:
         left = sum(sizes[done:])
         state.begun_sizes = [*sizes[:done], *(split_sizes(left, -(-left // now[0])) if left else [])]
     state.begun_at_start = window["at_start"]

@@ -1,5 +1,6 @@
 """A training that is stopped and goes on is the one that was never stopped."""
 
+import math
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.train.checkpoint import hook
 from gaccum_exp.train.checkpoint.files import UnusableCheckpointError, newest
 from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.evaluation import Evaluation
@@ -227,9 +229,10 @@ def test_a_begun_window_goes_on_at_another_n(
 
 
 def test_the_mean_of_means_begins_its_window_again_at_another_n(
-    tmp_path: Path, undisturbed: Any
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its 1/N is spent: the run says so, and ends where it does under that N from the window's start."""
+    monkeypatch.setattr(hook, "COPIED", math.inf)
     of = (*POINTS, "accum.reduction=mean")
     stopped_at(tmp_path, (2, 3), *of)
     again, said = gone_on(tmp_path, *of, "accum.steps=2")
@@ -238,10 +241,26 @@ def test_the_mean_of_means_begins_its_window_again_at_another_n(
     torch.testing.assert_close(again.weights, undisturbed(*of).weights, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("n", [2, 16])
+def test_the_mean_of_means_ends_a_short_window_as_it_was_split(
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Whose start would cost too much to keep: its passes are those that it was begun with."""
+    monkeypatch.setattr(hook, "COPIED", 0.0)
+    of = (*POINTS, f"model._target_={HERE}.Counting", "accum.reduction=mean",
+          "data.global_batch_size=16", "accum.steps=4", "train.steps=3")  # fmt: skip
+    stopped_at(tmp_path, (2, 3), *of)
+    again, said = gone_on(tmp_path, *of, f"accum.steps={n}")
+    assert said is None
+    assert again.state.model.passes == 12
+    torch.testing.assert_close(again.weights, undisturbed(*of).weights, rtol=1e-12, atol=1e-13)
+
+
 def test_a_window_that_begins_again_finds_what_passes_move_as_it_was_at_its_start(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attributes, a state of its own and every generator: as from the checkpoint before the window."""
+    monkeypatch.setattr(hook, "COPIED", math.inf)
     of = (*POINTS, "accum.reduction=mean", f"model._target_={HERE}.Unbuffered",
           "checkpoint.every_steps=2")  # fmt: skip
     stopped_at(tmp_path / "inside", (2, 3), *of)
