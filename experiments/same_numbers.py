@@ -4,6 +4,8 @@
     python experiments/same_numbers.py write after.json      # at another commit, with this same file
     python experiments/same_numbers.py compare before.json after.json     # exit status 1: they differ
 
+`write --checkpoints` takes one after every optimizer step, which is to change no number either.
+
 It goes through the command line and what `from gaccum_exp import ...` offers alone, and reads MLflow's
 store with MLflow's own client, so that it stays as it is while modules move. Every process computes on
 one thread of the CPU. Both files have to be written on one machine with the same packages. A run whose
@@ -130,6 +132,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 FUNCTIONS = "functions"
 """The group of what the public functions return."""
 COMMON = "runtime.device=cpu runtime.threads=1"
+CHECKPOINTS = "checkpoint.every_steps=1"
 
 FILES = ("comparison.csv", "audit.json", "plan.json")
 RENAMED = {"steps": "accum_steps"}
@@ -155,12 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writing = commands.add_parser("write", help="run everything and write one JSON file")
     writing.add_argument("file", type=Path)
     writing.add_argument("--only", nargs="+", metavar="GROUP", choices=[*COMMANDS, FUNCTIONS])
+    writing.add_argument("--checkpoints", action="store_true", help="one after every optimizer step")
     comparing = commands.add_parser("compare", help="print each difference between two such files")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     given = parser.parse_args(arguments)
     if given.command == "write":
-        found = measured(given.only or [*COMMANDS, FUNCTIONS])
+        also = CHECKPOINTS if given.checkpoints else ""
+        found = measured(given.only or [*COMMANDS, FUNCTIONS], also)
         given.file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return 0
     before, after = (json.loads(path.read_text()) for path in (given.before, given.after))
@@ -169,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if lines else 0
 
 
-def measured(groups: Sequence[str]) -> dict[str, Any]:
-    """Run these groups; return what was found of each command, numbers as `exact` writes them."""
+def measured(groups: Sequence[str], also: str = "") -> dict[str, Any]:
+    """Run these groups, with one more override; return what was found, as `exact` writes numbers."""
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(PROCESSES) as pool:
         named = [(g, " ".join(command.split())) for g in groups for command in COMMANDS.get(g, ())]
         folders = [Path(scratch) / str(number) for number in range(len(named))]
@@ -179,7 +184,7 @@ def measured(groups: Sequence[str]) -> dict[str, Any]:
             folder.mkdir()
             shutil.copy(str(store), folder)
         functions = pool.submit(ran, ("-m", PARTS), scratch) if FUNCTIONS in groups else None
-        statuses = pool.map(run_command, (command for _, command in named), folders)
+        statuses = pool.map(run_command, (f"{command} {also}" for _, command in named), folders)
         found: dict[str, Any] = {group: {} for group in groups}
         for (group, command), status, folder in zip(named, statuses, folders, strict=True):
             found[group][command] = {"status": status, **written(folder), "runs": recorded(folder)}
@@ -308,6 +313,7 @@ def comparable(value: Any) -> Any:
     if isinstance(value, list):
         return [comparable(item) for item in value]
     if isinstance(value, str):
+        value = value.replace(f" {CHECKPOINTS}", "")
         return _OUR_NAMES.sub(lambda found: found[0].rpartition(".")[2], value)
     return value
 

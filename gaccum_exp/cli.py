@@ -16,19 +16,20 @@ import shlex
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp import __version__
-from gaccum_exp.arms import child, continued
+from gaccum_exp.arms import child, continued, resume
 from gaccum_exp.arms.context import (
     ArmContext,
     Command,
@@ -46,7 +47,6 @@ from gaccum_exp.arms.outcome import (
     RUNNING,
     Outcome,
     exit_status,
-    outcomes_in_store,
     read_outcomes,
 )
 from gaccum_exp.arms.process import process_restored
@@ -56,7 +56,6 @@ from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
 from gaccum_exp.errors import BadInputError, TrackingError, complain
-from gaccum_exp.tracking.journal import PATTERN
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
@@ -120,7 +119,17 @@ def _run(given: list[str], stop: Stop) -> int:
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *line.for_hydra]
-    command, status, interrupted = Command(stop, given, raw), OK, None
+    command = Command(stop, given, raw)
+    try:
+        return _launched(command, line)
+    finally:
+        if command.lock is not None:
+            command.lock.release()
+
+
+def _launched(command: Command, line: CommandLine) -> int:
+    """Have Hydra launch what a command asks for; return its exit status."""
+    stop, given, raw, status, interrupted = command.stop, command.arguments, command.raw, OK, None
 
     def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
         if command.launch is not None and command.launch.multirun:
@@ -151,20 +160,26 @@ def _run(given: list[str], stop: Stop) -> int:
         stop.followed()
     status = _end(command, status, interrupted)
     if interrupted is not None:
-        _say_what_goes_on(command, given)
+        launch = command.launch
+        if launch is None or not (command.outcomes or read_outcomes(launch.folder, launch.sweep_id)):
+            complain(f"{interrupted} before anything was run")
+        _say_what_goes_on(command)
     return status
 
 
-def _say_what_goes_on(command: Command, given: Sequence[str]) -> None:
-    """Name the command that goes on with a run that was interrupted: the same one."""
-    launch = command.launch
-    if launch is None or launch.multirun or not any(launch.folder.glob(PATTERN)):
+def _say_what_goes_on(command: Command) -> None:
+    """Name the command that goes on with a run that was interrupted, or its control: the same one."""
+    launch, settings, given = command.launch, command.settings, command.arguments
+    if launch is None or settings is None or settings.task != "train":
         return
-    ended = read_outcomes(launch.folder, launch.sweep_id).get(launch.folder)
-    if ended is not None and (ended.status, ended.task) == ("KILLED", "train"):
-        arguments = [argument for argument in given if argument != "resume=never"]
-        line = shlex.join([*continued.program(given), *arguments])
-        print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
+    own = [run for run in resume.runs_in(launch.folder) if run.sweep_id == launch.sweep_id]
+    if not any(run.is_unfinished for run in own):
+        resumed = resume.in_folder(launch.folder, settings)
+        if resumed is None:
+            return
+        resumed.lock.release()
+    line = shlex.join([*continued.program(given), *continued.going_on(given)])
+    print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 
 
 def _version() -> str:
@@ -226,7 +241,7 @@ def task(cfg: DictConfig) -> float | None:
         owns_terminal=command is not None,
         home=Path(job.runtime.cwd),
         command_id=str(swept.get("command_id", cfg.sweep_id)),
-        sweep_folder=Path(job.runtime.cwd, job.sweep.dir) if job.mode == RunMode.MULTIRUN else None,
+        sweep_folder=_folder_of_sweep(job) if job.mode == RunMode.MULTIRUN else None,
         known={digest: KnownArm(*arm) for digest, arm in json.loads(swept.get("known", "{}")).items()},
     )
     if context.multirun:
@@ -243,9 +258,15 @@ def task(cfg: DictConfig) -> float | None:
     from gaccum_exp.arms.life import run_arm
 
     assert command is not None
+    command.settings = settings
     outcome = run_arm(context, settings, command.stop, command.resumed)
     command.outcomes[context.folder] = outcome
     return outcome.objective
+
+
+def _folder_of_sweep(job: HydraConf) -> Path:
+    """Return it without the dots of `../elsewhere`, as Hydra names those of its jobs."""
+    return Path(os.path.abspath(Path(job.runtime.cwd, job.sweep.dir)))
 
 
 def _end(command: Command, status: int, interrupted: str | None = None) -> int:
@@ -253,21 +274,47 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
     launch = command.launch
     if launch is None:
         return status
-    compared = False
+    found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
+    outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
+    if not launch.multirun:
+        return _compare(command, launch, outcomes, status)
+    gave_up, compared = status == RUN_FAILED, False  # the sweeper or the launcher
     try:
-        end = _compare(command, launch, status, interrupted)
+        try:
+            outcomes = _with_those_elsewhere(command, launch, outcomes, status)
+        except (BadInputError, TrackingError) as error:
+            complain(f"what became of arms that ran elsewhere is not known: {error}")
+            status = status or RUN_FAILED
+        continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
+        end = _compare(command, launch, outcomes, status)
         compared = True
     finally:
-        if launch.multirun:
-            gave_up = status == RUN_FAILED  # the sweeper or the launcher
-            broken = interrupted is not None or not compared
-            _say_how_to_go_on(command, launch, broken=broken, gave_up=gave_up)
+        broken = interrupted is not None or not compared
+        _say_how_to_go_on(command, launch, outcomes, broken=broken, gave_up=gave_up)
     return end
 
 
-def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool, gave_up: bool) -> None:
+def _with_those_elsewhere(
+    command: Command, launch: Launch, here: dict[Path, Outcome], status: int
+) -> dict[Path, Outcome]:
+    """Return the arms of a sweep, also those that share no folder with this command, if there are any.
+
+    Raises:
+        BadInputError: as `continued.with_those_elsewhere`; StoreAwayError: likewise.
+    """
+    _, never = continued.what_is_left(here, command.command_id, command.planned)
+    missing = status == OK and (not here if never is None else never > 0)
+    if not missing and not continued.lacks(launch.folder, launch.sweep_id, here):
+        return here
+    return continued.with_those_elsewhere(
+        launch.folder, launch.sweep_id, here, launch.tracking_uri, launch.experiment_name
+    )
+
+
+def _say_how_to_go_on(
+    command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], *, broken: bool, gave_up: bool
+) -> None:
     """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
-    outcomes = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
     unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
     note = continued.SweepNote.of(launch.folder)
     if note is None or note.command_id != command.command_id:  # nothing could be recorded
@@ -281,12 +328,7 @@ def _say_how_to_go_on(command: Command, launch: Launch, *, broken: bool, gave_up
     print(f"\ngaccum_exp: {left}; to go on:\n  {line}", file=sys.stderr)
 
 
-def _compare(command: Command, launch: Launch, status: int, interrupted: str | None) -> int:
-    found = read_outcomes(launch.folder, launch.sweep_id) | command.outcomes
-    outcomes = {folder: _over(folder, outcome, interrupted) for folder, outcome in found.items()}
-    if not outcomes and launch.multirun and status == OK:
-        with suppress(BadInputError, TrackingError):  # of arms that share no folder with this command
-            outcomes = outcomes_in_store(launch.tracking_uri, launch.experiment_name, launch.sweep_id)
+def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], status: int) -> int:
     if not outcomes:
         _end_journal(command, [])
         if status == OK and launch.multirun:

@@ -15,15 +15,16 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def program(
-    tmp_path: Path,
-    empty_store: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Program:
-    """Return the program in a new working directory that holds an empty store."""
+def home(tmp_path: Path, empty_store: Path) -> Path:
+    """Return a new folder with an empty store, to run programs in."""
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def program(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Program:
+    """Return the program in a new working directory that holds an empty store."""
+    monkeypatch.chdir(home)
     for key in ("HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(key, raising=False)
-    return Program(tmp_path, capfd)
+    return Program(home, capfd)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.config import schema as config
@@ -27,11 +28,16 @@ STRANGER = (
 )
 
 
-def settings(*overrides: str) -> Settings:
-    """Compose and validate as the command line does."""
+def composed(*overrides: str) -> DictConfig:
+    """Compose a configuration as the command line does."""
     config.register()
     with initialize_config_dir(config.conf_dir(), version_base="1.3"):
-        return config.validate(compose("config", list(overrides)))
+        return compose("config", list(overrides))
+
+
+def settings(*overrides: str) -> Settings:
+    """Compose and validate as the command line does."""
+    return config.validate(composed(*overrides))
 
 
 class Collected(Sink):

@@ -66,6 +66,7 @@ def seconds(overrides: str, windows: int, folder: Path | None) -> float:
     from gaccum_exp.tracking.progress import Progress
     from gaccum_exp.tracking.sink import Sink
     from gaccum_exp.train.build import build
+    from gaccum_exp.train.checkpoint.hook import Writer
     from gaccum_exp.train.loop import hooks_of, train
 
     schema.register()
@@ -76,7 +77,8 @@ def seconds(overrides: str, windows: int, folder: Path | None) -> float:
         state = build(schema.validate(compose("config", of)))
     state.eval_data = None
     with Progress("cost", state.total_steps, alone=False) as progress:
-        hooks, _ = hooks_of(state, Sink(), progress, checkpoints=folder)
+        writer = None if folder is None else Writer(folder)
+        hooks, _ = hooks_of(state, Sink(), progress, checkpoints=writer)
         start_s = time.perf_counter()
         train(state, hooks)
         return time.perf_counter() - start_s

@@ -129,7 +129,7 @@ def forge(path: Path) -> None:
     """Make a checkpoint's manifest agree with what is there."""
     contents = {p.name: p.read_bytes() for p in path.iterdir() if p.name != MANIFEST}
     listed = {n: {"bytes": len(c), "sha256": sha256(c).hexdigest()} for n, c in contents.items()}
-    text = json.dumps({"version": 1, "name": path.name, "files": listed}, indent=1).encode()
+    text = json.dumps({"version": 2, "name": path.name, "run": "", "files": listed}, indent=1).encode()
     (path / MANIFEST).write_bytes(sha256(text).hexdigest().encode() + b"\n" + text)
 
 

@@ -129,6 +129,8 @@ def watch(running: Running) -> tuple[dict[str, Samples], float]:
         time.sleep(0.2)
     if said_s is not None:
         longest_s = max(longest_s, time.monotonic() - said_s)
+    for samples in held.values():  # the last window may have been over when the last sample was taken
+        del samples.at_s[-1:], samples.kib[-1:]
     return dict(held), longest_s
 
 

@@ -30,12 +30,12 @@ class MlflowServer:
 
     Args:
         folder: of the database and of what runs keep.
-        database: its URI; None: SQLite in the folder.
+        database: its URI; None: SQLite in the folder, the store that is there or a new one.
     """
 
     def __init__(self, folder: Path, database: str | None = None) -> None:
         self.folder, self.port = folder, free_port()
-        self.database = database or f"sqlite:///{folder / 'server.db'}"
+        self.database = database or f"sqlite:///{folder / 'mlflow.db'}"
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 

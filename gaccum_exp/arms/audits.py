@@ -35,6 +35,8 @@ def print_audits(outcomes: Mapping[Path, Outcome]) -> None:
         if outcome.status == "FINISHED" and path.exists():
             written = json.loads(path.read_text())
             lines.append((outcome.name, Audit(**{key: written[key] for key in plain})))
+        elif outcome.status == "FINISHED":
+            lines.append((outcome.name, f"{outcome.verdict}, and its file is in the store"))
         else:
             lines.append((outcome.name, f"{outcome.status}: {outcome.reason}"))
     print_table(lines)

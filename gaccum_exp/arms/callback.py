@@ -8,6 +8,7 @@ runs in the store.
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -43,6 +44,8 @@ from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, trac
 log = logging.getLogger(__name__)
 MOST_ARMS = 10_000
 """Hydra composes the arms of a sweep before the first one begins, some twenty a second."""
+SHARING = (".BasicLauncher", ".JoblibLauncher", ".LocalLauncher", ".SlurmLauncher")
+"""Launchers whose jobs write to the command's own folder: on its host, or on one that shares it."""
 
 
 class SweepStart(Callback):
@@ -77,8 +80,10 @@ class SweepStart(Callback):
         _refuse_places(config)
         planned = _arms_of(config, overrides)
         command_id = str(config.sweep_id)
-        before = continued.asked_for(config, overrides, command_id)
+        before, command = continued.asked_for(config, overrides, command_id), current_command.get()
         if before is not None:
+            if command is not None:
+                command.lock = before.lock
             _take_up(config, before)
             swept = list(dict.fromkeys([*before.swept_keys, *swept]))
         _refuse_passwords(config, config_name, overrides)
@@ -88,7 +93,11 @@ class SweepStart(Callback):
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
         # taken from them again when the job starts.
         self._pinned = [f"sweep_id={_quoted(config.sweep_id)}", *_decide_where(config, before)]
-        note = SweepNote(config.sweep_id, command_id, time.time(), swept_keys=swept)
+        note = SweepNote(
+            config.sweep_id, command_id, time.time(), swept_keys=swept,
+            arms=[] if before is None else before.places,
+            uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
+        )  # fmt: skip
         start_helper()
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
@@ -103,7 +112,6 @@ class SweepStart(Callback):
             if before is not None:
                 config.hydra.overrides.hydra += _of_what_is_there(config, before, command_id)
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
-        command = current_command.get()
         if command is not None:
             command.planned, command.command_id = planned, command_id
         if config.sweep.vectorize == "seed":
@@ -298,7 +306,7 @@ def _note_launch(
     if command is not None:
         command.resumed = resumed
         command.launch = Launch(
-            folder=folder.absolute(),
+            folder=Path(os.path.abspath(folder)),  # as Hydra names those of its jobs
             sweep_id=str(config.sweep_id),
             tracking_uri=str(config.tracking.uri),
             experiment_name=str(config.tracking.experiment_name),

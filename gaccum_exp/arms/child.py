@@ -28,13 +28,13 @@ from gaccum_exp.arms import continued
 from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
 from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, first_line
+from gaccum_exp.errors import BadInputError, complain, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
 from gaccum_exp.tracking.processes import python
 from gaccum_exp.tracking.read_back import Journals
-from gaccum_exp.train.stopping import Stop, StoppedError, of_signal, say_at_once
+from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, of_signal, say_at_once
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 30.0
@@ -93,10 +93,15 @@ class _Child:
         ours, theirs = socket.socketpair()
         program = f"from gaccum_exp.arms.serve import serve; serve({theirs.fileno()})"
         # In a session of its own: Ctrl-C in a terminal is meant for this process, which passes it on.
-        self.process = subprocess.Popen(
-            python(program), pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        # What is passed on waits there until it can be followed, and does not end Python as it starts.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process = subprocess.Popen(
+                python(program), pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.connection = Connection(ours.detach())
         self._used = False
@@ -221,6 +226,7 @@ def run_job(
     if command_id in _stopped:  # a launcher may go on giving jobs
         raise _stopped[command_id]
     if continued.forgotten(context.sweep_folder, command_id):
+        complain("the sweep goes on in another command: this one ends")
         raise StoppedError("the sweep goes on in another command", 143)
     if helper is not None:
         shipper.use_helper(helper)
@@ -253,9 +259,10 @@ def _answered(arm: ArmContext, outcomes: dict[Path, Outcome]) -> bool:
         return True
     if known is None or known.status is None:
         return False
-    if there is None:  # it has run where no folder is shared with this host
+    if there is None or there.status != known.status:  # its end is of a host that shares no folder
         there = Outcome(
-            arm.sweep_id, known.name, known.status, task=str(arm.config.task),
+            arm.sweep_id, known.name, known.status, known.reason, task=str(arm.config.task),
+            verdict=known.verdict, audit_asked=known.audit_asked,
             objective=known.objective, digest=arm.digest,
         )  # fmt: skip
     else:
@@ -340,7 +347,7 @@ def ended(folder: Path, running: Outcome, stopped: str | None, reason: str = WIT
 
 
 def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
-    """Return what the journal of an arm says of its end, as fields of an outcome; empty if nothing.
+    """Return what an arm's journal says of its end in a command, as fields of an outcome, if anything.
 
     It died between the two, and its run's end in the store is the journal's.
     """
@@ -349,7 +356,8 @@ def _recorded_end(folder: Path, running: Outcome) -> dict[str, Any]:
     except (OSError, ValueError, KeyError):  # one that cannot be read says nothing
         return {}
     for run in runs:
-        if run.status != RUNNING and not run.is_control:
+        own = running.command_id in (None, *run.tags.get("command_id", "").split())
+        if own and run.status != RUNNING and not run.is_control:
             objective = run.metrics.get(EVAL_LOSS, run.metrics.get(TRAIN_LOSS)) if run.finished else None
             return {
                 "status": run.status, "reason": run.tags.get("failure"),

@@ -16,6 +16,7 @@ from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.resume import Resumed
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import Stop
 
 _NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume"})
@@ -31,6 +32,9 @@ class KnownArm(NamedTuple):
     status: str | None
     """How it ended for good; None: it is to go on."""
     objective: float | None = None
+    reason: str | None = None
+    verdict: str | None = None
+    audit_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,10 @@ class Command:
     """Noted by the callback, once Hydra has composed the configuration."""
     resumed: Resumed | None = None
     """The run that a single run goes on with."""
+    settings: Settings | None = None
+    """Of a single run."""
+    lock: FileLock | None = None
+    """Of the sweep that it goes on with."""
     journal: Journal | None = None
     """Of a sweep: its report is recorded there, as a run of its own."""
     outcomes: dict[Path, Outcome] = field(default_factory=dict)

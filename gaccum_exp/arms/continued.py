@@ -13,27 +13,37 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
-from gaccum_exp.errors import BadInputError, nearest
-from gaccum_exp.tracking.journal import beginning, has_end, journals_below, owner
+from gaccum_exp.arms.resume import NEVER
+from gaccum_exp.errors import BadInputError, StoreAwayError, nearest
+from gaccum_exp.tracking.journal import (
+    beginning,
+    has_end,
+    is_of_this_host,
+    journals_below,
+    last_owner,
+)
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
 
-COMMAND_FILE = "command.json"
+COMMAND_FILE, COMMAND_LOCK = "command.json", "command.lock"
 KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed")
 """What only the command is told, and not its arms."""
 HELPER_S = 1.0
-"""So long a journal's lock may be held by who delivers it."""
+"""So long a lock may be held by who delivers a journal, or looks whether it is held."""
 ENDING_S = 10.0
 """So long the arms of a command that was killed may take to notice."""
 
@@ -50,6 +60,10 @@ class SweepNote:
     """Whether it has come to its end, with every arm."""
     swept_keys: list[str] = field(default_factory=list)
     """Of all commands so far."""
+    arms: list[str] = field(default_factory=list)
+    """The folders, in the sweep's, of the arms that its commands have counted at their ends."""
+    uncounted: bool = False
+    """Whether there may be others: its launcher shares no folder with the command, which is not over."""
 
     @classmethod
     def of(cls, folder: Path) -> "SweepNote | None":
@@ -81,7 +95,14 @@ class Continued:
     """Of its store."""
     experiment_name: str | None
     outcomes: Mapping[Path, Outcome]
-    """How its arms ended, by folder; where they left none here, by its place in the sweep's."""
+    """How its arms ended, by folder, which need not be here."""
+    lock: FileLock | None = None
+    """Held for as long as the command lives: no other one goes on with the sweep meanwhile."""
+
+    @property
+    def places(self) -> list[str]:
+        """The folders of its arms, in its own."""
+        return [str(arm.relative_to(self.folder)) for arm in self.outcomes]
 
     def known(self, *, rerun_failed: bool) -> dict[str, KnownArm]:
         """Return its arms by digest: those that have ended for good, and those that are to go on.
@@ -93,8 +114,11 @@ class Continued:
             goes_on = outcome.again or outcome.status == RUNNING
             goes_on |= rerun_failed and outcome.status == "FAILED"
             status = None if goes_on else outcome.status
-            place = folder.relative_to(self.folder) if folder.is_absolute() else folder
-            arm = KnownArm(str(place), outcome.name, status, outcome.objective)
+            place = str(folder.relative_to(self.folder))
+            arm = KnownArm(
+                place, outcome.name, status, outcome.objective,
+                outcome.reason, outcome.verdict, outcome.audit_asked,
+            )  # fmt: skip
             other = found.get(outcome.digest or "")
             # Of two that are the same, the one that has ended answers.
             if outcome.digest and (other is None or other.status is None):
@@ -119,28 +143,38 @@ def asked_for(config: DictConfig, overrides: Sequence[Override], now_id: str) ->
     asked = {f"sweep.{key}": getattr(config.sweep, key) for key in ("resume", "into")}
     given = [f"{key}={value}" for key, value in asked.items() if value is not None]
     if not given:
+        if config.sweep.rerun_failed:
+            raise BadInputError(
+                "sweep.rerun_failed=true: of no sweep; sweep.resume=last, or its id, says of which"
+            )
         return None
     if len(given) > 1:
         raise BadInputError(f"{given[0]} and {given[1]} both name a sweep: leave one of them out")
     ((key, name),) = ((key, str(value)) for key, value in asked.items() if value is not None)
     places = _sweeps_beside(Path(config.hydra.sweep.dir), now_id)
     if key == "sweep.resume" and name == "last":
-        sweep_id = _last(places, given[0])
+        sweep_id = _last(places, given[0], rerun_failed=config.sweep.rerun_failed)
     elif name in places:
         sweep_id = name
     else:
         there = f" ({len(places)} there{nearest(name, places)})" if places else ""
         raise BadInputError(f"{given[0]}: no such sweep in {_place(config, now_id)}{there}")
-    folder = places[sweep_id].absolute()
-    running = _running(folder, sweep_id)
-    if running is not None:
-        raise BadInputError(f"{given[0]}: {running}")
-    note = SweepNote.of(folder)
-    store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
-    return Continued(
-        sweep_id, folder, given[0], [] if note is None else note.swept_keys, *store,
-        outcomes=read_outcomes(folder, sweep_id) or _in_store(store, sweep_id),
-    )  # fmt: skip
+    folder = Path(os.path.abspath(places[sweep_id]))
+    lock = _lock_of(folder)
+    if lock is None:
+        raise BadInputError(f"{given[0]}: another command goes on with it; wait for its end, or end it")
+    try:
+        running = _running(folder, sweep_id)
+        if running is not None:
+            raise BadInputError(f"{given[0]}: {running}")
+        note = SweepNote.of(folder)
+        store: tuple[str | None, str | None] = Journals(folder).store() or (None, None)
+        outcomes = _arms_of(folder, sweep_id, store, given[0])
+    except BaseException:
+        lock.release()
+        raise
+    swept_keys = [] if note is None else note.swept_keys
+    return Continued(sweep_id, folder, given[0], swept_keys, *store, outcomes, lock)
 
 
 def refuse_without_sweep(config: DictConfig) -> None:
@@ -149,11 +183,12 @@ def refuse_without_sweep(config: DictConfig) -> None:
     Raises:
         BadInputError: it is.
     """
-    for key in ("resume", "into"):
+    for key in ("resume", "into", "rerun_failed"):
         value = config.sweep.get(key)
-        if value is not None:
+        if value not in (None, False):
+            said = "true" if value is True else value
             raise BadInputError(
-                f"sweep.{key}={value}: a single run is no sweep; add -m, with the arms that are meant "
+                f"sweep.{key}={said}: a single run is no sweep; add -m, with the arms that are meant "
                 "(-m accum.steps=1,2,4)"
             )
 
@@ -174,28 +209,45 @@ def _sweeps_beside(folder: Path, now_id: str) -> dict[str, Path]:
     return {sweep_id: place for _, sweep_id, place in sorted(found)}
 
 
-def _last(places: Mapping[str, Path], asked: str) -> str:
-    unfinished = []
+def _last(places: Mapping[str, Path], asked: str, *, rerun_failed: bool) -> str:
+    unfinished, failed = [], []
     for sweep_id, place in places.items():
         note = SweepNote.of(place)
-        if note is not None and not note.whole:
+        if note is None:
+            continue
+        failed += [sweep_id for o in read_outcomes(place, sweep_id).values() if o.status == "FAILED"][:1]
+        if not note.whole or (rerun_failed and sweep_id in failed):
             unfinished.append(sweep_id)
     if not unfinished:
-        raise BadInputError(f"{asked}: no sweep is unfinished ({len(places)} there)")
+        again = "; sweep.rerun_failed=true runs the arms again that failed" if failed else ""
+        raise BadInputError(f"{asked}: no sweep is unfinished ({len(places)} there{again})")
     # Where another one is running, that is not the one that is meant, unless there is no other.
     return next((i for i in reversed(unfinished) if not _held(places[i])), unfinished[-1])
 
 
 def _held(folder: Path) -> bool:
-    """Whether a command of a sweep is running: it holds the lock of its journal."""
-    return any(_is_held(path) for path in folder.glob("journal*.jsonl"))
+    """Whether a command of a sweep is running: it holds the sweep's lock, or that of its journal."""
+    return _is_locked(folder / COMMAND_LOCK) or any(map(_is_held, folder.glob("journal*.jsonl")))
+
+
+def _lock_of(folder: Path) -> FileLock | None:
+    """Take the lock of a sweep; None: a command that goes on with it lives."""
+    until = time.monotonic() + HELPER_S
+    while (lock := FileLock.take(folder / COMMAND_LOCK)) is None:
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.02)
+    return lock
 
 
 def _is_held(journal: Path) -> bool:
-    lock_path = journal.with_suffix(".lock")
-    if not lock_path.exists() or has_end(journal):
+    return not has_end(journal) and _is_locked(journal.with_suffix(".lock"))
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
         return False
-    lock = FileLock.take(lock_path)
+    lock = FileLock.take(path)
     if lock is None:
         return True
     lock.release()
@@ -216,12 +268,11 @@ def _running(folder: Path, sweep_id: str) -> str | None:
             what = "it is" if own else f"its arm in {arms} is" if len(held) == 1 else f"{arms} are"
             return f"{what} running; wait for its end, or end it"
         time.sleep(0.1)
-    here = owner()["host"]
     for path in journals_below(folder):
-        store, begin = beginning(path)
-        if begin and not has_end(path) and store.get("host") not in (here, None):
+        _, begin = beginning(path)
+        if begin and not has_end(path) and not is_of_this_host(last := last_owner(path)):
             return (
-                f"{begin['name']} was begun on {store['host']} and may still run there; if it does not: "
+                f"{begin['name']} is of {last.get('host')}, which may still run it; if it does not: "
                 f"python -m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(folder))}"
             )
     return None
@@ -237,12 +288,76 @@ def _lives(outcome: Outcome) -> bool:
         return False
 
 
-def _in_store(store: tuple[str | None, str | None], sweep_id: str) -> dict[Path, Outcome]:
-    """Return the arms that left no folder here, as their store has them."""
-    uri, experiment_name = store
-    if uri is None or experiment_name is None:
-        return {}
-    return outcomes_in_store(uri, experiment_name, sweep_id)
+def _arms_of(
+    folder: Path, sweep_id: str, store: tuple[str | None, str | None], asked: str
+) -> dict[Path, Outcome]:
+    """Return how the arms of a sweep ended, here or elsewhere.
+
+    Raises:
+        BadInputError: what became of some is not known, or one may be running.
+    """
+    here, (uri, experiment_name) = read_outcomes(folder, sweep_id), store
+    if uri is None or experiment_name is None or (here and not lacks(folder, sweep_id, here)):
+        return here
+    try:
+        found = with_those_elsewhere(folder, sweep_id, here, uri, experiment_name)
+    except StoreAwayError as error:
+        raise BadInputError(f"{asked}: arms of it may have run elsewhere, and {error}") from None
+    for arm in found.keys() - here.keys():
+        if found[arm].status == RUNNING:
+            raise BadInputError(
+                f"{asked}: {found[arm].name} left no folder here and is RUNNING in the store, on "
+                f"{found[arm].host}; wait for its end; if it is dead, end it where its folder is "
+                f"(python -m gaccum_exp deliver --end-stale {shlex.quote(os.path.relpath(arm))}), or "
+                "delete its run in MLflow"
+            )
+    return found
+
+
+def lacks(folder: Path, sweep_id: str, here: Iterable[Path]) -> bool:
+    """Whether a sweep has arms, or may have, that are not among these, whose folders are here."""
+    note = SweepNote.of(folder)
+    if note is None or note.sweep_id != sweep_id:
+        return False
+    return note.uncounted or not {folder / place for place in note.arms} <= set(here)
+
+
+def with_those_elsewhere(
+    folder: Path, sweep_id: str, here: Mapping[Path, Outcome], uri: str, experiment_name: str
+) -> dict[Path, Outcome]:
+    """Return the arms that are here and, from the store, those that are not.
+
+    An arm is the same where its folder is, or its configuration. One that is here counts, unless it has
+    finished elsewhere alone.
+
+    Raises:
+        BadInputError: the store cannot be used.
+        StoreAwayError: it does not answer.
+    """
+    found, digests = dict(here), {outcome.digest for outcome in here.values()}
+    for place, outcome in outcomes_in_store(uri, experiment_name, sweep_id).items():
+        before = here.get(folder / place)
+        if before is None:
+            counts = outcome.digest is None or outcome.digest not in digests
+        else:
+            counts = outcome.status == "FINISHED" != before.status
+        if counts:
+            found[folder / place] = outcome
+    return found
+
+
+def note_arms(
+    folder: Path, command_id: str, outcomes: Mapping[Path, Outcome], planned: int | None
+) -> None:
+    """Note the arms that a sweep has at the end of a command, for whoever looks for them later."""
+    note = SweepNote.of(folder)
+    if note is None or note.command_id != command_id:
+        return
+    places = {str(arm.relative_to(folder)) for arm in outcomes}
+    _, never = what_is_left(outcomes, command_id, planned)
+    uncounted = note.uncounted and never != 0
+    with suppress(OSError):
+        replace(note, arms=sorted(places.union(note.arms)), uncounted=uncounted).write(folder)
 
 
 def forgotten(folder: Path | None, command_id: str) -> bool:
@@ -282,10 +397,24 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
 
 def command_line(arguments: Sequence[str], sweep_id: str) -> str:
     """Return the user's own line, for the shell, with what makes it go on with a sweep."""
-    kept = [
-        a for a in arguments if a.partition("=")[0].lstrip("+") not in ("sweep.resume", "sweep.into")
-    ]
-    return shlex.join([*program(arguments), *kept, f"sweep.resume={sweep_id}"])
+    kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
+    return shlex.join([*program(arguments), *going_on(kept), f"sweep.resume={sweep_id}"])
+
+
+def going_on(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without `resume=never`, however it is spelled: with it nothing goes on."""
+    return [a for a in arguments if _key_and_value(a) != ("resume", NEVER)]
+
+
+def _key_and_value(argument: str) -> tuple[str, str]:
+    """Return the key of an override and its value as text, both empty for anything else."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return "", ""
+    value = override.value()
+    text = value.text if isinstance(value, QuotedString) else str(value)
+    return override.get_key_element().lstrip("+"), text
 
 
 def program(arguments: Sequence[str]) -> list[str]:

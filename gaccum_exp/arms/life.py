@@ -10,6 +10,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from gaccum_exp.arms.provenance import (
     digest_of,
     environment_tags,
 )
+from gaccum_exp.audit.result import worst
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, TrackingError, text_of
@@ -46,7 +48,7 @@ from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.checkpoint import files
-from gaccum_exp.train.checkpoint.hook import FOLDER
+from gaccum_exp.train.checkpoint.hook import FOLDER, Writer
 from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.datasets import DatasetCache
 from gaccum_exp.train.final_weights import criterion_weights_of, weights_of
@@ -103,15 +105,33 @@ class Life:
         return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
 
     @property
+    def controls(self) -> int:
+        """How often it is trained again in other orders, once it has finished."""
+        own = self.settings
+        if self.control_of is not None or own.task != "train":
+            return 0
+        # Where memory ran out, it did not stay in one pass.
+        return own.audit.controls if own.accum_steps == 1 and not self.ran_out_of_memory else 0
+
+    @property
     def sink(self) -> JournalSink:
         """Where it records; there is one once it has begun."""
         assert self._sink is not None
         return self._sink
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of its checkpoints, beside its journal."""
-        return self.sink.journal.file_path(FOLDER)
+    def store(self) -> tuple[str, str]:
+        """The address of its store and its experiment: of a run that goes on, where it was begun."""
+        if self.resumed is not None:
+            store = self.resumed.left.store
+            return str(store["uri"]), str(store["experiment_name"])
+        return self.settings.tracking.uri, self.settings.tracking.experiment_name
+
+    @property
+    def checkpoints(self) -> Writer:
+        """What writes its checkpoints, beside its journal."""
+        journal = self.sink.journal
+        return Writer(journal.file_path(FOLDER), journal.token)
 
     def begin(self, tags: Mapping[str, str] | None = None) -> None:
         """Begin the run's journal with its parameters, its configuration, its tags and these.
@@ -124,7 +144,7 @@ class Life:
             recorded = self._recorded or Recorded(path)
             journal = Journal.going_on(path, self.resumed.lock)
             # What a machine that was switched off has forgotten of the journal is trained again.
-            self._checkpoint = files.newest(journal.file_path(FOLDER), recorded.last_step)
+            self._checkpoint = files.newest(journal.file_path(FOLDER), journal.token, recorded.last_step)
             place = None if self._checkpoint is None else files.place_of(self._checkpoint)
             self._sink = ResumedSink(journal, recorded, place[0] if place else 0)
             before, now = recorded.tags.get("command_id"), context.command_id
@@ -193,8 +213,9 @@ class Life:
         recorded = sink.recorded
         if self._checkpoint is not None:
             restore(self._checkpoint, state, hooks)
-        if audits.worst is None:
-            audits.worst = audit_of(recorded.tags, state)
+        # The journal may know of a worse one than a checkpoint that was taken before it.
+        told = [audit for audit in (audits.worst, audit_of(recorded.tags, state)) if audit is not None]
+        audits.worst = worst(told) if told else None
         before = left.params["accum.steps"]
         used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
         if recorded.tags.get("accum.steps_used", before) != used:
@@ -207,7 +228,8 @@ class Life:
             sink.expect_rounding("fp16" if coarser else self.settings.precision)
         step = f"{state.global_step} of {state.total_steps}"
         done = f" and {state.begun.passes_done} micro-batches" if state.begun is not None else ""
-        log.info("goes on with %s, from step %s%s", left.told, step, done)
+        at = "" if used == before else f", at N = {used}"
+        log.info("goes on with %s%s, from step %s%s", left.told, at, step, done)
 
     def keep_weights(self, state: TrainState) -> None:
         """Store what was trained, where that is asked for."""
@@ -228,7 +250,7 @@ class Life:
         """
         sink = self.sink
         sink.close("FINISHED")
-        files.remove(self.checkpoints)
+        self.checkpoints.drop()
         if isinstance(sink, ResumedSink) and sink.compared:
             log.info("%d steps were taken again, and are equal %s", len(sink.compared), sink.how_equal)
         self._finished(sink.last, verdict)
@@ -240,7 +262,13 @@ class Life:
 
     def _finished(self, last: Mapping[str, float], verdict: str | None) -> None:
         objective = last.get(metrics.EVAL_LOSS, last.get(metrics.TRAIN_LOSS))
-        self._end("FINISHED", verdict=verdict, objective=objective)
+        # Whatever ends its process before its controls are trained, it is to go on with them.
+        self._end("FINISHED", verdict=verdict, objective=objective, again=self.controls > 0)
+
+    def controls_are_over(self) -> None:
+        """Take it as finished with its controls."""
+        assert self.outcome is not None
+        self._keep(replace(self.outcome, again=False))
 
     def fail(self, error: BaseException) -> None:
         """End it as failed with a reason, unless it is over."""
@@ -263,8 +291,12 @@ class Life:
         """End it as killed, unless it is over."""
         if self.outcome is None:
             reason = text_of(error) if isinstance(error, StoppedError) else "interrupted"
-            self._abandon("KILLED", reason)
-            self._end("KILLED", reason=reason, again=True)
+            try:
+                self._abandon("KILLED", reason)
+            except UnequalError as unequal:  # found in what had not been written yet
+                self.fail(unequal)
+            else:
+                self._end("KILLED", reason=reason, again=True)
 
     def _keep_traceback(self, error: BaseException) -> None:
         path, text = self.context.folder / "traceback.txt", "".join(traceback.format_exception(error))
@@ -281,6 +313,8 @@ class Life:
             return
         try:
             self._sink.close(status, reason)
+        except UnequalError:
+            raise
         except Exception as error:  # it must not hide why the run has failed
             log.warning("the run could not be closed (%s)", error)
 
@@ -290,6 +324,9 @@ class Life:
             own.sweep_id, self.name, status, task=own.task, audit_asked=asked,
             digest=self.context.digest, command_id=self.context.command_id, **more,
         )  # fmt: skip
+        self._keep(outcome)
+
+    def _keep(self, outcome: Outcome) -> None:
         self.outcome = outcome
         if self.control_of is not None:
             return
@@ -355,14 +392,40 @@ def run_arm(
         resumed: the run to go on with; None: the arm's own, where its sweep has left that in its folder.
     """
     if resumed is None and settings.task == "train":
-        resumed = resume.in_folder(context.folder, settings, settings.sweep_id)
-    life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
-    if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
-        life.had_finished(resumed.left.path)
-        resumed.lock.release()
+        resumed = left_by_sweep(context, settings)
+    life = Life(context, settings, stop=stop, resumed=resumed)
+    with _controls_held(life):
+        if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
+            life.had_finished(resumed.left.path)
+            resumed.lock.release()
+        else:
+            _run(life)
         train_controls(life)
-        assert life.outcome is not None
-        return life.outcome
+    assert life.outcome is not None
+    return life.outcome
+
+
+@contextmanager
+def _controls_held(life: Life) -> Iterator[None]:
+    """Let no other process train controls of a reference while this one does, or is going to."""
+    settings, lock = life.settings, None
+    if settings.task == "train" and settings.accum_steps == 1 and settings.audit.controls:
+        lock = resume.controls_lock(life.context.folder)
+        if lock is None:
+            if life.resumed is not None:
+                life.resumed.lock.release()
+            raise BadInputError(f"{life.name}: its controls are being trained by another process")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.path.unlink(missing_ok=True)
+            lock.release()
+
+
+def _run(life: Life) -> None:
+    """Train, audit or plan, as the task is."""
+    settings, stop, resumed, loaded, tags = life.settings, life.stop, life.resumed, None, {}
     with ends(life):
         if resumed is not None:
             loaded = _load(life)
@@ -380,9 +443,38 @@ def run_arm(
         life.begin(tags)
         run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
         life.finish(run_task(life, loaded))
-    train_controls(life)
-    assert life.outcome is not None
-    return life.outcome
+
+
+def left_by_sweep(context: ArmContext, settings: Settings) -> resume.Resumed | None:
+    """Take the run that an arm's sweep has left in its folder; None: another one is begun there."""
+    resumed = resume.in_folder(context.folder, settings)
+    if resumed is None:
+        _say_what_is_unlike(context, settings)
+        return None
+    if may_go_on(resumed.left, context):
+        return resumed
+    log.info("%s is left as it is, and the arm begun anew (resume=never)", resumed.left.told)
+    resumed.lock.release()
+    return None
+
+
+def _say_what_is_unlike(context: ArmContext, settings: Settings) -> None:
+    """Say why the run that an arm's sweep has left in its folder does not go on, if there is one."""
+    of_arm = (run for run in resume.runs_in(context.folder) if "control_of" not in run.begin["tags"])
+    left = next((run for run in of_arm if run.sweep_id == settings.sweep_id), None)
+    unlike = {} if left is None else resume.Wanted(settings).differing(left)
+    if left is not None and unlike:
+        both = ", ".join(f"{key} ({there} there, {here} here)" for key, (there, here) in unlike.items())
+        log.info("%s is left as it is, and the arm begun anew: %s", left.told, both)
+
+
+def may_go_on(left: resume.Left, context: ArmContext) -> bool:
+    """Whether a run that an arm's sweep has left is one to go on with.
+
+    Under `resume=never` it is one of this command, whose job a batch system has put back into its queue.
+    """
+    own = left.begin["tags"].get("command_id") == context.command_id
+    return own or str(context.config.resume) != resume.NEVER
 
 
 # A task is a function of its own, so that nothing that it has built outlives it.
@@ -453,21 +545,21 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
 def train_controls(arm: Life) -> None:
     """Train a finished reference again in other orders, as often as was asked."""
     settings, context = arm.settings, arm.context
-    if arm.outcome is None or arm.outcome.status != "FINISHED" or settings.task != "train":
+    if arm.outcome is None or arm.outcome.status != "FINISHED" or not arm.controls:
         return
-    # Where memory ran out, it did not stay in one pass.
-    if settings.accum_steps != 1 or arm.ran_out_of_memory:
-        return
-    for number in range(1, settings.audit.controls + 1):
+    for number in range(1, arm.controls + 1):
         arm.stop.look()
         left = None
         if arm.resumed is not None:
             left = resume.control_in(context.folder, settings.sweep_id, number)
+            if left is not None and left.begin["time_ms"] < arm.resumed.left.begin["time_ms"]:
+                left = None  # of an earlier run of the arm
         if left is not None and not left.is_unfinished:
             continue
         of_control = context.with_values({"audit.control_seed": number})
         own, resumed = settings.as_control(number), None if left is None else resume.take(left)
         _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
+    arm.controls_are_over()
 
 
 def _train_control(life: Life) -> None:
@@ -565,6 +657,5 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
     with life.stop.at_once():
         life.sink.ready()
     if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms
-        to = life.settings.tracking
-        log.info("recorded in %s, experiment %s", to.uri, to.experiment_name)
+        log.info("recorded in %s, experiment %s", *life.store)
     return state

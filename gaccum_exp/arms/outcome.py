@@ -127,8 +127,9 @@ def outcomes_in_store(uri: str, experiment_name: str, sweep_id: str) -> dict[Pat
             audit_asked=run.params.get("audit.every_steps", "None") != "None"
             or run.params.get("task") == "audit",
             objective=run.last(EVAL_LOSS) if run.last(EVAL_LOSS) is not None else run.last(TRAIN_LOSS),
-            digest=run.tags.get("digest"), command_id=run.tags.get("command_id"),
-            again=run.status in ("KILLED", "RUNNING"),
+            host=run.tags.get("host") if run.status == RUNNING else None,
+            digest=run.tags.get("digest"), command_id=run.tags.get("command_id", "").rpartition(" ")[2],
+            again=run.status in ("KILLED", RUNNING),
         )
         for run in last_of_each_arm(Store(uri, experiment_name).sweep(sweep_id, ()))
         if not run.is_control

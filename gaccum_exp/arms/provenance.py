@@ -1,6 +1,7 @@
 """The provenance of a result: commit, versions, machine, data."""
 
 import hashlib
+import json
 import platform
 import re
 import subprocess
@@ -9,7 +10,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from gaccum_exp.arms.resume import version_of
 from gaccum_exp.config.schema import Settings
@@ -22,6 +24,8 @@ DIGEST = "data_digest"
 """The tag that tells the data of a run."""
 DECISIVE = ("host", "device", "threads", "version.torch", "version.numpy")
 """Tags without which a run computed again need not give the same bits."""
+SAMPLES = 8
+"""So many samples of a data set are looked at that does not lie in memory."""
 PACKAGES = ("gaccum_exp", "torch", "torchvision", "hydra-core", "mlflow", "numpy")
 
 
@@ -64,7 +68,8 @@ def digest_of(records: Sequence[DatasetRecord]) -> str:
 def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
     """Return eight hex digits that change with the data.
 
-    All of it where it lies in memory; else the configuration, the size, the first and the last sample.
+    All of it where it lies in memory in a data set of the program's, torch's or torchvision's; else the
+    configuration, the size, the names of files, and samples from the first to the last.
     """
     digest = hashlib.blake2b(digest_size=4)
     if type(dataset) is TensorDataset:
@@ -72,13 +77,58 @@ def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
     size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
-    with random_state_kept():
-        seed_host(0)  # so that random augmentation does not change it
-        ends = dataset[0], dataset[size - 1]
-    # Where an object lies in memory is said of it by default, and is no part of it.
-    told = re.sub(r" at 0x[0-9a-f]+", "", repr((sorted(node.items()), size, *ends)))
-    digest.update(told.encode())
+    _add(digest, (sorted(node.items()), size))
+    if not _add_whole(digest, dataset):
+        places = sorted({round(k * (size - 1) / (SAMPLES - 1)) for k in range(SAMPLES)})
+        with random_state_kept():
+            seed_host(0)  # so that random augmentation does not change it
+            for place in places:
+                _add(digest, dataset[place])
     return digest.hexdigest()
+
+
+def _add_whole(digest: "hashlib.blake2b", dataset: Any) -> bool:
+    """Add what a data set of a known kind holds; return whether that is all of its data."""
+    if isinstance(dataset, Subset):
+        _add(digest, list(dataset.indices))
+        return _add_whole(digest, dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(_add_whole(digest, part) for part in dataset.datasets)
+    if not type(dataset).__module__.startswith(("gaccum_exp.", "torch.", "torchvision.")):
+        return False
+    if isinstance(dataset, TensorDataset):
+        _add(digest, list(dataset.tensors))
+        return True
+    held = {id(v): (k, v) for k, v in vars(dataset).items() if _is_array(v) or isinstance(v, list)}
+    _add(digest, list(held.values()))
+    return any(_is_array(v) for _, v in held.values())
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor, or an array of NumPy's numbers."""
+    return isinstance(value, Tensor) or (hasattr(value, "tobytes") and hasattr(value, "dtype"))
+
+
+def _add(digest: "hashlib.blake2b", value: Any) -> None:
+    """Add a value's own bytes, whatever it is nested in."""
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    elif _is_array(value) and not getattr(value.dtype, "hasobject", True):
+        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        _add(digest, list(value.items()))
+    elif isinstance(value, (list, tuple)):
+        try:
+            digest.update(json.dumps(value).encode())  # a million names at once
+        except (TypeError, ValueError):
+            digest.update(b"[")
+            for part in value:
+                _add(digest, part)
+    else:
+        # Where an object lies in memory is said of it by default, and is no part of it.
+        digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode())
 
 
 @cache

@@ -10,7 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaccum_exp.arms.outcome import BAD_INPUT, OK
+from gaccum_exp.arms.continued import lacks
+from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.config.schema import check_id
 from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain
@@ -21,7 +22,7 @@ from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
-from gaccum_exp.tracking.records import RunRecord, last_of_each_arm
+from gaccum_exp.tracking.records import RunRecord, last_of_each_arm, with_those_elsewhere
 from gaccum_exp.tracking.sink import kept_weights
 from gaccum_exp.tracking.store_uri import (
     DEFAULT_EXPERIMENT,
@@ -84,8 +85,13 @@ def _folder_of(sweep_id: str) -> Path | None:
     return next((f / sweep_id for f in FOLDERS if (f / sweep_id).is_dir()), None)
 
 
+def _lacks_arms(folder: Path, sweep_id: str) -> bool:
+    """Whether a sweep has arms that left no folder in its own, or may have."""
+    return lacks(folder, sweep_id, read_outcomes(folder, sweep_id))
+
+
 class Runs:
-    """The runs of a sweep: from their journals, where these are at hand, else from their store.
+    """The runs of a sweep: from their journals, as far as these are at hand, else from their store.
 
     Args:
         uri: of the store, which is opened when something is asked of it.
@@ -112,7 +118,14 @@ class Runs:
     def sweep(self, sweep_id: str) -> list[RunRecord]:
         """Return the arms, oldest first; raises as `store` does where there are no journals of them."""
         found = [run for of in self.journals for run in of.sweep(sweep_id, COMPARED_CURVES)]
-        return last_of_each_arm(found or self.store.sweep(sweep_id, COMPARED_CURVES))
+        if not found or any(_lacks_arms(of.folder, sweep_id) for of in self.journals):
+            try:
+                found = with_those_elsewhere(found, self.store.sweep(sweep_id, COMPARED_CURVES))
+            except (BadInputError, TrackingError) as error:
+                if not found:
+                    raise
+                log.warning("arms that ran elsewhere are left out: %s", error)
+        return last_of_each_arm(found)
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""

@@ -39,12 +39,16 @@ LOOKED_THROUGH = 200
 """So many folders, the newest ones, are looked through for an unfinished run."""
 PATIENCE_S = 0.5
 """So long a process that was killed, or one that delivers what it has left, may hold the run's lock."""
+CONTROLS_LOCK = "controls.lock"
 SAID = 5
 """So many keys are named that differ."""
 ANOTHER_ROUTE = ("resume", "sweep_id", "data.workers", "checkpoint.", "tracking.", "sweep.")
 """Keys, or beginnings of keys, that change neither what is trained nor what is measured of it. The
 number of threads is none of them: 1 and 2 give other bits."""
-SPLIT = ("accum.steps", "data.micro_batch_size", "accum.on_oom", "runtime.memory_budget_gib", "audit.")
+SPLIT = (
+    "accum.steps", "data.micro_batch_size", "accum.on_oom", "runtime.memory_budget_gib",
+    "audit.at_start", "audit.every_steps", "audit.controls",
+)  # fmt: skip
 """Those in which a run that is named may differ from the command: how its windows are split, and what is
 asked beside its training."""
 
@@ -111,6 +115,10 @@ def of_command(config: DictConfig) -> Resumed | None:
         BadInputError: it names a run that it cannot go on with.
     """
     asked = str(config.resume)
+    if config.task != "train" and asked not in (AUTO, NEVER):
+        raise BadInputError(
+            f"resume={asked}: goes on with a training, and task={config.task} is none; leave it out"
+        )
     if asked == NEVER or config.task != "train":
         return None
     wanted: Wanted | None = None
@@ -124,7 +132,7 @@ def of_command(config: DictConfig) -> Resumed | None:
         if not any(_may_go_on(path, controls) for path in _journals(folder)):
             continue
         try:
-            wanted = wanted or Wanted(_validated(config))
+            wanted = wanted or Wanted(_validated(config), config)
         except Exception:  # whoever runs it says what is wrong with it
             return None
         resumed = _taken(folder, wanted)
@@ -133,16 +141,12 @@ def of_command(config: DictConfig) -> Resumed | None:
     return None
 
 
-def in_folder(folder: Path, settings: Settings, sweep_id: str | None = None) -> Resumed | None:
-    """Take the newest unfinished run of a configuration in a folder; None where there is none.
+def in_folder(folder: Path, settings: Settings) -> Resumed | None:
+    """Take what a sweep has left of an arm in its folder, whatever has become of it; None: nothing.
 
-    Args:
-        folder: of runs' journals.
-        settings: the configuration.
-        sweep_id: of the sweep whose arm it is, and then whatever has become of it: no sweep has an arm
-            twice; None: of any command.
+    No sweep has an arm twice.
     """
-    return _taken(folder, Wanted(settings), sweep_id)
+    return _taken(folder, Wanted(settings), settings.sweep_id)
 
 
 def _taken(folder: Path, wanted: "Wanted", sweep_id: str | None = None) -> Resumed | None:
@@ -156,7 +160,9 @@ def _taken(folder: Path, wanted: "Wanted", sweep_id: str | None = None) -> Resum
               f"(resume={where} goes on with it)", file=sys.stderr)  # fmt: skip
         return None
     lock = _lock_of(left)
-    if lock is None:
+    if lock is None or (left.status == "FINISHED" and controls_in_training(folder)):
+        if lock is not None:
+            lock.release()
         return None
     now = _unfinished(folder, wanted, sweep_id)  # since another process may have gone on with it
     if now is None or now.path != left.path:
@@ -169,6 +175,21 @@ def control_in(folder: Path, sweep_id: str, number: int) -> Left | None:
     """Return the control of a number that a command has begun in a folder; None where there is none."""
     of_number = (run for run in runs_in(folder) if run.params.get("audit.control_seed") == str(number))
     return next((run for run in of_number if run.sweep_id == sweep_id), None)
+
+
+def controls_lock(folder: Path) -> FileLock | None:
+    """Take the lock of who trains the controls of a folder's reference; None: another process does."""
+    return FileLock.take(folder / CONTROLS_LOCK)
+
+
+def controls_in_training(folder: Path) -> bool:
+    """Whether another process trains them, or the reference that will have them."""
+    if not (folder / CONTROLS_LOCK).exists():
+        return False
+    lock = controls_lock(folder)
+    if lock is not None:
+        lock.release()
+    return lock is None
 
 
 def take(left: Left) -> Resumed:
@@ -213,16 +234,23 @@ def version_of(package: str) -> str:
 
 
 class Wanted:
-    """The configuration whose run is looked for."""
+    """The configuration whose run is looked for.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._values = _mattering(settings.flat(), settings.sweep_id)
-        self._values["version.gaccum_exp"] = version_of("gaccum_exp")
+    Args:
+        settings: the configuration.
+        config: what it was made from, where a run's id is another one: its values may refer to the id.
+    """
+
+    def __init__(self, settings: Settings, config: DictConfig | None = None) -> None:
+        self.settings, self._config = settings, config
 
     def differing(self, run: Left) -> dict[str, tuple[str, str]]:
         """Return the keys that matter and differ, each with the run's value and the wanted one."""
-        theirs, ours = _mattering(run.params, run.sweep_id), dict(self._values)
+        settings = self.settings
+        if self._config is not None and run.sweep_id != settings.sweep_id:
+            settings = _validated(self._config, run.sweep_id)
+        theirs, ours = _mattering(run.params), _mattering(settings.flat())
+        ours["version.gaccum_exp"] = version_of("gaccum_exp")
         theirs["version.gaccum_exp"] = run.begin["tags"].get("version.gaccum_exp", "")
         if self.settings.chooses_accum_steps:
             for key in ("accum.steps", "data.micro_batch_size"):
@@ -256,13 +284,9 @@ def _lacks_controls(run: Left, runs: list[Left], settings: Settings) -> bool:
     return over < settings.audit.controls and b'"accum.steps_used"' not in run.path.read_bytes()
 
 
-def _mattering(params: Mapping[str, Any], sweep_id: str) -> dict[str, str]:
-    """Return the values that matter as text, wherever the command's own id stands in them."""
-    return {
-        key: str(value).replace(sweep_id, "${sweep_id}") if sweep_id else str(value)
-        for key, value in params.items()
-        if not key.startswith(ANOTHER_ROUTE)
-    }
+def _mattering(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values that matter, as text."""
+    return {key: str(value) for key, value in params.items() if not key.startswith(ANOTHER_ROUTE)}
 
 
 def _named(config: DictConfig, asked: str, settings: Settings) -> Resumed:
@@ -276,7 +300,7 @@ def _named(config: DictConfig, asked: str, settings: Settings) -> Resumed:
         hint = nearest(asked, (AUTO, NEVER))
         raise BadInputError(f"resume={asked}: no such run: give the folder of one, or its id{hint}")
     run = runs[0]
-    differing = Wanted(settings).differing(run)
+    differing = Wanted(settings, config).differing(run)
     if settings.chooses_accum_steps:
         differing.pop("accum.steps", None)
     differing = {key: both for key, both in differing.items() if not key.startswith(SPLIT)}
@@ -288,6 +312,9 @@ def _named(config: DictConfig, asked: str, settings: Settings) -> Resumed:
     if lock is None:
         raise BadInputError(f"resume={asked}: {run.told} is being trained by another process")
     run = replace(run, status=_status(run.path))
+    if run.status == "FINISHED" and controls_in_training(run.path.parent):
+        lock.release()
+        raise BadInputError(f"resume={asked}: controls of {run.told} are being trained")
     if run.status == "FINISHED" and not _lacks_controls(run, runs_in(run.path.parent), settings):
         lock.release()
         raise BadInputError(f"resume={asked}: {run.told} has finished: nothing is left to be trained")
@@ -298,7 +325,7 @@ def _runs_named(config: DictConfig, asked: str) -> list[Left]:
     """Return the runs in the folder that is named, or the one of an id, the newest first."""
     folder = Path(config.hydra.run.dir)
     for place in (Path(asked), folder.parent / asked):
-        if place.is_dir():
+        if os.path.isdir(place):  # Path.is_dir raises where a name is too long
             return runs_in(place)
     for place in _folders(config):
         for run in runs_in(place):
@@ -323,8 +350,10 @@ def _beside(place: Path) -> Iterator[tuple[float, Path]]:
     try:
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    yield entry.stat().st_mtime, Path(entry.path)
+                if not entry.is_dir(follow_symlinks=False) or entry.name.startswith("."):
+                    continue
+                if (found := entry.stat()).st_uid == os.getuid():  # runs of others are theirs
+                    yield found.st_mtime, Path(entry.path)
     except OSError:  # there is no such place, or it is somebody else's
         return
 
@@ -360,8 +389,10 @@ def _lock_of(run: Left) -> FileLock | None:
     return lock
 
 
-def _validated(config: DictConfig) -> Settings:
+def _validated(config: DictConfig, sweep_id: str | None = None) -> Settings:
     config = copy.deepcopy(config)
     with read_write(config), open_dict(config):
-        del config["hydra"]
+        config.pop("hydra", None)
+        if sweep_id is not None:
+            config.sweep_id = sweep_id
     return validate(config)

@@ -16,6 +16,7 @@ from gaccum_exp.arms.life import (
     Life,
     clear,
     ends,
+    may_go_on,
     reason_of,
     refuse_arm,
     run_arm,
@@ -56,7 +57,8 @@ def run_job(context: ArmContext, stop: Stop) -> Ended:
 def run_seeds(context: ArmContext, stop: Stop) -> Ended:
     """Run the arm of every seed in `sweep.seeds` as one, where that is sound."""
     contexts = contexts_of_seeds(context)
-    if any(run.sweep_id == one.sweep_id for one in contexts for run in runs_in(one.folder)):
+    left = [run for one in contexts for run in runs_in(one.folder) if run.sweep_id == one.sweep_id]
+    if any(may_go_on(run, context) for run in left):
         return Ended(apart=True)  # each goes on from where it is
     settings = [config.validate(one.config) for one in contexts]
     lives = [Life(one, own, stop=stop) for one, own in zip(contexts, settings, strict=True)]

@@ -25,12 +25,13 @@ from omegaconf import OmegaConf
 
 from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
 from gaccum_exp.arms.context import ArmContext, Launch
+from gaccum_exp.arms.continued import lacks, with_those_elsewhere
 from gaccum_exp.arms.outcome import read_outcomes
 from gaccum_exp.arms.process import SPENT, process_restored
 from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.tracking import shipper
-from gaccum_exp.train.stopping import Stop, StoppedError, listening, silence_workers
+from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, listening, silence_workers
 
 END_S = 5.0
 """So long what arms have left to be done at the end of the process may take."""
@@ -119,6 +120,7 @@ class _Server:
             self._spoken_to(streams),
         ):  # fmt: skip
             self._stop = stop
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked since the process began
             self._waiting -= 1
             self.connection.send("begun")
             result = reason = stopped = None
@@ -181,6 +183,11 @@ def _run(context: ArmContext, stop: Stop) -> Ended:
 def _compare(launch: Launch, stop: Stop) -> list[Path]:
     """Print the verdicts of audits; compare what was trained, and return the files made."""
     outcomes = read_outcomes(launch.folder, launch.sweep_id)
+    if lacks(launch.folder, launch.sweep_id, outcomes):
+        with stop.at_once(), suppress(BadInputError, TrackingError):  # else of those that are here
+            outcomes = with_those_elsewhere(
+                launch.folder, launch.sweep_id, outcomes, launch.tracking_uri, launch.experiment_name
+            )
     audited = {folder: outcome for folder, outcome in outcomes.items() if outcome.task == "audit"}
     with stop.at_once():
         if audited:

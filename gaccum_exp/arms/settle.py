@@ -8,6 +8,8 @@ from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal, journals_below
 from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines
 
+DELIVER = "python -m gaccum_exp deliver"
+
 
 def record_report(journal: Journal, sweep_id: str, files: Iterable[Path]) -> None:
     """Record a comparison's files as a run of their own, outside the sweep's filter."""
@@ -37,10 +39,13 @@ def settle(folders: Sequence[Path]) -> list[Path]:
 
 def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
     """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen."""
-    if settle(folders):
+    if left := settle(folders):
         here = Path.cwd()
         below = " ".join(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
-        print(f"\nNot in the store yet; once it is back: python -m gaccum_exp deliver {below}")
+        if all(Delivered.of(path).state == "refused" for path in left):
+            print(f"\nNot in the store, which cannot be used; elsewhere: {DELIVER} --uri URI {below}")
+        else:
+            print(f"\nNot in the store yet; once it is back: {DELIVER} {below}")
         return
     if sweep_id is None:
         return

@@ -8,6 +8,7 @@ import codecs
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +41,9 @@ class _Outlet(io.FileIO):
     def write(self, data) -> int:  # type: ignore[no-untyped-def]
         size = memoryview(data).nbytes
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # a pipe that is full and does not block
+                select.select([], [self], [])
+            return written
         except OSError as error:
             self.lost = self.lost or error
             return size

@@ -18,6 +18,12 @@ from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_li
 
 _FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
 
+PLUGINS = {
+    "hydra/launcher": ("joblib", "ray", "submitit_local", "submitit_slurm"),
+    "hydra/sweeper": ("optuna",),
+}
+"""Files of Hydra's plug-ins that the extra `launchers` brings, by block."""
+
 
 def one_line(error: BaseException, arguments: Sequence[str]) -> str:
     """Return an error as one line without passwords.
@@ -78,7 +84,7 @@ def _unreadable(error: OverrideParseException) -> str:
     given = error.override
     why = "cannot be read as key=value"
     if "=" not in given:
-        return f"{given or repr(given)}: {why}{nearest(given, WORDS)}"
+        return f"{given or repr(given)}: {why}{nearest(given, WORDS) or '; --help shows what there is'}"
     said = error.message.splitlines()
     # The parser's own words are about its grammar; those of functions (`range`, `int`) are plain.
     told = f" ({said[1]})" if len(said) > 2 and said[0].startswith("Error parsing override") else ""
@@ -96,6 +102,8 @@ def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
     line = f"{group}={name}: not one of {', '.join(known)}"
     if group == "model" and name.lower() in _torchvision_names():
         return f"{line}; torchvision's is model=torchvision model.name={name}"
+    if name in PLUGINS.get(group, ()):
+        return f"{line}; {name} needs pip install 'gaccum_exp[launchers]'"
     return line + nearest(name, known)
 
 

@@ -323,7 +323,11 @@ def validate(cfg: DictConfig) -> Settings:
     if not stages:
         stages = (AccumStage(0, config.accum.steps, data.global_batch_size),)
     values = {f.name: getattr(config, f.name) for f in fields(Config)} | {"data": data}
-    return Settings(**values, stages=stages, chooses_accum_steps=chooses_accum_steps)
+    settings = Settings(**values, stages=stages, chooses_accum_steps=chooses_accum_steps)
+    for key, value in settings.flat().items():
+        if value != value:
+            raise BadInputError(f"{key}={value}: is no number; leave it out for the default")
+    return settings
 
 
 def check_id(key: str, value: object) -> None:
@@ -394,7 +398,8 @@ def _check_values(config: Config) -> None:
     minutes = config.checkpoint.every_minutes
     if minutes is not None and not 0 < minutes < math.inf:
         raise BadInputError(
-            f"checkpoint.every_minutes={minutes}: must be above 0; null: by checkpoint.every_steps alone"
+            f"checkpoint.every_minutes={minutes}: must be a number above 0; null: by "
+            "checkpoint.every_steps alone"
         )
     if runtime.threads is not None and runtime.threads > MOST_THREADS:
         raise BadInputError(f"runtime.threads={runtime.threads}: more than {MOST_THREADS:,}")

@@ -172,11 +172,11 @@ def _restorer(value: Any) -> Callable[[], Any] | None:
         return lambda: np.copyto(value, array)
     if isinstance(value, (list, deque, set, dict)):
         values = list(value.values()) if isinstance(value, dict) else []
-        return partial(_refill, value, list(value), values)
+        return partial(refill, value, list(value), values)
     return None
 
 
-def _refill(container: Any, entries: list[Any], values: list[Any]) -> None:
+def refill(container: Any, entries: list[Any], values: list[Any]) -> None:
     """Give a container its entries back, or a dictionary its keys and values, where they are others."""
     now = [*container, *(container.values() if isinstance(container, dict) else ())]
     before = [*entries, *values]

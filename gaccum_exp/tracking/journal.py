@@ -52,6 +52,8 @@ class Journal:
 
     def __init__(self, path: Path, lock: FileLock, flags: int) -> None:
         self.path = path
+        self.token = ""
+        """Of the run, once it has begun."""
         self._lock = lock
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o644)
         self._pending = bytearray()
@@ -91,6 +93,7 @@ class Journal:
         """
         os.truncate(path, whole_size(path))  # what is torn of it was never recorded
         journal = cls(path, lock, 0)
+        journal.token = str(beginning(path)[1].get("token", ""))
         journal.append("resume", time_ms=now_ms(), **owner())
         return journal
 
@@ -98,8 +101,9 @@ class Journal:
         self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], texts: Mapping[str, str]
     ) -> None:
         """Begin the run; `texts` become files, by name."""
+        self.token = uuid.uuid4().hex
         self.append(
-            "begin", token=uuid.uuid4().hex, name=name, params={k: str(v) for k, v in params.items()},
+            "begin", token=self.token, name=name, params={k: str(v) for k, v in params.items()},
             tags=dict(tags), texts=dict(texts), time_ms=now_ms(),
         )  # fmt: skip
 

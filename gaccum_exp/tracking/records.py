@@ -123,6 +123,20 @@ def last_of_each_arm(runs: Iterable[RunRecord]) -> list[RunRecord]:
     return [run for run in every if "arm" not in run.tags or run.run_id in kept]
 
 
+def with_those_elsewhere(here: Iterable[RunRecord], stored: Iterable[RunRecord]) -> list[RunRecord]:
+    """Return the runs that are here and, of the stored ones, those that are not, oldest first.
+
+    An arm that ran elsewhere is the same as one that is here where its configuration is; and then it
+    does not count, nor do its controls.
+    """
+    found, others = list(here), list(stored)
+    ids, arms = {run.run_id for run in found}, {run.tags.get("arm") for run in found}
+    digests = {run.tags.get("digest") for run in found} - {None}
+    same = {run.tags.get("arm") for run in others if run.tags.get("digest") in digests} - arms
+    found += [run for run in others if run.run_id not in ids and run.tags.get("arm") not in same]
+    return sorted(found, key=lambda run: run.start_time_ms)
+
+
 def _integer(text: str | None) -> int | None:
     try:
         return int(text) if text is not None else None

@@ -30,6 +30,8 @@ ROUNDING = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 The weights go further apart with every step, so that it doubles."""
 TELLING = 0.1
 """Beyond that nothing is compared any more."""
+FAR = 64
+"""Steps after which it is beyond, whatever the precision."""
 
 
 class UnequalError(RuntimeError):
@@ -141,7 +143,8 @@ class ResumedSink(JournalSink):
                 self._over = True
                 break
             values = {k: v for k, v in point.values.items() if not self.has(point.global_step, k)}
-            if values:
+            # That of a window in which nothing counted has no values; it tells that the step is over.
+            if values or (not point.values and point.global_step > self.recorded.last_step):
                 new.append(Point(point.global_step, point.time_ms, values))
         super().send(new)
         if unequal is not None:
@@ -151,7 +154,8 @@ class ResumedSink(JournalSink):
         """Return what is wrong with a point that may have been recorded before."""
         allowed, names = 0.0, tuple[str, ...](EXACT)
         if self._rounding is not None:
-            allowed = self._rounding * 2.0 ** max(0, point.global_step - self._since - 1)
+            steps = max(0, point.global_step - self._since - 1)
+            allowed = self._rounding * 2.0 ** min(steps, FAR)
             names = ROUNDED if allowed <= TELLING else ()
         for key, now in point.values.items():
             if not (key.startswith(names) and self.has(point.global_step, key)):

@@ -5,11 +5,13 @@ recorded with every run and shown: the programs that connect have variables and 
 """
 
 import os
+import re
 from urllib.parse import urlsplit
 
 from gaccum_exp.errors import BadInputError, hide_passwords
 
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
+IN_MEMORY = re.compile(r"sqlite(\+\w+)?:/*(:memory:|file::memory:|file:.*mode=memory|\?|$)")
 DEFAULT_URI, DEFAULT_EXPERIMENT = "sqlite:///mlflow.db", "gaccum_exp"
 
 
@@ -21,12 +23,17 @@ def tracking_uri(given: object = None, source: str = "tracking.uri") -> str:
         source: what to name where a password is refused.
 
     Raises:
-        BadInputError: there is a password in it; the message does not repeat it.
+        BadInputError: there is a password in it, which the message does not repeat; or it is of a
+            database in memory.
     """
     if not given and (given := os.environ.get(URI)):
         source = URI
     uri = str(given or DEFAULT_URI)
     refuse_password(uri, source)
+    if IN_MEMORY.match(uri):
+        raise BadInputError(
+            f"{source}={uri}: a database in memory ends with its process; give a file ({DEFAULT_URI})"
+        )
     return uri
 
 

@@ -14,6 +14,7 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of
 from gaccum_exp.core.modes import evaluation_mode
+from gaccum_exp.core.module_state import held_by, states_of
 from gaccum_exp.core.seeding import derive_seed, random_state_kept, seed_model
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.available import out_of_memory
@@ -36,8 +37,10 @@ class CompiledCheck(Hook):
         self._sink = sink
 
     def begin(self, state: TrainState) -> None:
-        """Record how close they are; refuse what `check_compiled` refuses."""
-        self._sink.record(0, check_compiled(state))
+        """Record how close they are, of a training that begins; refuse what `check_compiled` refuses."""
+        found = check_compiled(state)
+        if state.global_step == 0:  # else the run has recorded it when it began
+            self._sink.record(0, found)
 
 
 def check_compiled(state: TrainState) -> dict[str, float]:
@@ -133,7 +136,7 @@ def _compiled(state: TrainState, window: ConfiguredWindow) -> Gradient:
     """Accumulate on the model itself, and leave nothing behind."""
     parameters = window.modules.parameters()
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
-    buffers = [(buffer, buffer.clone()) for buffer in state.modules.buffers()]
+    states = states_of([state.modules, *held_by(state.loss_fn)])
     for parameter in parameters.values():
         parameter.grad = None
     try:
@@ -141,7 +144,7 @@ def _compiled(state: TrainState, window: ConfiguredWindow) -> Gradient:
             window.accumulate(lambda index: nullcontext(), state.placement.place)
         return gradient_of(parameters)
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for of in states:
+            of.put_back()
         for parameter, grad in gradients:
             parameter.grad = grad

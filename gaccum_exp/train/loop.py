@@ -1,13 +1,12 @@
 """The training loop: window after window, one optimizer step each; everything else is a hook."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.audits import WindowAudits
-from gaccum_exp.train.checkpoint.hook import Checkpoints
+from gaccum_exp.train.checkpoint.hook import Checkpoints, Writer
 from gaccum_exp.train.clock import StepClock
 from gaccum_exp.train.compiled import CompiledCheck
 from gaccum_exp.train.evaluation import Evaluation
@@ -91,7 +90,7 @@ def hooks_of(
     *,
     budget_bytes: int | None = None,
     stop: Stop = NEVER,
-    checkpoints: Path | None = None,
+    checkpoints: Writer | None = None,
 ) -> tuple[Hooks, WindowAudits]:
     """Return the hooks of a run's training, the outermost first, and of these the one that audits.
 
@@ -101,7 +100,7 @@ def hooks_of(
         progress: shows how far the training is.
         budget_bytes: what a window may hold on a CPU under `accum.on_oom=increase_steps`.
         stop: ends it.
-        checkpoints: the folder of its checkpoints; None: there are none.
+        checkpoints: writes its checkpoints; None: there are none.
     """
     audits, meters = WindowAudits(state, sink, stop), MemoryMeters(state, sink, budget_bytes)
     hooks: list[Hook] = [

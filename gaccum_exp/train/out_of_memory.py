@@ -21,6 +21,7 @@ from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
+from gaccum_exp.train.checkpoint.parts import parts_of, put_back
 from gaccum_exp.train.hooks import WINDOW, Hook
 from gaccum_exp.train.state import TrainState
 
@@ -52,16 +53,27 @@ class FinerSplit(Hook):
     def around(self, phase: str, state: TrainState, window: Window) -> Iterator[None]:
         """Put modules and generators back where memory runs out.
 
-        Of a module that is its buffers and attributes, as `core/module_state.py` has them.
+        Of a module that is its buffers and attributes, as `core/module_state.py` has them; of a window
+        that was interrupted and goes on, what its checkpoint has kept of its start.
         """
+        begun, at_start = state.begun is not None, state.begun_at_start
         modules = states_of([state.modules])
         generators = random_states()
         try:
             yield
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if begun and at_start is None and out_of_memory(error):
+                n = state.accum_steps(state.global_step)
+                raise BadInputError(
+                    f"out of memory at N = {n} in a window that went on from a checkpoint, which was "
+                    "taken under accum.on_oom=raise and does not hold the window's start: "
+                    f"resume=<folder of the run> accum.steps={2 * n} goes on with it"
+                ) from error
             for module in modules:
                 module.put_back()
             set_random_states(generators)
+            if begun and at_start is not None:
+                put_back(parts_of(state), at_start)
             raise
 
     def redo(self, state: TrainState, window: Window, error: Exception) -> bool:

@@ -9,17 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from gaccum_exp.arms import continued
+from gaccum_exp import cli
+from gaccum_exp.arms import callback, child, continued, life
+from gaccum_exp.arms.context import KnownArm
+from gaccum_exp.arms.outcome import Outcome
+from gaccum_exp.errors import BadInputError, StoreAwayError
+from gaccum_exp.tracking import journal as journals
 from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.locks import FileLock
+from gaccum_exp.train.stopping import NEVER, StoppedError
 from tests.arms.test_context import context
 from tests.arms.test_sweep import LAUNCHERS
-from tests.program import TINY, Ended, Program, in_a_process
+from tests.program import TINY, Ended, Program, in_a_process, sweep_here
 from tests.strangers import Net
 
 POINTS = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
@@ -149,23 +158,31 @@ def test_arms_are_added_and_compared_with_those_that_are_there(program: Program)
     assert all(run.params["sweep.into"] == "None" for run in program.arms())
 
 
-@pytest.mark.parametrize(
-    ("model", "asked", "whole"),
-    [("Fails", (), False), ("Fails", ("sweep.rerun_failed=true",), True), ("DiesOnce", (), True)],
-)
-def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(
-    program: Program, model: str, asked: tuple[str, ...], whole: bool
-) -> None:
-    """A model that raises; as against a process that was killed, which says nothing of the arm."""
-    ended = sweep(program, model, "accum.steps=1,2")
-    assert ended.status == 1
-    assert ("sweep.resume=" in ended.err) == (model == "DiesOnce")
+def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(program: Program) -> None:
+    """A model that raises."""
+    ended = sweep(program, "Fails", "accum.steps=1,2")
+    assert (ended.status, "sweep.resume=" in ended.err) == (1, False)
     FIRST.touch()
-    again = sweep(program, model, "accum.steps=1,2", f"sweep.resume={program.sweep_id}", *asked)
-    assert again.status == (0 if whole else 1)
+    line = ("accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    again = sweep(program, "Fails", *line)
+    assert (again.status, rows(program.sweep_folder)["2"]) == (1, "FAILED")
+    assert "1 by a fault of their own" in again.err
+    last = sweep(program, "Fails", "accum.steps=1,2", "sweep.resume=last")
+    assert (last.status, "sweep.rerun_failed=true runs the arms again" in last.err) == (2, True)
+    line = ("accum.steps=1,2", "sweep.resume=last", "sweep.rerun_failed=true")
+    asked = sweep(program, "Fails", *line)
+    assert (asked.status, rows(program.sweep_folder)["2"]) == (0, "FINISHED")
+    assert "by a fault of their own" not in asked.err
     assert len(program.arms()) == 2
-    assert rows(program.sweep_folder)["2"] == ("FINISHED" if whole else "FAILED")
-    assert ("1 by a fault of their own" in again.err) == (not asked and model == "Fails")
+
+
+def test_an_arm_whose_process_was_killed_is_run_again(program: Program) -> None:
+    """It says nothing of the arm."""
+    ended = sweep(program, "DiesOnce", "accum.steps=1,2")
+    assert (ended.status, "sweep.resume=" in ended.err) == (1, True)
+    again = sweep(program, "DiesOnce", "accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    assert (again.status, rows(program.sweep_folder)["2"]) == (0, "FINISHED")
+    assert len(program.arms()) == 2
 
 
 def test_seeds_that_are_trained_as_one_are_run_where_they_are_missing(program: Program) -> None:
@@ -189,6 +206,8 @@ def test_seeds_that_are_trained_as_one_are_run_where_they_are_missing(program: P
         (("-m", "sweep.resume=../x"), "sweep.resume=../x: no such sweep in multirun"),
         (("-m", "sweep.resume=a", "sweep.into=b"), "sweep.resume=a and sweep.into=b both name a sweep"),
         (("-m", "sweep.resume=a,b"), "sweep.resume=a,b: one value"),
+        (("-m", "sweep.rerun_failed=true"), "sweep.rerun_failed=true: of no sweep; sweep.resume=last"),
+        (("sweep.rerun_failed=true",), "sweep.rerun_failed=true: a single run is no sweep; add -m"),
         (("sweep.resume=last",), "sweep.resume=last: a single run is no sweep; add -m"),
         (("sweep.into=a",), "sweep.into=a: a single run is no sweep; add -m"),
     ],
@@ -284,14 +303,14 @@ def test_another_store_than_the_sweeps_is_refused(program: Program) -> None:
 
 @pytest.mark.engines
 @pytest.mark.parametrize("launcher", ["joblib", "submitit"])
-def test_a_sweep_goes_on_under_every_launcher(tmp_path: Path, launcher: str) -> None:
+def test_a_sweep_goes_on_under_every_launcher(home: Path, launcher: str) -> None:
     """An arm whose process was killed goes on, one is added, those that have ended are not run."""
     line = ("-m", *LAUNCHERS[launcher], *POINTS, f"model._target_={HERE}.DiesOnce")
-    first = in_a_process(tmp_path, *line, "accum.steps=1,2")
+    first = in_a_process(home, *line, "accum.steps=1,2")
     assert first.status == 1, first.err
-    (folder,) = (tmp_path / "multirun").iterdir()
+    (folder,) = (home / "multirun").iterdir()
     assert rows(folder) == {"1": "FINISHED", "2": "FAILED"}
-    again = in_a_process(tmp_path, *line, "accum.steps=1,2,4", "sweep.resume=last")
+    again = in_a_process(home, *line, "accum.steps=1,2,4", "sweep.resume=last")
     assert again.status == 0, again.err
     assert rows(folder) == dict.fromkeys("124", "FINISHED")
     journals = [str(path.relative_to(folder)) for path in folder.rglob("journal*.jsonl")]
@@ -311,3 +330,186 @@ def test_a_resumed_arm_counts_with_its_last_run(tmp_path: Path) -> None:
         time.sleep(0.002)
     runs = Journals(tmp_path).sweep("a", ())
     assert [run.name for run in last_of_each_arm(runs)] == ["1", "2", "3", "4"]
+
+
+class Left:
+    """A sweep as its commands have left it in `multirun/a`, with a store of any content."""
+
+    def __init__(self, folder: Path, *arms: Outcome, **note: object) -> None:
+        self.folder = folder / "multirun" / "a"
+        for number, arm in enumerate(arms):
+            (self.folder / str(number)).mkdir(parents=True)
+            arm.write(self.folder / str(number))
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        Journal.create(self.folder, uri, "gaccum_exp").end("FINISHED")
+        note = {"whole": True, "arms": ["0", "1"], **note}
+        continued.SweepNote("a", "a", 0.0, **note).write(self.folder)  # type: ignore[arg-type]
+
+    def taken_up(self) -> continued.Continued:
+        """Take it up, as `sweep.resume=a` does."""
+        sweep = {"resume": "a", "into": None}
+        config = OmegaConf.create(
+            {"sweep": sweep, "hydra": {"sweep": {"dir": f"{self.folder.parent}/b"}}}
+        )
+        found = continued.asked_for(config, [], "b")
+        assert found is not None
+        assert found.lock is not None
+        found.lock.release()
+        return found
+
+
+def stores(monkeypatch: pytest.MonkeyPatch, **arms: Outcome) -> None:
+    """Let any store have these arms, by place."""
+    of_store = {Path(place): outcome for place, outcome in arms.items()}
+    monkeypatch.setattr(continued, "outcomes_in_store", lambda *_: of_store)
+
+
+HERE_ALONE = Outcome("a", "here", "FINISHED", digest="d0", command_id="a")
+ELSEWHERE = Outcome("a", "elsewhere", "FAILED", "a fault", digest="d1", command_id="a")
+
+
+@pytest.mark.parametrize(
+    "note",
+    [{"arms": ["0", "1", "b/1"]}, {"uncounted": True}],
+    ids=["one is missing", "its launcher shares no folder"],
+)
+def test_arms_that_ran_elsewhere_are_among_those_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: dict[str, object]
+) -> None:
+    """Beside those that are here; what is of the same place or configuration is the same arm."""
+    killed = replace(ELSEWHERE, name="killed", status="KILLED", digest="d2", again=True)
+    finished = replace(killed, status="FINISHED", again=False)
+    same = replace(HERE_ALONE, status="FAILED")
+    stores(monkeypatch, **{"0": HERE_ALONE, "1": finished, "b/1": ELSEWHERE, "b/2": same})
+    arms = Left(tmp_path, HERE_ALONE, killed, **note).taken_up().known(rerun_failed=False)
+    assert {digest: arm.status for digest, arm in arms.items()} == {
+        "d0": "FINISHED", "d1": "FAILED", "d2": "FINISHED"
+    }  # fmt: skip
+
+
+def test_the_store_is_not_asked_where_every_arm_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes seconds, and it may be away."""
+    monkeypatch.delattr(continued, "outcomes_in_store")
+    assert len(Left(tmp_path, HERE_ALONE, ELSEWHERE).taken_up().outcomes) == 2
+
+
+def test_what_may_run_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it lives cannot be known here; nor what became of it, where the store is away."""
+    left = Left(tmp_path, HERE_ALONE)
+    stores(monkeypatch, **{"0": HERE_ALONE, "1": replace(ELSEWHERE, status="RUNNING", host="other")})
+    with pytest.raises(
+        BadInputError, match=r"elsewhere left no folder here and is RUNNING .* --end-stale"
+    ):
+        left.taken_up()
+
+    def away(*_: object) -> None:
+        raise StoreAwayError("it does not answer")
+
+    monkeypatch.setattr(continued, "outcomes_in_store", away)
+    with pytest.raises(BadInputError, match="arms of it may have run elsewhere, and it does"):
+        left.taken_up()
+
+
+def test_an_arm_that_has_ended_elsewhere_answers_with_all_that_it_earned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verdict and its reason, by which the exit status is decided."""
+    arm = replace(context(tmp_path / "b" / "0", "task=audit"), sweep_folder=tmp_path, command_id="b")
+    monkeypatch.setattr(child, "_given", None)  # nothing is run
+    for ended in (
+        Outcome(
+            "a", "arm", "FINISHED", None, "audit", "biased", True, digest=arm.digest, command_id="a"
+        ),
+        Outcome("a", "arm", "FAILED", "a fault", "audit", digest=arm.digest, command_id="a"),
+    ):
+        before = continued.Continued("a", tmp_path, "", [], None, None, {tmp_path / "0": ended})
+        known = json.loads(json.dumps(before.known(rerun_failed=False)))  # as jobs are told
+        knowing = replace(arm, known={digest: KnownArm(*one) for digest, one in known.items()})
+        outcomes: dict[Path, Outcome] = {}
+        child.run_job(knowing, NEVER, outcomes, None)
+        expected = replace(ended, sweep_id=arm.sweep_id, command_id="b")
+        assert outcomes == {tmp_path / "0": expected}
+
+
+def test_one_command_at_a_time_goes_on_with_a_sweep(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the moment that it asks for it until it has compared; another one is refused in a line."""
+    monkeypatch.setattr(continued, "HELPER_S", 0.0)
+    left, others = Left(program.folder, HERE_ALONE, arms=["0"]), list[str]()
+
+    def another(*_: object) -> int:
+        with pytest.raises(BadInputError) as refused:
+            left.taken_up()
+        others.append(str(refused.value))
+        return 0
+
+    monkeypatch.setattr(callback, "start_helper", another)  # when nothing is written yet
+    monkeypatch.setattr(cli, "_compare", another)
+    assert program.tiny("-m", "accum.steps=0", "sweep.resume=a").status == 0
+    said = "sweep.resume=a: another command goes on with it; wait for its end, or end it"
+    assert others == [said, said]
+    lock = FileLock.take(left.folder / continued.COMMAND_LOCK)
+    assert lock is not None
+    lock.release()
+
+
+def test_what_another_host_may_still_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of the host that went on with it last; a container that is started again is the same."""
+    monkeypatch.chdir(tmp_path)
+    left = Left(tmp_path, HERE_ALONE, arms=["0"])
+
+    def of(host: str, boot: str) -> None:
+        monkeypatch.setattr(journals, "owner", lambda: {"host": host, "boot": boot})
+
+    of("container", "boot")
+    journal = Journal.create(left.folder / "0", "sqlite:///none.db", "x")
+    journal.begin("arm", params={}, tags={"sweep_id": "a"}, texts={})
+    journal.close()
+    of("container started again", "boot")
+    left.taken_up()
+    of("elsewhere", "another boot")
+    with pytest.raises(BadInputError, match=r"arm is of container, which .* multirun/a$"):
+        left.taken_up()
+    lock = FileLock.take(journal.path.with_suffix(".lock"))
+    assert lock is not None
+    Journal.going_on(journal.path, lock).close()
+    left.taken_up()
+    of("container", "boot")
+    with pytest.raises(BadInputError, match="arm is of elsewhere"):
+        left.taken_up()
+
+
+def test_an_arm_without_an_outcome_has_the_end_of_its_commands_run(tmp_path: Path) -> None:
+    """Not that of an earlier one, which lies in its folder too where it was begun anew."""
+    for command, status in (("a", "FAILED"), ("b", "FINISHED")):
+        journal = Journal.create(tmp_path, "sqlite:///none.db", "x")
+        tags = {"sweep_id": "a", "command_id": command}
+        journal.begin("arm", params={}, tags=tags, texts={})
+        journal.end(status, "a fault" if status == "FAILED" else None)
+    for command, status in (("b", "FINISHED"), ("c", "FAILED")):
+        running = Outcome("a", "arm", "RUNNING", command_id=command)
+        ended = child.ended(tmp_path, running, None)
+        assert (ended.status, ended.again) == (status, command == "c")
+
+
+def test_controls_that_were_interrupted_are_trained_where_the_sweep_goes_on(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their arm has finished, and is not trained again."""
+    sweep_here(monkeypatch)
+
+    def interrupted(control: life.Life) -> None:
+        raise StoppedError("interrupted (SIGINT)", 130)
+
+    with monkeypatch.context() as first:
+        first.setattr(life, "_train_control", interrupted)
+        ended = program.tiny("-m", "accum.steps=1", "audit.controls=1")
+    assert (ended.status, "1 arm did not finish; to go on:" in ended.err) == (130, True)
+    again = program.tiny("-m", "accum.steps=1", "audit.controls=1", "sweep.resume=last")
+    assert (again.status, "to go on" in again.err) == (0, False)
+    assert [run.control_seed for run in program.arms()] == [None, 1]

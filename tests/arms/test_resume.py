@@ -1,9 +1,11 @@
 """The same command again goes on with a run that was killed, and gives what it would have given."""
 
+import json
 import os
 import platform
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,27 @@ from torch import Tensor
 
 from gaccum_exp import cli
 from gaccum_exp.arms import life, plan, resume
+from gaccum_exp.arms.context import Command, Launch
+from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking import sink as sinks
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import Journal, end_if_dead, last_record, read_journal
+from gaccum_exp.tracking.journal import (
+    Journal,
+    beginning,
+    encoded,
+    end_if_dead,
+    last_record,
+    read_journal,
+)
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.checkpoint.hook import Writer
+from gaccum_exp.train.stopping import NEVER
+from tests.arms.test_context import context
 from tests.program import Program, sweep_here
 from tests.strangers import Net
-from tests.support import settings
+from tests.support import composed, settings
 
 ARMS = ("model=custom", "model._target_=tests.arms.test_resume.Killed", "data=custom",
         "data.train._target_=tests.strangers.Points", "data.eval._target_=tests.strangers.Points",
@@ -146,6 +159,10 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
     expected, weights = curves(program), weights_in(program.folder / "apart")
     killed(program, *command, at=12)
     (folder,) = folders(program)
+    path = journal_of(program, folder)
+    left = list(path.parent.glob("checkpoints/*/manifest.json"))
+    assert left
+    assert all(beginning(path)[1]["token"] in manifest.read_text() for manifest in left)
     done = program(*command)
     assert (done.status, folders(program)) == (0, [folder])
     assert any(
@@ -216,6 +233,28 @@ def test_one_that_a_signal_has_ended_goes_on_too_and_it_is_said_how(
     assert (run.status, run.tags.get("failure")) == ("FINISHED", None)
 
 
+@pytest.mark.parametrize(
+    ("controls", "status", "control", "goes_on"),
+    [(0, "KILLED", None, True), (0, "FINISHED", None, False), (1, "FINISHED", None, True),
+     (1, "FINISHED", "KILLED", True), (1, "FINISHED", "FINISHED", False)],
+)  # fmt: skip
+def test_the_command_that_goes_on_is_named_where_there_is_something_to_go_on_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], controls: int, status: str, control: str | None,
+    goes_on: bool,
+) -> None:  # fmt: skip
+    """Also where a control was interrupted, or not begun yet; without what would begin anew."""
+    asked = f"audit.controls={controls}"
+    left_in(tmp_path, asked, status=status)
+    if control is not None:
+        left_in(tmp_path, asked, "audit.control_seed=1", status=control, control_of="N=1")
+    line = ["seed=1", "resume=never", "++resume=never", "+resume='never'", 'resume="never"', "seed=2"]
+    launch = Launch(tmp_path, "old", "sqlite:///mlflow.db", "x", False)
+    own = settings(*ARMS, "sweep_id=old", asked)
+    cli._say_what_goes_on(Command(NEVER, line, launch=launch, settings=own))
+    said = capfd.readouterr().err
+    assert said.endswith("gaccum_exp seed=1 seed=2\n") if goes_on else not said
+
+
 def test_an_arm_of_a_sweep_goes_on_where_it_is_given_its_folder_again(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +297,8 @@ def left_in(folder: Path, *overrides: str, status: str | None = "KILLED", **tags
 
 def found_in(folder: Path, *overrides: str) -> Path | None:
     """Return the journal of the run that a command would go on with, and let go of it."""
-    resumed = resume.in_folder(folder, settings(*ARMS, "sweep_id=new", *overrides))
+    config = composed(*ARMS, "sweep_id=new", *overrides)
+    resumed = resume._taken(folder, resume.Wanted(validate(config), config))
     if resumed is None:
         return None
     resumed.lock.release()
@@ -289,6 +329,21 @@ def test_where_it_records_and_how_fast_it_is_makes_no_other_configuration(
     assert found_in(tmp_path, of, other) == path
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("mean", "sum"), ("global_mean", "mean")])
+def test_an_id_that_is_a_value_too_makes_no_two_configurations_alike(
+    tmp_path: Path, theirs: str, ours: str
+) -> None:
+    """Runs that the user names after what is varied."""
+    own = settings(*ARMS, f"sweep_id={theirs}", f"accum.reduction={theirs}")
+    journal = Journal.create(tmp_path, "sqlite:///mlflow.db", "gaccum_exp")
+    tags = {"sweep_id": theirs, "version.gaccum_exp": resume.version_of("gaccum_exp")}
+    journal.begin(theirs, params=own.flat(), tags=tags, texts={})
+    journal.end("KILLED")
+    config = composed(*ARMS, f"sweep_id={ours}", f"accum.reduction={ours}")
+    differing = resume.Wanted(validate(config), config).differing(resume.runs_in(tmp_path)[0])
+    assert differing == {"accum.reduction": (theirs, ours)}
+
+
 def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was killed or has no end; not one that has finished or failed, nor of another version."""
     times = iter(range(10))
@@ -299,7 +354,7 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found_in(tmp_path) is None
     assert found_in(tmp_path / "nowhere") is None
     assert found_in(tmp_path) is None
-    of_sweep = resume.in_folder(tmp_path, settings(*ARMS, "sweep_id=old"), "old")
+    of_sweep = resume.in_folder(tmp_path, settings(*ARMS, "sweep_id=old"))
     assert of_sweep is not None, "whatever has become of an arm, its sweep goes on with it"
     assert of_sweep.left.status == "FAILED"
     of_sweep.lock.release()
@@ -309,6 +364,34 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert found_in(tmp_path) == without_end
     without_end.write_bytes(b"")
     assert found_in(tmp_path) == killed_first
+
+
+def test_under_resume_never_an_arm_of_a_sweep_is_begun_anew(tmp_path: Path) -> None:
+    """Unless the run is of the same command, whose job was put back into a queue."""
+    path = left_in(tmp_path, status="FAILED", command_id="first")
+    for asked, command_id, expected in (
+        ("auto", "second", path), ("never", "second", None), ("never", "first", path)
+    ):  # fmt: skip
+        arm = context(tmp_path, *ARMS, "sweep_id=old", f"resume={asked}")
+        arm = replace(arm, command_id=command_id)
+        resumed = life.left_by_sweep(arm, validate(arm.config))
+        assert (None if resumed is None else resumed.left.path) == expected
+        if resumed is not None:
+            resumed.lock.release()
+
+
+def test_why_an_arm_of_a_sweep_is_begun_anew_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by another version of the package, whose numbers may be others."""
+    caplog.set_level("INFO", "gaccum_exp")
+    arm = context(tmp_path, *ARMS, "sweep_id=old")
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    assert not caplog.messages
+    left_in(tmp_path, **{"version.gaccum_exp": "0.0"})
+    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    (said,) = caplog.messages
+    assert "the arm begun anew: version.gaccum_exp (0.0 there, " in said
 
 
 def test_a_run_that_failed_is_not_gone_on_with_unless_it_is_named(program: Program) -> None:
@@ -395,6 +478,10 @@ def test_what_cannot_be_gone_on_with_is_refused_in_a_line(program: Program) -> N
     unlike = said(f"resume=outputs/{folder}", "optimizer.lr=0.02", "seed=3")
     assert "another configuration: optimizer.lr (0.1 there, 0.02 here), seed (0 there, 3 here)" in unlike
     assert "must be auto, never" in said("resume=")
+    assert "no such run" in said(f"resume={'x' * 5000}")
+    control = said(f"resume=outputs/{folder}", "audit.control_seed=3")
+    assert "another configuration: audit.control_seed (None there, 3 here)" in control
+    assert "goes on with a training, and task=audit is none" in said(f"resume={folder}", "task=audit")
     assert program(*ARMS, f"resume=outputs/{folder}").status == 0
     assert "has finished: nothing is left" in said(f"resume={folder}")
 
@@ -406,11 +493,72 @@ def test_another_n_is_the_same_run_where_it_is_named(program: Program) -> None:
     while (run_id := Delivered.of(journal_of(program, folder)).run_id) is None:
         time.sleep(0.02)
     done = program(*ARMS, "accum.steps=4", f"resume={run_id}")
+    assert f"outputs/{folder} (N=1 · micro 8 · global_mean), at N = 4, from step" in done.err
     assert (done.status, folders(program)) == (0, [folder]), done
     assert any("are equal to rounding" in line for line in done.lines)
     (run,) = program.store().sweep(folder, ("train/loss",))
     assert (run.accum_steps, run.tags["role"], run.micro_batch_sizes) == (4, "candidate", (2, 2, 2, 2))
     assert len(run.curves["train/loss"].values) == 9
+
+
+def test_a_verdict_that_was_recorded_after_the_last_checkpoint_counts(program: Program) -> None:
+    """The worst of both is the run's: an audit that is in the journal is not made again."""
+    command = (*ARMS, "checkpoint.every_steps=2", "audit.every_steps=8", "accum.steps=2")
+    killed(program, *command, at=13)
+    (folder,) = folders(program)
+    path = journal_of(program, folder)
+    lock = lock_of(path)
+    with path.open("ab") as journal:
+        journal.write(encoded({"kind": "tags", "tags": {"verdict": "biased", "cause": "batch mixing"}}))
+    lock.release()
+    done = program(*command)
+    assert done.status == 3, done
+    assert (
+        json.loads((program.folder / "outputs" / folder / "arm.json").read_text())["verdict"] == "biased"
+    )
+
+
+def test_where_a_run_is_recorded_that_goes_on_from_elsewhere(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the store that it was begun in, and that is said."""
+    killed(program, *ARMS)
+    (folder,) = folders(program)
+    (program.folder / "elsewhere").mkdir()
+    monkeypatch.chdir(program.folder / "elsewhere")
+    named = f"resume={program.folder / 'outputs' / folder}"
+    done = program.as_given(*ARMS, named, "tracking.uri=sqlite:///other.db")
+    assert done.status == 0, done
+    assert f"recorded in {program.uri}, experiment gaccum_exp" in done.err
+
+
+def test_runs_of_another_user_are_left(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that several users share."""
+    killed(program, *ARMS)
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    assert program(*ARMS).status == 0
+    assert len(folders(program)) == 2
+
+
+def test_two_commands_at_once_do_not_train_the_same_controls(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process trains those of a reference, a command begins a run of its own."""
+    monkeypatch.setattr(resume, "PATIENCE_S", 0.05)
+    command = (*ARMS, "accum.steps=1", "audit.controls=1", "audit.at_start=false")
+    assert program(*command).status == 0
+    (folder,) = folders(program)
+    for path in (program.folder / "outputs" / folder).glob("journal-2.*"):
+        path.unlink()  # as if the control had not begun
+    lock = FileLock.take(program.folder / "outputs" / folder / resume.CONTROLS_LOCK)
+    assert lock is not None
+    named = program(*command, f"resume={folder}")
+    assert (named.status, "are being trained" in named.err) == (2, True)
+    assert program(*command).status == 0
+    assert len(folders(program)) == 2
+    lock.release()
+    assert program(*command).status == 0
+    assert len(folders(program)) == 2
 
 
 def test_n_that_was_chosen_stays(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

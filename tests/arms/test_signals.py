@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from gaccum_exp.arms import child
 from gaccum_exp.arms.serve import _Server
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.tracking.progress import Progress
@@ -272,6 +273,24 @@ def test_a_sweep_that_is_ended_compares_what_there_is(program: Program, model: s
     assert program("-m", *POINTS, "model._target_=tests.strangers.Net").status == 0
 
 
+def test_a_signal_that_comes_while_the_child_begins_ends_its_arm_in_order(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until it can be followed, and does not break into Python's own beginning."""
+
+    class Signalled(child._Child):
+        def __init__(self) -> None:
+            super().__init__()
+            os.kill(self.process.pid, signal.SIGINT)
+
+    child._end_all()
+    monkeypatch.setattr(child, "_Child", Signalled)
+    done = program("-m", *POINTS, "model._target_=tests.strangers.Net", "accum.steps=1,2")
+    assert done.status == 130, done.err
+    assert ended(program) == [("KILLED", "interrupted (SIGINT)")]
+    assert "KeyboardInterrupt" not in done.err
+
+
 class Paced(Net):
     """Takes its time for a micro-batch of less than a global batch."""
 
@@ -281,7 +300,7 @@ class Paced(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 2) -> logits (batch, 3)."""
-        if self.training and len(x) < 8:
+        if self.training and len(x) < 8 and type(x) is Tensor:  # not where its memory is planned
             time.sleep(self.pause_s)
         return super().forward(x)
 
@@ -289,7 +308,8 @@ class Paced(Net):
 def started(folder: Path, *arguments: str, until: str = "points") -> subprocess.Popen[str]:
     """Start a sweep of four arms in a process; wait until the first has ended and the second records."""
     command = [sys.executable, "-m", "gaccum_exp", "-m", *POINTS, "accum.steps=1,2,4,8",
-               "train.steps=200", "model._target_=tests.arms.test_signals.Paced", "audit.at_start=false",
+               "train.steps=200", "accum.partial_window=drop", "audit.at_start=false",
+               "model._target_=tests.arms.test_signals.Paced",
                *arguments]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -331,21 +351,21 @@ def child_of(folder: Path) -> int:
     ids=["Ctrl-C", "SIGTERM under joblib"],
 )
 def test_a_command_that_is_ended_passes_it_on_and_compares(
-    tmp_path: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
+    home: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
 ) -> None:
     """Whoever launches the arms: those in hand are KILLED, with their curves; no other is begun."""
-    process = started(tmp_path, *launcher)
+    process = started(home, *launcher)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, err
     assert "Traceback" not in err
     assert "waiting up to 30 s" in err
     reason = f"interrupted ({number.name})"
-    ended = outcomes(tmp_path)
+    ended = outcomes(home)
     if launcher:  # the worker that had the first arm takes the third at once
         assert ended.pop(2, ("KILLED", reason)) == ("KILLED", reason)
     assert ended == {0: ("FINISHED", None), 1: ("KILLED", reason)}
-    (table,) = tmp_path.glob("multirun/*/comparison.csv")
+    (table,) = home.glob("multirun/*/comparison.csv")
     with table.open() as file:
         rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
     assert [rows[steps]["status"] for steps in "12"] == ["FINISHED", "KILLED"]
@@ -354,10 +374,10 @@ def test_a_command_that_is_ended_passes_it_on_and_compares(
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_command_and_child_on_the_spot(tmp_path: Path) -> None:
+def test_a_second_signal_ends_command_and_child_on_the_spot(home: Path) -> None:
     """What was flushed is on disk; the arm has no outcome of its own."""
-    process = started(tmp_path, "+model.pause_s=100", until="begin")
-    child = child_of(tmp_path)
+    process = started(home, "+model.pause_s=100", until="begin")
+    child = child_of(home)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -370,13 +390,13 @@ def test_a_second_signal_ends_command_and_child_on_the_spot(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_arms_of_a_command_that_is_killed_end_in_order(tmp_path: Path) -> None:
+def test_the_arms_of_a_command_that_is_killed_end_in_order(home: Path) -> None:
     """The child sees that nobody is there any more, and ends its arm after the micro-batch in hand."""
-    process = started(tmp_path)
+    process = started(home)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + PATIENCE_S
-    while outcomes(tmp_path)[1][0] == "RUNNING":
+    while outcomes(home)[1][0] == "RUNNING":
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert outcomes(tmp_path)[1] == ("KILLED", "its command has ended")
+    assert outcomes(home)[1] == ("KILLED", "its command has ended")

@@ -14,7 +14,9 @@ from mlflow import MlflowClient
 
 from gaccum_exp.arms import child
 from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.settle import settle
+from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.stopping import Stop
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
@@ -91,35 +93,50 @@ def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
-def test_every_launcher_ends_in_a_comparison_of_all_arms(tmp_path: Path, launcher: str) -> None:
+def test_every_launcher_ends_in_a_comparison_of_all_arms(home: Path, launcher: str) -> None:
     """Side by side in processes, through submitit, or one by one at a sweeper's wish; one arm fails."""
     steps = "accum.steps=choice(1,0,2)" if launcher == "optuna" else "accum.steps=1,0,2"
-    ended = in_a_process(tmp_path, "-m", *LAUNCHERS[launcher], *TINY, steps)
+    ended = in_a_process(home, "-m", *LAUNCHERS[launcher], *TINY, steps)
     assert ended.status == 1, ended.err
     assert "Traceback" not in ended.err
-    rows = table(tmp_path / "multirun")
+    rows = table(home / "multirun")
     finished = [(row["accum_steps"], row["role"]) for row in rows if row["status"] == "FINISHED"]
     assert finished == [("1", "reference"), ("2", "candidate")]
     assert [row["failure"] for row in rows if row["status"] == "FAILED"] == [
         "accum.steps=0: must be at least 1"
     ]
-    ended_as = [json.loads(path.read_text()) for path in tmp_path.rglob("arm.json")]
+    (sweep,) = (home / "multirun").iterdir()
+    runs = Store(f"sqlite:///{home / 'mlflow.db'}", "gaccum_exp").sweep(sweep.name)
+    assert sorted(run.name for run in runs)[:2] == [
+        "N=1 · micro 256 · global_mean", "N=2 · micro 128 · global_mean"
+    ]  # fmt: skip
+    words = [run.tags["overrides"].split() for run in runs if run.params]
+    assert sorted(map(sorted, words)) == [sorted([*TINY, f"accum.steps={n}"]) for n in (1, 2)]
+    ended_as = [json.loads(path.read_text()) for path in home.rglob("arm.json")]
     assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, *here: str) -> None:
+    """Let the jobs of a sweep, but for those of these folders, share none with the command."""
+    run_job = child.run_job
+
+    def run(context: ArmContext, stop: Stop, outcomes: dict[Path, Outcome], helper: str | None) -> None:
+        if context.place in here:
+            run_job(context, stop, outcomes, helper)
+            return
+        run_job(context, stop, {}, helper)
+        settle([context.folder])
+        while context.folder.exists():  # the helper may remove a lock's file at this moment
+            shutil.rmtree(context.folder, ignore_errors=True)
+
+    monkeypatch.setattr(child, "run_job", run)
 
 
 def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a launcher runs them on hosts that share none with the command."""
-    run_job = child.run_job
-
-    def elsewhere(context: ArmContext, stop: Stop, outcomes: object, helper: str | None) -> None:
-        run_job(context, stop, {}, helper)
-        settle([context.folder])
-        while context.folder.exists():  # the helper may remove a lock's file at this moment
-            shutil.rmtree(context.folder, ignore_errors=True)
-
-    monkeypatch.setattr(child, "run_job", elsewhere)
+    elsewhere(monkeypatch)
     ended = program.tiny("-m", "accum.steps=1,2,0")
     assert ended.status == 1
     assert "N = 2 is equivalent" in ended.plain
@@ -127,14 +144,28 @@ def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
     assert program.tiny("-m", "accum.steps=1,2").status == 0
 
 
+def test_arms_of_which_some_leave_no_folder_are_all_judged_and_none_runs_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a queue's head node takes jobs, too; the one that fails does so elsewhere."""
+    elsewhere(monkeypatch, "0")
+    ended = program.tiny("-m", "accum.steps=1,2,0")
+    assert (ended.status, "N = 2 is equivalent" in ended.plain) == (1, True)
+    assert [row["status"] for row in table(program.folder / "multirun")].count("FINISHED") == 2
+    again = program.tiny("-m", "accum.steps=1,2", f"sweep.resume={program.sweep_id}")
+    assert "3 of 3 arms begun have ended, 1 by a fault of their own" in again.err
+    assert (again.status, len(table(program.sweep_folder))) == (1, 3)
+    assert len(program.arms()) == 3
+
+
 @pytest.mark.slow
-def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
+def test_arms_side_by_side_share_the_threads(home: Path) -> None:
     """Two at a time have half of the cores each; their names know what the sweep varies all the same."""
     free = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
     rates = "optimizer.lr=0.1,0.2"
     command = [sys.executable, "-m", "gaccum_exp", "-m", *TINY, rates, *LAUNCHERS["joblib"]]
-    subprocess.run(command, cwd=tmp_path, env=free, check=True, timeout=PATIENCE_S)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    subprocess.run(command, cwd=home, env=free, check=True, timeout=PATIENCE_S)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'gaccum_exp'")
     runs = client.search_runs([experiment.experiment_id], "tags.kind = 'arm'")
     assert [run.data.tags["threads"] for run in runs] == [str(max(1, joblib.cpu_count() // 2))] * 2
@@ -142,7 +173,7 @@ def test_arms_side_by_side_share_the_threads(tmp_path: Path) -> None:
         "optimizer.lr=0.1", "optimizer.lr=0.2",
     ]  # fmt: skip
     (sweep_id,) = {run.data.tags["sweep_id"] for run in runs}
-    assert (tmp_path / "multirun" / sweep_id / "comparison.csv").exists()
+    assert (home / "multirun" / sweep_id / "comparison.csv").exists()
     overrides = sorted(run.data.tags["overrides"] for run in runs)
     assert overrides == [" ".join([*TINY, f"optimizer.lr={rate}"]) for rate in ("0.1", "0.2")]
 

@@ -119,11 +119,12 @@ def test_a_model_on_meta_is_planned_as_the_real_one() -> None:
 
 def test_a_batch_of_two_samples_stands_for_any_number() -> None:
     """And what is planned for needs no memory: a batch of a million images."""
-    few = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=37)
-    many = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(37), torch.optim.SGD)
+    few = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=11)
+    many = plan_memory(a_cnn()[0], nn.CrossEntropyLoss(), images(11), torch.optim.SGD)
     assert few.as_dict() == many.as_dict()
+    model = MLP(hidden=(8,), input_shape=(3, 32, 32), num_classes=10)
     huge = plan_memory(
-        a_cnn()[0], nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=2**20,
+        model, nn.CrossEntropyLoss(), images(2), torch.optim.SGD, batch_size=2**20,
         budget_bytes=2**30,
     )  # fmt: skip
     assert huge.rows[0].peak.parts["inputs"] >= 2**20 * 3 * 32 * 32 * 4

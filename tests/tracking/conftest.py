@@ -1,5 +1,6 @@
 """Real servers that tests of this folder share, each started when it is first asked for."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from experiments.postgresql import PostgresServer, postgres_server, why_not
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:
     """Return the address of an MLflow server over SQLite."""
     folder = tmp_path_factory.mktemp("served")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
     with mlflow_server(f"sqlite:///{folder / 'mlflow.db'}", folder / "log") as address:
         yield address
 
@@ -40,7 +42,7 @@ def served_postgres(postgres_uri: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(params=["sqlite", "served", "postgres_uri"])
-def uri(request: pytest.FixtureRequest, empty_store: Path) -> str:
+def uri(request: pytest.FixtureRequest, home: Path) -> str:
     """Return the address of each kind of store."""
     kind = str(request.param)
-    return f"sqlite:///{empty_store}" if kind == "sqlite" else str(request.getfixturevalue(kind))
+    return f"sqlite:///{home / 'mlflow.db'}" if kind == "sqlite" else str(request.getfixturevalue(kind))

@@ -24,7 +24,7 @@ from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.delivery import Delivery, Stores
 from gaccum_exp.tracking.journal import Journal, encoded
 from gaccum_exp.tracking.mlflow_store import Store
-from tests.program import Program, new_store
+from tests.program import Program
 
 STEPS = range(1, 301)
 
@@ -175,10 +175,9 @@ def test_a_journal_has_one_deliverer(tmp_path: Path, memory: type[Memory]) -> No
     assert Delivered.of(journal.path).settled
 
 
-def test_a_journal_delivered_again_leaves_the_same_run(tmp_path: Path) -> None:
+def test_a_journal_delivered_again_leaves_the_same_run(home: Path) -> None:
     """From any record on, into a real store: one run, each point once, with the time it was taken at."""
-    new_store(tmp_path)
-    journal = journal_in(tmp_path)
+    journal = journal_in(home)
     delivered_whole(journal.path)
     offsets = [0, *(i + 1 for i, byte in enumerate(journal.path.read_bytes()) if byte == 10)]
     for offset in offsets[:-1:9]:
@@ -187,7 +186,7 @@ def test_a_journal_delivered_again_leaves_the_same_run(tmp_path: Path) -> None:
         known.run_id = known.run_id if offset else None
         known.write(journal.path)
         delivered_whole(journal.path)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     (run,) = client.search_runs(["1"])
     history = client.get_metric_history(run.info.run_id, "train/loss")
     found = sorted((point.step, point.timestamp, point.value) for point in history)

@@ -156,9 +156,9 @@ def test_a_deleted_experiment_is_named_with_what_to_do(program: Program) -> None
         Store(store.uri, "gaccum_exp")
 
 
-def test_references_are_found_by_their_parameters(tmp_path: Path) -> None:
+def test_references_are_found_by_their_parameters(home: Path) -> None:
     """Not by reading every run of the store; one that has not finished is none."""
-    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "gaccum_exp")
+    store = Store(f"sqlite:///{home / 'mlflow.db'}", "gaccum_exp")
     for rate, status in (("0.1", "FINISHED"), ("0.2", "FINISHED"), ("0.1", "FAILED")):
         run_id = begun(store, name=rate, tags={"role": "reference"})
         store.log_params(run_id, {"optimizer.lr": rate, "model._target_": "a.b"})

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,11 @@ def log_run(client: MlflowClient, experiment_id: str, level: float, **tags: str)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> tuple[str, str]:
     """Return the URI and the experiment id of a store of two sweeps and a report run."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    shutil.copyfile(empty_store, path)
+    uri = f"sqlite:///{path}"
     client = MlflowClient(uri)
     experiment_id = client.create_experiment("gaccum_exp")
     for sweep_id, arms in SWEEPS.items():

@@ -25,6 +25,7 @@ from gaccum_exp.tracking.journal import (
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.resumed import ROUNDING, TELLING, Recorded, ResumedSink, UnequalError
+from gaccum_exp.tracking.sink import Point
 
 SWEEP = "resumed"
 """No test that shares the store has runs of it."""
@@ -130,10 +131,10 @@ def test_it_is_the_same_run_in_the_store_and_its_points_are_there_once(
 
 
 def test_an_end_that_is_delivered_while_the_run_goes_on_takes_no_lock_away(
-    tmp_path: Path, empty_store: Path
+    tmp_path: Path, home: Path
 ) -> None:
     """Whoever delivers the end of a run may do so when another process has gone on with it already."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     delivery = Delivery(path, Stores())
     while delivery.step():
         pass
@@ -150,9 +151,9 @@ def test_an_end_that_is_delivered_while_the_run_goes_on_takes_no_lock_away(
     assert not path.with_suffix(".lock").exists()
 
 
-def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, empty_store: Path) -> None:
+def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, home: Path) -> None:
     """A process that died before it could say that it goes on leaves the run as it was."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     assert delivered(path).settled
     with path.open("ab") as file:
         file.write(b'0123abcd {"kind":"resu')
@@ -160,12 +161,12 @@ def test_a_torn_word_after_the_end_is_no_run_that_goes_on(tmp_path: Path, empty_
     assert has_end(path)
 
 
-def test_a_store_that_was_refused_is_tried_again(tmp_path: Path, empty_store: Path) -> None:
+def test_a_store_that_was_refused_is_tried_again(tmp_path: Path, home: Path) -> None:
     """Somebody may have mended what was wrong since."""
     path = interrupted(tmp_path, "nonsense://")
     assert delivered(path).state == "refused"
     known = Delivered.of(path)
-    known.uri = f"sqlite:///{empty_store}"
+    known.uri = f"sqlite:///{home / 'mlflow.db'}"
     text = path.read_text().splitlines(keepends=True)
     other = Journal.create(tmp_path / "other", known.uri, "gaccum_exp")
     other.close()
@@ -230,6 +231,18 @@ def test_what_comes_again_is_compared_and_not_recorded_again(tmp_path: Path) -> 
     assert (sorted(sink.compared), sink.how_equal) == ([3, 4, 5], "bit for bit")
 
 
+def test_a_window_in_which_nothing_counted_is_over_too(tmp_path: Path) -> None:
+    """It has no values, and is written where it was not: a checkpoint after it counts."""
+    path = interrupted(tmp_path)
+    recorded = Recorded(path)
+    sink = ResumedSink(gone_on(path), recorded, 3)
+    sink.send([Point(4, 7, {}), Point(6, 7, {}), Point(7, 7, {})])
+    sink.close("KILLED")
+    assert Recorded(path).last_step == 7
+    points = [p for r in read_journal(path)[0] if r["kind"] == "points" for p in r["points"]]
+    assert [p[0] for p in points if not p[2]] == [6, 7]
+
+
 def test_another_bit_ends_the_run_with_the_step(tmp_path: Path) -> None:
     """Said once; the curve up to it is kept, and nothing after it."""
     path = interrupted(tmp_path)
@@ -278,6 +291,15 @@ def test_another_order_of_the_sums_is_allowed_its_rounding(tmp_path: Path, preci
     assert sink.how_equal == "to rounding"
 
 
+def test_where_nothing_can_be_compared_any_more_a_run_goes_on(tmp_path: Path) -> None:
+    """However many steps after its checkpoint."""
+    sink = ResumedSink(gone_on(interrupted(tmp_path)), Recorded(tmp_path / "journal.jsonl"), 0)
+    sink.expect_rounding("fp32")
+    sink.send([Point(10**6, 7, {"train/loss": 1.0})])
+    sink.close("FINISHED")
+    assert Recorded(tmp_path / "journal.jsonl").last_step == 10**6
+
+
 def test_all_values_of_a_tag_are_seen(tmp_path: Path) -> None:
     """By them it is known whether every process of the run has computed alike."""
     path = interrupted(tmp_path)
@@ -290,9 +312,9 @@ def test_all_values_of_a_tag_are_seen(tmp_path: Path) -> None:
     assert recorded.last_step == 5
 
 
-def test_a_journal_that_is_being_delivered_can_go_on(tmp_path: Path, empty_store: Path) -> None:
+def test_a_journal_that_is_being_delivered_can_go_on(tmp_path: Path, home: Path) -> None:
     """The process that delivers reads on, and keeps others from doing the same."""
-    path = interrupted(tmp_path, f"sqlite:///{empty_store}")
+    path = interrupted(tmp_path, f"sqlite:///{home / 'mlflow.db'}")
     delivery = Delivery(path, Stores())
     while delivery.step():
         pass

@@ -16,7 +16,7 @@ from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal, end_left
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.sink import JournalSink, Point
-from tests.program import PATIENCE_S, TINY, Program, environment, new_store
+from tests.program import PATIENCE_S, TINY, Program, environment
 
 WITHOUT_MLFLOW = """
 import sys
@@ -72,24 +72,23 @@ def helpers() -> set[int]:
 
 
 @pytest.mark.parametrize("arguments", [("-m", "accum.steps=1,2"), ()])
-def test_the_command_imports_nothing_of_the_store(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_the_command_imports_nothing_of_the_store(home: Path, arguments: tuple[str, ...]) -> None:
     """From the first window to the comparison at the end."""
-    new_store(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_MLFLOW, *TINY, *arguments],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
+        cwd=home, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ("N = 2" if arguments else "There is only the reference") in done.stdout
-    runs = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"], "tags.kind = 'arm'")
+    runs = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").search_runs(["1"], "tags.kind = 'arm'")
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_of_a_training_that_is_killed_all_that_was_written_is_delivered(tmp_path: Path) -> None:
+def test_of_a_training_that_is_killed_all_that_was_written_is_delivered(home: Path) -> None:
     """kill -9: the run is ended as KILLED and says why, though a process that it has forked lives on."""
-    uri = f"sqlite:///{new_store(tmp_path)}"
+    uri = f"sqlite:///{home / 'mlflow.db'}"
     training = subprocess.Popen(
-        [sys.executable, "-c", TRAINED_WITHOUT_END, uri], cwd=tmp_path, env=environment(),
+        [sys.executable, "-c", TRAINED_WITHOUT_END, uri], cwd=home, env=environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert training.stdout is not None
@@ -99,7 +98,7 @@ def test_of_a_training_that_is_killed_all_that_was_written_is_delivered(tmp_path
         os.kill(training.pid, signal.SIGKILL)
         training.wait(PATIENCE_S)
         client, until = MlflowClient(uri), time.monotonic() + PATIENCE_S
-        while not Delivered.of(tmp_path / "run" / "journal.jsonl").settled:
+        while not Delivered.of(home / "run" / "journal.jsonl").settled:
             assert time.monotonic() < until
             time.sleep(0.05)
     finally:
@@ -241,12 +240,12 @@ def test_a_helper_that_dies_again_and_again_is_given_up(
     ]
 
 
-def test_why_a_run_has_ended_is_said_by_whoever_started_its_process(tmp_path: Path) -> None:
+def test_why_a_run_has_ended_is_said_by_whoever_started_its_process(home: Path) -> None:
     """The helper, which notices first, leaves it to that for a while, and ends it only if it must."""
-    uri = f"sqlite:///{new_store(tmp_path)}"
+    uri = f"sqlite:///{home / 'mlflow.db'}"
     shipper.start_helper()
     training = subprocess.Popen(
-        [sys.executable, "-c", SHARING, uri, shipper.helper_address()], cwd=tmp_path,
+        [sys.executable, "-c", SHARING, uri, shipper.helper_address()], cwd=home,
         env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert training.stdout is not None
@@ -254,8 +253,8 @@ def test_why_a_run_has_ended_is_said_by_whoever_started_its_process(tmp_path: Pa
     training.kill()
     training.communicate()
     time.sleep(1.5)
-    assert end_left(tmp_path, "FAILED", "its process was ended by signal 9 (SIGKILL)") == ["run"]
-    shipper.announce(tmp_path / "run" / "journal.jsonl")
+    assert end_left(home, "FAILED", "its process was ended by signal 9 (SIGKILL)") == ["run"]
+    shipper.announce(home / "run" / "journal.jsonl")
     assert shipper.finish() == []
     (run,) = MlflowClient(uri).search_runs(["1"])
     assert (run.info.status, "signal 9" in run.data.tags["failure"]) == ("FAILED", True)

@@ -237,10 +237,10 @@ def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> Non
 
 
 def test_an_entry_that_another_process_makes_meanwhile_is_tried_again(
-    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when two arms record the same data at once; and not for ever."""
-    store, attempts = Store(f"sqlite:///{empty_store}", EXPERIMENT), 0
+    store, attempts = Store(f"sqlite:///{home / 'mlflow.db'}", EXPERIMENT), 0
     run_id, accept = begun(store), store._client.log_inputs
     monkeypatch.setattr(mlflow_store.time, "sleep", lambda _: None)
 
@@ -445,10 +445,10 @@ def test_a_postgresql_server_that_wants_a_password_takes_it_from_its_own_variabl
 
 
 def test_a_full_disk_of_the_store_is_waited_for(
-    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that does not fit now is no file that is refused."""
-    store = Store(f"sqlite:///{empty_store}", EXPERIMENT)
+    store = Store(f"sqlite:///{home / 'mlflow.db'}", EXPERIMENT)
     (tmp_path / "file").touch()
 
     def full(*_: object) -> None:

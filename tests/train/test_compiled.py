@@ -8,6 +8,7 @@ import copy
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.train import compiled
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
-from gaccum_exp.train.compiled import check_compiled
+from gaccum_exp.train.compiled import CompiledCheck, check_compiled
 from gaccum_exp.train.state import TrainState
 from tests.audit.test_untouched import same
 from tests.strangers import Net
-from tests.support import STRANGER, settings, trained
+from tests.support import STRANGER, Collected, settings, trained
 
 COMPILE = nn.Module.compile
 COMPILED = "runtime.compile=true"
@@ -116,9 +117,11 @@ class Stateful(Net):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(2).double()
+        self.passes = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 2) -> logits (batch, 3)."""
+        self.passes += 1
         return super().forward(self.norm(x))
 
 
@@ -131,6 +134,7 @@ def state_of(experiment: TrainState) -> list[Any]:
         gradients,
         draws,
         [m.training for m in model.modules()],
+        float(getattr(model, "passes", 0)),
     ]
 
 
@@ -169,6 +173,18 @@ def test_a_sound_compiler_passes_and_nothing_has_moved(model: str) -> None:
     assert found["compile/error"] <= found["compile/floor"] == 1e-10
     assert graphs() == 1  # it was compiled
     assert same(state_of(experiment), before)
+
+
+@pytest.mark.parametrize(("global_step", "recorded"), [(0, 1), (3, 0)])
+def test_a_run_that_goes_on_does_not_record_it_again(
+    monkeypatch: pytest.MonkeyPatch, global_step: int, recorded: int
+) -> None:
+    """It stands at step 0 of the run's journal; whether it holds here is looked at all the same."""
+    monkeypatch.setattr(compiled, "check_compiled", lambda state: {"compile/error": 0.0})
+    sink = Collected()
+    CompiledCheck(sink).begin(SimpleNamespace(global_step=global_step))  # type: ignore[arg-type]
+    sink.flush()
+    assert len(sink.points) == recorded
 
 
 def test_a_canary_ends_training_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

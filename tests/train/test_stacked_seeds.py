@@ -509,13 +509,13 @@ def test_a_studys_own_seeds_are_taken_too(program: Program) -> None:
 
 
 @pytest.mark.slow
-def test_arms_of_seeds_run_side_by_side_under_joblib(tmp_path: Path) -> None:
+def test_arms_of_seeds_run_side_by_side_under_joblib(home: Path) -> None:
     """Each job is an arm of all seeds, in a process of its own."""
     arguments = ("-m", *TOGETHER, "seed=0,1", "accum.steps=1,2", VECTORIZED,
                  "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
-    ended = in_a_process(tmp_path, *arguments)
+    ended = in_a_process(home, *arguments)
     assert ended.status == 0, ended.err
-    (folder,) = (tmp_path / "multirun").iterdir()
+    (folder,) = (home / "multirun").iterdir()
     found = [(row["accum_steps"], row["differs"], row["status"]) for row in rows(folder)]
     assert found == [(steps, f"seed={seed}", "FINISHED") for seed in ("0", "1") for steps in ("1", "2")]
     assert not any(row["step_s"] for row in rows(folder))

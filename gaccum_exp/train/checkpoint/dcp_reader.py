@@ -95,18 +95,14 @@ def _field(record: Any, kind: str) -> Any:
     return record.state
 
 
-def _size(sizes: Any) -> tuple[int, ...]:
-    return tuple(map(int, sizes))
-
-
-def _layout(name: str) -> str:
-    return str(name)
-
-
 class _Unpickler(pickle.Unpickler):
     @cached_property
     def _made(self) -> dict[tuple[str, str], Any]:
-        return {("torch", "Size"): _size, ("torch.serialization", "_get_layout"): _layout}
+        # Functions and classes of this pickle's own: it may set attributes on whatever it has looked up.
+        return {
+            ("torch", "Size"): lambda sizes: tuple(map(int, sizes)),
+            ("torch.serialization", "_get_layout"): lambda name: str(name),
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name in the pickle.
@@ -118,9 +114,8 @@ class _Unpickler(pickle.Unpickler):
         if found is not None:
             return found
         if name in _CLASSES.get(module, ()):
-            # A class of this pickle's own: it may set attributes on classes, too.
             return self._made.setdefault((module, name), type(name, (_Record,), {}))
-        dtype = getattr(torch, name, None) if module == "torch" else None
+        dtype = vars(torch).get(name) if module == "torch" else None  # `getattr` may import something
         if isinstance(dtype, torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"{module}.{name} is none of DCP's metadata classes")

@@ -6,7 +6,7 @@ document names.
 """
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,24 @@ MANY = 32
 """So many integers become a tensor, as in the states of random generators."""
 
 
+FACTORIES: dict[Any, str | None] = {
+    None: None, int: "int", float: "float", bool: "bool", str: "str",
+    list: "list", dict: "dict", set: "set", tuple: "tuple",
+}  # fmt: skip
+"""What a defaultdict may make its missing values with."""
+
+
 class NotKeptError(TypeError):
     """A value that is neither tensor nor plain, by its place in the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Stands for what is not written itself: something with a name, or with a state of its own."""
+
+    kind: str
+    of: Any = None
+    """Its name, or its state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +59,9 @@ def encode(tree: Any, stage: Callable[[Tensor], Tensor] = on_host) -> Encoded:
     """Encode a tree.
 
     Args:
-        tree: dictionaries, lists, tuples, sets, deques, counters; numbers, strings, bytes, None, dtypes,
-            devices, sizes; arrays and tensors, sparse ones (COO) too. A tensor that stands at several
-            places is written once.
+        tree: dictionaries, lists, tuples, sets, deques, counters, `Held`; numbers, strings, bytes, None,
+            dtypes, devices, sizes; arrays and tensors, sparse ones (COO) too. A tensor that stands at
+            several places is written once.
         stage: copies a tensor, so that the training can go on while it is written.
 
     Raises:
@@ -74,6 +90,8 @@ class _Encoder:
         if kind in (list, tuple) and len(value) > MANY and all(map(_is_int64, value)):
             numbers = self._tensor(torch.tensor(value, dtype=torch.int64), where)
             return {"$ints": numbers, "tuple": kind is tuple}
+        if kind is list and len(value) > MANY and set(map(type, value)) == {float}:
+            return {"$floats": self._tensor(torch.tensor(value, dtype=torch.float64), where)}
         if kind is list:
             return self._several(value, where)
         if kind in _SEVERAL:
@@ -89,6 +107,11 @@ class _Encoder:
                     for key, item in value.items()
                 ]
             }
+        if kind is defaultdict and value.default_factory in FACTORIES:
+            items = self.encoded(dict(value), where)
+            return {"$defaultdict": items, "factory": FACTORIES[value.default_factory]}
+        if kind is Held:
+            return {"$held": value.kind, "of": self.encoded(value.of, where)}
         return self._other(value, where)
 
     def _several(self, values: list[Any], where: tuple[str, ...]) -> list[Any]:
@@ -177,6 +200,13 @@ class _Decoder:
         if kind == "$ints":
             numbers = self.decoded(of).tolist()
             return tuple(numbers) if about["tuple"] else numbers
+        if kind == "$floats":
+            return self.decoded(of).tolist()
+        if kind == "$held":
+            return Held(of, self.decoded(about["of"]))
+        if kind == "$defaultdict":
+            factory = next(made for made, name in FACTORIES.items() if name == about["factory"])
+            return defaultdict(factory, self.decoded(of))
         for made, name in (*_SEVERAL.items(), *_MAPPINGS.items()):
             if kind == name:
                 items = self.decoded(of)

@@ -3,7 +3,7 @@
     checkpoints/step-00000120/      after 120 optimizer steps
     checkpoints/step-00000120+3/    with three micro-batches of the next window done
         .metadata  __0_0.distcp     as `torch.distributed.checkpoint` has them
-        manifest.json               the size and the SHA-256 of each, written last
+        manifest.json               the size and the SHA-256 of each, and whose they are; written last
 
 The first line of a manifest is the digest of the rest. A folder is written under another name, flushed
 to the disk, and then renamed. torch is not imported before something is written or read.
@@ -51,8 +51,14 @@ def place_of(path: Path) -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2] or 0))
 
 
-def write(folder: Path, name: str, encoded: "Encoded") -> Path:
+def write(folder: Path, name: str, encoded: "Encoded", run: str = "") -> Path:
     """Write a checkpoint, and return it once it is whole and on the disk.
+
+    Args:
+        folder: of the checkpoints.
+        name: of this one.
+        encoded: the training.
+        run: the token of the run that it is of.
 
     Raises:
         Exception: it cannot be written; nothing of it is left.
@@ -64,7 +70,7 @@ def write(folder: Path, name: str, encoded: "Encoded") -> Path:
     try:
         partial.mkdir(parents=True)
         save(partial, encoded)
-        _write_manifest(partial, name)
+        _write_manifest(partial, name, run)
         if path.exists():  # one that does not count, or the same
             remove(folder / f"{name}{REPLACED}")
             path.rename(folder / f"{name}{REPLACED}")
@@ -95,13 +101,14 @@ def read(path: Path) -> "Encoded":
         raise UnusableCheckpointError(f"{path}: cannot be read ({why})") from error
 
 
-def newest(folder: Path, until: int | None = None) -> Path | None:
+def newest(folder: Path, run: str = "", until: int | None = None) -> Path | None:
     """Return the newest checkpoint in a folder that counts; None: there is none.
 
     Says of each that it passes over why it does not count.
 
     Args:
         folder: of the checkpoints.
+        run: the token of the run; those of another one do not count.
         until: the last global step that it may have; None: any.
     """
     for path in _checkpoints(folder):
@@ -109,16 +116,17 @@ def newest(folder: Path, until: int | None = None) -> Path | None:
         if until is not None and place is not None and place[0] > until:
             log.warning("%s is passed over: what was recorded ends with step %d", path, until)
             continue
-        fault = fault_of(path)
+        fault = fault_of(path, run)
         if fault is None:
             return path
         log.warning("%s does not count: %s", path, fault)
     return None
 
 
-def fault_of(path: Path) -> str | None:
-    """Return why a checkpoint does not count; None: it does."""
-    return _checked(path)[1]
+def fault_of(path: Path, run: str = "") -> str | None:
+    """Return why a checkpoint does not count for a run; None: it does."""
+    manifest, fault = _checked(path)
+    return fault or (None if manifest.get("run") == run else "it is of another run")
 
 
 def prune(folder: Path, last: Path, keep: int) -> None:
@@ -160,9 +168,9 @@ def _entries(folder: Path) -> Iterator[Path]:
         return
 
 
-def _write_manifest(folder: Path, name: str) -> None:
+def _write_manifest(folder: Path, name: str, run: str) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"version": 1, "name": name, "files": files}, indent=1).encode()
+    text = json.dumps({"version": 2, "name": name, "run": run, "files": files}, indent=1).encode()
     with open(folder / MANIFEST, "xb") as file:
         file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
         file.flush()

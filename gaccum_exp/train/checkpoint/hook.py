@@ -5,6 +5,7 @@ time. One that cannot be written is a warning: the training goes on.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +18,19 @@ from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import first_line
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.checkpoint import files
-from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, decode, encode
+from gaccum_exp.train.checkpoint.attributes import copied
+from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, encode
 from gaccum_exp.train.checkpoint.parts import moving, parts_of
-from gaccum_exp.train.checkpoint.snapshot import Tree, goes_on_inside, snapshot
+from gaccum_exp.train.checkpoint.snapshot import Tree, goes_on_inside, may_begin_again, snapshot
+from gaccum_exp.train.checkpoint.unkept import Unkept
 from gaccum_exp.train.hooks import WINDOW, Hook, Values
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import Stop, StoppedError, worker_was_ended
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+COPIED = 0.01
+"""The share of a window's time that a copy of its start may take, where it can do without."""
 WORTH = 0.05
 """The share of the training's time that checkpoints may cost unsaid."""
 TELLING = 3
@@ -40,7 +45,7 @@ class Checkpoints(Hook):
     needs its checkpoints: whoever has kept the final weights removes them.
 
     Args:
-        folder: of the training's checkpoints; made with the first one.
+        writer: of the training's checkpoints.
         sink: of its metrics.
         stop: asked to end it.
         hooks: of the training, whose state belongs to it.
@@ -52,14 +57,14 @@ class Checkpoints(Hook):
 
     def __init__(
         self,
-        folder: Path,
+        writer: "Writer",
         sink: Sink,
         stop: Stop,
         hooks: Iterable[Hook],
         audited: Callable[[int], bool] = lambda global_step: False,
     ) -> None:
         self._sink, self._stop, self._hooks, self._audited = sink, stop, hooks, audited
-        self._writer = Writer(folder)
+        self._writer = writer
         self._on = True
         self._at: tuple[int, int] | None = None
         """The global step and the micro-batches done of the last one, or at the beginning."""
@@ -67,11 +72,15 @@ class Checkpoints(Hook):
         self._inside = False
         self._at_start: Tree | None = None
         """What passes move, where the window in hand may have to begin again."""
-        self._moves = False
-        """Whether passes move buffers."""
         self._versions: list[int] = []
         """Of the parameters where that begins."""
+        self._unkept: Unkept | None = None
+        """As it was before the first window."""
+        self._tried = False
+        """Whether a window was taken, which may move what cannot be kept."""
         self._taken_s = self._window_s = self._begun_s = 0.0
+        self._copy_s, self._took_s = 0.0, math.inf
+        """Of the last copy of what passes move, and of the last window."""
         self._cost_s = 0.0
         self._count = 0
 
@@ -80,8 +89,8 @@ class Checkpoints(Hook):
         done = 0 if state.begun is None else state.begun.passes_done
         self._at = state.global_step, done
         self._taken_s = self._window_s = self._begun_s = time.monotonic()
-        self._moves = any(True for _ in state.modules.buffers())
-        self._encoded(state, stage=lambda tensor: tensor)
+        self._unkept = Unkept(state)
+        self._try(state)
 
     def before(self, state: TrainState, window: Window) -> None:
         """Copy what the training is before an audit, where that may have to be kept."""
@@ -99,11 +108,19 @@ class Checkpoints(Hook):
         begins_again = not goes_on_inside(state)
         if state.begun is not None:
             self._at_start = state.begun_at_start
-        elif self._on and (begins_again or (self._moves and not state.reduction.splits_again)):
-            self._at_start = decode(encode(moving(parts_of(state)), lambda t: t.detach().clone()))
+        elif self._on and (begins_again or may_begin_again(state, cheaply=self._copies_cheaply)):
+            start_s = time.monotonic()
+            self._at_start = copied(moving(parts_of(state)))
+            self._copy_s = time.monotonic() - start_s
             self._versions = [p._version for p in state.parameters] if begins_again else []
+        start_s = time.monotonic()
         yield
-        self._inside = False
+        self._inside, self._took_s = False, time.monotonic() - start_s
+
+    @property
+    def _copies_cheaply(self) -> bool:
+        """Whether a copy of what passes move takes next to no part of a window's time."""
+        return self._copy_s <= COPIED * self._took_s
 
     def after_micro_batch(self, state: TrainState, accumulator: AccumulatorState) -> None:
         """Take one inside a window where the training is to stop, or the window takes too long."""
@@ -123,6 +140,9 @@ class Checkpoints(Hook):
 
     def after(self, state: TrainState, window: Window, values: Values) -> None:
         """Take one at the end of a window, where that is due and the last one is written."""
+        if self._on and not self._tried:
+            self._tried = True
+            self._try(state)
         if not self._on or state.done or self._at is None or self._writer.busy:
             return
         when = state.settings.checkpoint
@@ -184,17 +204,31 @@ class Checkpoints(Hook):
         self._taken_s = now_s
         self._writer.start(name, encoded, when.keep)
 
+    def _try(self, state: TrainState) -> None:
+        """Find out whether the training can be kept, without a copy of it."""
+        self._encoded(state, stage=lambda tensor: tensor)
+
     def _encoded(
         self, state: TrainState, accumulator: AccumulatorState | None = None, **how: Any
     ) -> Encoded | None:
+        """Return what the training is; None: it cannot be kept, which is said once."""
+        assert self._unkept is not None
         try:
-            return encode(snapshot(state, self._hooks, accumulator, self._at_start), **how)
+            encoded = encode(snapshot(state, self._hooks, accumulator, self._at_start), **how)
+            moved = next(Unkept(state).moved_since(self._unkept), None)
+            if moved is None:
+                return encoded
+            why = (
+                f"{moved} moves, and checkpoints keep numbers, strings, tensors, arrays, containers of "
+                "them, and what a module's get_extra_state or an optimizer's own state_dict returns"
+            )
         except NotKeptError as error:
             why = str(error)
         except Exception as error:  # of the user's own `get_extra_state`, or `state_dict`
             why = f"{type(error).__name__}: {first_line(error)}"
         self._on = False
         log.warning("no checkpoints: an interrupted training would begin again, since %s", why)
+        self._writer.drop()
         return None
 
 
@@ -202,11 +236,12 @@ class Writer:
     """Writes checkpoints in another thread, one at a time, and removes old ones.
 
     Args:
-        folder: of them all.
+        folder: of them all; made with the first one.
+        run: the token of the run that they are of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, run: str = "") -> None:
+        self._folder, self._run = folder, run
         self._thread: threading.Thread | None = None
         self._said: str | None = None
         self._first = True
@@ -230,10 +265,16 @@ class Writer:
             self._thread.join()
             self._thread = None
 
+    def drop(self) -> None:
+        """Remove what was written: it lacks something, or is not needed any more."""
+        self.wait()
+        files.remove(self._folder)
+
     def _write(self, name: str, encoded: Encoded, keep: int) -> None:
         start_s = time.thread_time()
         try:
-            files.prune(self._folder, files.write(self._folder, name, encoded), keep)
+            written = files.write(self._folder, name, encoded, self._run)
+            files.prune(self._folder, written, keep)
         except Exception as error:  # a disk that is full, a folder that is gone: no end of the training
             why = first_line(error)
             if why != self._said:

@@ -3,25 +3,27 @@
 Names are those of the plain model: `model.net.0.weight`, whatever wraps or compiles it.
 """
 
-import random
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gaccum_exp.core.module_state import held_by, own_attributes
+from gaccum_exp.core.module_state import held_by
 from gaccum_exp.core.seeding import random_states, set_random_states
+from gaccum_exp.train.checkpoint.attributes import (
+    PARAMETER,
+    PART,
+    Names,
+    Objects,
+    PuttingBack,
+    attributes_of,
+    copied,
+)
 from gaccum_exp.train.state import TrainState
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What modules call the module that they wrap."""
-PLAIN = (bool, int, float, complex, str, type(None))
-LONGEST = 1000
-"""Entries of a list or dictionary that is an attribute: a longer one is data, and not state."""
-_CONTAINERS = (list, dict, set, deque)
 
 
 def plain_name(name: str) -> str:
@@ -60,32 +62,45 @@ def parameters_of(parts: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     return found
 
 
+def names_of(parts: Mapping[str, Any]) -> Names:
+    """Return what attributes may refer to by name: the parameters of these parts, and the parts."""
+    parameters = parameters_of(parts)
+    named = {id(of): (PARAMETER, name) for name, of in parameters.items()}
+    return named | {id(part): (PART, name) for name, part in parts.items()}
+
+
+def objects_of(parts: Mapping[str, Any]) -> Objects:
+    """Return what these names stand for."""
+    named: dict[tuple[str, str], Any] = {(PARAMETER, n): of for n, of in parameters_of(parts).items()}
+    return named | {(PART, name): part for name, part in parts.items()}
+
+
 def moving(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what passes may move beside gradients, as a tree of values that are not copied.
 
-    Buffers, what a module keeps by `get_extra_state`, attributes that are plain values, tensors or
-    random generators, and the process's own generators.
+    Buffers, what a module keeps by `get_extra_state`, attributes as `attributes_of` has them, and the
+    process's own generators.
     """
+    names = names_of(parts)
     return {
         "buffers": {f"{n}.{key}": b for n, part in _modules(parts) for key, b in part._buffers.items()},
         "extra": {name: part.get_extra_state() for name, part in _modules(parts) if _has_extra(part)},
-        "attributes": {name: plain_attributes(part) for name, part in parts.items()},
+        "attributes": {name: attributes_of(part, names)[0] for name, part in parts.items()},
         "random": random_states(),
     }
 
 
 @torch.no_grad()
 def put_back(parts: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
-    """Put back what `moving` has returned."""
+    """Put back what `moving` has returned; it stays as it is, and can be put back again."""
+    putting_back = PuttingBack(objects_of(parts))
     for name, part in _modules(parts):
         for key, now in list(part._buffers.items()):
-            before = kept["buffers"].get(f"{name}.{key}")
-            if not _written(now, before):
-                part._buffers[key] = before
+            part._buffers[key] = putting_back.restored(now, kept["buffers"].get(f"{name}.{key}"))
         if name in kept["extra"]:
-            part.set_extra_state(kept["extra"][name])
+            part.set_extra_state(copied(kept["extra"][name]))
     for name, part in parts.items():
-        put_back_attributes(part, kept["attributes"].get(name, {}))
+        putting_back.attributes(part, kept["attributes"].get(name, {}))
     set_random_states(fitting(kept["random"]))
 
 
@@ -93,79 +108,6 @@ def fitting(states: Sequence[Any]) -> list[Any]:
     """Return generators' states with the present ones of accelerators, where there are not as many."""
     here, there = random_states()[3], states[3]
     return [*states[:3], there if list(map(len, here)) == list(map(len, there)) else here]
-
-
-def plain_attributes(of: Any) -> dict[str, Any]:
-    """Return an object's attributes that are values, or random generators, which are their state."""
-    kept = {key: _value(value) for key, value in own_attributes(of).items()}
-    return {key: value for key, value in kept.items() if value is not _NONE_KEPT}
-
-
-def put_back_attributes(of: Any, kept: Mapping[str, Any]) -> None:
-    """Put back what `plain_attributes` has returned."""
-    own = vars(of)
-    for key, before in kept.items():
-        now = own.get(key)
-        if isinstance(before, tuple):
-            _set_generator(now, before[1])
-        elif isinstance(now, _CONTAINERS) and type(now) is type(before):
-            if now != before:
-                now.clear()
-                (now.extend if isinstance(now, (list, deque)) else now.update)(before)
-        elif not _written(now, before):
-            own[key] = before
-
-
-_NONE_KEPT: Any = object()
-
-
-def _value(value: Any) -> Any:
-    """Return what is kept of an attribute."""
-    if type(value) in PLAIN or isinstance(value, np.ndarray):
-        return value if not isinstance(value, np.ndarray) or not value.dtype.hasobject else _NONE_KEPT
-    if type(value) is Tensor:
-        return value if value.is_leaf and value.layout == torch.strided else _NONE_KEPT
-    if type(value) in _CONTAINERS and len(value) <= LONGEST:
-        entries = (*value, *value.values()) if isinstance(value, dict) else tuple(value)
-        return value if all(type(entry) in PLAIN for entry in entries) else _NONE_KEPT
-    # A tuple, as no attribute is that is kept as it is.
-    if isinstance(value, torch.Generator):
-        return ("generator", value.get_state())
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return ("generator", value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return ("generator", value.get_state())
-    if isinstance(value, np.random.Generator):
-        return ("generator", value.bit_generator.state)
-    return _NONE_KEPT
-
-
-def _set_generator(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-
-
-def _written(now: Any, before: Any) -> bool:
-    """Write a tensor's or an array's value into the one that is there, if it has its shape and type."""
-    if isinstance(now, np.ndarray) and isinstance(before, np.ndarray):
-        alike = now.shape == before.shape and now.dtype == before.dtype and now.flags.writeable
-        if alike:
-            np.copyto(now, before)
-        return alike
-    if not isinstance(now, Tensor) or not isinstance(before, Tensor):
-        return now is before
-    if now.shape != before.shape or now.dtype != before.dtype or now.layout != torch.strided:
-        return False
-    if any(by == 0 and n > 1 for n, by in zip(now.shape, now.stride(), strict=True)):
-        return False  # it shows one number at several places
-    now.data.copy_(before)
-    return True
 
 
 def _modules(parts: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:

@@ -16,16 +16,17 @@ from torch.utils._pytree import tree_map_only
 
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.train.checkpoint.attributes import PuttingBack, attributes_of
 from gaccum_exp.train.checkpoint.encoding import decode
 from gaccum_exp.train.checkpoint.files import UnusableCheckpointError, read
 from gaccum_exp.train.checkpoint.parts import (
     fitting,
     moving,
+    names_of,
+    objects_of,
     parameters_of,
     parts_of,
-    plain_attributes,
     put_back,
-    put_back_attributes,
 )
 from gaccum_exp.train.device_and_precision import needs_closure
 from gaccum_exp.train.hooks import Hook, Stateful
@@ -33,7 +34,7 @@ from gaccum_exp.train.state import TrainState
 
 log = logging.getLogger(__name__)
 Tree = dict[str, Any]
-VERSION = 1
+VERSION = 2
 
 
 def goes_on_inside(state: TrainState) -> bool:
@@ -42,6 +43,15 @@ def goes_on_inside(state: TrainState) -> bool:
     Not under a closure, nor where the loss is taken once over the window: that begins again.
     """
     return not needs_closure(type(state.optimizer).step) and not state.strategy.takes_window_at_once
+
+
+def may_begin_again(state: TrainState, *, cheaply: bool) -> bool:
+    """Whether a window that goes on may still have to begin again: at another N, or out of memory.
+
+    At another N it need not, and goes on as it was split; where its start is kept `cheaply`, it does.
+    """
+    at_another_n = cheaply and not state.reduction.splits_again
+    return at_another_n or state.settings.accum.on_oom == "increase_steps"
 
 
 def snapshot(
@@ -78,7 +88,8 @@ def snapshot(
         "device": state.device.type,
         "parameters": parameters,
         "moving": now,
-        "optimizer": _optimizer_tree(state, names),
+        "optimizer": _optimizer_tree(state, names)
+        | {"attributes": attributes_of(state.optimizer, names_of(parts))[0]},
         "scheduler": scheduler,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "hooks": {type(h).__name__: h.state_dict() for h in hooks if isinstance(h, Stateful)},
@@ -109,7 +120,7 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
         device = state.device
         tree = decode(encoded, device)
         if tree["device"] == "cpu" and device.type != "cpu":
-            tree |= _on_device({k: tree[k] for k in ("optimizer", "window")}, device)
+            tree = _on_device(tree, device)
         if tree["window"] is not None:
             accumulator = tree["window"]["accumulator"]
             accumulator["generators"] = fitting(tree["moving"]["random"])
@@ -130,8 +141,11 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
             parameter.data.copy_(tree["parameters"][name])
     state.global_step = tree["global_step"]
     state.split_factor = tree["split_factor"] if same_n else 1
-    put_back(parts, tree["moving"])
+    window = tree["window"]
+    begins_again = window is not None and _begins_again(state, window)
+    put_back(parts, window["at_start"] if begins_again else tree["moving"])
     _put_back_optimizer(state.optimizer, tree["optimizer"], parameters)
+    PuttingBack(objects_of(parts)).attributes(state.optimizer, tree["optimizer"]["attributes"])
     if state.scheduler is not None:
         state.scheduler.load_state_dict(tree["scheduler"])
     if state.scaler is not None:
@@ -140,32 +154,45 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
         kept = tree["hooks"].get(type(hook).__name__)
         if isinstance(hook, Stateful) and kept is not None and (same_n or not hook.measures_split):
             hook.load_state_dict(kept)
-    return None if tree["window"] is None else _begin(state, tree["window"], parts, parameters)
+    if begins_again:
+        return _say_begins_again(state, window)
+    if window is not None:
+        _go_on_inside(state, window, parameters)
+    return None
 
 
-def _begin(
-    state: TrainState, window: Tree, parts: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
-) -> str | None:
-    """Let the window in which the checkpoint was taken go on, or begin again; return what to say."""
+def _begins_again(state: TrainState, window: Tree) -> bool:
+    """Whether the window in which a checkpoint was taken cannot go on as it would be split now."""
+    splits = state.reduction.splits_again or window["sizes"] == _sizes(state)
+    return not splits and window["at_start"] is not None
+
+
+def _say_begins_again(state: TrainState, window: Tree) -> str:
+    done, asked = window["accumulator"]["passes_done"], len(window["sizes"])
+    said = (
+        f"the window of step {state.global_step + 1} begins again: {done} of its {asked} micro-batches "
+        f"were done, and under accum.reduction={state.reduction.name} it cannot go on with "
+        f"N = {len(_sizes(state))}"
+    )
+    log.warning("%s", said)
+    return said
+
+
+def _go_on_inside(state: TrainState, window: Tree, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let the window in which a checkpoint was taken go on, what is left of it split as it is now.
+
+    Under a reduction whose 1/N is spent it is left as it was split.
+    """
     sizes, done = window["sizes"], window["accumulator"]["passes_done"]
     now = _sizes(state)
     state.begun_sizes = None
-    if sizes != now:
-        if not state.reduction.splits_again:
-            if window["at_start"] is not None:
-                put_back(parts, window["at_start"])
-            said = (
-                f"the window of step {state.global_step + 1} begins again: {done} of its {len(sizes)} "
-                f"micro-batches were done, and under accum.reduction={state.reduction.name} it cannot "
-                f"go on with N = {len(now)}"
-            )
-            log.warning("%s", said)
-            return said
+    if sizes != now and not state.reduction.splits_again:
+        state.begun_sizes = sizes
+    elif sizes != now:
         left = sum(sizes[done:])
         state.begun_sizes = [*sizes[:done], *(split_sizes(left, -(-left // now[0])) if left else [])]
     state.begun_at_start = window["at_start"]
     state.begun = AccumulatorState.from_state_dict(window["accumulator"], parameters)
-    return None
 
 
 def _sizes(state: TrainState) -> list[int]:
@@ -187,7 +214,7 @@ def _optimizer_tree(state: TrainState, names: Mapping[Any, str]) -> Tree:
     `state_dict` of its own knows more than these, and is taken by its word.
     """
     optimizer = state.optimizer
-    tree: Tree = {"attributes": plain_attributes(optimizer), "groups": [], "own": None}
+    tree: Tree = {"groups": [], "own": None}
     for number, group in enumerate(optimizer.param_groups):
         plain = {key: value for key, value in _without_functions(group).items() if key != "params"}
         if state.rates is not None:
@@ -217,7 +244,6 @@ def _put_back_optimizer(
             for key in _without_functions(group).keys() - {"params"} - kept["values"].keys():
                 del group[key]
             group.update(kept["values"])
-    put_back_attributes(optimizer, tree["attributes"])
 
 
 def _require_same_model(path: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -246,6 +272,17 @@ def _require_same_optimizer(
 
 
 def _on_device(tree: Tree, device: torch.device) -> Tree:
-    """Return a tree of a training on the host, for one that goes on elsewhere."""
-    moved: Tree = tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
-    return moved
+    """Return the tree of a training on the host, for one that goes on elsewhere."""
+
+    def moved(of: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), of)
+
+    def of_modules(kept: Tree) -> Tree:
+        return kept | {key: moved(kept[key]) for key in ("buffers", "attributes")}  # no generators
+
+    window = tree["window"]
+    if window is not None:
+        at_start = window["at_start"] and of_modules(window["at_start"])
+        window |= {"accumulator": moved(window["accumulator"]), "at_start": at_start}
+    elsewhere = {"optimizer": moved(tree["optimizer"]), "moving": of_modules(tree["moving"])}
+    return tree | elsewhere | {"window": window}

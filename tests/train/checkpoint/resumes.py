@@ -10,6 +10,7 @@ from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.train.build import build
 from gaccum_exp.train.checkpoint.files import newest
+from gaccum_exp.train.checkpoint.hook import Writer
 from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.hooks import Hook, Hooks
 from gaccum_exp.train.loop import hooks_of, train
@@ -37,8 +38,9 @@ class Training:
     def __init__(self, *overrides: str, folder: Path | None = None) -> None:
         self.state, self.sink, self.stop = build(settings(*overrides)), Collected(), Stop()
         progress = Progress("test", self.state.total_steps)
+        writer = None if folder is None else Writer(folder)
         self.hooks, self.audits = hooks_of(
-            self.state, self.sink, progress, stop=self.stop, checkpoints=folder
+            self.state, self.sink, progress, stop=self.stop, checkpoints=writer
         )
 
     def hook(self, kind: type[Hook]) -> Any:

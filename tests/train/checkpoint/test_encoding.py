@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaccum_exp.train.checkpoint.encoding import Encoded, NotKeptError, decode, encode
+from gaccum_exp.train.checkpoint.encoding import Encoded, Held, NotKeptError, decode, encode
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.complex_numbers()
 TREES = st.recursive(
@@ -46,7 +46,9 @@ def test_plain_values_come_back(tree: Any) -> None:
     [
         Counter({3: 1, 5: 2}), OrderedDict(b=1, a=2), deque([1, 2], maxlen=3), {1, 2}, frozenset({"x"}),
         torch.Size([2, 3]), torch.float16, torch.device("cpu"), list(range(100)), tuple(range(-50, 50)),
-        [2**70] * 40, [True] * 40, random.Random(3).getstate(), np.float32(0.1), np.int64(-3), math.pi,
+        [2**70] * 40, [True] * 40, random.Random(3).getstate(), [0.1, -0.0] * 20,
+        defaultdict(list, a=[1]), defaultdict(None, {2: 3}), Held("part", "model.0"), {Held("x"): 1},
+        np.float32(0.1), np.int64(-3), math.pi,
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

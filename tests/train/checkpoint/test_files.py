@@ -1,5 +1,6 @@
 """Only a whole checkpoint counts, and nothing that is planted in one runs."""
 
+import io
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from torch import Tensor
 from experiments.durability.checkpoints import Attack, attacks, attempted, trained
 from experiments.durability.command import Folders, folders
 from gaccum_exp.train.checkpoint import files
-from gaccum_exp.train.checkpoint.dcp_reader import load
+from gaccum_exp.train.checkpoint.dcp_reader import _Unpickler, load
 from gaccum_exp.train.checkpoint.encoding import Encoded, encode
 
 
@@ -65,6 +66,17 @@ def test_the_planted_code_does_run_where_it_is_loaded_without_care(
     with pytest.raises(AttributeError):
         FileSystemReader(tmp_path).read_metadata()
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("looked_up", ["torch\nSize", "torch.serialization\n_get_layout"])
+def test_a_pickle_leaves_nothing_in_what_it_has_looked_up(looked_up: str) -> None:
+    """It may set a function's defaults, as any object's attributes; the next one finds them as ever."""
+    name = b"c" + looked_up.encode() + b"\n"
+    planted = b"\x80\x02" + name + b"N}\x8c\x0c__defaults__(I7\nts\x86b."
+    changed = _Unpickler(io.BytesIO(planted)).load()
+    assert changed.__defaults__ == (7,)
+    found = _Unpickler(io.BytesIO(b"\x80\x02" + name + b".")).load()
+    assert found.__defaults__ is None
 
 
 def test_torch_reads_the_tensors_of_a_checkpoint_with_its_own_reader(tmp_path: Path) -> None:
@@ -139,6 +151,17 @@ def test_why_one_is_passed_over_is_said_in_a_line(
         f"{third} does not count: its manifest cannot be read (No such file or directory)",
         f"{second} does not count: __0_0.distcp is not what was written",
     ]
+
+
+def test_a_checkpoint_of_another_run_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copied into the folder of a run, or left there by one before: it is passed over, which is said."""
+    own = files.write(tmp_path, files.name_of(1), small(), "this run's token")
+    other = files.write(tmp_path, files.name_of(2), small(), "another's")
+    assert files.newest(tmp_path, "this run's token") == own
+    assert caplog.messages == [f"{other} does not count: it is of another run"]
+    assert files.newest(tmp_path, "a third one's") is None
 
 
 def test_the_newest_are_kept_and_what_is_left_over_is_removed(tmp_path: Path) -> None:

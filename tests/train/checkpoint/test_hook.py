@@ -10,7 +10,7 @@ import torch
 
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.train.checkpoint import files, hook
-from gaccum_exp.train.checkpoint.hook import Checkpoints, Writer
+from gaccum_exp.train.checkpoint.hook import Checkpoints
 from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.stopping import StoppedError
 from tests.strangers import Net
@@ -43,18 +43,6 @@ class Noted(Hook):
             if thread.name == hook.FOLDER:
                 thread.join()
         self.seen.append(names(self.folder))
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every checkpoint be written before the next window: the machine may be busy."""
-    start = Writer.start
-
-    def started(self: Writer, *arguments: Any) -> None:
-        start(self, *arguments)
-        self.wait()
-
-    monkeypatch.setattr(Writer, "start", started)
 
 
 def test_they_are_taken_every_so_many_steps_and_the_newest_are_kept(tmp_path: Path) -> None:
@@ -229,8 +217,9 @@ def test_what_was_recorded_is_flushed_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("every_steps=0", "at least 1"), ("keep=0", "at least 1"), ("every_minutes=0", "above 0"),
-     ("every_minutes=inf", "above 0"), ("every_minutes=-3", "above 0")],
+    [("every_steps=0", "at least 1"), ("keep=0", "at least 1"), ("every_minutes=0", "a number above 0"),
+     ("every_minutes=inf", "a number above 0"),
+     ("every_minutes=-3", "a number above 0")],
 )  # fmt: skip
 def test_an_interval_that_is_none_is_refused(key: str, said: str) -> None:
     """In a line, with the key."""

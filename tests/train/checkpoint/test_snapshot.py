@@ -1,8 +1,10 @@
 """A training that is stopped and goes on is the one that was never stopped."""
 
+import math
 import random
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.train.checkpoint import hook
 from gaccum_exp.train.checkpoint.files import UnusableCheckpointError, newest
 from gaccum_exp.train.checkpoint.snapshot import restore
 from gaccum_exp.train.evaluation import Evaluation
@@ -68,6 +71,15 @@ class Moody(Net):
         return super().forward(x) * (1 + 0.01 * (draws + moved + last))
 
 
+class Unbuffered(Moody):
+    """The same without buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers.clear()
+        self.mean, self.last = torch.zeros(2, dtype=torch.float64), None  # type: ignore[assignment]
+
+
 class Scarce(Net):
     """An accelerator's words for no memory where a micro-batch holds more than eight samples."""
 
@@ -79,6 +91,27 @@ class Scarce(Net):
         if self.training and len(x) > 8:
             raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
         return super().forward(x)
+
+
+class Running(Net):
+    """Counts what passes through it, and runs out of memory at a pass, once in a process."""
+
+    fails_at: ClassVar[int | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2, dtype=torch.float64)
+        self.passes, self.samples = [0], 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 2) -> logits (batch, 3)."""
+        if self.training and self.passes[0] == Running.fails_at:
+            Running.fails_at = None
+            raise torch.OutOfMemoryError("no room")
+        if self.training:
+            self.passes[0] += 1
+            self.samples += len(x)
+        return super().forward(x + self.norm.running_mean) + 0 * self.norm(x).sum()
 
 
 class Hidden:
@@ -196,15 +229,76 @@ def test_a_begun_window_goes_on_at_another_n(
 
 
 def test_the_mean_of_means_begins_its_window_again_at_another_n(
-    tmp_path: Path, undisturbed: Any
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its 1/N is spent: the run says so, and ends where it does under that N from the window's start."""
+    monkeypatch.setattr(hook, "COPIED", math.inf)
     of = (*POINTS, "accum.reduction=mean")
     stopped_at(tmp_path, (2, 3), *of)
     again, said = gone_on(tmp_path, *of, "accum.steps=2")
     assert said is not None
     assert "step 3 begins again: 3 of its 4 micro-batches" in said
     torch.testing.assert_close(again.weights, undisturbed(*of).weights, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_the_mean_of_means_ends_a_short_window_as_it_was_split(
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Whose start would cost too much to keep: its passes are those that it was begun with."""
+    monkeypatch.setattr(hook, "COPIED", 0.0)
+    of = (*POINTS, f"model._target_={HERE}.Counting", "accum.reduction=mean",
+          "data.global_batch_size=16", "accum.steps=4", "train.steps=3")  # fmt: skip
+    stopped_at(tmp_path, (2, 3), *of)
+    again, said = gone_on(tmp_path, *of, f"accum.steps={n}")
+    assert said is None
+    assert again.state.model.passes == 12
+    torch.testing.assert_close(again.weights, undisturbed(*of).weights, rtol=1e-12, atol=1e-13)
+
+
+def test_a_window_that_begins_again_finds_what_passes_move_as_it_was_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attributes, a state of its own and every generator: as from the checkpoint before the window."""
+    monkeypatch.setattr(hook, "COPIED", math.inf)
+    of = (*POINTS, "accum.reduction=mean", f"model._target_={HERE}.Unbuffered",
+          "checkpoint.every_steps=2")  # fmt: skip
+    stopped_at(tmp_path / "inside", (2, 3), *of)
+    shutil.copytree(tmp_path / "inside", tmp_path / "before")
+    shutil.rmtree(tmp_path / "before" / "step-00000002+3")
+    again, said = gone_on(tmp_path / "inside", *of, "accum.steps=2")
+    expected, nothing = gone_on(tmp_path / "before", *of, "accum.steps=2")
+    assert (said is None, nothing) == (False, None)
+    assert torch.equal(again.weights, expected.weights)
+
+
+def test_memory_that_runs_out_in_a_window_that_goes_on_repeats_it_from_its_start(
+    tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after three of four passes, out of memory in the fourth: no pass is counted twice."""
+    of = (*POINTS, f"model._target_={HERE}.Running", "accum.on_oom=increase_steps",
+          "data.global_batch_size=16", "train.steps=3")  # fmt: skip
+    monkeypatch.setattr(Running, "fails_at", 11)
+    whole = Training(*of).train()
+    assert Running.fails_at is None
+    stopped_at(tmp_path, (2, 3), *of)
+    monkeypatch.setattr(Running, "fails_at", 11)
+    again, _ = gone_on(tmp_path, *of)
+    assert Running.fails_at is None
+    model, expected = again.state.model, whole.state.model
+    assert (model.passes, model.samples) == (expected.passes, expected.samples)
+    assert torch.equal(again.weights, whole.weights)
+
+
+def test_memory_that_runs_out_in_a_window_whose_start_was_not_kept_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was taken without accum.on_oom=increase_steps: in a line, with what goes on with it."""
+    of = (*POINTS, f"model._target_={HERE}.Running")
+    stopped_at(tmp_path, (2, 3), *of)
+    monkeypatch.setattr(Running, "fails_at", 11)
+    with pytest.raises(BadInputError, match=r"accum\.on_oom=raise .* accum\.steps=8 goes on with it$"):
+        gone_on(tmp_path, *of, "accum.on_oom=increase_steps")
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_nothing_is_moved(tmp_path: Path) -> None:
