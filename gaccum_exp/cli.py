@@ -172,12 +172,8 @@ def _say_what_goes_on(command: Command) -> None:
     launch, settings, given = command.launch, command.settings, command.arguments
     if launch is None or settings is None or settings.task != "train":
         return
-    own = [run for run in resume.runs_in(launch.folder) if run.sweep_id == launch.sweep_id]
-    if not any(run.is_unfinished for run in own):
-        resumed = resume.in_folder(launch.folder, settings)
-        if resumed is None:
-            return
-        resumed.lock.release()
+    if not resume.something_is_left(launch.folder, settings):
+        return
     line = shlex.join([*continued.program(given), *continued.going_on(given)])
     print(f"gaccum_exp: the same command goes on: {line}", file=sys.stderr)
 

@@ -12,6 +12,8 @@ from experiments.durability.tries import Options, Result, Tried, folders_of, man
 
 REQUESTS = 2000
 WINDOWS = 300
+SEEDS = (0, 1)
+"""At N = 1 and N = 2 each: the arms of a sweep."""
 DELIVERIES = 12
 """So often what is left is delivered through the proxy; once more without it."""
 
@@ -33,12 +35,14 @@ def network(options: Options) -> Result:
 
 
 def through(proxy: Proxy, server: MlflowServer, places: Folders, number: int, windows: int) -> Tried:
-    """Run a sweep of four arms through the proxy, deliver what is left, and compare."""
+    """Run a sweep through the proxy, deliver what is left, and compare."""
     folder = places.new(f"network {number}")
     where = [f"tracking.uri={proxy.uri}", f"tracking.experiment_name={folder.name}"]
     few = overrides(folder, windows=windows, eval_every=20)
-    sweep = run(folder, "-m", *few, "accum.steps=1,2", "seed=0,1", *where)
-    tried = Tried("a sweep of four arms", problems=complaints(sweep, 0, "the sweep"))
+    seeds = f"seed={','.join(map(str, SEEDS))}"
+    sweep = run(folder, "-m", *few, "accum.steps=1,2", seeds, *where)
+    arms = 2 * len(SEEDS)
+    tried = Tried(f"a sweep of {arms} arms", problems=complaints(sweep, 0, "the sweep"))
     if not list(folder.glob("multirun/*/comparison.csv")):
         tried.problems.append("nothing is compared")
     to = ["--experiment", folder.name]
@@ -50,7 +54,7 @@ def through(proxy: Proxy, server: MlflowServer, places: Folders, number: int, wi
     last = deliver(folder, "--uri", server.uri, *to)
     tried.problems += complaints(last, 0, "gaccum_exp deliver")
     tried.found = compare(noted(folder / TRUTH), stored(server.uri, experiment=folder.name))
-    if tried.found.statuses["FINISHED"] != 4:
+    if tried.found.statuses["FINISHED"] != arms:
         tried.problems.append(f"runs: {dict(tried.found.statuses)}")
     places.done(folder, keep=not tried.sound)
     return tried

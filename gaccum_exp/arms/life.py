@@ -393,13 +393,29 @@ def run_arm(
     """
     if resumed is None and settings.task == "train":
         resumed = left_by_sweep(context, settings)
-    life = Life(context, settings, stop=stop, resumed=resumed)
+    life, loaded, tags = Life(context, settings, stop=stop, resumed=resumed), None, {}
     with _controls_held(life):
         if resumed is not None and resumed.left.status == "FINISHED":  # only its controls are left
             life.had_finished(resumed.left.path)
             resumed.lock.release()
         else:
-            _run(life)
+            with ends(life):
+                if resumed is not None:
+                    loaded = _load(life)
+                    life.require_same_data(loaded)
+                elif settings.chooses_accum_steps and settings.task != "plan":
+                    try:
+                        with stop.at_once():
+                            loaded = load(settings, shared_data(settings.sweep_id))
+                            life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
+                    except Exception:
+                        life.begin()  # so that the store knows of it too
+                        raise
+                    tags["accum.auto"] = why
+                    log.info("accum.steps=auto: %s", why)
+                life.begin(tags)
+                run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
+                life.finish(run_task(life, loaded))
         train_controls(life)
     assert life.outcome is not None
     return life.outcome
@@ -421,28 +437,6 @@ def _controls_held(life: Life) -> Iterator[None]:
         if lock is not None:
             lock.path.unlink(missing_ok=True)
             lock.release()
-
-
-def _run(life: Life) -> None:
-    """Train, audit or plan, as the task is."""
-    settings, stop, resumed, loaded, tags = life.settings, life.stop, life.resumed, None, {}
-    with ends(life):
-        if resumed is not None:
-            loaded = _load(life)
-            life.require_same_data(loaded)
-        elif settings.chooses_accum_steps and settings.task != "plan":
-            try:
-                with stop.at_once():
-                    loaded = load(settings, shared_data(settings.sweep_id))
-                    life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
-            except Exception:
-                life.begin()  # so that the store knows of it too
-                raise
-            tags["accum.auto"] = why
-            log.info("accum.steps=auto: %s", why)
-        life.begin(tags)
-        run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
-        life.finish(run_task(life, loaded))
 
 
 def left_by_sweep(context: ArmContext, settings: Settings) -> resume.Resumed | None:

@@ -274,6 +274,15 @@ def _unfinished(folder: Path, wanted: Wanted, sweep_id: str | None) -> Left | No
     return None
 
 
+def something_is_left(folder: Path, settings: Settings) -> bool:
+    """Whether a command's run, in its folder, is unfinished, or a control of it is."""
+    runs = [run for run in runs_in(folder) if run.sweep_id == settings.sweep_id]
+    return any(
+        run.is_unfinished or (run.status == "FINISHED" and _lacks_controls(run, runs, settings))
+        for run in runs
+    )
+
+
 def _lacks_controls(run: Left, runs: list[Left], settings: Settings) -> bool:
     """Whether a run that has finished is a reference some of whose controls are still to be trained."""
     if settings.accum_steps != 1 or not settings.audit.controls or settings.chooses_accum_steps:
