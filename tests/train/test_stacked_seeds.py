@@ -480,11 +480,12 @@ def test_controls_are_trained_beside_the_seeds_as_ever(program: Program) -> None
     assert roles == ["control", "control", "reference", "reference"]
 
 
-@pytest.mark.parametrize("seeds", ["seed=3", "seed=0", "train.steps=3"])
-def test_with_nothing_to_stack_the_run_is_an_ordinary_one(program: Program, seeds: str) -> None:
+@pytest.mark.parametrize("line", [("seed=3",), ("-m", "seed=0"), ("-m", "train.steps=3")])
+def test_with_nothing_to_stack_the_run_is_an_ordinary_one(
+    program: Program, line: tuple[str, ...]
+) -> None:
     """Without -m, or with one seed, the key changes nothing."""
-    assert program.tiny(seeds, VECTORIZED).status == 0
-    assert program.tiny("-m", seeds, "accum.steps=2", VECTORIZED).status == 0
+    assert program.tiny(*line, "accum.steps=2", VECTORIZED).status == 0
     (run,) = program.arms()
     assert "vectorized" not in run.tags
 
@@ -508,7 +509,7 @@ def test_a_studys_own_seeds_are_taken_too(program: Program) -> None:
     assert all(run.params["accum.reduction"] == "mean" for run in program.arms())
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_arms_of_seeds_run_side_by_side_under_joblib(home: Path) -> None:
     """Each job is an arm of all seeds, in a process of its own."""
     arguments = ("-m", *TOGETHER, "seed=0,1", "accum.steps=1,2", VECTORIZED,
