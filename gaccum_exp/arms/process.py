@@ -13,13 +13,32 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from gaccum_exp.errors import BadInputError
+
+_here = threading.Lock()
+"""Held while a command, or an arm, runs in this process."""
 SPENT = threading.Event()
 """Set once something may be left in this process that no other arm should meet."""
 
 
 @contextmanager
 def process_restored() -> Iterator[None]:
-    """Put back what a command or an arm changes of the process; of torch and Hydra, too."""
+    """Put back what a command or an arm changes of the process; of torch and Hydra, too.
+
+    Raises:
+        BadInputError: another one runs here, as where a `_target_` is the program itself.
+    """
+    if not _here.acquire(blocking=False):
+        raise BadInputError("the program is called from inside a command of its own")
+    try:
+        with _restored():
+            yield
+    finally:
+        _here.release()
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
     argv, environment, collects, path = sys.argv, dict(os.environ), gc.isenabled(), list(sys.path)
     streams, known_filters = (sys.stdin, sys.stdout, sys.stderr), list(warnings.filters)
     mask = os.umask(0o077)  # which nothing else tells

@@ -317,6 +317,9 @@ def validate(cfg: DictConfig) -> Settings:
             hint = nearest(str(value), choices)
             raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
     _check_values(config)
+    to = config.tracking
+    # Of any type until a command has decided; a number that a sweep gives is a text too.
+    to.uri, to.experiment_name = (x if x is None else str(x) for x in (to.uri, to.experiment_name))
     chooses_accum_steps = _take_auto(config)
     stages = _take_schedule(config)
     data, config.accum.steps = data_config(config.data, config.accum.steps)

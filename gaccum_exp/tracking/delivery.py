@@ -164,7 +164,7 @@ class Delivery:
     def _note(self, record: Record) -> None:
         try:
             self._take_in(record)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInputError(
                 f"{self.path}: its {record['kind']} is none of ours ({error})"
             ) from error
@@ -177,7 +177,7 @@ class Delivery:
                 uri, experiment_name = self._asked
                 here = uri is not None or not is_of_this_host(record)
                 self._to = self._stores.of(
-                    uri or record["uri"], experiment_name or record["experiment_name"],
+                    uri or str(record["uri"]), experiment_name or str(record["experiment_name"]),
                     self._stores.folder if here else record["folder"],
                 )  # fmt: skip
             case "begin":

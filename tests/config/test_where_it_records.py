@@ -14,6 +14,7 @@ from gaccum_exp.errors import BadInputError, hide_passwords
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, tracking_uri
 from tests.program import TINY, Program, in_a_process
+from tests.support import settings as composed_settings
 
 SECRET = "hunter2"
 WITH_PASSWORD = [
@@ -73,6 +74,12 @@ def test_a_password_is_refused_and_its_place_is_named(uri: str) -> None:
 def test_an_address_without_a_password_is_taken_as_it_is(uri: str) -> None:
     """A port, the user of a database, and signs in a path are none."""
     assert tracking_uri(uri) == uri == hide_passwords(uri)
+
+
+def test_a_number_that_is_an_address_is_a_text() -> None:
+    """As a sweep over sort(2,1) gives them, whose journals nobody could deliver."""
+    to = composed_settings("tracking.uri=1", "tracking.experiment_name=2").tracking
+    assert (to.uri, to.experiment_name) == ("1", "2")
 
 
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///?a=b"])
