@@ -295,7 +295,7 @@ def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
 
 def read_from_store(uri: str) -> float:
     """Return the seconds that reading the sweep takes where no journal is at hand."""
-    runs = Runs(uri, EXPERIMENT, None)
+    runs = Runs(uri, EXPERIMENT)
     assert runs.store
     start = time.perf_counter()
     read_sweeps(runs, [SWEEP])
