@@ -210,15 +210,14 @@ def _sweeps_beside(folder: Path, now_id: str) -> dict[str, Path]:
 
 
 def _last(places: Mapping[str, Path], asked: str, *, rerun_failed: bool) -> str:
-    unfinished, failed = [], []
-    for sweep_id, place in places.items():
-        note = SweepNote.of(place)
-        if note is None:
-            continue
-        failed += [sweep_id for o in read_outcomes(place, sweep_id).values() if o.status == "FAILED"][:1]
-        if not note.whole or (rerun_failed and sweep_id in failed):
-            unfinished.append(sweep_id)
+    def has_failed(sweep_id: str) -> bool:
+        return any(o.status == "FAILED" for o in read_outcomes(places[sweep_id], sweep_id).values())
+
+    notes = {sweep_id: SweepNote.of(place) for sweep_id, place in places.items()}
+    noted = {sweep_id: note for sweep_id, note in notes.items() if note is not None}
+    unfinished = [i for i, note in noted.items() if not note.whole or (rerun_failed and has_failed(i))]
     if not unfinished:
+        failed = any(map(has_failed, noted))
         again = "; sweep.rerun_failed=true runs the arms again that failed" if failed else ""
         raise BadInputError(f"{asked}: no sweep is unfinished ({len(places)} there{again})")
     # Where another one is running, that is not the one that is meant, unless there is no other.

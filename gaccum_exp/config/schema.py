@@ -328,7 +328,7 @@ def validate(cfg: DictConfig) -> Settings:
     values = {f.name: getattr(config, f.name) for f in fields(Config)} | {"data": data}
     settings = Settings(**values, stages=stages, chooses_accum_steps=chooses_accum_steps)
     for key, value in settings.flat().items():
-        if value != value:
+        if isinstance(value, float) and math.isnan(value):
             raise BadInputError(f"{key}={value}: is no number; leave it out for the default")
     return settings
 
