@@ -124,7 +124,7 @@ def postgresql(folder: Path) -> Iterator[str]:
             text=True,
             env=os.environ | {"LC_ALL": "C"},
             **as_whom,
-        )  # type: ignore[call-overload]
+        )  # type: ignore[call-overload]  # what is in `as_whom` is not known there
         if done.returncode:
             raise RuntimeError(f"{program}: {done.stderr or done.stdout}")
 

@@ -149,7 +149,7 @@ def _of_what_is_there(config: DictConfig, before: Continued, command_id: str) ->
     if failed:
         words += f", {failed} by a fault of their own (sweep.rerun_failed=true runs those again)"
     print(words, file=sys.stderr)
-    subdir = _as_written(config, "hydra.sweep.subdir")
+    subdir = resume.as_written(config, "hydra.sweep.subdir")
     listed = json.dumps({digest: list(arm) for digest, arm in known.items()})
     return [
         f"+hydra.callbacks.sweep.known={_quoted(listed)}",
@@ -208,18 +208,11 @@ def _refuse_places(config: DictConfig) -> None:
     """Refuse an id or a name that would have a run write outside its own folder."""
     check_id("sweep_id", config.sweep_id)
     for key in ("job.name", "output_subdir", "sweep.subdir"):
-        value = _as_written(config, f"hydra.{key}")
+        value = resume.as_written(config, f"hydra.{key}")
         if value is not None and (Path(str(value)).is_absolute() or ".." in Path(str(value)).parts):
             raise BadInputError(
                 f"hydra.{key}={value}: leads out of the output folder; give a name below it"
             )
-
-
-def _as_written(config: DictConfig, key: str) -> Any:
-    """Return a value with its interpolations: what they stand for is only known when a job starts."""
-    block, _, name = key.rpartition(".")
-    values: Any = OmegaConf.to_container(OmegaConf.select(config, block), resolve=False)
-    return values[name]
 
 
 def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
@@ -257,7 +250,7 @@ def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
         raise BadInputError(
             f"-m: {each} are {arms:,} arms, more than {MOST_ARMS:,}; sweep over fewer values"
         )
-    subdir = _as_written(config, "hydra.sweep.subdir")
+    subdir = resume.as_written(config, "hydra.sweep.subdir")
     if arms > 1 and "${" not in str(subdir):
         raise BadInputError(
             f"hydra.sweep.subdir={subdir}: {arms} arms would write to one folder; have each its own "

@@ -225,6 +225,13 @@ def go_on_there(config: DictConfig, resumed: Resumed) -> None:
             config.tracking.experiment_name = left.store["experiment_name"]
 
 
+def as_written(config: DictConfig, key: str) -> Any:
+    """Return a value with its interpolations: what they stand for is only known when a job starts."""
+    block, _, name = key.rpartition(".")
+    values: Any = OmegaConf.to_container(OmegaConf.select(config, block), resolve=False)
+    return values[name]
+
+
 def version_of(package: str) -> str:
     """Return the version of a package."""
     try:
@@ -350,7 +357,7 @@ def _folders(config: DictConfig) -> list[Path]:
     lie beside it.
     """
     folder = Path(config.hydra.run.dir)
-    if "${" not in str(OmegaConf.to_container(config.hydra.run, resolve=False)["dir"]):  # type: ignore[index, call-overload]
+    if "${" not in str(as_written(config, "hydra.run.dir")):
         return [folder]
     return [path for _, path in sorted(_beside(folder.parent), reverse=True)]
 

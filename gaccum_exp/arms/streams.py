@@ -38,7 +38,7 @@ class _Outlet(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def]
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]  # any buffer, as the base
         size = memoryview(data).nbytes
         try:
             while (written := super().write(data)) is None:  # a pipe that is full and does not block
