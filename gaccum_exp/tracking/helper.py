@@ -79,7 +79,9 @@ class Helper:
                     with contextlib.suppress(Exception):
                         self._deliveries[path].close()
                     del self._deliveries[path]
-                    self._put_off[path] = time.monotonic() + FAULT_S
+                    # For a while only: each try may send the same, where how far it came is not noted.
+                    if path in watched or time.monotonic() - self._orphaned.get(path, 0.0) < GRACE_S:
+                        self._put_off[path] = time.monotonic() + FAULT_S
             others = (self._deliveries.keys() | self._put_off.keys()) - watched
             room = len(others) < AT_ONCE
             if self._left and room and not work:

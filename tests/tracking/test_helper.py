@@ -1,5 +1,6 @@
 """The helper from within, and what those do that it works for where it cannot do it."""
 
+import errno
 import os
 import signal
 import socket
@@ -40,11 +41,12 @@ def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket
         yield one
 
 
-def journal(folder: Path, uri: str) -> Path:
-    """Write the journal of a run that has ended."""
+def journal(folder: Path, uri: str, *, ended: bool = True) -> Path:
+    """Write the journal of a run, which has ended or whose process is dead."""
     one = Journal.create(folder, uri, "gaccum_exp")
     one.begin(folder.name, params={}, tags={"sweep_id": "a"}, texts={})
-    one.end("FINISHED")
+    if ended:
+        one.end("FINISHED")
     return one.path
 
 
@@ -136,6 +138,37 @@ def test_what_is_wrong_with_one_journal_is_said_once_and_the_others_are_delivere
     assert not thread.is_alive()
     said = [line.split(":")[1].strip() for line in capfd.readouterr().err.splitlines()]
     assert said == [str(outputs / name / "journal.jsonl") for name in "ab"]
+
+
+def test_a_helper_ends_though_a_full_disk_has_it_send_the_same_again(
+    program: Program, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the run's end nor how far it is delivered can be written, and nobody waits any more."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(helper, "GRACE_S", 1.0)
+    monkeypatch.setattr(helper, "FAULT_S", 0.1)
+    monkeypatch.setattr(helper, "ORPHAN_S", 0.1)
+    path = journal(program.folder / "run", program.uri, ended=False)
+    tries: list[Path] = []
+
+    def end(path: Path, *_: Any, **__: Any) -> None:
+        tries.append(path)
+        full()
+
+    monkeypatch.setattr(delivery, "end_if_dead", end)
+    monkeypatch.setattr(Delivered, "write", full)
+    one = Helper(listener)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("helper")
+        client.sendall(shipper.line_of(path))
+        thread = run(one)
+        come_true(lambda: path in one._deliveries)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert len(tries) > 1  # for a while: there may be room again
 
 
 def test_a_lasting_fault_is_said_once_whatever_name_it_holds(
