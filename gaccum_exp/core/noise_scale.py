@@ -45,6 +45,9 @@ from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window_loss import WindowLoss
 from gaccum_exp.errors import BadInputError
 
+TRAILING = 64
+"""Measured windows that a training's noise scale is the quotient of means of."""
+
 
 class Noise(NamedTuple):
     """What one window tells; without bias, so that the squared norm may come out negative."""
@@ -84,10 +87,7 @@ class NoiseScale:
     """How many there are."""
 
     def __str__(self) -> str:
-        value, low, high = self.scale
-        if not math.isfinite(high):
-            return f"noise scale: not resolved by {self.windows} windows (above {low:.3g} samples)"
-        return f"noise scale: {value:.3g} samples ({low:.3g} to {high:.3g}, {self.windows} windows)"
+        return scale_said(self.scale, self.windows)
 
 
 def noise_scale(
@@ -174,6 +174,15 @@ def noise_scale(
         adam_scale=quotient_of_means([n for n in of_adam if n is not None]) if of_adam else None,
         windows=len(every),
     )
+
+
+def scale_said(scale: Quotient, windows: int) -> str:
+    """Return a noise scale in words, measured in so many windows."""
+    value, low, high = scale
+    if not math.isfinite(high):
+        some = "a window" if windows == 1 else f"{windows} windows"
+        return f"noise scale: not resolved by {some} (above {low:.3g} samples)"
+    return f"noise scale: {value:.3g} samples ({low:.3g} to {high:.3g}, {windows} windows)"
 
 
 def noise_of(

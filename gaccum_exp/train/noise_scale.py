@@ -15,7 +15,7 @@ from gaccum_exp.core.micro_gradients import (
     require_independent,
     samples_in,
 )
-from gaccum_exp.core.noise_scale import Noise, noise_of, quotient_of_means
+from gaccum_exp.core.noise_scale import TRAILING, Noise, noise_of, quotient_of_means
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError
@@ -28,8 +28,6 @@ from gaccum_exp.train.step import moves_weights
 from gaccum_exp.train.two_sample_check import first_samples
 
 log = logging.getLogger(__name__)
-TRAILING = 64
-"""Measured windows that the noise scale is the quotient of means of."""
 
 
 class NoiseScale(Hook):

@@ -38,17 +38,26 @@ from gaccum_exp.audit.watch.taped_window import (
     sample_readings,
 )
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
+from gaccum_exp.audit.watch.window_noise import noise_of_window
 from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
+from gaccum_exp.core.noise_scale import Noise
 from gaccum_exp.memory.available import out_of_memory
 
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
 
-def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int | None) -> Audit:
+def judge(
+    seen: Observations,
+    reached: Gradient,
+    modules: NamedModules,
+    dim: int | None,
+    noise: list[Noise | str] | None = None,
+) -> Audit:
     """Return the verdict on a window, given the gradient that reached the optimizer.
 
-    It is judged where it ran; on the CPU where that has no memory left or no float64.
+    It is judged where it ran; on the CPU where that has no memory left or no float64. `noise`, if there
+    is such a list, gets what a window that could be run again tells of its noise, or why it tells none.
     """
     blank, host = Audit("inconclusive", 0, "mean"), torch.device("cpu")
     try:
@@ -61,11 +70,11 @@ def judge(seen: Observations, reached: Gradient, modules: NamedModules, dim: int
         own = next(iter(reached.values()), torch.empty(0)).device
         try:
             if own.type != "mps":
-                return _under_every_reading(seen, reached, modules, dim, blank, own)
+                return _under_every_reading(seen, reached, modules, dim, blank, own, noise)
         except Exception as error:
             if not out_of_memory(error) or own == host:
                 raise
-        audit = _under_every_reading(seen, reached, modules, dim, blank, host)
+        audit = _under_every_reading(seen, reached, modules, dim, blank, host, noise)
         return audit.noting("run again on the CPU")
     except CouplingError as error:
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
@@ -89,6 +98,7 @@ def _under_every_reading(
     dim: int | None,
     blank: Audit,
     device: torch.device,
+    noise: list[Noise | str] | None,
 ) -> Audit:
     """Judge along the dimension that counts samples, where shapes alone leave more than one.
 
@@ -138,14 +148,22 @@ def _under_every_reading(
         doubtful = window.order_matters or window.padding_matters
         if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
             break
+    if not judged:
+        raise refusals[0]
+    audit = _chosen(judged, len(layouts), blank)
+    if noise is not None:
+        noise += [window.noise(audit) for window, of_window in judged if of_window is audit]
+    return audit
+
+
+def _chosen(judged: "list[tuple[_LoopWindow, Audit]]", readings: int, blank: Audit) -> Audit:
+    """Return the verdict of several readings, each with its own."""
     in_any_order = [(window, audit) for window, audit in judged if not window.order_matters]
     padded = [audit for window, audit in in_any_order if window.padding_matters]
     unordered = [audit for window, audit in in_any_order if not window.padding_matters]
     if padded and all(audit.cause == result.BATCH_STATISTICS for audit in unordered):
         return padded[0]  # that a module mixes what are perhaps time steps is no verdict then
-    if not judged:
-        raise refusals[0]
-    if len(layouts) == 1 or unordered[:1] == unordered[-1:] != []:
+    if readings == 1 or unordered[:1] == unordered[-1:] != []:
         audit = unordered[0] if unordered else judged[0][1]
         weighed = (None, result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE, result.STALE_OR_MISSING)
         if unordered or audit.cause in weighed:
@@ -239,6 +257,7 @@ class _LoopWindow:
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
         self._window = window
         self._rerun = self._rerun_of(self._window)
+        self._shares: list[TermShares] = []
 
     def audit(self) -> Audit:
         observed, loss_scale = self._observed, self._loss_scale
@@ -271,6 +290,7 @@ class _LoopWindow:
             micro.append([weight * loss_scale for weight in exact])
             whole.append(term.whole_weight * loss_scale / off)
         window = self._window.weighed(micro, whole, [term.coefficients for term in shares])
+        self._shares = shares
         blank, base = self._described(shares, faults[0])
         if factor is not None and factor != 1:
             replayed = scaled(replayed, factor)
@@ -317,6 +337,10 @@ class _LoopWindow:
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
         audit = found.completed(audit)
         return audit.noting(remark) if remark and audit.verdict != "biased" else audit
+
+    def noise(self, audit: Audit) -> Noise | str:
+        """Return what the window tells of its noise, after its audit; or why it tells nothing."""
+        return noise_of_window(audit, self._window, self._rerun, self._shares)
 
     def _here(self, gradient: Gradient) -> Gradient:
         return {name: g.to(self._device) for name, g in gradient.items()}

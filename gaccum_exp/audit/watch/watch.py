@@ -19,6 +19,7 @@ from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.module_state import modules_of
+from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
 
 WRAPPERS = {
@@ -41,6 +42,8 @@ class Watched:
         """One audit per optimizer step that was judged."""
         self.left_over = 0
         """Backward passes after the last optimizer step of the block."""
+        self.noise: list[Noise | str] = []
+        """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
 
     @property
     def worst(self) -> Audit:
@@ -54,6 +57,15 @@ class Watched:
             detail=f"{self.left_over} backward passes, and no optimizer step",
             remedy="step where the epoch ends, or use fewer micro-batches per window",
         )  # fmt: skip
+
+    @property
+    def noise_scale(self) -> Quotient | None:
+        """The gradient noise scale in samples, with its 95 % interval, over the last 64 windows.
+
+        None: no window has told any noise.
+        """
+        measured = [noise for noise in self.noise if not isinstance(noise, str)]
+        return quotient_of_means(measured[-TRAILING:]) if measured else None
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -72,10 +84,19 @@ class Watched:
 
     def __str__(self) -> str:
         left, said = self.left_over, self.worst.report()
+        if self.noise:
+            said = f"{said}\n{self._noise_said()}"
         if not left or not self.windows:
             return said
         passes = f"{left} backward pass{'es' if left > 1 else ''}"
         return f"{said}\nleft over: {passes} after the last step: step on what is left, or zero it"
+
+    def _noise_said(self) -> str:
+        reasons = [noise for noise in self.noise if isinstance(noise, str)]
+        scale = self.noise_scale
+        if scale is None:
+            return f"noise scale: not measured: {reasons[0]}"
+        return scale_said(scale, min(len(self.noise) - len(reasons), TRAILING))
 
     def __repr__(self) -> str:
         return repr(self.worst)
@@ -107,6 +128,8 @@ class watch:  # noqa: N801  # used as a function
             shapes of inputs, outputs and targets agree.
         also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a
             teacher in compiled code, an average of the weights). What moves there is found, too.
+        noise: whether to measure the gradient noise scale too, from the micro gradients of the windows
+            that are judged, run again: `audit.noise_scale`, and a line of the report.
 
     Raises:
         TypeError: there is no optimizer.
@@ -121,6 +144,7 @@ class watch:  # noqa: N801  # used as a function
         steps: Container[int] | None = None,
         batch_dim: int | None = None,
         also: Sequence[Any] = (),
+        noise: bool = False,
     ) -> None:
         self._model, self._criterion = _unwrapped(model), original(_unwrapped(criterion))
         optimizers = _optimizers(optimizer)
@@ -130,7 +154,7 @@ class watch:  # noqa: N801  # used as a function
         self._tracer = LoopTracer(
             self._model, self._criterion, optimizers, self._modules, self._reached, moving
         )
-        self._judged, self._dim = steps, batch_dim
+        self._judged, self._dim, self._noise = steps, batch_dim, noise
         self._global_step = 0
         self._watched = Watched()
         self._unreported: list[TapedMicroBatch] = []
@@ -160,7 +184,12 @@ class watch:  # noqa: N801  # used as a function
         with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
-                audit = explained(judge(seen, here, modules, self._dim), seen)
+                # Of a closure the first evaluation: the weights move from one to the next.
+                noise: list[Noise | str] | None = [] if self._noise and not seen.evaluation else None
+                audit = explained(judge(seen, here, modules, self._dim, noise), seen)
+                if noise is not None:
+                    told = noise[-1:] or [f"the window is {audit.verdict}: {audit.detail}"]
+                    self._watched.noise += told
                 if seen.evaluation:  # of the step's evaluations the worst stands for it
                     numbered = audit.noting(f"at evaluation {seen.evaluation + 1} of the step's closure")
                     windows.append(worst([windows.pop(), numbered]))
