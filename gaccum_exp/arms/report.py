@@ -20,7 +20,7 @@ from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
-from gaccum_exp.tracking.metrics import TRAIN_LOSS
+from gaccum_exp.tracking.metrics import OF_NOISE, TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord, last_of_each_arm, with_those_elsewhere
 from gaccum_exp.tracking.sink import kept_weights
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FOLDERS = (Path("multirun"), Path("outputs"))
 """Where sweeps and runs write, unless they are told otherwise."""
-COMPARED_CURVES = (TRAIN_LOSS,)
-"""What is compared at every global step; of other metrics a report takes the last value."""
+COMPARED_CURVES = (TRAIN_LOSS, *OF_NOISE)
+"""What is compared, or told, by the global step; of other metrics a report takes the last value."""
 
 
 def main(arguments: Sequence[str]) -> int:

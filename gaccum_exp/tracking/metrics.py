@@ -33,15 +33,23 @@ NOISE_SCALE_LOW = "noise/scale_low"
 NOISE_SCALE_HIGH = "noise/scale_high"
 
 
+def in_adam_metric(metric: str) -> str:
+    """Return the metric of the same in Adam's: `noise/adam_scale`."""
+    return metric.replace("noise/", "noise/adam_")
+
+
+OF_NOISE = (
+    NOISE_TRACE,
+    *(NOISE_SCALE, NOISE_SCALE_LOW, NOISE_SCALE_HIGH),
+    *map(in_adam_metric, (NOISE_SCALE, NOISE_SCALE_LOW, NOISE_SCALE_HIGH)),
+)
+"""What tells the noise scale at a step: an end that is not recorded there does not exist."""
+
+
 def of_term(metric: str, name: str) -> str:
     """Return the metric of one term of a loss: `train/loss/box`, in letters that the store takes."""
     taken = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
     return f"{metric}/{taken}"
-
-
-def in_adam_metric(metric: str) -> str:
-    """Return the metric of the same in Adam's: `noise/adam_scale`."""
-    return metric.replace("noise/", "noise/adam_")
 
 
 def memory_part(name: str) -> str:

@@ -9,9 +9,9 @@ _SPLITTING = {
     *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
     *("data.micro_batch_size", "data.global_batch_size", "sweep_id", "resume"),
 }
-# Nor does how it is audited, a control's seed being such a key, what else was trained with it, or when
-# it was kept on disk.
-_BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.")
+# Nor does how it is audited, a control's seed being such a key, whether its noise was measured, what
+# else was trained with it, or when it was kept on disk.
+_BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,28 @@ def _terms(arm: Measured) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(pair for pair in arm.run.metrics.items() if pair[0].startswith(prefixes)))
 
 
+def _noise(metric: str) -> Callable[[Measured], float | None]:
+    """Read what was recorded of the last measured window; None where that has no such number."""
+
+    def read(arm: Measured) -> float | None:
+        measured, curve = (arm.run.curves.get(key) for key in (metrics.NOISE_TRACE, metric))
+        if measured is None or curve is None or measured.global_steps[-1:] != curve.global_steps[-1:]:
+            return None
+        return curve.values[-1]
+
+    return read
+
+
+def _noise_windows(arm: Measured) -> int | None:
+    measured = arm.run.curves.get(metrics.NOISE_TRACE)
+    return len(measured.values) if measured else None
+
+
+def _steps(arm: Measured) -> int | None:
+    curve = arm.run.curves.get(metrics.TRAIN_LOSS)
+    return curve.global_steps[-1] if curve and curve.global_steps else None
+
+
 def _tag(name: str) -> Callable[[Measured], str | None]:
     # A tag that was taken back is an empty one.
     return lambda arm: arm.run.tags.get(name) or None
@@ -180,6 +202,20 @@ class ComparisonRow:
 
     command_id: str | None = column(_tag("command_id"))
     """Of the command that ran it."""
+    optimizer_steps: int | None = column(_steps)
+    """The last global step of its loss curve."""
+    noise_windows: int | None = column(_noise_windows)
+    """How many windows the noise was measured of; None: of none."""
+    noise_scale: float | None = column(_noise(metrics.NOISE_SCALE))
+    """In samples, with the ends of its interval, at the last window measured; None: not resolved."""
+    noise_scale_low: float | None = column(_noise(metrics.NOISE_SCALE_LOW))
+    noise_scale_high: float | None = column(_noise(metrics.NOISE_SCALE_HIGH))
+    adam_noise_scale: float | None = column(_noise(metrics.in_adam_metric(metrics.NOISE_SCALE)))
+    """The same in the optimizer's metric, where it is Adam-like."""
+    adam_noise_scale_low: float | None = column(_noise(metrics.in_adam_metric(metrics.NOISE_SCALE_LOW)))
+    adam_noise_scale_high: float | None = column(
+        _noise(metrics.in_adam_metric(metrics.NOISE_SCALE_HIGH))
+    )
 
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""

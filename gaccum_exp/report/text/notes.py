@@ -6,12 +6,12 @@ The same sentence about several settings is said once, with the settings in fron
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, pairwise
 from operator import itemgetter
 
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.text.wording import MOST_NUMBERS, say_numbers
-from gaccum_exp.tracking.metrics import SKIPPED_WINDOWS
+from gaccum_exp.tracking.metrics import SKIPPED_WINDOWS, TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
 
 _MOST_SIZES_SPELT_OUT = 12
@@ -46,8 +46,9 @@ def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     ]
     # The same kind of note is said of all arms before the next kind is.
     found.sort(key=itemgetter(0))
-    splits = _uneven_splits([arm for arm, _ in arms])
-    return (*splits, *with_settings((note[1:] for note in found), len(groups)))
+    every = [arm for arm, _ in arms]
+    notes = (*_uneven_splits(every), *_unequal_steps(every))
+    return (*notes, *with_settings((note[1:] for note in found), len(groups)))
 
 
 def _about_reference(group: Group) -> str | None:
@@ -169,6 +170,25 @@ def _uneven_splits(arms: Sequence[RunRecord]) -> list[str]:
     if weighs_unequally:
         notes.append("On unequal micro-batches mean weighs the samples of the smaller ones more.")
     return notes
+
+
+def _unequal_steps(arms: Sequence[RunRecord]) -> list[str]:
+    """Name the trap of equal epochs: a larger global batch has fewer optimizer steps there."""
+    steps: dict[int, int] = {}
+    for arm in arms:
+        curve, batch = arm.curves.get(TRAIN_LOSS), arm.global_batch_size
+        if arm.finished and curve and curve.global_steps and batch and "global_batches" not in arm.tags:
+            steps[batch] = max(steps.get(batch, 0), curve.global_steps[-1])
+    if len(set(steps.values())) < 2 or any(
+        steps[small] < steps[large] for small, large in pairwise(sorted(steps))
+    ):
+        return []
+    least, most = min(steps), max(steps)
+    return [
+        f"A global batch of {least} had {steps[least]} optimizer steps, one of {most} had {steps[most]}:"
+        " a loss that is higher there may be that of fewer steps, and no fault of accumulation. "
+        "train.steps gives all arms as many."
+    ]
 
 
 def _spell(sizes: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.text.merged_rows import lines_of
+from gaccum_exp.report.text.noise_notes import say_noise
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled
@@ -43,6 +44,8 @@ def print_comparison(comparison: Comparison) -> None:
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
+    if worth := say_noise(comparison):
+        out.print(worth, highlight=False)
 
 
 def render(comparison: Comparison) -> Table:

@@ -23,7 +23,9 @@ CONTRACT = [
     *("common_steps", "peak_phase", "memory_source", "device", "threads"),
     *("verdict", "cause", "culprit", "e64", "e", "floor", "control", "envelope"),
     *("eval_perplexity", "tokens_per_s", "skipped_windows", "predicted_peak_bytes"),
-    "command_id",
+    *("command_id", "optimizer_steps", "noise_windows"),
+    *("noise_scale", "noise_scale_low", "noise_scale_high"),
+    *("adam_noise_scale", "adam_noise_scale_low", "adam_noise_scale_high"),
 ]
 
 
