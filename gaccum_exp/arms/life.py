@@ -43,6 +43,7 @@ from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
+from gaccum_exp.tracking.records import LARGEST_BATCH, LARGEST_N
 from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
 from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
@@ -60,6 +61,8 @@ from gaccum_exp.train.stopping import NEVER, Stop, StoppedError, worker_was_ende
 log = logging.getLogger(__name__)
 EXPECTED = (BadInputError, NonFiniteLossError, TrackingError, UnequalError)
 """Errors whose message says all, as against faults of the program's or the user's code."""
+MOST_STAGES = 12
+"""Of a batch that grows, so many are written with a run."""
 VECTORIZED = "vectorized"
 """The tag of a run that was trained together with others."""
 
@@ -105,13 +108,19 @@ class Life:
         return self._sink is not None and metrics.ACCUM_STEPS_NOW in self._sink.last
 
     @property
+    def needs_data_to_begin(self) -> bool:
+        """Whether only the data decide what N it is recorded under."""
+        own = self.settings
+        return own.task != "plan" and (own.chooses_accum_steps or own.accum.grow is not None)
+
+    @property
     def controls(self) -> int:
         """How often it is trained again in other orders, once it has finished."""
         own = self.settings
         if self.control_of is not None or own.task != "train":
             return 0
         # Where memory ran out, it did not stay in one pass.
-        return own.audit.controls if own.accum_steps == 1 and not self.ran_out_of_memory else 0
+        return own.audit.controls if own.in_one_pass and not self.ran_out_of_memory else 0
 
     @property
     def sink(self) -> JournalSink:
@@ -156,8 +165,8 @@ class Life:
             "command_id": context.command_id or settings.sweep_id,
             "digest": context.digest,
             "kind": {"train": "arm"}.get(settings.task, settings.task),
-            "role": "reference" if settings.accum_steps == 1 else "candidate",
-            "micro_batch_sizes": _spelled(settings.data.global_batch_size, settings.accum_steps),
+            "role": "reference" if settings.in_one_pass else "candidate",
+            "micro_batch_sizes": _spelled(settings.largest_batch, settings.accum_steps),
             "overrides": " ".join(context.overrides),
         }
         if context.place is not None:
@@ -166,10 +175,11 @@ class Life:
             own["role"] = "control"
         if self.control_of is not None:
             own["control_of"] = self.control_of
-        if len({stage.global_batch_size for stage in settings.stages}) > 1:  # a schedule lets it grow
-            by = settings.accum.schedule_by
-            growth = (f"{stage.global_batch_size} from {by} {stage.start}" for stage in settings.stages)
-            own["global_batches"] = ", ".join(growth)
+        if len({stage.global_batch_size for stage in settings.stages}) > 1:
+            own["global_batches"] = _growth(settings)
+        if settings.accum.grow is not None:  # what is configured is the first batch
+            own[LARGEST_N] = str(settings.accum_steps)
+            own[LARGEST_BATCH] = str(settings.largest_batch)
         choices = {f"choice.{k}": str(v) for k, v in context.choices.items() if "/" not in k}
         to = settings.tracking
         journal = Journal.create(context.folder, to.uri, to.experiment_name, context.home)
@@ -216,10 +226,10 @@ class Life:
         # The journal may know of a worse one than a checkpoint that was taken before it.
         told = [audit for audit in (audits.worst, audit_of(recorded.tags, state)) if audit is not None]
         audits.worst = worst(told) if told else None
-        before = left.params["accum.steps"]
+        before = left.begin["tags"].get(LARGEST_N, left.params["accum.steps"])
         used = str(max(state.accum_steps(windows[0]) for windows in state.stage_windows))
         if recorded.tags.get("accum.steps_used", before) != used:
-            sizes = split_sizes(self.settings.data.global_batch_size, int(used))
+            sizes = split_sizes(self.settings.largest_batch, int(used))
             split = {"accum.steps_used": used, "micro_batch_sizes": ", ".join(map(str, sizes))}
             sink.describe(split | {"role": "candidate"})
         same_n = {before, *recorded.seen["accum.steps_used"]} == {used}
@@ -351,6 +361,14 @@ def _spelled(samples: int, accum_steps: int) -> str:
     return ", ".join(map(str, split_sizes(samples, accum_steps)))
 
 
+def _growth(settings: Settings) -> str:
+    """Return the global batch over training, of many stages the first and the last."""
+    stages, by = settings.stages, settings.accum.schedule_by
+    by = "step" if settings.accum.grow is not None else by
+    said = [f"{stage.global_batch_size} from {by} {stage.start}" for stage in stages]
+    return ", ".join(said if len(said) <= MOST_STAGES else [*said[: MOST_STAGES - 2], "…", said[-1]])
+
+
 @contextmanager
 def ends(*lives: Life) -> Iterator[None]:
     """End the lives that are not over, on an error or an interruption; raise only the latter again.
@@ -403,16 +421,17 @@ def run_arm(
                 if resumed is not None:
                     loaded = _load(life)
                     life.require_same_data(loaded)
-                elif settings.chooses_accum_steps and settings.task != "plan":
+                elif life.needs_data_to_begin:
                     try:
-                        with stop.at_once():
-                            loaded = load(settings, shared_data(settings.sweep_id))
-                            life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
+                        loaded = _load(life)
+                        if settings.chooses_accum_steps:
+                            with stop.at_once():
+                                life.settings, why = planning.with_fitting_accum_steps(settings, loaded)
+                            tags["accum.auto"] = why
+                            log.info("accum.steps=auto: %s", why)
                     except Exception:
                         life.begin()  # so that the store knows of it too
                         raise
-                    tags["accum.auto"] = why
-                    log.info("accum.steps=auto: %s", why)
                 life.begin(tags)
                 run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
                 life.finish(run_task(life, loaded))
@@ -425,7 +444,7 @@ def run_arm(
 def _controls_held(life: Life) -> Iterator[None]:
     """Let no other process train controls of a reference while this one does, or is going to."""
     settings, lock = life.settings, None
-    if settings.task == "train" and settings.accum_steps == 1 and settings.audit.controls:
+    if settings.task == "train" and settings.in_one_pass and settings.audit.controls:
         lock = resume.controls_lock(life.context.folder)
         if lock is None:
             if life.resumed is not None:
@@ -640,7 +659,9 @@ def clear() -> None:
 def _load(life: Life, loaded: TrainingData | None = None) -> TrainingData:
     clear()
     with life.stop.at_once():
-        return loaded or load(life.settings, shared_data(life.settings.sweep_id))
+        loaded = loaded or load(life.settings, shared_data(life.settings.sweep_id))
+    life.settings = loaded.in_stages(life.settings)
+    return loaded
 
 
 def _build(life: Life, loaded: TrainingData) -> TrainState:

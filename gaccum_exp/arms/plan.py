@@ -39,7 +39,10 @@ log = logging.getLogger(__name__)
 PLAN = "plan.json"
 HEADROOM = 0.9  # operators need workspace besides
 """The share of the free memory that a window may hold where no budget is given."""
-_ALSO_SPLIT = ("data.micro_batch_size", "accum.schedule", "accum.schedule_lr")
+_ALSO_SPLIT = (
+    *("data.micro_batch_size", "accum.schedule", "accum.schedule_lr"),
+    *("accum.grow", "accum.grow_to"),
+)
 """Keys besides accum.steps that say how a window is split."""
 
 
@@ -180,6 +183,8 @@ def refuse_over_budget(
     with nothing_left_behind():
         fitting = planner_of(settings, loaded, loaded.plan.full_window).smallest_fitting(budget)
     instead = "no N fits" if fitting is None else f"accum.steps={fitting} fits"
+    if fitting is not None and settings.accum.grow is not None:  # whose micro-batch is fixed
+        instead = f"data.micro_batch_size={loaded.plan.full_window // fitting} fits"
     given = settings.runtime.memory_budget_gib is not None
     limit = "runtime.memory_budget_gib" if given else f"of what is free {HEADROOM:.0%} are"
     raise BadInputError(

@@ -49,8 +49,8 @@ SPLIT = (
     "accum.steps", "data.micro_batch_size", "accum.on_oom", "runtime.memory_budget_gib",
     "audit.at_start", "audit.every_steps", "audit.controls",
 )  # fmt: skip
-"""Those in which a run that is named may differ from the command: how its windows are split, and what is
-asked beside its training."""
+"""Those in which a run that is named may differ from the command: how its windows are split (N and the
+micro-batch first), and what is asked beside its training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +292,7 @@ def something_is_left(folder: Path, settings: Settings) -> bool:
 
 def _lacks_controls(run: Left, runs: list[Left], settings: Settings) -> bool:
     """Whether a run that has finished is a reference some of whose controls are still to be trained."""
-    if settings.accum_steps != 1 or not settings.audit.controls or settings.chooses_accum_steps:
+    if not settings.in_one_pass or not settings.audit.controls or settings.chooses_accum_steps:
         return False
     of_run = [r for r in runs if r.sweep_id == run.sweep_id and r.begin["tags"].get("control_of")]
     over = sum(not control.is_unfinished for control in of_run)
@@ -319,7 +319,9 @@ def _named(config: DictConfig, asked: str, settings: Settings) -> Resumed:
     differing = Wanted(settings, config).differing(run)
     if settings.chooses_accum_steps:
         differing.pop("accum.steps", None)
-    differing = {key: both for key, both in differing.items() if not key.startswith(SPLIT)}
+    # A batch grows by whole micro-batches from the first N, so that another split is another training.
+    may_differ = SPLIT if settings.accum.grow is None else SPLIT[2:]
+    differing = {key: both for key, both in differing.items() if not key.startswith(may_differ)}
     if differing:
         said = [f"{k} ({there} there, {here} here)" for k, (there, here) in differing.items()]
         more = [f"and {len(said) - SAID} more"] if len(said) > SAID else []

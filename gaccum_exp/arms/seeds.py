@@ -95,6 +95,7 @@ def _stackable_states(settings: Sequence[Settings]) -> list[TrainState]:
         raise NotStackableError(f"task={first.task} trains nothing")
     clear()
     loaded = load(first, shared_data(first.sweep_id))
+    first = loaded.in_stages(first)
     budget = planning.budget_bytes(first, loaded.device)
     states = stackable(settings, loaded)
     if budget is None or planning.plainly_fits(states[0], budget // seeds):
@@ -113,6 +114,7 @@ def _train_together(lives: Sequence[Life], states: Sequence[TrainState], stop: S
     seeds, total_steps = len(lives), states[0].total_steps
     with ends(*lives):
         for life, state in zip(lives, states, strict=True):
+            life.settings = state.settings
             life.begin({VECTORIZED: f"{seeds} seeds"})
             life.describe(state)
             if life is lives[0]:

@@ -62,6 +62,11 @@ class AccumConfig:
     """What the schedule's keys count: epoch | step"""
     schedule_lr: str = "none"
     """How the learning rate follows a global batch that the schedule changes: none | linear | sqrt"""
+    grow: str | None = None
+    """Let the batch grow where `scheduler` would let the rate fall: auto (by the optimizer) | sgd (at a
+    constant rate) | adam (and the rate falls by the square root); null."""
+    grow_to: int | None = None
+    """Largest N of a batch that grows; null: as many micro-batches as the data set holds."""
 
 
 @dataclass(slots=True)
@@ -224,14 +229,25 @@ class Settings:
     resume: str
     sweep_id: str
     stages: tuple[AccumStage, ...]
-    """N and the global batch over training: one stage, or those of accum.schedule."""
+    """N and the global batch over training: one stage, or those of accum.schedule; under accum.grow,
+    the first one until the data are loaded."""
     chooses_accum_steps: bool
     """Whether N is still to be chosen (`accum.steps=auto`); until then it is 1."""
 
     @property
     def accum_steps(self) -> int:
-        """N, micro-batches per window; the largest of a schedule."""
-        return int(self.accum.steps)
+        """N, micro-batches per window; the largest of several."""
+        return max(stage.accum_steps for stage in self.stages)
+
+    @property
+    def largest_batch(self) -> int:
+        """The global batch size; the largest of several."""
+        return max(stage.global_batch_size for stage in self.stages)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether every window is taken in one pass, as a reference's are."""
+        return self.accum_steps == 1 and self.accum.grow is None
 
     @property
     def precision(self) -> str:
@@ -259,6 +275,10 @@ class Settings:
             stages=(AccumStage(0, accum_steps, size),),
         )
 
+    def in_stages(self, stages: tuple[AccumStage, ...]) -> "Settings":
+        """Return the same with the stages of a batch that grows."""
+        return replace(self, stages=stages)
+
     def flat(self) -> dict[str, Any]:
         """Return every value of the configuration by its dotted key, as it is recorded with the run."""
         tree = {f.name: getattr(self, f.name) for f in fields(Config)}
@@ -275,6 +295,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "accum.on_oom": ("raise", "increase_steps"),
     "accum.schedule_by": ("epoch", "step"),
     "accum.schedule_lr": ("none", "linear", "sqrt"),
+    "accum.grow": ("null", "auto", "sgd", "adam"),
     "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
     "runtime.weight_dtype": ("float32", "same"),
     "runtime.matmul_precision": ("highest", "high", "medium"),
@@ -323,6 +344,7 @@ def validate(cfg: DictConfig) -> Settings:
     chooses_accum_steps = _take_auto(config)
     stages = _take_schedule(config)
     data, config.accum.steps = data_config(config.data, config.accum.steps)
+    _check_growth(config, data)
     if not stages:
         stages = (AccumStage(0, config.accum.steps, data.global_batch_size),)
     values = {f.name: getattr(config, f.name) for f in fields(Config)} | {"data": data}
@@ -424,6 +446,11 @@ def _take_auto(config: Config) -> bool:
         raise BadInputError(
             f"accum.steps=auto and accum.schedule={accum.schedule} are both N: set only one of them"
         )
+    if accum.grow is not None:
+        raise BadInputError(
+            f"accum.steps=auto and accum.grow={accum.grow} are both N: set accum.steps to the first N "
+            "and accum.grow_to to the largest"
+        )
     if config.data.get("micro_batch_size") is not None:
         raise BadInputError(
             f"accum.steps=auto chooses how data.global_batch_size is split, and "
@@ -450,6 +477,38 @@ def _take_schedule(config: Config) -> tuple[AccumStage, ...]:
     spelled = ",".join(f"{stage.start}:{stage.accum_steps}" for stage in stages)
     accum.schedule = f"{{{spelled}}}"  # one value to be recorded, as on the command line
     return stages
+
+
+def _check_growth(config: Config, data: DataConfig) -> None:
+    """Refuse a batch that is to grow and cannot, as far as that is known without the data."""
+    accum, first = config.accum, config.accum.steps
+    if accum.grow is None:
+        if accum.grow_to is not None:
+            raise BadInputError(
+                f"accum.grow_to={accum.grow_to}: no batch grows; accum.grow=auto lets one grow"
+            )
+        return
+    if accum.schedule is not None:
+        raise BadInputError(
+            f"accum.grow={accum.grow} and accum.schedule={accum.schedule} are both N: set only one of "
+            "them"
+        )
+    if not config.scheduler.get("_target_"):
+        raise BadInputError(
+            f"accum.grow={accum.grow}: the batch grows where the learning rate would fall, and there is "
+            "no scheduler that lets it; choose one, as scheduler=cosine"
+        )
+    if accum.grow_to is not None and not first < accum.grow_to <= MOST:
+        raise BadInputError(
+            f"accum.grow_to={accum.grow_to}: must be above accum.steps={first}, the first N, and at "
+            f"most {MOST:,}"
+        )
+    if data.global_batch_size % first:
+        raise BadInputError(
+            f"accum.grow={accum.grow}: a batch grows by whole micro-batches, and accum.steps={first} "
+            f"does not divide data.global_batch_size={data.global_batch_size}; set "
+            "data.micro_batch_size, and data.global_batch_size to null"
+        )
 
 
 def _check_targets(cfg: DictConfig) -> None:

@@ -8,7 +8,7 @@ the partial-window rule, and of nothing else: not of N, the reduction, the devic
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -125,6 +125,27 @@ class WindowPlan:
     def is_largest(self, global_step: int) -> bool:
         """Whether it is as large as windows of any stage get: only such a one is a measure of time."""
         return self.size(global_step) == self.full_window
+
+    def position(self, global_step: int) -> int:
+        """Return the samples of the data set that are passed by before a window, over all epochs."""
+        epoch, offset, _ = self._locate(global_step)
+        return epoch * self.samples + offset
+
+    def step_at(self, position: int) -> int:
+        """Return the window of a plan without stages that holds the sample at a position.
+
+        Of a sample that is left out, it is the next one.
+        """
+        size = self.largest_batch
+        if self.partial_window == "carry":
+            return position // size
+        epoch, offset = divmod(position, self.samples)
+        every = self._windows_in(self.samples, size)
+        return epoch * every + min(offset // size, every)
+
+    def in_stages(self, stages: Sequence[BatchStage]) -> "WindowPlan":
+        """Return the plan with stages that each begin at a global step."""
+        return replace(self, global_batch_size=tuple(stages), by_step=True)
 
     def steps_in(self, *, epochs: int | None = None, samples: int | None = None) -> int:
         """Return how many windows fit into a number of epochs or samples, never exceeding it."""

@@ -9,9 +9,14 @@ _SPLITTING = {
     *("accum.steps", "accum.on_oom", "runtime.memory_budget_gib"),
     *("data.micro_batch_size", "data.global_batch_size", "sweep_id", "resume"),
 }
+# But for the first window of a batch that grows.
+_DECIDING_GROWTH = {"accum.steps", "data.micro_batch_size", "data.global_batch_size"}
 # Nor does how it is audited, a control's seed being such a key, whether its noise was measured, what
 # else was trained with it, or when it was kept on disk.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.")
+
+LARGEST_N, LARGEST_BATCH = "accum.largest_steps", "data.largest_global_batch_size"
+"""Tags of a run whose batch grows: its parameters say what it begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,13 @@ class RunRecord:
     @property
     def accum_steps(self) -> int | None:
         """N that the run ended with; None when it ended before its config was recorded."""
-        return _integer(self.tags.get("accum.steps_used") or self.params.get("accum.steps"))
+        used = self.tags.get("accum.steps_used") or self.tags.get(LARGEST_N)
+        return _integer(used or self.params.get("accum.steps"))
 
     @property
     def global_batch_size(self) -> int | None:
-        """Samples per window: as recorded, else N × micro-batch."""
-        recorded = _integer(self.params.get("data.global_batch_size"))
+        """Samples per window: as recorded, of several the largest, else N × micro-batch."""
+        recorded = _integer(self.tags.get(LARGEST_BATCH) or self.params.get("data.global_batch_size"))
         n, micro = self.accum_steps, _integer(self.params.get("data.micro_batch_size"))
         return n * micro if recorded is None and n is not None and micro is not None else recorded
 
@@ -89,6 +95,8 @@ class RunRecord:
         """The parameters that decide what is trained, without how its batch is split and bookkeeping."""
         # A schedule under which the global batch stays what it is decides no more than how it is split.
         splitting = _SPLITTING if "global_batches" in self.tags else _SPLITTING | {"accum.schedule"}
+        if LARGEST_N in self.tags:  # a batch grows by whole micro-batches from the first one
+            splitting = splitting - _DECIDING_GROWTH
         return {
             key: value
             for key, value in self.params.items()

@@ -45,6 +45,18 @@ def first_full(state: TrainState, windows: range) -> int:
     return next((k for k in windows if state.is_full(k)), windows[0])
 
 
+def stages_audited(state: TrainState) -> list[range]:
+    """Return the stages whose first full window is audited: all, and of a batch that grows by single
+    micro-batches those where N has doubled."""
+    if state.growth is None:
+        return state.stage_windows
+    found: list[range] = []
+    for windows in state.stage_windows:
+        if not found or state.accum_steps(windows[0]) >= 2 * state.accum_steps(found[-1][0]):
+            found.append(windows)
+    return found
+
+
 def telling_window(state: TrainState) -> int:
     """Return the window to audit where one stands for all: of the stage with the most passes."""
     first = [first_full(state, windows) for windows in state.stage_windows]
@@ -65,7 +77,7 @@ class WindowAudits(Hook):
         self._judged: tuple[int, int] | None = None
         self.worst: Audit | None = None
         """Of the windows audited so far."""
-        self._of_stages = {first_full(state, windows) for windows in state.stage_windows}
+        self._of_stages = {first_full(state, windows) for windows in stages_audited(state)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window that was audited last, and the worst audit."""

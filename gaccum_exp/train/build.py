@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.config.targets import checked, import_target, instantiate, parameter_names
+from gaccum_exp.core.batch_growth import BatchGrowth
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.dtypes import module_in_precision
 from gaccum_exp.core.feed import windows
@@ -43,6 +44,7 @@ from gaccum_exp.train.device_and_precision import (
     prepare_runtime,
     scaler_of,
 )
+from gaccum_exp.train.growth import growth_of, rates_of, stages_of
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.two_sample_check import first_samples, try_first_samples
 
@@ -64,10 +66,16 @@ class TrainingData:
     total_steps: int
     drawn: bool
     """Whether random numbers were drawn as the data sets were built: another seed has others."""
+    growth: BatchGrowth | None = None
+    """Of a batch that grows, under `plan`."""
 
     def of_seed(self, seed: int) -> "TrainingData":
         """Return the same data in another seed's order."""
         return replace(self, plan=replace(self.plan, seed=seed))
+
+    def in_stages(self, settings: Settings) -> Settings:
+        """Return the settings with the stages of a batch that grows, which only the data decide."""
+        return settings if self.growth is None else settings.in_stages(stages_of(self.growth, settings))
 
 
 def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
@@ -97,14 +105,27 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
         by_step=settings.accum.schedule_by == "step",
     )
     _refuse_windows_beyond_data(settings, plan)
+    total_steps, growth = _total_steps(settings, plan), None
+    if settings.accum.grow is not None:
+        growth = _growth(settings, plan, total_steps)
+        plan, total_steps = plan.in_stages(growth.stages), len(growth.factors)
     return TrainingData(
         device=device,
         train_data=train_data,
         eval_data=None if held_out is None else held_out.dataset,
         plan=plan,
-        total_steps=_total_steps(settings, plan),
+        total_steps=total_steps,
         drawn=train.drawn or (held_out is not None and held_out.drawn),
+        growth=growth,
     )
+
+
+def _growth(settings: Settings, plan: WindowPlan, total_steps: int) -> BatchGrowth:
+    # The schedule is read off a parameter of no model: its data are not there yet.
+    optimizer = optimizer_of(settings, [nn.Parameter(torch.zeros(2, 2))])
+    scheduler = scheduler_of(settings, optimizer, total_steps)
+    assert scheduler is not None  # of settings that let a batch grow
+    return growth_of(settings, plan, optimizer, rates_of(optimizer, scheduler, total_steps))
 
 
 def _refuse_windows_beyond_data(settings: Settings, plan: WindowPlan) -> None:
@@ -137,6 +158,7 @@ def build(
         BadInputError: anything in the configuration that does not lead to a runnable training.
     """
     loaded = loaded or load(settings)
+    settings = loaded.in_stages(settings)
     device, train_data, plan = loaded.device, loaded.train_data, loaded.plan
     placement, strategy = placement_of(settings, device), _strategy(settings)
     reduction = reduction_named(settings.accum.reduction)
@@ -175,13 +197,13 @@ def build(
     ignored = getattr(criterion, "ignore_index", None)
     if isinstance(reduction, Sum) and settings.accum.sum_scale == "constant" and fake is None:
         reduction = Sum(nominal_denominator(model, from_host, train_data, plan))
-    return TrainState(
+    state = TrainState(
         model=model,
         loss_fn=from_host,
         criterion_loss=criterion_loss,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=None if fake else scheduler_of(settings, optimizer, loaded.total_steps),
+        scheduler=None,
         train_data=train_data,
         eval_data=loaded.eval_data,
         plan=plan,
@@ -197,7 +219,11 @@ def build(
         and (criterion is None or is_kind(criterion, PER_LABEL)),
         ignore_index=-100 if ignored is None else int(ignored),
         settings=settings,
+        growth=loaded.growth,
     )
+    if fake is None:
+        state.scheduler = scheduler_of(settings, optimizer, state.schedule_steps)
+    return state
 
 
 def _sized_model(settings: Settings, train_data: Dataset[Any]) -> nn.Module:

@@ -107,7 +107,7 @@ class FinerSplit(Hook):
         )
         # Of a schedule its largest, as where nothing had to be split finer.
         used = max(state.accum_steps(windows[0]) for windows in state.stage_windows)
-        sizes = split_sizes(state.settings.data.global_batch_size, used)
+        sizes = split_sizes(state.settings.largest_batch, used)
         tags = {"accum.steps_used": str(used), "micro_batch_sizes": ", ".join(map(str, sizes))}
         self._sink.describe({f"oom.{self._events}": event, **tags})
         if before == 1:

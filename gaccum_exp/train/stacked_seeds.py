@@ -59,7 +59,7 @@ class StackedState:
         self.stack = Stack([seed.modules for seed in seeds])
         self.trained = self.stack.trained
         self.optimizer = optimizer_of(first.settings, self.trained)
-        self.scheduler = scheduler_of(first.settings, self.optimizer, first.total_steps)
+        self.scheduler = scheduler_of(first.settings, self.optimizer, first.schedule_steps)
 
     @property
     def global_step(self) -> int:
@@ -109,7 +109,8 @@ def take_stacked_step(state: StackedState, window: StackedWindow, hooks: Hooks) 
         with hooks.around(OPTIMIZER_STEP, state, window):
             optimizer.step()
     if state.scheduler is not None:
-        state.scheduler.step()
+        for _ in range(first.schedule_steps_of(global_step)):
+            state.scheduler.step()
     for number in (loss.denominators == 0).nonzero().flatten().tolist():
         # Alone it would go on, one step behind the others in its schedule and its optimizer's state.
         state.errors[number] = state.errors[number] or BadInputError(

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.batch_growth import BatchGrowth, rate_factor
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.placement import Placement
@@ -50,6 +51,8 @@ class TrainState:
     """Whether a target is a sequence of labels, (batch, length)."""
     ignore_index: int
     """Of labels that do not count."""
+    growth: BatchGrowth | None = None
+    """Of a batch that grows where the schedule would let the rate fall."""
     global_step: int = 0
     """Windows used so far; each was an optimizer step, unless nothing in it counted."""
     split_factor: int = 1
@@ -116,9 +119,22 @@ class TrainState:
         return self.reduction.at_batch_share(self._batch_share(global_step))
 
     def rate_factor(self, global_step: int) -> float:
-        """Return what the learning rate is multiplied by while the schedule keeps the batch small."""
-        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.settings.accum.schedule_lr]
-        return float(self._batch_share(global_step) ** power)
+        """Return what the schedule's learning rate is multiplied by for the batch of a window."""
+        if self.growth is not None:
+            return self.growth.factors[global_step]
+        return rate_factor(self.settings.accum.schedule_lr, self._batch_share(global_step))
+
+    @property
+    def schedule_steps(self) -> int:
+        """The steps of the learning rate's schedule: one a window, unless the batch grows."""
+        return self.total_steps if self.growth is None else self.growth.base_steps[-1]
+
+    def schedule_steps_of(self, global_step: int) -> int:
+        """Return the steps of the schedule that a window takes: as many as windows that do not grow."""
+        if self.growth is None:
+            return 1
+        now, following = self.growth.base_steps[global_step : global_step + 2]
+        return following - now
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a micro-batch's share of the loss."""

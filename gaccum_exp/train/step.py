@@ -1,8 +1,9 @@
 """One optimizer step on one window."""
 
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,12 +25,23 @@ NO_HOOKS = Hooks()
 
 
 def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Values:
-    """Take one optimizer step on one window, on the host.
+    """Take one optimizer step on one window, on the host, and bring the schedule to the next one.
 
     Returns:
         The metrics of this step, as tensors where reading them would wait for the device; empty where
         nothing in the window counted, and then no step was taken.
     """
+    values = _step(state, window, hooks)
+    moved = moves_weights(values)
+    if state.scheduler is not None and (moved or state.growth is not None):
+        # A schedule in samples passes by a window that was no step, of which torch warns.
+        with nullcontext() if moved else warnings.catch_warnings(action="ignore"):
+            for _ in range(state.schedule_steps_of(state.global_step)):
+                state.scheduler.step()
+    return values
+
+
+def _step(state: TrainState, window: Window, hooks: Hooks) -> Values:
     optimizer, scaler = state.optimizer, state.scaler
     scaled: dict[str, float | Tensor] = {}
     with _rates_of_step(state):
@@ -63,8 +75,6 @@ def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Val
     }
     if not moves_weights(values):  # what is not finite is no measure, and no end of the training either
         return {k: v for k, v in values.items() if math.isfinite(float(v))}
-    if state.scheduler is not None:
-        state.scheduler.step()
     return values
 
 

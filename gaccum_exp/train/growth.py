@@ -1,0 +1,114 @@
+"""A batch that grows where the schedule of an experiment would let its learning rate fall."""
+
+import logging
+import warnings
+from itertools import pairwise
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from gaccum_exp.config.batch_sizes import AccumStage
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.batch_growth import BatchGrowth, cut_where_n_changes, grow
+from gaccum_exp.core.window import WindowPlan
+from gaccum_exp.errors import BadInputError
+
+log = logging.getLogger(__name__)
+RULES = {"sgd": "linear", "adam": "sqrt"}
+"""How the learning rate follows the batch, by kind of optimizer."""
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
+    "sgd": (torch.optim.SGD,),
+    "adam": (
+        *(torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam),
+        torch.optim.RMSprop,
+    ),
+}
+"""The optimizers that a rule is for: those that divide by a root mean square are of Adam's kind."""
+ROUNDING = 1e-9
+"""So little may a rate that falls rise between two steps of a schedule, relatively."""
+
+
+def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, total_steps: int) -> list[float]:
+    """Return the learning rate of the first group at every step of a schedule, which is used up."""
+    rates = []
+    with warnings.catch_warnings(action="ignore"):  # the optimizer takes no steps
+        for _ in range(total_steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            scheduler.step()
+    return rates
+
+
+def growth_of(
+    settings: Settings, plan: WindowPlan, optimizer: torch.optim.Optimizer, rates: list[float]
+) -> BatchGrowth:
+    """Derive how the batch of a training grows.
+
+    Args:
+        settings: of the run.
+        plan: of the training at the first batch.
+        optimizer: any of the run's kind.
+        rates: of the schedule, at every window of that plan.
+
+    Raises:
+        BadInputError: the schedule is none that a batch can follow, or the data set is too small.
+    """
+    key = f"accum.grow={settings.accum.grow}"
+    first, micro = int(settings.accum.steps), settings.data.micro_batch_size
+    _require_one_fall(key, settings, rates)
+    held = plan.samples // micro
+    largest = min(held, settings.accum.grow_to or held)
+    if largest <= first:
+        raise BadInputError(
+            f"{key}: data.train holds {plan.samples} samples, so that N can be no more than {held} with "
+            f"micro-batches of {micro}, and is accum.steps={first} at first; begin with a smaller batch"
+        )
+    cuts = cut_where_n_changes(rates, first, largest)
+    if cuts[-1].accum_steps == first:
+        raise BadInputError(
+            f"{key}: the learning rate falls to {rates[-1] / max(rates):.3g} of its peak, at which N is "
+            f"accum.steps={first} still, rounded to an integer; accum.steps={4 * first} at a quarter of "
+            "data.micro_batch_size is finer"
+        )
+    rule = RULES[_kind(key, settings, optimizer)]
+    try:
+        return grow(plan, cuts, micro, rule)
+    except BadInputError as error:  # of accum.partial_window=error
+        raise BadInputError(f"{key}: {error}; accum.partial_window=exact takes any batch") from None
+
+
+def stages_of(growth: BatchGrowth, settings: Settings) -> tuple[AccumStage, ...]:
+    """Return N and the global batch of every stage."""
+    micro = settings.data.micro_batch_size
+    return tuple(
+        AccumStage(stage.start, -(-stage.global_batch_size // micro), stage.global_batch_size)
+        for stage in growth.stages
+    )
+
+
+def _require_one_fall(key: str, settings: Settings, rates: list[float]) -> None:
+    """Refuse a schedule that rises again once it has fallen."""
+    fallen = False
+    for step, (before, now) in enumerate(pairwise(rates), 1):
+        if now > before * (1 + ROUNDING) and fallen:
+            raise BadInputError(
+                f"{key}: scheduler._target_={settings.scheduler['_target_']} lets the learning rate "
+                f"rise again at step {step} of {len(rates)}, and a batch does not shrink; choose one "
+                "that falls to the end, as scheduler=cosine"
+            )
+        fallen = fallen or now < before * (1 - ROUNDING)
+
+
+def _kind(key: str, settings: Settings, optimizer: torch.optim.Optimizer) -> str:
+    """Return whose rule a batch grows by; say so where it is not the optimizer's own."""
+    asked, name = str(settings.accum.grow), type(optimizer).__name__
+    own = next((kind for kind, kinds in KINDS.items() if isinstance(optimizer, kinds)), None)
+    if asked == "auto":
+        if own is None:
+            raise BadInputError(
+                f"{key}: no rule is known for {name}; say accum.grow=sgd (batch × 1/α at a constant "
+                "rate) or accum.grow=adam (and rate × √α)"
+            )
+        return own
+    if own not in (None, asked):
+        log.warning("%s is not the rule of %s, which is accum.grow=%s", key, name, own)
+    return asked
