@@ -122,6 +122,12 @@ class TrainConfig:
     """Whole windows that fit into so many samples."""
     eval_every_steps: int | None = None
     """Optimizer steps between evaluations; null: once per epoch. The end is always evaluated."""
+    base_batch_size: int | None = None
+    """The global batch that the optimizer's numbers were chosen for, from which the rules lead."""
+    lr_rule: str = "none"
+    """The learning rate at another global batch: none | sqrt | linear"""
+    beta2_rule: str = "fixed"
+    """Adam's β₂ there: fixed | half_life (in samples)"""
 
 
 @dataclass(slots=True)
@@ -295,6 +301,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "accum.on_oom": ("raise", "increase_steps"),
     "accum.schedule_by": ("epoch", "step"),
     "accum.schedule_lr": ("none", "linear", "sqrt"),
+    "train.lr_rule": ("none", "sqrt", "linear"),
+    "train.beta2_rule": ("fixed", "half_life"),
     "accum.grow": ("null", "auto", "sgd", "adam"),
     "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
     "runtime.weight_dtype": ("float32", "same"),
@@ -393,6 +401,7 @@ def _check_values(config: Config) -> None:
         train.epochs = DEFAULT_EPOCHS
     counts = given | {
         "train.eval_every_steps": train.eval_every_steps,
+        "train.base_batch_size": train.base_batch_size,
         "runtime.threads": runtime.threads,
         "audit.every_steps": audit.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
@@ -402,6 +411,13 @@ def _check_values(config: Config) -> None:
     for key, value in counts.items():
         if value is not None:
             check_positive(key, value)
+    for rule, off in ((train.lr_rule, "none"), (train.beta2_rule, "fixed")):
+        if rule != off and train.base_batch_size is None:
+            key = "lr_rule" if off == "none" else "beta2_rule"
+            raise BadInputError(
+                f"train.{key}={rule}: from which global batch? train.base_batch_size says for which one "
+                "the optimizer's numbers were chosen"
+            )
     if not 0 <= audit.controls <= MOST_CONTROLS:
         raise BadInputError(
             f"audit.controls={audit.controls}: must be 0 to {MOST_CONTROLS:,}, since each is a training"

@@ -37,6 +37,7 @@ from gaccum_exp.memory.available import free_bytes
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind, sizes_only
 from gaccum_exp.memory.plan import size
 from gaccum_exp.tracking import metrics
+from gaccum_exp.train.batch_rules import follow_batch
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.device_and_precision import (
     placed_weights,
@@ -419,6 +420,7 @@ def optimizer_of(settings: Settings, parameters: Sequence[Tensor]) -> torch.opti
     """Build the optimizer of these parameters."""
     kind: type[torch.optim.Optimizer] = torch.optim.Optimizer
     optimizer: torch.optim.Optimizer = checked("optimizer", settings.optimizer, kind, parameters)
+    follow_batch(optimizer, settings)
     return optimizer
 
 
