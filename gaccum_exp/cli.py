@@ -39,6 +39,7 @@ from gaccum_exp.arms.context import (
     current_command,
     overrides_of,
 )
+from gaccum_exp.arms.extension import further
 from gaccum_exp.arms.outcome import (
     BAD_INPUT,
     INTERRUPTED,
@@ -71,21 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exception: whatever stopped Hydra, its sweeper or launcher, under HYDRA_FULL_ERROR=1 alone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with forgiving(), process_restored(), listening() as stop:
-        # Imports leave next to no garbage, and the search for it takes a sixth of their time. An arm
-        # turns it on again.
-        gc.disable()
-        try:
-            return _word(given) if given[:1] in (["report"], ["deliver"]) else _run(given, stop)
-        except BadInputError as error:
-            complain(explain.one_line(error, given))
-            return BAD_INPUT
-        except KeyboardInterrupt as interrupt:  # while comparing
-            return _status(interrupt)
-        except SystemExit as end:  # of --help, and of a configuration that was refused
-            if isinstance(end.code, str):
-                raise
-            return end.code or OK
+    with forgiving(), listening() as stop:
+        while True:
+            with process_restored():
+                # Imports leave next to no garbage, and the search for it takes a sixth of their time. An
+                # arm turns it on again.
+                gc.disable()
+                try:
+                    if given[:1] in (["report"], ["deliver"]):
+                        return _word(given)
+                    status, further = _run(given, stop)
+                except BadInputError as error:
+                    complain(explain.one_line(error, given))
+                    return BAD_INPUT
+                except KeyboardInterrupt as interrupt:  # while comparing
+                    return _status(interrupt)
+                except SystemExit as end:  # of --help, and of a configuration that was refused
+                    if isinstance(end.code, str):
+                        raise
+                    return end.code or OK
+            if not further:
+                return status
+            given = further
 
 
 def _word(given: list[str]) -> int:
@@ -106,12 +114,16 @@ def _status(interrupt: KeyboardInterrupt) -> int:
     return interrupt.status if isinstance(interrupt, StoppedError) else INTERRUPTED
 
 
-def _run(given: list[str], stop: Stop) -> int:
-    """Run what Hydra makes of the arguments, then compare what there is."""
+def _run(given: list[str], stop: Stop) -> tuple[int, list[str]]:
+    """Run what Hydra makes of the arguments, then compare what there is.
+
+    Returns:
+        The exit status, and the arguments of the command that is to follow, if there is one.
+    """
     line = command_line(given)
     if "--version" in line.flags:
         print(_version())
-        return OK
+        return OK, []
     if line.multirun:
         child.start()  # it imports torch, while Hydra composes
     config.register(f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}")
@@ -121,7 +133,7 @@ def _run(given: list[str], stop: Stop) -> int:
     sys.argv = [sys.argv[0], *line.for_hydra]
     command = Command(stop, given, raw)
     try:
-        return _launched(command, line)
+        return _launched(command, line), list(command.further)
     finally:
         if command.lock is not None:
             command.lock.release()
@@ -282,12 +294,33 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
             complain(f"what became of arms that ran elsewhere is not known: {error}")
             status = status or RUN_FAILED
         continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
-        end = _compare(command, launch, outcomes, status)
+        end = OK
+        if interrupted is None and status == OK and command.extend is not None:
+            _extend(command, launch)
+        if not command.further:
+            end = _compare(command, launch, outcomes, status)
         compared = True
     finally:
         broken = interrupted is not None or not compared
         _say_how_to_go_on(command, launch, outcomes, broken=broken, gave_up=gave_up)
     return end
+
+
+def _extend(command: Command, launch: Launch) -> None:
+    """Have a sweep's command be followed by one with further arms, where its best value is an end."""
+    from gaccum_exp.arms.report import Runs
+
+    note = continued.SweepNote.of(launch.folder)
+    runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
+    try:
+        more = further(runs.sweep(launch.sweep_id), str(command.extend), note.swept_keys if note else ())
+    except (BadInputError, TrackingError) as error:
+        complain(str(error))
+        return
+    if more is not None:
+        print(more.said, file=sys.stderr)
+        _end_journal(command, [])
+        command.further = continued.with_further_arms(command.arguments, launch.sweep_id, more.overrides)
 
 
 def _with_those_elsewhere(

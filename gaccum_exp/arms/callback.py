@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.arms import continued, resume
 from gaccum_exp.arms.context import Launch, current_command, overrides_of
 from gaccum_exp.arms.continued import Continued, SweepNote
+from gaccum_exp.arms.extension import require_swept
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config import explain
 from gaccum_exp.config.files import conf_dir, options
@@ -86,6 +87,7 @@ class SweepStart(Callback):
                 command.lock = before.lock
             _take_up(config, before)
             swept = list(dict.fromkeys([*before.swept_keys, *swept]))
+        require_swept(config.sweep.extend, swept)
         _refuse_passwords(config, config_name, overrides)
         if config.resume not in (resume.AUTO, resume.NEVER):
             raise BadInputError(f"resume={config.resume}: names one run, and not the arms of a sweep")
@@ -114,6 +116,7 @@ class SweepStart(Callback):
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if command is not None:
             command.planned, command.command_id = planned, command_id
+            command.extend = config.sweep.extend
         if config.sweep.vectorize == "seed":
             _one_job_for_all_seeds(config)
         if _composed(config, config_name) is not None:  # else it is said without MLflow

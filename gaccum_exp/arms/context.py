@@ -187,6 +187,10 @@ class Command:
     raw: bool = False
     """Whether the user wants to see where an error comes from (HYDRA_FULL_ERROR=1)."""
     command_id: str = ""
+    extend: str | None = None
+    """The key of a sweep that is to be extended until its best value lies inside."""
+    further: Sequence[str] = ()
+    """The arguments of the command that is to follow, where it is; the last one compares."""
     planned: int | None = None
     """How many arms a sweep's command line names; None: that is the sweeper's to decide."""
     launch: Launch | None = None

@@ -183,7 +183,7 @@ def refuse_without_sweep(config: DictConfig) -> None:
     Raises:
         BadInputError: it is.
     """
-    for key in ("resume", "into", "rerun_failed"):
+    for key in ("resume", "into", "rerun_failed", "extend"):
         value = config.sweep.get(key)
         if value not in (None, False):
             said = "true" if value is True else value
@@ -398,6 +398,12 @@ def command_line(arguments: Sequence[str], sweep_id: str) -> str:
     """Return the user's own line, for the shell, with what makes it go on with a sweep."""
     kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
     return shlex.join([*program(arguments), *going_on(kept), f"sweep.resume={sweep_id}"])
+
+
+def with_further_arms(arguments: Sequence[str], sweep_id: str, overrides: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that adds arms to a sweep: those of these overrides."""
+    kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
+    return [*going_on(kept), *overrides, f"sweep.into={sweep_id}"]
 
 
 def going_on(arguments: Sequence[str]) -> list[str]:

@@ -183,6 +183,8 @@ class SweepConfig:
     """The id of a sweep, whole or not: these arms are added to it."""
     rerun_failed: bool = False
     """Whether arms run again that have failed of their own fault: their input, their model."""
+    extend: str | None = None
+    """A swept key (optimizer.lr) that is doubled or halved until its best value lies between others."""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_
 
 _MOST_N_LISTED = 8
 _NO_OTHER = "There is only the reference, and no other arm to compare with it."
+_NO_OTHERS = "There are only references, and no other arms to compare with them"
 _NO_REFERENCE = "No finished arm could be compared with a reference."
 _REFERENCE_NAMES = {
     "own": "the one-pass arm",
@@ -33,7 +34,10 @@ def summary(comparison: Comparison) -> str:
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
         return _say_setting(comparison.rows)
     settings = by_setting(comparison.rows, "{reduction}, over all settings")
-    return "\n".join(f"{label}: {_say_setting(rows)}" for label, rows in settings.items())
+    said = {label: _say_setting(alike) for label, alike in settings.items()}
+    if len(said) > 1 and set(said.values()) == {_NO_OTHER}:
+        return f"{_NO_OTHERS} ({len(said)} settings)."
+    return "\n".join(f"{label}: {line}" for label, line in said.items())
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:
