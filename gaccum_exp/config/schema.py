@@ -122,6 +122,8 @@ class TrainConfig:
     """Whole windows that fit into so many samples."""
     eval_every_steps: int | None = None
     """Optimizer steps between evaluations; null: once per epoch. The end is always evaluated."""
+    eval_every_samples: int | None = None
+    """The same in samples, so that global batches are evaluated at the same ones."""
     base_batch_size: int | None = None
     """The global batch that the optimizer's numbers were chosen for, from which the rules lead."""
     lr_rule: str = "none"
@@ -403,6 +405,7 @@ def _check_values(config: Config) -> None:
         train.epochs = DEFAULT_EPOCHS
     counts = given | {
         "train.eval_every_steps": train.eval_every_steps,
+        "train.eval_every_samples": train.eval_every_samples,
         "train.base_batch_size": train.base_batch_size,
         "runtime.threads": runtime.threads,
         "audit.every_steps": audit.every_steps,
@@ -413,6 +416,11 @@ def _check_values(config: Config) -> None:
     for key, value in counts.items():
         if value is not None:
             check_positive(key, value)
+    if train.eval_every_steps is not None and train.eval_every_samples is not None:
+        raise BadInputError(
+            f"train.eval_every_steps={train.eval_every_steps} and train.eval_every_samples="
+            f"{train.eval_every_samples} both say when to evaluate: set only one of them"
+        )
     for rule, off in ((train.lr_rule, "none"), (train.beta2_rule, "fixed")):
         if rule != off and train.base_batch_size is None:
             key = "lr_rule" if off == "none" else "beta2_rule"

@@ -57,9 +57,7 @@ class Evaluation(Hook):
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Evaluate if it is time."""
         of, global_step = self._of, state.global_step
-        every = of.settings.train.eval_every_steps
-        due = global_step % every == 0 if every else of.plan.ends_epoch(global_step - 1)
-        if of.eval_data is not None and (due or state.done):
+        if of.eval_data is not None and (_due(of, global_step) or state.done):
             self._evaluate(global_step)
 
     def _evaluate(self, global_step: int) -> None:
@@ -71,6 +69,19 @@ class Evaluation(Hook):
         self._stop.look()
         if self._sink.due:  # what was trained is not to wait for the end of a long evaluation
             self._sink.flush()
+
+
+def _due(state: TrainState, global_step: int) -> bool:
+    """Whether it is time to evaluate after so many optimizer steps."""
+    train, plan = state.settings.train, state.plan
+    if train.eval_every_samples is not None:
+        before, now = (
+            plan.position(k) // train.eval_every_samples for k in (global_step - 1, global_step)
+        )
+        return now > before
+    if train.eval_every_steps is not None:
+        return global_step % train.eval_every_steps == 0
+    return plan.ends_epoch(global_step - 1)
 
 
 def evaluate(

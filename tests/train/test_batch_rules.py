@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.tracking import metrics
 from gaccum_exp.train.batch_rules import half_life
 from gaccum_exp.train.build import build
-from tests.support import settings
+from tests.support import settings, trained
 
 MLP = (
     "model=mlp",
@@ -56,3 +57,16 @@ def test_a_rule_that_leads_nowhere_is_refused(overrides: tuple[str, ...], why: s
     """In a line with key and way out."""
     with pytest.raises(BadInputError, match=why):
         built(*overrides)
+
+
+@pytest.mark.parametrize("batch", [64, 100, 700])
+def test_evaluations_by_samples_come_at_the_same_samples_for_every_batch(batch: int) -> None:
+    """After the first window with which so many have passed, over epochs; and at the end."""
+    state, sink = trained(
+        "model=mlp", "model.hidden=[4]", f"data.global_batch_size={batch}", "runtime.device=cpu",
+        "train.epochs=2", "train.eval_every_samples=500", "audit.at_start=false",
+    )  # fmt: skip
+    passed = [state.plan.position(k + 1) for k in range(state.total_steps)]
+    due = {next(k for k, p in enumerate(passed, 1) if p >= at) for at in range(500, passed[-1] + 1, 500)}
+    evaluated = [p.global_step for p in sink.points if metrics.EVAL_LOSS in p.values]
+    assert evaluated == sorted(due | {state.total_steps})
