@@ -64,9 +64,9 @@ def answer(found: Sequence[Found]) -> str:
     return (
         f"**Answer.** What {WINDOWS} windows of {BATCH} samples in {MICRO_BATCHES} micro-batches tell "
         f"is within {100 * statistics.median(apart):.0f} % of what all samples tell one by one (median "
-        f"of {len(found)} checkpoints, at most {100 * max(apart):.0f} %); {covered} of {len(found)} 95 % "
-        f"intervals hold it, {unresolved} of them without an upper end. Over the training it goes from "
-        f"{', '.join(said)} samples."
+        f"of {len(found)} checkpoints, at most {100 * max(apart):.0f} %); {covered} of {len(found)} "
+        f"95 % intervals hold it, {unresolved} of them without an upper end. Over the training it goes "
+        f"from {', '.join(said)} samples."
     )
 
 

@@ -98,12 +98,10 @@ def arms_of(place: Path) -> list[Arm]:
             varied = dict(part.split("=") for part in row["differs"].split(", ") if "=" in part)
             loss = float(row["eval_loss"]) if row["status"] == "FINISHED" else math.inf
             noise = [row[f"adam_noise_scale{end}"] for end in ("", "_low", "_high")]
-            arms.append(
-                Arm(
-                    varied.get("beta2_rule", "fixed"), int(row["global_batch_size"]), float(varied["lr"]),
-                    int(varied.get("seed", 0)), loss, tuple(float(n) if n else None for n in noise),
-                )
-            )  # fmt: skip
+            batch, rate = int(row["global_batch_size"]), float(varied["lr"])
+            seed, beta2 = int(varied.get("seed", 0)), varied.get("beta2_rule", "fixed")
+            scale, low, high = (float(n) if n else None for n in noise)
+            arms.append(Arm(beta2, batch, rate, seed, loss, (scale, low, high)))
     return arms
 
 
@@ -178,7 +176,7 @@ def at_best(losses: Losses, beta2: str, batch: int) -> tuple[float, float, float
 
 
 def critical(losses: Losses) -> tuple[int, bool]:
-    """Return the largest batch within twice the spread of the best one, and whether it is the largest."""
+    """Return the largest batch within twice the spread of the best, and whether none is larger."""
     batches = sorted(batch for beta2, batch in losses if beta2 == "fixed")
     found = {batch: at_best(losses, "fixed", batch) for batch in batches}
     _, least, std = min(found.values(), key=lambda of: of[1])
