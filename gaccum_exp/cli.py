@@ -346,13 +346,16 @@ def _say_how_to_go_on(
     """Say what is left of a sweep and the command that goes on with it; else note that it is whole."""
     unfinished, never = continued.what_is_left(outcomes, command.command_id, command.planned)
     note = continued.SweepNote.of(launch.folder)
-    if note is None or note.command_id != command.command_id:  # nothing could be recorded
+    if note is None:  # nothing could be recorded
         return
-    if not unfinished and not broken and not (gave_up and never):
+    own = note.command_id == command.command_id
+    if own and not unfinished and not broken and not (gave_up and never):
         with suppress(OSError):
             replace(note, whole=True).write(launch.folder)
         return
-    left = continued.say_left(unfinished, never, command.planned)
+    if not own and (note.whole or not broken):
+        return
+    left = continued.say_left(unfinished, never, command.planned) if own else "nothing more was begun"
     line = continued.command_line(command.arguments, launch.sweep_id)
     print(f"\ngaccum_exp: {left}; to go on:\n  {line}", file=sys.stderr)
 

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 import gaccum_exp.arms.torch_settings  # noqa: F401  # takes down what they are before any arm
+from gaccum_exp.arms import advise as advising
 from gaccum_exp.arms import audits as audit_files
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms import resume
@@ -39,6 +40,7 @@ from gaccum_exp.core.window import split_sizes
 from gaccum_exp.errors import BadInputError, TrackingError, text_of
 from gaccum_exp.memory.available import out_of_memory
 from gaccum_exp.memory.fake import settle
+from gaccum_exp.report.text.advice import print_advice
 from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
@@ -433,7 +435,8 @@ def run_arm(
                         life.begin()  # so that the store knows of it too
                         raise
                 life.begin(tags)
-                run_task = {"train": _train, "audit": _audit, "plan": _plan}[settings.task]
+                tasks = {"train": _train, "audit": _audit, "plan": _plan, "advise": _advise}
+                run_task = tasks[settings.task]
                 life.finish(run_task(life, loaded))
         train_controls(life)
     assert life.outcome is not None
@@ -553,6 +556,19 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
     if planned.chosen_steps is not None or planned.budget_bytes is None:
         print(f"Train with it: {planning.command(planned, life.context.overrides)}")
     print(f"Written: {folder / planning.PLAN}, and its figure beside it")
+
+
+def _advise(life: Life, loaded: TrainingData | None) -> None:
+    """Plan, try and audit the ways to a global batch; record and print what they take."""
+    loaded = _load(life, loaded)
+    found = advising.advise(life.settings, loaded, life.stop)
+    best = found.recommended()
+    told = {"advice.recommended": " ".join(best.overrides) or "as it is"} if best else {}
+    life.sink.describe(device_tags(loaded.device) | told)
+    life.sink.keep_file(advising.write(found, life.context.folder))
+    print(f"{life.name}\n")
+    print_advice(found)
+    print(f"Written: {life.context.folder / advising.ADVICE}")
 
 
 def train_controls(arm: Life) -> None:

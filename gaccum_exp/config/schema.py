@@ -297,7 +297,7 @@ class Settings:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("train", "audit", "plan"),
+    "task": ("train", "audit", "plan", "advise"),
     "accum.reduction": ("global_mean", "mean", "sum"),
     "accum.sum_scale": ("constant", "none"),
     "accum.partial_window": ("exact", "drop", "carry", "error"),

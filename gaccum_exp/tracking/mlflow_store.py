@@ -212,6 +212,11 @@ class Store:
         params = {f"params.`{key}`": value for key, value in (like or {}).items()}
         return self._read({"tags.role": "reference", "attributes.status": "FINISHED"} | params, ())
 
+    def finished(self, like: Mapping[str, str]) -> list[RunRecord]:
+        """Return the finished trainings that have these parameters, without their curves."""
+        params = {f"params.`{key}`": value for key, value in like.items()}
+        return self._read({"tags.kind": "arm", "attributes.status": "FINISHED"} | params, ())
+
     def with_curves(
         self, records: Sequence[RunRecord], curves: Sequence[str] = CURVES
     ) -> list[RunRecord]:

@@ -137,6 +137,28 @@ def test_an_interrupted_sweep_prints_the_command_that_goes_on(
     )
 
 
+def test_a_command_that_is_interrupted_before_it_is_noted_says_how_to_go_on(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once more: the sweep that it goes on with is there, and as unfinished as before."""
+    stopping = [*POINTS, f"model._target_={HERE}.TerminatesOnce"]
+    sweep_here(monkeypatch)
+    assert program("-m", *stopping, "accum.steps=2,1").status == 143
+
+    def ended(*_: object) -> None:
+        raise StoppedError("interrupted (SIGTERM)", 143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callback, "wait_for_store", ended)
+        again = program("-m", *stopping, "accum.steps=2,1", "sweep.resume=last")
+        fresh = program("-m", *stopping, "accum.steps=2,1")
+    assert (again.status, fresh.status) == (143, 143)
+    assert "nothing more was begun; to go on:" in again.plain
+    assert "sweep.resume=" in again.plain
+    assert "to go on" not in fresh.plain
+    assert program("-m", *stopping, "accum.steps=2,1", "sweep.resume=last").status == 0
+
+
 def test_arms_are_added_and_compared_with_those_that_are_there(program: Program) -> None:
     """Whatever the command line swept then: nothing runs twice, and a new report is recorded."""
     program.tiny("-m", "accum.steps=1,2")

@@ -1,0 +1,281 @@
+"""Advise how to get a global batch: plan, try and audit each way, and look for runs that have gone it.
+
+The ways: accumulation, activation checkpointing, bf16 and their combinations, and smaller batches with
+the optimizer's rule for the rate. Of each the memory is predicted for every N, and a few windows are
+trained in the first N that fits.
+"""
+
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from gaccum_exp.arms import plan as planning
+from gaccum_exp.config.schema import Settings
+from gaccum_exp.errors import BadInputError, TrackingError, first_line
+from gaccum_exp.memory.fake import nothing_left_behind
+from gaccum_exp.memory.plan import BF16, CHECKPOINTING, Change
+from gaccum_exp.memory.planner import Planner
+from gaccum_exp.report.text.advice import Advice, NoiseKnown, Way
+from gaccum_exp.tracking import metrics
+from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.train.audits import audit
+from gaccum_exp.train.build import TrainingData, build
+from gaccum_exp.train.step import take_step
+from gaccum_exp.train.stopping import Stop
+
+log = logging.getLogger(__name__)
+ADVICE = "advice.json"
+PARTS = {2: "half the batch", 4: "a quarter of the batch"}
+"""Smaller batches that are weighed against the one asked for."""
+WORDS = {CHECKPOINTING: "checkpointing", BF16: "bf16"}
+WARMUP_WINDOWS, TIMED_WINDOWS, LONGEST_S = 2, 7, 10.0
+"""Of each way: so many windows, or as many as begin within so long, one at least."""
+_MAY_DIFFER = (
+    "optimizer.lr",
+    "seed",
+    "train.",
+    "runtime.",
+    "accum.",
+    "data.workers",
+    "task",
+    "strategy.",
+)
+"""Keys and their beginnings in which runs of one way may differ: its rate, above all."""
+
+
+@nothing_left_behind()
+def planned(settings: Settings, loaded: TrainingData) -> tuple[list[tuple[Settings, Way]], int | None]:
+    """Return the ways with their predicted peaks, and the budget in bytes."""
+    budget = planning.budget_bytes(settings, loaded.device)
+    found: list[tuple[Settings, Way]] = []
+    for changes in _combinations(settings):
+        changed = _with(settings, changes)
+        try:
+            planner = planning.planner_of(changed, loaded, settings.largest_batch)
+            wanted = _accum_steps(planner, budget, every=not changes)
+        except BadInputError as error:
+            one = changed.with_accum_steps(1)
+            found.append((one, replace(_way(settings, one, changes), failure=first_line(error))))
+            continue
+        for n in wanted:
+            found.append(_predicted(settings, changed, changes, planner, n, budget))
+    for part in PARTS:
+        batch = settings.largest_batch // part
+        if batch >= 1 and settings.largest_batch % part == 0:
+            smaller = _with_batch(settings, batch)
+            planner = planning.planner_of(smaller, _loaded(smaller, loaded), batch)
+            n = 1 if budget is None else planner.smallest_fitting(budget) or 1
+            found.append(_predicted(settings, smaller, (), planner, n, budget))
+    return found, budget
+
+
+def advise(settings: Settings, loaded: TrainingData, stop: Stop) -> Advice:
+    """Plan, try and audit every way."""
+    with stop.at_once():
+        ways, budget = planned(settings, loaded)
+    runs = _runs_like(settings)
+    tried = []
+    for own, way in ways:
+        stop.look()
+        if way.fits and way.failure is None:
+            way = _tried(own, way, loaded, stop)
+        tried.append(_with_runs(way, own, settings, loaded, runs))
+    return Advice(
+        settings.largest_batch, str(loaded.device), budget, tuple(tried), _noise_of(settings, runs)
+    )
+
+
+def write(advice: Advice, folder: Path) -> Path:
+    """Write `advice.json`."""
+    path = folder / ADVICE
+    path.write_text(json.dumps(advice.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _combinations(settings: Settings) -> list[tuple[Change, ...]]:
+    there = [CHECKPOINTING] * (not settings.runtime.activation_checkpointing)
+    there += [BF16] * (settings.precision == "fp32")
+    return [some for count in range(len(there) + 1) for some in combinations(there, count)]
+
+
+def _with(settings: Settings, changes: Iterable[Change]) -> Settings:
+    runtime = settings.runtime
+    for change in changes:
+        if change == CHECKPOINTING:
+            runtime = replace(runtime, activation_checkpointing=True)
+        else:
+            runtime = replace(runtime, precision="bf16")
+    return replace(settings, runtime=runtime)
+
+
+def _with_batch(settings: Settings, batch: int) -> Settings:
+    """Return the settings with a smaller batch, and the rate that the optimizer's rule has for it."""
+    train, rule = settings.train, _rate_rule(settings)
+    if train.base_batch_size is None:
+        train = replace(train, lr_rule=rule, base_batch_size=settings.largest_batch)
+    if train.steps is not None:  # the same samples
+        train = replace(train, steps=train.steps * settings.largest_batch // batch)
+    data = replace(settings.data, global_batch_size=batch)
+    return replace(settings, data=data, train=train).with_accum_steps(1)
+
+
+def _rate_rule(settings: Settings) -> str:
+    name = str(settings.optimizer.get("_target_", "")).rpartition(".")[2]
+    return "linear" if name == "SGD" else "sqrt"
+
+
+def _accum_steps(planner: Planner, budget: int | None, *, every: bool) -> list[int]:
+    """Return the N of a way: the first that fits, and of plain accumulation those of the ladder too."""
+    fitting = 1 if budget is None else planner.smallest_fitting(budget)
+    chosen = {fitting or planner.ladder()[-1]}
+    if every:
+        most = fitting or 1
+        chosen |= {n for n in planner.ladder() if n <= max(8, 2 * most)}
+    return sorted(n for n in chosen if planner.row(n) is not None)
+
+
+def _predicted(
+    asked: Settings,
+    own: Settings,
+    changes: Sequence[Change],
+    planner: Planner,
+    accum_steps: int,
+    budget: int | None,
+) -> tuple[Settings, Way]:
+    own, row = own.with_accum_steps(accum_steps), planner.row(accum_steps)
+    way = _way(asked, own, changes)
+    if row is None:
+        return own, replace(way, failure="the model refuses micro-batches of that size")
+    peak = row.peak.bytes
+    return own, replace(way, peak_bytes=peak, fits=budget is None or peak <= budget)
+
+
+def _way(asked: Settings, own: Settings, changes: Sequence[Change]) -> Way:
+    batch, words = own.largest_batch, [WORDS[change] for change in changes]
+    overrides = [change.override for change in changes]
+    if batch != asked.largest_batch:
+        words.append(PARTS[asked.largest_batch // batch])
+        overrides.append(f"data.global_batch_size={batch}")
+        if own.train.lr_rule != asked.train.lr_rule:
+            overrides.append(f"train.lr_rule={own.train.lr_rule}")
+            overrides.append(f"train.base_batch_size={own.train.base_batch_size}")
+        if own.train.steps != asked.train.steps:
+            overrides.append(f"train.steps={own.train.steps}")
+    if own.accum_steps != asked.accum_steps:
+        overrides.append(f"accum.steps={own.accum_steps}")
+    return Way(
+        tuple(overrides), tuple(words), batch, own.accum_steps, own.data.micro_batch_size,
+        exact=batch == asked.largest_batch and own.precision == asked.precision,
+    )  # fmt: skip
+
+
+def _loaded(settings: Settings, loaded: TrainingData) -> TrainingData:
+    """Return the data for another global batch."""
+    if settings.largest_batch == loaded.plan.largest_batch:
+        return loaded
+    plan = replace(loaded.plan, global_batch_size=settings.largest_batch)
+    return replace(loaded, plan=plan, total_steps=max(1, loaded.total_steps))
+
+
+def _tried(settings: Settings, way: Way, loaded: TrainingData, stop: Stop) -> Way:
+    """Audit a way's first window where it has several micro-batches, and time the windows after it."""
+    verdict = None
+    try:
+        state = build(settings, _loaded(settings, loaded))
+        windows = state.windows_from(0)
+        if settings.accum_steps > 1:
+            with stop.at_once():
+                verdict = audit(state, next(windows), 0).verdict
+            windows = state.windows_from(0)
+        seconds: list[float] = []
+        begun_s = time.perf_counter()
+        for number in range(WARMUP_WINDOWS + TIMED_WINDOWS):
+            stop.look()
+            start_s = time.perf_counter()
+            take_step(state, next(windows))
+            state.global_step += 1
+            if loaded.device.type != "cpu":
+                torch.accelerator.synchronize()
+            if number >= WARMUP_WINDOWS:
+                seconds.append(time.perf_counter() - start_s)
+            if seconds and time.perf_counter() - begun_s > LONGEST_S:
+                break
+        return replace(
+            way, verdict=verdict, sample_s=statistics.median(seconds) / settings.largest_batch
+        )
+    except StopIteration:
+        return replace(way, verdict=verdict, failure="the training is too short to be timed")
+    except BadInputError as error:
+        return replace(way, verdict=verdict, failure=first_line(error))
+
+
+def _runs_like(settings: Settings) -> list[RunRecord]:
+    """Return the finished runs of the store with this model, data and optimizer, with their noise."""
+    from gaccum_exp.tracking.mlflow_store import Store
+
+    try:
+        store = Store(str(settings.tracking.uri), str(settings.tracking.experiment_name))
+        own = {k: str(v) for k, v in settings.flat().items()}
+        like = {k: own[k] for k in own if k.endswith("_target_") and len(own[k]) <= 200}
+        alike = [run for run in store.finished(like) if _comparable(run.params) == _comparable(own)]
+        return store.with_curves(alike, (metrics.TRAIN_LOSS, *metrics.OF_NOISE))
+    except (BadInputError, TrackingError) as error:
+        log.warning("no runs are looked for in the store: %s", error)
+        return []
+
+
+def _comparable(params: object) -> dict[str, str]:
+    own = dict(params)  # type: ignore[call-overload]  # a mapping
+    run = RunRecord("", "", "", "", 0, own, {}, {})
+    return {k: v for k, v in run.training_config.items() if not k.startswith(_MAY_DIFFER)}
+
+
+def _with_runs(
+    way: Way, own: Settings, asked: Settings, loaded: TrainingData, runs: Sequence[RunRecord]
+) -> Way:
+    """Return a way with the lowest loss of the runs of its batch and precision, of as many samples."""
+    wanted = loaded.total_steps * asked.largest_batch
+    losses = [
+        loss
+        for run in runs
+        if run.global_batch_size == own.largest_batch
+        and run.params.get("runtime.precision") == own.precision
+        and abs(_samples(run) - wanted) <= asked.largest_batch
+        and (loss := run.last(metrics.EVAL_LOSS)) is not None
+        and math.isfinite(loss)
+    ]
+    return replace(way, loss=min(losses, default=None), runs=len(losses))
+
+
+def _samples(run: RunRecord) -> int:
+    curve = run.curves.get(metrics.TRAIN_LOSS)
+    steps = curve.global_steps[-1] if curve and curve.global_steps else 0
+    return steps * (run.global_batch_size or 0)
+
+
+def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:
+    """Return the narrowest noise scale that runs have told at their ends, those of this batch first."""
+    told = sorted(_told(runs), key=lambda of: (of[0] != settings.largest_batch, of[1].high / of[1].low))
+    return told[0][1] if told else None
+
+
+def _told(runs: Iterable[RunRecord]) -> Iterator[tuple[int | None, NoiseKnown]]:
+    for run in runs:
+        measured = run.curves.get(metrics.NOISE_TRACE)
+        for in_adam in (True, False):
+            names = (metrics.NOISE_SCALE, metrics.NOISE_SCALE_LOW, metrics.NOISE_SCALE_HIGH)
+            curves = [run.curves.get(metrics.in_adam_metric(n) if in_adam else n) for n in names]
+            last = measured.global_steps[-1:] if measured else ()
+            at_end = [curve for curve in curves if curve and last and curve.global_steps[-1:] == last]
+            if len(at_end) == len(names) and at_end[1].values[-1] > 0:
+                scale, low, high = (curve.values[-1] for curve in at_end)
+                yield run.global_batch_size, NoiseKnown(scale, low, high, in_adam, run.name)
+                break
