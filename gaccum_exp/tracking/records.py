@@ -13,6 +13,9 @@ _SPLITTING = {
 # else was trained with it, or when it was kept on disk.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.")
 
+TRAINING_SAMPLES = "training_samples"
+"""The tag that says how many samples the training data set holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -73,6 +76,11 @@ class RunRecord:
             small, larger = divmod(total, n)
             sizes = [small + 1] * larger + [small] * (n - larger)
         return tuple(sorted(sizes, reverse=True))
+
+    @property
+    def training_samples(self) -> int | None:
+        """Samples of the data set that it is trained on; None: not recorded."""
+        return _integer(self.tags.get(TRAINING_SAMPLES))
 
     @property
     def control_seed(self) -> int | None:

@@ -7,8 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.report.arm_limit import MOST_NOTES
+from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
 from gaccum_exp.report.text.summary import summary
@@ -39,13 +41,14 @@ _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Print the table, and what it says in words."""
+def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -> None:
+    """Print the table, and what it says in words; then the comparison of different global batches."""
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
     if worth := say_noise(comparison):
         out.print(worth, highlight=False)
+    print_batches(out, batches)
 
 
 def render(comparison: Comparison) -> Table:
