@@ -152,4 +152,6 @@ def test_it_follows_the_comparison_with_the_large_batch(
     without = capsys.readouterr().out
     assert "Global batches" not in without
     print_comparison(compare([arm(1), arm(2)]), [comparison(*three(arm), critical=CriticalBatch(256))])
-    assert capsys.readouterr().out.startswith(without)
+    after = capsys.readouterr().out
+    assert after.startswith(without)
+    assert "Global batches, each at its best learning rate" in after
