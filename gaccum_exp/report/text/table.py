@@ -1,6 +1,7 @@
 """Print a comparison on a terminal: its table, its notes, and what it says in a sentence or two."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from rich.table import Table
@@ -46,7 +47,9 @@ def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] 
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
-    if worth := say_noise(comparison):
+    # Of global batches with several rates, the noise scale at the best one is told.
+    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
+    if worth := say_noise(replace(comparison, rows=told) if told else comparison):
         out.print(worth, highlight=False)
     print_batches(out, batches)
 

@@ -9,7 +9,14 @@ import pytest
 from rich.console import Console
 
 from gaccum_exp.report.compare.batch_curves import Point
-from gaccum_exp.report.compare.batches import BatchComparison, BatchRow, CriticalBatch, Loss, Place
+from gaccum_exp.report.compare.batches import (
+    BatchComparison,
+    BatchRow,
+    CriticalBatch,
+    Loss,
+    Place,
+    compare_batches,
+)
 from gaccum_exp.report.compare.columns import ComparisonRow, Measured
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.report.compare.pairing import group_runs
@@ -18,6 +25,7 @@ from gaccum_exp.report.text.batch_table import print_batches, say_batches, say_i
 from gaccum_exp.report.text.noise_notes import NoiseTold
 from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.tracking.records import RunRecord
+from tests.report.text.test_noise_notes import measured
 
 Arm = Callable[..., RunRecord]
 
@@ -155,3 +163,21 @@ def test_it_follows_the_comparison_with_the_large_batch(
     after = capsys.readouterr().out
     assert after.startswith(without)
     assert "Global batches, each at its best learning rate" in after
+
+
+def test_the_noise_scale_is_told_once_for_each_batch(
+    arm: Arm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the best of its rates, not at every rate that was tried."""
+    runs = [
+        measured(
+            arm(batch // 32, global_batch=batch, params={"optimizer.lr": rate}, run_id=f"{batch}-{rate}",
+                losses=[1.0 + (rate != "0.1")] * 8),
+            90.0, 70.0, 120.0,
+        )
+        for batch in (128, 256)
+        for rate in ("0.05", "0.1", "0.2")
+    ]  # fmt: skip
+    comparison = compare(runs)
+    print_comparison(comparison, compare_batches(comparison, runs))
+    assert capsys.readouterr().out.count("The noise scale is 90 samples") == 2
