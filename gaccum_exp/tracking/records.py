@@ -41,8 +41,8 @@ class RunRecord:
     tags: Mapping[str, str]
     """`sweep_id`, `command_id` (of the command that ran it), `arm` (its folder in the sweep's),
     `digest` (of its configuration), `role` (reference, candidate or control), `verdict`, `cause`,
-    `culprit` and `remedy` where audited, `memory.source`, `memory.peak_phase`, `failure`, versions,
-    device."""
+    `culprit` and `remedy` where audited, `training_samples` (of its data set), `memory.source`,
+    `memory.peak_phase`, `failure`, versions, device."""
     metrics: Mapping[str, float]
     """The last value of each metric, e.g. `train/loss`, `memory/peak_bytes`, `time/step_s`."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
