@@ -29,7 +29,7 @@ from gaccum_exp.tracking.metrics import STEP_TIME_S, TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
 
 RATE = "optimizer.lr"
-_NOT_APART = ("seed", RATE, "train.eval_every_steps")
+_NOT_APART = ("seed", RATE, "train.eval_every_steps", "train.eval_every_samples")
 """Keys in which the arms of one comparison may differ besides their batches."""
 _ALIKE = {"device": "devices", "threads": "numbers of threads", "command_id": "commands"}
 """Tags on which step times depend."""
@@ -94,6 +94,8 @@ class BatchComparison:
     critical: CriticalBatch
     rate_rule: str
     """How the rate follows the batch from a stated one: `sqrt from 64`; empty: it does not."""
+    is_scheduled: bool
+    """Whether the rate follows a schedule over the whole of each training."""
     counts_full_windows: bool
     """Whether an arm, as older ones, does not say how many samples its partial windows hold."""
 
@@ -207,6 +209,7 @@ def _compare(
         points,
         critical_batch(found),
         rate_rule="" if rule == "none" else f"{rule} from {params.get('train.base_batch_size')}",
+        is_scheduled=params.get("scheduler._target_") not in (None, "None"),
         counts_full_windows=any(arm.training_samples is None for arms in finished for arm in arms),
     )
 

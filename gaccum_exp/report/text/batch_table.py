@@ -168,6 +168,11 @@ def _legend(comparison: BatchComparison) -> Iterator[str]:
         in_adam = any(noise.in_adam_metric for noise in told)
         metric = ", in Adam’s metric" if in_adam else ""
         yield (f"noise scale: in samples{metric}, at the end of the training; batches.csv has intervals")
+    if comparison.is_scheduled:
+        yield (
+            "- The rate follows a schedule over each whole training: arms that go on beyond the equal "
+            "steps or seconds have not come to its end there, as the shortest has."
+        )
     if comparison.counts_full_windows:
         yield (
             "- Samples are steps × global batch, more than an epoch's partial window holds: older runs "

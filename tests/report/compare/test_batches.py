@@ -251,6 +251,14 @@ def test_the_critical_batch_is_not_resolved_without_seeds_or_settled_rates() -> 
     )
 
 
+def test_a_schedule_is_known_of_the_arms(arm: Arm) -> None:
+    """An arm of the small batch that is cut short at equal steps is not at the end of one."""
+    for target, is_scheduled in ((None, False), ("None", False), ("gaccum_exp.optim.cosine", True)):
+        params = {"scheduler._target_": target} if target else None
+        found = compared(trained(arm, 32, params=params), trained(arm, 128, params=params))
+        assert found.is_scheduled == is_scheduled
+
+
 def test_a_sweep_resolves_its_critical_batch(arm: Arm) -> None:
     """From the arms to the batch."""
     finals = {32: (0.20, 0.21, 0.22), 64: (0.21, 0.22, 0.23), 128: (0.3, 0.3, 0.3)}

@@ -55,7 +55,7 @@ def comparison(
         "seconds": Point("seconds", seconds, "eval/loss" if seconds else "", "" if seconds else "so"),
     }
     setting = Setting("global_mean", (("beta2_rule", "half_life"),))
-    return BatchComparison(setting, rows, points, critical, "sqrt from 64", False)  # type: ignore[arg-type]
+    return BatchComparison(setting, rows, points, critical, "sqrt from 64", True, False)  # type: ignore[arg-type]
 
 
 def printed(*comparisons: BatchComparison, width: int = 80) -> str:
@@ -100,6 +100,7 @@ def test_a_table_of_everything_fits_a_terminal_of_eighty_columns(arm: Arm) -> No
     assert "noise scale: in samples, in Adam’s metric" in legend
     assert "train loss: mean over the last 5 % of the samples before the point, where not all" in legend
     assert "eval loss: between two evaluations linear" in legend
+    assert "- The rate follows a schedule over each whole training: arms that go on" in legend
 
 
 def test_sentences_say_which_batch_is_best_in_which_way(arm: Arm) -> None:
