@@ -15,12 +15,13 @@ from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.config.schema import check_id
 from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain
+from gaccum_exp.report.compare.batches import compare_batches, write_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
-from gaccum_exp.tracking.metrics import OF_NOISE, TRAIN_LOSS
+from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord, last_of_each_arm, with_those_elsewhere
 from gaccum_exp.tracking.sink import kept_weights
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FOLDERS = (Path("multirun"), Path("outputs"))
 """Where sweeps and runs write, unless they are told otherwise."""
-COMPARED_CURVES = (TRAIN_LOSS, *OF_NOISE)
+COMPARED_CURVES = (TRAIN_LOSS, EVAL_LOSS, *OF_NOISE)
 """What is compared, or told, by the global step; of other metrics a report takes the last value."""
 
 
@@ -151,8 +152,12 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
     folder.mkdir(parents=True, exist_ok=True)
-    files = [write_csv(comparison, folder / "comparison.csv"), *draw(comparison, arms, folder)]
-    print_comparison(comparison)
+    batches = compare_batches(comparison, arms)
+    files = [write_csv(comparison, folder / "comparison.csv")]
+    if batches:
+        files.append(write_batches(batches, folder / "batches.csv"))
+    files += draw(comparison, arms, folder, batches)
+    print_comparison(comparison, batches)
     # Each figure lies beside its PNG as SVG.
     print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
     return files

@@ -17,6 +17,8 @@ _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise
 
 LARGEST_N, LARGEST_BATCH = "accum.largest_steps", "data.largest_global_batch_size"
 """Tags of a run whose batch grows: its parameters say what it begins with."""
+TRAINING_SAMPLES = "training_samples"
+"""The tag that says how many samples the training data set holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class RunRecord:
     tags: Mapping[str, str]
     """`sweep_id`, `command_id` (of the command that ran it), `arm` (its folder in the sweep's),
     `digest` (of its configuration), `role` (reference, candidate or control), `verdict`, `cause`,
-    `culprit` and `remedy` where audited, `memory.source`, `memory.peak_phase`, `failure`, versions,
-    device."""
+    `culprit` and `remedy` where audited, `training_samples` (of its data set), `memory.source`,
+    `memory.peak_phase`, `failure`, versions, device."""
     metrics: Mapping[str, float]
     """The last value of each metric, e.g. `train/loss`, `memory/peak_bytes`, `time/step_s`."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -79,6 +81,11 @@ class RunRecord:
             small, larger = divmod(total, n)
             sizes = [small + 1] * larger + [small] * (n - larger)
         return tuple(sorted(sizes, reverse=True))
+
+    @property
+    def training_samples(self) -> int | None:
+        """Samples of the data set that it is trained on; None: not recorded."""
+        return _integer(self.tags.get(TRAINING_SAMPLES))
 
     @property
     def control_seed(self) -> int | None:

@@ -254,3 +254,21 @@ def test_a_stored_run_that_failed_is_no_reference(program: Program) -> None:
     assert program(*stranger).status == 1
     program("-m", *stranger, "accum.steps=2,4")
     assert {row["reference_source"] for row in table(program.sweep_folder)} == {"none"}
+
+
+def test_a_sweep_over_global_batches_compares_them_too(program: Program) -> None:
+    """A table of their own, a file and a figure, at equal samples although windows are partial."""
+    ended = program.tiny(
+        "-m", "data.global_batch_size=100,1000", "data.micro_batch_size=100", "accum.steps=null",
+        "train.steps=null", "train.epochs=2", "audit.at_start=false",
+    )  # fmt: skip
+    assert ended.status == 0
+    with (program.sweep_folder / "batches.csv").open() as file:
+        small, large = csv.DictReader(file)
+    runs = program.store().sweep(program.sweep_id, ("eval/loss",))
+    (samples,) = {run.training_samples for run in runs}
+    assert float(small["equal_samples"]) == 2 * (samples or 0)
+    last = [run.curves["eval/loss"].values[-1] for run in runs]
+    assert [float(row["loss_at_equal_samples"]) for row in (small, large)] == last
+    assert "Global batches, each at its best learning rate" in ended.out
+    assert (program.sweep_folder / "batches.png").exists()

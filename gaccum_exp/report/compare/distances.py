@@ -36,9 +36,9 @@ def loss_gaps(run: RunRecord, reference: RunRecord) -> tuple[np.ndarray, np.ndar
         return global_steps, np.abs(ours - theirs)
 
 
-def loss_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optimizer steps with a train loss, ascending, and the loss: (steps,) int64, float64."""
-    curve = run.curves.get(TRAIN_LOSS)
+def loss_curve(run: RunRecord, metric: str = TRAIN_LOSS) -> tuple[np.ndarray, np.ndarray]:
+    """Return the optimizer steps that have a loss, ascending, and the loss: (steps,) int64, float64."""
+    curve = run.curves.get(metric)
     global_steps = np.array(curve.global_steps if curve else (), dtype=np.int64)
     losses = np.array(curve.values if curve else (), dtype=np.float64)
     if np.all(global_steps[1:] > global_steps[:-1]):

@@ -1,4 +1,5 @@
-"""Draw a comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier.
+"""Draw a comparison as figures, each as SVG and as PNG: loss curves, memory, step time, the frontier,
+and global batches where a sweep has several.
 
 To be imported when something is drawn: matplotlib takes a third of a second.
 """
@@ -11,10 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gaccum_exp.memory.plan import MemoryPlan
+from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.figures.batch_figure import draw_batches
 from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
 from gaccum_exp.report.figures.frontier import draw_frontier, draw_plan
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
+from gaccum_exp.report.figures.panels import subject
 from gaccum_exp.tracking.records import RunRecord
 
 FIGURES = {
@@ -36,7 +40,12 @@ _SETTINGS = {
 _DPI = 150
 
 
-def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> list[Path]:
+def draw(
+    comparison: Comparison,
+    runs: Sequence[RunRecord],
+    folder: Path,
+    batches: Sequence[BatchComparison] = (),
+) -> list[Path]:
     """Draw every figure of a comparison that shows something and save it; return the files.
 
     There are none if no arm has an N.
@@ -52,6 +61,8 @@ def draw(comparison: Comparison, runs: Sequence[RunRecord], folder: Path) -> lis
                 continue
             figure = draw_figure(comparison, records)
             paths += [] if figure is None else _save(figure, folder, name)
+        if batches:
+            paths += _save(draw_batches(batches, subject(comparison, records)), folder, "batches")
     return paths
 
 

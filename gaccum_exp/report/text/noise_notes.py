@@ -6,13 +6,13 @@ of the noise scale it is only said what would settle the question.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gaccum_exp.report.arm_limit import by_setting
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.text.wording import say_ratio
+from gaccum_exp.report.text.wording import say_ratio, say_rounded
 
 TRAILING = 64
 """Measured windows that a recorded noise scale is the quotient of means of."""
@@ -49,6 +49,12 @@ def noise_of(row: ComparisonRow) -> NoiseTold | None:
     return NoiseTold(row, scale, low or 0.0, math.inf if high is None else high, of_adam)
 
 
+def narrowest(rows: Iterable[ComparisonRow]) -> NoiseTold | None:
+    """Return the narrowest interval: arms of one global batch differ in how finely they tell it."""
+    told = (found for row in rows if (found := noise_of(row)) is not None)
+    return min(told, key=lambda of: (of.width, -of.low), default=None)
+
+
 def say_noise(comparison: Comparison) -> str:
     """Say it setting by setting, a line each; where nothing was measured, how it would be."""
     rows = [row for row in comparison.rows if row.finished]
@@ -58,7 +64,7 @@ def say_noise(comparison: Comparison) -> str:
             "Whether so large a batch is worth having: noise.every_steps=8 measures it." if split else ""
         )
     said = {
-        label: [_say(_best(alike)) for alike in _by_batch(of_setting) if any(map(noise_of, alike))]
+        label: [_say(told) for alike in _by_batch(of_setting) if (told := narrowest(alike))]
         for label, of_setting in by_setting(rows, "{reduction}, over all settings").items()
     }
     if len(said) == 1:
@@ -74,12 +80,6 @@ def _by_batch(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
     return [found[batch] for batch in sorted(found)]
 
 
-def _best(rows: Sequence[ComparisonRow]) -> NoiseTold:
-    """Return the narrowest interval: arms of one global batch differ in how finely they tell it."""
-    told = [found for row in rows if (found := noise_of(row)) is not None]
-    return min(told, key=lambda of: (of.width, -of.low))
-
-
 def _say(told: NoiseTold) -> str:
     batch, windows = told.row.global_batch_size or 0, told.row.noise_windows or 0
     this = f"the global batch of {batch}"
@@ -92,7 +92,7 @@ def _say(told: NoiseTold) -> str:
         if told.low <= batch:
             return f"{lead}: {_settling(told.row)} would tell on which side of it {this} is."
         return f"{lead}: {this} is below it, and a larger one would save optimizer steps."
-    interval = f"{_number(told.low)} to {_number(told.high)}"
+    interval = f"{say_rounded(told.low)} to {say_rounded(told.high)}"
     lead = (
         f"The noise scale is {_samples(told.scale)} ({interval}, {over} to step "
         f"{told.row.optimizer_steps}{metric})"
@@ -125,9 +125,4 @@ def _factors(scale: float, batch: int, by: float) -> str:
 
 
 def _samples(number: float) -> str:
-    return f"{_number(number)} samples"
-
-
-def _number(number: float) -> str:
-    """`1,200`: three digits."""
-    return f"{float(f'{number:.3g}'):,.12g}"
+    return f"{say_rounded(number)} samples"

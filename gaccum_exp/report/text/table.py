@@ -1,14 +1,17 @@
 """Print a comparison on a terminal: its table, its notes, and what it says in a sentence or two."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.report.arm_limit import MOST_NOTES
+from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
 from gaccum_exp.report.text.summary import summary
@@ -39,13 +42,16 @@ _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Print the table, and what it says in words."""
+def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -> None:
+    """Print the table, and what it says in words; then the comparison of different global batches."""
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
-    if worth := say_noise(comparison):
+    # Of global batches with several rates, the noise scale at the best one is told.
+    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
+    if worth := say_noise(replace(comparison, rows=told) if told else comparison):
         out.print(worth, highlight=False)
+    print_batches(out, batches)
 
 
 def render(comparison: Comparison) -> Table:

@@ -48,6 +48,11 @@ def say_ratio(value: float) -> str:
     return f"{value:.2f}" if value >= 0.095 or not math.isfinite(value) else f"{value:.2g}"
 
 
+def say_rounded(value: float) -> str:
+    """`1,230`: three digits, and all zeros of a large number."""
+    return f"{float(f'{value:.3g}'):,.12g}"
+
+
 def say_sizes(sizes: Sequence[int]) -> str:
     """`64`, or `36-37` where micro-batches are not equal; the largest comes first."""
     return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
