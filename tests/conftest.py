@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from gaccum_exp.memory.fake import settle
 from tests.program import Program, new_store
+
+
+def pytest_collection_finish() -> None:
+    """Settle, as a child does before its arms: each training built searches all that is not settled."""
+    settle()
 
 
 @pytest.fixture(scope="session")
