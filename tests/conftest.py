@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from gaccum_exp.memory.fake import settle
 from tests.program import Program, new_store
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take what is slow first, so that at the end no worker waits for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Settle, as a child does before its arms: each training built searches all that is not settled."""
+    settle()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,18 @@
 """What several tests need: compose a configuration, train without a store."""
 
+import copy
+import functools
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.config import schema as config
+from gaccum_exp.config.files import blocks
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.feed import Window
 from gaccum_exp.tracking.progress import Progress
@@ -29,10 +35,23 @@ STRANGER = (
 
 
 def composed(*overrides: str) -> DictConfig:
-    """Compose a configuration as the command line does."""
+    """Compose a configuration as the command line does; what is chosen of the blocks is read once."""
+    values = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if _is_value(o)]
+    lines = {value.input_line for value in values}
+    found = copy.deepcopy(_chosen(*(override for override in overrides if override not in lines)))
+    ConfigLoaderImpl._apply_overrides_to_config(values, found)  # Hydra's own last step
+    return found
+
+
+@functools.cache
+def _chosen(*overrides: str) -> DictConfig:
     config.register()
     with initialize_config_dir(config.conf_dir(), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def _is_value(override: Override) -> bool:
+    return override.package is None and override.key_or_group not in blocks()
 
 
 def settings(*overrides: str) -> Settings:

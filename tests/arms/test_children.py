@@ -69,6 +69,7 @@ class Strange(Ending):
         raise BaseException("no Exception")
 
 
+@pytest.mark.slow
 def test_what_a_model_does_to_its_process_ends_its_arm_alone(program: Program) -> None:
     """Each is FAILED with the reason, in its file and in the store; the others are run and compared."""
     kinds = ("Exits", "Crashes")
@@ -88,6 +89,7 @@ def test_what_a_model_does_to_its_process_ends_its_arm_alone(program: Program) -
     assert any("Exits failed: its process ended with status 0" in line for line in ended.lines)
 
 
+@pytest.mark.slow
 def test_a_child_delivers_through_the_helper_of_each_command(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_arms_are_added_and_compared_with_those_that_are_there(program: Program)
     assert all(run.params["sweep.into"] == "None" for run in program.arms())
 
 
+@pytest.mark.slow
 def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(program: Program) -> None:
     """A model that raises."""
     ended = sweep(program, "Fails", "accum.steps=1,2")
@@ -198,6 +199,7 @@ def test_what_failed_by_its_own_fault_is_not_run_again_unless_asked(program: Pro
     assert len(program.arms()) == 2
 
 
+@pytest.mark.slow
 def test_an_arm_whose_process_was_killed_is_run_again(program: Program) -> None:
     """It says nothing of the arm."""
     ended = sweep(program, "DiesOnce", "accum.steps=1,2")

@@ -132,6 +132,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, *here: str) -> None:
     monkeypatch.setattr(child, "run_job", run)
 
 
+@pytest.mark.slow
 def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,7 @@ def test_arms_that_leave_no_folder_are_judged_and_compared_from_the_store(
     assert program.tiny("-m", "accum.steps=1,2").status == 0
 
 
+@pytest.mark.slow
 def test_arms_of_which_some_leave_no_folder_are_all_judged_and_none_runs_again(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,15 @@ def test_split_does_not_depend_on_the_seed() -> None:
     assert all(map(torch.equal, one.tensors, other.tensors))
 
 
+def test_what_is_done_to_the_scans_is_not_done_to_those_read_later() -> None:
+    """The file is read once in a process, and whoever changes its scans has changed their own."""
+    one = digits("train")
+    before = [t.clone() for t in one.tensors]
+    for tensor in one.tensors:
+        tensor.zero_()
+    assert all(map(torch.equal, digits("train").tensors, before))
+
+
 def test_digits_are_ready_to_be_fetched_by_index() -> None:
     """The type is exactly TensorDataset, of normalised float32 images and int64 targets."""
     dataset = digits("train")
