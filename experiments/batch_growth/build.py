@@ -29,14 +29,14 @@ T_OF_FOUR = 2.776
 COSINE = "cosine"
 ARMS = {
     COSINE: ("scheduler=cosine",),
-    "growth, Adam's rule": ("scheduler=cosine", "accum.grow=auto", "accum.grow_to=16"),
-    "growth, SGD's rule (wrong)": ("scheduler=cosine", "accum.grow=sgd", "accum.grow_to=16"),
+    "growth, Adam's rule": ("scheduler=cosine", "accum.grow=auto", "accum.grow_to=32"),
+    "growth, SGD's rule (wrong)": ("scheduler=cosine", "accum.grow=sgd", "accum.grow_to=32"),
     "constant rate": ("scheduler=none",),
 }
 GPT = (
     "model=gpt", "model.layers=2", "model.heads=2", "model.width=64", "data=text", "data.context=64",
     "criterion=token_cross_entropy", "optimizer=adamw", "optimizer.lr=0.003",
-    "data.global_batch_size=null", "data.micro_batch_size=8", "accum.steps=1", "train.epochs=3",
+    "data.global_batch_size=null", "data.micro_batch_size=4", "accum.steps=2", "train.epochs=3",
 )  # fmt: skip
 QUIETLY = (
     *("runtime.device=cpu", "runtime.threads=1", "audit.at_start=false", "tracking.log_weights=false"),
@@ -158,7 +158,7 @@ def answer(runs: Sequence[Trained], exact: Sequence[Ended]) -> str:
         mean, low, high = interval(differences(runs, arm))
         said.append(
             f"*{arm}*: {judged(differences(runs, arm))}, {mean:+.4f} nats per character from the cosine "
-            f"(95 % {low:+.4f} to {high:+.4f}), in {steps[arm] / steps[COSINE]:.0%} of its optimizer steps"
+            f"(95 % {low:+.4f} to {high:+.4f}), in {steps[arm] / steps[COSINE]:.0%} of its steps"
         )
     ratios = [one.growth / one.cosine for one in exact]
     return (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gaccum_exp.arms.plan import predicted_peak
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.tracking.records import RunRecord
@@ -236,6 +237,16 @@ def test_what_no_batch_can_follow_is_refused(overrides: tuple[str, ...], said: s
     assert "\n" not in str(refused.value)
 
 
+def test_the_predicted_peak_is_that_of_the_largest_n() -> None:
+    """Not of the first, which holds no gradient beside its activations."""
+    grown, fixed = settings(*GROWING), settings(*COMMON, "accum.steps=6")
+    loaded = load(grown)
+    ours, theirs = predicted_peak(loaded.in_stages(grown), loaded), predicted_peak(fixed, load(fixed))
+    assert ours is not None
+    assert theirs is not None
+    assert ours.bytes == theirs.bytes
+
+
 def test_arms_whose_batch_grows_from_another_one_are_not_paired() -> None:
     """Nor are they with one that does not grow: N and the micro-batch decide the windows."""
 
@@ -258,7 +269,7 @@ def test_arms_whose_batch_grows_from_another_one_are_not_paired() -> None:
 def test_a_sweep_over_it_has_an_arm_each_and_no_pairs(program: Program) -> None:
     """With the largest N and batch in the table, what it grew from in the parameters, and the stages."""
     ended = program(
-        "-m", "accum.grow=null,auto", "accum.grow_to=null", *COMMON[:-1], "train.epochs=2",
+        "-m", "accum.grow=null,auto", "accum.grow_to=null", *COMMON[:-1], "train.epochs=1",
         "runtime.device=cpu", "accum.steps=1", "hydra.sweep.dir=swept",
     )  # fmt: skip
     assert ended.status == 0, ended.plain
@@ -270,6 +281,7 @@ def test_a_sweep_over_it_has_an_arm_each_and_no_pairs(program: Program) -> None:
     assert grown.accum_steps > 4
     assert grown.global_batch_size == 2 * grown.accum_steps
     assert grown.tags["role"] == "candidate"
+    assert grown.name.startswith(f"N=1 to {grown.accum_steps} · micro 2")
     assert grown.tags["global_batches"].startswith("2 from step 0, 4 from step")
     table = (program.folder / "swept" / "comparison.csv").read_text()
     assert table.count("reference") <= 3, table
