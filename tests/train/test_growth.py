@@ -225,6 +225,7 @@ def test_what_contradicts_it_is_refused_before_anything_is_loaded(
              "+scheduler.T_0=30", "~scheduler.final_ratio"),
             r"CosineAnnealingWarmRestarts lets the learning rate rise again at step 30 of 90",
         ),
+        (("optimizer.lr=0",), r"accum\.grow=auto: the learning rate is never above 0"),
         (("scheduler.final_ratio=0.8",), r"falls to 0\.8 of its peak, .* accum\.steps=4 at a quarter"),
         (("accum.steps=4", "data.micro_batch_size=15"), r"N can be no more than 4 with micro-batches"),
         (("accum.partial_window=error",), r"grow=auto: accum\.partial_window=error: .* becomes 6, the"),
