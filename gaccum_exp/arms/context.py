@@ -119,7 +119,9 @@ def name_of(context: ArmContext, settings: Settings, control_of: str | None = No
     """Return a run's name, what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
     if control_of is not None:
         return f"{control_of} · control {settings.audit.control_seed}"
-    parts = [f"N={settings.accum_steps}", f"micro {settings.data.micro_batch_size}"]
+    first, largest = settings.accum.steps, settings.accum_steps
+    n = largest if first == largest else f"{first} to {largest}"  # of a batch that grows
+    parts = [f"N={n}", f"micro {settings.data.micro_batch_size}"]
     if settings.task == "plan":  # it is of every N
         parts = ["plan", f"global batch {settings.data.global_batch_size}"]
     parts.append(settings.accum.reduction)

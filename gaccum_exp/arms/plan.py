@@ -160,7 +160,10 @@ def predicted_peak(settings: Settings, loaded: TrainingData) -> Peak | None:
     """Predict the peak of the windows whose memory is measured; None where passes need values."""
     try:
         subject = _fake(settings, loaded)
-        stage = max(settings.stages, key=lambda s: -(-s.global_batch_size // s.accum_steps))
+        # From the second micro-batch on the gradients are there beside the activations.
+        stage = max(
+            settings.stages, key=lambda s: (-(-s.global_batch_size // s.accum_steps), s.accum_steps)
+        )
         samples = min(stage.global_batch_size, loaded.plan.full_window)  # an epoch may hold less
         return highest(Predicted(subject, samples).peaks(samples, stage.accum_steps))
     except Exception as error:  # the run itself will meet whatever is wrong

@@ -141,7 +141,7 @@ class WindowPlan:
             return position // size
         epoch, offset = divmod(position, self.samples)
         every = self._windows_in(self.samples, size)
-        return epoch * every + min(offset // size, every)
+        return epoch * every + offset // size
 
     def in_stages(self, stages: Sequence[BatchStage]) -> "WindowPlan":
         """Return the plan with stages that each begin at a global step."""

@@ -86,7 +86,9 @@ def stages_of(growth: BatchGrowth, settings: Settings) -> tuple[AccumStage, ...]
 
 
 def _require_one_fall(key: str, settings: Settings, rates: list[float]) -> None:
-    """Refuse a schedule that rises again once it has fallen."""
+    """Refuse a schedule that rises again once it has fallen, and one without a peak."""
+    if not max(rates) > 0:
+        raise BadInputError(f"{key}: the learning rate is never above 0, so that it cannot fall")
     fallen = False
     for step, (before, now) in enumerate(pairwise(rates), 1):
         if now > before * (1 + ROUNDING) and fallen:

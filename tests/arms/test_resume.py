@@ -199,8 +199,11 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
          ("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
           "accum.steps=null", "data.train._target_=tests.strangers.Ignored", "optimizer=adamw",
           "+model.dropout=0.5", "accum.reduction=sum")),
+        (signal.SIGTERM, 9,
+         ("accum.grow=auto", "data.micro_batch_size=2", "data.global_batch_size=null", "accum.steps=1",
+          "accum.partial_window=carry", "scheduler=cosine")),
     ],
-    ids=["workers and audits", "fp16 and skipped windows", "a growing batch"],
+    ids=["workers and audits", "fp16 and skipped windows", "a growing batch", "grown for a schedule"],
 )  # fmt: skip
 def test_it_gives_the_bits_of_an_undisturbed_run(
     program: Program, number: int, at: int, how: tuple[str, ...]

@@ -96,6 +96,8 @@ def gap(one: Collected, other: Collected) -> float:
         (*MLP, "accum.steps=5", "+criterion.ignore_index=3", "accum.partial_window=carry"),
         (*MLP, "accum.schedule={0:1,1:3}", "data.micro_batch_size=50", "data.global_batch_size=null",
          "accum.schedule_lr=linear"),
+        (*MLP, "accum.grow=auto", "scheduler=cosine", "data.micro_batch_size=50", "accum.grow_to=4",
+         "data.global_batch_size=null", "optimizer=adamw"),
         (*MLP, "accum.steps=3", "criterion=mse", "data=custom", "model.num_classes=1",
          "model.input_shape=[2]", "data.train._target_=tests.train.test_stacked_seeds.line",
          "data.eval._target_=tests.train.test_stacked_seeds.line"),

@@ -108,8 +108,8 @@ def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
         )
     if "global_batches" in ours:
         said[3] = (
-            f"the global batch of {n} changes with its schedule ({ours['global_batches']} samples): its "
-            "audits compare each stage with one pass over the same batch."
+            f"the global batch of {n} changes in training ({ours['global_batches']} samples): its "
+            "audits compare windows with one pass over the same batch."
         )
     if "accum.auto" in ours:
         said[4] = f"the choice of accum.steps=auto: {ours['accum.auto']}."

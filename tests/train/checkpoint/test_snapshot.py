@@ -170,6 +170,8 @@ def test_a_window_goes_on_at_every_micro_batch(
         (*POINTS, SCARCE, "data.global_batch_size=22", "accum.steps=1", "accum.on_oom=increase_steps"),
         (*POINTS, "'accum.schedule={0:1,2:2,4:4}'", "accum.schedule_by=step", "accum.steps=1",
          "data.global_batch_size=null", "data.micro_batch_size=2", "accum.schedule_lr=linear"),
+        (*POINTS, "accum.grow=auto", "scheduler=cosine", "optimizer=adamw", "accum.steps=2",
+         "train.epochs=null", "train.steps=12"),
         (*POINTS, f"model._target_={HERE}.Moody"),
     ],
     ids=lambda overrides: " ".join(overrides[-2:])[-50:],
