@@ -10,6 +10,7 @@ import torch
 
 from experiments.batch_growth import build as batch_growth
 from experiments.batch_growth.recursion import excess_loss, final_losses
+from experiments.strategies import build as strategies
 from tests.program import Program
 from tests.support import ROOT
 
@@ -43,6 +44,18 @@ def test_a_study_has_its_page_with_results_figure_and_provenance(slug: str) -> N
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
     assert figures
     assert all((folder / name).stat().st_size > 10_000 for name in figures)
+
+
+def test_the_study_of_strategies_runs_shortened(tmp_path: Path) -> None:
+    """Rows, tables, the sentences of its answer and its figure; what is there is not trained again."""
+    markdown = strategies.study(strategies.SHORT, tmp_path, processes=1)
+    assert markdown.count("Fixed micro-batch") == len(strategies.WAYS[strategies.FIXED_MICRO])
+    assert "| fixed global batch | AdamA | 0.001 |" in markdown
+    assert (tmp_path / "strategies.png").stat().st_size > 10_000
+    rows = (tmp_path / "results.csv").read_text()
+    assert len(rows.splitlines()) == 1 + len(list(strategies.SHORT.cells()))
+    assert strategies.study(strategies.SHORT, tmp_path, processes=1) == markdown
+    assert (tmp_path / "results.csv").read_text() == rows
 
 
 @pytest.mark.slow

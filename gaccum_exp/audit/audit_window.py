@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.diagnose import NOT_FINITE, diagnose, error_line
+from gaccum_exp.audit.optimizer_steps import Steps, judged_by_steps
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Cast, ForwardContext, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import (
@@ -24,6 +25,8 @@ from gaccum_exp.audit.result import (
 )
 from gaccum_exp.audit.verdict import listed, remedy_of_counts, scale_of
 from gaccum_exp.core.accumulate import accumulate
+from gaccum_exp.core.adam_a import AdamA
+from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.placement import on_device
@@ -139,7 +142,16 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
     if len(window.sizes) == 1:  # the reference itself
         _, n = without_graph(lambda: rerun.forward(ACCUMULATED64, None))
         scale, denominator = (v if math.isfinite(v) else None for v in (reduction.one_pass_factor(n), n))
-        return replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
+        audit = replace(blank, verdict="identical", e64=0.0, e=0.0, scale=scale, denominator=denominator)
+    else:
+        audit = _of_gradient(rerun, replayed, window, blank)
+    if isinstance(window.strategy, AdamA) and audit.verdict not in ("biased", "inconclusive"):
+        steps = replace(rerun, window=window.with_steps(window.strategy))
+        return judged_by_steps(steps, audit, window.strategy.remedy)
+    return audit
+
+
+def _of_gradient(rerun: Rerun, replayed: Gradient, window: "ConfiguredWindow", blank: Audit) -> Audit:
     found = diagnose(rerun, replayed, blank)
     audit = found.completed(window.naming_denominators(window.naming_terms(found.audit)))
     if found.measured is not None and not audit.sound and audit.cause != BATCH_STATISTICS:
@@ -151,7 +163,7 @@ def _audited(window: "ConfiguredWindow", blank: Audit, device: torch.device) -> 
     # Several terms have no denominator in common, and their sum is no multiple of their mean.
     n = math.nan if audit.denominator is None else audit.denominator
     along = scale_of(found.accumulated64, found.one_pass64)
-    per_mean = reduction.one_pass_factor(n)
+    per_mean = window.reduction.one_pass_factor(n)
     known = along is not None and math.isfinite(per_mean)
     return replace(audit, scale=along * per_mean if along is not None and known else None)
 
@@ -168,7 +180,8 @@ class ConfiguredWindow:
         strategy: InPlace = IN_PLACE,
         loss_scale: float = 1.0,
     ) -> None:
-        self.reduction, self.loss_scale, self._strategy = reduction, loss_scale, strategy
+        self.reduction, self.loss_scale, self.strategy = reduction, loss_scale, strategy
+        self._accumulating = self._in_one_pass = strategy.adding_up
         self.modules = NamedModules(model, *modules_of(loss_fn))
         self._model, self._loss_fn = model, on_device(loss_fn)
         self.moves: dict[str, int] = {}
@@ -191,7 +204,7 @@ class ConfiguredWindow:
             self._layout.picked(m, torch.arange(-(-size // 2)))
             for m, size in zip(self._micro_batches, self.sizes, strict=True)
         ]
-        how = self.reduction, self._strategy, self.loss_scale
+        how = self.reduction, self.strategy, self.loss_scale
         return ConfiguredWindow(self._model, self._loss_fn, halves, *how)
 
     def descaled(self) -> "ConfiguredWindow":
@@ -202,12 +215,12 @@ class ConfiguredWindow:
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
         """Run as training does."""
-        self._run([cast(m) for m in self._micro_batches], context)
+        self._run([cast(m) for m in self._micro_batches], context, self._accumulating)
 
     def one_pass(self, context: AbstractContextManager[None], cast: Cast, order: Tensor | None) -> None:
         """Run the same with N = 1."""
         whole = self._whole if order is None else self._layout.picked(self._whole, order)
-        self._run([cast(whole)], lambda index: context)
+        self._run([cast(whole)], lambda index: context, self._in_one_pass)
 
     def forward(self, index: int | None, cast: Cast) -> tuple[Tensor, Any]:
         """Return loss sum and denominator of one micro-batch, or of all samples.
@@ -230,6 +243,15 @@ class ConfiguredWindow:
         total = LossTotal(self._loss_fn)
         total.add(result)
         return total.loss().loss_sum, math.nan
+
+    def with_steps(self, strategy: AdamA) -> "ConfiguredWindow":
+        """Return the window with steps for gradients: the strategy's; in one pass its optimizer's."""
+        other = copy.copy(self)
+        modules = (self._model, criterion_of(self._loss_fn))
+        parameters = list(nn.ModuleList(m for m in modules if m is not None).parameters())
+        other._accumulating = Steps(strategy, parameters, plain=False)
+        other._in_one_pass = Steps(strategy, parameters, plain=True)
+        return other
 
     def padded_alone(self) -> "ConfiguredWindow | None":
         """Return the window whose micro-batches are as long as the longest; None: they are."""
@@ -311,7 +333,7 @@ class ConfiguredWindow:
             return replace(audit, cause=UNEQUAL_DENOMINATORS, remedy=said, detail=None)
         return audit
 
-    def _run(self, window: list[Any], context: ForwardContext) -> None:
+    def _run(self, window: list[Any], context: ForwardContext, strategy: InPlace) -> None:
         # Each an object of its own, to be known by: a window may hold one twice.
         micro_batches = [copy.copy(micro_batch) for micro_batch in window]
         accumulate(
@@ -319,7 +341,7 @@ class ConfiguredWindow:
             _Following(self._loss_fn, context, micro_batches),
             micro_batches,
             self.reduction,
-            self._strategy,
+            strategy,
             backward=lambda loss: torch.autograd.backward(loss * self.loss_scale),
         )
 

@@ -16,10 +16,11 @@ NOT_ADDITIVE = "loss not additive over samples"
 STALE_OR_MISSING = "stale or missing gradients"
 LOW_PRECISION = "low-precision accumulation"
 MOVING_STATE = "state moves in the window"
+OTHER_OPTIMIZER = "another optimizer"
 UNKNOWN = "unknown"
 CAUSES = (
     *(BATCH_STATISTICS, RANDOMNESS, UNEQUAL_DENOMINATORS, LOSS_SCALE, NOT_ADDITIVE),
-    *(STALE_OR_MISSING, LOW_PRECISION, MOVING_STATE, UNKNOWN),
+    *(STALE_OR_MISSING, LOW_PRECISION, MOVING_STATE, OTHER_OPTIMIZER, UNKNOWN),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.cached import CACHED, Cached
+from gaccum_exp.core.compensated import Compensated
 from gaccum_exp.core.dtypes import out_of_half
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import (
@@ -27,11 +28,11 @@ from gaccum_exp.core.modes import without_graph
 from gaccum_exp.core.module_state import held_by, state_put_back
 from gaccum_exp.core.reductions import Reduction, ReductionName, quotient, reduction_named
 from gaccum_exp.core.seeding import random_state_kept, set_random_states
-from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
+from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, InPlace
 from gaccum_exp.core.window_loss import WindowLoss, WindowTerms, counted_as, window_counts
 from gaccum_exp.errors import BadInputError
 
-StrategyName = Literal["in_place", "cached"]
+StrategyName = Literal["in_place", "cached", "compensated"]
 AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
 AfterMicroBatch = Callable[[AccumulatorState], object]
@@ -74,6 +75,9 @@ def accumulate_gradients(
             window's outputs (contrastive, ranking, a criterion of one's own that couples samples): one
             forward pass more, then the gradient is the large batch's whatever the loss. Under it
             `loss_fn` is called on the joined window too, and a criterion's mean is its own.
+            `compensated` adds half-precision gradients up in their own type, as exactly as a float32
+            buffer; one that is made for an optimizer (`core.adam_a`) leaves no gradient, and takes its
+            step itself.
 
     Returns:
         The window's loss sum and denominator, whatever the reduction.
@@ -147,12 +151,14 @@ def accumulate(
         set_random_states(state.generators)
     known = [n for n in state.counts if n is not None and not isinstance(n, dict)]
     total = window_denominator(loss_fn, sum(known)) if len(known) == len(window) else None
+    if isinstance(total, Tensor) and not strategy.leaves_gradient:
+        total = float(total)  # what is in the moments stays there, so the host looks first
     if isinstance(total, (int, float)) and total == 0:
         parameter = next(model.parameters(), torch.empty(0))
         return WindowLoss(torch.zeros((), device=parameter.device), 0)
     divided_late = total is None and reduction.needs_window_count
     parameters: list[nn.Parameter] = []
-    if divided_late or isinstance(strategy, Buffered):
+    if divided_late or strategy.buffers_gradients:
         modules = [m for m in (model, criterion_of(loss_fn)) if m is not None]
         parameters = list(nn.ModuleList(modules).parameters())
 
@@ -191,7 +197,8 @@ def strategy_named(strategy: StrategyName | InPlace, buffer_dtype: torch.dtype |
     Raises:
         ValueError: there is no such strategy.
     """
-    named: dict[Any, InPlace] = {"in_place": IN_PLACE, "cached": CACHED}
+    known = (IN_PLACE, CACHED, Compensated())
+    named: dict[Any, InPlace] = {one.name: one for one in known}
     found = strategy if isinstance(strategy, InPlace) else named.get(strategy)
     if found is None:
         raise ValueError(f"strategy={strategy!r}: not one of {', '.join(named)}")

@@ -48,7 +48,7 @@ from gaccum_exp.core.sample_mixing import agree, mixing_module, swaps
 from gaccum_exp.core.sample_reading import joined, picked, size_of
 from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
 from gaccum_exp.core.stand_in import stand_in
-from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered, InPlace
+from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, InPlace
 from gaccum_exp.errors import BadInputError
 
 
@@ -83,13 +83,14 @@ class Cached(InPlace):
         default_factory=WeakKeyDictionary, repr=False
     )
 
+    name: ClassVar[str] = "cached"
     takes_window_at_once: ClassVar[bool] = True
     reads_values: ClassVar[bool] = True
     """Whether tensors have values to be compared."""
 
     def buffered(self, dtype: torch.dtype) -> "Cached":
         """Return the same with micro gradients added up in this type."""
-        return replace(self, held=Buffered(dtype))
+        return replace(self, held=self.held.buffered(dtype))
 
     def require(self, reduction: Reduction) -> None:
         """Refuse the mean of the micro-batches' means: there is one loss, the window's.
@@ -199,7 +200,7 @@ class Cached(InPlace):
         state.loss_sum, state.denominator = loss.loss_sum, loss.denominator
         drawn = random_states()
         modules = nn.ModuleList([m for m in (model, criterion_of(loss_fn)) if m is not None])
-        parameters = list(modules.parameters()) if isinstance(self.held, Buffered) else []
+        parameters = list(modules.parameters()) if self.held.buffers_gradients else []
         collecting = self.held.collecting(state, parameters, rescaled=False)
         # The loss has been taken already, and moves nothing a second time.
         with collecting, state_put_back(of for of in held_by(loss_fn) if of is not model):

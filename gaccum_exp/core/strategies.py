@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,9 @@ from gaccum_exp.core.losses.protocol import Counts, Denominator, LossFn
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.seeding import random_states
 from gaccum_exp.core.window_loss import WindowTerms
+
+_HELD = ("buffers", "compensations", "earlier")
+"""Of an accumulator state the tensors by parameter."""
 
 
 @dataclass(slots=True)
@@ -42,14 +46,19 @@ class AccumulatorState:
     """In place of loss sum and denominator, where the loss has several terms."""
     buffers: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Gradients that are added up outside `.grad`."""
+    compensations: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """What the rounding of a buffer has put too much into it."""
     earlier: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Gradients that were in `.grad` before the window, and are kept out of its arithmetic."""
+    folded: dict[nn.Parameter, int] = field(default_factory=dict)
+    """Parameters with a gradient of this window in the optimizer's moments, and the passes that were
+    done before the last one."""
     generators: list[Any] | None = None
     """The random generators' states with which an interrupted window goes on; None: as they are."""
 
     def state_dict(self, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
         """Return a copy by parameter name, with the gradients in `.grad` and the generators' states."""
-        held = {"buffers": self.buffers, "earlier": self.earlier}
+        held = {key: getattr(self, key) for key in _HELD}
         held["grad"] = {p: p.grad for p in names if p.grad is not None}
         return {
             "counts": list(self.counts),
@@ -59,6 +68,7 @@ class AccumulatorState:
             "provisional_divisor": self.provisional_divisor,
             "terms": None if self.terms is None else self.terms.state_dict(),
             "generators": random_states(),
+            "folded": {names[p]: at for p, at in self.folded.items()},
             **{key: {names[p]: t.clone() for p, t in of.items()} for key, of in held.items()},
         }
 
@@ -71,25 +81,45 @@ class AccumulatorState:
             grad = state["grad"].get(name)
             parameter.grad = None if grad is None else grad.clone()
         tensors: dict[str, Any] = {
-            key: {parameters[name]: tensor.clone() for name, tensor in state[key].items()}
-            for key in ("buffers", "earlier")
+            key: {parameters[name]: tensor.clone() for name, tensor in state.get(key, {}).items()}
+            for key in _HELD
         }
         plain = ("passes_done", "loss_sum", "denominator", "provisional_divisor", "generators")
         values: dict[str, Any] = {key: state[key] for key in plain}
         if state["terms"] is not None:
             values["terms"] = WindowTerms(**copy.deepcopy(state["terms"]))
+        values["folded"] = {parameters[name]: at for name, at in state.get("folded", {}).items()}
         return cls(list(state["counts"]), **values, **tensors)
 
 
 class InPlace:
     """Adds micro gradients up in `.grad`, as autograd does."""
 
+    name: ClassVar[str] = "in_place"
     takes_window_at_once: ClassVar[bool] = False
     """Whether the loss is taken once, over the outputs of the whole window."""
+    leaves_gradient: ClassVar[bool] = True
+    """Whether the window's gradient stands in `.grad` at its end. Where it does not, nothing can be done
+    to it, and a window that failed cannot be had again."""
+    buffers_gradients: ClassVar[bool] = False
+    """Whether micro gradients are added up outside `.grad`."""
 
     def buffered(self, dtype: torch.dtype) -> "InPlace":
         """Return the same with micro gradients added up in this type, where parameters' is narrower."""
         return Buffered(dtype)
+
+    @property
+    def adding_up(self) -> "InPlace":
+        """The strategy that leaves the window's gradient in `.grad`: this one, if it does."""
+        return self if self.leaves_gradient else IN_PLACE
+
+    def for_optimizer(self, optimizer: torch.optim.Optimizer) -> "InPlace":
+        """Return the same for the steps of this optimizer.
+
+        Raises:
+            BadInputError: it has no meaning for such an optimizer.
+        """
+        return self
 
     def require(self, reduction: Reduction) -> None:
         """Raise a `BadInputError` where this strategy has no meaning under a reduction."""
@@ -108,7 +138,7 @@ class InPlace:
             rescaled: the window's gradient is to be rescaled at its end, so that no earlier one may be
                 among what it adds up.
         """
-        return _collecting(state, parameters, None) if rescaled else nullcontext()
+        return collecting(state, parameters, None) if rescaled else nullcontext()
 
     def rescale(
         self, state: AccumulatorState, parameters: Iterable[nn.Parameter], factor: float
@@ -142,39 +172,50 @@ class Buffered(InPlace):
 
     dtype: torch.dtype
     """Of the buffers, for parameters of a narrower type."""
+    buffers_gradients: ClassVar[bool] = True
 
     def collecting(
         self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
     ) -> AbstractContextManager[None]:
         """Enter around a window's passes, as `InPlace.collecting`."""
         narrower = [p for p in parameters if is_narrower(p.dtype, self.dtype)]
-        return _collecting(state, parameters if rescaled else narrower, self.dtype)
+        return collecting(state, parameters if rescaled else narrower, self.dtype, self._add)
 
-
-@contextmanager
-def _collecting(
-    state: AccumulatorState, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None
-) -> Iterator[None]:
-    """Keep earlier gradients apart, and buffer those of parameters of a narrower type than this."""
-
-    def take(parameter: Tensor) -> None:
+    def _add(self, state: AccumulatorState, parameter: Tensor) -> None:
+        """Move a micro gradient into its buffer."""
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         if parameter in state.buffers:
             state.buffers[parameter] += parameter.grad
         else:
-            state.buffers[parameter] = parameter.grad.to(in_precision(parameter.dtype, dtype))
+            state.buffers[parameter] = parameter.grad.to(in_precision(parameter.dtype, self.dtype))
         parameter.grad = None
 
+
+@contextmanager
+def collecting(
+    state: AccumulatorState,
+    parameters: Sequence[nn.Parameter],
+    dtype: torch.dtype | None,
+    add: Callable[[AccumulatorState, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Keep earlier gradients apart; what stands in `.grad` or in a buffer at the end is added to them.
+
+    Args:
+        state: of the window.
+        parameters: all that may get a gradient.
+        dtype: micro gradients of parameters of a narrower type are added up elsewhere; None: of none.
+        add: takes such a one out of `.grad` and adds it up.
+    """
     if state.passes_done == 0:
         for parameter in parameters:
             if parameter.grad is not None:
                 state.earlier[parameter] = parameter.grad
                 parameter.grad = None
     hooks = [
-        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]  # torch's
+        parameter.register_post_accumulate_grad_hook(partial(add, state))  # type: ignore[no-untyped-call]  # torch's
         for parameter in parameters
-        if parameter.requires_grad and dtype is not None and is_narrower(parameter.dtype, dtype)
+        if add and parameter.requires_grad and dtype and is_narrower(parameter.dtype, dtype)
     ]
     try:
         yield

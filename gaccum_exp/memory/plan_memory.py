@@ -135,6 +135,7 @@ class _Step:
             wrapped = as_loss_fn(loss_fn, self.reduction, whole_window=whole)
             valueless = Placed(SizesOnly(wrapped, self.batch), placement)
         strategy = self.strategy if mode is None else sizes_only(self.strategy)
+        strategy = strategy.for_optimizer(optimizer)
 
         def take(window: list[Any], meter: TensorMeter) -> None:
             optimizer.zero_grad()
@@ -147,7 +148,7 @@ class _Step:
                     strategy=strategy,
                 )
             with meter.phase(OPTIMIZER_STEP):
-                optimizer.step()
+                strategy.step_of(optimizer)()
 
         def window(sizes: Sequence[int]) -> list[Any]:
             with context():  # what is on meta becomes fake, or memory

@@ -193,6 +193,7 @@ def build(
         if not parameters:
             raise BadInputError("model: it has no parameter that requires a gradient")
         optimizer = optimizer_of(settings, parameters)
+    strategy = strategy.for_optimizer(optimizer)
     from_host = placed(loss_fn, placement)
     criterion = None if criterion_loss is None else criterion_loss.criterion
     ignored = getattr(criterion, "ignore_index", None)
@@ -335,6 +336,19 @@ def _number_of_classes(dataset: Dataset[Any], key: str) -> int:
 
 def _strategy(settings: Settings) -> InPlace:
     strategy: InPlace = checked("strategy", settings.strategy, InPlace)
+    accum, precision = settings.accum, settings.precision
+    needing = {
+        f"accum.max_grad_norm={accum.max_grad_norm}": accum.max_grad_norm is not None,
+        f"runtime.precision={precision}, with its GradScaler,": precision == "fp16",
+        f"accum.on_oom={accum.on_oom}": accum.on_oom == "increase_steps",
+    }
+    asked = next((key for key, holds in needing.items() if holds), None)
+    if asked is not None and not strategy.leaves_gradient:
+        raise BadInputError(
+            f"{asked} has no meaning under strategy={strategy.name}: a micro gradient is in the "
+            "optimizer's moments as soon as it is there, and cannot be looked at, changed or taken out "
+            "again; leave it out, or use strategy=in_place"
+        )
     return strategy.buffered(torch.float32) if settings.accum.buffer_dtype == "float32" else strategy
 
 

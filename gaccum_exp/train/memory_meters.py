@@ -156,7 +156,7 @@ class MemoryMeters(Hook):
 
         Either the tracker cannot follow this model, or the step itself fails and will do so again.
         """
-        if error is not self._failure:
+        if error is not self._failure or not state.strategy.leaves_gradient:
             return False
         self._unmeasurable = state.global_step
         return True

@@ -160,6 +160,11 @@ def _require_one_gradient_each(state: TrainState) -> None:
             "under strategy=cached one loss is taken over the whole window, and no sample has a "
             "gradient of its own: use strategy=in_place, if the loss is a sum over samples"
         )
+    if not state.strategy.leaves_gradient:
+        raise BadInputError(
+            f"under strategy={state.strategy.name} no sum of a window's micro gradients is held, with "
+            "which each would be compared: use strategy=in_place"
+        )
     if needs_closure(type(state.optimizer).step):
         raise BadInputError(
             f"{type(state.optimizer).__name__} evaluates a window at several weights in one step: use "

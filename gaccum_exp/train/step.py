@@ -70,7 +70,7 @@ def _step(state: TrainState, window: Window, hooks: Hooks) -> Values:
         metrics.TRAIN_LOSS: loss.mean,
         **{metrics.of_term(metrics.TRAIN_LOSS, name): term.mean for name, term in loss.terms.items()},
         metrics.LEARNING_RATE: rate,
-        metrics.GRADIENT_NORM: norm,
+        **({} if norm is None else {metrics.GRADIENT_NORM: norm}),
         **scaled,
     }
     if not moves_weights(values):  # what is not finite is no measure, and no end of the training either
@@ -85,13 +85,14 @@ def moves_weights(values: Values) -> bool:
 
 def window_gradients(
     state: TrainState, window: Window, hooks: Hooks = NO_HOOKS
-) -> tuple[WindowLoss, Tensor]:
+) -> tuple[WindowLoss, Tensor | None]:
     """Leave in `.grad` what the optimizer is to get of a window: accumulated, unscaled, clipped.
 
     A window that was interrupted goes on from `state.begun`.
 
     Returns:
-        What the window added up to, and the gradient's norm before it was clipped, 0-dim.
+        What the window added up to, and the gradient's norm before it was clipped, 0-dim; None: the
+        strategy leaves no gradient.
     """
     begun, state.begun = state.begun, None
     if begun is None:
@@ -110,6 +111,8 @@ def window_gradients(
         around=hooks.around_micro_batch(state, window),
         after=hooks.after_micro_batch(state),
     )
+    if not state.strategy.leaves_gradient:
+        return loss, None
     if state.scaler is not None and loss.denominator != 0:
         state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state.parameters)
@@ -146,13 +149,15 @@ def rates_scaled(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[li
             group["lr"] = rate
 
 
-def _step_with_closure(state: TrainState, window: Window, hooks: Hooks) -> tuple[WindowLoss, Tensor]:
+def _step_with_closure(
+    state: TrainState, window: Window, hooks: Hooks
+) -> tuple[WindowLoss, Tensor | None]:
     """Let an optimizer evaluate the window as often as it likes, as L-BFGS does.
 
     Returns:
         What its first evaluation found; where nothing in the window counts, no step is taken.
     """
-    found: list[tuple[WindowLoss, Tensor]] = []
+    found: list[tuple[WindowLoss, Tensor | None]] = []
 
     def evaluate_window() -> Tensor:
         # Hooks inside the window see its first evaluation only.

@@ -50,7 +50,7 @@ def may_begin_again(state: TrainState, *, cheaply: bool) -> bool:
 
     At another N it need not, and goes on as it was split; where its start is kept `cheaply`, it does.
     """
-    at_another_n = cheaply and not state.reduction.splits_again
+    at_another_n = cheaply and not state.reduction.splits_again and state.strategy.leaves_gradient
     return at_another_n or state.settings.accum.on_oom == "increase_steps"
 
 
@@ -163,7 +163,7 @@ def restore(path: Path, state: TrainState, hooks: Iterable[Hook]) -> str | None:
 
 def _begins_again(state: TrainState, window: Tree) -> bool:
     """Whether the window in which a checkpoint was taken cannot go on as it would be split now."""
-    splits = state.reduction.splits_again or window["sizes"] == _sizes(state)
+    splits = _splits_again(state) or window["sizes"] == _sizes(state)
     return not splits and window["at_start"] is not None
 
 
@@ -181,18 +181,24 @@ def _say_begins_again(state: TrainState, window: Tree) -> str:
 def _go_on_inside(state: TrainState, window: Tree, parameters: Mapping[str, nn.Parameter]) -> None:
     """Let the window in which a checkpoint was taken go on, what is left of it split as it is now.
 
-    Under a reduction whose 1/N is spent it is left as it was split.
+    Under a reduction whose 1/N is spent, or a strategy with a part of the step taken, it is left as it
+    was split.
     """
     sizes, done = window["sizes"], window["accumulator"]["passes_done"]
     now = _sizes(state)
     state.begun_sizes = None
-    if sizes != now and not state.reduction.splits_again:
+    if sizes != now and not _splits_again(state):
         state.begun_sizes = sizes
     elif sizes != now:
         left = sum(sizes[done:])
         state.begun_sizes = [*sizes[:done], *(split_sizes(left, -(-left // now[0])) if left else [])]
     state.begun_at_start = window["at_start"]
     state.begun = AccumulatorState.from_state_dict(window["accumulator"], parameters)
+
+
+def _splits_again(state: TrainState) -> bool:
+    """Whether what is left of a window may be split for another N."""
+    return state.reduction.splits_again and state.strategy.leaves_gradient
 
 
 def _sizes(state: TrainState) -> list[int]:
