@@ -13,9 +13,6 @@ _SPLITTING = {
 # else was trained with it, or when it was kept on disk.
 _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.")
 
-TRAINING_SAMPLES = "training_samples"
-"""The tag that says how many samples the training data set holds."""
-
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -23,6 +20,10 @@ class Curve:
 
     global_steps: tuple[int, ...]
     values: tuple[float, ...]
+
+
+TRAINING_SAMPLES = "training_samples"
+"""The tag that says how many samples the training data set holds."""
 
 
 @dataclass(frozen=True, slots=True)
