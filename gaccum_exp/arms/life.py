@@ -29,6 +29,7 @@ from gaccum_exp.arms.process import SPENT
 from gaccum_exp.arms.provenance import (
     DECISIVE,
     DIGEST,
+    data_tags,
     dataset_records,
     device_tags,
     digest_of,
@@ -45,7 +46,7 @@ from gaccum_exp.report.text.audit_printout import print_audit
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.progress import Progress
-from gaccum_exp.tracking.records import LARGEST_BATCH, LARGEST_N, TRAINING_SAMPLES
+from gaccum_exp.tracking.records import LARGEST_BATCH, LARGEST_N
 from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
 from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
 from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
@@ -196,7 +197,7 @@ class Life:
     def describe(self, loaded: TrainingData | TrainState) -> None:
         """Record what it is made of: its device, and its data."""
         records, own = dataset_records(self.settings, loaded), device_tags(loaded.device)
-        own |= {DIGEST: digest_of(records), TRAINING_SAMPLES: str(loaded.plan.samples)}
+        own |= data_tags(records)
         if self.resumed is not None:
             own |= environment_tags()
         self.sink.describe(own)

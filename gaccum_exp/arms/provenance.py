@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from gaccum_exp.arms.resume import version_of
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.seeding import random_state_kept, seed_host
-from gaccum_exp.tracking.records import DatasetRecord
+from gaccum_exp.tracking.records import TRAINING_SAMPLES, DatasetRecord
 from gaccum_exp.train.build import TrainingData
 from gaccum_exp.train.state import TrainState
 
@@ -58,6 +58,11 @@ def dataset_records(settings: Settings, loaded: TrainingData | TrainState) -> li
         )
         for context, dataset, node in sets
     ]
+
+
+def data_tags(records: Sequence[DatasetRecord]) -> dict[str, str]:
+    """Return the tags of a run's data: its fingerprints, and how many samples the training set holds."""
+    return {DIGEST: digest_of(records), TRAINING_SAMPLES: str(records[0].samples)}
 
 
 def digest_of(records: Sequence[DatasetRecord]) -> str:

@@ -17,8 +17,6 @@ _BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise
 
 LARGEST_N, LARGEST_BATCH = "accum.largest_steps", "data.largest_global_batch_size"
 """Tags of a run whose batch grows: its parameters say what it begins with."""
-TRAINING_SAMPLES = "training_samples"
-"""The tag that says how many samples the training data set holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +25,10 @@ class Curve:
 
     global_steps: tuple[int, ...]
     values: tuple[float, ...]
+
+
+TRAINING_SAMPLES = "training_samples"
+"""The tag that says how many samples the training data set holds."""
 
 
 @dataclass(frozen=True, slots=True)
