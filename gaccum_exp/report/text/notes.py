@@ -187,7 +187,7 @@ def _unequal_steps(arms: Sequence[RunRecord]) -> list[str]:
     return [
         f"A global batch of {least} had {steps[least]} optimizer steps, one of {most} had {steps[most]}:"
         " a loss that is higher there may be that of fewer steps, and no fault of accumulation. "
-        "train.steps gives all arms as many."
+        "The table of global batches, below, compares them at equal samples, steps and seconds."
     ]
 
 

@@ -17,7 +17,6 @@ from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_
 
 _MOST_N_LISTED = 8
 _NO_OTHER = "There is only the reference, and no other arm to compare with it."
-_NO_OTHERS = "There are only references, and no other arms to compare with them"
 _NO_REFERENCE = "No finished arm could be compared with a reference."
 _REFERENCE_NAMES = {
     "own": "the one-pass arm",
@@ -34,10 +33,17 @@ def summary(comparison: Comparison) -> str:
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
         return _say_setting(comparison.rows)
     settings = by_setting(comparison.rows, "{reduction}, over all settings")
-    said = {label: _say_setting(alike) for label, alike in settings.items()}
-    if len(said) > 1 and set(said.values()) == {_NO_OTHER}:
-        return f"{_NO_OTHERS} ({len(said)} settings)."
-    return "\n".join(f"{label}: {line}" for label, line in said.items())
+    labels: dict[str, list[str]] = {}
+    for label, alike in settings.items():
+        labels.setdefault(_say_setting(alike), []).append(label)
+    return "\n".join(f"{_say_labels(of, len(settings))}: {line}" for line, of in labels.items())
+
+
+def _say_labels(labels: Sequence[str], settings: int) -> str:
+    """Name the settings of which the same is said."""
+    if len(labels) == settings > 1:
+        return f"In all {settings} settings"
+    return "; ".join(labels) if len(labels) < 3 else f"{labels[0]} and {len(labels) - 1} more settings"
 
 
 def _say_setting(rows: Sequence[ComparisonRow]) -> str:

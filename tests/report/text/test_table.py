@@ -289,3 +289,14 @@ def test_standing_is_marked_in_the_table_and_said(arm: Arm, audited: Arm, contro
     assert "more controls tell" in words(show(compare([reference, leapt, *controls])))
     without = compare([reference, arm(2)])
     assert "envelope" not in show(without) + summary(without)
+
+
+def test_what_is_said_of_many_settings_is_said_once(arm: Arm) -> None:
+    """Of rates that were tried at one pass there is nothing to be compared."""
+    rates = [arm(1, run_id=f"{k}", params={"optimizer.lr": f"0.{k}"}) for k in range(1, 5)]
+    alone = "There is only the reference, and no other arm to compare with it."
+    assert summary(compare(rates)) == f"In all 4 settings: {alone}"
+    paired = arm(2, run_id="paired", params={"optimizer.lr": "0.1"})
+    first, rest = summary(compare([*rates, paired])).splitlines()
+    assert "lr=0.1" in first
+    assert rest.endswith(f"and 2 more settings: {alone}")
