@@ -25,7 +25,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from gaccum_exp.arms import continued
-from gaccum_exp.arms.context import ArmContext, Launch, contexts_of_seeds, given_name, name_of
+from gaccum_exp.arms.context import (
+    ArmContext,
+    Launch,
+    command_here,
+    contexts_of_seeds,
+    given_name,
+    name_of,
+)
 from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, complain, first_line
@@ -84,6 +91,15 @@ class Ended:
     """Whether its arms are to be run one by one: none of them has begun."""
 
 
+_PARENT = os.getppid()
+"""Of a launcher's worker the command, if that is what has started it."""
+
+
+def _is_orphan() -> bool:
+    """Whether this is a launcher's worker whose command is dead, and which lives on, as joblib's do."""
+    return command_here() is None and os.getppid() != _PARENT
+
+
 class DiedError(Exception):
     """The child has ended; the message says how, after "its process"."""
 
@@ -132,6 +148,8 @@ class _Child:
         """
         until = float("inf")
         while not self.connection.poll(0.1):
+            if stop.asked is None and _is_orphan():
+                stop.asked = StoppedError("its command has ended", 143)
             if stop.asked is not None and until == float("inf"):
                 until = time.monotonic() + PATIENCE_S
                 with contextlib.suppress(OSError):
@@ -241,6 +259,9 @@ def run_job(
                 _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
         _stopped[command_id] = error
+        if _is_orphan():  # nobody waits for its answer
+            _end_all()
+            os._exit(error.status)
         raise
     finally:
         if context.known:

@@ -390,13 +390,22 @@ def test_a_second_signal_ends_command_and_child_on_the_spot(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_arms_of_a_command_that_is_killed_end_in_order(home: Path) -> None:
-    """The child sees that nobody is there any more, and ends its arm after the micro-batch in hand."""
-    process = started(home)
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_the_arms_of_a_command_that_is_killed_end_in_order(home: Path, launcher: str) -> None:
+    """Child and worker see that nobody is there any more: the micro-batch in hand is the last."""
+    process = started(
+        home, f"hydra/launcher={launcher}", *["hydra.launcher.n_jobs=2"] * (launcher != "basic")
+    )
     process.kill()
-    process.communicate()
+    process.wait()  # not for its streams: a worker of joblib's that has no job keeps them for minutes
     deadline = time.monotonic() + PATIENCE_S
-    while outcomes(home)[1][0] == "RUNNING":
+    while "RUNNING" in {status for status, _ in outcomes(home).values()}:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert outcomes(home)[1] == ("KILLED", "its command has ended")
+    ended = outcomes(home)
+    assert ended.pop(0) == ("FINISHED", None)
+    assert set(ended.values()) == {("KILLED", "its command has ended")}
+    assert 3 not in ended
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
