@@ -136,7 +136,7 @@ def differences(runs: Sequence[Trained], arm: str) -> list[float]:
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of five values and its 95 % interval; of fewer, too wide a one is not given."""
     mean, deviation = spread(values)
-    half = T_OF_FOUR * deviation / len(values) ** 0.5 if len(values) == len(SEEDS) else float("nan")
+    half = T_OF_FOUR * deviation / len(values) ** 0.5 if len(values) == 5 else float("nan")
     return mean, mean - half, mean + half
 
 

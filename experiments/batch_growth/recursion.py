@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.core.batch_growth import cut_where_n_changes, grow
+from gaccum_exp.core.batch_growth import grow, growing_accum_steps
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.optim.schedules import cosine
 from gaccum_exp.train.growth import rates_of
@@ -82,10 +82,10 @@ def scheduled(peak: float, windows: int = WINDOWS) -> dict[str, Windows]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], peak)
     rates = rates_of(optimizer, cosine(optimizer, windows), windows)
     plan = WindowPlan(windows * FIRST_BATCH, FIRST_BATCH, 0)
-    cuts = cut_where_n_changes(rates, FIRST_BATCH // MICRO_BATCH, LARGEST)
+    accum_steps = growing_accum_steps(rates, FIRST_BATCH // MICRO_BATCH, LARGEST)
 
     def growing(rule: str) -> Windows:
-        growth = grow(plan, cuts, MICRO_BATCH, rule)
+        growth = grow(plan, accum_steps, MICRO_BATCH, rule)
         staged = plan.in_stages(growth.stages)
         steps = zip(growth.base_steps, growth.factors, strict=False)
         return [(rates[step] * factor, staged.size(k)) for k, (step, factor) in enumerate(steps)]

@@ -63,8 +63,8 @@ class AccumConfig:
     schedule_lr: str = "none"
     """How the learning rate follows a global batch that the schedule changes: none | linear | sqrt"""
     grow: str | None = None
-    """Let the batch grow where `scheduler` would let the rate fall: auto (by the optimizer) | sgd (at a
-    constant rate) | adam (and the rate falls by the square root); null."""
+    """Let the batch grow where `scheduler` would let the rate fall: auto (by the optimizer) | sgd (the
+    rate stays) | adam (the rate falls by the square root); null."""
     grow_to: int | None = None
     """Largest N of a batch that grows; null: as many micro-batches as the data set holds."""
 

@@ -3,8 +3,10 @@ that falls.
 
 Where a schedule would multiply the rate by α < 1, SGD may keep its rate and multiply the batch by 1/α
 (Smith et al. 2018, arXiv 1711.00489); Adam and its like multiply the rate by √α and the batch by 1/α
-(Meterez et al. 2025, arXiv 2510.14717). Both are the schedule's rate, times what the rate follows the
-batch by: α · (1/α) and α · √(1/α).
+(Meterez et al. 2025, arXiv 2510.14717). Both are the schedule's rate, times what a rate follows the
+batch by: α · (1/α) and α · √(1/α). That is how it is done here, since a batch grows by whole
+micro-batches: for SGD the quotient of rate and batch is the schedule's in every window, and the rate is
+constant but for what rounding leaves.
 """
 
 import math
@@ -26,14 +28,8 @@ def rate_factor(rule: str, share: float) -> float:
     return float(share ** POWERS[rule])
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A step of a schedule, cut where N changes."""
-
-    accum_steps: int
-    """N."""
-    factor: float
-    """From the schedule's own rate to the one that N stands for: N's first value / N of the highest."""
+ROUNDING = 1e-9
+"""So little may a schedule's rate be off, relatively: 0.1² is not 0.01."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +45,11 @@ class BatchGrowth:
     """What the schedule's rate is multiplied by in each window."""
 
 
-def cut_where_n_changes(rates: Sequence[float], accum_steps: int, largest: int) -> list[Cut]:
-    """Return N and what becomes of the rate at each step of a schedule.
+def growing_accum_steps(rates: Sequence[float], accum_steps: int, largest: int) -> list[int]:
+    """Return N at each step of a schedule.
 
-    Up to the schedule's peak nothing changes. From there on, where it has fallen to α of the peak, N is
-    the integer nearest to accum_steps / α, halves up, and it stands for accum_steps / N of the peak: the
-    schedule becomes steps, each above and below it. Once N is the largest, the rate takes over and
-    falls below the last of these steps with the schedule.
+    From the schedule's peak on, where it has fallen to α of that, N is accum_steps / α rounded down, and
+    the largest at most. What rounding and the largest leave of α is for the rate to take.
 
     Args:
         rates: of the schedule, by step; they rise to their peak and fall from there.
@@ -63,19 +57,16 @@ def cut_where_n_changes(rates: Sequence[float], accum_steps: int, largest: int) 
         largest: N at most.
     """
     peak = max(rates)
-    fall_from = len(rates) - rates[::-1].index(peak)
-    cuts = [Cut(accum_steps, 1.0)] * fall_from
-    for rate in rates[fall_from:]:
-        alpha = rate / peak
+    rising = len(rates) - rates[::-1].index(peak)
+    found = [accum_steps] * rising
+    for rate in rates[rising:]:
+        alpha = rate / peak * (1 - ROUNDING)
         # The comparison comes first, since the quotient may be infinite.
-        n = largest if alpha * largest <= accum_steps else math.floor(accum_steps / alpha + 0.5)
-        n = min(max(n, accum_steps), largest)
-        stands_for = accum_steps / n if n < largest else min(accum_steps / n, alpha)
-        cuts.append(Cut(n, stands_for / alpha if alpha > 0 else 1.0))
-    return cuts
+        found.append(largest if alpha * largest <= accum_steps else math.floor(accum_steps / alpha))
+    return found
 
 
-def grow(plan: WindowPlan, cuts: Sequence[Cut], micro_batch: int, rule: str) -> BatchGrowth:
+def grow(plan: WindowPlan, accum_steps: Sequence[int], micro_batch: int, rule: str) -> BatchGrowth:
     """Cut the samples of a training into windows that grow.
 
     They hold the samples of the training at the first batch, and the last window what is left of them,
@@ -83,11 +74,11 @@ def grow(plan: WindowPlan, cuts: Sequence[Cut], micro_batch: int, rule: str) -> 
 
     Args:
         plan: at the first batch.
-        cuts: of the schedule, one for each of the plan's windows.
+        accum_steps: N at each step of the schedule, that is at each of the plan's windows.
         micro_batch: samples.
         rule: that the rate follows the batch by.
     """
-    last = len(cuts) - 1
+    last = len(accum_steps) - 1
     end = plan.position(last) + plan.size(last)
     first_batch = plan.largest_batch
     base_steps: list[int] = []
@@ -102,7 +93,7 @@ def grow(plan: WindowPlan, cuts: Sequence[Cut], micro_batch: int, rule: str) -> 
 
     while (position := growing.position(len(base_steps))) < end:
         step = min(plan.step_at(position), last)
-        size = cuts[step].accum_steps * micro_batch
+        size = accum_steps[step] * micro_batch
         if size != stages[-1].global_batch_size:
             begin(size)  # a larger one may not fit into what is left of the epoch, and begins later
             if growing.position(len(base_steps)) != position:
@@ -114,5 +105,5 @@ def grow(plan: WindowPlan, cuts: Sequence[Cut], micro_batch: int, rule: str) -> 
             size = left
             begin(size)
         base_steps.append(step)
-        factors.append(cuts[step].factor * rate_factor(rule, size / first_batch))
-    return BatchGrowth(tuple(stages), (*base_steps, len(cuts)), tuple(factors))
+        factors.append(rate_factor(rule, size / first_batch))
+    return BatchGrowth(tuple(stages), (*base_steps, len(accum_steps)), tuple(factors))

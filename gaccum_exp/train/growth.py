@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gaccum_exp.config.batch_sizes import AccumStage
 from gaccum_exp.config.schema import Settings
-from gaccum_exp.core.batch_growth import BatchGrowth, cut_where_n_changes, grow
+from gaccum_exp.core.batch_growth import ROUNDING, BatchGrowth, grow, growing_accum_steps
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 
@@ -24,8 +24,6 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
     ),
 }
 """The optimizers that a rule is for: those that divide by a root mean square are of Adam's kind."""
-ROUNDING = 1e-9
-"""So little may a rate that falls rise between two steps of a schedule, relatively."""
 
 
 def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, total_steps: int) -> list[float]:
@@ -62,16 +60,16 @@ def growth_of(
             f"{key}: data.train holds {plan.samples} samples, so that N can be no more than {held} with "
             f"micro-batches of {micro}, and is accum.steps={first} at first; begin with a smaller batch"
         )
-    cuts = cut_where_n_changes(rates, first, largest)
-    if cuts[-1].accum_steps == first:
+    accum_steps = growing_accum_steps(rates, first, largest)
+    if accum_steps[-1] == first:
         raise BadInputError(
             f"{key}: the learning rate falls to {rates[-1] / max(rates):.3g} of its peak, at which N is "
-            f"accum.steps={first} still, rounded to an integer; accum.steps={4 * first} at a quarter of "
+            f"accum.steps={first} still, rounded down; accum.steps={4 * first} at a quarter of "
             "data.micro_batch_size is finer"
         )
     rule = RULES[_kind(key, settings, optimizer)]
     try:
-        return grow(plan, cuts, micro, rule)
+        return grow(plan, accum_steps, micro, rule)
     except BadInputError as error:  # of accum.partial_window=error
         raise BadInputError(f"{key}: {error}; accum.partial_window=exact takes any batch") from None
 

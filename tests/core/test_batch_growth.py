@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaccum_exp.core.batch_growth import cut_where_n_changes, grow, rate_factor
+from gaccum_exp.core.batch_growth import grow, growing_accum_steps, rate_factor
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 
@@ -37,27 +37,27 @@ def test_a_rate_follows_the_batch_by_a_power_of_it(rule: str, power: float) -> N
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("first", "largest"), [(1, 8), (3, 1000), (4, 6)])
 def test_rate_and_batch_share_the_fall_of_the_schedule(name: str, first: int, largest: int) -> None:
-    """Before the peak nothing is changed; after it N is the nearest integer, the rate what SGD and Adam
-    are to have, and once N is the largest both rates are the schedule's fall less what N has taken."""
+    """Up to the peak N is the first. From there SGD's rate is the peak's but for what rounding to whole
+    micro-batches leaves, less than one of them; Adam's falls by the square root of the batch besides;
+    and once N is the largest both fall with the schedule."""
     schedule = rates(name, 60)
     peak = schedule.index(max(schedule))
-    cuts = cut_where_n_changes(schedule, first, largest)
-    assert [(cut.accum_steps, cut.factor) for cut in cuts[: peak + 1]] == [(first, 1.0)] * (peak + 1)
-    for cut, rate in list(zip(cuts, schedule, strict=True))[peak + 1 :]:
-        n, alpha = cut.accum_steps, rate / schedule[peak]
-        assert n == max(first, min(largest, math.floor(first / alpha + 0.5) if alpha else largest))
-        sgd = rate * cut.factor * rate_factor("linear", n / first)
-        adam = rate * cut.factor * rate_factor("sqrt", n / first)
-        fallen = 1.0 if n < largest else min(1.0, alpha * largest / first)
-        assert sgd == pytest.approx(schedule[peak] * fallen, rel=1e-12)
-        assert adam == pytest.approx(schedule[peak] * math.sqrt(first / n) * fallen, rel=1e-12)
-    assert [cut.accum_steps for cut in cuts] == sorted(cut.accum_steps for cut in cuts)
+    found = growing_accum_steps(schedule, first, largest)
+    assert found[: peak + 1] == [first] * (peak + 1)
+    for n, rate in list(zip(found, schedule, strict=True))[peak + 1 :]:
+        alpha = rate / schedule[peak]
+        assert first <= n <= largest
+        sgd = alpha * rate_factor("linear", n / first)
+        assert sgd <= 1 + 1e-8
+        assert n == largest or n / (n + 1) < sgd
+        assert alpha * rate_factor("sqrt", n / first) == pytest.approx(sgd * math.sqrt(first / n))
+    assert found == sorted(found)
 
 
 def test_a_schedule_of_tenths_is_followed_exactly() -> None:
-    """Ten times N at a tenth of the rate, whatever rounding does to the quotient."""
-    cuts = cut_where_n_changes(rates("steps", 10), 2, 1000)
-    assert [cut.accum_steps for cut in cuts] == [2] * 3 + [20] * 3 + [200] * 4
+    """Ten times N at a tenth of the rate, whatever rounding does to 0.1²."""
+    found = growing_accum_steps(rates("steps", 10), 2, 1000)
+    assert found == [2] * 3 + [20] * 3 + [200] * 4
 
 
 @pytest.mark.parametrize("rule", ["exact", "carry", "drop"])
@@ -80,8 +80,8 @@ def test_a_batch_that_grows_is_fed_the_same_samples_in_the_same_order(
     if not first or largest == first:
         return
     plan = WindowPlan(samples, first * micro, 3, rule)  # type: ignore[arg-type]
-    cuts = cut_where_n_changes(rates(name, windows), first, largest)
-    growth_of = grow(plan, cuts, micro, "sqrt")
+    accum_steps = growing_accum_steps(rates(name, windows), first, largest)
+    growth_of = grow(plan, accum_steps, micro, "sqrt")
     growing = plan.in_stages(growth_of.stages)
     number = len(growth_of.factors)
     before = [index for k in range(windows) for index in plan.indices(k).tolist()]
@@ -100,9 +100,9 @@ def test_a_batch_that_grows_is_fed_the_same_samples_in_the_same_order(
         step, size = growth_of.base_steps[k], asked(growing, k)
         at = growing.position(k)
         assert step == min(begins[p] for p in begins if p >= at and (p == at or rule == "drop"))
-        whole = size == cuts[step].accum_steps * micro
-        assert whole or (k == number - 1 and size < cuts[step].accum_steps * micro)
-        expected = cuts[step].factor * math.sqrt(size / (first * micro))
+        whole = accum_steps[step] * micro
+        assert size == whole or (k == number - 1 and size < whole)
+        expected = math.sqrt(size / (first * micro))
         assert growth_of.factors[k] == pytest.approx(expected, rel=1e-15)
     assert growth_of.base_steps[-1] == windows
     assert sorted(growth_of.base_steps) == list(growth_of.base_steps)
@@ -114,15 +114,15 @@ def asked(plan: WindowPlan, global_step: int) -> int:
 
 
 def test_a_batch_that_grows_takes_fewer_steps() -> None:
-    """Under a cosine to zero from N = 1 to 16: 200 windows become 111."""
+    """Under a cosine to zero from N = 1 to 16: 200 windows become 123."""
     plan = WindowPlan(800, 4, 0)
-    growth = grow(plan, cut_where_n_changes(rates("cosine", 200), 1, 16), 4, "linear")
-    assert len(growth.factors) == 111
+    growth = grow(plan, growing_accum_steps(rates("cosine", 200), 1, 16), 4, "linear")
+    assert len(growth.factors) == 123
     assert [stage.global_batch_size for stage in growth.stages][:4] == [4, 8, 12, 16]
 
 
 def test_windows_that_do_not_divide_the_epoch_are_refused_where_they_must() -> None:
-    """Under `error` two micro-batches of four do not divide what is left of 800 samples."""
+    """Under `error` three micro-batches of four do not divide 800 samples."""
     plan = WindowPlan(800, 4, 0, "error")
-    with pytest.raises(BadInputError, match="becomes 8, the epoch still holds 484 samples"):
-        grow(plan, cut_where_n_changes(rates("cosine", 200), 1, 16), 4, "linear")
+    with pytest.raises(BadInputError, match=r"800 samples, which data\.global_batch_size=12 does not"):
+        grow(plan, growing_accum_steps(rates("cosine", 200), 1, 16), 4, "linear")
