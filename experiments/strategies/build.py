@@ -53,7 +53,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 FIXED_GLOBAL, FIXED_MICRO, BUFFERS = "fixed global batch", "fixed micro-batch", "bfloat16 weights"
 RATES = {
     FIXED_GLOBAL: (3e-4, 1e-3, 3e-3),
-    FIXED_MICRO: (1e-4, 3e-4, 1e-3),
+    FIXED_MICRO: (3e-5, 1e-4, 3e-4, 1e-3),
     BUFFERS: (3e-4, 1e-3, 3e-3),
 }
 IN_PLACE, ADAM_A, INVARIANT = "in_place", "adam_a", "batch_size_invariant_adam"

@@ -52,7 +52,7 @@ class AdamA(InPlace):
         self._optimizer: torch.optim.Optimizer | None = None
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}
         self._ended: AccumulatorState | None = None
-        """Of the window whose step is to be taken."""
+        """Of the window whose step is to be taken; None: nothing counted, or there was none."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -93,7 +93,6 @@ class AdamA(InPlace):
                 )
         bound = copy.copy(self)
         bound._optimizer, bound._ended = optimizer, None
-        bound._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         return bound
 
     def buffered(self, dtype: torch.dtype) -> InPlace:
@@ -112,7 +111,10 @@ class AdamA(InPlace):
         self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
     ) -> Iterator[None]:
         """Enter around a window's passes, as `InPlace.collecting`."""
-        groups = self._groups if self.optimizer else {}
+        # Anew for each window: loading an optimizer's state replaces its groups.
+        groups: dict[nn.Parameter, dict[str, Any]] = {
+            p: group for group in self.optimizer.param_groups for p in group["params"]
+        }
         if None in state.counts:
             raise BadInputError(
                 f"strategy={self.name}: the loss is counted only after its forward pass, and what is in "
@@ -124,7 +126,7 @@ class AdamA(InPlace):
                 f"strategy={self.name}: `.grad` holds gradients already, which would go into the "
                 "moments: call optimizer.zero_grad() first"
             )
-        self._ended = None
+        self._groups, self._ended = groups, None
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._fold, state))  # type: ignore[no-untyped-call]  # torch's
             for parameter in groups
@@ -195,9 +197,8 @@ class AdamA(InPlace):
 
     @torch.no_grad()
     def _step(self) -> None:
-        """Move the parameters whose moments this window has moved."""
-        ended, self._ended = self._ended, None
-        assert ended is not None, "a window ends before its step is taken"
+        """Move the parameters whose moments the window has moved; none, where nothing in it counted."""
+        ended, self._ended = self._ended or AccumulatorState([]), None
         windows = self.base_windows(ended)
         for parameter in ended.folded:
             group = self._groups[parameter]

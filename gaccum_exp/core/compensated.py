@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from gaccum_exp.core.strategies import AccumulatorState, InPlace, collecting
 from gaccum_exp.errors import BadInputError
 
 
-@dataclass(frozen=True, slots=True)
 class Compensated(InPlace):
     """Adds micro gradients of half precision up with a second number for what rounding loses.
 
@@ -55,7 +53,7 @@ class Compensated(InPlace):
         What has been lost so far is less than half of the sum's last digit, and so is what this loses.
         """
         state.compensations.clear()
-        InPlace.rescale(self, state, parameters, factor)
+        super().rescale(state, parameters, factor)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from gaccum_exp import accumulate_gradients
 from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.core.adam_a import AdamA
 from gaccum_exp.core.batch_size_invariant_adam import BatchSizeInvariantAdam
-from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState
+from gaccum_exp.core.strategies import AccumulatorState
 
 SIZES = [4, 3, 2]
 
@@ -53,11 +53,13 @@ class AtTheEnd(AdamA):
     def collecting(
         self, state: AccumulatorState, parameters: Sequence[nn.Parameter], *, rescaled: bool
     ) -> Iterator[None]:
-        with IN_PLACE.collecting(state, parameters, rescaled=rescaled):
-            yield
-        for parameter in self._groups:
-            self._fold(state, parameter)
-        self._ended = state
+        yield
+        held = [(p, p.grad) for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with super().collecting(state, parameters, rescaled=rescaled):
+            for parameter, parameter.grad in held:
+                self._fold(state, parameter)
 
 
 def step_by_hand(of: nn.Module, optimizer: Any, gradients: Sequence[list[Tensor]]) -> Tensor:

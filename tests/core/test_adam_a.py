@@ -234,7 +234,10 @@ def test_what_does_not_count_moves_no_moment(
     x = torch.randn(2, 3, dtype=torch.float64)
     none, some = torch.zeros(2).double(), torch.ones(2).double()
     assert accumulate_gradients(of, loss_fn, [(x, none)] * 2, strategy=bound).denominator == 0
+    before = of.weight.detach().clone()
+    bound.step_of(optimizer)()
     assert not optimizer.state
+    assert torch.equal(of.weight, before)
     moments = []
     for window in ([(x, none), (x, some)], [(x, some), (x, none)]):
         optimizer.state.clear()
