@@ -10,8 +10,12 @@ from tests.program import Program, new_store
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Take what is slow first, so that at the end no worker waits for another's."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Take what is slow first, so that at the end no worker waits for another's.
+
+    And what forks before all: a fork of a process in which autograd has threads cannot use it.
+    """
+    for first in ("slow", "forks"):
+        items.sort(key=lambda item: item.get_closest_marker(first) is None)  # used at once
 
 
 def pytest_collection_finish() -> None:

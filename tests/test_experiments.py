@@ -11,6 +11,7 @@ import torch
 from experiments.batch_growth import build as batch_growth
 from experiments.batch_growth.recursion import excess_loss, final_losses
 from experiments.strategies import build as strategies
+from gaccum_exp.arms.provenance import git_commit
 from tests.program import Program
 from tests.support import ROOT
 
@@ -94,6 +95,7 @@ def test_the_study_of_a_growing_batch_runs_shortened(tmp_path: Path) -> None:
     (tmp_path / "text").write_text((ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
     short = ("train.epochs=null", "train.steps=16", "model.layers=1", "model.width=16",
              "data.context=16", f"data.root={tmp_path / 'text'}")  # fmt: skip
+    git_commit.cache_clear()  # of another test's working directory
     runs = [batch_growth.trained(arm, seed, short) for seed in (0, 1) for arm in batch_growth.ARMS]
     assert {run.samples for run in runs} == {128}
     assert len({run.optimizer_steps for run in runs}) == 2

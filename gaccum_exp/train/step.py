@@ -31,17 +31,6 @@ def take_step(state: TrainState, window: Window, hooks: Hooks = NO_HOOKS) -> Val
         The metrics of this step, as tensors where reading them would wait for the device; empty where
         nothing in the window counted, and then no step was taken.
     """
-    values = _step(state, window, hooks)
-    moved = moves_weights(values)
-    if state.scheduler is not None and (moved or state.growth is not None):
-        # A schedule in samples passes by a window that was no step, of which torch warns.
-        with nullcontext() if moved else warnings.catch_warnings(action="ignore"):
-            for _ in range(state.schedule_steps_of(state.global_step)):
-                state.scheduler.step()
-    return values
-
-
-def _step(state: TrainState, window: Window, hooks: Hooks) -> Values:
     optimizer, scaler = state.optimizer, state.scaler
     scaled: dict[str, float | Tensor] = {}
     with _rates_of_step(state):
@@ -52,30 +41,40 @@ def _step(state: TrainState, window: Window, hooks: Hooks) -> Values:
         else:
             with hooks.around(PASSES, state, window):
                 loss, norm = window_gradients(state, window, hooks)
-            if loss.denominator == 0:
-                return {}
-            with hooks.around(OPTIMIZER_STEP, state, window), _irreversible():
-                if scaler is None:
-                    state.strategy.step_of(optimizer)()
-                else:
-                    scale = scaler.get_scale()
-                    scaler.step(optimizer)
-                    scaler.update()
-                    # Nothing is finite once divided by 0.
-                    skipped = scaler.get_scale() < scale or scale == 0
-                    scaled = {metrics.LOSS_SCALE: scale, metrics.SKIPPED: float(skipped)}
-    if loss.denominator == 0:
-        return {}
-    values: dict[str, float | Tensor] = {
-        metrics.TRAIN_LOSS: loss.mean,
-        **{metrics.of_term(metrics.TRAIN_LOSS, name): term.mean for name, term in loss.terms.items()},
-        metrics.LEARNING_RATE: rate,
-        **({} if norm is None else {metrics.GRADIENT_NORM: norm}),
-        **scaled,
-    }
-    if not moves_weights(values):  # what is not finite is no measure, and no end of the training either
+            if loss.denominator != 0:
+                with hooks.around(OPTIMIZER_STEP, state, window), _irreversible():
+                    if scaler is None:
+                        state.strategy.step_of(optimizer)()
+                    else:
+                        scale = scaler.get_scale()
+                        scaler.step(optimizer)
+                        scaler.update()
+                        # Nothing is finite once divided by 0.
+                        skipped = scaler.get_scale() < scale or scale == 0
+                        scaled = {metrics.LOSS_SCALE: scale, metrics.SKIPPED: float(skipped)}
+    values: dict[str, float | Tensor] = {}
+    if loss.denominator != 0:
+        values = {
+            metrics.TRAIN_LOSS: loss.mean,
+            **{metrics.of_term(metrics.TRAIN_LOSS, k): term.mean for k, term in loss.terms.items()},
+            metrics.LEARNING_RATE: rate,
+            **({} if norm is None else {metrics.GRADIENT_NORM: norm}),
+            **scaled,
+        }
+    moved = moves_weights(values)
+    _follow_schedule(state, moved)
+    if not moved:  # what is not finite is no measure, and no end of the training either
         return {k: v for k, v in values.items() if math.isfinite(float(v))}
     return values
+
+
+def _follow_schedule(state: TrainState, moved: bool) -> None:
+    """Bring the schedule to the next window; one in samples passes by a window that was no step."""
+    if state.scheduler is None or not (moved or state.growth is not None):
+        return
+    with nullcontext() if moved else warnings.catch_warnings(action="ignore"):  # which torch warns of
+        for _ in range(state.schedule_steps_of(state.global_step)):
+            state.scheduler.step()
 
 
 def moves_weights(values: Values) -> bool:

@@ -38,6 +38,7 @@ from tests.program import Program, sweep_here
 from tests.strangers import Net
 from tests.support import composed, settings
 
+pytestmark = pytest.mark.forks
 ARMS = ("model=custom", "model._target_=tests.arms.test_resume.Killed", "data=custom",
         "data.train._target_=tests.strangers.Points", "data.eval._target_=tests.strangers.Points",
         "+data.eval.seed=1", "data.global_batch_size=8", "train.steps=9", "train.eval_every_steps=2",

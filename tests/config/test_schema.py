@@ -71,7 +71,7 @@ def test_seed_zero_is_a_seed() -> None:
         ("accum.sum_scale=no", "accum.sum_scale=no: not one of constant, none"),
         ("accum.partial_window=dorp", "did you mean 'drop'"),
         ("task=tran", "did you mean 'train'"),
-        ("task=audits", "task=audits: not one of train, audit, plan, did you mean 'audit'"),
+        ("task=audits", "task=audits: not one of train, audit, plan, advise, did you mean 'audit'"),
         ("audit.every_steps=0", "audit.every_steps=0: must be at least 1"),
         ("audit.controls=-1", "audit.controls=-1: must be 0 to 1,000, since each"),
         ("+audit.every_step=3", "audit.every_step: no such key, did you mean 'every_steps'"),

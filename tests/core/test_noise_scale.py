@@ -412,7 +412,7 @@ def test_windows_are_averaged_and_the_result_says_how_sure_it_is() -> None:
     assert last.windows == 12
     assert last.scale == quotient_of_means([of.window for of in measured])
     assert str(last).startswith(f"noise scale: {last.scale.value:.3g} samples (")
-    assert "not resolved by 1 windows" in str(measured[0])
+    assert "not resolved by a window" in str(measured[0])
 
 
 class Mixed(nn.Sequential):
