@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments.noise_scale import cost, frozen
+from experiments.noise_scale import cost, frozen, splits
 from gaccum_exp.train.build import build
 from tests.support import ROOT, settings
 
@@ -51,6 +51,11 @@ def test_the_cost_is_a_ratio_for_each_model_optimizer_and_interval(
     found = cost.measured(rounds=1, windows=2)
     assert {key[1:] for key in found} == {(o, k) for o in cost.OPTIMIZERS for k in cost.EVERY}
     assert all(len(of) == 1 for of in found.values())
+
+
+def test_over_splits_of_a_window_the_mean_is_what_its_samples_tell() -> None:
+    """A few of the study's splits, of its smallest model."""
+    assert max(map(abs, splits.standard_errors("MLP", splits=12, batch=40))) < 4
 
 
 def test_the_page_has_its_numbers() -> None:

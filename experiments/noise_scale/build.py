@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.noise_scale import cost
+from experiments.noise_scale import cost, splits
 from experiments.noise_scale.frozen import BATCH, CASES, MICRO_BATCHES, WINDOWS, Found
 from experiments.notebook import provenance, spread, write_results
 
@@ -31,13 +31,8 @@ def main() -> None:
     costs = cost.measured()
     draw(found, HERE / "noise_scale.png")
     figure = "![Noise scale against optimizer steps](noise_scale.png)"
-    parts = (
-        answer(found),
-        table(found),
-        figure,
-        cost.table(costs),
-        provenance(time.monotonic() - start),
-    )
+    of_splits, of_time = splits.table(), provenance(time.monotonic() - start)
+    parts = answer(found), table(found), figure, of_splits, cost.table(costs), of_time
     write_results(HERE / "README.md", "\n\n".join(parts))
 
 
