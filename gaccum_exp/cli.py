@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     if given[:1] in (["report"], ["deliver"]):
                         return _word(given)
-                    status, further = _run(given, stop)
+                    status, following = _run(given, stop)
                 except BadInputError as error:
                     complain(explain.one_line(error, given))
                     return BAD_INPUT
@@ -91,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if isinstance(end.code, str):
                         raise
                     return end.code or OK
-            if not further:
+            if not following:
                 return status
-            given = further
+            given = following
 
 
 def _word(given: list[str]) -> int:
