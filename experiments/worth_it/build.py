@@ -260,7 +260,7 @@ def draw(arms: Sequence[Arm], path: Path) -> None:
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss at the end")
     axes.set_ylim(least - 0.05, least + 1.2)
     axes.grid(axis="y", linewidth=0.3)
-    axes.legend(frameon=False, title="global batch")
+    figure.legend(loc="outside right upper", frameon=False, title="global batch")
     figure.suptitle("Loss after 15,872 samples; dotted: the parabola's best rate", fontsize=10)
     figure.savefig(path, dpi=120)
 
