@@ -87,7 +87,12 @@ class SweepStart(Callback):
                 command.lock = before.lock
             _take_up(config, before)
             swept = list(dict.fromkeys([*before.swept_keys, *swept]))
-        require_swept(config.sweep.extend, swept)
+        given_values = {
+            o.get_key_element().lstrip("+"): o.sweep_iterator()
+            for o in overrides
+            if o.is_discrete_sweep()
+        }
+        require_swept(config.sweep.extend, swept, given_values)
         _refuse_passwords(config, config_name, overrides)
         if config.resume not in (resume.AUTO, resume.NEVER):
             raise BadInputError(f"resume={config.resume}: names one run, and not the arms of a sweep")

@@ -40,7 +40,7 @@ from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
 
 COMMAND_FILE, COMMAND_LOCK = "command.json", "command.lock"
-KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed")
+KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed", "sweep.extend")
 """What only the command is told, and not its arms."""
 HELPER_S = 1.0
 """So long a lock may be held by who delivers a journal, or looks whether it is held."""

@@ -6,7 +6,7 @@ until its best value lies between two others. A best value at the end of a grid 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -29,18 +29,29 @@ class Further:
     said: str
 
 
-def require_swept(key: str | None, swept_keys: Sequence[str]) -> None:
-    """Refuse to extend a key that a sweep does not vary.
+def require_swept(
+    key: str | None, swept_keys: Sequence[str], values: Mapping[str, Iterable[object]]
+) -> None:
+    """Refuse to extend a key that a sweep does not vary, or that has values which are no numbers.
+
+    Args:
+        key: to be extended; None: none.
+        swept_keys: of the sweep.
+        values: that the command line gives to keys.
 
     Raises:
-        BadInputError: it does not.
+        BadInputError: it does not, or has.
     """
-    if key is not None and key not in swept_keys:
+    if key is None:
+        return
+    if key not in swept_keys:
         varied = ", ".join(swept_keys) or "nothing"
         raise BadInputError(
             f"sweep.extend={key}: the sweep varies {varied}; give {key} some values to begin with "
             f"({key}=0.01,0.02,0.04)"
         )
+    for value in values.get(key, ()):
+        _number(key, str(value))
 
 
 def further(runs: Iterable[RunRecord], key: str, swept_keys: Sequence[str]) -> Further | None:
@@ -59,7 +70,7 @@ def further(runs: Iterable[RunRecord], key: str, swept_keys: Sequence[str]) -> F
     for run in runs:
         if not run.is_control and run.params:
             setting = tuple((other, _value(run, other)) for other in others)
-            losses[setting][_number(run, key)].append(_loss(run))
+            losses[setting][_number(key, run.params.get(key, ""))].append(_loss(run))
     asked: dict[float, list[Setting]] = defaultdict(list)
     for setting, of_values in losses.items():
         value = _next(of_values)
@@ -109,8 +120,7 @@ def _value(run: RunRecord, key: str) -> str:
     return run.params.get(key) or run.tags.get(f"choice.{key}", "")
 
 
-def _number(run: RunRecord, key: str) -> float:
-    text = run.params.get(key, "")
+def _number(key: str, text: str) -> float:
     try:
         number = float(text)
     except ValueError:

@@ -508,6 +508,13 @@ def _take_schedule(config: Config) -> tuple[AccumStage, ...]:
 def _check_growth(config: Config, data: DataConfig) -> None:
     """Refuse a batch that is to grow and cannot, as far as that is known without the data."""
     accum, first = config.accum, config.accum.steps
+    changing = {"accum.schedule": accum.schedule, "accum.grow": accum.grow}
+    for key, value in changing.items():
+        if config.task == "advise" and value is not None:
+            raise BadInputError(
+                f"task=advise: shows the ways to one global batch, and {key}={value} changes it; set it "
+                "to null"
+            )
     if accum.grow is None:
         if accum.grow_to is not None:
             raise BadInputError(

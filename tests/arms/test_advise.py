@@ -47,3 +47,11 @@ def test_what_cannot_be_taken_is_said_with_its_reason(program: Program) -> None:
     assert ended.status == 0
     assert "has no blocks" in ended.plain
     assert "Nothing is recommended: no way fits the memory that there is." in ended.plain
+
+
+def test_a_batch_that_changes_has_no_ways_of_its_own(program: Program) -> None:
+    """It is refused before anything is loaded."""
+    for key in ("accum.grow=auto", "'accum.schedule={0:1,1:2}'"):
+        ended = program("task=advise", *SMALL, "scheduler=cosine", key.strip("'"))
+        assert ended.status == 2
+        assert "shows the ways to one global batch" in ended.plain

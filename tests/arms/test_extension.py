@@ -73,9 +73,12 @@ def test_it_ends_though_every_value_is_better_than_the_last() -> None:
 
 def test_a_key_that_cannot_be_extended_is_refused() -> None:
     """In one line: one that the sweep does not vary, before anything runs, and one without numbers."""
-    require_swept(None, ("data.kind",))
+    require_swept(None, ("data.kind",), {})
+    require_swept("data.kind", ("data.kind",), {"data.kind": (1, 0.5)})
     with pytest.raises(BadInputError, match=r"sweep\.extend=model\.width: the sweep varies data\.kind"):
-        require_swept("model.width", ("data.kind",))
+        require_swept("model.width", ("data.kind",), {})
+    with pytest.raises(BadInputError, match=r"sweep\.extend=data\.kind: odd is no number above 0"):
+        require_swept("data.kind", ("data.kind",), {"data.kind": ("1", "odd")})
     with pytest.raises(BadInputError, match=r"sweep\.extend=data\.kind: odd is no number above 0"):
         further([make_arm(1, params={"data.kind": "odd"})], "data.kind", ("data.kind",))
 
