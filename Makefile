@@ -14,7 +14,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/base   ## sweep N on the bundled digits and print the comparison
-	$(BIN)/python -m gaccum_exp -m accum.steps=1,2,4,8 noise.every_steps=4
+	$(BIN)/python -m gaccum_exp -m accum.steps=1,2,4,8 noise.every_steps=3
 
 test: .venv/test   ## the whole suite on two cores, a thread for each worker
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "gaccum_exp", "-m", "accum.steps=1,2,4,8", "noise.every_steps=4"],
+            [sys.executable, "-m", "gaccum_exp", "-m", "accum.steps=1,2,4,8", "noise.every_steps=3"],
             cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         seconds = time.monotonic() - start
