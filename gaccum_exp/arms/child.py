@@ -14,9 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,23 @@ _PARENT = os.getppid()
 def _is_orphan() -> bool:
     """Whether this is a launcher's worker whose command is dead, and which lives on, as joblib's do."""
     return command_here() is None and os.getppid() != _PARENT
+
+
+_idle = threading.Event()
+"""Set while a launcher's worker has no job in hand."""
+
+
+@cache
+def _watch_command() -> None:
+    """End a launcher's worker once it has nothing to do and its command is dead; joblib's wait on."""
+
+    def watch() -> None:
+        while not _is_orphan() or not _idle.is_set():
+            time.sleep(1)
+        _end_all()
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class DiedError(Exception):
@@ -243,12 +262,15 @@ def run_job(
     command_id = context.command_id
     if command_id in _stopped:  # a launcher may go on giving jobs
         raise _stopped[command_id]
+    if command_here() is None:
+        _watch_command()
     if continued.forgotten(context.sweep_folder, command_id):
         complain("the sweep goes on in another command: this one ends")
         raise StoppedError("the sweep goes on in another command", 143)
     if helper is not None:
         shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
+    _idle.clear()
     try:
         left = [arm for arm in arms if not _answered(arm, outcomes)]
         job = left[0] if len(left) == 1 else context
@@ -259,11 +281,9 @@ def run_job(
                 _given(arm, [arm], stop, outcomes)
     except StoppedError as error:
         _stopped[command_id] = error
-        if _is_orphan():  # nobody waits for its answer
-            _end_all()
-            os._exit(error.status)
         raise
     finally:
+        _idle.set()
         if context.known:
             continued.remove_job_folder(context.folder, [arm.folder for arm in arms])
     # None and not NaN for an arm that failed: Optuna's sweeper goes on after the one alone.
