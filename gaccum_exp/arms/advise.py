@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -38,16 +38,7 @@ PARTS = {2: "half the batch", 4: "a quarter of the batch"}
 WORDS = {CHECKPOINTING: "checkpointing", BF16: "bf16"}
 WARMUP_WINDOWS, TIMED_WINDOWS, LONGEST_S = 2, 7, 10.0
 """Of each way: so many windows, or as many as begin within so long, one at least."""
-_MAY_DIFFER = (
-    "optimizer.lr",
-    "seed",
-    "train.",
-    "runtime.",
-    "accum.",
-    "data.workers",
-    "task",
-    "strategy.",
-)
+_MAY_DIFFER = ("optimizer.lr", "seed", "train.", "runtime.", "data.workers", "task")
 """Keys and their beginnings in which runs of one way may differ: its rate, above all."""
 
 
@@ -232,9 +223,8 @@ def _runs_like(settings: Settings) -> list[RunRecord]:
         return []
 
 
-def _comparable(params: object) -> dict[str, str]:
-    own = dict(params)  # type: ignore[call-overload]  # a mapping
-    run = RunRecord("", "", "", "", 0, own, {}, {})
+def _comparable(params: Mapping[str, str]) -> dict[str, str]:
+    run = RunRecord("", "", "", "", 0, params, {}, {})
     return {k: v for k, v in run.training_config.items() if not k.startswith(_MAY_DIFFER)}
 
 
@@ -262,7 +252,7 @@ def _samples(run: RunRecord) -> int:
 
 
 def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:
-    """Return the narrowest noise scale that runs have told at their ends, those of this batch first."""
+    """Return the narrowest noise scale of runs at their ends, of this batch's if there are any."""
     told = sorted(_told(runs), key=lambda of: (of[0] != settings.largest_batch, of[1].high / of[1].low))
     return told[0][1] if told else None
 
