@@ -102,8 +102,10 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "differs": differs,
     }
     classes, tokens = (any(getattr(row, n) is not None for row in rows) for n in _SCORES)
-    left_out = "eval_accuracy" if tokens and not classes else "eval_perplexity"
-    numbers = (name for name in _NUMBERS if name != left_out)
+    left_out = ["eval_accuracy" if tokens and not classes else "eval_perplexity"]
+    if all(row.step_ratio is None for row in rows):
+        left_out.append("step_ratio")  # a line below says why
+    numbers = (name for name in _NUMBERS if name not in left_out)
     return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
@@ -169,6 +171,8 @@ def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
         return ""
     if not counts:
         return "step: no ratio, since it was not recorded how many windows were timed"
+    if counts == [0]:
+        return f"step: no window was timed after warm-up; a ratio takes {FEWEST_WINDOWS}"
     ends = say_list(counts) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     said = f"step: median of {ends} window{'' if counts == [1] else 's'} after warm-up"
     if counts[-1] < FEWEST_WINDOWS:

@@ -154,6 +154,12 @@ def test_no_ratio_is_said_of_step_times_that_do_not_differ_measurably(arm: Arm) 
     assert "step: median of 3 to 100 windows" in shown
     assert "a ratio takes 10" in shown
     assert "as long" not in said
+    hasty = [arm(1), arm(4)]
+    for run in hasty:
+        run.metrics["time/step_windows"] = 0.0  # type: ignore[index]
+    shown = words(show(compare(hasty)))
+    assert "step: no window was timed after warm-up; a ratio takes 10" in shown
+    assert "25.7 0.47 13.4 *" in shown  # without a column of ratios
     assert said.endswith("at N = 4.")
 
 
