@@ -1,6 +1,6 @@
 """What an audit knows of the window that it judged, as a run keeps it: `window.json`. No torch here.
 
-A run's window is that of its worst verdict, the one that its tags are of. Its keys:
+A run's window is that of its worst verdict, whose words are the run's tags. Its keys:
 
     verdict             of the audit
     reduction           global_mean, mean or sum
@@ -31,7 +31,8 @@ A run's window is that of its worst verdict, the one that its tags are of. Its k
 A micro-batch's share in g_1 is its own gradient, weighed as in one pass. Shares are stated where the
 differences are seen to add up, as vectors, to g_N − g_1; so they never are where a module or the loss
 couples samples. `by_micro_batch` tells of weights: what rounding adds is in `error` alone. Relative to a
-layer whose g_1 is zero, what is zero too is 0 and anything else null.
+layer whose g_1 is zero, what is zero too is 0 and anything else null; where a layer's floor is near 1 or
+above, its g_1 is rounding, and its error tells nothing.
 
 Of more than 60 parameters those are joined whose names begin with the same modules, as deep as leaves
 60 layers at most; still more are joined with their neighbours. Of more than 128 micro-batches the first
