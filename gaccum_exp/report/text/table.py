@@ -97,7 +97,8 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "verdict": any_verdict,
         # Left out where space is short: it is the global batch over N, and uneven splits have a note.
         "micro_batch_sizes": not ((counts or any_verdict) and several and differs),
-        "global_batch_size": len({row.global_batch_size for row in rows}) > 1 and not batch_is_said,
+        "global_batch_size": len({row.global_batch_size for row in rows} - {None}) > 1
+        and not batch_is_said,
         "reduction": several,
         "differs": differs,
     }
@@ -136,7 +137,8 @@ def _printed(
         if name in _TIMES and any_other_command:
             return text + ("~" if row.other_command and value is not None else " ")
         if name == "verdict" and row.role not in ("reference", "stored reference"):
-            return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
+            # What others are compared with needs no audit, and what did not begin had none.
+            return row.verdict or (MISSING if row.accum_steps is None else NOT_AUDITED)
         return text
 
     return header, [cell(row) for row in rows]
