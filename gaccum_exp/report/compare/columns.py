@@ -114,16 +114,16 @@ def _terms(arm: Measured) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(pair for pair in arm.run.metrics.items() if pair[0].startswith(prefixes)))
 
 
+def last_noise(run: RunRecord, metric: str) -> float | None:
+    """Return what was recorded of the last measured window; None where that has no such number."""
+    measured, curve = (run.curves.get(key) for key in (metrics.NOISE_TRACE, metric))
+    if measured is None or curve is None or measured.global_steps[-1:] != curve.global_steps[-1:]:
+        return None
+    return curve.values[-1]
+
+
 def _noise(metric: str) -> Callable[[Measured], float | None]:
-    """Read what was recorded of the last measured window; None where that has no such number."""
-
-    def read(arm: Measured) -> float | None:
-        measured, curve = (arm.run.curves.get(key) for key in (metrics.NOISE_TRACE, metric))
-        if measured is None or curve is None or measured.global_steps[-1:] != curve.global_steps[-1:]:
-            return None
-        return curve.values[-1]
-
-    return read
+    return lambda arm: last_noise(arm.run, metric)
 
 
 def _noise_windows(arm: Measured) -> int | None:
