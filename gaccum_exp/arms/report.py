@@ -72,14 +72,15 @@ def main(arguments: Sequence[str]) -> int:
         runs = Runs(uri, experiment, *folders)
         files = report_sweep(runs, sweep_ids, out)
         view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
-        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files, view)
+        journal = Journal.create(out, uri, experiment)
+        record_report(journal, " ".join(sweep_ids), files, view)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
     for place in FOLDERS:
         if place.is_dir():
             shipper.announce(place.absolute())
-    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None)
+    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None, journal.path)
     return OK
 
 
@@ -108,6 +109,8 @@ class Runs:
         self.uri, self._experiment_name = uri, experiment_name
         self.journals = [Journals(folder) for folder in folders]
         self._of_sweep: dict[str, list[RunRecord]] = {}
+        self.largest_ulp = 0.0
+        """How far the loss curves that were compared last are apart at most."""
 
     @cached_property
     def store(self) -> "Store":
@@ -136,7 +139,7 @@ class Runs:
 
     def view(self, sweep_id: str) -> dict[str, str]:
         """Return the tags of an experiment that arrange how MLflow shows a sweep that was read."""
-        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()))
+        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()), self.largest_ulp)
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
@@ -162,7 +165,8 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
     if len(sweep_ids) == 1:  # else an arm may be held against another sweep's reference
-        add_comparison(runs, arms, stored, comparison)  # and is delivered while figures are drawn
+        # It is delivered while figures are drawn.
+        runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
     files = [write_csv(comparison, folder / "comparison.csv")]
