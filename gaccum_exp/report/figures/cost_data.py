@@ -42,6 +42,9 @@ class Bar:
     """Of a peak by category; empty where that was not recorded."""
     phase: str | None = None
     """When the peak was."""
+    low: float | None = None
+    """Of one run, the quartiles over its timed windows; None where too few were timed."""
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class BarRows:
     are_repeated: bool = False
     """Whether several runs' times are dots beside a bar."""
 
+    @property
+    def have_spread(self) -> bool:
+        """Whether any bar has the quartiles of its run's windows."""
+        return any(bar.low is not None for _, bars in self.panels for bar in bars)
+
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
@@ -68,6 +76,8 @@ class CostCurve:
     measured_bytes: Mapping[int, float]
     predicted_bytes: Mapping[int, float]
     step_s: Mapping[int, float]
+    every_n: tuple[int, ...] = ()
+    """Ascending, those included of which nothing is known."""
 
 
 def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRows:
@@ -125,10 +135,14 @@ def step_time_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Bar
 
     def bar(n: int, role: str, known: Sequence[ComparisonRow]) -> Bar:
         ratios = [row.step_ratio for row in known if row.step_ratio is not None]
+        alone = known[0] if len(known) == 1 else None
+        low, high = (getattr(alone, f"step_{end}_s", None) for end in ("low", "high"))
         return Bar(
             n,
             role,
             each=tuple((row.step_s or 0.0) / unit_s for row in known),
+            low=None if low is None else low / unit_s,
+            high=None if high is None else high / unit_s,
             ratio=statistics.median(ratios) if ratios else None,
             is_reference=any(row.is_reference for row in known),
         )
@@ -167,6 +181,7 @@ def frontier_rows(comparison: Comparison) -> list[CostCurve]:
             _by_n(panel.rows, "peak_bytes", max),
             _by_n(panel.rows, "predicted_peak_bytes", max),
             _by_n(panel.rows, "step_s", statistics.median),
+            tuple(panel.by_n),
         )
         for panel in panels
     ]
