@@ -319,7 +319,7 @@ def _extend(command: Command, launch: Launch) -> None:
         return
     if more is not None:
         print(more.said, file=sys.stderr)
-        _end_journal(command, [])
+        _end_journal(command, [], {})
         command.further = continued.with_further_arms(command.arguments, launch.sweep_id, more.overrides)
 
 
@@ -362,17 +362,17 @@ def _say_how_to_go_on(
 
 def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], status: int) -> int:
     if not outcomes:
-        _end_journal(command, [])
+        _end_journal(command, [], {})
         if status == OK and launch.multirun:
             complain("nothing was run: what the sweep varies has no value")
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
     trained = any(outcome.task == "train" for outcome in outcomes.values())
-    files: list[Path] = []
+    files, view = list[Path](), dict[str, str]()
     try:
         if launch.multirun:
-            files = child.report(launch, command.stop)
+            files, view = child.report(launch, command.stop)
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -382,19 +382,19 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
         complain(f"nothing is compared: {error}")
         status = status or RUN_FAILED
     finally:
-        _end_journal(command, files)
+        _end_journal(command, files, view)
     shown = launch.sweep_id if launch.multirun and trained else None
     say_where([launch.folder], launch.tracking_uri, shown)
     return status or earned
 
 
-def _end_journal(command: Command, files: Sequence[Path]) -> None:
-    """Record a sweep's report, if there is one."""
+def _end_journal(command: Command, files: Sequence[Path], view: Mapping[str, str]) -> None:
+    """Record a sweep's report, if there is one, and how MLflow shows the sweep."""
     if command.journal is None or command.launch is None:
         return
     try:
         if files:
-            record_report(command.journal, command.launch.sweep_id, files)
+            record_report(command.journal, command.launch.sweep_id, files, view)
         else:
             close_without_report(command.journal)
     except TrackingError as error:

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
 from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
@@ -23,6 +24,7 @@ from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
+from gaccum_exp.tracking.mlflow_ui import experiment_tags
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord, last_of_each_arm, with_those_elsewhere
 from gaccum_exp.tracking.sink import kept_weights
@@ -68,8 +70,10 @@ def main(arguments: Sequence[str]) -> int:
     experiment = experiment_name(given.experiment or own[1])
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
-        files = report_sweep(Runs(uri, experiment, *folders), sweep_ids, out)
-        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files)
+        runs = Runs(uri, experiment, *folders)
+        files = report_sweep(runs, sweep_ids, out)
+        view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
+        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files, view)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
@@ -104,6 +108,7 @@ class Runs:
     def __init__(self, uri: str, experiment_name: str, *folders: Path) -> None:
         self.uri, self._experiment_name = uri, experiment_name
         self.journals = [Journals(folder) for folder in folders]
+        self._of_sweep: dict[str, list[RunRecord]] = {}
 
     @cached_property
     def store(self) -> "Store":
@@ -127,7 +132,12 @@ class Runs:
                 if not found:
                     raise
                 log.warning("arms that ran elsewhere are left out: %s", error)
-        return last_of_each_arm(found)
+        self._of_sweep[sweep_id] = last_of_each_arm(found)
+        return self._of_sweep[sweep_id]
+
+    def view(self, sweep_id: str) -> dict[str, str]:
+        """Return the tags of an experiment that arrange how MLflow shows a sweep that was read."""
+        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()))
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
@@ -152,6 +162,8 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
 
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
+    if len(sweep_ids) == 1:  # else an arm may be held against another sweep's reference
+        add_comparison(runs, arms, stored, comparison)  # and is delivered while figures are drawn
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
     files = [write_csv(comparison, folder / "comparison.csv")]

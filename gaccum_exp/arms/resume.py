@@ -28,9 +28,9 @@ from gaccum_exp.tracking.journal import (
     PATTERN,
     Record,
     beginning,
+    end_of,
     is_of_this_host,
     last_owner,
-    last_record,
 )
 from gaccum_exp.tracking.locks import FileLock
 
@@ -393,8 +393,8 @@ def _may_go_on(path: Path, controls: bool) -> bool:
 
 
 def _status(path: Path) -> str | None:
-    record = last_record(path)
-    return str(record["status"]) if record.get("kind") == "end" else None
+    end = end_of(path)
+    return str(end["status"]) if end else None
 
 
 def _lock_of(run: Left) -> FileLock | None:

@@ -1,23 +1,32 @@
 """The last thing that a command does: see that all is in the store, and say where to look."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.journal import Journal, journals_below
-from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines
+from gaccum_exp.tracking.mlflow_ui import ui_lines
 
 DELIVER = "python -m gaccum_exp deliver"
 
 
-def record_report(journal: Journal, sweep_id: str, files: Iterable[Path]) -> None:
-    """Record a comparison's files as a run of their own, outside the sweep's filter."""
+def record_report(
+    journal: Journal, sweep_id: str, files: Iterable[Path], view: Mapping[str, str]
+) -> None:
+    """Record a comparison's files as a run of their own, outside the sweep's filter.
+
+    Args:
+        journal: of that run, which has not begun.
+        sweep_id: of what was compared.
+        files: in the journal's folder.
+        view: tags of the experiment that arrange what the link shows.
+    """
     tags = {"kind": "report", "report_of": sweep_id}
     journal.begin(f"report {sweep_id}", params={}, tags=tags, texts={})
     for path in files:
         journal.keep_file(path)
-    journal.append("experiment_tags", tags=experiment_tags(sweep_id))
+    journal.append("experiment_tags", tags=dict(view))
     journal.end("FINISHED")
     shipper.announce(journal.path)
 

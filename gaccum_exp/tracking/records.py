@@ -25,6 +25,8 @@ class Curve:
 
     global_steps: tuple[int, ...]
     values: tuple[float, ...]
+    times_ms: tuple[int, ...] = field(default=(), compare=False)
+    """When they were measured, since 1970; empty where nobody knows."""
 
 
 TRAINING_SAMPLES = "training_samples"

@@ -3,9 +3,11 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gaccum_exp.audit.audit_window import audit_window
+from gaccum_exp.audit.audited_window import WINDOW_FILE, AuditedWindow
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed
@@ -68,7 +70,7 @@ class WindowAudits(Hook):
 
     Args:
         state: of the training.
-        sink: takes the numbers of each audit, and in words the worst one so far.
+        sink: takes the numbers of each audit, and in words, with its window, the worst one so far.
         stop: ends it, also in the middle of an audit: that may take long, and is not kept.
     """
 
@@ -114,10 +116,19 @@ class WindowAudits(Hook):
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])
-        if self.worst is not before:  # tagged at once: a run that fails later keeps it
+        if self.worst is not before:  # kept at once: a run that fails later has it
+            if (
+                found.window is not None
+            ):  # before its words, which a run that goes on is not to judge again
+                self._sink.keep_text(WINDOW_FILE, self._told(found, found.window, global_step).as_json())
             replaced = set() if before is None else set(tags(before))
             self._sink.describe(dict.fromkeys(replaced, "") | tags(self.worst))
         return found
+
+    def _told(self, found: Audit, window: AuditedWindow, global_step: int) -> AuditedWindow:
+        counts_tokens = self._state.counts_tokens and window.unit != "samples"
+        unit = "tokens" if counts_tokens else window.unit
+        return replace(window, verdict=found.verdict, global_step=global_step, unit=unit)
 
 
 def numbers(audit: Audit) -> dict[str, float]:

@@ -159,7 +159,8 @@ def _write_above(axes: Axes, position: int, bar: Bar, rotation: int) -> None:
         )  # fmt: skip
     elif bar.ratio is not None:
         axes.annotate(
-            f"{say_ratio(bar.ratio)} ×", (position, max(*bar.each, bar.high or 0.0)),
+            "≈" if bar.is_alike else f"{say_ratio(bar.ratio)} ×",
+            (position, max(*bar.each, bar.high or 0.0)),
             xytext=(0, style.points(0.6)), textcoords="offset points", ha="center", va="bottom",
             fontsize=style.points(0.95), rotation=rotation,
         )  # fmt: skip

@@ -56,8 +56,12 @@ def lay_out(
     is_beside = len(panel_titles) == 1 and width - most_panel_width >= style.scaled(_LEAST_BESIDE_INCHES)
     left = most_panel_width if is_beside else width
     lines = _wrapped(notes, width - left if is_beside else width)
+    for artist in legend:
+        letters = style.letters(width - left if is_beside else width) - _HANDLE_LETTERS
+        artist.set_label(textwrap.fill(str(artist.get_label()), letters))
+    wrapped = sum(str(artist.get_label()).count("\n") for artist in legend)
     named_rows = len(legend) if is_beside else _rows_of_names(legend, style.letters(width))
-    strip = style.lines_inches(1.2 * named_rows + 0.5 + len(lines)) + 0.08
+    strip = style.lines_inches(1.2 * named_rows + wrapped + 0.5 + len(lines)) + 0.08
     titles = [textwrap.wrap(t, style.letters(width / columns, 1.1)) for t in panel_titles]
     headed = textwrap.wrap(title, style.letters(width, 1.2))
     above_axes = style.lines_inches(1.5 * max(map(len, titles)) + 2.6)

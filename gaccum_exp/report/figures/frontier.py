@@ -35,6 +35,8 @@ def draw_frontier(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Figu
     curves = frontier_rows(comparison)
     source = next((row.memory_source for row in comparison.shown if row.memory_source), "tracker")
     notes = ["Numbers are N, the micro-batches per optimizer step."]
+    if any(curve.step_low_s for curve in curves):
+        notes.append("Horizontal: the middle half of the timed windows.")
     if any(row.other_command for row in comparison.rows):
         notes.append("Times are of several commands, perhaps under different loads.")
     title = f"What N saves, and what that costs: {subject(comparison, runs)}"
@@ -83,6 +85,9 @@ def draw_costs(
         at = [curve.step_s.get(n, math.nan) / unit_s for n in curve.every_n]
         held = [curve.measured_bytes.get(n, math.nan) / unit_bytes for n in curve.every_n]
         axes.plot(at, held, gid=curve.label, **look)
+        for n in (n for n in _both(curve) if n in curve.step_low_s and n in curve.step_high_s):
+            ends = curve.step_low_s[n] / unit_s, curve.step_high_s[n] / unit_s
+            axes.hlines(curve.measured_bytes[n] / unit_bytes, *ends, color=look["color"])
         planned = {n: b / unit_bytes for n, b in curve.predicted_bytes.items() if n in curve.step_s}
         if planned:
             at = [curve.step_s[n] / unit_s for n in planned]

@@ -11,12 +11,13 @@ from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS
 from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.terminal import LOOK, console
-from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled
+from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_list, say_scaled
 
 _MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
 _LEGEND = {
@@ -38,6 +39,7 @@ _NUMBERS = (
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
 )
 _TIMES = ("step_s", "step_ratio")
+_AS_LONG = "≈"
 _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
@@ -100,8 +102,10 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "differs": differs,
     }
     classes, tokens = (any(getattr(row, n) is not None for row in rows) for n in _SCORES)
-    left_out = "eval_accuracy" if tokens and not classes else "eval_perplexity"
-    numbers = (name for name in _NUMBERS if name != left_out)
+    left_out = ["eval_accuracy" if tokens and not classes else "eval_perplexity"]
+    if all(row.step_ratio is None for row in rows):
+        left_out.append("step_ratio")  # a line below says why
+    numbers = (name for name in _NUMBERS if name not in left_out)
     return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
@@ -127,6 +131,8 @@ def _printed(
             return text + (_mark(row) or " ")
         if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
+        if name == "step_ratio" and row.step_differs is False:
+            text = f"{_AS_LONG}{text}"
         if name in _TIMES and any_other_command:
             return text + ("~" if row.other_command and value is not None else " ")
         if name == "verdict" and row.role not in ("reference", "stored reference"):
@@ -145,6 +151,7 @@ def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
     lines = [legend, _HEADERS] if legend else []
+    lines += filter(None, [_say_step_times(rows)])
     controls = [row.controls for row in rows if row.controls]
     if controls:
         lines.append(
@@ -154,3 +161,34 @@ def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
     more = len(notes) - MOST_NOTES
     said = [*notes[:MOST_NOTES], f"and {more} more notes of the kind."] if more > 0 else notes
     return Text("\n".join([*lines, *(f"- {note}" for note in said)]))
+
+
+def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
+    """Say of how many windows the step times are the medians, and how far the widest one spreads."""
+    timed = [row for row in rows if row.step_s]
+    counts = sorted({row.step_windows for row in timed if row.step_windows is not None})
+    if not timed:
+        return ""
+    if not counts:
+        return "step: no ratio, since it was not recorded how many windows were timed"
+    if counts == [0]:
+        return f"step: no window was timed after warm-up; a ratio takes {FEWEST_WINDOWS}"
+    ends = say_list(counts) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    said = f"step: median of {ends} window{'' if counts == [1] else 's'} after warm-up"
+    if counts[-1] < FEWEST_WINDOWS:
+        return f"{said}; a ratio takes {FEWEST_WINDOWS}"
+    spreads = {row.accum_steps: spread for row in timed if (spread := _spread(row)) is not None}
+    widest = max(spreads, key=lambda n: spreads[n])
+    said += f", their quartiles up to {spreads[widest]:.0%} off (N = {widest})"
+    if counts[0] < FEWEST_WINDOWS:
+        said += f"; a ratio takes {FEWEST_WINDOWS}"
+    if any(row.step_differs is False for row in rows):
+        said += f"; {_AS_LONG} no measurable difference: quartiles overlap"
+    return said
+
+
+def _spread(row: ComparisonRow) -> float | None:
+    """Return how far the farther quartile is from the median, relative to that."""
+    if not row.step_s or row.step_low_s is None or row.step_high_s is None:
+        return None
+    return max(row.step_s - row.step_low_s, row.step_high_s - row.step_s) / row.step_s

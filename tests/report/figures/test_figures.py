@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,24 @@ def test_step_time_shows_the_median_of_seeds_and_each(arm: Arm) -> None:
     assert axes.patches[1].get_height() == pytest.approx(times[1])
     assert sorted(axes.get_lines()[1].get_ydata()) == pytest.approx(times)
     assert "ms" in axes.get_ylabel()
+
+
+def test_a_time_has_its_spread_and_a_ratio_only_where_one_can_be_stated(arm: Arm) -> None:
+    """Quartiles as whiskers; no ratio of a few windows, and none where the quartiles overlap."""
+    runs = [arm(n) for n in (1, 2, 4, 8)]
+    alike = {"time/step_s": 0.0124, "time/step_low_s": 0.012, "time/step_high_s": 0.013}
+    runs[1] = replace(runs[1], metrics={**runs[1].metrics, **alike})
+    runs[2] = replace(runs[2], metrics={**runs[2].metrics, "time/step_windows": 3.0})
+    figure = draw_step_time(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    written = [text.get_text() for text in axes.texts]
+    assert written == ["1.00 ×", "≈", "1.21 ×"]
+    ends = [line.get_segments()[0][:, 1] for line in axes.collections]
+    assert ends[1] == pytest.approx([12, 13])
+    said = " ".join(" ".join(texts(figure)).split())
+    assert "no measurable difference to the reference" in said
+    assert "Without a ratio: fewer than 10 windows were timed" in said
 
 
 def test_the_resident_set_is_named_as_what_it_is(arm: Arm) -> None:
