@@ -4,11 +4,12 @@ A sweep does the same at its end.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
@@ -172,11 +173,21 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
     files = [write_csv(comparison, folder / "comparison.csv")]
     if batches:
         files.append(write_batches(batches, folder / "batches.csv"))
-    files += draw(comparison, arms, folder, batches)
+    figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
     print_comparison(comparison, batches)
-    # Each figure lies beside its PNG as SVG.
-    print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
-    return files
+    # A figure is named once, whatever it is written as besides.
+    named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
+    print("", *(f"  {path}" for path in (*files, *named.values())), sep="\n")
+    return files + figures
+
+
+def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return how the last of the arms would have figures drawn, as far as any says so."""
+    told = [arm.params for arm in arms if {"figures.width", "figures.format"} <= arm.params.keys()]
+    if not told:
+        return {}
+    width, formats = told[-1]["figures.width"], re.findall(r"\w+", told[-1]["figures.format"])
+    return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
 
 
 def show_run(runs: Runs, sweep_id: str) -> None:
