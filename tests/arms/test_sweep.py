@@ -56,7 +56,7 @@ def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
     figures = {
         f"{name}.{kind}" for name in ("loss_curves", "memory", "step_time") for kind in ("svg", "png")
     }
-    assert {"comparison.csv", *figures} <= written
+    assert {"comparison.csv", "report.html", *figures} <= written
     header = (program.sweep_folder / "comparison.csv").read_text().splitlines()[0]
     assert header.startswith(CONTRACT + ",")
     rows = table(program.sweep_folder)
@@ -77,7 +77,7 @@ def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Prog
     assert "sweep_id" not in report.data.tags
     assert report.data.tags["report_of"] == program.sweep_id
     kept = {item.path for item in client.list_artifacts(report.info.run_id)}
-    assert {"comparison.csv", "loss_curves.svg", "memory.png", "step_time.png"} <= kept
+    assert {"comparison.csv", "report.html", "loss_curves.svg", "memory.png"} <= kept
     assert len(program.arms()) == 2
 
 
