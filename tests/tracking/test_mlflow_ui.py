@@ -22,6 +22,7 @@ from experiments.mlflow_browser import (
     CHROMIUM,
     chart,
     chromium_page,
+    drawn_bars,
     drawn_curves,
     mlflow_server,
 )
@@ -65,6 +66,7 @@ def log_run(client: MlflowClient, experiment_id: str, level: float, **tags: str)
         ]
         if step % 10 == 0:
             metrics.append(Metric("eval/loss", loss + 0.1, 0, step))
+    metrics += [Metric(key, level, 0, STEPS) for key in ("memory/peak_ratio",)]
     client.log_batch(run_id, metrics=metrics)
     client.set_terminated(run_id)
 
@@ -94,8 +96,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> tuple[
     for sweep_id, arms in SWEEPS.items():
         for n in range(1, arms + 1):
             tags = {"mlflow.runName": arm_name(n), "sweep_id": sweep_id}
+            tags["verdict"] = "identical" if n == 1 else "equivalent"
             log_run(client, experiment_id, level=n / 10, **tags)
-        for key, value in experiment_tags(sweep_id).items():
+        metrics = {"train/loss": 1.0, "eval/loss": 1.0, "optim/lr": 1.0, "memory/peak_ratio": 1.0}
+        shown = run_with(metrics, {"train/loss": STEPS, "eval/loss": 3}, verdict="identical")
+        for key, value in experiment_tags(sweep_id, [shown]).items():
             client.set_experiment_tag(experiment_id, key, value)
     log_run(client, experiment_id, level=3.0, kind="report")
     return uri, experiment_id
@@ -112,16 +117,19 @@ def address(store: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("sweep_id", list(SWEEPS))
-def test_link_draws_as_many_loss_curves_as_the_sweep_has_arms(
+def test_link_draws_a_curve_and_a_bar_for_each_arm_under_its_verdict(
     store: tuple[str, str], address: str, sweep_id: str
 ) -> None:
-    """The chart of train/loss holds every arm of the sweep, and no other run of the experiment."""
+    """The charts hold every arm of the sweep, and no other run of the experiment."""
     with chromium_page() as page:
         page.goto(ui_link(address, store[1], sweep_id))
         card = chart(page, "train/loss")
         assert drawn_curves(card, SWEEPS[sweep_id]) == SWEEPS[sweep_id]
         names = card.locator(".js-plotly-plot").evaluate("plot => plot.data.map(t => t.name)")
         assert set(names) == {arm_name(n + 1) for n in range(SWEEPS[sweep_id])}
+        assert drawn_bars(chart(page, "memory/peak_ratio")) == SWEEPS[sweep_id]
+        for heading in ("Group: identical", "Group: equivalent"):
+            page.get_by_text(heading).first.wait_for()
 
 
 @pytest.mark.browser
