@@ -26,7 +26,7 @@ from experiments.mlflow_browser import (
     drawn_curves,
     mlflow_server,
 )
-from gaccum_exp.tracking.mlflow_ui import color_of, experiment_tags, ui_lines, ui_link
+from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines, ui_link
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 STEPS = 30
@@ -266,12 +266,3 @@ def test_a_view_that_could_not_be_written_is_not_named_by_the_link() -> None:
     assert "viewStateShareKey" not in link
     assert unquote(link).endswith("searchFilter=tags.sweep_id='abc'")
     assert ui_lines("sqlite:///mlflow.db", "7", "abc", arranged=False)[1] == link
-
-
-def test_colours_run_from_dark_to_light() -> None:
-    """Each differs from its neighbour, for one run too; they are as MLflow writes them."""
-    for count in (1, 2, 5, 8):
-        colors = [color_of(place, count) for place in range(count)]
-        assert len(set(colors)) == count
-        assert all(len(color) == 7 and color.startswith("#") for color in colors)
-    assert (color_of(0, 4), color_of(3, 4)) == ("#2b0a4f", "#d9791e")
