@@ -53,7 +53,7 @@ _SECTIONS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 _ADDED = (metrics.LOSS_GAP, metrics.LOSS_GAP_ULP, *_COSTS)
 """Metrics that a comparison adds to the runs that it has read."""
 _OTHERS = "Other metrics"
-_COLUMNS = (metrics.PEAK_RATIO, metrics.STEP_RATIO, metrics.TRAIN_LOSS, metrics.EVAL_LOSS)
+_COLUMNS = (metrics.LOSS_GAP_ULP, *_COSTS[:2], metrics.TRAIN_LOSS, metrics.EVAL_LOSS)
 """Of the table, beside the verdict."""
 _POSITIVE = (metrics.TRAIN_LOSS, metrics.EVAL_LOSS, metrics.GRADIENT_NORM, "noise/")
 """Metrics, or beginnings of their names, whose curves are read on a logarithmic axis."""
