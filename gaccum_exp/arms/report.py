@@ -3,12 +3,15 @@
 A sweep does the same at its end.
 """
 
+import json
 import logging
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
@@ -159,9 +162,9 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
         BadInputError: the store cannot be used, or holds no such sweep.
         StoreAwayError: the store does not answer, and there are no journals.
     """
-    from gaccum_exp.report.figures.save_figures import (
-        draw,  # with matplotlib, which a single run does without
-    )
+    # With matplotlib and a template's language, which a single run does without.
+    from gaccum_exp.report.figures.save_figures import draw
+    from gaccum_exp.report.page.write_page import write_page
 
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
@@ -173,7 +176,10 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
     files = [write_csv(comparison, folder / "comparison.csv")]
     if batches:
         files.append(write_batches(batches, folder / "batches.csv"))
-    figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
+    with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
+        page = beside.submit(write_page, comparison, arms, folder, batches, partial(_window_of, runs))
+        figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
+        files.append(page.result())
     print_comparison(comparison, batches)
     # A figure is named once, whatever it is written as besides.
     named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
@@ -188,6 +194,16 @@ def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
         return {}
     width, formats = told[-1]["figures.width"], re.findall(r"\w+", told[-1]["figures.format"])
     return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
+
+
+def _window_of(runs: Runs, run_id: str) -> dict[str, Any] | None:
+    """Return what a run keeps of one window; None where it keeps nothing that can be read."""
+    with TemporaryDirectory() as folder, suppress(OSError, ValueError):
+        here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
+        path = here.fetch(run_id, "window.json", folder)
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def show_run(runs: Runs, sweep_id: str) -> None:
