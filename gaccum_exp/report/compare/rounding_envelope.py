@@ -103,11 +103,11 @@ def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:
 
 
 def spacing(losses: np.ndarray) -> np.ndarray:
-    """Return the distance to the next number at each loss, in the precision that it was recorded in."""
+    """Return the distance to the next number at each loss, in the precision of its record: (steps,)."""
     exact: np.ndarray = np.abs(losses)
     with np.errstate(all="ignore"):  # beyond float32's range, or not finite: not float32 numbers, then
         single = exact.astype(np.float32)
         finite = np.isfinite(exact)
         recorded = single if np.array_equal(single[finite], exact[finite]) else exact
-        found: np.ndarray = np.spacing(recorded).astype(np.float64)
-    return found
+        distances: np.ndarray = np.spacing(recorded).astype(np.float64)
+    return distances

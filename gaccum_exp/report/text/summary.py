@@ -12,6 +12,7 @@ from gaccum_exp.report.arm_limit import by_n, by_setting
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import nan_last
+from gaccum_exp.report.compare.swept_keys import UNKNOWN
 from gaccum_exp.report.text.merged_rows import all_differ
 from gaccum_exp.report.text.verdict_notes import SOUND, say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
@@ -33,11 +34,20 @@ def summary(comparison: Comparison) -> str:
         return "There are no runs to compare."
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
         return _say_setting(comparison.rows)
-    settings = by_setting(comparison.rows, "{reduction}, over all settings")
+    begun = [row for row in comparison.rows if row.setting.label != UNKNOWN]
+    refused = len(comparison.rows) - len(begun)
+    if refused and len({row.setting.repeated_label for row in begun}) == 1:
+        return f"{_say_setting(begun)} {_say_refused(refused)}"
+    settings = by_setting(begun, "{reduction}, over all settings")
     labels: dict[str, list[str]] = {}
     for label, alike in settings.items():
         labels.setdefault(_say_setting(alike), []).append(label)
-    return "\n".join(f"{_say_labels(of, len(settings))}: {line}" for line, of in labels.items())
+    said = [f"{_say_labels(of, len(settings))}: {line}" for line, of in labels.items()]
+    return "\n".join([*said, _say_refused(refused)] if refused else said)
+
+
+def _say_refused(arms: int) -> str:
+    return f"{arms} more {'arm' if arms == 1 else 'arms'} did not begin."
 
 
 def _say_labels(labels: Sequence[str], settings: int) -> str:
@@ -62,6 +72,8 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
         judged = any(row.verdict for row in rows)
         lead = verdicts and f"{verdicts}{', by the audit alone' if judged else ''}."
         parts = [lead, _NO_OTHER if alone else _NO_REFERENCE]
+        if unfinished == len(rows):
+            return " ".join([lead, "No arm finished."] if lead else ["No arm finished."])
     if unfinished:
         parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
     return " ".join(part for part in parts if part)

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -49,18 +50,41 @@ def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] 
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
-    # Of global batches with several rates, the noise scale at the best one is told.
-    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
-    if worth := say_noise(replace(comparison, rows=told) if told else comparison):
+    if worth := say_worth(comparison, batches):
         out.print(worth, highlight=False)
     print_batches(out, batches)
 
 
-def render(comparison: Comparison) -> Table:
-    """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
+def say_worth(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -> str:
+    """Say what the noise scale tells, a line each; of batches with several rates, at the best one."""
+    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
+    return say_noise(replace(comparison, rows=told) if told else comparison)
 
-    A rule separates groups that have different references. Many arms share lines: see `merged_rows`.
-    """
+
+class TableCells(NamedTuple):
+    """A comparison's table as text, whatever it is printed or written as."""
+
+    title: str
+    names: tuple[str, ...]
+    """Of the columns, as a `ComparisonRow` has them."""
+    headers: tuple[str, ...]
+    """Of one line or two."""
+    lines: tuple[tuple[str, ...], ...]
+    rows: tuple[ComparisonRow, ...]
+    """What each line shows."""
+    ends: frozenset[int]
+    """The lines after which another group begins, which has another reference."""
+    legend: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def left(self) -> tuple[bool, ...]:
+        """Whether a column holds words, which begin on the left, and no numbers."""
+        return tuple(name in (*_FOLDED, "reduction") for name in self.names)
+
+
+def cells_of(comparison: Comparison) -> TableCells:
+    """Return what the table of a comparison says. Many arms share lines: see `merged_rows`."""
     stored = {row.setting: row for row in comparison.stored}
     every: list[ComparisonRow] = []
     for row in comparison.rows:  # each group's stored reference in front of it
@@ -68,20 +92,39 @@ def render(comparison: Comparison) -> Table:
     lines = lines_of(every)
     rows = lines.rows
     reductions = {row.reduction for row in rows} - {None}
-    title = "Every arm against its reference" + (f", {reductions.pop()}" if len(reductions) == 1 else "")
-    caption = _caption(rows, [note for note in (lines.note, *comparison.notes) if note])
-    table = Table(title=title, caption=caption, **LOOK)
-    printed: list[Sequence[str]] = []
-    for name in _columns(rows, lines.counts):
-        header, cells = _printed(name, rows, lines.counts)
-        printed.append(cells)
-        justify: Literal["left", "right"] = "left" if name in (*_FOLDED, "reduction") else "right"
-        no_wrap = name not in _FOLDED
-        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")
-    for row, after, *cells in zip(rows, (*rows, None)[1:], *printed, strict=True):
-        ends = after is not None and after.setting != row.setting
+    names = _columns(rows, lines.counts)
+    columns = [_printed(name, rows, lines.counts) for name in names]
+    return TableCells(
+        title="Every arm against its reference"
+        + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
+        names=tuple(names),
+        headers=tuple(header for header, _ in columns),
+        lines=tuple(zip(*(cells for _, cells in columns), strict=True)),
+        rows=rows,
+        ends=frozenset(
+            n for n, (row, after) in enumerate(pairwise(rows)) if after.setting != row.setting
+        ),
+        legend=tuple(_legend(rows)),
+        notes=tuple(note for note in (lines.note, *comparison.notes) if note),
+    )
+
+
+def render(comparison: Comparison) -> Table:
+    """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
+
+    A rule separates groups that have different references.
+    """
+    cells = cells_of(comparison)
+    more = len(cells.notes) - MOST_NOTES
+    notes = [f"- {note}" for note in cells.notes[:MOST_NOTES]]
+    notes += [f"- and {more} more notes of the kind."] if more > 0 else []
+    table = Table(title=cells.title, caption=Text("\n".join([*cells.legend, *notes])), **LOOK)
+    for name, header, left in zip(cells.names, cells.headers, cells.left, strict=True):
+        justify: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(Text(header), justify=justify, no_wrap=name not in _FOLDED, overflow="fold")
+    for number, (row, line) in enumerate(zip(cells.rows, cells.lines, strict=True)):
         style = "bold" if row.is_reference else "dim" if not row.finished else None
-        table.add_row(*map(Text, cells), end_section=ends, style=style)
+        table.add_row(*map(Text, line), end_section=number in cells.ends, style=style)
     return table
 
 
@@ -97,7 +140,8 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "verdict": any_verdict,
         # Left out where space is short: it is the global batch over N, and uneven splits have a note.
         "micro_batch_sizes": not ((counts or any_verdict) and several and differs),
-        "global_batch_size": len({row.global_batch_size for row in rows}) > 1 and not batch_is_said,
+        "global_batch_size": len({row.global_batch_size for row in rows} - {None}) > 1
+        and not batch_is_said,
         "reduction": several,
         "differs": differs,
     }
@@ -136,7 +180,8 @@ def _printed(
         if name in _TIMES and any_other_command:
             return text + ("~" if row.other_command and value is not None else " ")
         if name == "verdict" and row.role not in ("reference", "stored reference"):
-            return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
+            # What others are compared with needs no audit, and what did not begin had none.
+            return row.verdict or (MISSING if row.accum_steps is None else NOT_AUDITED)
         return text
 
     return header, [cell(row) for row in rows]
@@ -146,7 +191,7 @@ def _mark(row: ComparisonRow) -> str:
     return _MARKS.get(row.role, "") or ("" if row.finished else "!")
 
 
-def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
+def _legend(rows: Sequence[ComparisonRow]) -> list[str]:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
@@ -158,9 +203,7 @@ def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
             f"✓ inside, ✗ outside the envelope of {say_controls(controls)}: what rounding alone makes "
             "of the curve"
         )
-    more = len(notes) - MOST_NOTES
-    said = [*notes[:MOST_NOTES], f"and {more} more notes of the kind."] if more > 0 else notes
-    return Text("\n".join([*lines, *(f"- {note}" for note in said)]))
+    return lines
 
 
 def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
