@@ -143,6 +143,7 @@ LEFT_ASIDE = {
     r"sweep_id|command_id|run_id|run_token|reference_run_id": "an id, made of the time or at random",
     r"(choice\.)?checkpoint(\..*)?|resume|weights\.left_out": "when a training is kept",
     r"arm|digest|sweep\.(resume|into|rerun_failed)": "which arm of a sweep it is",
+    r"window": "of an audit, what it knows besides its numbers",
     r"host|python|version\..*|git_commit|mlflow\.source\..*|mlflow\.user": "where it was run, by what",
 }
 """Names of parameters, tags, metrics and columns that are not compared, and why."""

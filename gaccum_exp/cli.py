@@ -399,7 +399,8 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
     finally:
         _end_journal(command, files, view)
     shown = launch.sweep_id if launch.multirun and trained else None
-    say_where([launch.folder], launch.tracking_uri, shown)
+    recorded = command.journal.path if command.journal is not None and files else None
+    say_where([launch.folder], launch.tracking_uri, shown, recorded)
     return status or earned
 
 

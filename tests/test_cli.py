@@ -255,11 +255,13 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise."""
     program.tiny("-m", "accum.steps=1,2,4")
     made = (program.sweep_folder / "comparison.csv").read_bytes()
+    page = (program.sweep_folder / "report.html").read_bytes()
     ended = program.report(program.sweep_id)
     assert ended.status == 0
     assert "Every arm against its reference" in ended.out
     folder = program.folder / "reports" / program.sweep_id
     assert (folder / "comparison.csv").read_bytes() == made
+    assert (folder / "report.html").read_bytes() == page
     assert (folder / "loss_curves.svg").exists()
     sweep_id, folder = program.sweep_id, program.sweep_folder
     folder.rename(program.folder / "away")

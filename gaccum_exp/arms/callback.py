@@ -240,7 +240,7 @@ def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
         values.pop(key, None)  # the last one holds
         if not override.is_sweep_override():
             continue
-        if key in ("sweep_id", "sweep.seeds"):
+        if key in ("sweep_id", "sweep.seeds") or key.startswith("figures."):
             raise BadInputError(f"{line}: is one for all arms; leave it out")
         if not override.is_discrete_sweep():
             continue

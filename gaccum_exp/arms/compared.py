@@ -10,23 +10,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from gaccum_exp.errors import BadInputError, TrackingError
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.distances import loss_gaps
+from gaccum_exp.report.compare.gap_curve import Gap, gap_curve
 from gaccum_exp.report.compare.pairing import group_runs
 from gaccum_exp.tracking import metrics, shipper
 from gaccum_exp.tracking.journal import add_to_ended, is_of_this_host, last_owner
-from gaccum_exp.tracking.mlflow_ui import RUN_COLOR, color_of
+from gaccum_exp.tracking.mlflow_ui import GREY, RUN_COLOR, color_of
 from gaccum_exp.tracking.records import RunRecord
 
 if TYPE_CHECKING:
     from gaccum_exp.arms.report import Runs
 
 log = logging.getLogger(__name__)
-MOST_GAPS, LEAST_GAPS = 20_000, 50
+MOST_COLORS = 8
+"""So many can be told apart."""
+MOST_STEPS, LEAST_STEPS = 10_000, 50
 """Of all arms, and of one: a store takes some ten thousand values a second."""
 
 
@@ -41,7 +41,7 @@ class Addition(NamedTuple):
 
 def add_comparison(
     runs: "Runs", arms: Sequence[RunRecord], stored: Sequence[RunRecord], comparison: Comparison
-) -> None:
+) -> float:
     """Record what a comparison says of its arms: in their journals, or in the store where these are not.
 
     Args:
@@ -49,22 +49,26 @@ def add_comparison(
         arms: of one sweep, and their controls.
         stored: what else they were compared with.
         comparison: of them.
+
+    Returns:
+        The largest gap between two loss curves in ulp, 0 where there is none.
     """
-    for addition in additions(arms, stored, comparison):
-        try:
+    found = list(additions(arms, stored, comparison))
+    try:
+        for addition in found:
             _add(runs, addition)
-        except (OSError, BadInputError, TrackingError) as error:
-            log.warning("what was compared is not recorded with the arms: %s", error)
-            return
+    except (OSError, BadInputError, TrackingError) as error:
+        log.warning("what was compared is not recorded with the arms: %s", error)
+    ulps = (values.get(metrics.LOSS_GAP_ULP, 0.0) for of in found for _, _, values in of.points)
+    return max(ulps, default=0.0)
 
 
 def additions(
     arms: Sequence[RunRecord], stored: Sequence[RunRecord], comparison: Comparison
 ) -> Iterator[Addition]:
-    """Yield what is added to each run that has a loss, where something is."""
-    rows = {row.run_id: row for row in comparison.rows}
-    counts = sorted({row.accum_steps for row in comparison.rows if row.accum_steps is not None})
-    most = max(LEAST_GAPS, MOST_GAPS // max(1, len(arms)))
+    """Yield what is added to each run that has a loss."""
+    rows, colors = {row.run_id: row for row in comparison.rows}, _colors(comparison.rows)
+    most = max(LEAST_STEPS, MOST_STEPS // max(1, len(arms)))
     seen = set[str]()
     for group in group_runs(arms, stored):
         for run in (*group.arms, *group.usable_controls):
@@ -75,15 +79,23 @@ def additions(
             times = dict(zip(curve.global_steps, curve.times_ms, strict=True))
             points = [(curve.global_steps[-1], curve.times_ms[-1], _costs(rows.get(run.run_id)))]
             if group.reference is not None and group.reference.run_id != run.run_id:
-                gaps = _thinned(*loss_gaps(run, group.reference), most)
-                points = [(at, times[at], {metrics.LOSS_GAP: gap}) for at, gap in gaps] + points
-            tags = {}
-            if run.accum_steps is not None:
-                place = None if run.is_control else counts.index(run.accum_steps)
-                tags = {RUN_COLOR: color_of(place, len(counts))}
-            points = [point for point in points if point[2]]
-            if points or tags:
-                yield Addition(run, points, tags)
+                gaps = gap_curve(run, group.reference, most)
+                points = [(of.global_step, times[of.global_step], _of_gap(of)) for of in gaps] + points
+            tags = {RUN_COLOR: colors.get(run.run_id, GREY)}
+            yield Addition(run, [point for point in points if point[2]], tags)
+
+
+def _colors(rows: Sequence[ComparisonRow]) -> dict[str, str]:
+    """Return a colour for each arm by its run's id; of too many arms those with the same N are alike."""
+    if len(rows) <= MOST_COLORS:
+        return {row.run_id: color_of(place, len(rows)) for place, row in enumerate(rows)}
+    counts = sorted({row.accum_steps or 0 for row in rows})
+    return {row.run_id: color_of(counts.index(row.accum_steps or 0), len(counts)) for row in rows}
+
+
+def _of_gap(gap: Gap) -> dict[str, float]:
+    ulp = {} if gap.largest_ulp is None else {metrics.LOSS_GAP_ULP: gap.largest_ulp}
+    return {metrics.LOSS_GAP: gap.gap, **ulp}
 
 
 def _costs(row: ComparisonRow | None) -> dict[str, float]:
@@ -96,13 +108,6 @@ def _costs(row: ComparisonRow | None) -> dict[str, float]:
         metrics.STEP_TIME_MS: None if row.step_s is None else 1e3 * row.step_s,
     }
     return {metric: float(value) for metric, value in costs.items() if value is not None}
-
-
-def _thinned(global_steps: np.ndarray, gaps: np.ndarray, most: int) -> list[tuple[int, float]]:
-    """Return at most so many gaps, each the largest of as many steps: no spike is lost."""
-    each = -(-gaps.size // most) if gaps.size else 1
-    places = [start + int(np.argmax(gaps[start : start + each])) for start in range(0, gaps.size, each)]
-    return [(int(global_steps[at]), float(gaps[at])) for at in places]
 
 
 def _add(runs: "Runs", addition: Addition) -> None:

@@ -19,7 +19,7 @@ from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import Stop
 
-_NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume"})
+_NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume", "figures"})
 """Blocks and keys that do not change what an arm is."""
 
 

@@ -3,12 +3,16 @@
 A sweep does the same at its end.
 """
 
+import json
 import logging
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
@@ -79,14 +83,15 @@ def main(arguments: Sequence[str]) -> int:
         runs = Runs(uri, experiment, *folders)
         files = report_sweep(runs, sweep_ids, out)
         view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
-        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files, view)
+        journal = Journal.create(out, uri, experiment)
+        record_report(journal, " ".join(sweep_ids), files, view)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
     for place in FOLDERS:
         if place.is_dir():
             shipper.announce(place.absolute())
-    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None)
+    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None, journal.path)
     return OK
 
 
@@ -147,6 +152,8 @@ class Runs:
         self.uri, self._experiment_name = uri, experiment_name
         self.journals = [Journals(folder) for folder in folders]
         self._of_sweep: dict[str, list[RunRecord]] = {}
+        self.largest_ulp = 0.0
+        """How far the loss curves that were compared last are apart at most."""
 
     @cached_property
     def store(self) -> "Store":
@@ -175,7 +182,7 @@ class Runs:
 
     def view(self, sweep_id: str) -> dict[str, str]:
         """Return the tags of an experiment that arrange how MLflow shows a sweep that was read."""
-        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()))
+        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()), self.largest_ulp)
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
@@ -194,24 +201,48 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
         BadInputError: the store cannot be used, or holds no such sweep.
         StoreAwayError: the store does not answer, and there are no journals.
     """
-    from gaccum_exp.report.figures.save_figures import (
-        draw,  # with matplotlib, which a single run does without
-    )
+    # With matplotlib and a template's language, which a single run does without.
+    from gaccum_exp.report.figures.save_figures import draw
+    from gaccum_exp.report.page.write_page import write_page
 
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
     if len(sweep_ids) == 1:  # else an arm may be held against another sweep's reference
-        add_comparison(runs, arms, stored, comparison)  # and is delivered while figures are drawn
+        # It is delivered while figures are drawn.
+        runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
     files = [write_csv(comparison, folder / "comparison.csv")]
     if batches:
         files.append(write_batches(batches, folder / "batches.csv"))
-    files += draw(comparison, arms, folder, batches)
+    with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
+        page = beside.submit(write_page, comparison, arms, folder, batches, partial(_window_of, runs))
+        figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
+        files.append(page.result())
     print_comparison(comparison, batches)
-    # Each figure lies beside its PNG as SVG.
-    print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
-    return files
+    # A figure is named once, whatever it is written as besides.
+    named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
+    print("", *(f"  {path}" for path in (*files, *named.values())), sep="\n")
+    return files + figures
+
+
+def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return how the last of the arms would have figures drawn, as far as any says so."""
+    told = [arm.params for arm in arms if {"figures.width", "figures.format"} <= arm.params.keys()]
+    if not told:
+        return {}
+    width, formats = told[-1]["figures.width"], re.findall(r"\w+", told[-1]["figures.format"])
+    return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
+
+
+def _window_of(runs: Runs, run_id: str) -> dict[str, Any] | None:
+    """Return what a run keeps of one window; None where it keeps nothing that can be read."""
+    with TemporaryDirectory() as folder, suppress(OSError, ValueError):
+        here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
+        path = here.fetch(run_id, "window.json", folder)
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def show_run(runs: Runs, sweep_id: str) -> None:

@@ -42,7 +42,7 @@ PATIENCE_S = 0.5
 CONTROLS_LOCK = "controls.lock"
 SAID = 5
 """So many keys are named that differ."""
-ANOTHER_ROUTE = ("resume", "sweep_id", "data.workers", "checkpoint.", "tracking.", "sweep.")
+ANOTHER_ROUTE = ("resume", "sweep_id", "data.workers", "checkpoint.", "tracking.", "sweep.", "figures.")
 """Keys, or beginnings of keys, that change neither what is trained nor what is measured of it. The
 number of threads is none of them: 1 and 2 give other bits."""
 SPLIT = (

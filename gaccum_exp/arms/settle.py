@@ -46,8 +46,15 @@ def settle(folders: Sequence[Path]) -> list[Path]:
     return shipper.finish()
 
 
-def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
-    """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen."""
+def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None, view: Path | None = None) -> None:
+    """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen.
+
+    Args:
+        folders: of the journals.
+        uri: of their store.
+        sweep_id: None where there is nothing to be compared.
+        view: the journal that holds how MLflow shows the sweep; None: there is none.
+    """
     if left := settle(folders):
         here = Path.cwd()
         below = " ".join(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
@@ -61,8 +68,9 @@ def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None) -> None:
     known = (Delivered.of(path) for folder in folders for path in journals_below(folder))
     experiment_id = next((d.experiment_id for d in known if d.experiment_id is not None), None)
     if experiment_id is not None:
+        arranged = view is not None and not Delivered.of(view).refused
         print(
             "\nCompare in MLflow:",
-            *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id)),
+            *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id, arranged)),
             sep="\n",
         )

@@ -47,6 +47,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 WINDOW_FILE = "window.json"
+SAMPLES, UNITS = "samples", "units"
+"""What a loss counts: every sample once, or anything else."""
 MOST_LAYERS = 60
 MOST_MICRO_BATCHES = 128
 DIGITS = 6
@@ -108,7 +110,7 @@ class AuditedWindow:
     reduction: str
     accum_steps: int
     global_batch_size: int
-    unit: str = "units"
+    unit: str = UNITS
     micro_batches: tuple[MicroBatchShare, ...] = ()
     layers: tuple[LayerError, ...] = ()
     """In the order of the model."""

@@ -175,7 +175,7 @@ class ConfiguredWindow:
             parts = [{name: _count_of(term) for name, term in terms.items()} for terms in by_terms]
             whole = {name: _count_of(term) for name, term in of_whole.items()}
             every = {name: term for terms in (*by_terms, of_whole) for name, term in terms.items()}
-            totals = {name: sum(part[name].n for part in parts if name in part) for name in every}
+            totals = {n: sum(terms[n].denominator for terms in by_terms if n in terms) for n in every}
             window = {name: float(term.divides_by(totals[name])) for name, term in every.items()}
             functions = [name for name, term in every.items() if term.of is not None]
             return WindowCounts(parts, whole, window, functions, at_once)

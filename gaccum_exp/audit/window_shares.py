@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.audited_window import AuditedWindow, LayerError, joined, kept
+from gaccum_exp.audit.audited_window import SAMPLES, UNITS, AuditedWindow, LayerError, joined, kept
 from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.diagnose import SAME64, Deviations, Diagnosis, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, Rerun
@@ -127,7 +127,7 @@ def _described(
         window.reduction.name,
         accum_steps=len(each),
         global_batch_size=sum(window.sizes),
-        unit="samples" if all(m.counted == m.samples for m in each) else "units",
+        unit=SAMPLES if all(m.counted == m.samples for m in each) else UNITS,
         micro_batches=tuple(each[index] for index in kept(len(each))),
         layers=layers,
         no_shares=why,

@@ -298,7 +298,7 @@ class Delivery:
 
     def _refuse(self, error: RecordRefusedError) -> None:
         self._say(f"{self.name}: {error}")
-        self.refused = True
+        self.refused = self.delivered.refused = True
 
     def _deliver(self, record: Record, to: _Attempts) -> None:
         known, kind, run_id = self.delivered, record["kind"], self.delivered.run_id

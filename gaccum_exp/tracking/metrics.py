@@ -4,6 +4,7 @@ import re
 
 TRAIN_LOSS = "train/loss"
 LOSS_GAP = "train/loss_gap"
+LOSS_GAP_ULP = "train/loss_gap_ulp"
 LEARNING_RATE = "optim/lr"
 GRADIENT_NORM = "optim/grad_norm"
 EVAL_LOSS = "eval/loss"

@@ -45,6 +45,10 @@ class Journals:
                 return store["uri"], store["experiment_name"]
         return None
 
+    def holds(self, run_id: str) -> bool:
+        """Whether a run that was read is one of these."""
+        return run_id in self._files
+
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return where a file of a run that was read lies; None if there is no such file."""
         path = self._files.get(run_id, {}).get(name)

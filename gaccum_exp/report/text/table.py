@@ -50,11 +50,15 @@ def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] 
     out = console()
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
-    # Of global batches with several rates, the noise scale at the best one is told.
-    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
-    if worth := say_noise(replace(comparison, rows=told) if told else comparison):
+    if worth := say_worth(comparison, batches):
         out.print(worth, highlight=False)
     print_batches(out, batches)
+
+
+def say_worth(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -> str:
+    """Say what the noise scale tells, a line each; of batches with several rates, at the best one."""
+    told = tuple(row.noise.row for of in batches for row in of.rows if row.noise)
+    return say_noise(replace(comparison, rows=told) if told else comparison)
 
 
 class TableCells(NamedTuple):

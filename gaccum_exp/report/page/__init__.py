@@ -1,0 +1,1 @@
+"""A comparison as one page of HTML, which needs no other file, no network and no MLflow."""

@@ -1,0 +1,109 @@
+"""Prepare what the page says of each arm: its configuration, its provenance, and how to run it again."""
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from gaccum_exp.report.compare.columns import ComparisonRow
+from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.tracking.records import RunRecord
+
+COMMAND = "python -m gaccum_exp"
+_SAID_ELSEWHERE = (
+    "mlflow.",
+    "choice.",
+    "role",
+    "kind",
+    "verdict",
+    "cause",
+    "culprit",
+    "remedy",
+    "failure",
+)
+"""Tags that say what the page says above, or who looked."""
+
+
+def arm_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, Any]:
+    """Return what all arms share, and of each what sets it apart."""
+    arms = [(row, records[row.run_id]) for row in comparison.rows]
+    params = [run.params for _, run in arms if run.params]
+    tags = [_provenance(run) for _, run in arms]
+    return {
+        "shared_params": _shared(params),
+        "shared_tags": _shared(tags),
+        "arms": [_arm(row, run, records, _shared(tags)) for row, run in arms],
+    }
+
+
+def commands(runs: Sequence[RunRecord]) -> list[str]:
+    """Return what was typed, as far as runs tell: a line for each command, or one for each arm of it."""
+    of_command: dict[str, list[list[str]]] = {}
+    for run in runs:
+        given = overrides_of(run)
+        known = of_command.setdefault(run.tags.get("command_id", ""), [])
+        if not run.is_control and "overrides" in run.tags and given not in known:
+            known.append(given)
+    lines = [line for arms in of_command.values() for line in _lines(arms)]
+    sweeps = dict.fromkeys(run.tags["sweep_id"] for run in runs if run.tags.get("sweep_id"))
+    if sweeps:
+        lines.append(f"{COMMAND} report {shlex.join(sweeps)}")
+    return lines
+
+
+def overrides_of(run: RunRecord) -> list[str]:
+    """Return an arm's overrides, which are recorded with blanks between them."""
+    return re.split(r" (?=[+~]*[\w./@-]+=)", run.tags["overrides"]) if run.tags.get("overrides") else []
+
+
+def _lines(arms: Sequence[Sequence[str]]) -> list[str]:
+    """Return one sweep's command if the arms are every combination of their values, else one each."""
+    if len(arms) == 1:
+        return [" ".join([COMMAND, *map(shlex.quote, arms[0])])]
+    values: dict[str, list[str]] = {}
+    for arm in arms:
+        for key, _, value in (line.partition("=") for line in arm):
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    if arms and prod(map(len, values.values())) == len(arms):
+        swept = (f"{key}={','.join(of)}" for key, of in values.items())
+        return [" ".join([COMMAND, "-m", *map(shlex.quote, swept)])]
+    return [" ".join([COMMAND, *map(shlex.quote, arm)]) for arm in arms]
+
+
+def _arm(
+    row: ComparisonRow, run: RunRecord, records: Mapping[str, RunRecord], shared: Mapping[str, str]
+) -> dict[str, Any]:
+    reference = records.get(row.reference_run_id or "")
+    other = {} if reference is None or row.is_reference else reference.params
+    differs = [
+        (key, run.params.get(key, "–"), other.get(key, "–"))
+        for key in sorted(run.params.keys() | other.keys())
+        if other and run.params.get(key) != other.get(key)
+    ]
+    given = overrides_of(run)
+    own = {key: value for key, value in _provenance(run).items() if key not in shared}
+    return {
+        "name": row.name,
+        "role": row.role,
+        "verdict": row.verdict or "",
+        "status": row.status,
+        "reference": reference.name if other and reference else "",
+        "differs": differs,
+        "own": own,
+        "remedy": run.tags.get("remedy") or run.tags.get("detail") or "",
+        "failure": row.failure or "",
+        "command": " ".join([COMMAND, *map(shlex.quote, given)]) if given else "",
+    }
+
+
+def _provenance(run: RunRecord) -> dict[str, str]:
+    tags = {key: value for key, value in sorted(run.tags.items()) if not key.startswith(_SAID_ELSEWHERE)}
+    return {"run id": run.run_id, **tags}
+
+
+def _shared(every: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return what all of these have in common, by key."""
+    sets = [set(of.items()) for of in every]
+    return dict(sorted(set.intersection(*sets))) if sets else {}

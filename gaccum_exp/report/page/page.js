@@ -1,0 +1,307 @@
+"use strict";
+// Draws the page's figures with Vega and redraws them as the controls, the width or the colour scheme
+// change. Data come from the element `data`, colours from the style sheet.
+(() => {
+  const page = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const views = new Map();
+  const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
+  const WORTH_NAMING = 9;
+  const MOST_LABELS = 24;
+  const ERRORS = 1; // a layer without data is no reason to warn
+
+  const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const form = (section) => document.querySelector(`#${section} form`);
+  const chosen = (section, name) => form(section)?.elements.namedItem(name)?.value;
+  const listed = new Intl.ListFormat("en-GB", { type: "conjunction" });
+
+  // --- drawing
+
+  function looks() {
+    const soft = color("soft");
+    const axis = {
+      labelColor: soft, titleColor: soft, domainColor: color("rule"), tickColor: color("rule"),
+      gridColor: color("rule"), gridOpacity: 0.55, labelFontSize: 12, titleFontSize: 12,
+      titleFontWeight: "normal", titlePadding: 8, labelPadding: 4,
+      labelFont: getComputedStyle(document.body).fontFamily,
+      titleFont: getComputedStyle(document.body).fontFamily,
+    };
+    return { axis, style: { cell: { stroke: null }, text: { font: axis.labelFont } } };
+  }
+
+  /** Return a specification with its titles filled in and its data put in. */
+  function filled(name, data, titles) {
+    const spec = JSON.parse(JSON.stringify(page.specs[name]), (_, value) =>
+      typeof value === "string" ? value.replace(/@(\w+)/g, (all, title) => titles[title] ?? all) : value);
+    for (const source of spec.data) {
+      if (source.name in data) source.values = data[source.name];
+    }
+    return spec;
+  }
+
+  /** Draw anew; expressions are interpreted, so that no policy against `eval` keeps the page from drawing. */
+  async function draw(element, name, data, titles = {}) {
+    const { view } = await vegaEmbed(element, filled(name, data, titles), {
+      mode: "vega", renderer: "svg", ast: true, config: looks(), logLevel: ERRORS,
+      actions: false, tooltip: false, hover: false, defaultStyle: false,
+    });
+    views.get(element)?.finalize();
+    views.set(element, view);
+    // The element around it is the image, and says what it shows.
+    element.querySelector("svg").setAttribute("aria-hidden", "true");
+  }
+
+  function say(element, words) {
+    views.get(element)?.finalize();
+    views.delete(element);
+    element.textContent = words;
+  }
+
+  // --- loss curves
+
+  const AXES = {
+    steps: ["optimizer steps", (curve) => curve.steps],
+    samples: ["samples", (curve) => curve.samples ?? curve.steps.map((step) => step * curve.batch)],
+    seconds: ["seconds", (curve) => curve.steps.map((step) => step * curve.step_s)],
+  };
+
+  function shownGroups() {
+    const boxes = form("curves").querySelectorAll("input[name=group]");
+    return new Set([...boxes].filter((box) => box.checked).map((box) => Number(box.value)));
+  }
+
+  /** Return rows for lines and ranges; `least` takes the place of what a log axis cannot show. */
+  function curveRows(curves, axis, least) {
+    const lines = [];
+    const ranges = [];
+    const shown = (value) => (value === null || least === null ? value : value > 0 ? Math.max(value, least) : least || null);
+    curves.forEach((curve, index) => {
+      const own = {
+        curve: index, color: color(`s${curve.group}`), strokeDash: DASHES[curve.group % DASHES.length],
+        strokeWidth: curve.is_reference ? 4.5 : 1.8, opacity: curve.is_reference ? 0.55 : 1,
+      };
+      AXES[axis][1](curve).forEach((x, i) => {
+        lines.push({ ...own, x, y: shown(curve.values[i]) });
+        if (curve.low && curve.low[i] !== null) {
+          ranges.push({ ...own, x, low: shown(curve.low[i]), high: shown(curve.high[i]) });
+        }
+      });
+    });
+    return { lines, ranges };
+  }
+
+  function drawCurves() {
+    const groups = shownGroups();
+    const axis = chosen("curves", "axis");
+    const scale = chosen("curves", "scale");
+    const visible = (curves) => curves.filter((curve) => groups.has(curve.group));
+    page.curves.panels.forEach((panel, index) => {
+      const losses = visible(panel.losses);
+      const element = document.querySelector(`[data-plot=loss][data-panel="${index}"]`);
+      if (losses.length) {
+        draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0] });
+      } else {
+        say(element, "No arm is chosen.");
+      }
+      const below = document.querySelector(`[data-plot=gap][data-panel="${index}"]`);
+      if (below) drawGaps(below, visible(panel.gaps), panel.envelopes, axis);
+    });
+  }
+
+  function drawGaps(element, gaps, envelopes, axis) {
+    const values = [...gaps.flatMap((of) => [...of.values, ...(of.high ?? [])]), ...envelopes.flatMap((of) => of.limits)];
+    const positive = values.filter((value) => value > 0);
+    if (!gaps.length || !positive.length) {
+      say(element, gaps.length ? "There is no difference at any step." : "No arm with a difference is chosen.");
+      return;
+    }
+    const least = 10 ** Math.floor(Math.log10(Math.min(...positive) * 0.999));
+    const bands = [];
+    const limits = [];
+    envelopes.forEach((envelope, curve) => {
+      AXES[axis][1](envelope).forEach((x, i) => {
+        const at = { curve, x };
+        bands.push({ ...at, low: least, high: Math.max(least, envelope.values[i]), color: color("band") });
+        limits.push({ ...at, y: Math.max(least, envelope.limits[i]), color: color("limit"), strokeDash: [5, 4], strokeWidth: 1.4, opacity: 1 });
+      });
+    });
+    draw(element, "gap", { ...curveRows(gaps, axis, least), envelopes: bands, limits }, { axis: AXES[axis][0] });
+  }
+
+  // --- memory
+
+  const budget = () => Number(chosen("memory", "budget"));
+  const peak = (bar) => bar.total ?? bar.planned;
+  const inUnit = (size) => `${Number(size.toPrecision(3))} ${page.memory.unit}`;
+
+  function drawMemory() {
+    const limit = budget();
+    const order = page.memory.categories;
+    page.memory.panels.forEach((panel, index) => {
+      const parts = [];
+      const planned = [];
+      const totals = [];
+      for (const bar of panel.bars) {
+        const n = bar.n;
+        const fits = peak(bar) === null || peak(bar) <= limit;
+        for (const [name, size] of Object.entries(bar.parts)) {
+          const place = order.indexOf(name);
+          parts.push({ n, size, order: place, color: color(`m${Math.max(place, 0)}`), stroke: color("mline"), opacity: fits ? 1 : 0.35 });
+        }
+        if (bar.planned !== null) planned.push({ n, size: bar.planned, color: color("ink") });
+        const size = Math.max(peak(bar) ?? 0, bar.planned ?? 0);
+        totals.push({ n, size, label: bar.total === null ? bar.missing : bar.ratio, color: color("ink") });
+      }
+      const element = document.querySelector(`[data-plot=memory][data-panel="${index}"]`);
+      const rule = [{ size: limit, color: color("limit") }];
+      draw(element, "memory", { parts, planned, totals, budget: rule }, { axis: `peak memory in ${page.memory.unit}` });
+    });
+  }
+
+  function sayBudget() {
+    const limit = budget();
+    const input = form("memory").elements.namedItem("budget");
+    input.setAttribute("aria-valuetext", inUnit(limit));
+    form("memory").elements.namedItem("words").textContent = page.memory.panels
+      .map((panel) => saidOf(panel, limit)).join(" ");
+  }
+
+  function saidOf(panel, limit) {
+    const known = panel.bars.filter((bar) => peak(bar) !== null);
+    const one = (bar) => `${bar.n}${bar.total === null ? " (planned)" : ""}`;
+    const name = (bars) => `N = ${listed.format(bars.map(one))}`;
+    const [fits, others] = [known.filter((bar) => peak(bar) <= limit), known.filter((bar) => peak(bar) > limit)];
+    const lead = page.memory.panels.length > 1 && panel.title ? `${panel.title}: with` : "With";
+    const amount = `${inUnit(limit)},`;
+    const is = (bars, singular, plural) => (bars.length === 1 ? singular : plural);
+    if (!fits.length) return `${lead} ${amount} no N fits that was tried.`;
+    if (!others.length) return `${lead} ${amount} every N fits that was tried.`;
+    return `${lead} ${amount} ${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
+  }
+
+  function drawTradeoff() {
+    const points = page.tradeoff.points.map((point) => (
+      { ...point, label: `N = ${point.n}`, color: color(`p${point.panel}`) }));
+    const titles = { axis: `median time of an optimizer step in ${page.tradeoff.time}`, other: `peak memory in ${page.tradeoff.unit}` };
+    draw(document.querySelector("[data-plot=tradeoff]"), "tradeoff", { points }, titles);
+  }
+
+  // --- one window
+
+  function mixed(from, to, part) {
+    const [a, b] = [from, to].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+    return `#${a.map((x, i) => Math.round(x + part * (b[i] - x)).toString(16).padStart(2, "0")).join("")}`;
+  }
+
+  function luminance(hex) {
+    const [r, g, b] = [1, 3, 5].map((i) => (parseInt(hex.slice(i, i + 2), 16) / 255) ** 2.2);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  }
+
+  function drawWindows() {
+    const arm = Number(chosen("windows", "arm") ?? 0);
+    page.windows.forEach((of, index) => {
+      document.querySelector(`[data-window="${index}"]`).hidden = index !== arm;
+    });
+    drawWindow(page.windows[arm], arm);
+  }
+
+  /** A weight of one pass is calm; up to twice or half as much it gains colour. */
+  function hue(weight) {
+    const doublings = Math.log2(weight);
+    if (Math.abs(doublings) < 1e-6) return color("calm");
+    return mixed(color("calm"), color(doublings > 0 ? "hot" : "cool"), Math.min(1, 0.35 + 0.65 * Math.abs(doublings)));
+  }
+
+  const inkOn = (hex) => (luminance(hex) < 0.22 ? "#ffffff" : "#10151c");
+
+  function drawWindow(of, index) {
+    const element = (plot) => document.querySelector(`[data-plot=${plot}][data-panel="${index}"]`);
+    const known = of.micro.filter((micro) => micro.weight !== null);
+    if (known.length) {
+      const micro = known.map((m) => ({ ...m, zero: 0, color: hue(m.weight), stroke: color("paper") }));
+      const weights = known.length <= WORTH_NAMING && known.some((m) => m.weight !== 1);
+      const labels = known.length > MOST_LABELS ? [] : known.map((m) => ({
+        middle: (m.first + m.end) / 2, at: m.weight / 2, color: inkOn(hue(m.weight)),
+        label: weights ? `${m.index + 1}: ${m.weight.toPrecision(3)} ×` : String(m.index + 1),
+      }));
+      draw(element("window"), "window", { micro, labels, one: [{ weight: 1, color: color("ink") }] });
+    } else {
+      say(element("window"), "What a micro-batch is weighed by is not known.");
+    }
+    if (element("errors")) drawErrors(element("errors"), of);
+  }
+
+  function drawErrors(element, of) {
+    const cells = of.layers.flatMap((layer) => layer.cells.map(({ error, digits }, i) => {
+      const fill = digits === null ? color("raised") : digits <= 0 ? color("calm") : mixed(color("warm"), color("hot"), Math.min(digits / 6, 1));
+      const label = of.columns.length > WORTH_NAMING ? "" : error === null ? "–" : error === 0 ? "0" : error.toExponential(0);
+      return { layer: layer.name, micro: of.columns[i], color: fill, stroke: color("paper"), label, ink: inkOn(fill) };
+    }));
+    draw(element, "errors", { cells });
+  }
+
+  // --- the batch
+
+  function drawNoise() {
+    const ends = page.noise.intervals.flatMap((of) => [of.high ?? of.low * 4, of.batch * 1.5]);
+    const furthest = Math.max(...ends);
+    const intervals = page.noise.intervals.map((of) => (
+      { ...of, high: of.high ?? furthest, color: color("p0"), ink: color("ink") }));
+    draw(document.querySelector("[data-plot=noise]"), "noise", { intervals });
+  }
+
+  function drawBatches() {
+    page.batches.forEach((of, index) => {
+      const own = color("p0");
+      const losses = of.losses.map((loss) => ({ ...loss, color: own, fill: loss.is_settled ? own : color("paper") }));
+      const furthest = 1.5 * Math.max(...of.losses.map((loss) => loss.batch), of.noise ? of.noise.low * 2 : 0);
+      const noise = of.noise ? [{ low: of.noise.low, high: of.noise.high ?? furthest, color: color("band") }] : [];
+      const limit = of.limit === null ? [] : [{ loss: of.limit, color: color("p1") }];
+      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss });
+    });
+  }
+
+  // --- all of it
+
+  const sections = [
+    [page.curves, drawCurves], [page.memory, drawMemory], [page.tradeoff, drawTradeoff],
+    [page.windows?.length, drawWindows], [page.noise, drawNoise], [page.batches?.length, drawBatches],
+  ];
+
+  function drawAll() {
+    document.querySelectorAll("[data-category]").forEach((key) => {
+      key.style.background = color(`m${page.memory.categories.indexOf(key.dataset.category)}`);
+    });
+    for (const [data, drawSection] of sections) {
+      if (data) drawSection();
+    }
+  }
+
+  let asked = 0;
+  /** Draw once before the next frame, however often it is asked for. */
+  function soon(drawSection) {
+    cancelAnimationFrame(asked);
+    asked = requestAnimationFrame(drawSection);
+  }
+
+  form("curves")?.addEventListener("change", drawCurves);
+  form("windows")?.addEventListener("change", drawWindows);
+  form("memory")?.addEventListener("input", () => {
+    sayBudget();
+    soon(drawMemory);
+  });
+  document.querySelectorAll("form").forEach((of) => of.addEventListener("submit", (event) => event.preventDefault()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  // On paper it is light, whatever the screen is.
+  addEventListener("beforeprint", () => {
+    root.dataset.print = "";
+    drawAll();
+  });
+  addEventListener("afterprint", () => {
+    delete root.dataset.print;
+    drawAll();
+  });
+  if (page.memory) sayBudget();
+  drawAll();
+})();

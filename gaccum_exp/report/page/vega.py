@@ -1,0 +1,67 @@
+"""Vega for the page: its script, and Vega-Lite compiled to it.
+
+Both are made by vl-convert, which takes a second of a core for the one and half of one to compile the
+first of the others. Neither depends on a sweep, so they are kept in the user's cache folder, where the
+next report finds them; where there is none, or it cannot be written, they are made each time.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_GLOBAL = "window.vegaEmbed=vegaEmbed;"
+
+
+def vega_script() -> str:
+    """Return the script that defines `window.vegaEmbed`, which has Vega and its interpreter in it."""
+
+    def make() -> str:
+        import vl_convert  # 88 MB, which are mapped only where something is made
+
+        return str(vl_convert.javascript_bundle(_GLOBAL))
+
+    return _kept(_GLOBAL, make)
+
+
+def compiled(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a Vega-Lite specification, which holds no data, as a Vega specification."""
+    text = json.dumps(spec)
+
+    def make() -> str:
+        import vl_convert
+
+        return json.dumps(vl_convert.vegalite_to_vega(text))
+
+    made: dict[str, Any] = json.loads(_kept(text, make))
+    return made
+
+
+def _kept(what: str, make: Callable[[], str]) -> str:
+    """Return what was made before by the same vl-convert, whole, or make it and keep it."""
+    key = hashlib.sha256(f"{version('vl-convert-python')} {what}".encode()).hexdigest()[:24]
+    path = _cache_folder() / f"vega-{key}"
+    with suppress(OSError, ValueError):
+        digest, _, text = path.read_bytes().decode().partition("\n")
+        if digest == _digest(text):
+            return text
+    text = make()
+    with suppress(OSError, RuntimeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(f"{_digest(text)}\n{text}".encode())
+        os.replace(file.name, path)  # whole or not at all, whoever else writes it
+    return text
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaccum_exp"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

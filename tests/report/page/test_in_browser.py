@@ -1,0 +1,163 @@
+"""A reader opens the page: without a network, by keyboard, in a frame that may do little."""
+
+import html
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from experiments.mlflow_browser import CHROMIUM, CHROMIUM_ARGUMENTS
+from gaccum_exp.report.compare.batches import compare_batches
+from gaccum_exp.report.compare.comparison import compare
+from gaccum_exp.report.page.write_page import write_page
+from gaccum_exp.tracking.records import RunRecord
+from tests.report.page.test_page import window
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Frame, Page
+
+Arm = Callable[..., RunRecord]
+NEEDED = {"playwright": "playwright", "axe_playwright_python": "axe-playwright-python"}
+MISSING = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+MISSING += [] if CHROMIUM else ["chromium"]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+PATHS = """() => [...document.querySelectorAll('[data-plot=loss] .mark-line path')]
+    .map(path => path.getAttribute('d'))"""
+STRICT = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Open Debian's browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def written(arm: Arm, audited: Callable[..., RunRecord], control: Arm, tmp_path: Path) -> Path:
+    """Write a page that has every part."""
+    runs = [
+        audited(arm(n, global_batch=b, seed=s, n_losses=40, micro_batch=b // n), "equivalent")
+        for b in (128, 256) for s in (0, 1) for n in (1, 2, 4)
+    ]  # fmt: skip
+    runs += [control(runs[0], 1, 1e-7)]
+    told = {"noise/trace": 1.0, "noise/scale": 90.0, "noise/scale_low": 70.0, "noise/scale_high": 120.0}
+    for run in runs[1:3]:
+        curves: Any = run.curves
+        curves.update({name: type(run.curves["train/loss"])((3,), (v,)) for name, v in told.items()})
+    windows = {
+        run.run_id: window(run.accum_steps or 1, samples=128) for run in runs if run.accum_steps != 1
+    }
+    comparison = compare(runs)
+    return write_page(comparison, runs, tmp_path, compare_batches(comparison, runs), windows.get)
+
+
+class Opened:
+    """A page that is open, and what was heard of it."""
+
+    def __init__(self, browser: "Browser", path: Path, **how: Any) -> None:
+        self.context = browser.new_context(offline=True, **how)
+        self.page: Page = self.context.new_page()
+        self.heard: list[str] = []
+        self.page.on("console", lambda message: self.heard.append(message.text))
+        self.page.on("pageerror", lambda error: self.heard.append(str(error)))
+        self.page.on("request", lambda request: self.heard.append(request.url[:80]))
+        self.page.goto(path.as_uri())
+        assert self.heard[0].startswith("file:")
+        self.heard = [said for said in self.heard[1:] if not said.startswith("data:")]
+
+
+def drawn(frame: "Page | Frame") -> list[str]:
+    """Return the paths of the loss curves, once every figure is drawn."""
+    plots = "[...document.querySelectorAll('.plot')]"
+    frame.wait_for_function(f"() => {plots}.every(p => p.offsetParent === null || p.firstChild)")
+    paths: list[str] = frame.evaluate(PATHS)
+    return paths
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_is_drawn_without_a_network_and_for_everyone(
+    browser: "Browser", written: Path, scheme: str
+) -> None:
+    """Each figure, nothing asked for, nothing complained of; axe finds nothing serious."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    opened = Opened(browser, written, color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    assert drawn(opened.page)
+    plots = "() => [...document.querySelectorAll('.plot:has(svg)')].map(p => p.dataset.plot)"
+    kinds = opened.page.evaluate(plots)
+    assert set(kinds) == {"loss", "gap", "memory", "tradeoff", "window", "errors", "noise", "batches"}
+    opened.page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
+    found = Axe().run(opened.page).response["violations"]
+    assert [
+        (f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in ("serious", "critical")
+    ] == []
+    assert opened.heard == []
+
+
+def test_switches_and_the_budget_change_what_is_drawn(browser: "Browser", written: Path) -> None:
+    """With the keyboard alone; off and on again draws the same."""
+    page = Opened(browser, written).page
+    before = drawn(page)
+    page.get_by_label("N = 2").focus()
+    page.keyboard.press("Space")
+    page.wait_for_function(f"before => ({PATHS})().length < before", arg=len(before))
+    page.keyboard.press("Space")
+    page.wait_for_function(f"before => ({PATHS})().length === before", arg=len(before))
+    assert drawn(page) == before
+    for name in ("logarithmic", "linear"):
+        now = drawn(page)
+        page.get_by_label(name, exact=True).check()
+        page.wait_for_function(f"now => ({PATHS})().join() !== now", arg=",".join(now))
+    for name in ("samples", "seconds"):
+        page.get_by_label(name, exact=True).check()
+        titles = page.locator("[data-plot=loss] .role-axis-title")
+        titles.filter(has_text=name).first.wait_for(state="attached")
+    words = page.locator("output[name=words]")
+    page.get_by_label("Budget", exact=True).focus()
+    page.keyboard.press("Home")
+    assert "no N fits" in words.inner_text()
+    page.keyboard.press("End")
+    assert "every N fits" in words.inner_text()
+
+
+def test_it_draws_in_a_frame_that_allows_scripts_alone(
+    browser: "Browser", written: Path, tmp_path: Path
+) -> None:
+    """As MLflow shows it, and under a policy against `eval` besides."""
+    policy = f'<head><meta http-equiv="Content-Security-Policy" content="{STRICT}">'
+    inside = html.escape(written.read_text().replace("<head>", policy))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        '<!doctype html><meta charset="utf-8"><iframe sandbox="allow-scripts" width="900" height="800" '
+        f'srcdoc="{inside}"></iframe>'
+    )
+    opened = Opened(browser, frame)
+    inner = opened.page.frames[1]
+    before = drawn(inner)
+    assert before
+    inner.get_by_label("N = 4").uncheck()
+    inner.wait_for_function(f"before => ({PATHS})().length < before", arg=len(before))
+    assert [said for said in opened.heard if not said.startswith("about:")] == []
+
+
+def test_a_phone_and_paper_hold_it(browser: "Browser", written: Path) -> None:
+    """Nothing is wider than 390 pixels; on paper a dark screen's figures are dark on white."""
+    page = Opened(browser, written, color_scheme="dark", viewport={"width": 390, "height": 800}).page
+    drawn(page)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    assert page.pdf()[:4] == b"%PDF"
+    page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    ink = "() => document.querySelector('[data-plot=memory] .role-axis-label text').getAttribute('fill')"
+    page.wait_for_function(f"() => ({ink})() === '#566072'")
+    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function(f"() => ({ink})() !== '#566072'")
