@@ -24,6 +24,7 @@ from gaccum_exp.report.compare.batches import compare_batches, write_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
+from gaccum_exp.report.text.table_files import write_latex, write_markdown
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(arguments)
         for sweep_id in given.sweep_id:
             check_id("sweep_id", sweep_id)
-        _formats(given.format)
+        formats = _formats(given.format)
         if not given.sweep_id:
             return _list_sweeps(given.uri, given.experiment)
     except (BadInputError, TrackingError) as error:
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
         runs = Runs(uri, experiment, *folders)
-        files = report_sweep(runs, sweep_ids, out)
+        files = report_sweep(runs, sweep_ids, out, formats)
         view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
         journal = Journal.create(out, uri, experiment)
         record_report(journal, " ".join(sweep_ids), files, view)
@@ -194,8 +195,16 @@ class Runs:
         return found
 
 
-def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Path]:
+def report_sweep(
+    runs: Runs, sweep_ids: Sequence[str], folder: Path, formats: Sequence[str] | None = None
+) -> list[Path]:
     """Compare a sweep, or the arms of several; print the table, write files to `folder`, return them.
+
+    Args:
+        runs: where the arms are read.
+        sweep_ids: of the sweep, or of several.
+        folder: of the files.
+        formats: of these, out of `FORMATS`; None: the page, CSV, and figures as the sweep has them.
 
     Raises:
         BadInputError: the store cannot be used, or holds no such sweep.
@@ -212,18 +221,38 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
         runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
-    files = [write_csv(comparison, folder / "comparison.csv")]
-    if batches:
+    wanted, of_figures = formats or ("csv", "html"), _figures_of(arms)
+    if formats is not None:
+        of_figures["formats"] = [kind for kind in formats if kind in ("pdf", "svg", "png")]
+    files = [
+        write(comparison, folder / name) for kind, (write, name) in _TABLES.items() if kind in wanted
+    ]
+    if batches and "csv" in wanted:
         files.append(write_batches(batches, folder / "batches.csv"))
+    figures: list[Path] = []
     with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
-        page = beside.submit(write_page, comparison, arms, folder, batches, partial(_window_of, runs))
-        figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
-        files.append(page.result())
+        told = comparison, arms, folder, batches, partial(_window_of, runs)
+        page = beside.submit(write_page, *told) if "html" in wanted else None
+        if of_figures.get("formats", True):
+            figures = draw(comparison, arms, folder, batches, **of_figures)
+        files += [] if page is None else [page.result()]
     print_comparison(comparison, batches)
     # A figure is named once, whatever it is written as besides.
     named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
-    print("", *(f"  {path}" for path in (*files, *named.values())), sep="\n")
+    print(
+        f"\nSweep{'s' if len(sweep_ids) > 1 else ''} {' + '.join(sweep_ids)}:",
+        *(f"  {path}" for path in (*files, *named.values())),
+        sep="\n",
+    )
     return files + figures
+
+
+_TABLES = {
+    "csv": (write_csv, "comparison.csv"),
+    "md": (write_markdown, "comparison.md"),
+    "latex": (write_latex, "comparison.tex"),
+}
+"""What writes the comparison's table, by format."""
 
 
 def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
