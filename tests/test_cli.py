@@ -264,9 +264,18 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     assert (folder / "report.html").read_bytes() == page
     assert (folder / "loss_curves.svg").exists()
     sweep_id, folder = program.sweep_id, program.sweep_folder
+    ended = program.report(sweep_id, "--out", "chosen", "--format", "md,pdf", "--format=latex")
+    written = {path.name for path in (program.folder / "chosen").glob("[!j]*")}
+    figures = {f"{name}.pdf" for name in ("loss_curves", "memory", "step_time", "memory_frontier")}
+    assert {"comparison.md", "comparison.tex"} < written <= {"comparison.md", "comparison.tex", *figures}
+    assert f"Sweep {sweep_id}:\n  " in ended.out
+    listed = program.as_given("report").out
     folder.rename(program.folder / "away")
     assert program.report(sweep_id, "--out", "elsewhere").status == 0
     assert (program.folder / "elsewhere/comparison.csv").read_bytes() == made
+    for out in (listed, program.report().out):  # from the journals, and from the store
+        (line,) = [line for line in out.splitlines() if line.startswith(sweep_id)]
+        assert line.split()[-4:] == ["mlp", "N=1,2,4", "2", "equivalent"]
 
 
 def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
@@ -276,6 +285,10 @@ def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
     assert ended.status == 2
     assert ended.lines == [f"gaccum_exp report: 20990101-000000-abcdef: no such sweep at {program.uri}"]
     assert not (program.folder / "reports").exists()
+    ended = program.report("20990101-000000-abcdef", "--format=html,odt")
+    assert (ended.status, ended.lines) == (
+        2, ["gaccum_exp report: --format=odt: none of html, md, latex, csv, pdf, svg, png"]
+    )  # fmt: skip
 
 
 def test_a_sweeper_that_gives_up_does_not_take_the_comparison_with_it(

@@ -133,7 +133,7 @@ def _say_verdicts(arms: Sequence[RunRecord]) -> str:
     One pass is the large batch itself, and is left out where nothing is wrong with it.
     """
     judged = [arm for arm in arms if arm.finished]
-    if any(arm.accum_steps != 1 for arm in judged):
+    if any(arm.accum_steps != 1 for arm in arms):
         sound = (None, "", *SOUND)
         judged = [arm for arm in judged if arm.accum_steps != 1 or arm.tags.get("verdict") not in sound]
     verdicts = Counter(arm.tags.get("verdict") or NOT_AUDITED for arm in judged)

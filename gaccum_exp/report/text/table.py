@@ -225,6 +225,8 @@ def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
     said += f", their quartiles up to {spreads[widest]:.0%} off (N = {widest})"
     if counts[0] < FEWEST_WINDOWS:
         said += f"; a ratio takes {FEWEST_WINDOWS}"
+    elif any(row.step_windows is None for row in timed):
+        said += "; no ratio where they were not counted"
     if any(row.step_differs is False for row in rows):
         said += f"; {_AS_LONG} no measurable difference: quartiles overlap"
     return said

@@ -37,7 +37,7 @@ def write_markdown(comparison: Comparison, path: Path) -> Path:
         *(f"| {' | '.join(map(plain, cells))} |" for cells in table.lines),
         "",
         *(f"{plain(line)}  " for line in table.legend),
-        "",
+        *([""] if table.notes else []),
         *(f"- {plain(note)}" for note in table.notes),
         "",
         *(f"{plain(line)}\n" for line in summary(comparison).splitlines()),
@@ -73,7 +73,7 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
 
 
 def _row(cells: Iterable[str], say: Callable[[str], str]) -> str:
-    return f"{' & '.join(map(say, cells))} \\\\"
+    return f"{' & '.join(say(cell.strip()) for cell in cells)} \\\\"
 
 
 def _in_a_line(header: str) -> str:
