@@ -89,7 +89,8 @@ def cells_of(comparison: Comparison) -> TableCells:
     every: list[ComparisonRow] = []
     for row in comparison.rows:  # each group's stored reference in front of it
         every += [stored.pop(row.setting), row] if row.setting in stored else [row]
-    lines = lines_of(every)
+    # An arm that did not begin has nothing to show; a note says why.
+    lines = lines_of([row for row in every if row.accum_steps is not None] or every)
     rows = lines.rows
     reductions = {row.reduction for row in rows} - {None}
     names = _columns(rows, lines.counts)

@@ -19,6 +19,7 @@ _LATEX = {
     "×": r"$\times$", "≈": r"$\approx$", "·": r"$\cdot$", "√": r"$\surd$", "≤": r"$\leq$",
     "≥": r"$\geq$",
     "†": r"$\dagger$", "‡": r"$\ddagger$", "→": r"$\to$", "∝": r"$\propto$", "Σ": r"$\Sigma$",
+    "±": r"$\pm$",
     "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
 }  # fmt: skip
 """What LaTeX has for signs that are its own, or that its usual fonts lack."""
