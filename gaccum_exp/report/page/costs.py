@@ -48,7 +48,12 @@ def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> 
 
 
 def tradeoff_section(comparison: Comparison) -> dict[str, Any] | None:
-    """Return peak memory and step time of each N, by setting; None unless two N have both."""
+    """Return peak memory and step time of each N, by setting; None unless two N have both.
+
+    Where N multiplies the global batch they are of steps over other samples, and are not held together.
+    """
+    if any(len({row.global_batch_size for row in of.rows}) > 1 for of in panels_of(comparison)):
+        return None
     curves = [
         (curve.label, sorted(curve.measured_bytes.keys() & curve.step_s.keys()), curve)
         for curve in frontier_rows(comparison)
@@ -91,7 +96,7 @@ def _budget(records: Mapping[str, RunRecord], known: Sequence[float], size: floa
     """Return the budget to begin with: the configured one, or one between the least and the greatest."""
     given = {run.params.get("runtime.memory_budget_gib") for run in records.values()} - {None, "None"}
     with_one = [float(text) * 2**30 / size for text in given if text]
-    between = (min(known) * max(known)) ** 0.5 / size
+    between = max((min(known) * max(known)) ** 0.5, 1.02 * min(known)) / size
     return {"value": float(f"{max(with_one, default=between):.3g}"), "given": bool(with_one)}
 
 

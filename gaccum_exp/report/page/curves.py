@@ -62,6 +62,7 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
             "samples": all("samples" in curve or "batch" in curve for curve in every),
             "seconds": all("step_s" in curve for curve in every),
         },
+        "one_batch": all(len({row.global_batch_size for row in of.rows}) == 1 for of in panels),
         "merged": rows.is_crowded,
         "controls": rows.controls,
         "margin": f"{MARGIN:.0f}",

@@ -29,12 +29,15 @@
     return { axis, style: { cell: { stroke: null }, text: { font: axis.labelFont } } };
   }
 
-  /** Return a specification with its titles filled in and its data put in. */
+  /** Return a specification with its titles, and the ticks of its x axis where given, and its data. */
   function filled(name, data, titles) {
     const spec = JSON.parse(JSON.stringify(page.specs[name]), (_, value) =>
       typeof value === "string" ? value.replace(/@(\w+)/g, (all, title) => titles[title] ?? all) : value);
     for (const source of spec.data) {
       if (source.name in data) source.values = data[source.name];
+    }
+    for (const axis of spec.axes) {
+      if (axis.scale === "x" && titles.ticks) axis.values = titles.ticks;
     }
     return spec;
   }
@@ -162,21 +165,22 @@
     const limit = budget();
     const input = form("memory").elements.namedItem("budget");
     input.setAttribute("aria-valuetext", inUnit(limit));
-    form("memory").elements.namedItem("words").textContent = page.memory.panels
-      .map((panel) => saidOf(panel, limit)).join(" ");
+    const said = page.memory.panels.map((panel) => [panel.title, saidOf(panel, limit)]);
+    const alike = said.every(([, words]) => words === said[0][1]);
+    form("memory").elements.namedItem("words").textContent = `With ${inUnit(limit)}: ${
+      alike ? said[0][1] : said.map(([title, words]) => `${title}: ${words}`).join(" ")}`;
   }
 
+  /** Say which N of a panel fit. */
   function saidOf(panel, limit) {
     const known = panel.bars.filter((bar) => peak(bar) !== null);
     const one = (bar) => `${bar.n}${bar.total === null ? " (planned)" : ""}`;
     const name = (bars) => `N = ${listed.format(bars.map(one))}`;
     const [fits, others] = [known.filter((bar) => peak(bar) <= limit), known.filter((bar) => peak(bar) > limit)];
-    const lead = page.memory.panels.length > 1 && panel.title ? `${panel.title}: with` : "With";
-    const amount = `${inUnit(limit)},`;
     const is = (bars, singular, plural) => (bars.length === 1 ? singular : plural);
-    if (!fits.length) return `${lead} ${amount} no N fits that was tried.`;
-    if (!others.length) return `${lead} ${amount} every N fits that was tried.`;
-    return `${lead} ${amount} ${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
+    if (!fits.length) return "no N fits that was tried.";
+    if (!others.length) return "every N fits that was tried.";
+    return `${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
   }
 
   function drawTradeoff() {
@@ -258,7 +262,7 @@
       const furthest = 1.5 * Math.max(...of.losses.map((loss) => loss.batch), of.noise ? of.noise.low * 2 : 0);
       const noise = of.noise ? [{ low: of.noise.low, high: of.noise.high ?? furthest, color: color("band") }] : [];
       const limit = of.limit === null ? [] : [{ loss: of.limit, color: color("p1") }];
-      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss });
+      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss, ticks: of.losses.map((loss) => loss.batch) });
     });
   }
 
