@@ -138,11 +138,12 @@ FILES = ("comparison.csv", "audit.json", "plan.json")
 RENAMED = {"steps": "accum_steps"}
 """Keys and columns that were renamed, from old to new: N, in what the program writes and returns."""
 LEFT_ASIDE = {
-    r"time/.*|throughput/.*|step_s|step_ratio|tokens_per_s": "a time, or made of one",
+    r"time/.*|throughput/.*|step_(s|ratio|low_s|high_s|differs)|tokens_per_s": "a time, or made of one",
     r"memory/resident_set_bytes": "the whole process, its libraries and their allocator included",
     r"sweep_id|command_id|run_id|run_token|reference_run_id": "an id, made of the time or at random",
     r"(choice\.)?checkpoint(\..*)?|resume|weights\.left_out": "when a training is kept",
     r"arm|digest|sweep\.(resume|into|rerun_failed)": "which arm of a sweep it is",
+    r"window": "of an audit, what it knows besides its numbers",
     r"host|python|version\..*|git_commit|mlflow\.source\..*|mlflow\.user": "where it was run, by what",
 }
 """Names of parameters, tags, metrics and columns that are not compared, and why."""

@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +36,11 @@ from gaccum_exp.arms.context import (
     Command,
     KnownArm,
     Launch,
+    Turn,
     command_here,
     current_command,
+    given_name,
+    name_of,
     overrides_of,
 )
 from gaccum_exp.arms.extension import further
@@ -254,8 +258,17 @@ def task(cfg: DictConfig) -> float | None:
     )
     if context.multirun:
         outcomes = {} if command is None else command.outcomes
+        over = sum(arm.status is not None for arm in context.known.values())
+        number, jobs = int(job.job.num) + 1, swept.get("jobs")
+        turn = Turn(number, jobs) if command is None else command.turn(number, jobs, over)
+        began_s = time.monotonic()
         with listening() if command is None else nullcontext(command.stop) as stop:
-            return child.run_job(context, stop, outcomes, swept.get("helper"))
+            try:
+                return child.run_job(replace(context, turn=turn), stop, outcomes, swept.get("helper"))
+            finally:
+                known = context.known_arm
+                if command is not None and (known is None or known.status is None):
+                    command.taken_s.append(time.monotonic() - began_s)
     try:
         settings = config.validate(cfg)
         if settings.sweep.seeds is not None:
@@ -263,10 +276,12 @@ def task(cfg: DictConfig) -> float | None:
     except BadInputError as error:  # answered at once, without waiting for torch and MLflow
         complain(error)
         raise SystemExit(BAD_INPUT) from None
-    from gaccum_exp.arms.life import run_arm
-
     assert command is not None
     command.settings = settings
+    name = given_name(context) if settings.chooses_accum_steps else name_of(context, settings)
+    print(f"run {settings.sweep_id}: {name}", file=sys.stderr, flush=True)
+    from gaccum_exp.arms.life import run_arm  # two seconds, with torch
+
     outcome = run_arm(context, settings, command.stop, command.resumed)
     command.outcomes[context.folder] = outcome
     return outcome.objective
@@ -319,7 +334,7 @@ def _extend(command: Command, launch: Launch) -> None:
         return
     if more is not None:
         print(more.said, file=sys.stderr)
-        _end_journal(command, [])
+        _end_journal(command, [], {})
         command.further = continued.with_further_arms(command.arguments, launch.sweep_id, more.overrides)
 
 
@@ -362,17 +377,17 @@ def _say_how_to_go_on(
 
 def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome], status: int) -> int:
     if not outcomes:
-        _end_journal(command, [])
+        _end_journal(command, [], {})
         if status == OK and launch.multirun:
             complain("nothing was run: what the sweep varies has no value")
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
     trained = any(outcome.task == "train" for outcome in outcomes.values())
-    files: list[Path] = []
+    files, view = list[Path](), dict[str, str]()
     try:
         if launch.multirun:
-            files = child.report(launch, command.stop)
+            files, view = child.report(launch, command.stop)
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -382,19 +397,20 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
         complain(f"nothing is compared: {error}")
         status = status or RUN_FAILED
     finally:
-        _end_journal(command, files)
+        _end_journal(command, files, view)
     shown = launch.sweep_id if launch.multirun and trained else None
-    say_where([launch.folder], launch.tracking_uri, shown)
+    recorded = command.journal.path if command.journal is not None and files else None
+    say_where([launch.folder], launch.tracking_uri, shown, recorded)
     return status or earned
 
 
-def _end_journal(command: Command, files: Sequence[Path]) -> None:
-    """Record a sweep's report, if there is one."""
+def _end_journal(command: Command, files: Sequence[Path], view: Mapping[str, str]) -> None:
+    """Record a sweep's report, if there is one, and how MLflow shows the sweep."""
     if command.journal is None or command.launch is None:
         return
     try:
         if files:
-            record_report(command.journal, command.launch.sweep_id, files)
+            record_report(command.journal, command.launch.sweep_id, files, view)
         else:
             close_without_report(command.journal)
     except TrackingError as error:

@@ -89,6 +89,7 @@ OURS = "is the program's own"
         (["-m", "seed=range(0,inf)"], "seed=range(0,inf): is no range"),
         (["-m", "seed=range(0,1000000000000)"], "1,000,000,000,000 arms, more than 10,000"),
         (["-m", "sweep_id=a,b"], "sweep_id=a,b: is one for all arms"),
+        (["-m", "figures.format=svg,pdf"], "figures.format=svg,pdf: is one for all arms"),
         # Numbers that are no counts.
         (["data.global_batch_size=1000000000000", "accum.steps=1000000000000"], "must be at most 2,14"),
         (["data.global_batch_size=null", "data.micro_batch_size=2000000000", "accum.steps=2"], "=4000"),
@@ -105,7 +106,7 @@ def test_every_kind_of_wrong_line_is_answered_in_one(
     """Key, value and way out; status 2, no traceback, and no folder of a run."""
     ended = program.as_given(*arguments)
     assert ended.status == 2
-    (line,) = [line for line in ended.lines if not line.startswith("recorded in ")]
+    (line,) = [line for line in ended.lines if not line.startswith(("recorded in ", "run ", "sweep 2"))]
     assert line.startswith(("gaccum_exp: ", "gaccum_exp report: "))
     assert said in line
     assert not list(program.folder.rglob("arm.json"))

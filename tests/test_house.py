@@ -25,7 +25,8 @@ ROOMS: dict[str, tuple[str, str]] = {
     "config": ("errors", "hydra omegaconf"),
     "tracking": ("errors", "torch mlflow rich"),
     "report": (
-        "tracking.records tracking.metrics audit.result memory.plan core.dtypes errors",
+        "tracking.records tracking.metrics audit.result audit.audited_window memory.plan core.dtypes "
+        "errors",
         "numpy torch matplotlib rich jinja2 markupsafe vl_convert",
     ),
     "train": ("tracking config audit memory core errors", "torch numpy"),

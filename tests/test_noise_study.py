@@ -43,14 +43,13 @@ def test_a_checkpoint_is_looked_at_and_left_as_it_was(
     assert found.low < found.scale
 
 
-def test_the_cost_is_a_ratio_for_each_model_optimizer_and_interval(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of trainings in turn."""
+def test_the_cost_is_a_ratio_for_each_model_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of windows in turn."""
     monkeypatch.setattr(cost, "MODELS", {"MLP": cost.MODELS["MLP"]})
-    found = cost.measured(rounds=1, windows=2)
-    assert {key[1:] for key in found} == {(o, k) for o in cost.OPTIMIZERS for k in cost.EVERY}
-    assert all(len(of) == 1 for of in found.values())
+    found = cost.measured(rounds=1, windows=12)
+    assert set(found) == {("MLP", optimizer) for optimizer in cost.OPTIMIZERS}
+    assert all(of.window > 0 and of.check > 0 for (of,) in found.values())
+    assert cost.table(found).count("\n") == 1 + len(found)
 
 
 def test_over_splits_of_a_window_the_mean_is_what_its_samples_tell() -> None:

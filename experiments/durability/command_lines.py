@@ -27,7 +27,14 @@ from gaccum_exp.train.stopping import Stop
 IN_PROCESS, AS_PROCESSES = 5_000, 200
 PATIENCE_S = 120
 """After so long a line hangs."""
-SAID = ("recorded in ", "tracking: ", "data.train holds ", "accum.partial_window=carry")
+SAID = (
+    "run 2",
+    "sweep 2",
+    "recorded in ",
+    "tracking: ",
+    "data.train holds ",
+    "accum.partial_window=carry",
+)
 """How lines begin that are said beside the one that is asked for."""
 
 

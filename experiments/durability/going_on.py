@@ -17,7 +17,7 @@ from experiments.durability.kills import await_growth, await_moment
 from experiments.durability.ledger import FILES, Findings, Stored, stored
 from experiments.durability.tries import Options, Result, Tried, many, result
 from gaccum_exp.tracking.delivered import Delivered
-from gaccum_exp.tracking.journal import last_record
+from gaccum_exp.tracking.journal import end_of
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
 
 HERE = "experiments.durability.going_on"
@@ -110,7 +110,7 @@ def journals(folder: Path) -> list[Path]:
 
 def finished(folder: Path) -> bool:
     """Whether a run has come to its end."""
-    return any(last_record(path).get("status") == "FINISHED" for path in journals(folder))
+    return any(end_of(path).get("status") == "FINISHED" for path in journals(folder))
 
 
 def await_aim(running: Running, aim: str, draw: random.Random) -> bool:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.durability.server import mlflow_server
 from experiments.notebook import composed, middle
+from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.provenance import environment_tags
 from gaccum_exp.arms.report import Runs, read_sweeps
 from gaccum_exp.arms.settle import record_report
@@ -279,6 +280,7 @@ def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     runs, stored = read_sweeps(store, [sweep_id])
     marks.append(time.perf_counter())
     comparison = compare(runs, stored, partial(kept_weights, store))
+    add_comparison(store, runs, stored, comparison)
     marks.append(time.perf_counter())
     files = [write_csv(comparison, folder / "comparison.csv")]
     console = Console(file=io.StringIO(), width=100)
@@ -287,7 +289,7 @@ def report(uri: str, folder: Path, sweep_id: str = SWEEP) -> dict[str, float]:
     marks.append(time.perf_counter())
     files += draw(comparison, runs, folder)
     marks.append(time.perf_counter())
-    record_report(Journal.create(folder, uri, EXPERIMENT), sweep_id, files)
+    record_report(Journal.create(folder, uri, EXPERIMENT), sweep_id, files, store.view(sweep_id))
     finish()
     marks.append(time.perf_counter())
     return {stage: b - a for stage, a, b in zip(STAGES, marks, marks[1:], strict=False)}

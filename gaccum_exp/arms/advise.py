@@ -15,19 +15,24 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.config.targets import target_object
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.memory.fake import nothing_left_behind
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, Change
 from gaccum_exp.memory.planner import Planner
+from gaccum_exp.report.compare.batch_curves import samples_after
+from gaccum_exp.report.compare.columns import last_noise
 from gaccum_exp.report.text.advice import Advice, NoiseKnown, Way
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import TrainingData, build
+from gaccum_exp.train.growth import RULES, kind_of
 from gaccum_exp.train.step import take_step
 from gaccum_exp.train.stopping import Stop
 
@@ -119,8 +124,9 @@ def _with_batch(settings: Settings, batch: int) -> Settings:
 
 
 def _rate_rule(settings: Settings) -> str:
-    name = str(settings.optimizer.get("_target_", "")).rpartition(".")[2]
-    return "linear" if name == "SGD" else "sqrt"
+    """Return the optimizer's rule; where none is known Adam's, which changes the rate less."""
+    made = target_object(settings.optimizer)
+    return RULES[(kind_of(made) if isinstance(made, type) else None) or "adam"]
 
 
 def _accum_steps(planner: Planner, budget: int | None, *, every: bool) -> list[int]:
@@ -232,7 +238,7 @@ def _with_runs(
     way: Way, own: Settings, asked: Settings, loaded: TrainingData, runs: Sequence[RunRecord]
 ) -> Way:
     """Return a way with the lowest loss of the runs of its batch and precision, of as many samples."""
-    wanted = loaded.total_steps * asked.largest_batch
+    wanted = loaded.plan.position(loaded.total_steps)
     losses = [
         loss
         for run in runs
@@ -245,10 +251,10 @@ def _with_runs(
     return replace(way, loss=min(losses, default=None), runs=len(losses))
 
 
-def _samples(run: RunRecord) -> int:
+def _samples(run: RunRecord) -> float:
     curve = run.curves.get(metrics.TRAIN_LOSS)
-    steps = curve.global_steps[-1] if curve and curve.global_steps else 0
-    return steps * (run.global_batch_size or 0)
+    steps = np.array(curve.global_steps[-1:]) if curve else np.zeros(0)
+    return float(samples_after(run, steps).sum())
 
 
 def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:
@@ -259,13 +265,11 @@ def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | Non
 
 def _told(runs: Iterable[RunRecord]) -> Iterator[tuple[int | None, NoiseKnown]]:
     for run in runs:
-        measured = run.curves.get(metrics.NOISE_TRACE)
         for in_adam in (True, False):
             names = (metrics.NOISE_SCALE, metrics.NOISE_SCALE_LOW, metrics.NOISE_SCALE_HIGH)
-            curves = [run.curves.get(metrics.in_adam_metric(n) if in_adam else n) for n in names]
-            last = measured.global_steps[-1:] if measured else ()
-            at_end = [curve for curve in curves if curve and last and curve.global_steps[-1:] == last]
-            if len(at_end) == len(names) and at_end[1].values[-1] > 0:
-                scale, low, high = (curve.values[-1] for curve in at_end)
+            scale, low, high = (
+                last_noise(run, metrics.in_adam_metric(name) if in_adam else name) for name in names
+            )
+            if scale is not None and low and high is not None:
                 yield run.global_batch_size, NoiseKnown(scale, low, high, in_adam, run.name)
                 break

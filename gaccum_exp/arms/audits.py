@@ -29,7 +29,8 @@ def print_audits(outcomes: Mapping[Path, Outcome]) -> None:
         outcomes: how the arms ended, by folder.
     """
     lines: list[tuple[str, Audit | str]] = []
-    plain = [f.name for f in fields(Audit) if f.name not in ("culprits", "checks", "parameters")]
+    apart = ("culprits", "checks", "parameters", "window")
+    plain = [f.name for f in fields(Audit) if f.name not in apart]
     for folder, outcome in outcomes.items():
         path = folder / AUDIT_FILE
         if outcome.status == "FINISHED" and path.exists():

@@ -105,7 +105,12 @@ class SweepStart(Callback):
             arms=[] if before is None else before.places,
             uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
         )  # fmt: skip
+        over = f" over {', '.join(swept)}" if swept else ""
+        arms = "arms" if planned is None else f"{planned} arm{'' if planned == 1 else 's'}"
+        print(f"sweep {config.sweep_id}: {arms}{over}", file=sys.stderr, flush=True)
         start_helper()
+        seeds = _one_job_for_all_seeds(config) if config.sweep.vectorize == "seed" else 1
+        jobs = None if planned is None else planned // seeds
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
         with read_write(config.hydra), open_dict(config.hydra):
@@ -113,6 +118,7 @@ class SweepStart(Callback):
                 f"+hydra.callbacks.sweep.swept_keys=[{','.join(map(_quoted, swept))}]",
                 f"+hydra.callbacks.sweep.helper={_quoted(helper_address())}",
                 f"+hydra.callbacks.sweep.command_id={_quoted(command_id)}",
+                f"+hydra.callbacks.sweep.jobs={'null' if jobs is None else jobs}",
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
                 *self._pinned,
             ]
@@ -122,8 +128,6 @@ class SweepStart(Callback):
         if command is not None:
             command.planned, command.command_id = planned, command_id
             command.extend = config.sweep.extend
-        if config.sweep.vectorize == "seed":
-            _one_job_for_all_seeds(config)
         if _composed(config, config_name) is not None:  # else it is said without MLflow
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _note_sweep(note, Path(config.hydra.sweep.dir))
@@ -236,7 +240,7 @@ def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
         values.pop(key, None)  # the last one holds
         if not override.is_sweep_override():
             continue
-        if key in ("sweep_id", "sweep.seeds"):
+        if key in ("sweep_id", "sweep.seeds") or key.startswith("figures."):
             raise BadInputError(f"{line}: is one for all arms; leave it out")
         if not override.is_discrete_sweep():
             continue
@@ -320,22 +324,22 @@ def _configured_overrides(config: DictConfig) -> list[str]:
     return [f"{k}={v}" for k, v in dict(config.hydra.sweeper.get("params") or {}).items()]
 
 
-def _one_job_for_all_seeds(config: DictConfig) -> None:
-    """Make one job of all seeds that the sweeper would vary: an arm with a list of them."""
+def _one_job_for_all_seeds(config: DictConfig) -> int:
+    """Make one job of all seeds that the sweeper would vary, and return how many it is of."""
     hydra = config.hydra
     # Hydra gives its own sweeper the overrides after this callback. Others ask for one value at a time,
     # and wait for its result.
     if not str(hydra.sweeper._target_).endswith("BasicSweeper"):
         log.warning("sweep.vectorize=seed: only Hydra's basic sweeper varies seeds that can be stacked")
-        return
+        return 1
     configured = _configured_overrides(config)
     overrides = _parsed([*configured, *overrides_of(hydra)])
     of_seed = [o for o in overrides if o.get_key_element().lstrip("+") == "seed"]
     if not of_seed or not of_seed[-1].is_discrete_sweep():
-        return
+        return 1
     seeds = list(of_seed[-1].sweep_string_iterator())
     if len(set(seeds)) < max(2, len(seeds)):
-        return
+        return 1
     own = [f"{of_seed[-1].get_key_element()}={seeds[0]}", f"sweep.seeds=[{','.join(seeds)}]"]
     lines: list[str] = []
     for override in overrides:
@@ -347,6 +351,7 @@ def _one_job_for_all_seeds(config: DictConfig) -> None:
         hydra.overrides.task = lines
         if configured:
             hydra.sweeper.params = {}
+    return len(seeds)
 
 
 def _composed(

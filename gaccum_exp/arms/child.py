@@ -432,8 +432,11 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
     )  # fmt: skip
 
 
-def report(launch: Launch, stop: Stop) -> list[Path]:
-    """Compare the arms of a sweep in the child, where torch is; return the files made.
+def report(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
+    """Compare the arms of a sweep in the child, where torch is.
+
+    Returns:
+        The files made, and the tags of an experiment that arrange how MLflow shows the sweep.
 
     Raises:
         BadInputError: nothing can be compared.
@@ -452,8 +455,8 @@ def report(launch: Launch, stop: Stop) -> list[Path]:
         raise answer.stopped
     if answer.reason:
         raise BadInputError(answer.reason)
-    files: list[Path] = answer.result
-    return files
+    files, view = answer.result
+    return files, view
 
 
 def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> Answer:

@@ -19,7 +19,7 @@ from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import Stop
 
-_NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume"})
+_NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume", "figures"})
 """Blocks and keys that do not change what an arm is."""
 
 
@@ -35,6 +35,28 @@ class KnownArm(NamedTuple):
     reason: str | None = None
     verdict: str | None = None
     audit_asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Which of a sweep's jobs one is."""
+
+    number: int
+    """From 1."""
+    total: int | None
+    """None: the sweeper decides as it goes."""
+    left: int | None = None
+    """How many are to follow; None: not known, or others run beside it."""
+    taken_s: tuple[float, ...] = ()
+    """What jobs before it took, in seconds."""
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.total}" if self.total else f"arm {self.number}"
+
+    def following_s(self, own_s: float) -> float:
+        """Estimate the seconds of those to follow: what it and those before took in the mean, each."""
+        every = (*self.taken_s, own_s)
+        return (self.left or 0) * sum(every) / len(every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +83,8 @@ class ArmContext:
     sweep_folder: Path | None = None
     known: Mapping[str, KnownArm] = field(default_factory=dict)
     """The arms that a sweep has which goes on, by digest."""
+    turn: Turn | None = None
+    """None: it is of no sweep."""
 
     @property
     def sweep_id(self) -> str:
@@ -129,6 +153,20 @@ def name_of(context: ArmContext, settings: Settings, control_of: str | None = No
     values = settings.flat() | dict(context.choices)
     swept = [key for key in context.swept_keys if key in values and key not in named]
     return " · ".join(parts + [f"{key}={values[key]}" for key in swept])
+
+
+def label_of(context: ArmContext, settings: Settings, also: str = "") -> str:
+    """Return what a training is called while it runs, in a few words: `N=4 lr=0.1 · 3 of 12`."""
+    first, largest = settings.accum.steps, settings.accum_steps
+    words = [f"N={first}" if first == largest else f"N={first} to {largest}"]
+    values = settings.flat() | dict(context.choices)
+    for key in context.swept_keys:
+        if key == "accum.reduction":
+            words.append(str(values[key]))
+        elif key in values and key != "accum.steps":
+            words.append(f"{key.rpartition('.')[2]}={values[key]}")
+    parts = [" ".join(words), also, "" if context.turn is None else str(context.turn)]
+    return " · ".join(part for part in parts if part)
 
 
 def given_name(context: ArmContext) -> str:
@@ -207,6 +245,14 @@ class Command:
     """Of a sweep: its report is recorded there, as a run of its own."""
     outcomes: dict[Path, Outcome] = field(default_factory=dict)
     """How the arms of a sweep ended that this process has started, by folder."""
+    taken_s: list[float] = field(default_factory=list)
+    """What each job took that this process has run, of those that the sweep did not have yet."""
+
+    def turn(self, number: int, total: int | None, over: int) -> Turn:
+        """Return a job's place in the sweep; `over`: how many arms had ended before the command."""
+        taken_s = tuple(self.taken_s)
+        left = None if total is None else min(total - number, max(0, total - over - len(taken_s) - 1))
+        return Turn(number, total, left, taken_s)
 
 
 current_command: ContextVar[Command | None] = ContextVar("current_command", default=None)

@@ -23,7 +23,7 @@ from gaccum_exp.arms import advise as advising
 from gaccum_exp.arms import audits as audit_files
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms import resume
-from gaccum_exp.arms.context import ArmContext, given_name, name_of
+from gaccum_exp.arms.context import ArmContext, given_name, label_of, name_of
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.process import SPENT
 from gaccum_exp.arms.provenance import (
@@ -216,6 +216,23 @@ class Life:
                 f"{left.told} does not go on: its data were {before}, and are {now}; "
                 "resume=never begins another run"
             )
+
+    def progress(self, total_steps: int, controls_left: int) -> Progress:
+        """Return what shows how far its training is, after which so many controls are trained."""
+        context, number = self.context, self.settings.audit.control_seed
+        controls = 0 if number is None else number + controls_left
+        turn = context.turn if context.turn is not None and context.turn.left is not None else None
+
+        def following_s(own_s: float) -> float:
+            of_arm = turn.following_s((1 + max(controls, controls_left)) * own_s) if turn else 0.0
+            return controls_left * own_s + of_arm
+
+        return Progress(
+            label_of(context, self.settings, "" if number is None else f"control {number}"),
+            total_steps,
+            alone=context.owns_terminal,
+            following_s=following_s if turn is not None else None,
+        )
 
     def restore(self, state: TrainState, hooks: Hooks, audits: WindowAudits) -> None:
         """Bring a training that goes on to where it was, and say from where."""
@@ -510,7 +527,7 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
     if predicted is None and budget is not None and not planning.plainly_fits(state, budget):
         predicted = planning.predicted_peak(settings, loaded)
         planning.refuse_over_budget(settings, loaded, predicted, budget)
-    with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
+    with life.progress(state.total_steps, life.controls) as progress:
         hooks, audits = hooks_of(
             state, sink, progress,
             budget_bytes=budget, stop=life.stop, checkpoints=life.checkpoints,
@@ -588,11 +605,12 @@ def train_controls(arm: Life) -> None:
             continue
         of_control = context.with_values({"audit.control_seed": number})
         own, resumed = settings.as_control(number), None if left is None else resume.take(left)
-        _train_control(Life(of_control, own, arm.name, arm.stop, resumed))
+        left_after = arm.controls - number
+        _train_control(Life(of_control, own, arm.name, arm.stop, resumed), left_after)
     arm.controls_are_over()
 
 
-def _train_control(life: Life) -> None:
+def _train_control(life: Life, controls_left: int) -> None:
     with ends(life):
         loaded = None
         if life.resumed is not None:
@@ -600,7 +618,7 @@ def _train_control(life: Life) -> None:
             life.require_same_data(loaded)
         life.begin()
         state = _build(life, _load(life, loaded))
-        with Progress(life.name, state.total_steps, alone=life.context.owns_terminal) as progress:
+        with life.progress(state.total_steps, controls_left) as progress:
             hooks, audits = hooks_of(
                 state, life.sink, progress, stop=life.stop, checkpoints=life.checkpoints
             )
@@ -638,7 +656,10 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> Outcome:
 def _say_failed(sweep_id: str, name: str, reason: str) -> None:
     """Log that an arm failed; a reason that several share is said of the first, in this process."""
     first = _first_failed(sweep_id).setdefault(reason, name)
-    log.error("%s failed%s", name, f": {reason}" if first == name else f", as {first} did")
+    if reason.startswith(f"{name}: "):  # of an arm that is named after what it was given
+        log.error("%s", reason)
+    else:
+        log.error("%s failed%s", name, f": {reason}" if first == name else f", as {first} did")
 
 
 @lru_cache(maxsize=1)

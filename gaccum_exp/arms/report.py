@@ -5,6 +5,7 @@ A sweep does the same at its end.
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
 from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
@@ -25,6 +27,7 @@ from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
+from gaccum_exp.tracking.mlflow_ui import experiment_tags
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.tracking.records import RunRecord, last_of_each_arm, with_those_elsewhere
 from gaccum_exp.tracking.sink import kept_weights
@@ -70,15 +73,18 @@ def main(arguments: Sequence[str]) -> int:
     experiment = experiment_name(given.experiment or own[1])
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
-        files = report_sweep(Runs(uri, experiment, *folders), sweep_ids, out)
-        record_report(Journal.create(out, uri, experiment), " ".join(sweep_ids), files)
+        runs = Runs(uri, experiment, *folders)
+        files = report_sweep(runs, sweep_ids, out)
+        view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
+        journal = Journal.create(out, uri, experiment)
+        record_report(journal, " ".join(sweep_ids), files, view)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
     for place in FOLDERS:
         if place.is_dir():
             shipper.announce(place.absolute())
-    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None)
+    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None, journal.path)
     return OK
 
 
@@ -106,6 +112,9 @@ class Runs:
     def __init__(self, uri: str, experiment_name: str, *folders: Path) -> None:
         self.uri, self._experiment_name = uri, experiment_name
         self.journals = [Journals(folder) for folder in folders]
+        self._of_sweep: dict[str, list[RunRecord]] = {}
+        self.largest_ulp = 0.0
+        """How far the loss curves that were compared last are apart at most."""
 
     @cached_property
     def store(self) -> "Store":
@@ -129,7 +138,12 @@ class Runs:
                 if not found:
                     raise
                 log.warning("arms that ran elsewhere are left out: %s", error)
-        return last_of_each_arm(found)
+        self._of_sweep[sweep_id] = last_of_each_arm(found)
+        return self._of_sweep[sweep_id]
+
+    def view(self, sweep_id: str) -> dict[str, str]:
+        """Return the tags of an experiment that arrange how MLflow shows a sweep that was read."""
+        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()), self.largest_ulp)
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
@@ -154,6 +168,9 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
 
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
+    if len(sweep_ids) == 1:  # else an arm may be held against another sweep's reference
+        # It is delivered while figures are drawn.
+        runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
     files = [write_csv(comparison, folder / "comparison.csv")]
@@ -161,12 +178,22 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
         files.append(write_batches(batches, folder / "batches.csv"))
     with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
         page = beside.submit(write_page, comparison, arms, folder, batches, partial(_window_of, runs))
-        files += draw(comparison, arms, folder, batches)
+        figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
         files.append(page.result())
     print_comparison(comparison, batches)
-    # Each figure lies beside its PNG as SVG.
-    print("", *(f"  {path}" for path in files if path.suffix != ".svg"), sep="\n")
-    return files
+    # A figure is named once, whatever it is written as besides.
+    named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
+    print("", *(f"  {path}" for path in (*files, *named.values())), sep="\n")
+    return files + figures
+
+
+def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return how the last of the arms would have figures drawn, as far as any says so."""
+    told = [arm.params for arm in arms if {"figures.width", "figures.format"} <= arm.params.keys()]
+    if not told:
+        return {}
+    width, formats = told[-1]["figures.width"], re.findall(r"\w+", told[-1]["figures.format"])
+    return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
 
 
 def _window_of(runs: Runs, run_id: str) -> dict[str, Any] | None:

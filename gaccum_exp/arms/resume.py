@@ -28,9 +28,9 @@ from gaccum_exp.tracking.journal import (
     PATTERN,
     Record,
     beginning,
+    end_of,
     is_of_this_host,
     last_owner,
-    last_record,
 )
 from gaccum_exp.tracking.locks import FileLock
 
@@ -42,7 +42,7 @@ PATIENCE_S = 0.5
 CONTROLS_LOCK = "controls.lock"
 SAID = 5
 """So many keys are named that differ."""
-ANOTHER_ROUTE = ("resume", "sweep_id", "data.workers", "checkpoint.", "tracking.", "sweep.")
+ANOTHER_ROUTE = ("resume", "sweep_id", "data.workers", "checkpoint.", "tracking.", "sweep.", "figures.")
 """Keys, or beginnings of keys, that change neither what is trained nor what is measured of it. The
 number of threads is none of them: 1 and 2 give other bits."""
 SPLIT = (
@@ -393,8 +393,8 @@ def _may_go_on(path: Path, controls: bool) -> bool:
 
 
 def _status(path: Path) -> str | None:
-    record = last_record(path)
-    return str(record["status"]) if record.get("kind") == "end" else None
+    end = end_of(path)
+    return str(end["status"]) if end else None
 
 
 def _lock_of(run: Left) -> FileLock | None:

@@ -6,10 +6,11 @@ own run. A sweep makes such jobs under `sweep.vectorize=seed` (`gaccum_exp/arms/
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms.child import Ended
-from gaccum_exp.arms.context import ArmContext, contexts_of_seeds
+from gaccum_exp.arms.context import ArmContext, contexts_of_seeds, label_of
 from gaccum_exp.arms.life import (
     EXPECTED,
     VECTORIZED,
@@ -119,8 +120,7 @@ def _train_together(lives: Sequence[Life], states: Sequence[TrainState], stop: S
             life.describe(state)
             if life is lives[0]:
                 life.sink.ready()  # what is wrong with the store is wrong for all
-        name, alone = f"{lives[0].name} and {seeds - 1} more seeds", lives[0].context.owns_terminal
-        with Progress(name, total_steps, alone=alone) as progress:
+        with _progress(lives, total_steps) as progress:
             together = StackedState(states)
             results = train_stacked(together, [life.sink for life in lives], progress, stop)
         for life, state, result in zip(lives, states, results, strict=True):
@@ -129,3 +129,12 @@ def _train_together(lives: Sequence[Life], states: Sequence[TrainState], stop: S
                     raise result.error
                 life.keep_weights(state)
                 life.finish(None if result.audit is None else result.audit.verdict)
+
+
+def _progress(lives: Sequence[Life], total_steps: int) -> Progress:
+    context = lives[0].context
+    own = [key for key in context.swept_keys if key != "seed"]
+    label = label_of(replace(context, swept_keys=tuple(own)), lives[0].settings, f"{len(lives)} seeds")
+    turn = context.turn
+    following_s = turn.following_s if turn is not None and turn.left is not None else None
+    return Progress(label, total_steps, alone=context.owns_terminal, following_s=following_s)

@@ -180,8 +180,12 @@ def _run(context: ArmContext, stop: Stop) -> Ended:
     return run_job(context, stop)
 
 
-def _compare(launch: Launch, stop: Stop) -> list[Path]:
-    """Print the verdicts of audits; compare what was trained, and return the files made."""
+def _compare(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
+    """Print the verdicts of audits; compare what was trained.
+
+    Returns:
+        The files made, and the tags of an experiment that arrange how MLflow shows the sweep.
+    """
     outcomes = read_outcomes(launch.folder, launch.sweep_id)
     if lacks(launch.folder, launch.sweep_id, outcomes):
         with stop.at_once(), suppress(BadInputError, TrackingError):  # else of those that are here
@@ -195,11 +199,12 @@ def _compare(launch: Launch, stop: Stop) -> list[Path]:
 
             print_audits(audited)
         if outcomes and not any(outcome.task == "train" for outcome in outcomes.values()):
-            return []
+            return [], {}
         from gaccum_exp.arms.report import Runs, report_sweep
 
         runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
-        return report_sweep(runs, [launch.sweep_id], launch.folder)
+        files = report_sweep(runs, [launch.sweep_id], launch.folder)
+        return files, runs.view(launch.sweep_id)
 
 
 _DONE: dict[str, Callable[[Any, Stop], Any]] = {"arm": _run, "report": _compare}

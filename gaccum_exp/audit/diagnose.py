@@ -38,7 +38,16 @@ from gaccum_exp.audit.verdict import (
     remedy_of_factor,
     verdict_of,
 )
-from gaccum_exp.core.gradient import Gradient, coarse, distance, finite, identical, norm
+from gaccum_exp.core.gradient import (
+    Deviation,
+    Gradient,
+    coarse,
+    deviation,
+    distance,
+    finite,
+    identical,
+    norm,
+)
 from gaccum_exp.memory.available import out_of_memory
 
 ORDERS = 3
@@ -59,6 +68,19 @@ DIFFERING = (
 NOT_FINITE_IN_FLOAT64 = "run again in float64, the gradient is not finite"
 
 
+class Deviations(NamedTuple):
+    """How far gradients of the window lie apart, by parameter."""
+
+    own: Deviation
+    """The accumulated one from that of one pass, in the run's precision."""
+    moved: tuple[Deviation, ...]
+    """That of one pass in the run's precision: from itself other orders, and itself from float64."""
+    own64: Deviation
+    """As `own`, in float64."""
+    moved64: Deviation
+    """The one pass in another order, in float64."""
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What the runs of a window gave."""
@@ -66,6 +88,7 @@ class Diagnosis:
     audit: Audit
     """Verdict and cause as far as the window itself, run again, shows them."""
     measured: Measured | None = None
+    deviations: Deviations | None = None
     one_pass64: Gradient | None = None
     accumulated64: Gradient | None = None
     left: str | None = None
@@ -122,8 +145,9 @@ def diagnose(
         return Diagnosis(replace(blank, detail=why))
     generator, samples = torch.Generator().manual_seed(0), sum(rerun.window.sizes)
     orders = [torch.randperm(samples, generator=generator) for _ in range(ORDERS)]
-    floor = max(distance(rerun.gradient(replace(ONE_PASS, order=o)), one_pass) for o in orders)
-    e, errors = distance(accumulated, one_pass), parameter_errors(accumulated, one_pass)
+    moved = [deviation(rerun.gradient(replace(ONE_PASS, order=o)), one_pass) for o in orders]
+    floor, own = max(of.distance for of in moved), deviation(accumulated, one_pass)
+    e, errors = own.distance, parameter_errors(own)
     blank = replace(blank, e=e, floor=floor, parameters=errors)
     try:
         one_pass64 = rerun.gradient(ONE_PASS64, held=2)
@@ -137,19 +161,20 @@ def diagnose(
                 said = DIFFERING.format(names=", ".join(same.differing))
                 return Diagnosis(replace(blank, detail=said))
         permuted = rerun.gradient(replace(ONE_PASS64, order=orders[-1]))
-        floor64, rounding64 = distance(permuted, one_pass64), parameter_errors(permuted, one_pass64)
+        moved64 = deviation(permuted, one_pass64)
         del permuted  # of a large model a third gradient may not fit beside what comes next
         forward = compare_forward(rerun, ACCUMULATED64)
     except Exception as error:  # a user's model may fail in a precision that it was not written for
         if out_of_memory(error):
             raise
         return Diagnosis(replace(blank, detail=f"it does not run in float64: {error_line(error)}"))
-    errors64 = parameter_errors(accumulated64, one_pass64)
+    own64, digits = deviation(accumulated64, one_pass64), deviation(one_pass, one_pass64)
+    errors64 = parameter_errors(own64)
     measured = Measured(
         identical(accumulated, one_pass),
-        own=Agreement(e, max(floor, distance(one_pass, one_pass64)), IN_OWN_PRECISION),
-        float64=Agreement(distance(accumulated64, one_pass64), floor64, IN_FLOAT64),
-        hidden64=hidden_difference(errors64, rounding64),
+        own=Agreement(e, max(floor, digits.distance), IN_OWN_PRECISION),
+        float64=Agreement(own64.distance, moved64.distance, IN_FLOAT64),
+        hidden64=hidden_difference(errors64, parameter_errors(moved64)),
     )
     denominator = forward.whole[1]
     audit = replace(
@@ -164,7 +189,8 @@ def diagnose(
     if rerun.draws.any:
         who = of_each_type(_drawing(rerun)) or "numbers are drawn outside of the modules"
         left = f"then it is still stochastic ({who})"
-    return Diagnosis(audit, measured, one_pass64, accumulated64, left)
+    by_layer = Deviations(own, (*moved, digits), own64, moved64)
+    return Diagnosis(audit, measured, by_layer, one_pass64, accumulated64, left)
 
 
 def error_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, ACCUMULATED64, ONE_PASS, 
 from gaccum_exp.audit.result import OTHER_OPTIMIZER, Audit
 from gaccum_exp.audit.verdict import parameter_errors
 from gaccum_exp.core.adam_a import AdamA
-from gaccum_exp.core.gradient import Gradient, distance
+from gaccum_exp.core.gradient import Gradient, deviation, distance
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, InPlace
 
 SEEN = (
@@ -99,19 +99,18 @@ def judged_by_steps(rerun: Rerun, audit: Audit, remedy: str) -> Audit:
 
     of64, one64 = step(ACCUMULATED64), step(ONE_PASS64)
     floor64 = distance(step(replace(ONE_PASS64, order=order)), one64)
-    e64 = distance(of64, one64)
-    if Agreement(e64, floor64, IN_FLOAT64).agrees:
+    apart64 = deviation(of64, one64)
+    if Agreement(apart64.distance, floor64, IN_FLOAT64).agrees:
         return audit
-    errors = parameter_errors(of64, one64)
     one = step(ONE_PASS)
     floor = max(distance(step(replace(ONE_PASS, order=order)), one), distance(one, one64))
     return replace(
         audit,
         verdict="biased",
         cause=OTHER_OPTIMIZER,
-        e64=e64,
+        e64=apart64.distance,
         e=distance(step(ACCUMULATED), one),
         floor=floor,
         remedy=remedy,
-        parameters=errors,
+        parameters=parameter_errors(apart64),
     ).noting(SEEN)

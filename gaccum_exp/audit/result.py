@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from gaccum_exp.audit.audited_window import AuditedWindow
+
 Verdict = Literal["identical", "equivalent", "stochastic", "biased", "inconclusive"]
 SEVERITY: tuple[Verdict, ...] = ("identical", "equivalent", "stochastic", "inconclusive", "biased")
 """From best to worst: of several windows, the worst verdict is the loop's."""
@@ -104,6 +106,9 @@ class Audit:
     checks: tuple[Check, ...] = ()
     parameters: tuple[ParameterError, ...] = ()
     """Worst first."""
+    window: AuditedWindow | None = None
+    """What was in it, what was counted and weighed, and the error of each layer; None where that could
+    not be had."""
 
     @property
     def sound(self) -> bool:
@@ -142,8 +147,10 @@ class Audit:
         printer.text(self.report())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as written to `audit.json`."""
-        return asdict(self)
+        """Return plain values, as written to `audit.json`; its window has a file of its own."""
+        values = asdict(replace(self, window=None))
+        del values["window"]
+        return values
 
     @classmethod
     def of_dict(cls, values: dict[str, Any]) -> "Audit":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gaccum_exp.audit import result
 from gaccum_exp.audit.agreement import FAR, ROUNDING64, Agreement
 from gaccum_exp.audit.result import Culprit, ParameterError, Verdict
-from gaccum_exp.core.gradient import Gradient, distance, dot, gaps, norm, relative
+from gaccum_exp.core.gradient import Deviation, Gradient, distance, dot, norm, relative
 
 DIVIDE_ONCE = (
     "sum the loss over each micro-batch and divide it by what the whole window counts "
@@ -56,14 +56,13 @@ def verdict_of(measured: Measured, draws: bool) -> Verdict:
     return "equivalent" if measured.same_function and measured.own.agrees else "biased"
 
 
-def parameter_errors(one: Gradient, reference: Gradient) -> tuple[ParameterError, ...]:
+def parameter_errors(of: Deviation) -> tuple[ParameterError, ...]:
     """Return each parameter's part in the difference of two gradients, the largest first."""
-    total = norm(reference)
+    total = math.sqrt(sum(of.reference.values()))
     rows = []
-    for name, gap in gaps(one, reference):
-        of_gap = norm({name: gap})
-        of_own = norm({name: reference[name]}) if name in reference else 0.0
-        rows.append(ParameterError(name, relative(of_gap, of_own), relative(of_gap, total), of_own))
+    for name, square in of.gap.items():
+        gap, own = math.sqrt(square), math.sqrt(of.reference.get(name, 0.0))
+        rows.append(ParameterError(name, relative(gap, own), relative(gap, total), own))
     return tuple(sorted(rows, key=lambda row: (-row.share, row.name)))
 
 

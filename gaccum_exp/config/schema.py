@@ -190,6 +190,16 @@ class SweepConfig:
 
 
 @dataclass(slots=True)
+class FiguresConfig:
+    """What the figures of a comparison are like, at a sweep's end and in later reports of it."""
+
+    width: Any = "double"
+    """single (a column of a paper: 3.5 inches) | double (its text: 7.2) | talk (a slide) | inches"""
+    format: Any = ("svg", "png")
+    """The files that each figure is written to: one or several of svg, png and pdf."""
+
+
+@dataclass(slots=True)
 class Config:
     """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
 
@@ -207,6 +217,7 @@ class Config:
     noise: NoiseConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
     task: str = "train"
     seed: int = 0
     resume: str = "auto"
@@ -234,6 +245,7 @@ class Settings:
     noise: NoiseConfig
     train: TrainConfig
     sweep: SweepConfig
+    figures: FiguresConfig
     task: str
     seed: int
     resume: str
@@ -296,6 +308,9 @@ class Settings:
         return dict(_flatten(tree | {"data": {**self.data.block, **sizes}}))
 
 
+FIGURE_WIDTHS = ("single", "double", "talk")
+FIGURE_FORMATS = ("svg", "png", "pdf")
+_FORMATS, _OR_INCHES = ", ".join(FIGURE_FORMATS), f"{', '.join(FIGURE_WIDTHS)}, or 2 to 40 inches"
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("train", "audit", "plan", "advise"),
     "accum.reduction": ("global_mean", "mean", "sum"),
@@ -350,6 +365,7 @@ def validate(cfg: DictConfig) -> Settings:
             hint = nearest(str(value), choices)
             raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
     _check_values(config)
+    _check_figures(config.figures)
     to = config.tracking
     # Of any type until a command has decided; a number that a sweep gives is a text too.
     to.uri, to.experiment_name = (x if x is None else str(x) for x in (to.uri, to.experiment_name))
@@ -457,6 +473,27 @@ def _check_values(config: Config) -> None:
     distinct = isinstance(seeds, list) and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)
     if seeds is not None and (config.sweep.vectorize is None or not distinct):
         raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
+
+
+def _check_figures(figures: FiguresConfig) -> None:
+    """Refuse what no figure can be like; of formats several become a list, one as well."""
+    width = figures.width
+    if isinstance(width, str):
+        if width not in FIGURE_WIDTHS:
+            raise BadInputError(
+                f"figures.width={width}: not one of {', '.join(FIGURE_WIDTHS)}, and no number of inches"
+                f"{nearest(width, FIGURE_WIDTHS)}"
+            )
+    elif isinstance(width, bool) or not (isinstance(width, int | float) and 2 <= width <= 40):
+        raise BadInputError(f"figures.width={width}: must be {_OR_INCHES}")
+    formats = [figures.format] if isinstance(figures.format, str) else figures.format
+    if not isinstance(formats, list | tuple) or not formats:
+        raise BadInputError(f"figures.format={formats}: must be a list out of {_FORMATS}")
+    for one in formats:
+        if one not in FIGURE_FORMATS:
+            hint = nearest(str(one), FIGURE_FORMATS)
+            raise BadInputError(f"figures.format={one}: not one of {_FORMATS}{hint}")
+    figures.format = list(map(str, formats))
 
 
 def _take_auto(config: Config) -> bool:

@@ -123,9 +123,15 @@ def import_target(node: Mapping[str, Any]) -> None:
         importlib.import_module(str(node["_target_"]).rpartition(".")[0])
 
 
+def target_object(node: Mapping[str, Any]) -> Any:
+    """Return what a `_target_` names; None where there is no such thing, as instantiating it says."""
+    with suppress(ImportError, ValueError, TypeError):
+        return hydra.utils.get_object(node["_target_"])
+
+
 def parameter_names(node: Mapping[str, Any]) -> list[str]:
     """Return the names of a `_target_`'s parameters; none where they are unknown."""
     try:
-        return list(inspect.signature(hydra.utils.get_object(node["_target_"])).parameters)
-    except (ImportError, ValueError, TypeError):
+        return list(inspect.signature(target_object(node)).parameters)
+    except (ValueError, TypeError):
         return []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import reals
 from gaccum_exp.core.losses.protocol import Denominator
-from gaccum_exp.core.strategies import AccumulatorState, InPlace
+from gaccum_exp.core.strategies import AccumulatorState, InPlace, require_dense
 from gaccum_exp.errors import BadInputError
 
 UNKNOWN = ("amsgrad", "maximize", "capturable", "differentiable", "fused")
@@ -157,11 +157,7 @@ class AdamA(InPlace):
         assert isinstance(parameter, nn.Parameter)
         given, parameter.grad = parameter.grad, None
         assert given is not None
-        if given.layout != torch.strided:
-            raise BadInputError(
-                f"strategy={self.name}: the gradient of a parameter of shape {tuple(parameter.shape)} "
-                "is sparse: use sparse=False in its layer"
-            )
+        require_dense(given, self.name)
         last = state.folded.get(parameter)
         if last == state.passes_done:
             raise BadInputError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import is_narrower
-from gaccum_exp.core.strategies import AccumulatorState, InPlace, collecting
+from gaccum_exp.core.strategies import AccumulatorState, InPlace, collecting, require_dense
 from gaccum_exp.errors import BadInputError
 
 
@@ -62,11 +62,7 @@ def _add(state: AccumulatorState, parameter: Tensor) -> None:
     assert isinstance(parameter, nn.Parameter)
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    if gradient.layout != torch.strided:
-        raise BadInputError(
-            f"strategy=compensated: the gradient of a parameter of shape {tuple(parameter.shape)} is "
-            "sparse: use sparse=False in its layer, or accum.buffer_dtype=float32"
-        )
+    require_dense(gradient, Compensated.name, ", or accum.buffer_dtype=float32")
     before = state.buffers.get(parameter)
     if before is None:
         state.buffers[parameter] = gradient

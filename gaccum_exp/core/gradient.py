@@ -1,7 +1,8 @@
 """Norms of gradients, and how far apart two of them are."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,33 @@ def gaps(one: Gradient, other: Gradient, factor: float = 1.0) -> Iterator[tuple[
             yield name, torch.sub(wide(one[name]), wide(other[name]), alpha=factor)
 
 
+class Deviation(NamedTuple):
+    """How far a gradient lies from a reference, by parameter: squares of Euclidean norms."""
+
+    gap: dict[str, float]
+    """‖one − reference‖²."""
+    reference: dict[str, float]
+    """‖reference‖²; what is missing is zero."""
+
+    @property
+    def distance(self) -> float:
+        """‖one − reference‖ / ‖reference‖ over all parameters."""
+        return relative(_root_of(self.gap.values()), _root_of(self.reference.values()))
+
+    def norm(self, names: Iterable[str]) -> float:
+        """Return ‖reference‖ over the parameters of these names."""
+        return _root_of(self.reference.get(name, 0.0) for name in names)
+
+    def of(self, names: Sequence[str]) -> float:
+        """Return ‖one − reference‖ / ‖reference‖ over the parameters of these names."""
+        return relative(_root_of(self.gap.get(name, 0.0) for name in names), self.norm(names))
+
+
+def deviation(one: Gradient, reference: Gradient) -> Deviation:
+    """Return how far a gradient lies from a reference, by parameter."""
+    return Deviation({name: _square(gap) for name, gap in gaps(one, reference)}, squares(reference))
+
+
 def difference(one: Gradient, other: Gradient) -> Gradient:
     """Return `one − other` in float64; a missing gradient is zero."""
     return dict(gaps(one, other))
@@ -127,5 +155,18 @@ def relative(gap: float, size: float) -> float:
     return gap / size
 
 
+def squares(gradient: Gradient) -> dict[str, float]:
+    """Return the square of each parameter's Euclidean norm, accumulated in float64."""
+    return {name: _square(g) for name, g in gradient.items()}
+
+
 def _root(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(reals(wide(tensor)).square().sum()) for tensor in tensors))
+    return _root_of(map(_square, tensors))
+
+
+def _root_of(squares: Iterable[float]) -> float:
+    return math.sqrt(sum(squares))
+
+
+def _square(tensor: Tensor) -> float:
+    return float(reals(wide(tensor)).square().sum())

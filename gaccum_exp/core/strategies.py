@@ -20,6 +20,7 @@ from gaccum_exp.core.losses.protocol import Counts, Denominator, LossFn
 from gaccum_exp.core.reductions import Reduction
 from gaccum_exp.core.seeding import random_states
 from gaccum_exp.core.window_loss import WindowTerms
+from gaccum_exp.errors import BadInputError
 
 _HELD = ("buffers", "compensations", "earlier")
 """Of an accumulator state the tensors by parameter."""
@@ -227,6 +228,15 @@ def collecting(
                 added = state.buffers.pop(parameter, parameter.grad)
                 earlier = state.earlier.pop(parameter, None)
                 parameter.grad = earlier if added is None else _total(earlier, added, parameter.dtype)
+
+
+def require_dense(gradient: Tensor, strategy: str, or_else: str = "") -> None:
+    """Raise a `BadInputError` where a gradient is sparse, which the strategy cannot add up."""
+    if gradient.layout != torch.strided:
+        raise BadInputError(
+            f"strategy={strategy}: the gradient of a parameter of shape {tuple(gradient.shape)} is "
+            f"sparse: use sparse=False in its layer{or_else}"
+        )
 
 
 def _total(earlier: Tensor | None, added: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,8 @@ class Delivered:
     """Where it was delivered from: a database that is a file is another one elsewhere."""
     run_id: str | None = None
     experiment_id: str | None = None
+    refused: bool = False
+    """Whether the store has refused something of it, and holds all else."""
     settled: bool = False
     """Whether the run has ended, in the store too: not where it goes on since."""
 

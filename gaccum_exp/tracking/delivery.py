@@ -25,6 +25,7 @@ from gaccum_exp.tracking.journal import (
     Record,
     decoded,
     end_if_dead,
+    has_end,
     is_of_this_host,
     last_owner,
     now_ms,
@@ -289,7 +290,7 @@ class Delivery:
             return []
         except RecordRefusedError as error:
             self._refuse(error)
-            self.delivered.settled |= record["kind"] == "end"
+            self.delivered.settled |= self._is_last(record)
         self.delivered.offset = end
         if self.delivered.settled:  # unless the run goes on already
             self.delivered.settled = whole_size(self.path) <= end
@@ -297,7 +298,7 @@ class Delivery:
 
     def _refuse(self, error: RecordRefusedError) -> None:
         self._say(f"{self.name}: {error}")
-        self.refused = True
+        self.refused = self.delivered.refused = True
 
     def _deliver(self, record: Record, to: _Attempts) -> None:
         known, kind, run_id = self.delivered, record["kind"], self.delivered.run_id
@@ -315,7 +316,11 @@ class Delivery:
                 to.call(lambda store: self._write(record, store, run_id))
             except (KeyError, TypeError) as error:
                 raise RecordRefusedError(f"{kind}: is none of ours ({error})") from error
-            known.settled = kind == "end"
+            known.settled = self._is_last(record)
+
+    def _is_last(self, record: Record) -> bool:
+        """Whether nothing is left to deliver after a record, unless more has been written since."""
+        return record["kind"] == "end" or (record["kind"] == "compared" and has_end(self.path))
 
     def _begin(self, record: Record, to: _Attempts) -> None:
         known = self.delivered
@@ -345,6 +350,9 @@ class Delivery:
         match record["kind"]:
             case "points":
                 store.log_points(run_id, record["values"])
+            case "compared":
+                store.log_points(run_id, _values(record))
+                store.log_tags(run_id, record["tags"])
             case "tags":
                 store.log_tags(run_id, record["tags"])
             case "datasets":
@@ -380,7 +388,8 @@ class Delivery:
         if self.delivered.settled or not self.delivered.uri:
             lock = FileLock.take(self.path.with_suffix(".lock"))
             if lock is not None:  # else somebody goes on with the run
-                lock.path.unlink(missing_ok=True)
+                if not self.delivered.uri or whole_size(self.path) <= self.delivered.offset:
+                    lock.path.unlink(missing_ok=True)
                 lock.release()
             self._delivery_lock.unlink(missing_ok=True)
         self._lock.release()

@@ -11,6 +11,7 @@ with its `kind`:
     file             path (relative to the journal's folder), name
     experiment_tags  tags
     end              status, failure, time_ms
+    compared         points, tags: what a comparison adds to a run that has ended, and leaves ended
     resume           host, boot, time_ms: another process goes on with the run, which has no end any more
 
 A reader drops a last line that is torn, and skips one that is damaged. While the training's process
@@ -246,17 +247,57 @@ def _end_of_line(file: BinaryIO, before: int) -> int:
 
 
 def has_end(path: Path) -> bool:
-    """Whether the last whole line of a journal is its end."""
-    return last_record(path).get("kind") == "end"
+    """Whether the run of a journal has ended."""
+    return bool(end_of(path))
 
 
-def last_record(path: Path) -> Record:
-    """Return the record of the last whole line of a journal; empty where that is damaged."""
+def end_of(path: Path) -> Record:
+    """Return the record of a run's end; empty where it has none, goes on since, or that is damaged.
+
+    It is the last whole line but for what comparisons have added.
+    """
+    record: Record = {"kind": "compared"}
     with open(path, "rb") as file:
         end = _end_of_line(file, file.seek(0, os.SEEK_END))
-        start = _end_of_line(file, max(0, end - 1))
-        file.seek(start)
-        return decoded(file.read(end - start).rstrip(b"\n")) or {}
+        while end and record.get("kind") == "compared":
+            start = _end_of_line(file, max(0, end - 1))
+            file.seek(start)
+            record = decoded(file.read(end - start).rstrip(b"\n")) or {}
+            end = start
+    return record if record.get("kind") == "end" else {}
+
+
+def add_to_ended(path: Path, points: list[Any], tags: Mapping[str, str]) -> bool:
+    """Append what a comparison adds to a run that has ended; return whether that is new.
+
+    A run that goes on, or that another process writes to at this moment, is left.
+
+    Args:
+        path: of the journal.
+        points: [global step, time_ms, {metric: value}] each.
+        tags: of the run.
+
+    Raises:
+        OSError: it cannot be written; what is torn of it then is no part of the journal.
+    """
+    line, size = encoded({"kind": "compared", "points": points, "tags": dict(tags)}), whole_size(path)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - len(line)))
+        if file.read(min(size, len(line))) == line:
+            return False
+    lock = FileLock.take(path.with_suffix(".lock"))
+    if lock is None:
+        return False
+    try:
+        if not has_end(path):
+            return False
+        os.truncate(path, whole_size(path))  # what is torn of it was never recorded
+        with open(path, "ab", buffering=0) as file:
+            while line:
+                line = line[file.write(line) :]
+        return True
+    finally:
+        lock.release()
 
 
 def last_owner(path: Path) -> Record:

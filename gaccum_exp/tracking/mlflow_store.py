@@ -287,8 +287,8 @@ class Store:
 
     def _curve(self, run_id: str, key: str) -> Curve:
         history = _asked(self._client.get_metric_history, run_id, key)
-        points = sorted((metric.step, metric.value) for metric in history)
-        return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+        points = sorted((metric.step, metric.value, metric.timestamp) for metric in history)
+        return Curve(*zip(*points, strict=True)) if points else Curve((), ())
 
 
 def _opened(uri: str, experiment_name: str) -> tuple[MlflowClient, Experiment]:

@@ -1,4 +1,4 @@
-"""Small files of JSON that others may read at any time."""
+"""Small files that others may read at any time."""
 
 import json
 import os
@@ -7,6 +7,11 @@ from typing import Any
 
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
+    """Write a file of JSON, as `write_text` does."""
+    write_text(path, json.dumps(note))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a file at once or not at all, in a folder that is made anew if it was removed.
 
     Raises:
@@ -14,5 +19,5 @@ def write_note(path: Path, note: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(note))
+    temporary.write_text(text)
     os.replace(temporary, path)

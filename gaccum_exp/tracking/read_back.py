@@ -17,6 +17,7 @@ class Journals:
         self.notes: list[str] = []
         """What is to be said of journals that are damaged."""
         self._files: dict[str, dict[str, Path]] = {}
+        self._paths: dict[str, Path] = {}
 
     def sweep(self, sweep_id: str, curves: Sequence[str]) -> list[RunRecord]:
         """Return the runs of a sweep with these curves, oldest first."""
@@ -30,8 +31,12 @@ class Journals:
             runs.append(run)
             self.notes += notes
             files = {r["name"]: path.parent / r["path"] for r in records if r["kind"] == "file"}
-            self._files[run.run_id] = files
+            self._files[run.run_id], self._paths[run.run_id] = files, path
         return sorted(runs, key=lambda run: run.start_time_ms)
+
+    def path_of(self, run_id: str) -> Path | None:
+        """Return the journal of a run that was read; None: it is none of these."""
+        return self._paths.get(run_id)
 
     def store(self) -> tuple[str, str] | None:
         """Return the address and the experiment that they belong to; None where there is no journal."""
@@ -59,7 +64,7 @@ def run_of(path: Path, records: Iterable[Record], curves: Sequence[str]) -> RunR
     tags: dict[str, str] = {}
     status = "RUNNING"
     last: dict[str, tuple[int, int, float]] = {}
-    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    points: dict[str, list[tuple[int, float, int]]] = defaultdict(list)
     for record in records:
         match record["kind"]:
             case "begin":
@@ -67,11 +72,12 @@ def run_of(path: Path, records: Iterable[Record], curves: Sequence[str]) -> RunR
                 tags |= record["tags"]
             case "tags":
                 tags |= record["tags"]
-            case "points":
+            case "points" | "compared":
+                tags |= record.get("tags", {})
                 for global_step, time_ms, values in record["points"]:
                     for key, value in values.items():
                         if key in curves:
-                            points[key].append((global_step, value))
+                            points[key].append((global_step, value, time_ms))
                         if key not in last or (global_step, time_ms) >= last[key][:2]:
                             last[key] = global_step, time_ms, value
             case "resume":
@@ -95,6 +101,5 @@ def run_of(path: Path, records: Iterable[Record], curves: Sequence[str]) -> RunR
     )
 
 
-def _curve(points: list[tuple[int, float]]) -> Curve:
-    points.sort()
-    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+def _curve(points: list[tuple[int, float, int]]) -> Curve:
+    return Curve(*zip(*sorted(points), strict=True))

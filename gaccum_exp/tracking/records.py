@@ -13,7 +13,7 @@ _SPLITTING = {
 _DECIDING_GROWTH = {"accum.steps", "data.micro_batch_size", "data.global_batch_size"}
 # Nor does how it is audited, a control's seed being such a key, whether its noise was measured, what
 # else was trained with it, or when it was kept on disk.
-_BOOKKEEPING = ("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.")
+_BOOKKEEPING = (*("tracking.", "hydra.", "audit.", "sweep.", "checkpoint.", "noise.", "figures."),)
 
 LARGEST_N, LARGEST_BATCH = "accum.largest_steps", "data.largest_global_batch_size"
 """Tags of a run whose batch grows: its parameters say what it begins with."""
@@ -25,6 +25,8 @@ class Curve:
 
     global_steps: tuple[int, ...]
     values: tuple[float, ...]
+    times_ms: tuple[int, ...] = field(default=(), compare=False)
+    """When they were measured, since 1970; empty where nobody knows."""
 
 
 TRAINING_SAMPLES = "training_samples"

@@ -4,6 +4,7 @@ Values may be tensors on the run's device. They stay there until a delivery, so 
 the device, and a delivery reads all of them at once.
 """
 
+import logging
 import math
 import shutil
 import tempfile
@@ -20,9 +21,11 @@ from torch import Tensor
 from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
+from gaccum_exp.tracking.notes import write_text
 from gaccum_exp.tracking.records import DatasetRecord
 from gaccum_exp.tracking.shipper import announce, wait_for_store
 
+log = logging.getLogger(__name__)
 WEIGHTS = "weights.pt"
 """A state dict of the plain model, or of what of it was trained."""
 CRITERION_WEIGHTS = "criterion_weights.pt"
@@ -121,6 +124,9 @@ class Sink:
     def describe(self, tags: Mapping[str, str]) -> None:
         """Attach words, e.g. where the memory peak falls."""
 
+    def keep_text(self, name: str, text: str) -> None:
+        """Keep a small file with the run, in place of one of that name."""
+
     def close(self, status: str, failure: str | None = None) -> None:
         """End the run: FINISHED, FAILED (with the reason) or KILLED."""
 
@@ -212,6 +218,16 @@ class JournalSink(Sink):
         """Store a file with the run, under its name or another one."""
         self.journal.keep_file(path, name)
         announce(self.journal.path)
+
+    def keep_text(self, name: str, text: str) -> None:
+        """Write a small file beside the journal, and store it with the run."""
+        path = self.journal.file_path(name)
+        try:
+            write_text(path, text)
+        except OSError as error:  # the run goes on without it
+            log.warning("%s cannot be written (%s)", path, error.strerror)
+        else:
+            self.keep_file(path, name)
 
     def close(self, status: str, failure: str | None = None) -> None:
         """Write what is left and end the run with its status.

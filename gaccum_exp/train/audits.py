@@ -3,9 +3,11 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gaccum_exp.audit.audit_window import audit_window
+from gaccum_exp.audit.audited_window import SAMPLES, WINDOW_FILE
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed
@@ -68,7 +70,7 @@ class WindowAudits(Hook):
 
     Args:
         state: of the training.
-        sink: takes the numbers of each audit, and in words the worst one so far.
+        sink: takes the numbers of each audit, and in words, with its window, the worst one so far.
         stop: ends it, also in the middle of an audit: that may take long, and is not kept.
     """
 
@@ -110,14 +112,28 @@ class WindowAudits(Hook):
     def judge(self, window: Window, global_step: int) -> Audit:
         """Audit a window that is about to be used; its numbers stand beside its own train/loss."""
         with self._stop.at_once():
-            found = audit(self._state, window, global_step)
+            found = self._placed(audit(self._state, window, global_step), global_step)
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])
-        if self.worst is not before:  # tagged at once: a run that fails later keeps it
+        if self.worst is not before:  # kept at once: a run that fails later has it
+            if (
+                found.window is not None
+            ):  # before its words, which a run that goes on is not to judge again
+                self._sink.keep_text(WINDOW_FILE, found.window.as_json())
             replaced = set() if before is None else set(tags(before))
             self._sink.describe(dict.fromkeys(replaced, "") | tags(self.worst))
         return found
+
+    def _placed(self, found: Audit, global_step: int) -> Audit:
+        """Return the audit, with where its window stands in the training and what is counted there."""
+        window = found.window
+        if window is None:
+            return found
+        counts_tokens = self._state.counts_tokens and window.unit != SAMPLES
+        unit = "tokens" if counts_tokens else window.unit
+        placed = replace(window, verdict=found.verdict, global_step=global_step, unit=unit)
+        return replace(found, window=placed)
 
 
 def numbers(audit: Audit) -> dict[str, float]:

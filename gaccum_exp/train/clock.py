@@ -30,7 +30,7 @@ class StepClock(Hook):
 
     Args:
         device: the run's.
-        sink: takes the medians at the end.
+        sink: takes the medians at the end, and of the time the quartiles and how many windows it is of.
         disturbed: whether another hook slows the window of a global step down.
     """
 
@@ -57,7 +57,7 @@ class StepClock(Hook):
         return {
             "seconds": torch.tensor(seconds, dtype=torch.float64),
             "tokens": torch.tensor(tokens, dtype=torch.int64),
-            "warm": self._warmup_left < 0 or bool(self._earlier),
+            "warm": self._is_warm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,11 +91,16 @@ class StepClock(Hook):
         self._start = self._now()
 
     def end(self, state: TrainState) -> None:
-        """Record the medians."""
+        """Record the medians, the time's quartiles, and how many windows were timed after warm-up."""
         step_s = self.step_time_s()
         if step_s is None:
             return
         recorded = {metrics.STEP_TIME_S: step_s, metrics.SAMPLES_PER_S: state.plan.full_window / step_s}
+        seconds = [of_window for of_window, _ in self._measured()] if self._is_warm else []
+        recorded[metrics.STEP_WINDOWS] = len(seconds)
+        if len(seconds) > 1:
+            low_s, _, high_s = statistics.quantiles(seconds, n=4, method="inclusive")
+            recorded |= {metrics.STEP_TIME_LOW_S: low_s, metrics.STEP_TIME_HIGH_S: high_s}
         tokens_per_s = self.tokens_per_s()
         if tokens_per_s:
             recorded[metrics.TOKENS_PER_S] = tokens_per_s
@@ -118,6 +123,11 @@ class StepClock(Hook):
         """Return the median tokens per second after warm-up; None if nothing was timed."""
         measured = self._measured()
         return statistics.median(tokens / seconds for seconds, tokens in measured) if measured else None
+
+    @property
+    def _is_warm(self) -> bool:
+        """Whether what is measured are windows after warm-up."""
+        return self._warmup_left < 0 or bool(self._earlier)
 
     def _measured(self) -> list[tuple[float, int]]:
         """Return seconds and tokens of the windows after warm-up, the latest."""

@@ -9,7 +9,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 
 from gaccum_exp.audit.agreement import AGAINST_FLOAT64, Agreement
-from gaccum_exp.audit.audit_window import ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
 from gaccum_exp.core.feed import Window, windows
 from gaccum_exp.core.gradient import Gradient, distance, finite, gradient_of

@@ -26,6 +26,11 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
 """The optimizers that a rule is for: those that divide by a root mean square are of Adam's kind."""
 
 
+def kind_of(optimizer: type[torch.optim.Optimizer]) -> str | None:
+    """Return whose rule is an optimizer's own; None: none is known for it."""
+    return next((kind for kind, kinds in KINDS.items() if issubclass(optimizer, kinds)), None)
+
+
 def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, total_steps: int) -> list[float]:
     """Return the learning rate of the first group at every step of a schedule, which is used up."""
     rates = []
@@ -101,7 +106,7 @@ def _require_one_fall(key: str, settings: Settings, rates: list[float]) -> None:
 def _kind(key: str, settings: Settings, optimizer: torch.optim.Optimizer) -> str:
     """Return whose rule a batch grows by; say so where it is not the optimizer's own."""
     asked, name = str(settings.accum.grow), type(optimizer).__name__
-    own = next((kind for kind, kinds in KINDS.items() if isinstance(optimizer, kinds)), None)
+    own = kind_of(type(optimizer))
     if asked == "auto":
         if own is None:
             raise BadInputError(

@@ -73,8 +73,8 @@ class Delivery(Hook):
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Deliver if it is time."""
         if self._sink.due or state.done:
-            self._progress.note(self._sink.deliver())
-        self._progress.advance(state.global_step)
+            self._sink.deliver()
+        self._progress.advance(state.global_step, self._sink.last)
 
 
 class FiniteLoss(Hook):

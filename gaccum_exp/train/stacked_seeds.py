@@ -144,6 +144,7 @@ class StackedSink(Sink):
     def __init__(self, sinks: Sequence[Sink], state: StackedState) -> None:
         super().__init__()
         self._sinks, self._errors = sinks, state.errors
+        self.last = sinks[0].last  # which progress shows
 
     @property
     def due(self) -> bool:

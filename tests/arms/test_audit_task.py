@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
+from gaccum_exp.arms.report import Runs
+from gaccum_exp.audit.audited_window import WINDOW_FILE, AuditedWindow
 from gaccum_exp.audit.result import Audit, Culprit, ParameterError, Verdict
 from gaccum_exp.core.seeding import seed_host
+from gaccum_exp.report.compare.audited_windows import window_of
 from gaccum_exp.tracking.records import RunRecord
+from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build
 from gaccum_exp.train.clock import StepClock
@@ -405,3 +410,62 @@ def test_a_control_keeps_the_configuration_that_it_ran(program: Program) -> None
         control.run_id, "config.yaml", str(program.folder)
     )
     assert "control_seed: 1" in Path(path).read_text()
+
+
+def test_a_run_keeps_the_window_that_was_judged(program: Program) -> None:
+    """Of a training and of an audit; in its folder, in the store, and as a report reads it."""
+    size = ("accum.steps=4", "accum.reduction=mean", "data.global_batch_size=10")
+    for task in ((), ("task=audit",)):
+        program.tiny(*size, *task)
+        (run,) = program.arms()
+        text = (program.sweep_folder / WINDOW_FILE).read_text()
+        told = strict(text)
+        assert [m["samples"] for m in told["micro_batches"]] == [3, 3, 2, 2]
+        assert (told["verdict"], told["global_step"]) == ("biased", 0)
+        assert {layer["name"] for layer in told["layers"]} > {"layers.1.weight", "layers.1.bias"}
+        runs = Runs(program.uri, "gaccum_exp", program.sweep_folder)
+        runs.sweep(run.tags["sweep_id"])
+        of_store = window_of(program.store().fetch, run.run_id)
+        assert of_store is not None
+        assert of_store.as_json() == text
+        assert window_of(runs.fetch, run.run_id) == of_store
+    assert window_of(runs.fetch, "another") is None
+
+
+def test_of_a_batch_that_counts_tokens_they_are_the_unit(program: Program) -> None:
+    """Not where each sample counts once."""
+    data = ("data=ragged", "data.size=12", "data.eval_size=4", "data.mean_length=6", "data.vocab_size=8")
+    gpt = ("model=gpt", "model.layers=1", "model.heads=2", "model.width=8")
+    loss = ("criterion=token_cross_entropy", "data.global_batch_size=5", "runtime.device=cpu")
+    program("task=audit", *gpt, *data, *loss, "accum.steps=2")
+    told = strict((program.sweep_folder / WINDOW_FILE).read_text())
+    assert told["unit"] == "tokens"
+    assert sum(m["counted"] for m in told["micro_batches"]) > 5
+
+
+def test_the_window_kept_is_that_of_the_worst_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the run's tags are; a better one later does not take its place."""
+    kept: dict[str, str] = {}
+    monkeypatch.setattr(Sink, "keep_text", lambda self, name, text: kept.update({name: text}))
+    of_window = AuditedWindow("mean", 2, 8)
+    verdicts = in_order("equivalent", "biased", "stochastic")
+    monkeypatch.setattr(ENGINE, lambda *a, **k: replace(verdicts(*a, **k), window=of_window))
+    _, sink = trained(
+        *STRANGER, "data.global_batch_size=8", "accum.steps=2", "train.steps=6", "audit.every_steps=2"
+    )
+    told = strict(kept[WINDOW_FILE])
+    assert (told["verdict"], told["global_step"], sink.tags["verdict"]) == ("biased", 2, "biased")
+
+
+def test_a_window_that_cannot_be_written_takes_no_run_down(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning, and the training goes to its end."""
+
+    def full(path: Any, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gaccum_exp.tracking.sink.write_text", full)
+    ended = program.tiny("accum.steps=2")
+    assert ended.status == 0
+    assert "window.json cannot be written (No space left on device)" in ended.plain

@@ -26,7 +26,7 @@ from gaccum_exp.tracking.journal import (
     beginning,
     encoded,
     end_if_dead,
-    last_record,
+    end_of,
     read_journal,
 )
 from gaccum_exp.tracking.locks import FileLock
@@ -140,7 +140,7 @@ def journal_of(program: Program, folder: str) -> Path:
 def ended(program: Program, folder: str, status: str) -> None:
     """End a run as whoever has killed it would, once nobody else has done so."""
     path = journal_of(program, folder)
-    while not (last_record(path).get("kind") == "end" or end_if_dead(path, status, "why")):
+    while not (end_of(path) or end_if_dead(path, status, "why")):
         time.sleep(0.02)
     journal = Journal.going_on(path, lock_of(path))
     journal.end(status, "why")

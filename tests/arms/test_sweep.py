@@ -70,14 +70,23 @@ def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
 
 
 def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Program) -> None:
-    """Tagged `kind=report`, without the tag that the link filters on."""
-    program.tiny("-m", "accum.steps=1,2")
+    """Tagged `kind=report`, without the tag that the link filters on; figures as was asked for."""
+    ended = program.tiny("-m", "accum.steps=1,2", "figures.format=[pdf,svg]", "figures.width=single")
     client = MlflowClient(program.uri)
     (report,) = client.search_runs([program.store().experiment_id], "tags.kind = 'report'")
     assert "sweep_id" not in report.data.tags
     assert report.data.tags["report_of"] == program.sweep_id
     kept = {item.path for item in client.list_artifacts(report.info.run_id)}
-    assert {"comparison.csv", "report.html", "loss_curves.svg", "memory.png"} <= kept
+    figures = ("loss_curves", "memory", "memory_frontier", "step_time")
+    assert {
+        "comparison.csv",
+        "report.html",
+        *(f"{name}.{kind}" for name in figures for kind in ("svg", "pdf")),
+    } <= kept
+    assert "memory.png" not in kept
+    drawn = (program.sweep_folder / "memory.svg").read_text(encoding="utf-8")
+    assert f'width="{72 * 3.5:g}pt"' in drawn, "as the arms were configured"
+    assert ended.out.count("memory.") == 1, "a figure is named once"
     assert len(program.arms()) == 2
 
 

@@ -102,3 +102,27 @@ def test_two_training_lengths_are_refused() -> None:
     """Which of the two was meant cannot be known."""
     with pytest.raises(BadInputError, match=r"train.steps=3 and train.epochs=2"):
         settings("train.steps=3", "train.epochs=2")
+
+
+def test_figures_have_a_width_and_formats() -> None:
+    """A name or inches; one format or several; and nothing of it is what an arm is compared by."""
+    assert (settings().figures.width, settings().figures.format) == ("double", ["svg", "png"])
+    asked = settings("figures.width=4.5", "figures.format=pdf").figures
+    assert (asked.width, asked.format) == (4.5, ["pdf"])
+    assert settings("figures.width=talk", "figures.format=[pdf,svg]").figures.format == ["pdf", "svg"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("figures.width=dubble", r"figures.width=dubble: not one of single, double, talk.*double"),
+        ("figures.width=90", "figures.width=90: must be single, double, talk, or 2 to 40 inches"),
+        ("figures.width=null", "figures.width=None: must be"),
+        ("figures.format=jpg", "figures.format=jpg: not one of svg, png, pdf"),
+        ("figures.format=[]", r"figures.format=\[\]: must be a list out of svg, png, pdf"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_refused(override: str, said: str) -> None:
+    """With what there is."""
+    with pytest.raises(BadInputError, match=said):
+        settings(override)

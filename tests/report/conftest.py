@@ -10,6 +10,8 @@ import pytest
 
 from gaccum_exp.tracking.records import Curve, RunRecord
 
+STEP_TIMES = ("time/step_s", "time/step_low_s", "time/step_high_s", "time/step_windows")
+
 
 def make_arm(
     steps: int = 1,
@@ -42,6 +44,7 @@ def make_arm(
             for k in range(1, n_losses + 1)
         ]
     curves = {"train/loss": Curve(tuple(range(1, len(losses) + 1)), tuple(losses))}
+    step_s = 0.0123 * (1 + 0.03 * (steps - 1)) * (1 + 0.02 * seed)
     activations = 40e6 * sizes[0] / 256
     in_backward = activations > 6e6
     split = {
@@ -60,7 +63,7 @@ def make_arm(
         "memory/resident_set_bytes": 7e8,
         "memory/tracked_peak_bytes": sum(split.values()),
         **split,
-        "time/step_s": 0.0123 * (1 + 0.03 * (steps - 1)) * (1 + 0.02 * seed),
+        **dict(zip(STEP_TIMES, (step_s, 0.99 * step_s, 1.01 * step_s, 100.0), strict=True)),
     }
     all_params = {
         "accum.steps": str(steps),

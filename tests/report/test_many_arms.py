@@ -19,6 +19,7 @@ from gaccum_exp.report.figures.curve_data import curve_range
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.report.figures.panels import groups_of, is_crowded, panels_of, thinned
 from gaccum_exp.report.figures.save_figures import FIGURES
+from gaccum_exp.report.figures.style import styled
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.table import render
 from gaccum_exp.tracking.records import Curve, RunRecord
@@ -157,7 +158,9 @@ def test_a_crowded_figure_has_few_lines_and_a_short_legend(
 ) -> None:
     """The median of each N, or of neighbouring ones, within the range of its arms."""
     runs = shape(arm)
-    figure = draw_loss_curves(compare(runs), {run.run_id: run for run in runs})
+    with styled():
+        figure = draw_loss_curves(compare(runs), {run.run_id: run for run in runs})
+    assert figure is not None
     (legend,) = figure.findobj(Legend)
     assert len(legend.get_texts()) <= 14
     (axes, _) = figure.get_axes()
@@ -172,7 +175,8 @@ def test_a_crowded_figure_has_few_lines_and_a_short_legend(
 def test_every_figure_of_many_arms_is_no_wider_than_a_page_of_bars(arm: Arm, name: str) -> None:
     """Half a metre at most."""
     for runs in (of_seeds(arm), of_splits(arm)):
-        figure = FIGURES[name](compare(runs), {run.run_id: run for run in runs})
+        with styled():
+            figure = FIGURES[name](compare(runs), {run.run_id: run for run in runs})
         assert figure is not None
         assert figure.get_size_inches()[0] < 20
 

@@ -22,7 +22,7 @@ from gaccum_exp.errors import (
 from gaccum_exp.tracking import deliver, delivery
 from gaccum_exp.tracking.delivered import Delivered
 from gaccum_exp.tracking.delivery import Delivery, Stores
-from gaccum_exp.tracking.journal import Journal, encoded
+from gaccum_exp.tracking.journal import Journal, add_to_ended, encoded
 from gaccum_exp.tracking.mlflow_store import Store
 from tests.program import Program
 
@@ -194,6 +194,43 @@ def test_a_journal_delivered_again_leaves_the_same_run(home: Path) -> None:
     assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "0"})
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.4])
+def test_what_is_added_to_a_delivered_run_arrives_and_leaves_it_ended(
+    tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch, chance: float
+) -> None:
+    """By whoever delivers it later, whatever answers are lost; until then it counts as not delivered."""
+    journal = journal_in(tmp_path)
+    delivered_whole(journal.path)
+    monkeypatch.setattr(memory, "chance", chance)
+    assert add_to_ended(journal.path, [[step, 1000 + step, {"gap": 0.5}] for step in STEPS], {"a": "b"})
+    assert not Delivered.of(journal.path).settled
+    assert journal.path.with_suffix(".lock").exists()
+    while not Delivered.of(journal.path).settled:
+        delivered_whole(journal.path)
+    (run,) = memory.runs.values()
+    assert {point for point in run["points"] if point[0] == "gap"} == {
+        ("gap", 0.5, 1000 + step, step) for step in STEPS
+    }
+    assert run["status"] == "FINISHED"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.delivery.json", "journal.jsonl"]
+    of = Delivery(journal.path, Stores())
+    assert of.end_if_dead()
+    of.close()
+
+
+def test_what_is_added_while_its_deliverer_closes_keeps_the_mark_of_what_is_left(
+    tmp_path: Path, memory: type[Memory]
+) -> None:
+    """A later command finds by its lock file what a deliverer that dies has left."""
+    journal = journal_in(tmp_path)
+    of = Delivery(journal.path, Stores())
+    while of.step():
+        pass
+    assert add_to_ended(journal.path, [[1, 5, {"gap": 0.5}]], {})
+    of.close()
+    assert journal.path.with_suffix(".lock").exists()
+
+
 def test_a_record_that_the_store_refuses_does_not_hold_the_others_up(
     tmp_path: Path, memory: type[Memory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +250,7 @@ def test_a_record_that_the_store_refuses_does_not_hold_the_others_up(
     of.close()
     assert of.notes == ["N=2: no such tag"]
     assert of.delivered.settled
+    assert Delivered.of(journal.path).refused
 
 
 def test_a_damaged_record_is_said_and_the_rest_delivered(tmp_path: Path, memory: type[Memory]) -> None:

@@ -15,9 +15,12 @@ from gaccum_exp.errors import TrackingError
 from gaccum_exp.tracking import journal as journals
 from gaccum_exp.tracking.journal import (
     Journal,
+    add_to_ended,
     encoded,
     end_if_dead,
     end_left,
+    end_of,
+    has_end,
     read_journal,
     records_in,
     unsettled_below,
@@ -243,3 +246,60 @@ def test_a_journal_whose_folder_was_removed_is_written_again(
 def test_a_line_with_a_good_checksum_that_is_no_record_is_damaged(text: bytes) -> None:
     """Whoever has written it: no reader is to stumble over it."""
     assert journals.decoded(b"%08x %b" % (zlib.crc32(text), text)) is None
+
+
+GAPS = [[1, 5, {"train/loss_gap": 0.25}]]
+
+
+def test_what_a_comparison_adds_leaves_a_run_ended(tmp_path: Path) -> None:
+    """Its end is its end, whatever is added how often; the same is added once; a reader has it all."""
+    journal = begun(tmp_path)
+    journal.append("points", points=[[1, 5, {"train/loss": 0.5}]])
+    journal.end("FAILED", "a reason")
+    assert add_to_ended(journal.path, GAPS, {"mlflow.runColor": "#000000"})
+    before = journal.path.read_bytes()
+    assert not add_to_ended(journal.path, GAPS, {"mlflow.runColor": "#000000"})
+    assert journal.path.read_bytes() == before
+    assert add_to_ended(journal.path, GAPS, {"mlflow.runColor": "#ffffff"})
+    assert end_of(journal.path)["failure"] == "a reason"
+    assert end_left(tmp_path, "KILLED", "gone") == []
+    (run,) = Journals(tmp_path).sweep("a", ["train/loss"])
+    assert (run.status, run.tags["failure"], run.tags["mlflow.runColor"]) == (
+        "FAILED", "a reason", "#ffffff",
+    )  # fmt: skip
+    assert run.metrics == {"train/loss": 0.5, "train/loss_gap": 0.25}
+    assert run.curves["train/loss"].times_ms == (5,)
+
+
+def test_an_addition_torn_at_any_byte_leaves_the_run_as_it_ended(tmp_path: Path) -> None:
+    """Whoever comes next finds the end, and adds in its place."""
+    journal = begun(tmp_path)
+    journal.end("FINISHED")
+    ended = journal.path.read_bytes()
+    assert add_to_ended(journal.path, GAPS, {})
+    whole = journal.path.read_bytes()
+    for size in range(len(ended), len(whole), 7):
+        journal.path.write_bytes(whole[:size])
+        assert end_of(journal.path)["status"] == "FINISHED"
+        assert add_to_ended(journal.path, GAPS, {})
+        assert journal.path.read_bytes() == whole
+
+
+def test_nothing_is_added_to_a_run_that_lives_or_goes_on(tmp_path: Path) -> None:
+    """One that has no end yet, whose process may be dead, or one whose journal a process holds."""
+    journal = begun(tmp_path)
+    assert not add_to_ended(journal.path, GAPS, {})
+    journal.close()
+    assert not add_to_ended(journal.path, GAPS, {})
+    assert end_if_dead(journal.path, "KILLED", "gone")
+    lock = FileLock.take(journal.path.with_suffix(".lock"))
+    assert lock is not None
+    assert not add_to_ended(journal.path, GAPS, {})
+    lock.release()
+    assert add_to_ended(journal.path, GAPS, {})
+    lock = FileLock.take(journal.path.with_suffix(".lock"))
+    assert lock is not None
+    again = Journal.going_on(journal.path, lock)
+    assert not has_end(journal.path)
+    again.end("FINISHED")
+    assert end_of(journal.path)["status"] == "FINISHED"

@@ -99,7 +99,7 @@ def test_metrics_come_every_step_at_evaluations_and_once_per_run(program: Progra
     for key in ("eval/loss", "eval/accuracy"):
         assert run.curves[key].global_steps == (3, 6, 7)
     once = {"memory/predicted_peak_bytes", "memory/resident_set_bytes", "memory/peak_bytes"}
-    once |= {"memory/tracked_peak_bytes", "time/step_s", "throughput/samples_per_s"}
+    once |= {"memory/tracked_peak_bytes", "time/step_s", "time/step_windows", "throughput/samples_per_s"}
     parts = ("parameters", "gradients", "optimizer_state", "activations", "temporaries", "inputs")
     once |= {f"memory/{part}_bytes" for part in parts}
     assert once <= run.metrics.keys()

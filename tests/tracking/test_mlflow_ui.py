@@ -1,13 +1,18 @@
 """Users compare arms in the MLflow UI, so the printed link is opened there, in a real browser."""
 
+import base64
 import importlib.util
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
@@ -20,9 +25,17 @@ from experiments.mlflow_browser import (
     drawn_curves,
     mlflow_server,
 )
-from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines, ui_link
+from gaccum_exp.tracking.mlflow_ui import color_of, experiment_tags, ui_lines, ui_link
+from gaccum_exp.tracking.records import Curve, RunRecord
 
 STEPS = 30
+RECORDED = {
+    "train/loss": 0.5, "train/loss/box": 0.1, "eval/loss": 0.5, "eval/accuracy": 0.9, "optim/lr": 0.1,
+    "memory/peak_bytes": 7e6, "memory/activations_bytes": 6e6, "memory/allocator_reserved_bytes": 9e6,
+    "memory/resident_set_bytes": 7e8, "time/step_s": 0.01, "throughput/samples_per_s": 7e4,
+    "audit/e64": 1e-16, "audit/e": 1e-8, "audit/floor": 1e-7, "accum/steps": 4.0,
+}  # fmt: skip
+"""What a run may have."""
 SWEEPS = {"sweep-of-four": 4, "sweep-of-twelve": 12}
 
 if importlib.util.find_spec("playwright") is None:
@@ -54,6 +67,20 @@ def log_run(client: MlflowClient, experiment_id: str, level: float, **tags: str)
             metrics.append(Metric("eval/loss", loss + 0.1, 0, step))
     client.log_batch(run_id, metrics=metrics)
     client.set_terminated(run_id)
+
+
+def run_with(metrics: dict[str, float], points: dict[str, int], **tags: str) -> RunRecord:
+    """Return a run with these last values, and so many points of some metrics."""
+    curves = {key: Curve(tuple(range(1, n + 1)), (1.0,) * n) for key, n in points.items()}
+    return RunRecord("1", "1", "N=1", "FINISHED", 0, {}, tags, metrics, curves)
+
+
+def state_of(sweep_id: str, *runs: RunRecord, largest_ulp: float = 0.0) -> dict[str, Any]:
+    """Return the state that a sweep's tag holds, as MLflow unpacks it."""
+    (text,) = (v for k, v in experiment_tags(sweep_id, runs, largest_ulp).items() if "View" in k)
+    assert text.startswith("deflate;")
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +147,8 @@ def test_two_arms_chosen_in_the_chart_view_can_be_compared(store: tuple[str, str
 def test_tags_hold_the_state_that_the_link_names() -> None:
     """The link's key leads to one tag, whose state filters on the sweep and shows all its runs."""
     key = ui_link("http://127.0.0.1:5000", "1", "abc").partition("viewStateShareKey=")[2]
-    state = json.loads(experiment_tags("abc")[f"mlflow.sharedViewState.{key}"])
+    assert f"mlflow.sharedViewState.{key}" in experiment_tags("abc")
+    state = state_of("abc")
     assert state["searchFilter"] == "tags.sweep_id='abc'"
     assert state["runsHiddenMode"] == "SHOW_ALL"
     assert not any(other.endswith(key) for other in experiment_tags("abcd"))
@@ -128,7 +156,8 @@ def test_tags_hold_the_state_that_the_link_names() -> None:
 
 def test_tags_fit_what_mlflow_stores() -> None:
     """Keys keep to MLflow's 250 characters and values to its 5,000, whatever the sweep's id."""
-    for key, value in experiment_tags("ä/ %" * 30).items():
+    metrics = {f"train/loss/term {n}": 0.5 for n in range(60)} | RECORDED
+    for key, value in experiment_tags("ä/ %" * 30, [run_with(metrics, {"train/loss": 9})]).items():
         assert len(key) <= 250
         assert len(value) <= 5000
         assert key.isascii()
@@ -139,17 +168,28 @@ def test_local_store_is_served_by_a_command_that_survives_the_shell() -> None:
     uri = "sqlite:////home/some one/mlflow.db"
     command, link = ui_lines(uri, "7", "abc")
     words = shlex.split(command)
-    assert words[words.index("ui") + 1 :] == ["--backend-store-uri", uri, "--port", "5000"]
+    assert words[words.index("server") + 1 :] == [
+        "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000", "--workers", "1",
+    ]  # fmt: skip
     assert link == ui_link("http://127.0.0.1:5000", "7", "abc")
+
+
+def test_the_command_serves_the_same_store_from_every_folder() -> None:
+    """A relative address is made absolute; that of a database is what it was."""
+    words = shlex.split(ui_lines("sqlite:///mlflow.db", "7", "abc")[0])
+    assert f"sqlite:///{os.getcwd()}/mlflow.db" in words
+    assert "postgresql://me@db/mlflow" in shlex.split(
+        ui_lines("postgresql://me@db/mlflow", "7", "abc")[0]
+    )
 
 
 def test_command_names_this_environments_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `mlflow` on the path is absent, the command runs the module with this Python."""
     monkeypatch.setenv("PATH", "")
     command = ui_lines("sqlite:///mlflow.db", "7", "abc")[0]
-    assert shlex.split(command)[:4] == [sys.executable, "-m", "mlflow", "ui"]
+    assert shlex.split(command)[:4] == [sys.executable, "-m", "mlflow", "server"]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert ui_lines("sqlite:///mlflow.db", "7", "abc")[0].startswith("mlflow ui ")
+    assert ui_lines("sqlite:///mlflow.db", "7", "abc")[0].startswith("mlflow server ")
 
 
 def test_remote_store_is_named_by_its_address_without_credentials() -> None:
@@ -158,3 +198,72 @@ def test_remote_store_is_named_by_its_address_without_credentials() -> None:
     assert first == "https://track.example.org:8080/mlflow"
     assert link == ui_link(first, "7", "abc")
     assert link.startswith("https://track.example.org:8080/mlflow/#/experiments/7/runs?")
+
+
+def test_every_metric_of_the_runs_has_one_chart_and_only_curves_are_lines() -> None:
+    """Without one MLflow would draw a line, through one point too; what nothing has is not there."""
+    state = state_of("abc", run_with(RECORDED, {"train/loss": 9, "eval/loss": 1}, verdict="equivalent"))
+    charts = {chart["metricKey"]: chart for chart in state["compareRunCharts"]}
+    assert len(charts) == len(state["compareRunCharts"])
+    assert charts.keys() >= RECORDED.keys()
+    assert "noise/scale" not in charts
+    lines = {key for key, chart in charts.items() if chart["type"] == "LINE"}
+    assert lines == {
+        "train/loss", "train/loss/box", "train/loss_gap", "train/loss_gap_ulp", "optim/lr",
+    }  # fmt: skip
+    assert {chart["metricSectionId"] for chart in charts.values()} == {
+        section["uuid"] for section in state["compareRunSections"]
+    }
+
+
+def test_the_view_answers_the_question_first() -> None:
+    """Loss and gap on logarithmic axes, costs as bars, memory by category; the rest is folded up."""
+    state = state_of("abc", run_with(RECORDED, {"train/loss": 9, "eval/loss": 2}, verdict="biased"))
+    shown = {section["name"]: section["display"] for section in state["compareRunSections"]}
+    assert [*shown] == [
+        "Loss", "Memory and time", "Memory by category", "Evaluation", "Other metrics",
+    ]  # fmt: skip
+    assert [name for name, display in shown.items() if not display] == ["Other metrics"]
+    charts = {chart["metricKey"]: chart for chart in state["compareRunCharts"]}
+    assert charts["train/loss"]["scaleType"] == charts["train/loss_gap_ulp"]["scaleType"] == "log"
+    assert charts["train/loss_gap"]["scaleType"] == charts["optim/lr"]["scaleType"] == "linear"
+    for metric, section in (
+        ("memory/peak_ratio", "Memory and time"), ("time/step_ms", "Memory and time"),
+        ("memory/activations_bytes", "Memory by category"), ("audit/e64", "Other metrics"),
+    ):  # fmt: skip
+        assert (charts[metric]["type"], charts[metric]["metricSectionId"]) == ("BAR", section)
+
+
+def test_the_axis_of_gaps_shows_rounding_low_and_a_bias_whole() -> None:
+    """From a tenth of a unit to a thousand, or to beyond the largest gap."""
+    run = run_with(RECORDED, {"train/loss": 9})
+    for largest, top in ((0.0, 3.0), (1.03, 3.0), (1e6, 6.301)):
+        charts = state_of("abc", run, largest_ulp=largest)["compareRunCharts"]
+        (chart,) = (chart for chart in charts if chart["metricKey"] == "train/loss_gap_ulp")
+        assert chart["range"] == {"yMin": -1, "yMax": top}
+
+
+def test_the_verdict_is_a_column_and_what_the_list_is_grouped_by() -> None:
+    """Grouped only where there are verdicts, each run drawn by itself."""
+    judged = state_of("abc", run_with(RECORDED, {}, verdict="biased"))
+    assert judged["selectedColumns"][0] == "tags.`verdict`"
+    assert judged["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "verdict"}]
+    assert not judged["useGroupedValuesInCharts"]
+    assert state_of("abc", run_with(RECORDED, {}))["groupBy"] is None
+
+
+def test_a_view_that_could_not_be_written_is_not_named_by_the_link() -> None:
+    """MLflow would say that it does not exist; the filter is in the address instead."""
+    link = ui_link("http://127.0.0.1:5000", "7", "abc", arranged=False)
+    assert "viewStateShareKey" not in link
+    assert unquote(link).endswith("searchFilter=tags.sweep_id='abc'")
+    assert ui_lines("sqlite:///mlflow.db", "7", "abc", arranged=False)[1] == link
+
+
+def test_colours_run_from_dark_to_light() -> None:
+    """Each differs from its neighbour, for one run too; they are as MLflow writes them."""
+    for count in (1, 2, 5, 8):
+        colors = [color_of(place, count) for place in range(count)]
+        assert len(set(colors)) == count
+        assert all(len(color) == 7 and color.startswith("#") for color in colors)
+    assert (color_of(0, 4), color_of(3, 4)) == ("#2b0a4f", "#d9791e")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gaccum_exp.audit.audit_window import ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import ONE_PASS, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.core.gradient import distance
 from gaccum_exp.core.reductions import GLOBAL_MEAN

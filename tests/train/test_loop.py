@@ -484,6 +484,22 @@ def test_the_clock_keeps_its_size_and_forgets_the_warm_up() -> None:
         assert len(clock._windows) == min(max(1, done - WARMUP_WINDOWS), KEPT_WINDOWS)
 
 
+@pytest.mark.parametrize(("windows", "timed"), [(2, 0), (6, 0), (7, 1), (16, 10)])
+def test_the_spread_of_the_step_time_is_of_the_windows_after_warm_up(windows: int, timed: int) -> None:
+    """Windows in the warm-up give a time, of which it is known that none was timed after it.
+
+    The first window does not count at all: its memory is measured.
+    """
+    _, sink = trained(*STRANGER, f"train.steps={windows}", "audit.at_start=false")
+    assert sink.last["time/step_windows"] == timed
+    median_s = sink.last["time/step_s"]
+    if timed > 1:
+        assert 0 < sink.last["time/step_low_s"] <= median_s <= sink.last["time/step_high_s"]
+    else:
+        assert median_s > 0
+        assert not {"time/step_low_s", "time/step_high_s"} & sink.last.keys()
+
+
 class Readings(TorchDispatchMode):
     """Counts the operators that hand a tensor's value to the host, which waits for the device."""
 

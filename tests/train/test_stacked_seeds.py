@@ -349,7 +349,7 @@ def test_a_seed_with_a_window_in_which_nothing_counts_ends_with_the_reason() -> 
 
 
 VECTORIZED = "sweep.vectorize=seed"
-MEASURED = ("peak_bytes", "peak_ratio", "step_s", "step_ratio")
+MEASURED = ("peak_bytes", "peak_ratio", "step_s", "step_ratio", "step_windows")
 TOGETHER = ("model=mlp", "model.hidden=[8]", "model.activation=tanh", "runtime.device=cpu",
             "train.steps=7", "tracking.log_weights=true", EXACT)  # fmt: skip
 

@@ -22,10 +22,11 @@ from typing import Literal, NamedTuple
 from gaccum_exp.report.compare.batch_curves import Axis, Curves, Point, curves_of, shared_point
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS, step_time
 from gaccum_exp.report.compare.swept_keys import Setting, swept_keys, swept_values
 from gaccum_exp.report.text.noise_notes import NoiseTold, narrowest
 from gaccum_exp.report.text.wording import say_list
-from gaccum_exp.tracking.metrics import STEP_TIME_S, TRAIN_LOSS
+from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
 
 RATE = "optimizer.lr"
@@ -60,7 +61,7 @@ class BatchRow:
     """Those tried, ascending; a training that diverged has tried its rate."""
     seeds: tuple[str, ...]
     step_s: float | None
-    """Seconds of an optimizer step, the median over seeds of their medians."""
+    """Seconds of an optimizer step, the median over seeds of their medians; None: see `step_times`."""
     losses: Mapping[Axis, Loss]
     """At the comparison's points, as far as there are any."""
     noise: NoiseTold | None
@@ -249,8 +250,8 @@ def _best_rate(tried: Tried, point: Point) -> _Choice:
     elif any(_is_lower(losses[rate], losses[best]) for rate in rates if rate not in competing):
         place = "contested"
     arms = _finished(tried[best].values())
-    known = [arm.metrics.get(STEP_TIME_S, math.nan) for arm in arms]
-    step_s = statistics.median(known) if all(map(math.isfinite, known)) else None
+    known = [time.median_s for arm in arms if (time := step_time(arm)) is not None]
+    step_s = statistics.median(known) if len(known) == len(arms) else None
     curves = tuple(curves_of(arm, math.nan if step_s is None else step_s) for arm in arms)
     return _Choice(arms, best, place, rates, step_s, curves)
 
@@ -268,7 +269,7 @@ def _finished(arms: Iterable[RunRecord]) -> list[RunRecord]:
 def _times_apart(chosen: Sequence[_Choice]) -> str:
     """Say why the times of arms are not compared; empty: they are."""
     if any(choice.step_s is None for choice in chosen):
-        return "the time of a step was not measured in every arm"
+        return f"the time of a step was not measured over {FEWEST_WINDOWS} windows in every arm"
     arms = [arm for choice in chosen for arm in choice.arms]
     several = [word for tag, word in _ALIKE.items() if len({arm.tags.get(tag) for arm in arms}) > 1]
     return f"the arms ran under several {say_list(several)}" if several else ""

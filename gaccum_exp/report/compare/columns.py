@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
+from gaccum_exp.report.compare.step_times import step_time, times_differ
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.text.wording import byte_unit, say_gap, say_loss, say_ratio, say_sizes, time_unit
 from gaccum_exp.tracking import metrics
@@ -55,6 +56,22 @@ class Measured:
         ours, theirs = _cost(run, metric), _cost(reference, metric)
         return ours / theirs if (same or run is reference) and ours is not None and theirs else None
 
+    @property
+    def step_ratio(self) -> float | None:
+        """The step time over the reference's; None, too, where of either too few windows were timed."""
+        runs = self.run, self.group.reference
+        if any(run is None or step_time(run) is None for run in runs):
+            return None
+        return self.ratio(metrics.STEP_TIME_S, "device", "threads")
+
+    @property
+    def step_differs(self) -> bool | None:
+        """Whether the step time is measurably another than the reference's; None: not compared."""
+        reference = self.group.reference
+        if reference is None or self.run.run_id == reference.run_id or self.step_ratio is None:
+            return None
+        return times_differ(step_time(self.run), step_time(reference))
+
 
 class Column(NamedTuple):
     """One column, under the name of the row's attribute."""
@@ -97,16 +114,16 @@ def _terms(arm: Measured) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(pair for pair in arm.run.metrics.items() if pair[0].startswith(prefixes)))
 
 
+def last_noise(run: RunRecord, metric: str) -> float | None:
+    """Return what was recorded of the last measured window; None where that has no such number."""
+    measured, curve = (run.curves.get(key) for key in (metrics.NOISE_TRACE, metric))
+    if measured is None or curve is None or measured.global_steps[-1:] != curve.global_steps[-1:]:
+        return None
+    return curve.values[-1]
+
+
 def _noise(metric: str) -> Callable[[Measured], float | None]:
-    """Read what was recorded of the last measured window; None where that has no such number."""
-
-    def read(arm: Measured) -> float | None:
-        measured, curve = (arm.run.curves.get(key) for key in (metrics.NOISE_TRACE, metric))
-        if measured is None or curve is None or measured.global_steps[-1:] != curve.global_steps[-1:]:
-            return None
-        return curve.values[-1]
-
-    return read
+    return lambda arm: last_noise(arm.run, metric)
 
 
 def _noise_windows(arm: Measured) -> int | None:
@@ -158,9 +175,8 @@ class ComparisonRow:
         lambda arm: _cost(arm.run, metrics.STEP_TIME_S), "step\n{unit}", unit=time_unit
     )
     """Median seconds of an optimizer step."""
-    step_ratio: float | None = column(
-        lambda arm: arm.ratio(metrics.STEP_TIME_S, "device", "threads"), "\n×", say_ratio
-    )
+    step_ratio: float | None = column(lambda arm: arm.step_ratio, "\n×", say_ratio)
+    """To the reference's; None where of either too few windows were timed: see `step_times`."""
     name: str = column(lambda arm: arm.run.name)
     status: str = column(lambda arm: arm.run.status)
     failure: str | None = column(lambda arm: arm.run.tags.get("failure"))
@@ -216,6 +232,14 @@ class ComparisonRow:
     adam_noise_scale_high: float | None = column(
         _noise(metrics.in_adam_metric(metrics.NOISE_SCALE_HIGH))
     )
+
+    step_low_s: float | None = column(lambda arm: _cost(arm.run, metrics.STEP_TIME_LOW_S))
+    """The lower quartile of the windows timed after warm-up, and the upper one."""
+    step_high_s: float | None = column(lambda arm: _cost(arm.run, metrics.STEP_TIME_HIGH_S))
+    step_windows: int | None = column(lambda arm: _whole(_cost(arm.run, metrics.STEP_WINDOWS)))
+    """How many were timed after warm-up; None: not recorded, as by older versions."""
+    step_differs: bool | None = column(lambda arm: arm.step_differs)
+    """Whether the step time is measurably another than the reference's; None: not compared."""
 
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""

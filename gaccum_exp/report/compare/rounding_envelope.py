@@ -85,7 +85,7 @@ def envelope_of(reference: RunRecord, controls: Sequence[RunRecord]) -> Envelope
     global_steps = every[seen]
     running = np.maximum.accumulate(largest[seen])
     values = running[np.searchsorted(global_steps, 2 * global_steps, side="right") - 1]
-    limits = MARGIN * np.fmax(values, _spacing(losses[seen]))
+    limits = MARGIN * np.fmax(values, spacing(losses[seen]))
     columns = (tuple(column.tolist()) for column in (global_steps, values, limits))
     return Envelope(reference.run_id, len(controls), *columns)
 
@@ -102,12 +102,12 @@ def stand(run: RunRecord, reference: RunRecord, envelope: Envelope) -> Standing:
     return Standing("inside") if judged.size == len(envelope.global_steps) else Standing()
 
 
-def _spacing(losses: np.ndarray) -> np.ndarray:
-    # The distance to the next number at each loss, in the precision that it was recorded in.
+def spacing(losses: np.ndarray) -> np.ndarray:
+    """Return the distance to the next number at each loss, in the precision of its record: (steps,)."""
     exact: np.ndarray = np.abs(losses)
     with np.errstate(all="ignore"):  # beyond float32's range, or not finite: not float32 numbers, then
         single = exact.astype(np.float32)
         finite = np.isfinite(exact)
         recorded = single if np.array_equal(single[finite], exact[finite]) else exact
-        spacing: np.ndarray = np.spacing(recorded).astype(np.float64)
-    return spacing
+        distances: np.ndarray = np.spacing(recorded).astype(np.float64)
+    return distances

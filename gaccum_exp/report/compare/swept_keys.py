@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 from gaccum_exp.tracking.records import RunRecord
 
+UNKNOWN = "?"
+"""The reduction of an arm that ended before its configuration was recorded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -28,7 +31,7 @@ class Setting:
     @property
     def label(self) -> str:
         """Reduction and other values: `mean, norm=batch, seed=1`."""
-        return ", ".join(part for part in (self.reduction or "?", self.text) if part)
+        return ", ".join(part for part in (self.reduction or UNKNOWN, self.text) if part)
 
     @property
     def repeated_label(self) -> str:

@@ -8,6 +8,7 @@ from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.arm_limit import MOST_SETTINGS, by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS
 from gaccum_exp.report.figures.panels import Panel, panels_of, subject, thinned
 from gaccum_exp.report.text.wording import byte_unit, say_list, say_numbers, say_scaled, time_unit
 from gaccum_exp.tracking.metrics import RESIDENT_SET_BYTES, memory_part
@@ -36,12 +37,17 @@ class Bar:
     each: tuple[float, ...] = ()
     """Of the runs that are drawn; the bar is their median."""
     ratio: float | None = None
-    """To the reference's."""
+    """To the reference's; None: not stated."""
     is_reference: bool = False
     parts: Mapping[str, float] = field(default_factory=dict)
     """Of a peak by category; empty where that was not recorded."""
     phase: str | None = None
     """When the peak was."""
+    low: float | None = None
+    """Of one run, the quartiles over its timed windows; None where too few were timed."""
+    high: float | None = None
+    is_alike: bool = False
+    """Whether no difference to the reference's is measurable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,11 @@ class BarRows:
     are_repeated: bool = False
     """Whether several runs' times are dots beside a bar."""
 
+    @property
+    def have_spread(self) -> bool:
+        """Whether any bar has the quartiles of its run's windows."""
+        return any(bar.low is not None for _, bars in self.panels for bar in bars)
+
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
@@ -68,6 +79,11 @@ class CostCurve:
     measured_bytes: Mapping[int, float]
     predicted_bytes: Mapping[int, float]
     step_s: Mapping[int, float]
+    every_n: tuple[int, ...] = ()
+    """Ascending, those included of which nothing is known."""
+    step_low_s: Mapping[int, float] = field(default_factory=dict)
+    """Quartiles over timed windows, of repeated runs the outermost; where they are known."""
+    step_high_s: Mapping[int, float] = field(default_factory=dict)
 
 
 def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRows:
@@ -125,28 +141,47 @@ def step_time_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> Bar
 
     def bar(n: int, role: str, known: Sequence[ComparisonRow]) -> Bar:
         ratios = [row.step_ratio for row in known if row.step_ratio is not None]
+        low, high = (known[0].step_low_s, known[0].step_high_s) if len(known) == 1 else (None, None)
         return Bar(
             n,
             role,
             each=tuple((row.step_s or 0.0) / unit_s for row in known),
+            low=None if low is None else low / unit_s,
+            high=None if high is None else high / unit_s,
             ratio=statistics.median(ratios) if ratios else None,
+            is_alike=all(row.step_differs is False for row in known),
             is_reference=any(row.is_reference for row in known),
         )
+
+    bars = _bars(panels, "step_s", bar)
 
     return BarRows(
         title=f"Time of an optimizer step: {subject(comparison, runs)}; "
         f"on {say_list(machines) if len(machines) <= 2 else 'several machines'}",
         axis=f"step time in {unit}",
         highest=max(times, default=0.0) / unit_s,
-        panels=_bars(panels, "step_s", bar),
+        panels=bars,
         notes=(
             *left_out,
-            "× is the ratio to the reference.",
+            *_ratio_notes([bar for _, of in bars for bar in of if bar.each]),
             *_apart(comparison),
             *comparison.reference_notes,
         ),
         are_repeated=any(len(rows) > 1 for panel in panels for rows in panel.by_n.values()),
     )
+
+
+def _ratio_notes(bars: Sequence[Bar]) -> list[str]:
+    """Say what stands above bars of times, and why nothing does."""
+    notes = []
+    if any(bar.ratio is not None and not bar.is_alike for bar in bars):
+        notes.append("× is the ratio to the reference.")
+    if any(bar.is_alike for bar in bars):
+        notes.append("≈: no measurable difference to the reference, since the middle halves overlap.")
+    if any(bar.ratio is None for bar in bars):
+        fewest = f"fewer than {FEWEST_WINDOWS} windows were timed, or of the reference"
+        notes.append(f"Without a ratio: {fewest}, or the machines differ.")
+    return notes
 
 
 def _apart(comparison: Comparison) -> tuple[str, ...]:
@@ -167,6 +202,9 @@ def frontier_rows(comparison: Comparison) -> list[CostCurve]:
             _by_n(panel.rows, "peak_bytes", max),
             _by_n(panel.rows, "predicted_peak_bytes", max),
             _by_n(panel.rows, "step_s", statistics.median),
+            tuple(panel.by_n),
+            _by_n(panel.rows, "step_low_s", min),
+            _by_n(panel.rows, "step_high_s", max),
         )
         for panel in panels
     ]

@@ -13,7 +13,7 @@ import numpy as np
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import loss_curve, loss_gaps
-from gaccum_exp.report.compare.rounding_envelope import Envelope
+from gaccum_exp.report.compare.rounding_envelope import Envelope, spacing
 from gaccum_exp.report.figures.panels import (
     Panel,
     groups_of,
@@ -57,6 +57,17 @@ class PanelRows:
     """|difference to the reference|, of all but references."""
     envelopes: tuple[Envelope, ...]
     """What rounding alone makes of the panel's references."""
+    largest_gaps: tuple[CurveRow, ...] = ()
+    """The largest of the differences up to each step: two curves that lie apart cross now and then, and
+    that they meet at a step says nothing of how far they are."""
+    last_digit: Points | None = None
+    """Where no control shows what rounding does, the least that differences can be other than 0: the
+    last digit of the references' losses, the largest up to each step."""
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any of its losses is a number."""
+        return any(np.isfinite(curve.values).any() for curve in self.losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,10 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
             return None
         return loss_gaps(runs[row.run_id], runs[row.reference_run_id])
 
+    def largest_of(row: ComparisonRow) -> Points | None:
+        points = gap_of(row)
+        return None if points is None else (points[0], np.maximum.accumulate(points[1]))
+
     return LossRows(
         title=f"Train loss: {subject(comparison, runs)}",
         groups={
@@ -105,6 +120,8 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
                 _curves(panel, groups, crowded, loss_of),
                 _curves(panel, groups, crowded, gap_of),
                 _envelopes(panel, comparison, crowded),
+                _curves(panel, groups, crowded, largest_of),
+                _last_digit(panel, comparison, runs),
             )
             for panel in panels
         ),
@@ -164,3 +181,15 @@ def _envelopes(panel: Panel, comparison: Comparison, crowded: bool) -> tuple[Env
     *_, limits = curve_range([(np.array(e.global_steps), np.array(e.limits)) for e in envelopes])
     widest = (tuple(column.tolist()) for column in (steps, values, limits))
     return (Envelope("widest", max(e.controls for e in envelopes), *widest),)
+
+
+def _last_digit(panel: Panel, comparison: Comparison, runs: Mapping[str, RunRecord]) -> Points | None:
+    references = {row.reference_run_id for row in panel.rows if not row.is_reference} - {None}
+    if references & {envelope.reference_run_id for envelope in comparison.envelopes}:
+        return None
+    curves = [loss_curve(runs[run_id]) for run_id in sorted(filter(None, references))]
+    digits = [(steps, np.maximum.accumulate(spacing(losses))) for steps, losses in curves if steps.size]
+    if not digits:
+        return None
+    steps, *_, widest = curve_range(digits)
+    return steps, widest

@@ -1,5 +1,6 @@
 """Print audits on a terminal: one with its numbers and remedy, or a line for each arm of a sweep."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import RenderableType
@@ -52,6 +53,7 @@ def block(audit: Audit) -> RenderableType:
     for label, words in (
         ("cause", audit.cause),
         ("culprit", _culprit(audit)),
+        ("weights", _weights(audit)),
         ("remedy", audit.remedy),
         ("detail", None if open_question else audit.detail),
         *((check.name, check.finding) for check in audit.checks),
@@ -96,6 +98,34 @@ def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
         cause = Text(f" {outcome.cause or MISSING}")
         table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(outcome) or MISSING}"))
     return table
+
+
+def _weights(audit: Audit) -> str | None:
+    """Say which micro-batches weigh least and most, and where the largest part of the error lies."""
+    window = audit.window
+    if window is None or audit.verdict != "biased" or window.no_shares is not None:
+        return None
+    ratios = {
+        m.index: m.weight / m.one_pass_weight
+        for m in window.micro_batches
+        if m.weight is not None and m.one_pass_weight is not None
+    }
+    parts = [
+        ((part or 0.0) * (layer.norm or 0.0), m.index, layer.name)
+        for layer in window.layers
+        for m, part in zip(window.micro_batches, layer.by_micro_batch or (), strict=False)
+    ]
+    if not ratios or not parts:
+        return None
+    least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+    if math.isclose(ratios[least], ratios[most]):  # a factor, which the remedy tells
+        return None
+    _, index, layer_name = max(parts)
+    return (
+        f"a {window.unit.removesuffix('s')} weighs {say_ratio(ratios[least])} (micro-batch {least + 1}) "
+        f"to {say_ratio(ratios[most])} (micro-batch {most + 1}) × what it does in one pass; the largest "
+        f"part of the error is micro-batch {index + 1}'s, at {layer_name}"
+    )
 
 
 def _culprit(audit: Audit) -> str | None:

@@ -4,7 +4,7 @@ Of losses and times a line has the median, of verdicts and standings the worst, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,10 @@ from gaccum_exp.report.compare.distances import nan_last
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.text.verdict_notes import rank
 
-_MEDIANS = ("train_loss", "eval_loss", "eval_accuracy", "eval_perplexity", "step_s", "step_ratio")
+_MEDIANS = (
+    *("train_loss", "eval_loss", "eval_accuracy", "eval_perplexity"),
+    *("step_s", "step_low_s", "step_high_s", "step_ratio"),
+)
 _LARGESTS = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio")
 
 
@@ -61,6 +64,13 @@ def lines_of(rows: Sequence[ComparisonRow]) -> Lines:
     return Lines(tuple(lines[i] for i in kept), counts if is_summed else {}, " ".join(notes))
 
 
+def all_differ(rows: Iterable[ComparisonRow]) -> bool | None:
+    """Whether all step times differ measurably, in one direction; None: none is compared."""
+    known = [(row.step_differs, (row.step_ratio or 0) > 1) for row in rows]
+    known = [pair for pair in known if pair[0] is not None]
+    return len(set(known)) == 1 and known[0][0] if known else None
+
+
 def _together(
     rows: Sequence[ComparisonRow], setting_of: Callable[[ComparisonRow], str | None]
 ) -> list[list[ComparisonRow]]:
@@ -90,6 +100,8 @@ def _sum_up(rows: Sequence[ComparisonRow], *, by_seed: bool) -> ComparisonRow:
         setting=setting,
         differs=setting.text,
         status=(unfinished or [worst])[0].status,
+        step_windows=min((n for row in rows if (n := row.step_windows) is not None), default=None),
+        step_differs=all_differ(rows),
         other_command=any(row.other_command for row in rows),
         global_batch_size=worst.global_batch_size if len(batches) == 1 else None,
         micro_batch_sizes=tuple(sorted({n for row in rows for n in row.micro_batch_sizes})[::-1]),

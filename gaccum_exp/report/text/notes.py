@@ -3,6 +3,7 @@
 The same sentence about several settings is said once, with the settings in front.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from itertools import islice, pairwise
 from operator import itemgetter
 
 from gaccum_exp.report.compare.pairing import Group, Source
+from gaccum_exp.report.compare.swept_keys import UNKNOWN
 from gaccum_exp.report.text.wording import MOST_NUMBERS, say_numbers
 from gaccum_exp.tracking.metrics import SKIPPED_WINDOWS, TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
@@ -48,17 +50,18 @@ def other_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     found.sort(key=itemgetter(0))
     every = [arm for arm, _ in arms]
     notes = (*_uneven_splits(every), *_unequal_steps(every))
-    return (*notes, *with_settings((note[1:] for note in found), len(groups)))
+    sentences = [note[1:] for note in found]
+    for group in groups:
+        sentences += [(sentence, group.setting.label) for sentence in _unfinished(group.arms)]
+    return (*notes, *with_settings(sentences, len(groups)))
 
 
 def _about_reference(group: Group) -> str | None:
     reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
     why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm that finished"
-    if reference is None and group.n_multiplies:
-        return None
-    if reference is None and not any(arm.finished for arm in group.arms):
-        return "nothing is compared, because no arm finished."
+    if reference is None and (group.n_multiplies or not any(arm.finished for arm in group.arms)):
+        return None  # that no arm finished the summary says
     if reference is None:
         return (
             f"nothing is compared, because {why}, the store holds none, and no second finished arm can "
@@ -131,15 +134,32 @@ def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
             f"{ours['vectorized']} were trained as one (sweep.vectorize=seed): what each alone takes in "
             "memory and time was not measured."
         )
-    if not arm.finished:
-        said[8] = f"{f'run {arm.name!r}' if arm.accum_steps is None else n} {_end_of(arm)}."
     return said
 
 
-def _end_of(run: RunRecord) -> str:
+def _unfinished(arms: Iterable[RunRecord]) -> list[str]:
+    """Say which arms did not finish, a reason that several share once."""
+    of_end: dict[str, list[int]] = {}
+    said = []
+    for arm in arms:
+        if arm.finished:
+            continue
+        if arm.accum_steps is None:  # it was refused, and its reason may begin with its name
+            reason = arm.tags.get("failure", "").removeprefix(f"{arm.name}: ")
+            said.append(f"run {arm.name!r} {_end_of(arm, reason)}.")
+        else:
+            of_end.setdefault(_end_of(arm), []).append(arm.accum_steps)
+    for end, every in of_end.items():
+        if len(every) > 1:
+            end = re.sub("^was", "were", re.sub("^is", "are", end))
+        said.append(f"N = {say_numbers(sorted(set(every)))} {end}.")
+    return said
+
+
+def _end_of(run: RunRecord, reason: str | None = None) -> str:
     words = {"FAILED": "failed", "KILLED": "was interrupted", "RUNNING": "is still running"}
-    reason = f" ({run.tags['failure']})" if run.tags.get("failure") else ""
-    return words.get(run.status, f"is {run.status}") + reason
+    reason = run.tags.get("failure") if reason is None else reason
+    return words.get(run.status, f"is {run.status}") + (f" ({reason})" if reason else "")
 
 
 def _machine(tags: Mapping[str, str]) -> str:
@@ -207,7 +227,7 @@ def with_settings(said: Iterable[tuple[str | None, str]], n_groups: int) -> list
     for sentence, labels in labels_of.items():
         named = "; ".join(islice(labels, _MOST_SETTINGS_NAMED))
         more = len(labels) - _MOST_SETTINGS_NAMED
-        if n_groups == 1:
+        if n_groups == 1 or named == UNKNOWN:
             notes.append(sentence[0].upper() + sentence[1:])
         elif len(labels) == n_groups:
             notes.append(f"In every setting {sentence}")

@@ -12,6 +12,8 @@ from gaccum_exp.report.arm_limit import by_n, by_setting
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import nan_last
+from gaccum_exp.report.compare.swept_keys import UNKNOWN
+from gaccum_exp.report.text.merged_rows import all_differ
 from gaccum_exp.report.text.verdict_notes import SOUND, say_verdicts
 from gaccum_exp.report.text.wording import say_controls, say_gap, say_list, say_numbers, say_ratio
 
@@ -32,11 +34,20 @@ def summary(comparison: Comparison) -> str:
         return "There are no runs to compare."
     if len({row.setting.repeated_label for row in comparison.rows}) == 1:
         return _say_setting(comparison.rows)
-    settings = by_setting(comparison.rows, "{reduction}, over all settings")
+    begun = [row for row in comparison.rows if row.setting.label != UNKNOWN]
+    refused = len(comparison.rows) - len(begun)
+    if refused and len({row.setting.repeated_label for row in begun}) == 1:
+        return f"{_say_setting(begun)} {_say_refused(refused)}"
+    settings = by_setting(begun, "{reduction}, over all settings")
     labels: dict[str, list[str]] = {}
     for label, alike in settings.items():
         labels.setdefault(_say_setting(alike), []).append(label)
-    return "\n".join(f"{_say_labels(of, len(settings))}: {line}" for line, of in labels.items())
+    said = [f"{_say_labels(of, len(settings))}: {line}" for line, of in labels.items()]
+    return "\n".join([*said, _say_refused(refused)] if refused else said)
+
+
+def _say_refused(arms: int) -> str:
+    return f"{arms} more {'arm' if arms == 1 else 'arms'} did not begin."
 
 
 def _say_labels(labels: Sequence[str], settings: int) -> str:
@@ -61,6 +72,8 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
         judged = any(row.verdict for row in rows)
         lead = verdicts and f"{verdicts}{', by the audit alone' if judged else ''}."
         parts = [lead, _NO_OTHER if alone else _NO_REFERENCE]
+        if unfinished == len(rows):
+            return " ".join([lead, "No arm finished."] if lead else ["No arm finished."])
     if unfinished:
         parts.append(f"{unfinished} of {len(rows)} arms did not finish.")
     return " ".join(part for part in parts if part)
@@ -83,7 +96,7 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
         shared = f"each of the {counts[0]} to {counts[-1]} steps that both have"
     gap = say_gap(furthest.max_loss_gap)
     near = f"stays within {gap} of that of"
-    if any(row.verdict not in (None, *SOUND) for row in with_gap):  # which would sound like praise
+    if _is_off(with_gap):  # which would sound like praise
         near = f"is off by up to {gap} from that of"
     curve = f"The train loss of N = {who} {near} {reference} at {shared}"
     if not math.isfinite(furthest.max_loss_gap or 0.0):
@@ -91,6 +104,11 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     elif len(every) > 1 and furthest.max_loss_gap:
         curve += f", N = {furthest.accum_steps} being the furthest"
     return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(every) > 1)}."
+
+
+def _is_off(rows: Sequence[ComparisonRow]) -> bool:
+    """Whether an arm is not the large batch: by an audit, or as its curve left the envelope."""
+    return any(row.verdict not in (None, *SOUND) or row.control == "outside" for row in rows)
 
 
 def _say_control(rows: Sequence[ComparisonRow]) -> str:
@@ -115,16 +133,21 @@ def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
     furthest = max(with_weights, key=lambda row: nan_last(row.weight_distance))
     distance = furthest.weight_distance
     named = f" (N = {furthest.accum_steps})" if name_furthest and distance else ""
-    return f"; the final weights are within {say_gap(distance)} of its, relative to their norm{named}"
+    near = f"up to {say_gap(distance)} from" if _is_off(rows) else f"within {say_gap(distance)} of"
+    return f"; the final weights are {near} its, relative to their norm{named}"
 
 
 def _say_cost(rows: Sequence[ComparisonRow]) -> str:
-    """Say the largest saving of memory, and the step time of the arm that makes it."""
+    """Say the largest saving of memory, and the step time of the arm that makes it.
+
+    Of times that do not differ measurably no ratio is said, and nothing of those not compared.
+    """
     peaks, times = _largest_by_n(rows, "peak_ratio"), _largest_by_n(rows, "step_ratio")
+    differ = [n for n in times if all_differ(by_n(rows)[n])]
     if not peaks:
-        if not times:
-            return ""
-        slowest = max(times, key=lambda n: times[n])
+        if not differ:
+            return "Between step times there is no measurable difference." if times else ""
+        slowest = max(differ, key=lambda n: times[n])
         apart = _say_apart(rows, slowest)
         return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest}){apart}."
     least = min(peaks, key=lambda n: peaks[n])
@@ -133,6 +156,8 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
         return f"{memory}."
+    if least not in differ:
+        return f"{memory}, with no measurable difference in step time."
     apart = _say_apart(rows, least)
     return f"{memory}; a step there takes {say_ratio(times[least])} × as long{apart}."
 

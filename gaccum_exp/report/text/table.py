@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -11,12 +12,13 @@ from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS
 from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.terminal import LOOK, console
-from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_scaled
+from gaccum_exp.report.text.wording import MISSING, NOT_AUDITED, say_controls, say_list, say_scaled
 
 _MARKS = {"reference": "*", "stand-in": "†", "stored reference": "‡"}
 _LEGEND = {
@@ -38,6 +40,7 @@ _NUMBERS = (
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
 )
 _TIMES = ("step_s", "step_ratio")
+_AS_LONG = "≈"
 _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
@@ -58,11 +61,30 @@ def say_worth(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -
     return say_noise(replace(comparison, rows=told) if told else comparison)
 
 
-def render(comparison: Comparison) -> Table:
-    """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
+class TableCells(NamedTuple):
+    """A comparison's table as text, whatever it is printed or written as."""
 
-    A rule separates groups that have different references. Many arms share lines: see `merged_rows`.
-    """
+    title: str
+    names: tuple[str, ...]
+    """Of the columns, as a `ComparisonRow` has them."""
+    headers: tuple[str, ...]
+    """Of one line or two."""
+    lines: tuple[tuple[str, ...], ...]
+    rows: tuple[ComparisonRow, ...]
+    """What each line shows."""
+    ends: frozenset[int]
+    """The lines after which another group begins, which has another reference."""
+    legend: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def left(self) -> tuple[bool, ...]:
+        """Whether a column holds words, which begin on the left, and no numbers."""
+        return tuple(name in (*_FOLDED, "reduction") for name in self.names)
+
+
+def cells_of(comparison: Comparison) -> TableCells:
+    """Return what the table of a comparison says. Many arms share lines: see `merged_rows`."""
     stored = {row.setting: row for row in comparison.stored}
     every: list[ComparisonRow] = []
     for row in comparison.rows:  # each group's stored reference in front of it
@@ -70,20 +92,39 @@ def render(comparison: Comparison) -> Table:
     lines = lines_of(every)
     rows = lines.rows
     reductions = {row.reduction for row in rows} - {None}
-    title = "Every arm against its reference" + (f", {reductions.pop()}" if len(reductions) == 1 else "")
-    caption = _caption(rows, [note for note in (lines.note, *comparison.notes) if note])
-    table = Table(title=title, caption=caption, **LOOK)
-    printed: list[Sequence[str]] = []
-    for name in _columns(rows, lines.counts):
-        header, cells = _printed(name, rows, lines.counts)
-        printed.append(cells)
-        justify: Literal["left", "right"] = "left" if name in (*_FOLDED, "reduction") else "right"
-        no_wrap = name not in _FOLDED
-        table.add_column(Text(header), justify=justify, no_wrap=no_wrap, overflow="fold")
-    for row, after, *cells in zip(rows, (*rows, None)[1:], *printed, strict=True):
-        ends = after is not None and after.setting != row.setting
+    names = _columns(rows, lines.counts)
+    columns = [_printed(name, rows, lines.counts) for name in names]
+    return TableCells(
+        title="Every arm against its reference"
+        + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
+        names=tuple(names),
+        headers=tuple(header for header, _ in columns),
+        lines=tuple(zip(*(cells for _, cells in columns), strict=True)),
+        rows=rows,
+        ends=frozenset(
+            n for n, (row, after) in enumerate(pairwise(rows)) if after.setting != row.setting
+        ),
+        legend=tuple(_legend(rows)),
+        notes=tuple(note for note in (lines.note, *comparison.notes) if note),
+    )
+
+
+def render(comparison: Comparison) -> Table:
+    """Return the comparison as a table that fits a terminal of 80 columns, its notes underneath.
+
+    A rule separates groups that have different references.
+    """
+    cells = cells_of(comparison)
+    more = len(cells.notes) - MOST_NOTES
+    notes = [f"- {note}" for note in cells.notes[:MOST_NOTES]]
+    notes += [f"- and {more} more notes of the kind."] if more > 0 else []
+    table = Table(title=cells.title, caption=Text("\n".join([*cells.legend, *notes])), **LOOK)
+    for name, header, left in zip(cells.names, cells.headers, cells.left, strict=True):
+        justify: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(Text(header), justify=justify, no_wrap=name not in _FOLDED, overflow="fold")
+    for number, (row, line) in enumerate(zip(cells.rows, cells.lines, strict=True)):
         style = "bold" if row.is_reference else "dim" if not row.finished else None
-        table.add_row(*map(Text, cells), end_section=ends, style=style)
+        table.add_row(*map(Text, line), end_section=number in cells.ends, style=style)
     return table
 
 
@@ -99,13 +140,16 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
         "verdict": any_verdict,
         # Left out where space is short: it is the global batch over N, and uneven splits have a note.
         "micro_batch_sizes": not ((counts or any_verdict) and several and differs),
-        "global_batch_size": len({row.global_batch_size for row in rows}) > 1 and not batch_is_said,
+        "global_batch_size": len({row.global_batch_size for row in rows} - {None}) > 1
+        and not batch_is_said,
         "reduction": several,
         "differs": differs,
     }
     classes, tokens = (any(getattr(row, n) is not None for row in rows) for n in _SCORES)
-    left_out = "eval_accuracy" if tokens and not classes else "eval_perplexity"
-    numbers = (name for name in _NUMBERS if name != left_out)
+    left_out = ["eval_accuracy" if tokens and not classes else "eval_perplexity"]
+    if all(row.step_ratio is None for row in rows):
+        left_out.append("step_ratio")  # a line below says why
+    numbers = (name for name in _NUMBERS if name not in left_out)
     return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
@@ -131,10 +175,13 @@ def _printed(
             return text + (_mark(row) or " ")
         if name == "max_loss_gap" and any_controls:
             return text + _STANDINGS.get(row.control or "", " ")
+        if name == "step_ratio" and row.step_differs is False:
+            text = f"{_AS_LONG}{text}"
         if name in _TIMES and any_other_command:
             return text + ("~" if row.other_command and value is not None else " ")
         if name == "verdict" and row.role not in ("reference", "stored reference"):
-            return row.verdict or NOT_AUDITED  # what others are compared with needs no audit
+            # What others are compared with needs no audit, and what did not begin had none.
+            return row.verdict or (MISSING if row.accum_steps is None else NOT_AUDITED)
         return text
 
     return header, [cell(row) for row in rows]
@@ -144,17 +191,47 @@ def _mark(row: ComparisonRow) -> str:
     return _MARKS.get(row.role, "") or ("" if row.finished else "!")
 
 
-def _caption(rows: Sequence[ComparisonRow], notes: Sequence[str]) -> Text:
+def _legend(rows: Sequence[ComparisonRow]) -> list[str]:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
     lines = [legend, _HEADERS] if legend else []
+    lines += filter(None, [_say_step_times(rows)])
     controls = [row.controls for row in rows if row.controls]
     if controls:
         lines.append(
             f"✓ inside, ✗ outside the envelope of {say_controls(controls)}: what rounding alone makes "
             "of the curve"
         )
-    more = len(notes) - MOST_NOTES
-    said = [*notes[:MOST_NOTES], f"and {more} more notes of the kind."] if more > 0 else notes
-    return Text("\n".join([*lines, *(f"- {note}" for note in said)]))
+    return lines
+
+
+def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
+    """Say of how many windows the step times are the medians, and how far the widest one spreads."""
+    timed = [row for row in rows if row.step_s]
+    counts = sorted({row.step_windows for row in timed if row.step_windows is not None})
+    if not timed:
+        return ""
+    if not counts:
+        return "step: no ratio, since it was not recorded how many windows were timed"
+    if counts == [0]:
+        return f"step: no window was timed after warm-up; a ratio takes {FEWEST_WINDOWS}"
+    ends = say_list(counts) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    said = f"step: median of {ends} window{'' if counts == [1] else 's'} after warm-up"
+    if counts[-1] < FEWEST_WINDOWS:
+        return f"{said}; a ratio takes {FEWEST_WINDOWS}"
+    spreads = {row.accum_steps: spread for row in timed if (spread := _spread(row)) is not None}
+    widest = max(spreads, key=lambda n: spreads[n])
+    said += f", their quartiles up to {spreads[widest]:.0%} off (N = {widest})"
+    if counts[0] < FEWEST_WINDOWS:
+        said += f"; a ratio takes {FEWEST_WINDOWS}"
+    if any(row.step_differs is False for row in rows):
+        said += f"; {_AS_LONG} no measurable difference: quartiles overlap"
+    return said
+
+
+def _spread(row: ComparisonRow) -> float | None:
+    """Return how far the farther quartile is from the median, relative to that."""
+    if not row.step_s or row.step_low_s is None or row.step_high_s is None:
+        return None
+    return max(row.step_s - row.step_low_s, row.step_high_s - row.step_s) / row.step_s

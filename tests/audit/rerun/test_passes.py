@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gaccum_exp.audit.audit_window import ConfiguredWindow
+from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED,
     ACCUMULATED64,

@@ -26,6 +26,7 @@ CONTRACT = [
     *("command_id", "optimizer_steps", "noise_windows"),
     *("noise_scale", "noise_scale_low", "noise_scale_high"),
     *("adam_noise_scale", "adam_noise_scale_low", "adam_noise_scale_high"),
+    *("step_low_s", "step_high_s", "step_windows", "step_differs"),
 ]
 
 
@@ -129,6 +130,28 @@ def test_ratios_are_the_quotients_to_the_reference(arm: Arm) -> None:
     peaks, times = "memory/peak_bytes", "time/step_s"
     assert rows[1].peak_ratio == four.metrics[peaks] / one.metrics[peaks]
     assert rows[1].step_ratio == four.metrics[times] / one.metrics[times]
+
+
+@pytest.mark.parametrize("few", [{"time/step_windows": 9.0}, {"time/step_windows": math.nan}])
+def test_of_too_few_timed_windows_no_ratio_is_stated(arm: Arm, few: dict[str, float]) -> None:
+    """Neither over nor under them; so of an older version's, which were not counted."""
+    for hasty in (0, 1):
+        runs = [arm(1), arm(4)]
+        runs[hasty].metrics.update(few)  # type: ignore[attr-defined]
+        row = compare(runs).rows[1]
+        assert (row.step_ratio, row.step_differs) == (None, None)
+        assert row.step_s == runs[1].metrics["time/step_s"]
+
+
+def test_times_differ_where_the_quartiles_do_not_overlap(arm: Arm) -> None:
+    """The reference differs from nothing; the ratio is there in either case."""
+    one, two, four = compare([arm(1), arm(2), arm(4)]).rows
+    assert (one.step_differs, two.step_differs, four.step_differs) == (None, True, True)
+    assert one.step_high_s is not None
+    wide = arm(4)
+    wide.metrics["time/step_low_s"] = one.step_high_s  # type: ignore[index]
+    row = compare([arm(1), wide]).rows[1]
+    assert (row.step_differs, row.step_ratio) == (False, four.step_ratio)
 
 
 def test_peaks_from_different_sources_have_no_ratio(arm: Arm) -> None:

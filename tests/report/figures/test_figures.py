@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
+from gaccum_exp.report.figures.frontier import draw_frontier
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.report.figures.save_figures import FIGURES, draw
 from gaccum_exp.tracking.records import RunRecord
@@ -31,9 +33,12 @@ def by_id(runs: list[RunRecord]) -> dict[str, RunRecord]:
 def curves(figure: Figure, label: str) -> dict[str, np.ndarray]:
     """Return run id -> drawn values on all axes of the level whose first axis has this label."""
     axes = figure.get_axes()
-    level = next(i % 2 for i, a in enumerate(axes) if label in a.get_ylabel())
+    levels = 2 if any("difference" in a.get_ylabel() for a in axes) else 1
+    first = next((i for i, a in enumerate(axes) if label in a.get_ylabel()), len(axes))
     return {
-        line.get_gid(): np.asarray(line.get_ydata()) for a in axes[level::2] for line in a.get_lines()
+        line.get_gid(): np.asarray(line.get_ydata())
+        for a in axes[first::levels]
+        for line in a.get_lines()
     }
 
 
@@ -52,7 +57,10 @@ def sweep(arm: Arm, n_arms: int) -> list[RunRecord]:
 
 @pytest.mark.parametrize("n_arms", [1, 4, 12, 30, 36])
 def test_loss_figure_has_as_many_curves_as_arms(arm: Arm, n_arms: int) -> None:
-    """Each arm's loss and each candidate's difference are drawn once, with the recorded values."""
+    """Each arm's loss and each candidate's difference are drawn once, with the recorded values.
+
+    Of differences the largest up to each step, so that no step without one hides the others.
+    """
     runs = sweep(arm, n_arms)
     comparison = compare(runs)
     figure = draw_loss_curves(comparison, by_id(runs))
@@ -64,7 +72,8 @@ def test_loss_figure_has_as_many_curves_as_arms(arm: Arm, n_arms: int) -> None:
     assert gaps.keys() == {row.run_id for row in comparison.rows if row.role == "candidate"}
     for row in comparison.rows:
         if row.role == "candidate":
-            assert gaps[row.run_id].max() == row.max_loss_gap
+            assert gaps[row.run_id][-1] == row.max_loss_gap
+            assert (np.diff(gaps[row.run_id]) >= 0).all()
 
 
 @pytest.mark.parametrize("n_arms", [4, 12, 30])
@@ -86,8 +95,8 @@ def test_labels_do_not_overlap(
     runs = sweep(arm, n_arms)
     runs[-1] = arm(30, status="FAILED", drop=("memory/peak_bytes", "time/step_s"), run_id="failed")
     figure = FIGURES[name](compare(runs), by_id(runs))
-    if figure is None:  # a frontier of a single N
-        assert (name, n_arms) == ("memory_frontier", 1)
+    if figure is None:  # no bar, and no two N to be set against each other
+        assert (n_arms, name != "loss_curves") == (1, True)
         return
     drawn: list[tuple[str, Bbox]] = []
     draw_text = Text.draw
@@ -213,6 +222,24 @@ def test_step_time_shows_the_median_of_seeds_and_each(arm: Arm) -> None:
     assert "ms" in axes.get_ylabel()
 
 
+def test_a_time_has_its_spread_and_a_ratio_only_where_one_can_be_stated(arm: Arm) -> None:
+    """Quartiles as whiskers; no ratio of a few windows, and none where the quartiles overlap."""
+    runs = [arm(n) for n in (1, 2, 4, 8)]
+    alike = {"time/step_s": 0.0124, "time/step_low_s": 0.012, "time/step_high_s": 0.013}
+    runs[1] = replace(runs[1], metrics={**runs[1].metrics, **alike})
+    runs[2] = replace(runs[2], metrics={**runs[2].metrics, "time/step_windows": 3.0})
+    figure = draw_step_time(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    written = [text.get_text() for text in axes.texts]
+    assert written == ["1.00 ×", "≈", "1.21 ×"]
+    ends = [line.get_segments()[0][:, 1] for line in axes.collections]
+    assert ends[1] == pytest.approx([12, 13])
+    said = " ".join(" ".join(texts(figure)).split())
+    assert "no measurable difference to the reference" in said
+    assert "Without a ratio: fewer than 10 windows were timed" in said
+
+
 def test_the_resident_set_is_named_as_what_it_is(arm: Arm) -> None:
     """It is no peak of a window, and stands in a note beside the tracked tensors."""
     runs = [arm(1), arm(4)]
@@ -257,7 +284,93 @@ def test_broken_arms_are_drawn_as_far_as_they_go(arm: Arm, tmp_path: Path) -> No
     ]
     assert len(draw(compare(runs), runs, tmp_path)) == 2 * len(FIGURES)
     alone = runs[1:2]
-    assert len(draw(compare(alone), alone, tmp_path)) == 6
+    names = {path.stem for path in draw(compare(alone), alone, tmp_path / "alone")}
+    assert names == {"memory", "step_time"}
+
+
+def test_a_sweep_that_left_nothing_draws_nothing_and_says_so_once(
+    arm: Arm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Failed before the first step, all arms have configurations only."""
+    gone = ("train/loss", "time/step_s", "memory/peak_bytes")
+    runs = [arm(n, status="FAILED", drop=gone) for n in (1, 2, 4)]
+    assert draw(compare(runs), runs, tmp_path / "figures") == []
+    assert not (tmp_path / "figures").exists()
+    assert [record.getMessage() for record in caplog.records] == [
+        "no figure is drawn: no arm got as far as a loss, a peak or a step time"
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_no_axes_are_empty(arm: Arm, name: str) -> None:
+    """Of a reduction whose arms all failed, or were interrupted, there is a note and no panel."""
+    gone = ("train/loss", "time/step_s", "memory/peak_bytes")
+    runs = [arm(n, n_losses=9) for n in (1, 2)]
+    runs += [arm(n, reduction="sum", status="KILLED", drop=gone) for n in (1, 2)]
+    figure = FIGURES[name](compare(runs), by_id(runs))
+    assert figure is not None
+    for axes in figure.get_axes():
+        assert axes.lines or axes.patches
+    said = " ".join(" ".join(texts(figure)).split())
+    assert ("recorded: sum." in said) == (name != "memory_frontier")
+    lone = [arm(1, n_losses=9)]
+    figure = draw_loss_curves(compare(lone), by_id(lone))
+    assert figure is not None
+    assert len(figure.get_axes()) == 1, "one arm has no difference"
+
+
+def test_no_line_passes_through_an_n_that_is_missing(arm: Arm) -> None:
+    """The curve of memory against time is broken where an arm failed."""
+    runs = [arm(n) for n in (1, 2, 8, 16)]
+    runs.append(arm(4, status="FAILED", drop=("time/step_s",)))
+    figure = draw_frontier(compare(runs), by_id(runs))
+    assert figure is not None
+    measured = figure.get_axes()[0].get_lines()[0]
+    assert np.isnan(np.asarray(measured.get_xdata())).tolist() == [False, False, True, False, False]
+    assert {"1", "2", "8", "16"} <= set(texts(figure))
+    assert "4" not in texts(figure)
+
+
+def test_memory_stands_against_time_planned_beside_measured(arm: Arm) -> None:
+    """Both at the time that was measured, in the units of the axes."""
+    runs = [arm(n) for n in (1, 2, 8)]
+    figure = draw_frontier(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    assert ("MiB" in axes.get_ylabel(), "ms" in axes.get_xlabel()) == (True, True)
+    measured, planned = axes.get_lines()
+    for line, metric in ((measured, "memory/peak_bytes"), (planned, "memory/predicted_peak_bytes")):
+        assert line.get_xdata() == pytest.approx([1e3 * run.metrics["time/step_s"] for run in runs])
+        assert line.get_ydata() == pytest.approx([run.metrics[metric] / 2**20 for run in runs])
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_few_bars_stand_in_the_middle_of_their_axes(arm: Arm, arms: int) -> None:
+    """And no panel is mostly empty beside them."""
+    runs = [arm(n) for n in (1, 4)[:arms]]
+    figure = draw_step_time(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    low, high = axes.get_xlim()
+    assert (low + high) / 2 == pytest.approx((arms - 1) / 2)
+    FigureCanvasAgg(figure).draw()
+    assert axes.bbox.width < 0.5 * figure.bbox.width
+
+
+def test_without_controls_the_last_digit_of_the_loss_is_shaded(arm: Arm, control: Arm) -> None:
+    """Of float32 losses, as large as their largest up to each step; controls show more."""
+    losses = [float(np.float32(x)) for x in (2.3, 1.1, 0.4)]
+    other = [losses[0], float(np.nextafter(np.float32(losses[1]), np.float32(9))), losses[2]]
+    runs = [arm(1, losses=losses), arm(2, losses=other)]
+    figure = draw_loss_curves(compare(runs), by_id(runs))
+    assert figure is not None
+    (band,) = figure.get_axes()[1].collections
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(2.0**-22)
+    assert "last digit of the loss" in texts(figure)
+    runs.append(control(runs[0], 1, 1e-5))
+    figure = draw_loss_curves(compare(runs), by_id(runs))
+    assert figure is not None
+    assert "last digit of the loss" not in texts(figure)
 
 
 def test_every_figure_is_written_as_svg_and_png(arm: Arm, tmp_path: Path) -> None:
@@ -274,7 +387,7 @@ def test_every_figure_is_written_as_svg_and_png(arm: Arm, tmp_path: Path) -> Non
         if path.suffix == ".png":
             assert image.imread(path).std() > 0.05
         else:
-            assert path.read_text(encoding="utf-8").count("<path") > 20
+            assert path.read_text(encoding="utf-8").count("<path") > 8
     before = [path.read_bytes() for path in paths]
     assert [p.read_bytes() for p in draw(comparison, runs[::-1], tmp_path / "figures")] == before
 

@@ -1,10 +1,12 @@
 """What is printed of audits."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, RenderableType
 
+from gaccum_exp.audit.audited_window import AuditedWindow, LayerError, MicroBatchShare
 from gaccum_exp.audit.result import Audit, Check, Culprit, ParameterError
 from gaccum_exp.report.text.audit_printout import arm_table, block, parameter_table
 
@@ -38,6 +40,31 @@ def test_the_block_says_everything_that_is_known_and_nothing_else() -> None:
         assert part in said
     bare = words(shown(block(Audit("identical", 1, "sum", e64=0.0))))
     assert bare == "verdict identical e64 0 relative error of the accumulated gradient, in float64"
+
+
+def test_the_micro_batches_that_weigh_least_and_most_are_named() -> None:
+    """With the largest part of the whole error; only where weights are what is wrong."""
+    window = AuditedWindow(
+        "mean", 2, 4, unit="samples",
+        micro_batches=(
+            MicroBatchShare(0, 0, 3, 3.0, 1 / 6, 1 / 4),
+            MicroBatchShare(1, 3, 1, 1.0, 1 / 2, 1 / 4),
+        ),
+        layers=(
+            LayerError("small", norm=0.1, by_micro_batch=(0.2, 0.9)),
+            LayerError("large", norm=3.0, by_micro_batch=(0.5, 0.4)),
+        ),
+    )  # fmt: skip
+    said = words(shown(block(replace(BIASED, window=window))))
+    assert "weights a sample weighs 0.67 (micro-batch 1) to 2.00 (micro-batch 2) × what it does" in said
+    assert "the largest part of the error is micro-batch 1's, at large" in said
+    alike = tuple(replace(m, weight=1 / 2) for m in window.micro_batches)
+    for other in (
+        replace(BIASED, window=replace(window, no_shares="samples are coupled")),
+        replace(BIASED, window=replace(window, micro_batches=alike)),
+        replace(BIASED, window=window, verdict="equivalent"),
+    ):
+        assert "weights" not in words(shown(block(other)))
 
 
 def test_the_worst_parameters_come_first_and_the_rest_is_counted() -> None:

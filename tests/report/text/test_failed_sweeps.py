@@ -16,10 +16,30 @@ def test_a_reason_that_all_arms_share_is_said_once(arm: Arm, drop: tuple[str, ..
     """Also of arms that were refused before their N was known; no N = 1 arm is called missing."""
     why = {"failure": "criterion._target_ must be set"}
     runs = [arm(n, status="FAILED", losses=[], tags=why, drop=drop) for n in (1, 2, 4)]
-    assert compare(runs).notes == (
-        "Nothing is compared, because no arm finished.",
-        "Every arm failed (criterion._target_ must be set).",
+    comparison = compare(runs)
+    assert comparison.notes == ("Every arm failed (criterion._target_ must be set).",)
+    assert summary(comparison) == "No arm finished."
+
+
+def test_arms_that_share_a_reason_share_a_sentence(arm: Arm) -> None:
+    """What was refused is named after what it was given."""
+    full, why = {"failure": "out of memory"}, {"failure": "accum.steps=0: must be at least 1"}
+    runs = [
+        arm(1),
+        arm(2),
+        *(arm(n, status="FAILED", losses=[], tags=full) for n in (4, 8)),
+        *(arm(n, status="KILLED", losses=[1.0]) for n in (16, 32)),
+        RunRecord("r", "1", "accum.steps=0", "FAILED", 0, {}, why, {}),
+    ]
+    comparison = compare(runs)
+    assert comparison.notes == (
+        "Run 'accum.steps=0' failed (must be at least 1).",
+        "mean: N = 4 and 8 failed (out of memory).",
+        "mean: N = 16 and 32 were interrupted.",
     )
+    said = summary(comparison)
+    assert said.startswith("N = 2 is not audited: the train loss of N = 2 stays within ")
+    assert said.endswith("4 of 6 arms did not finish. 1 more arm did not begin.")
 
 
 def test_arms_that_failed_for_reasons_of_their_own_are_each_named(arm: Arm) -> None:

@@ -134,6 +134,46 @@ def test_summary_gives_the_numbers_and_the_furthest_arm(arm: Arm) -> None:
     assert "equivalent" not in said.lower()
 
 
+def test_no_ratio_is_said_of_step_times_that_do_not_differ_measurably(arm: Arm) -> None:
+    """The table marks it; of too few windows, or of an older version, nothing is said but the median."""
+
+    def compared(of_four: dict[str, float]) -> tuple[str, str]:
+        runs = [arm(1), arm(2), arm(4)]
+        runs[2].metrics.update(of_four)  # type: ignore[attr-defined]
+        comparison = compare(runs)
+        return words(show(comparison)), summary(comparison)
+
+    shown, said = compared({})
+    assert "step: median of 100 windows after warm-up, their quartiles up to 1% off" in shown
+    assert said.endswith("at N = 4; a step there takes 1.09 × as long.")
+    shown, said = compared({"time/step_low_s": 0.0121})
+    assert "up to 10% off (N = 4); ≈ no measurable difference: quartiles overlap" in shown
+    assert " 13.4 ≈1.09 " in shown
+    assert said.endswith("at N = 4, with no measurable difference in step time.")
+    shown, said = compared({"time/step_windows": 3.0})
+    assert "step: median of 3 to 100 windows" in shown
+    assert "a ratio takes 10" in shown
+    assert "as long" not in said
+    hasty = [arm(1), arm(4)]
+    for run in hasty:
+        run.metrics["time/step_windows"] = 0.0  # type: ignore[index]
+    shown = words(show(compare(hasty)))
+    assert "step: no window was timed after warm-up; a ratio takes 10" in shown
+    assert "25.7 0.47 13.4 *" in shown  # without a column of ratios
+    assert said.endswith("at N = 4.")
+
+
+def test_repetitions_have_to_differ_all_and_in_one_direction(arm: Arm) -> None:
+    """One seed that is faster, or does not differ, leaves no claim."""
+    runs = [arm(n, seed=s) for n in (1, 4) for s in (0, 1)]
+    assert "a step there takes 1.09 × as long" in summary(compare(runs))
+    for time in (0.006, runs[1].metrics["time/step_s"]):
+        runs[3].metrics.update(
+            {f"time/{name}": time for name in ("step_s", "step_low_s", "step_high_s")}
+        )
+        assert "no measurable difference in step time" in summary(compare(runs))
+
+
 def test_summary_takes_the_largest_over_seeds_per_reduction(arm: Arm) -> None:
     """A line per reduction; within it the worst seed counts."""
     runs = [
@@ -283,7 +323,9 @@ def test_standing_is_marked_in_the_table_and_said(arm: Arm, audited: Arm, contro
     assert "✓ inside, ✗ outside the envelope of 3 controls" in words(shown)
     assert "- Outside the envelope of 3 controls: N = 8 from step 1." in words(shown)
     assert ", N = 2 and 4 inside and N = 8 outside the envelope of 3 controls" in summary(comparison)
+    assert "N = 2, 4 and 8 is off by up to" in summary(comparison)  # not "stays within", which one left
     assert ", inside the envelope of 3 controls" in summary(compare([reference, arm(2), *controls]))
+    assert "N = 2 stays within" in summary(compare([reference, arm(2), *controls]))
     assert "more controls tell" not in words(shown)
     leapt = audited(arm(8, noise=1e-2), "equivalent")
     assert "more controls tell" in words(show(compare([reference, leapt, *controls])))

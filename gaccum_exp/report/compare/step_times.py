@@ -1,0 +1,49 @@
+"""Say whether the times of two arms' optimizer steps differ measurably.
+
+An arm's time is the median of the windows timed after warm-up, its spread their quartiles. Two times
+differ measurably where the ranges between the quartiles do not overlap: three quarters of the one's
+windows are then slower than three quarters of the other's. Of fewer than `FEWEST_WINDOWS` no quartile
+means much, and nothing is stated.
+
+The interval of the median, which narrows with every window, would be the sharper test of independent
+windows. They are not: what else a machine does slows down hundreds in a row. One loop timed 24 times in
+succession, on two cores that other processes shared, was said to differ from itself in 72 % of the pairs
+by order statistics' 95 % intervals of the medians of 300 windows, in 2.5 % by their quartiles.
+"""
+
+import math
+from typing import NamedTuple
+
+from gaccum_exp.tracking import metrics
+from gaccum_exp.tracking.records import RunRecord
+
+FEWEST_WINDOWS = 10
+"""Timed after warm-up, for a ratio of step times to be stated."""
+
+
+class StepTime(NamedTuple):
+    """The seconds of an arm's optimizer steps."""
+
+    median_s: float
+    low_s: float
+    """The lower quartile, and the upper one."""
+    high_s: float
+    windows: int
+    """How many were timed after warm-up."""
+
+
+def step_time(run: RunRecord) -> StepTime | None:
+    """Return it; None where too few windows were timed, or how many is not known (older versions)."""
+    names = metrics.STEP_TIME_S, metrics.STEP_TIME_LOW_S, metrics.STEP_TIME_HIGH_S, metrics.STEP_WINDOWS
+    found = [value for name in names if math.isfinite(value := run.metrics.get(name, math.nan))]
+    if len(found) < len(names) or found[-1] < FEWEST_WINDOWS:
+        return None
+    median_s, low_s, high_s, windows = found
+    return StepTime(median_s, low_s, high_s, int(windows))
+
+
+def times_differ(ours: StepTime | None, theirs: StepTime | None) -> bool | None:
+    """Whether two times differ measurably; None where too few windows were timed to tell."""
+    if ours is None or theirs is None:
+        return None
+    return ours.high_s < theirs.low_s or theirs.high_s < ours.low_s
