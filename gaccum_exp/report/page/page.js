@@ -8,6 +8,8 @@
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
   const WORTH_NAMING = 9;
   const MOST_LABELS = 24;
+  const DECADES = 4;
+  const MOST_DECADES = 7;
   const ERRORS = 1; // a layer without data is no reason to warn
 
   const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
@@ -29,7 +31,7 @@
     return { axis, style: { cell: { stroke: null }, text: { font: axis.labelFont } } };
   }
 
-  /** Return a specification with its titles, and the ticks of its x axis where given, and its data. */
+  /** Return a specification with its data, its titles, and ticks by scale where these are given. */
   function filled(name, data, titles) {
     const spec = JSON.parse(JSON.stringify(page.specs[name]), (_, value) =>
       typeof value === "string" ? value.replace(/@(\w+)/g, (all, title) => titles[title] ?? all) : value);
@@ -37,7 +39,8 @@
       if (source.name in data) source.values = data[source.name];
     }
     for (const axis of spec.axes) {
-      if (axis.scale === "x" && titles.ticks) axis.values = titles.ticks;
+      const ticks = titles.ticks?.[axis.scale];
+      if (ticks) axis.values = ticks;
     }
     return spec;
   }
@@ -73,6 +76,16 @@
     return new Set([...boxes].filter((box) => box.checked).map((box) => Number(box.value)));
   }
 
+  /** Return powers of ten as ticks of a log axis, or none where there would be fewer than three. */
+  function decades(values) {
+    const known = values.filter((value) => value > 0);
+    const [low, high] = [Math.floor(Math.log10(Math.min(...known))), Math.ceil(Math.log10(Math.max(...known)))];
+    const every = Math.ceil((high - low) / MOST_DECADES) || 1;
+    const ticks = [];
+    for (let k = low; k <= high; k += every) ticks.push(Number(`1e${k}`));
+    return ticks.length < 3 ? null : ticks;
+  }
+
   /** Return rows for lines and ranges; `least` takes the place of what a log axis cannot show. */
   function curveRows(curves, axis, least) {
     const lines = [];
@@ -102,17 +115,21 @@
       const losses = visible(panel.losses);
       const element = document.querySelector(`[data-plot=loss][data-panel="${index}"]`);
       if (losses.length) {
-        draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0] });
+        const ticks = { y: scale === "log" ? decades(losses.flatMap((of) => of.values)) : null };
+        draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0], ticks });
       } else {
         say(element, "No arm is chosen.");
       }
       const below = document.querySelector(`[data-plot=gap][data-panel="${index}"]`);
-      if (below) drawGaps(below, visible(panel.gaps), panel.envelopes, axis);
+      if (below) drawGaps(below, visible(panel.gaps), panel, axis);
     });
   }
 
-  function drawGaps(element, gaps, envelopes, axis) {
-    const values = [...gaps.flatMap((of) => [...of.values, ...(of.high ?? [])]), ...envelopes.flatMap((of) => of.limits)];
+  function drawGaps(element, gaps, { envelopes, last_digit: digit }, axis) {
+    const values = [
+      ...gaps.flatMap((of) => [...of.values, ...(of.high ?? [])]),
+      ...envelopes.flatMap((of) => of.limits), ...(digit?.values ?? []),
+    ];
     const positive = values.filter((value) => value > 0);
     if (!gaps.length || !positive.length) {
       say(element, gaps.length ? "There is no difference at any step." : "No arm with a difference is chosen.");
@@ -128,7 +145,12 @@
         limits.push({ ...at, y: Math.max(least, envelope.limits[i]), color: color("limit"), strokeDash: [5, 4], strokeWidth: 1.4, opacity: 1 });
       });
     });
-    draw(element, "gap", { ...curveRows(gaps, axis, least), envelopes: bands, limits }, { axis: AXES[axis][0] });
+    if (digit) {
+      AXES[axis][1](digit).forEach((x, i) => {
+        bands.push({ curve: -1, x, low: least, high: Math.max(least, digit.values[i]), color: color("band") });
+      });
+    }
+    draw(element, "gap", { ...curveRows(gaps, axis, least), envelopes: bands, limits }, { axis: AXES[axis][0], ticks: { y: decades([least, ...values]) } });
   }
 
   // --- memory
@@ -237,11 +259,17 @@
   }
 
   function drawErrors(element, of) {
-    const cells = of.layers.flatMap((layer) => layer.cells.map(({ error, digits }, i) => {
-      const fill = digits === null ? color("raised") : digits <= 0 ? color("calm") : mixed(color("warm"), color("hot"), Math.min(digits / 6, 1));
-      const label = of.columns.length > WORTH_NAMING ? "" : error === null ? "–" : error === 0 ? "0" : error.toExponential(0);
-      return { layer: layer.name, micro: of.columns[i], color: fill, stroke: color("paper"), label, ink: inkOn(fill) };
-    }));
+    const all = of.layers.flatMap((layer) => layer.cells);
+    const largest = Math.log10(Math.max(...all.filter((cell) => cell.is_above).map((cell) => cell.error)));
+    const fill = ({ error, is_above: above }) => {
+      if (error === null) return color("raised");
+      const decades = largest - Math.log10(error);
+      return above ? mixed(color("hot"), color("warm"), Math.min(1, decades / DECADES)) : color("calm");
+    };
+    const cells = of.layers.flatMap((layer) => layer.cells.map((cell, i) => ({
+      layer: layer.name, micro: of.columns[i], color: fill(cell), stroke: color("paper"), ink: inkOn(fill(cell)),
+      label: of.columns.length > WORTH_NAMING ? "" : cell.error === null ? "–" : cell.error === 0 ? "0" : cell.error.toExponential(0),
+    })));
     draw(element, "errors", { cells });
   }
 
@@ -262,7 +290,7 @@
       const furthest = 1.5 * Math.max(...of.losses.map((loss) => loss.batch), of.noise ? of.noise.low * 2 : 0);
       const noise = of.noise ? [{ low: of.noise.low, high: of.noise.high ?? furthest, color: color("band") }] : [];
       const limit = of.limit === null ? [] : [{ loss: of.limit, color: color("p1") }];
-      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss, ticks: of.losses.map((loss) => loss.batch) });
+      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss, ticks: { x: of.losses.map((loss) => loss.batch) } });
     });
   }
 

@@ -154,7 +154,7 @@ def _tradeoff() -> Spec:
             },
             {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": both},
             {
-                "mark": {"type": "text", "dy": -13, "fontSize": 12},
+                "mark": {"type": "text", "dy": {"expr": "datum.panel % 2 ? 15 : -13"}, "fontSize": 12},
                 "encoding": {**both, "text": _field("label", "N")},
             },
         ],
