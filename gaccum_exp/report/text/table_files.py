@@ -16,7 +16,8 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 _LATEX = {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"$\sim$", "–": "--", "…": r"\ldots{}",
     "<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "²": "$^2$", "‖": r"$\|$", "µ": r"$\mu$",
-    "×": r"$\times$", "≈": r"$\approx$", "·": r"$\cdot$", "√": r"$\surd$", "≤": r"$\leq$", "≥": r"$\geq$",
+    "×": r"$\times$", "≈": r"$\approx$", "·": r"$\cdot$", "√": r"$\surd$", "≤": r"$\leq$",
+    "≥": r"$\geq$",
     "†": r"$\dagger$", "‡": r"$\ddagger$", "→": r"$\to$", "∝": r"$\propto$", "Σ": r"$\Sigma$",
     "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
 }  # fmt: skip
