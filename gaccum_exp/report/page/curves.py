@@ -17,7 +17,7 @@ from gaccum_exp.report.text.wording import MISSING, say_gap, say_loss
 from gaccum_exp.tracking.records import RunRecord
 
 Records = Mapping[str, RunRecord]
-MOST_POINTS = 20_000
+MOST_POINTS = 12_000
 """Of all loss curves of a page together, and again of all differences."""
 _LEAST, _MOST = 60, 600
 """So many points has a curve at least, and at most."""

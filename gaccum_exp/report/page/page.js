@@ -259,17 +259,22 @@
   }
 
   function drawErrors(element, of) {
-    const all = of.layers.flatMap((layer) => layer.cells);
-    const largest = Math.log10(Math.max(...all.filter((cell) => cell.is_above).map((cell) => cell.error)));
-    const fill = ({ error, is_above: above }) => {
+    const large = of.layers.flatMap((layer) => layer.errors.filter((_, i) => layer.above[i] === "1"));
+    const largest = Math.log10(Math.max(...large));
+    const fill = (error, above) => {
       if (error === null) return color("raised");
       const decades = largest - Math.log10(error);
       return above ? mixed(color("hot"), color("warm"), Math.min(1, decades / DECADES)) : color("calm");
     };
-    const cells = of.layers.flatMap((layer) => layer.cells.map((cell, i) => ({
-      layer: layer.name, micro: of.columns[i], color: fill(cell), stroke: color("paper"), ink: inkOn(fill(cell)),
-      label: of.columns.length > WORTH_NAMING ? "" : cell.error === null ? "–" : cell.error === 0 ? "0" : cell.error.toExponential(0),
-    })));
+    const named = of.columns.length <= WORTH_NAMING;
+    const said = (error) => (error === null ? "–" : error === 0 ? "0" : error.toExponential(0));
+    const cells = of.layers.flatMap((layer) => layer.errors.map((error, i) => {
+      const own = fill(error, layer.above[i] === "1");
+      return {
+        layer: layer.name, micro: of.columns[i], color: own, stroke: color("paper"), ink: inkOn(own),
+        label: named ? said(error) : "",
+      };
+    }));
     draw(element, "errors", { cells });
   }
 

@@ -14,7 +14,7 @@ from gaccum_exp.report.text.wording import MISSING, say_gap
 
 WindowOf = Callable[[str], AuditedWindow | None]
 """Gives the window that a run, by its id, was audited on; None where it keeps none."""
-MOST_WINDOWS, MOST_LAYERS, MOST_MICRO_BATCHES = 12, 40, 64
+MOST_WINDOWS, MOST_LAYERS, MOST_MICRO_BATCHES = 6, 40, 64
 
 
 def window_section(comparison: Comparison, window_of: WindowOf) -> list[dict[str, Any]]:
@@ -32,8 +32,9 @@ def window_section(comparison: Comparison, window_of: WindowOf) -> list[dict[str
 
 def _window(row: ComparisonRow, window: AuditedWindow) -> dict[str, Any]:
     term, shares = _shares(window.micro_batches)
-    worst = sorted(window.layers, key=lambda layer: _over(layer.error, layer.floor), reverse=True)
-    shown = [layer for layer in window.layers if layer in worst[:MOST_LAYERS]]  # in the model's order
+    over = [_over(layer.error, layer.floor) for layer in window.layers]
+    worst = sorted(range(len(over)), key=lambda i: -over[i])[:MOST_LAYERS]
+    shown = [window.layers[i] for i in sorted(worst)]  # in the model's order
     columns = _columns(max((len(layer.by_micro_batch or ()) for layer in shown), default=0))
     unit = window.unit.removesuffix("s")
     return {
@@ -50,7 +51,7 @@ def _window(row: ComparisonRow, window: AuditedWindow) -> dict[str, Any]:
             for of, share in zip(window.micro_batches, shares, strict=True)
         ],
         "columns": ["window", *(_range(places, window.micro_batches) for places in columns)],
-        "layers": [{"name": layer.name, "cells": list(_cells(layer, columns))} for layer in shown],
+        "layers": [_layer(layer, columns) for layer in shown],
         "no_shares": window.no_shares or "",
         "left_out": len(window.layers) - len(shown),
         "tables": [
@@ -85,23 +86,22 @@ def _weight(of: MicroBatchShare | TermShare) -> float | None:
     return None if of.weight is None or not of.one_pass_weight else of.weight / of.one_pass_weight
 
 
-def _cells(layer: LayerError, columns: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
-    """Yield the error of the layer, and by micro-batch, and whether it is above its floor.
+def _layer(layer: LayerError, columns: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the error of a layer, then by micro-batch, and which of these are above their floor.
 
     What a micro-batch adds is measured in float64, and has that floor.
     """
-    yield _cell(layer.error, layer.floor)
     by_micro_batch = layer.by_micro_batch or ()
+    errors, floors = [layer.error], [layer.floor]
     for places in columns:
         known = (by_micro_batch[i] for i in places if i < len(by_micro_batch))
-        largest = max((e for e in known if e is not None), default=None)
-        yield _cell(largest, layer.floor if layer.floor64 is None else layer.floor64)
-
-
-def _cell(error: float | None, floor: float | None) -> dict[str, Any]:
-    if error is None:
-        return {"error": None, "is_above": False}
-    return {"error": _short(error), "is_above": _over(error, floor) > 1}
+        errors.append(max((e for e in known if e is not None), default=None))
+        floors.append(layer.floor if layer.floor64 is None else layer.floor64)
+    above = "".join(
+        "1" if error is not None and _over(error, floor) > 1 else "0"
+        for error, floor in zip(errors, floors, strict=True)
+    )
+    return {"name": layer.name, "errors": [_short(error, 2) for error in errors], "above": above}
 
 
 def _over(error: float | None, floor: float | None) -> float:
@@ -160,5 +160,5 @@ def _layer_table(layers: Sequence[LayerError]) -> dict[str, Any]:
     }
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+def _short(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
