@@ -309,6 +309,10 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
             complain(f"what became of arms that ran elsewhere is not known: {error}")
             status = status or RUN_FAILED
         continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
+        if gave_up and continued.what_is_left(outcomes, command.command_id, command.planned) == (0, 0):
+            # It lost a process that had its arm's end behind it, or another of no arm's.
+            print("gaccum_exp: every arm has come to its end all the same", file=sys.stderr)
+            status, gave_up = OK, False
         end = OK
         if interrupted is None and status == OK and command.extend is not None:
             _extend(command, launch)
