@@ -6,6 +6,7 @@ only that can show (signals, what is imported, another working directory).
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.strangers import Net
 from tests.support import ROOT
 
 TINY = ("model=mlp", "model.hidden=[8]", "runtime.device=cpu", "train.steps=4")
+NAMES = re.compile(r"(run|sweep) \d{8}-\d{6}-[0-9a-f]{6}: ")
 PATIENCE_S = 240
 """After so long a process that hangs is given up on; no claim about time."""
 
@@ -41,8 +43,8 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What stands on stderr."""
-        return self.err.splitlines()
+        """What stands on stderr, but for the line that names the run or the sweep."""
+        return [line for line in self.err.splitlines() if not NAMES.match(line)]
 
     @property
     def plain(self) -> str:

@@ -105,9 +105,6 @@ class SweepStart(Callback):
             arms=[] if before is None else before.places,
             uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
         )  # fmt: skip
-        over = f" over {', '.join(swept)}" if swept else ""
-        arms = "arms" if planned is None else f"{planned} arm{'' if planned == 1 else 's'}"
-        print(f"sweep {config.sweep_id}: {arms}{over}", file=sys.stderr, flush=True)
         start_helper()
         seeds = _one_job_for_all_seeds(config) if config.sweep.vectorize == "seed" else 1
         jobs = None if planned is None else planned // seeds
@@ -129,6 +126,9 @@ class SweepStart(Callback):
             command.planned, command.command_id = planned, command_id
             command.extend = config.sweep.extend
         if _composed(config, config_name) is not None:  # else it is said without MLflow
+            arms = "arms" if planned is None else f"{planned} arm{'' if planned == 1 else 's'}"
+            over = f" over {', '.join(swept)}" if swept else ""
+            print(f"sweep {config.sweep_id}: {arms}{over}", file=sys.stderr, flush=True)
             _prepare_store(config, Path(config.hydra.sweep.dir))
             _note_sweep(note, Path(config.hydra.sweep.dir))
             _have_left_runs_delivered(config)
@@ -384,8 +384,8 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
     if command is not None:
         command.journal = journal
     announce(journal.path)
-    wait_for_store(journal.path)
-    print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
+    if wait_for_store(journal.path):
+        print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 
 def _have_left_runs_delivered(config: DictConfig) -> None:

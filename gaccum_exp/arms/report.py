@@ -3,7 +3,6 @@
 A sweep does the same at its end.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -11,19 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
 from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
+from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.config.schema import check_id
-from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain
+from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain, nearest
+from gaccum_exp.report.compare.audited_windows import window_of
 from gaccum_exp.report.compare.batches import compare_batches, write_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.table import print_comparison
+from gaccum_exp.report.text.table_files import write_latex, write_markdown
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FOLDERS = (Path("multirun"), Path("outputs"))
 """Where sweeps and runs write, unless they are told otherwise."""
+FORMATS = ("html", "md", "latex", "csv", "pdf", "svg", "png")
+"""What a report may be written as."""
 COMPARED_CURVES = (TRAIN_LOSS, EVAL_LOSS, *OF_NOISE)
 """What is compared, or told, by the global step; of other metrics a report takes the last value."""
 
@@ -52,18 +55,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run `gaccum_exp report` with these arguments and return its exit status."""
     parser = Arguments(prog="gaccum_exp report", description=__doc__)
     named = "as printed at the end of a sweep, the runs' tag; several are compared as one"
-    parser.add_argument("sweep_id", nargs="+", help=named)
+    parser.add_argument("sweep_id", nargs="*", help=f"{named}; without one they are listed")
     parser.add_argument(
         "--uri", help=f"MLflow tracking URI (the sweep's, MLFLOW_TRACKING_URI, {DEFAULT_URI})"
     )
     named = f"(the sweep's, MLFLOW_EXPERIMENT_NAME, {DEFAULT_EXPERIMENT})"
     parser.add_argument("--experiment", help=named)
     parser.add_argument("--out", type=Path, help="folder of the files (reports/<sweep_id>)")
+    written = f"files to write: of {', '.join(FORMATS)} (html, csv, and the sweep's figures)"
+    parser.add_argument("--format", action="append", metavar="FORMAT,...", help=written)
     try:
         given = parser.parse_args(arguments)
         for sweep_id in given.sweep_id:
             check_id("sweep_id", sweep_id)
-    except BadInputError as error:
+        formats = _formats(given.format)
+        if not given.sweep_id:
+            return _list_sweeps(given.uri, given.experiment)
+    except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
     sweep_ids = list(dict.fromkeys(given.sweep_id))
@@ -74,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         uri = tracking_uri(given.uri or own[0], "--uri")
         runs = Runs(uri, experiment, *folders)
-        files = report_sweep(runs, sweep_ids, out)
+        files = report_sweep(runs, sweep_ids, out, formats)
         view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
         journal = Journal.create(out, uri, experiment)
         record_report(journal, " ".join(sweep_ids), files, view)
@@ -85,6 +93,38 @@ def main(arguments: Sequence[str]) -> int:
         if place.is_dir():
             shipper.announce(place.absolute())
     say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None, journal.path)
+    return OK
+
+
+def _formats(given: Sequence[str] | None) -> list[str] | None:
+    """Return the formats that were asked for, each once; None: nothing was said of them.
+
+    Raises:
+        BadInputError: there is no such format.
+    """
+    words = [word.strip() for line in given or () for word in line.split(",")]
+    for word in words:
+        if word not in FORMATS:
+            raise BadInputError(f"--format={word}: none of {', '.join(FORMATS)}{nearest(word, FORMATS)}")
+    return list(dict.fromkeys(words)) or None
+
+
+def _list_sweeps(uri: str | None, experiment: str | None) -> int:
+    """Print the sweeps that lie here, or else those of the store.
+
+    Raises:
+        BadInputError: the store cannot be used; StoreAwayError: it does not answer.
+    """
+    from gaccum_exp.arms.listing import list_runs, print_listed, runs_on_disk
+
+    listed = list_runs(runs_on_disk(FOLDERS)) if uri is None and experiment is None else []
+    where = " and ".join(f"{folder}/" for folder in FOLDERS)
+    if not listed:
+        address = tracking_uri(uri, "--uri")
+        where = address if uri or experiment else f"{where}, nor in {address}"
+        if not address.startswith("sqlite:///") or Path(address.removeprefix("sqlite:///")).exists():
+            listed = list_runs(Runs(address, experiment_name(experiment)).store.arms())
+    print_listed(listed, where)
     return OK
 
 
@@ -155,8 +195,16 @@ class Runs:
         return found
 
 
-def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Path]:
+def report_sweep(
+    runs: Runs, sweep_ids: Sequence[str], folder: Path, formats: Sequence[str] | None = None
+) -> list[Path]:
     """Compare a sweep, or the arms of several; print the table, write files to `folder`, return them.
+
+    Args:
+        runs: where the arms are read.
+        sweep_ids: of the sweep, or of several.
+        folder: of the files.
+        formats: of these, out of `FORMATS`; None: the page, CSV, and figures as the sweep has them.
 
     Raises:
         BadInputError: the store cannot be used, or holds no such sweep.
@@ -173,18 +221,38 @@ def report_sweep(runs: Runs, sweep_ids: Sequence[str], folder: Path) -> list[Pat
         runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
-    files = [write_csv(comparison, folder / "comparison.csv")]
-    if batches:
+    wanted, of_figures = formats or ("csv", "html"), _figures_of(arms)
+    if formats is not None:
+        of_figures["formats"] = [kind for kind in formats if kind in ("pdf", "svg", "png")]
+    files = [
+        write(comparison, folder / name) for kind, (write, name) in _TABLES.items() if kind in wanted
+    ]
+    if batches and "csv" in wanted:
         files.append(write_batches(batches, folder / "batches.csv"))
+    figures: list[Path] = []
     with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
-        page = beside.submit(write_page, comparison, arms, folder, batches, partial(_window_of, runs))
-        figures = draw(comparison, arms, folder, batches, **_figures_of(arms))
-        files.append(page.result())
+        told = comparison, arms, folder, batches, partial(_window_of, runs)
+        page = beside.submit(write_page, *told) if "html" in wanted else None
+        if of_figures.get("formats", True):
+            figures = draw(comparison, arms, folder, batches, **of_figures)
+        files += [] if page is None else [page.result()]
     print_comparison(comparison, batches)
     # A figure is named once, whatever it is written as besides.
     named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
-    print("", *(f"  {path}" for path in (*files, *named.values())), sep="\n")
+    print(
+        f"\nSweep{'s' if len(sweep_ids) > 1 else ''} {' + '.join(sweep_ids)}:",
+        *(f"  {path}" for path in (*files, *named.values())),
+        sep="\n",
+    )
     return files + figures
+
+
+_TABLES = {
+    "csv": (write_csv, "comparison.csv"),
+    "md": (write_markdown, "comparison.md"),
+    "latex": (write_latex, "comparison.tex"),
+}
+"""What writes the comparison's table, by format."""
 
 
 def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
@@ -196,14 +264,10 @@ def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
     return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
 
 
-def _window_of(runs: Runs, run_id: str) -> dict[str, Any] | None:
-    """Return what a run keeps of one window; None where it keeps nothing that can be read."""
-    with TemporaryDirectory() as folder, suppress(OSError, ValueError):
-        here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
-        path = here.fetch(run_id, "window.json", folder)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-        return found if isinstance(found, dict) else None
-    return None
+def _window_of(runs: Runs, run_id: str) -> AuditedWindow | None:
+    """Return the window that a run was audited on, from its journal where that is at hand."""
+    here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
+    return window_of(here.fetch, run_id)
 
 
 def show_run(runs: Runs, sweep_id: str) -> None:

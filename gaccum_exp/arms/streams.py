@@ -19,6 +19,7 @@ _PLAIN = str.maketrans(
     {
         "×": "x", "·": "-", "–": "-", "…": "...", "µ": "u", "Σ": "Sum", "†": "+", "‡": "#", "✓": "y",
         "✗": "n", "√": "sqrt", "≤": "<=", "≥": ">=", "‖": "||", "─": "-", "━": "-", "│": "|", "→": "->",
+        "≈": "~=", "∝": "~", "±": "+-",
     }
 )  # fmt: skip
 """Signs that tables and sentences hold, as an encoding without them has them."""

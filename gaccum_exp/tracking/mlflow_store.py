@@ -207,6 +207,11 @@ class Store:
         """Return the arms of a sweep with these curves, oldest first."""
         return self._read({"tags.sweep_id": sweep_id}, curves)
 
+    def arms(self) -> list[RunRecord]:
+        """Return the arms and audits of all sweeps, oldest first, without their curves."""
+        kinds = (self._read({"tags.kind": kind}, ()) for kind in ("arm", "audit"))
+        return sorted((run for of in kinds for run in of), key=lambda run: run.start_time_ms)
+
     def references(self, like: Mapping[str, str] | None = None) -> list[RunRecord]:
         """Return the finished one-pass runs that have these parameters, without their curves."""
         params = {f"params.`{key}`": value for key, value in (like or {}).items()}

@@ -108,7 +108,7 @@ class Progress:
         if rate:
             said.append(_say_rate(rate))
         if over:
-            said.append(f"in {say_time(taken_s)}")
+            said.append(f"in {say_time(taken_s) if taken_s >= 10 else f'{taken_s:.1f} s'}")
         elif rate:
             left_s = (self._total - done) / rate
             left = f"{say_time(left_s)} left"

@@ -66,7 +66,7 @@ def test_a_line_is_written_in_one_piece(now_s: Callable[[float], None]) -> None:
         patch.setattr(sys, "stderr", Pieces())
         with Progress("N=1", 1, alone=False) as progress:
             progress.advance(1, LAST)
-    assert pieces == ["N=1: 1/1  loss 0.1235  acc 0.9877  in 0:00\n"]
+    assert pieces == ["N=1: 1/1  loss 0.1235  acc 0.9877  in 0.0 s\n"]
 
 
 @pytest.mark.parametrize(

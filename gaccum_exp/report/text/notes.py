@@ -140,15 +140,19 @@ def _about_arm(arm: RunRecord, group: Group) -> dict[int, str]:
 def _unfinished(arms: Iterable[RunRecord]) -> list[str]:
     """Say which arms did not finish, a reason that several share once."""
     of_end: dict[str, list[int]] = {}
-    said = []
+    names_of: dict[str, list[str]] = {}
     for arm in arms:
         if arm.finished:
             continue
         if arm.accum_steps is None:  # it was refused, and its reason may begin with its name
             reason = arm.tags.get("failure", "").removeprefix(f"{arm.name}: ")
-            said.append(f"run {arm.name!r} {_end_of(arm, reason)}.")
+            names_of.setdefault(_end_of(arm, reason), []).append(repr(arm.name))
         else:
             of_end.setdefault(_end_of(arm), []).append(arm.accum_steps)
+    said = []
+    for end, names in names_of.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        said.append(f"run {names[0]}{more} {end}.")
     for end, every in of_end.items():
         if len(every) > 1:
             end = re.sub("^was", "were", re.sub("^is", "are", end))
@@ -159,6 +163,8 @@ def _unfinished(arms: Iterable[RunRecord]) -> list[str]:
 def _end_of(run: RunRecord, reason: str | None = None) -> str:
     words = {"FAILED": "failed", "KILLED": "was interrupted", "RUNNING": "is still running"}
     reason = run.tags.get("failure") if reason is None else reason
+    if run.status == "KILLED":  # `interrupted (SIGINT)`
+        reason = (reason or "").removeprefix("interrupted").strip(" ()")
     return words.get(run.status, f"is {run.status}") + (f" ({reason})" if reason else "")
 
 

@@ -89,7 +89,8 @@ def cells_of(comparison: Comparison) -> TableCells:
     every: list[ComparisonRow] = []
     for row in comparison.rows:  # each group's stored reference in front of it
         every += [stored.pop(row.setting), row] if row.setting in stored else [row]
-    lines = lines_of(every)
+    # An arm that did not begin has nothing to show; a note says why.
+    lines = lines_of([row for row in every if row.accum_steps is not None] or every)
     rows = lines.rows
     reductions = {row.reduction for row in rows} - {None}
     names = _columns(rows, lines.counts)
@@ -225,6 +226,8 @@ def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
     said += f", their quartiles up to {spreads[widest]:.0%} off (N = {widest})"
     if counts[0] < FEWEST_WINDOWS:
         said += f"; a ratio takes {FEWEST_WINDOWS}"
+    elif any(row.step_windows is None for row in timed):
+        said += "; no ratio where they were not counted"
     if any(row.step_differs is False for row in rows):
         said += f"; {_AS_LONG} no measurable difference: quartiles overlap"
     return said

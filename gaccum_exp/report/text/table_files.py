@@ -19,6 +19,7 @@ _LATEX = {
     "×": r"$\times$", "≈": r"$\approx$", "·": r"$\cdot$", "√": r"$\surd$", "≤": r"$\leq$",
     "≥": r"$\geq$",
     "†": r"$\dagger$", "‡": r"$\ddagger$", "→": r"$\to$", "∝": r"$\propto$", "Σ": r"$\Sigma$",
+    "±": r"$\pm$",
     "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
 }  # fmt: skip
 """What LaTeX has for signs that are its own, or that its usual fonts lack."""
@@ -37,7 +38,7 @@ def write_markdown(comparison: Comparison, path: Path) -> Path:
         *(f"| {' | '.join(map(plain, cells))} |" for cells in table.lines),
         "",
         *(f"{plain(line)}  " for line in table.legend),
-        "",
+        *([""] if table.notes else []),
         *(f"- {plain(note)}" for note in table.notes),
         "",
         *(f"{plain(line)}\n" for line in summary(comparison).splitlines()),
@@ -73,7 +74,7 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
 
 
 def _row(cells: Iterable[str], say: Callable[[str], str]) -> str:
-    return f"{' & '.join(map(say, cells))} \\\\"
+    return f"{' & '.join(say(cell.strip()) for cell in cells)} \\\\"
 
 
 def _in_a_line(header: str) -> str:

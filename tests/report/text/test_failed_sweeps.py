@@ -23,19 +23,20 @@ def test_a_reason_that_all_arms_share_is_said_once(arm: Arm, drop: tuple[str, ..
 
 def test_arms_that_share_a_reason_share_a_sentence(arm: Arm) -> None:
     """What was refused is named after what it was given."""
+    ctrl_c = {"failure": "interrupted (SIGINT)"}
     full, why = {"failure": "out of memory"}, {"failure": "accum.steps=0: must be at least 1"}
     runs = [
         arm(1),
         arm(2),
         *(arm(n, status="FAILED", losses=[], tags=full) for n in (4, 8)),
-        *(arm(n, status="KILLED", losses=[1.0]) for n in (16, 32)),
+        *(arm(n, status="KILLED", losses=[1.0], tags=ctrl_c) for n in (16, 32)),
         RunRecord("r", "1", "accum.steps=0", "FAILED", 0, {}, why, {}),
     ]
     comparison = compare(runs)
     assert comparison.notes == (
         "Run 'accum.steps=0' failed (must be at least 1).",
         "mean: N = 4 and 8 failed (out of memory).",
-        "mean: N = 16 and 32 were interrupted.",
+        "mean: N = 16 and 32 were interrupted (SIGINT).",
     )
     said = summary(comparison)
     assert said.startswith("N = 2 is not audited: the train loss of N = 2 stays within ")
