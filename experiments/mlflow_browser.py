@@ -105,6 +105,13 @@ def chart(page: "Page", metric: str) -> "Locator":
     return cards.filter(has=page.get_by_text(metric, exact=True))
 
 
+def drawn_bars(card: "Locator") -> int:
+    """Count the bars on a chart once there are some."""
+    bars = card.locator(".bars .point path")
+    bars.first.wait_for(state="attached")
+    return bars.count()
+
+
 # Plotly draws each run's curve twice, so paths are told apart by where they run: curves that
 # coincide to a tenth of a pixel count once.
 _DISTINCT_CURVES = """card => new Set(

@@ -1,6 +1,7 @@
 """What the pages of the notebook share: run a study, say where its numbers come from, rewrite a page.
 
-A page's part between the two marks is written by the study's `build.py`; everything else by hand.
+A page's part between the two marks is written by the study's `build.py`; everything else by hand. Every
+study keeps the numbers that its figures show, and `build.py --draw` draws them again.
 """
 
 import csv
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -57,6 +59,45 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, object]) ->
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+Cells = dict[tuple[Any, ...], dict[str, tuple[float, float]]]
+"""What a figure shows: by series and N, of each measure mean and standard deviation."""
+
+
+def asked_to_draw() -> bool:
+    """Whether a study is only to draw its figures again, from the numbers that it has kept."""
+    return "--draw" in sys.argv[1:]
+
+
+def keep_cells(path: Path, names: Sequence[str], cells: Cells) -> None:
+    """Write what a figure shows, under these names of the keys' parts, so that it can be drawn again."""
+    path.unlink(missing_ok=True)
+    for key, cell in cells.items():
+        row: dict[str, object] = dict(zip(names, key, strict=True))
+        for measure, (mean, deviation) in cell.items():
+            row |= {measure: mean, f"{measure}_std": deviation}
+        append_row(path, list(row), row)
+
+
+def kept_cells(path: Path, *kinds: Callable[[str], Any]) -> Cells:
+    """Read them, the parts of keys being of these kinds."""
+    cells: Cells = {}
+    for row in read_rows(path):
+        texts = list(row.items())
+        key = tuple(kind(text) for kind, (_, text) in zip(kinds, texts, strict=False))
+        numbers = [(name, float(text)) for name, text in texts[len(kinds) :]]
+        cells[key] = {
+            name: (mean, deviation)
+            for (name, mean), (_, deviation) in zip(numbers[::2], numbers[1::2], strict=True)
+        }
+    return cells
+
+
+def log_bars(means: Sequence[float], deviations: Sequence[float]) -> list[list[float]]:
+    """Return bars up and down for a log axis, where one that would reach zero has no place."""
+    lower = [min(std, 0.9 * mean) for mean, std in zip(means, deviations, strict=True)]
+    return [lower, list(deviations)]
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:

@@ -10,7 +10,14 @@ import tempfile
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow_browser import CHROMIUM, chart, chromium_page, drawn_curves, mlflow_server
+from mlflow_browser import (
+    CHROMIUM,
+    chart,
+    chromium_page,
+    drawn_bars,
+    drawn_curves,
+    mlflow_server,
+)
 
 from gaccum_exp.tracking.mlflow_ui import ui_link
 
@@ -26,7 +33,7 @@ def find_sweep(uri: str, sweep_id: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Serve the store, open the link, wait for the curves and write the PNG."""
+    """Serve the store, open the link, wait for curves and bars, and write the PNG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep_id")
     parser.add_argument("--uri", default="sqlite:///mlflow.db")
@@ -38,14 +45,17 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         mlflow_server(arguments.uri, Path(folder) / "server.log") as address,
-        chromium_page() as page,
+        chromium_page(height=1030) as page,
     ):
         page.goto(ui_link(address, experiment_id, arguments.sweep_id))
         # Arms that agree to less than a pixel cannot be told apart, so their number is no promise.
         curves = drawn_curves(chart(page, "train/loss"))
+        bars = drawn_bars(chart(page, "time/step_ms"))
+        page.mouse.move(0, 0)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=arguments.out)
-    print(f"{arguments.out}: {arms} arms, {curves} curves that can be told apart")
+    told = f"{curves} curves that can be told apart, {bars} bars"
+    print(f"{arguments.out}: {arms} arms, {told}")
 
 
 if __name__ == "__main__":

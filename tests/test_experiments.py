@@ -1,17 +1,22 @@
 """Every committed study still runs, shortened, and has its page."""
 
 import csv
+import importlib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib import image
 
 from experiments.batch_growth import build as batch_growth
 from experiments.batch_growth.recursion import excess_loss, final_losses
+from experiments.notebook import keep_cells, kept_cells
 from experiments.strategies import build as strategies
 from gaccum_exp.arms.provenance import git_commit
+from gaccum_exp.report.figures.style import DPI, WIDTHS_INCHES
 from tests.program import Program
 from tests.support import ROOT
 
@@ -45,6 +50,42 @@ def test_a_study_has_its_page_with_results_figure_and_provenance(slug: str) -> N
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
     assert figures
     assert all((folder / name).stat().st_size > 10_000 for name in figures)
+
+
+@pytest.mark.parametrize(
+    ("slug", "kinds", "stated"),
+    [
+        ("equivalence", (str, int), {"max_loss_gap": ".1e", "weight_distance": ".1e"}),
+        ("reduction_ragged", (str, float, int), {"error": ".1e", "shift": "+.1e"}),
+        ("padding", (str, int), {"mib": ".1f", "ms": ".0f"}),
+        ("precision", (str, int), {"buffer_error": ".1e", "error": ".1e"}),
+        ("noise_scale", (str, int), {"exact": ".3g", "scale": ".3g"}),
+        ("memory_frontier", (str, int), {}),
+    ],
+)
+def test_a_figure_is_drawn_again_from_what_its_study_keeps(
+    slug: str,
+    kinds: tuple[Any, ...],
+    stated: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """In the style of all figures, at its width; and what is drawn is what the page states."""
+    study = importlib.import_module(f"experiments.{slug}.build")
+    cells = kept_cells(study.DRAWN, *kinds)
+    page = (ROOT / "experiments" / slug / "README.md").read_text(encoding="utf-8")
+    assert cells
+    for cell in cells.values():
+        for measure, form in stated.items():
+            assert f"{cell[measure][0]:{form}} ± " in page
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    study.draw(cells)
+    (drawn,) = tmp_path.iterdir()
+    assert image.imread(drawn).shape[1] == round(DPI * WIDTHS_INCHES["double"])
+    assert (ROOT / "experiments" / slug / drawn.name).exists()
+    monkeypatch.setattr(study, "DRAWN", tmp_path / "again.csv")
+    keep_cells(study.DRAWN, [f"part {i}" for i in range(len(kinds))], cells)
+    assert kept_cells(study.DRAWN, *kinds) == cells
 
 
 def test_the_study_of_strategies_runs_shortened(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Rebuild this study: `python experiments/batch_growth/build.py` (within 15 minutes on two cores)."""
 
+import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +15,15 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.batch_growth.recursion import SCHEDULES, Ended, final_losses
-from experiments.notebook import Quiet, composed, provenance, spread, write_results
+from experiments.notebook import (
+    Quiet,
+    asked_to_draw,
+    composed,
+    provenance,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 from gaccum_exp.tracking.sink import Point, Sink
 from gaccum_exp.train.build import build
 from gaccum_exp.train.loop import hooks_of, train
@@ -42,7 +51,7 @@ QUIETLY = (
     *("runtime.device=cpu", "runtime.threads=1", "audit.at_start=false", "tracking.log_weights=false"),
     "data.eval_batch_size=128",
 )
-LINES = (("o", "-", "0.0"), ("s", "--", "0.35"), ("^", ":", "0.35"), ("v", "-.", "0.6"))
+DRAWN = "drawn.json"
 Told = Callable[[Mapping[str, Sequence[float]]], str]
 
 
@@ -103,6 +112,11 @@ def trained(arm: str, seed: int, changed: Sequence[str] = ()) -> Trained:
 
 def main() -> None:
     """Run the recursion and the trainings, and write answer, table and figure."""
+    if asked_to_draw():
+        kept = json.loads((HERE / DRAWN).read_text(encoding="utf-8"))
+        runs = [Trained(**run) for run in kept["runs"]]
+        draw(runs, [Ended(**one) for one in kept["exact"]], HERE)
+        return
     start = time.monotonic()
     jobs = [(arm, seed) for seed in SEEDS for arm in ARMS]
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
@@ -114,7 +128,9 @@ def main() -> None:
 
 def write(runs: Sequence[Trained], exact: Sequence[Ended], seconds: float, folder: Path) -> None:
     """Write the figure, and on the page answer and tables."""
-    draw(runs, exact, folder / "batch_growth.png")
+    kept = {"runs": [asdict(run) for run in runs], "exact": [asdict(one) for one in exact]}
+    (folder / DRAWN).write_text(json.dumps(kept), encoding="utf-8")
+    draw(runs, exact, folder)
     parts = [
         answer(runs, exact),
         "![Loss of the recursion by rate; held-out loss, rate and batch of the GPT](batch_growth.png)",
@@ -207,39 +223,43 @@ def gpt_table(runs: Sequence[Trained]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Trained], exact: Sequence[Ended], path: Path) -> None:
+@style.styled()
+def draw(runs: Sequence[Trained], exact: Sequence[Ended], folder: Path) -> None:
     """Draw the recursion's losses by rate, and loss, rate and batch of the GPT by samples."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(style.width(), 5.6), layout="constrained")
     (of_exact, of_loss), (of_rate, of_batch) = figure.subplots(2, 2)
-    for name, (marker, line, colour) in zip(SCHEDULES, LINES, strict=False):
+    for index, name in enumerate(SCHEDULES):
         points = [(one.share, one.losses[name]) for one in exact]
-        of_exact.plot(*zip(*points, strict=True), marker=marker, linestyle=line, color=colour,
-                      markerfacecolor="white", label=name)  # fmt: skip
+        look = style.look(index, len(SCHEDULES))
+        of_exact.plot(*zip(*points, strict=True), label=name, **look)
     of_exact.set(xscale="log", yscale="log", xlabel="learning rate / largest stable one",
                  title="noisy linear regression: excess loss")  # fmt: skip
-    for arm, (marker, line, colour) in zip(ARMS, LINES, strict=True):
+    for index, arm in enumerate(ARMS):
         of_arm = [run for run in runs if run.arm == arm]
-        first = of_arm[0]
+        first, look = of_arm[0], style.look(index, len(ARMS))
         places = [samples for samples, _ in first.held_out]
         losses = [
             spread(loss for run in of_arm for at, loss in run.held_out if at == place)
             for place in places
         ]
-        of_loss.errorbar(places, [mean for mean, _ in losses], yerr=[std for _, std in losses],
-                         marker=marker, linestyle=line, color=colour, markerfacecolor="white",
-                         capsize=3, label=arm)  # fmt: skip
+        means, deviations = zip(*losses, strict=True)
+        of_loss.errorbar(places, means, yerr=deviations, label=arm, **look)
         for axes, values in ((of_rate, first.rates), (of_batch, first.batches)):
-            axes.step(*zip(*values, strict=True), where="post", linestyle=line, color=colour)
+            axes.step(
+                *zip(*values, strict=True), where="post", linestyle=look["linestyle"],
+                color=look["color"],
+            )  # fmt: skip
     mean = statistics.fmean(run.loss for run in runs if run.arm == COSINE)
-    of_loss.axhspan(mean - MARGIN, mean + MARGIN, color="0.9", label="margin")
+    band = {"color": style.GREY, "alpha": 0.25, "linewidth": 0}
+    of_loss.axhspan(mean - MARGIN, mean + MARGIN, label="margin", **band)
     of_loss.set(xlabel="samples", title="GPT: held-out loss, nats per character")
     of_rate.set(xlabel="samples", title="GPT: learning rate")
     of_batch.set(xlabel="samples", title="GPT: global batch", yscale="log")
     for axes in (of_exact, of_loss):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend()
     for axes in (of_exact, of_loss, of_rate, of_batch):
-        axes.grid(axis="y", linewidth=0.3)
-    figure.savefig(path, dpi=120)
+        axes.grid(axis="y")
+    style.save(figure, folder, "batch_growth", ("png",))
 
 
 if __name__ == "__main__":

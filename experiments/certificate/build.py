@@ -17,13 +17,14 @@ from torchvision import models
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.certificate.expected import EXPECTED, FAMILIES, LEFT_OUT, Family
-from experiments.notebook import append_row, provenance, read_rows, write_results
+from experiments.notebook import append_row, asked_to_draw, provenance, read_rows, write_results
 from gaccum_exp.arms.provenance import git_commit
 from gaccum_exp.audit.agreement import ROUNDING64
 from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.result import Audit, Culprit
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.models.torchvision import TorchvisionModel
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
@@ -33,19 +34,17 @@ COLUMNS = (
     *("model", "steps", "samples", "verdict_expected", "verdict", "culprits_expected", "culprits"),
     *("right", "e64", "e", "floor", "seconds", "commit", "detail"),
 )
-COLOURS = {
-    "equivalent": "tab:green",
-    "identical": "tab:green",
-    "stochastic": "tab:blue",
-    "biased": "tab:red",
-    "inconclusive": "tab:grey",
-}
+VERDICTS = ("equivalent", "stochastic", "biased")
+"""Of those that have an error; rounding that happened to agree is drawn as equivalent."""
 SMALLEST = 1e-17
 """Where an error of zero stands on the log axis."""
 
 
 def main() -> None:
     """Audit what is missing, then write figure and page."""
+    if asked_to_draw():
+        draw(read_rows(RESULTS))
+        return
     commit = git_commit()  # remembered: the commit that is measured, not one that is made meanwhile
     done = {(row["model"], int(row["steps"])) for row in read_rows(RESULTS)}
     for name in sys.argv[1:] or sorted(set(EXPECTED) - set(LEFT_OUT), key=lambda n: (cost(n), n)):
@@ -53,7 +52,7 @@ def main() -> None:
             if (name, steps) not in done:
                 append_row(RESULTS, COLUMNS, judge(name, steps) | {"commit": commit})
     rows = sorted(read_rows(RESULTS), key=lambda row: (row["model"], int(row["steps"])))
-    draw(rows, HERE / "certificate.png")
+    draw(rows)
     write_results(HERE / "README.md", page(rows))
 
 
@@ -177,34 +176,35 @@ def agreed(found: str, expected: str) -> str:
     return f"**{found or 'none'}**, expected {expected or 'none'}"
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+@style.styled()
+def draw(rows: list[dict[str, str]]) -> None:
     """Draw e64 of every audit, a line for each of torchvision's files."""
     audited = {EXPECTED[row["model"]].source for row in rows}
     every = dict.fromkeys(family.source for family in FAMILIES)
     sources = [source for source in every if source in audited][::-1]
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(style.width(), 5.2), layout="constrained")
     axes = figure.subplots()
-    for verdict, colour in COLOURS.items():
-        chosen = [row for row in rows if row["verdict"] == verdict and row["e64"]]
-        axes.scatter(
+    for index, verdict in enumerate(VERDICTS):
+        alike = ("equivalent", "identical") if verdict == "equivalent" else (verdict,)
+        chosen = [row for row in rows if row["verdict"] in alike and row["e64"]]
+        axes.plot(
             [max(float(row["e64"]), SMALLEST) for row in chosen],
             [sources.index(EXPECTED[row["model"]].source) for row in chosen],
-            s=16,
-            alpha=0.5,
-            color=colour,
-            label=f"{verdict} ({len(chosen)})" if chosen else None,
+            label=f"{verdict} ({len(chosen)})",
+            **style.look(index, len(VERDICTS)) | {"linestyle": "", "markersize": 5},
         )
-    for value, style, label in (
+    for value, line, label in (
         (torch.finfo(torch.float64).eps, ":", "rounding unit of float64"),
         (ROUNDING64, "--", "where the audit sees bias"),
     ):
-        axes.axvline(value, color="black", linewidth=0.8, linestyle=style, label=label)
+        axes.axvline(value, color="black", linewidth=0.8, linestyle=line, label=label)
     axes.set(xscale="log", xlabel="e64 = ‖g_N − g_1‖ / ‖g_1‖ in float64, random draws held")
     axes.set_yticks(range(len(sources)), [source.removesuffix(".py") for source in sources])
-    axes.grid(linewidth=0.3)
-    axes.legend(loc="center", bbox_to_anchor=(0.6, 0.5))
+    axes.set_ylim(-0.7, len(sources) - 0.3)
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=5, columnspacing=1.0, handlelength=2.0)
     figure.suptitle("torchvision's classification models, N = 2, 3, 4, global mean, 64 px")
-    figure.savefig(path, dpi=120)
+    style.save(figure, HERE, "certificate", ("png",))
 
 
 if __name__ == "__main__":

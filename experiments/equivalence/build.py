@@ -4,31 +4,48 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import provenance, run_study, spread, write_results
+from experiments.notebook import (
+    Cells,
+    asked_to_draw,
+    keep_cells,
+    kept_cells,
+    log_bars,
+    provenance,
+    run_study,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
 MEASURES = {"max_loss_gap": "largest loss gap", "weight_distance": "weight distance"}
-STYLES = {"global_mean": ("o", "-"), "sum": ("^", ":"), "mean": ("s", "--")}
-
-Cell = dict[str, tuple[float, float]]
+REDUCTIONS = ("global_mean", "sum", "mean")
+GLOBAL_BATCH = 32
+DRAWN = HERE / "drawn.csv"
 
 
 def main() -> None:
     """Run the arms, average over seeds, write table and figure."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, int))
+        return
     rows, seconds = run_study("equivalence")
     cells = average(rows)
-    draw(cells, HERE / "equivalence.svg", HERE / "equivalence.png")
+    keep_cells(DRAWN, ("reduction", "steps"), cells)
+    draw(cells)
     figure = "![Loss gap and weight distance against N](equivalence.png)"
     write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{provenance(seconds)}")
 
 
-def average(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
+def average(rows: list[dict[str, str]]) -> Cells:
     """Return mean and standard deviation over seeds, by reduction and N."""
-    cells: dict[tuple[str, int], Cell] = {}
-    for reduction in STYLES:
+    cells: Cells = {}
+    for reduction in REDUCTIONS:
         for steps in sorted({int(row["accum_steps"]) for row in rows}):
             arms = [r for r in rows if r["reduction"] == reduction and int(r["accum_steps"]) == steps]
             assert arms, f"no arm with N = {steps} under {reduction}"
@@ -37,7 +54,7 @@ def average(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
     return cells
 
 
-def table(cells: dict[tuple[str, int], Cell]) -> str:
+def table(cells: Cells) -> str:
     """Return the Markdown table, mean ± standard deviation over seeds."""
     lines = [
         "| reduction | N | largest loss gap | weight distance | eval accuracy |",
@@ -52,29 +69,34 @@ def table(cells: dict[tuple[str, int], Cell]) -> str:
     return "\n".join(lines)
 
 
-def draw(cells: dict[tuple[str, int], Cell], *paths: Path) -> None:
-    """Draw both measures against N; the reference itself has neither and is left out."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+@style.styled()
+def draw(cells: Cells) -> None:
+    """Draw both measures by N; the reference itself has neither and is left out.
+
+    Whether N divides the batch decides, so no line leads from one N to the next.
+    """
+    every = sorted({n for _, n in cells if n > 1})
+    figure = Figure(figsize=(style.width(), 3.1), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
-        for reduction, (marker, line) in STYLES.items():
-            points = [(n, c[column]) for (r, n), c in cells.items() if r == reduction and n > 1]
-            axes.errorbar(
-                [n for n, _ in points],
-                [mean for _, (mean, _) in points],
-                # a lower bar that would reach zero has no place on a log axis
-                yerr=[[min(s, 0.9 * m) for _, (m, s) in points], [s for _, (_, s) in points]],
-                marker=marker,
-                linestyle=line,
-                capsize=3,
-                markerfacecolor="white",
-                label=reduction,
-            )
+        for place, n in enumerate(every):
+            if GLOBAL_BATCH % n:
+                axes.axvspan(place - 0.5, place + 0.5, color=style.GREY, alpha=0.25, linewidth=0)
+        for index, reduction in enumerate(REDUCTIONS):
+            points = [cells[reduction, n][column] for n in every]
+            means, deviations = zip(*points, strict=True)
+            places = [place + 0.22 * (index - 1) for place in range(len(every))]
+            look = style.look(index, len(REDUCTIONS)) | {"linestyle": ""}
+            axes.errorbar(places, means, yerr=log_bars(means, deviations), label=reduction, **look)
         axes.set(xlabel="N, micro-batches per optimizer step", ylabel=label, yscale="log")
-        axes.grid(axis="y", linewidth=0.4)
-    axes.legend(frameon=False)
-    figure.suptitle("CNN on digits, global batch 32 (1, 2, 4, 8 divide it), mean ± std over 3 seeds")
-    for path in paths:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        axes.set_xlim(-0.5, len(every) - 0.5)
+        axes.set_xticks(range(len(every)), [str(n) for n in every])
+        axes.yaxis.set_major_locator(FixedLocator([10.0**k for k in range(-7, 1)]))
+        axes.grid(axis="y")
+    shade = Patch(color=style.GREY, alpha=0.25, label=f"N does not divide {GLOBAL_BATCH}")
+    handles = [*axes.get_legend_handles_labels()[0], shade]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.suptitle(f"CNN on digits, global batch {GLOBAL_BATCH}, mean ± std over 3 seeds")
+    style.save(figure, HERE, "equivalence", ("png",))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `results.csv` holds predicted and measured peaks of the models below and grows by what is missing in it,
 so it can be stopped and continued; delete it to measure again. Then the sweep is run and the page
-written.
+written. `h200.csv` is the same sweep's table from a GPU.
 """
 
 import functools
@@ -14,14 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.memory_frontier.witness import allocated_peak, one_dnn
 from experiments.notebook import (
+    Cells,
     append_row,
+    asked_to_draw,
     composed,
+    keep_cells,
+    kept_cells,
     provenance,
     read_rows,
     run_study,
@@ -31,7 +33,9 @@ from experiments.notebook import (
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.memory.meter import Peak, TensorMeter
 from gaccum_exp.memory.plan import size
-from gaccum_exp.memory.planner import knee
+from gaccum_exp.report.figures import style
+from gaccum_exp.report.figures.cost_data import CostCurve
+from gaccum_exp.report.figures.frontier import draw_costs
 from gaccum_exp.train.build import build, load
 from gaccum_exp.train.hooks import Hooks
 from gaccum_exp.train.memory_meters import MeterPhases
@@ -39,7 +43,8 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.csv"
+RESULTS, DRAWN, ON_GPU = HERE / "results.csv", HERE / "drawn.csv", HERE / "h200.csv"
+KEPT = {"no": "everything kept", "yes": "activation checkpointing"}
 STEPS = (1, 2, 4, 8)
 WITNESSED = ("sgd", 1), ("adamw", 4)
 """Optimizer and N of the windows that the profiler watches as well."""
@@ -71,12 +76,27 @@ COLUMNS = (
 
 def main() -> None:
     """Measure what is missing, run the sweep, write figure and page."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, int))
+        draw_gpu(read_rows(ON_GPU))
+        return
     start = time.monotonic()
     for row in missing():
         append_row(RESULTS, COLUMNS, row)
     measured_s = time.monotonic() - start
     arms, seconds = run_study("memory_frontier")
-    draw(arms, HERE / "memory_frontier.png")
+    cells = {
+        (kept, cell.steps): {
+            "peak_bytes": (cell.peak_bytes, 0.0),
+            "predicted_bytes": (cell.predicted_bytes, 0.0),
+            "step_s": cell.step_s,
+        }
+        for kept, of_kept in curves(arms).items()
+        for cell in of_kept
+    }
+    keep_cells(DRAWN, ("checkpointing", "steps"), cells)
+    draw(cells)
+    draw_gpu(read_rows(ON_GPU))
     told = provenance(seconds + measured_s)
     write_results(HERE / "README.md", "\n\n".join([frontier(arms), accuracy(read_rows(RESULTS)), told]))
 
@@ -158,7 +178,7 @@ def frontier(arms: list[dict[str, str]]) -> str:
                 f"{mean_s / cells[0].step_s[0]:.2f}",
             )
             lines.append(f"| {' | '.join(written)} |")
-    return "\n".join([*lines, "", "![Peak memory and step time against N](memory_frontier.png)"])
+    return "\n".join([*lines, "", "![Peak memory against step time, N as labels](memory_frontier.png)"])
 
 
 class Cell(NamedTuple):
@@ -241,43 +261,56 @@ def furthest(rows: Iterable[dict[str, str]], key: str) -> str:
     return f"{max((off(row, key) for row in rows if row[key]), key=abs):+.2%}"
 
 
-def draw(arms: list[dict[str, str]], path: Path) -> None:
-    """Draw measured and predicted peaks and the step time against N."""
-    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
-    memory, times = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    styles = {
-        "no": ("#22577a", "o", "everything kept"),
-        "yes": ("#d1495b", "s", "activation checkpointing"),
-    }
-    for kept, cells in curves(arms).items():
-        color, marker, label = styles[kept]
-        steps = [cell.steps for cell in cells]
-        peaks = [cell.peak_bytes / 2**20 for cell in cells]
-        predicted = [cell.predicted_bytes / 2**20 for cell in cells]
-        memory.plot(steps, peaks, marker=marker, color=color, label=f"{label}, measured")
-        memory.plot(steps, predicted, "x--", color=color, markersize=10, label=f"{label}, predicted")
-        at = knee(dict(zip(steps, peaks, strict=True)))
-        memory.annotate(
-            f"knee: N = {at}", (at, peaks[steps.index(at)]), xytext=(0, -30),
-            textcoords="offset points", ha="center", fontsize=8, color=color,
-            arrowprops={"arrowstyle": "->", "color": color},
-        )  # fmt: skip
-        means, deviations = zip(*(cell.step_s for cell in cells), strict=True)
-        times.errorbar(
-            steps, [1e3 * s for s in means], [1e3 * s for s in deviations], marker=marker,
-            color=color, capsize=3,
-        )  # fmt: skip
-    memory.set_ylim(bottom=0)
-    memory.set_ylabel("peak memory of a window in MiB")
-    memory.legend(fontsize=8, frameon=False)
-    memory.set_title("ResNet-18, AdamW, 64 images of 64 × 64 a window", fontsize=11)
-    times.set_ylim(bottom=0)
-    times.set_ylabel("step in ms")
-    times.set_xscale("log", base=2)
-    times.set_xticks(steps, [str(n) for n in steps])
-    times.minorticks_off()
-    times.set_xlabel("N, micro-batches per window")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+@style.styled()
+def draw(cells: Cells) -> None:
+    """Draw measured and predicted peaks against step times."""
+    shown = []
+    for kept, label in KEPT.items():
+        mine = {n: cell for (word, n), cell in cells.items() if word == kept}
+        times = {n: cell["step_s"] for n, cell in mine.items()}
+        shown.append(
+            CostCurve(
+                label,
+                {n: cell["peak_bytes"][0] for n, cell in mine.items()},
+                {n: cell["predicted_bytes"][0] for n, cell in mine.items()},
+                {n: mean for n, (mean, _) in times.items()},
+                tuple(mine),
+                {n: mean - std for n, (mean, std) in times.items()},
+                {n: mean + std for n, (mean, std) in times.items()},
+            )
+        )
+    figure = draw_costs(
+        shown, "ResNet-18, AdamW, 64 images of 64 × 64 a window", "peak memory",
+        ("Numbers are N, the micro-batches per optimizer step. Horizontal: ± std over 3 seeds.",),
+    )  # fmt: skip
+    assert figure is not None
+    style.save(figure, HERE, "memory_frontier", ("png",))
+
+
+@style.styled()
+def draw_gpu(rows: list[dict[str, str]], told: int = 4) -> None:
+    """Draw the same of a GPU; the title says what N = `told` came to with everything kept."""
+    shown = []
+    for kept, label in KEPT.items():
+        mine = {
+            int(row["steps"]): row
+            for row in rows
+            if f"activation_checkpointing={kept == 'yes'}" in row["differs"]
+        }
+        costs = ({n: float(row[c]) for n, row in mine.items()} for c in
+                 ("peak_bytes", "predicted_peak_bytes", "step_s"))  # fmt: skip
+        shown.append(CostCurve(label, *costs, tuple(mine)))
+    plain = shown[0]
+    memory, time_s = (of[told] / of[1] for of in (plain.measured_bytes, plain.step_s))
+    figure = draw_costs(
+        shown,
+        f"N = {told} holds {memory:.2f} of the memory for {time_s:.2f} of the time: ResNet-50 on an "
+        "NVIDIA H200, 256 images of 224 × 224 a window",
+        "peak memory",
+        ("Numbers are N, the micro-batches per optimizer step. One run each.",),
+    )
+    assert figure is not None
+    style.save(figure, HERE, "h200", ("png",))
 
 
 if __name__ == "__main__":

@@ -10,26 +10,43 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.noise_scale import cost, splits
 from experiments.noise_scale.frozen import BATCH, CASES, MICRO_BATCHES, WINDOWS, Found
-from experiments.notebook import provenance, spread, write_results
+from experiments.notebook import (
+    Cells,
+    asked_to_draw,
+    keep_cells,
+    kept_cells,
+    log_bars,
+    provenance,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
+DRAWN = HERE / "drawn.csv"
 SEEDS = (0, 1, 2)
 AT_A_TIME = 2
 
 
 def main() -> None:
     """Look at all checkpoints, two at a time, and time windows alone; write page and figure."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, int))
+        return
     start = time.monotonic()
     jobs = [(model, seed) for model in reversed(CASES) for seed in SEEDS]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         found = [one for of_job in pool.map(lambda job: looked_at(*job), jobs) for one in of_job]
     costs = cost.measured()
-    draw(found, HERE / "noise_scale.png")
+    cells = averaged(found)
+    keep_cells(DRAWN, ("model", "step"), cells)
+    draw(cells)
     figure = "![Noise scale against optimizer steps](noise_scale.png)"
     of_splits, of_time = splits.table(), provenance(time.monotonic() - start)
     parts = answer(found), table(found), figure, of_splits, cost.table(costs), of_time
@@ -96,37 +113,44 @@ def _plus_minus(values: Sequence[float]) -> str:
     return f"{mean:.3g} ± {std:.2g}"
 
 
-def draw(found: Sequence[Found], path: Path) -> None:
-    """Draw exact scales as lines and estimates with their intervals, a panel for each model."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+def averaged(found: Sequence[Found]) -> Cells:
+    """Return mean and standard deviation over seeds of exact and estimated scales, by model and step."""
+    return {
+        (model, step): {
+            name: spread(
+                getattr(one, name) for one in found if (one.model, one.global_step) == (model, step)
+            )
+            for name in ("exact", "scale")
+        }
+        for model in CASES
+        for step in sorted({one.global_step for one in found if one.model == model})
+    }
+
+
+@style.styled()
+def draw(cells: Cells) -> None:
+    """Draw exact scales as lines and estimates as marks beside them, a panel for each model."""
+    figure = Figure(figsize=(style.width(), 2.9), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(CASES)), CASES, strict=True):
-        for seed, marker in zip(SEEDS, ("o", "s", "^"), strict=True):
-            of = [one for one in found if (one.model, one.seed) == (model, seed)]
-            x = [one.global_step + 1 for one in of]
-            shade = str(0.25 * seed)
-            axes.plot(x, [one.exact for one in of], color=shade, linewidth=0.8)
-            highs = [one.high or 10 * one.scale for one in of]
-            axes.errorbar(
-                [k * (1 + 0.06 * (seed - 1)) for k in x],
-                [one.scale for one in of],
-                yerr=[
-                    [one.scale - one.low for one in of],
-                    [high - one.scale for one, high in zip(of, highs, strict=True)],
-                ],
-                fmt=marker, color=shade, markerfacecolor="white", capsize=3, linestyle="none",
-                label=f"seed {seed}",
-            )  # fmt: skip
-        axes.axhline(BATCH, color="0.7", linewidth=0.8, linestyle=":")
+        steps = [step for of, step in cells if of == model]
+        for index, (name, label) in enumerate(
+            (("exact", "from the gradient of every sample"), ("scale", "estimated from 64 windows"))
+        ):
+            means, deviations = zip(*(cells[model, step][name] for step in steps), strict=True)
+            look = style.look(index, 2) | ({"linestyle": ""} if name == "scale" else {})
+            places = [(step + 1) * (1 + 0.12 * index) for step in steps]  # to be seen beside each other
+            axes.errorbar(places, means, yerr=log_bars(means, deviations), label=label, **look)
+        axes.axhline(BATCH, color="black", linewidth=0.8, linestyle=":", label=f"the batch, {BATCH}")
         axes.set(xscale="log", yscale="log", xlabel="optimizer steps + 1", title=model)
-        axes.set_ylabel("noise scale, samples")
-        axes.grid(axis="y", linewidth=0.3)
-    axes.legend(frameon=False)
-    figure.suptitle(
-        "Lines: from the gradient of every sample. Marks: estimates with 95 % intervals. "
-        f"Dotted: the batch of {BATCH}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=120)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel("noise scale in samples")
+        axes.grid(axis="y")
+    handles = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.suptitle("Noise scale over training, mean ± std over 3 seeds")
+    style.save(figure, HERE, "noise_scale", ("png",))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,17 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import provenance, run_study, spread, write_results
+from experiments.notebook import (
+    Cells,
+    asked_to_draw,
+    keep_cells,
+    kept_cells,
+    provenance,
+    run_study,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
 PADDINGS = {
@@ -15,16 +25,18 @@ PADDINGS = {
     "to the window's parts": "padding=longest, sort_by_length=False",
     "and sorted by length": "padding=longest, sort_by_length=True",
 }
-STYLES = (("o", ":", "0.6"), ("s", "--", "0.35"), ("^", "-", "0.0"))
-
-Cells = dict[tuple[str, int], dict[str, tuple[float, float]]]
+DRAWN = HERE / "drawn.csv"
 
 
 def main() -> None:
     """Run the arms, compare each with the fully padded one of its N and seed, write table and figure."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, int))
+        return
     rows, seconds = run_study("padding")
     cells = average(rows)
-    draw(cells, HERE / "padding.png")
+    keep_cells(DRAWN, ("padding", "steps"), cells)
+    draw(cells)
     figure = "![Peak memory and step time against N](padding.png)"
     write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{provenance(seconds)}")
 
@@ -80,33 +92,29 @@ def table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def draw(cells: Cells, path: Path) -> None:
+@style.styled()
+def draw(cells: Cells) -> None:
     """Draw peak memory and step time against N."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    every = sorted({n for _, n in cells})
+    figure = Figure(figsize=(style.width(), 2.9), layout="constrained")
     for axes, (column, label) in zip(
-        figure.subplots(1, 2), (("mib", "peak memory, MiB"), ("ms", "step, ms")), strict=True
+        figure.subplots(1, 2), (("mib", "peak memory in MiB"), ("ms", "step time in ms")), strict=True
     ):
-        for padding, (marker, line, colour) in zip(PADDINGS, STYLES, strict=True):
-            points = {n: c[column] for (p, n), c in cells.items() if p == padding}
-            axes.errorbar(
-                list(points),
-                [mean for mean, _ in points.values()],
-                yerr=[std for _, std in points.values()],
-                marker=marker,
-                linestyle=line,
-                color=colour,
-                markerfacecolor="white",
-                capsize=3,
-                label=padding,
-            )
+        for index, padding in enumerate(PADDINGS):
+            points = [cells[padding, n][column] for n in every]
+            means, deviations = zip(*points, strict=True)
+            places = [n * 1.06 ** (index - 1) for n in every]  # those that coincide stay apart
+            look = style.look(index, len(PADDINGS))
+            axes.errorbar(places, means, yerr=deviations, label=padding, **look)
         axes.set(xscale="log", xlabel="N, micro-batches per optimizer step", ylabel=label)
-        axes.set_xticks([1, 4, 16], ["1", "4", "16"])
+        axes.set_xticks(every, [str(n) for n in every])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", linewidth=0.3)
-    axes.legend(frameon=False)
-    figure.suptitle("Padding of 32 sequences with a length CV of 1.15, mean ± std over 3 seeds")
-    figure.savefig(path, dpi=120)
+        axes.grid(axis="y")
+    handles = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, title="micro-batches padded")
+    figure.suptitle("32 sequences with a length CV of 1.15, mean ± std over 3 seeds")
+    style.save(figure, HERE, "padding", ("png",))
 
 
 if __name__ == "__main__":

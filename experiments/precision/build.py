@@ -12,36 +12,50 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import composed, provenance, run_study, spread, write_results
+from experiments.notebook import (
+    Cells,
+    asked_to_draw,
+    composed,
+    keep_cells,
+    kept_cells,
+    provenance,
+    run_study,
+    spread,
+    write_results,
+)
 from gaccum_exp import accumulate_gradients
 from gaccum_exp.core.losses.protocol import count
+from gaccum_exp.report.figures import style
 from gaccum_exp.train.build import build
 from gaccum_exp.train.state import TrainState
 
 HERE = Path(__file__).resolve().parent
 STEPS = (1, 2, 8, 32, 64)
 SEEDS = (0, 1, 2)
-BUFFERS = {"same": ("o", "-", "0.0"), "float32": ("s", "--", "0.5")}
+BUFFERS = {"same": "in bfloat16", "float32": "in float32"}
+DRAWN = HERE / "drawn.csv"
 PUBLISHED = {2: 2.3e-3, 8: 3.2e-3, 64: 7.7e-3}
 """Relative gradient error of a bfloat16 buffer by N: bigram model, 64 sequences."""
-
-Cell = dict[str, tuple[float, float]]
 
 
 def main() -> None:
     """Measure gradients, run the arms, write table and figure."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, int))
+        return
     rows, seconds = run_study("precision")
     start = time.monotonic()
     cells = trained(rows)
     for (buffer, steps), errors in measured().items():
         cells[buffer, steps] |= errors
-    draw(cells, HERE / "precision.png")
+    keep_cells(DRAWN, ("buffer", "steps"), cells)
+    draw(cells)
     figure = "![Gradient error against N for both buffers](precision.png)"
     told = provenance(seconds + time.monotonic() - start)
     write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{told}")
 
 
-def trained(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
+def trained(rows: list[dict[str, str]]) -> Cells:
     """Return held-out loss and peak memory of the arms, over seeds."""
     found: dict[tuple[str, int], list[dict[str, str]]] = {}
     for row in rows:
@@ -57,7 +71,7 @@ def trained(rows: list[dict[str, str]]) -> dict[tuple[str, int], Cell]:
     }
 
 
-def measured() -> dict[tuple[str, int], Cell]:
+def measured() -> Cells:
     """Return the errors of the first window's gradient at the initial weights, over seeds."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for seed in SEEDS:
@@ -109,7 +123,7 @@ def distance(got: Tensor, exact: Tensor) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
-def table(cells: dict[tuple[str, int], Cell]) -> str:
+def table(cells: Cells) -> str:
     """Return the Markdown table, mean ± standard deviation over seeds."""
     lines = [
         "| added up in | N | lost in adding up | published | gradient error, all in all "
@@ -130,33 +144,31 @@ def table(cells: dict[tuple[str, int], Cell]) -> str:
     return "\n".join(lines)
 
 
-def draw(cells: dict[tuple[str, int], Cell], path: Path) -> None:
+@style.styled()
+def draw(cells: Cells) -> None:
     """Draw what adding up loses, and the whole error, against N."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(style.width(), 3.0), layout="constrained")
     panels = {"buffer_error": "lost in adding up", "error": "gradient error against float64"}
+    handles = []
     for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        for buffer, (marker, line, colour) in BUFFERS.items():
+        for index, (buffer, named) in enumerate(BUFFERS.items()):
             # One micro-batch loses nothing in adding up, and zero has no place on a log axis.
             points = {n: c for n in STEPS if (c := cells[buffer, n][column])[0] > 0}
-            axes.errorbar(
-                list(points),
-                [mean for mean, _ in points.values()],
-                yerr=[std for _, std in points.values()],
-                marker=marker,
-                linestyle=line,
-                color=colour,
-                markerfacecolor="white",
-                capsize=3,
-                label=f"in {'bfloat16' if buffer == 'same' else buffer}",
-            )
+            means, deviations = zip(*points.values(), strict=True)
+            axes.errorbar(list(points), means, yerr=deviations, label=named, **style.look(index, 2))
         if column == "buffer_error":
-            axes.plot(*zip(*PUBLISHED.items(), strict=True), "x", color="black", label="published")
+            axes.plot(
+                *zip(*PUBLISHED.items(), strict=True), "kx", zorder=5, label="in bfloat16, published"
+            )
+            handles = axes.get_legend_handles_labels()[0]
         axes.set(xscale="log", yscale="log", xlabel="N, micro-batches per optimizer step", title=label)
         axes.set_xticks(STEPS, [str(n) for n in STEPS])
-        axes.grid(axis="y", linewidth=0.3)
-        axes.legend(frameon=False)
+        axes.set_yticks([1e-3, 2e-3, 5e-3, 1e-2], ["0.001", "0.002", "0.005", "0.01"])
+        axes.minorticks_off()
+        axes.grid(axis="y")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle("bfloat16 weights, 64 sequences per window, mean ± std over 3 seeds")
-    figure.savefig(path, dpi=120)
+    style.save(figure, HERE, "precision", ("png",))
 
 
 if __name__ == "__main__":

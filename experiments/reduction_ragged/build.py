@@ -8,11 +8,22 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import provenance, run_study, spread, write_results
+from experiments.notebook import (
+    Cells,
+    asked_to_draw,
+    keep_cells,
+    kept_cells,
+    log_bars,
+    provenance,
+    run_study,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
-REDUCTIONS = {"mean": "-", "global_mean": "--", "sum": ":"}
-MARKERS = ("o", "s", "^")
+REDUCTIONS = ("mean", "global_mean", "sum")
+DRAWN = HERE / "drawn.csv"
 PUBLISHED = {(2, 0.54): 1.7e-2, (2, 1.15): 2.7e-2, (8, 0.54): 4.6e-2, (8, 1.15): 8.5e-2}
 PUBLISHED |= {(64, 0.54): 2.0e-1, (64, 1.15): 3.0e-1}
 """Relative gradient error of the mean of means, by N and CV of lengths: bigram model, 64 sequences."""
@@ -21,18 +32,21 @@ SMALLEST = {"error": 1e-17, "shift": 1e-8}
 SPREAD, COUPLED = ("data.length_cv", "data.coupling")
 
 Row = dict[str, str]
-Cell = dict[str, tuple[float, float]]
 
 
 def main() -> None:
     """Run both sweeps, average over seeds, write tables and figure."""
+    if asked_to_draw():
+        draw(kept_cells(DRAWN, str, float, int))
+        return
     rows, seconds = run_study("reduction_ragged")
     cells = average(rows, "length_cv")
+    keep_cells(DRAWN, ("reduction", "length_cv", "steps"), cells)
     coupled, more = run_study(
         "reduction_ragged",
         (f"{SPREAD}=1.15", f"{COUPLED}=0.0,1.0", "accum.steps=1,8", "accum.reduction=global_mean,mean"),
     )
-    draw(cells, HERE / "reduction_ragged.png")
+    draw(cells)
     figure = "![Gradient error and held-out loss against N](reduction_ragged.png)"
     told = average(coupled, "coupling")
     parts = (table(cells), figure, COUPLING, coupling_table(told), provenance(seconds + more))
@@ -45,7 +59,7 @@ COUPLING = (
 )
 
 
-def average(rows: list[Row], varied: str) -> dict[tuple[str, float, int], Cell]:
+def average(rows: list[Row], varied: str) -> Cells:
     """Return mean and standard deviation over seeds, by reduction, value of what is varied, and N."""
     losses = {row["run_id"]: float(row["eval_loss"]) for row in rows}
     found: dict[tuple[str, float, int], list[dict[str, float]]] = {}
@@ -65,7 +79,7 @@ def average(rows: list[Row], varied: str) -> dict[tuple[str, float, int], Cell]:
     }
 
 
-def table(cells: dict[tuple[str, float, int], Cell]) -> str:
+def table(cells: Cells) -> str:
     """Return the Markdown table, mean ± standard deviation over seeds."""
     lines = [
         "| reduction | CV of lengths | N | gradient error (e64) | published | held-out loss "
@@ -83,7 +97,7 @@ def table(cells: dict[tuple[str, float, int], Cell]) -> str:
     return "\n".join(lines)
 
 
-def coupling_table(cells: dict[tuple[str, float, int], Cell]) -> str:
+def coupling_table(cells: Cells) -> str:
     """Return the second table: held-out loss with and without kinds of sequences."""
     lines = [
         "| coupling | reduction | N | gradient error (e64) | held-out loss | minus the reference's |",
@@ -98,41 +112,35 @@ def coupling_table(cells: dict[tuple[str, float, int], Cell]) -> str:
     return "\n".join(lines)
 
 
-def draw(cells: dict[tuple[str, float, int], Cell], path: Path) -> None:
-    """Draw gradient error and the shift of the held-out loss against N."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+@style.styled()
+def draw(cells: Cells) -> None:
+    """Draw gradient error and the shift of the held-out loss against N, a column for each spread."""
     spreads = sorted({cv for _, cv, _ in cells})
-    for reduction, line in REDUCTIONS.items():
-        for cv, marker in zip(spreads, MARKERS, strict=True):
-            points = {n: c for (r, v, n), c in cells.items() if (r, v) == (reduction, cv) and n > 1}
-            style = {
-                "linestyle": line,
-                "marker": marker,
-                "color": str(0.65 - 0.3 * spreads.index(cv)),
-                "markerfacecolor": "white",
-                "capsize": 3,
-                "label": f"{reduction}, CV {cv:g}",
-            }
-            for axes, column in ((left, "error"), (right, "shift")):
-                means = [max(abs(c[column][0]), SMALLEST[column]) for c in points.values()]
-                bars = [c[column][1] for c in points.values()]
-                lower = [min(b, 0.9 * m) for m, b in zip(means, bars, strict=True)]
-                axes.errorbar(list(points), means, yerr=[lower, bars], **style)
-    for cv, marker in ((0.54, "x"), (1.15, "+")):
+    figure = Figure(figsize=(style.width(), 4.4), layout="constrained")
+    grid = figure.subplots(2, len(spreads), sharex=True, sharey="row")
+    for axes_of_cv, cv in zip(grid.T, spreads, strict=True):
+        for axes, column in zip(axes_of_cv, ("error", "shift"), strict=True):
+            for index, reduction in enumerate(REDUCTIONS):
+                points = {n: cells[reduction, cv, n][column] for n in (2, 8, 64)}
+                means = [max(abs(mean), SMALLEST[column]) for mean, _ in points.values()]
+                bars = log_bars(means, [std for _, std in points.values()])
+                places = [n * 1.12 ** (index - 1) for n in points]  # those that coincide stay apart
+                look = style.look(index, len(REDUCTIONS))
+                axes.errorbar(places, means, yerr=bars, label=reduction, **look)
+            axes.set(xscale="log", yscale="log")
+            axes.set_xticks([2, 8, 64], ["2", "8", "64"])
+            axes.minorticks_off()
+            axes.grid(axis="y")
         known = {n: error for (n, of), error in PUBLISHED.items() if of == cv}
-        left.plot(list(known), list(known.values()), marker, color="black", label=f"published, CV {cv}")
-    for axes, label in (
-        (left, "gradient error e64, first window"),
-        (right, "|held-out loss − reference's|"),
-    ):
-        axes.set(xscale="log", yscale="log", xlabel="N, micro-batches per optimizer step", ylabel=label)
-        axes.set_xticks([2, 8, 64], ["2", "8", "64"])
-        axes.minorticks_off()
-        axes.grid(axis="y", linewidth=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+        axes_of_cv[0].plot(list(known), list(known.values()), "kx", zorder=5, label="mean, published")
+        axes_of_cv[0].set_title(f"lengths' CV {cv:g}")
+        axes_of_cv[1].set_xlabel("N, micro-batches per step")
+    grid[0, 0].set_ylabel("gradient error e64,\nfirst window")
+    grid[1, 0].set_ylabel("|held-out loss − reference’s|\n(0 stands at 1e-8)")
+    handles = grid[0, -1].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     figure.suptitle("Sequences of unequal length, 64 per window, mean ± std over 3 seeds")
-    figure.savefig(path, dpi=120)
+    style.save(figure, HERE, "reduction_ragged", ("png",))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `results.csv` holds a row a training and grows by what is missing in it, so that the study can be stopped
 and continued; delete it to measure again. `--short FOLDER` trains a few of them for a few steps, and
-writes rows, table and figure there.
+writes rows, table and figure there. `--draw` draws the rows again.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.notebook import (
     Quiet,
     append_row,
+    asked_to_draw,
     composed,
     provenance,
     read_rows,
@@ -37,6 +39,7 @@ from experiments.precision.build import distance, gradient
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.core.losses.protocol import count
 from gaccum_exp.memory.fake import settle
+from gaccum_exp.report.figures import style
 from gaccum_exp.tracking.sink import Point, Sink
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import build, load
@@ -79,12 +82,6 @@ COLUMNS = (
     *("part", "way", "steps", "rate", "seed", "curve", "step_error", "adding_error"),
     *("peak_bytes", "predicted_bytes"),
 )
-STYLES = {
-    "Adam": ("o", "#22577a"), "AdamA": ("s", "#d1495b"), "Adam, √ rule": ("D", "#8d6a9f"),
-    "invariant, base N": ("^", "#3c887e"), "invariant, base 1": ("v", "#e0a030"),
-    "in bfloat16": ("o", "#22577a"), "compensated": ("s", "#d1495b"), "in float32": ("^", "#3c887e"),
-}  # fmt: skip
-
 Row = Mapping[str, str]
 
 
@@ -128,6 +125,9 @@ class Curve(Sink):
 
 def main() -> None:
     """Train what is missing, on two processes; write rows, figure and page."""
+    if asked_to_draw():
+        draw(read_rows(HERE / "results.csv"), HERE)
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", type=Path, metavar="FOLDER")
     short = parser.parse_args().short
@@ -164,7 +164,7 @@ def study(scope: Scope, folder: Path, processes: int) -> str:
                 append_row(results, COLUMNS, row)
                 print(f"{number} of {len(missing)}: {row['part']}, {row['way']}, N = {row['steps']}")
     rows = read_rows(results)
-    draw(rows, folder / "strategies.png")
+    draw(rows, folder)
     figure = "![Loss against N, curves at a fixed micro-batch, memory, error](strategies.png)"
     tables = losses(rows), invariance(rows), errors(rows), memory(rows)
     return "\n\n".join([answer(rows), figure, *tables])
@@ -409,55 +409,64 @@ def memory(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+@style.styled()
+def draw(rows: Sequence[Row], folder: Path) -> None:
     """Draw losses at both fixed batches, memory, and what adding up loses."""
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure = Figure(figsize=(style.width(), 5.6), layout="constrained")
     (ends, micro), (held, lost) = figure.subplots(2, 2)
     every = steps_in(rows)
 
     def against_n(axes: Any, part: str, of: Any, low: int = 1) -> None:
-        for way in WAYS[part]:
-            marker, colour = STYLES[way]
+        for index, way in enumerate(WAYS[part]):
             cells = {n: of_cell(rows, part, way, n, RATES[part][1]) for n in every if n >= low}
-            points = [spread(of(row) for row in cell) for cell in cells.values()]
-            means, deviations = zip(*points, strict=True)
-            axes.errorbar(
-                list(cells), means, deviations, marker=marker, color=colour, capsize=3, label=way,
-                markerfacecolor="white",
-            )  # fmt: skip
+            means, deviations = zip(*(spread(map(of, cell)) for cell in cells.values()), strict=True)
+            places = [n * 1.05 ** (index - 1) for n in cells]  # those that coincide stay apart
+            axes.errorbar(places, means, deviations, label=way, **style.look(index, len(WAYS[part])))
         axes.set_xscale("log", base=2)
         axes.set_xticks(every, [str(n) for n in every])
         axes.set_xlabel("N, micro-batches per optimizer step")
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(axis="y", linewidth=0.3)
+        axes.legend()
+        axes.grid(axis="y")
 
     against_n(ends, FIXED_GLOBAL, lambda row: curve(row)[-1])
-    ends.set_title(f"held-out loss, windows of {GLOBAL}, rate {RATES[FIXED_GLOBAL][1]:g}", fontsize=10)
+    ends.set_title(f"held-out loss, windows of {GLOBAL}, rate {RATES[FIXED_GLOBAL][1]:g}")
     ends.set_yscale("log")
+    ends.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
+    ends.minorticks_off()
     draw_curves(micro, rows)
     against_n(held, FIXED_GLOBAL, lambda row: int(row["peak_bytes"]) / 2**10)
-    held.set_ylim(bottom=0)
-    held.set_title(f"peak memory in KiB, windows of {GLOBAL}", fontsize=10)
+    held.set_ylim(0, 1.06 * held.get_ylim()[1])
+    held.set_title(f"peak memory in KiB, windows of {GLOBAL}")
     against_n(lost, BUFFERS, lambda row: float(row["adding_error"]), low=2)
     lost.set_yscale("log")
-    lost.set_title("bfloat16 weights: relative error of adding up", fontsize=10)
-    figure.suptitle("Two-layer perceptron, AdamW, mean ± std over seeds", fontsize=11)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    lost.set_yticks([0.002, 0.005], ["0.002", "0.005"])
+    lost.minorticks_off()
+    lost.set_title("bfloat16 weights: relative error of adding up")
+    figure.suptitle("Two-layer perceptron, AdamW, mean ± std over seeds")
+    style.save(figure, folder, "strategies", ("png",))
 
 
 def draw_curves(axes: Any, rows: Sequence[Row]) -> None:
     """Draw the curves at a fixed micro-batch: those of one way are to lie on each other."""
     every, rate = steps_in(rows), RATES[FIXED_MICRO][1]
-    for way, line in (("invariant, base 1", "-"), ("Adam, √ rule", ":")):
-        for number, n in enumerate(every):
+    ways = {"invariant, base 1": "-", "Adam, √ rule": ":"}
+    for way, line in ways.items():
+        for index, n in enumerate(every):
             curves = map(curve, of_cell(rows, FIXED_MICRO, way, n, rate))
             means = [spread(at)[0] for at in zip(*curves, strict=True)]
-            shade = f"{0.75 * (1 - number / max(1, len(every) - 1)):.2f}"
-            axes.plot(range(1, len(means) + 1), means, line, color=shade, label=f"{way}, N = {n}")
+            look = style.look(index, len(every)) | {"linestyle": line}
+            axes.plot(range(1, len(means) + 1), means, **look)
+    named = [
+        Line2D([], [], label=f"N = {n}", **style.look(index, len(every)) | {"linestyle": ""})
+        for index, n in enumerate(every)
+    ]
+    named += [Line2D([], [], label=way, color="black", linestyle=line) for way, line in ways.items()]
     axes.set(yscale="log", xlabel="evaluations, at equal counts of samples")
-    axes.set_title(f"held-out loss, micro-batches of {MICRO}, rate {rate:g}", fontsize=10)
-    axes.legend(frameon=False, fontsize=7)
-    axes.grid(axis="y", linewidth=0.3)
+    axes.set_yticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
+    axes.minorticks_off()
+    axes.set_title(f"held-out loss, micro-batches of {MICRO}, rate {rate:g}")
+    axes.legend(handles=named, ncols=2, loc="lower left", columnspacing=0.8, handlelength=2)
+    axes.grid(axis="y")
 
 
 if __name__ == "__main__":

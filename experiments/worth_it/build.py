@@ -22,10 +22,18 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.notebook import provenance, spread, write_results
+from experiments.notebook import (
+    append_row,
+    asked_to_draw,
+    provenance,
+    read_rows,
+    spread,
+    write_results,
+)
+from gaccum_exp.report.figures import style
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT, DRAWN = HERE.parents[1], HERE / "drawn.csv"
 SIDE_BY_SIDE = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "runtime.threads=1")
 SEEDS = (0, 1, 2)
 HALF_LIFE_AT = (16, 128, 512)
@@ -49,6 +57,9 @@ class Arm:
 
 def main() -> None:
     """Run the sweep and what is added to it; write page and figures."""
+    if asked_to_draw():
+        draw(kept())
+        return
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -65,7 +76,8 @@ def main() -> None:
                 sweep(place, *chosen, every, "train.beta2_rule=half_life", f"sweep.into={sweep_id}")
         arms = arms_of(place)
         shutil.copyfile(next(place.glob("multirun/*/batches.png")), HERE / "batches.png")
-    draw(arms, HERE / "rates.png")
+    keep(arms)
+    draw(arms)
     figures = (
         "![Loss against samples, steps and seconds, and against the batch](batches.png)\n\n"
         "![Loss against the rate for each batch](rates.png)"
@@ -103,6 +115,24 @@ def arms_of(place: Path) -> list[Arm]:
             scale, low, high = (float(n) if n else None for n in noise)
             arms.append(Arm(beta2, batch, rate, seed, loss, (scale, low, high)))
     return arms
+
+
+def keep(arms: Sequence[Arm]) -> None:
+    """Write what the figure of rates shows."""
+    DRAWN.unlink(missing_ok=True)
+    for arm in arms:
+        row = {"beta2": arm.beta2, "batch": arm.batch, "rate": arm.rate, "seed": arm.seed}
+        append_row(DRAWN, (*row, "loss"), row | {"loss": arm.loss})
+
+
+def kept() -> list[Arm]:
+    """Read it, without the noise."""
+    unknown = (None, None, None)
+    return [
+        Arm(row["beta2"], int(row["batch"]), float(row["rate"]), int(row["seed"]), float(row["loss"]),
+            unknown)
+        for row in read_rows(DRAWN)
+    ]  # fmt: skip
 
 
 def best_three(arms: Sequence[Arm], batch: int) -> list[float]:
@@ -237,32 +267,29 @@ def _said(noise: tuple[float | None, float | None, float | None]) -> str:
     return f"{scale:.3g} ({low:.3g} to {high:.3g})"
 
 
-def draw(arms: Sequence[Arm], path: Path) -> None:
+@style.styled()
+def draw(arms: Sequence[Arm]) -> None:
     """Draw the loss at the end against the rate, a line for each batch."""
     losses = losses_of(arms)
     every: dict[int, dict[float, list[float]]] = {}
     for arm in arms:
         if arm.beta2 == "fixed" and math.isfinite(arm.loss):
             every.setdefault(arm.batch, {}).setdefault(arm.rate, []).append(arm.loss)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(style.width(), 3.6), layout="constrained")
     axes = figure.subplots()
-    for number, (batch, by_rate) in enumerate(sorted(every.items())):
-        shade = str(0.75 * (1 - number / max(1, len(every) - 1)))
-        rates = sorted(by_rate)
-        axes.errorbar(
-            rates, [statistics.fmean(by_rate[r]) for r in rates],
-            yerr=[spread(by_rate[r])[1] for r in rates], marker="osD^vP"[number % 6], color=shade,
-            markerfacecolor="white", capsize=3, label=f"{batch}",
-        )  # fmt: skip
-        means = {r: statistics.fmean(of.values()) for r, of in losses["fixed", batch].items()}
-        axes.axvline(best_rate(means), color=shade, linewidth=0.5, linestyle=":")
+    for index, (batch, by_rate) in enumerate(sorted(every.items())):
+        look, rates = style.look(index, len(every)), sorted(by_rate)
+        means, deviations = zip(*(spread(by_rate[rate]) for rate in rates), strict=True)
+        axes.errorbar(rates, means, yerr=deviations, label=f"{batch}", **look)
+        over_seeds = {r: statistics.fmean(of.values()) for r, of in losses["fixed", batch].items()}
+        axes.axvline(best_rate(over_seeds), color=look["color"], linewidth=0.7, linestyle=":")
     least = min(statistics.fmean(of) for by_rate in every.values() for of in by_rate.values())
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss at the end")
     axes.set_ylim(least - 0.05, least + 1.2)
-    axes.grid(axis="y", linewidth=0.3)
-    figure.legend(loc="outside right upper", frameon=False, title="global batch")
-    figure.suptitle("Loss after 15,872 samples; dotted: the parabola's best rate", fontsize=10)
-    figure.savefig(path, dpi=120)
+    axes.grid(axis="y")
+    figure.legend(loc="outside right upper", title="global batch")
+    figure.suptitle("Loss after 15,872 samples; dotted: the parabola’s best rate")
+    style.save(figure, HERE, "rates", ("png",))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from gaccum_exp.arms import plan as planning
@@ -25,7 +24,7 @@ from gaccum_exp.errors import BadInputError, TrackingError, first_line
 from gaccum_exp.memory.fake import nothing_left_behind
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, Change
 from gaccum_exp.memory.planner import Planner
-from gaccum_exp.report.compare.batch_curves import samples_after
+from gaccum_exp.report.compare.batch_curves import samples_of
 from gaccum_exp.report.compare.columns import last_noise
 from gaccum_exp.report.text.advice import Advice, NoiseKnown, Way
 from gaccum_exp.tracking import metrics
@@ -244,17 +243,11 @@ def _with_runs(
         for run in runs
         if run.global_batch_size == own.largest_batch
         and run.params.get("runtime.precision") == own.precision
-        and abs(_samples(run) - wanted) <= asked.largest_batch
+        and abs(samples_of(run) - wanted) <= asked.largest_batch
         and (loss := run.last(metrics.EVAL_LOSS)) is not None
         and math.isfinite(loss)
     ]
     return replace(way, loss=min(losses, default=None), runs=len(losses))
-
-
-def _samples(run: RunRecord) -> float:
-    curve = run.curves.get(metrics.TRAIN_LOSS)
-    steps = np.array(curve.global_steps[-1:]) if curve else np.zeros(0)
-    return float(samples_after(run, steps).sum())
 
 
 def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:

@@ -384,8 +384,8 @@ def _prepare_store(config: DictConfig, folder: Path) -> None:
     if command is not None:
         command.journal = journal
     announce(journal.path)
-    wait_for_store(journal.path)
-    print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
+    if wait_for_store(journal.path):
+        print(f"recorded in {to.uri}, experiment {to.experiment_name}", file=sys.stderr)
 
 
 def _have_left_runs_delivered(config: DictConfig) -> None:

@@ -17,7 +17,7 @@ from gaccum_exp.report.compare.gap_curve import Gap, gap_curve
 from gaccum_exp.report.compare.pairing import group_runs
 from gaccum_exp.tracking import metrics, shipper
 from gaccum_exp.tracking.journal import add_to_ended, is_of_this_host, last_owner
-from gaccum_exp.tracking.mlflow_ui import GREY, RUN_COLOR, color_of
+from gaccum_exp.tracking.mlflow_ui import RUN_COLOR
 from gaccum_exp.tracking.records import RunRecord
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def additions(
     arms: Sequence[RunRecord], stored: Sequence[RunRecord], comparison: Comparison
 ) -> Iterator[Addition]:
     """Yield what is added to each run that has a loss."""
-    rows, colors = {row.run_id: row for row in comparison.rows}, _colors(comparison.rows)
+    from gaccum_exp.report.figures.style import GREY, color  # with matplotlib, as where it is drawn
+
+    rows = {row.run_id: row for row in comparison.rows}
+    colors = {run_id: color(*place) for run_id, place in _places(comparison.rows).items()}
     most = max(LEAST_STEPS, MOST_STEPS // max(1, len(arms)))
     seen = set[str]()
     for group in group_runs(arms, stored):
@@ -85,12 +88,12 @@ def additions(
             yield Addition(run, [point for point in points if point[2]], tags)
 
 
-def _colors(rows: Sequence[ComparisonRow]) -> dict[str, str]:
-    """Return a colour for each arm by its run's id; of too many arms those with the same N are alike."""
+def _places(rows: Sequence[ComparisonRow]) -> dict[str, tuple[int, int]]:
+    """Return by its run's id which of how many colours an arm has: of too many arms one for each N."""
     if len(rows) <= MOST_COLORS:
-        return {row.run_id: color_of(place, len(rows)) for place, row in enumerate(rows)}
+        return {row.run_id: (place, len(rows)) for place, row in enumerate(rows)}
     counts = sorted({row.accum_steps or 0 for row in rows})
-    return {row.run_id: color_of(counts.index(row.accum_steps or 0), len(counts)) for row in rows}
+    return {row.run_id: (counts.index(row.accum_steps or 0), len(counts)) for row in rows}
 
 
 def _of_gap(gap: Gap) -> dict[str, float]:

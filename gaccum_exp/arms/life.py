@@ -708,7 +708,9 @@ def _build(life: Life, loaded: TrainingData) -> TrainState:
         state = build(life.settings, loaded)
     life.describe(loaded)
     with life.stop.at_once():
-        life.sink.ready()
-    if not life.context.multirun and life.control_of is None:  # a sweep says it once, before its arms
+        is_open = life.sink.ready()
+    if (
+        is_open and not life.context.multirun and life.control_of is None
+    ):  # a sweep says it once, before its arms
         log.info("recorded in %s, experiment %s", *life.store)
     return state

@@ -30,7 +30,8 @@ A run's window is that of its worst verdict, whose words are the run's tags. Its
 
 A micro-batch's share in g_1 is its own gradient, weighed as in one pass. Shares are stated where the
 differences are seen to add up, as vectors, to g_N − g_1; so they never are where a module or the loss
-couples samples. `by_micro_batch` tells of weights: what rounding adds is in `error` alone. Relative to a
+couples samples. `by_micro_batch` tells of weights: what rounding adds is in `error` alone. Layers are of
+the gradient, also where the verdict is on the step that a strategy takes with it. Relative to a
 layer whose g_1 is zero, what is zero too is 0 and anything else null; where a layer's floor is near 1 or
 above, its g_1 is rounding, and its error tells nothing.
 

@@ -56,10 +56,10 @@ def main(arguments: Sequence[str]) -> int:
 
     if given.uri is not None:
         given.uri = absolute(given.uri, os.getcwd())
-    stores, whole, named = Stores(), [], set[str]()
+    stores, whole, said = Stores(), [], set[str]()
     for path in paths:
         try:
-            whole.append(_deliver(path, stores, given, named))
+            whole.append(_deliver(path, stores, given, said))
         except Exception as error:  # of one that is damaged, or none of ours: the others are delivered
             why = f"{type(error).__name__}: {first_line(error)}"
             print(f"gaccum_exp deliver: {path}: {why}", file=sys.stderr)
@@ -67,14 +67,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(whole) else 1
 
 
-def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, named: set[str]) -> bool:
+def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, said: set[str]) -> bool:
     """Deliver one journal and say how that went; return whether nothing is left to do.
 
     Args:
         path: of the journal.
         stores: where journals go.
         given: the command's arguments.
-        named: the stores that have been named; a journal of somebody else's may name any.
+        said: the stores that have been named, a journal of somebody else's may name any, and why some do
+            not take anything: that is said, and waited for, once.
     """
     from gaccum_exp.tracking.delivery import Delivery
 
@@ -89,9 +90,9 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, named: set
                 return False
         time.sleep(0.2)
     left_bytes, since = delivery.left_bytes, time.monotonic()
-    if delivery.store not in named:
+    if delivery.store not in said:
         print(f"to {delivery.store}")
-        named.add(delivery.store)
+        said.add(delivery.store)
     try:
         while not delivery.delivered.settled and delivery.delivered.state != "refused":
             if delivery.step():
@@ -99,7 +100,7 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, named: set
             elif delivery.caught_up and not delivery.end_if_dead(stale=given.end_stale):
                 break
             elif not delivery.caught_up:
-                if time.monotonic() - since > PATIENCE_S:
+                if delivery.delivered.reason in said or time.monotonic() - since > PATIENCE_S:
                     break
                 time.sleep(min(1.0, delivery.due_s))
     finally:
@@ -111,7 +112,10 @@ def _deliver(path: Path, stores: "Stores", given: argparse.Namespace, named: set
         but = ", but for what was refused" if delivery.refused else ""
         print(f"{delivery.name}: delivered ({left_bytes:,} bytes){but}")
     elif not delivery.caught_up:
-        print(f"gaccum_exp deliver: {delivery.name}: {known.reason}", file=sys.stderr)
+        if known.reason and known.reason not in said:
+            print(f"gaccum_exp deliver: {known.reason}", file=sys.stderr)
+            said.add(known.reason)
+        print(f"{delivery.name}: left")
     elif delivery.foreign and not given.end_stale:
         host = delivery.owner["host"]
         print(f"{delivery.name}: delivered as far as it goes; it is of {host}, which may still train it "

@@ -38,10 +38,6 @@ LARGE_ULP = 1000.0
 """So far the axis of loss gaps reaches at least: where rounding alone is at work, they lie below."""
 RUN_COLOR = "mlflow.runColor"
 """The tag of a run that says in which colour the UI draws it."""
-_COLORS = ((43, 10, 79), (26, 68, 144), (15, 140, 130), (217, 121, 30))
-"""From dark to light, in red, green and blue: the arms in the order of N."""
-GREY = "#8a8f98"
-"""Of runs that are no arms."""
 VERDICT = "verdict"
 """The tag that the list of runs is grouped by."""
 _COSTS = (metrics.PEAK_RATIO, metrics.STEP_RATIO, metrics.STEP_TIME_MS)
@@ -57,7 +53,7 @@ _SECTIONS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 _ADDED = (metrics.LOSS_GAP, metrics.LOSS_GAP_ULP, *_COSTS)
 """Metrics that a comparison adds to the runs that it has read."""
 _OTHERS = "Other metrics"
-_COLUMNS = (metrics.PEAK_RATIO, metrics.STEP_RATIO, metrics.TRAIN_LOSS, metrics.EVAL_LOSS)
+_COLUMNS = (metrics.LOSS_GAP_ULP, *_COSTS[:2], metrics.TRAIN_LOSS, metrics.EVAL_LOSS)
 """Of the table, beside the verdict."""
 _POSITIVE = (metrics.TRAIN_LOSS, metrics.EVAL_LOSS, metrics.GRADIENT_NORM, "noise/")
 """Metrics, or beginnings of their names, whose curves are read on a logarithmic axis."""
@@ -130,14 +126,6 @@ def _filter_of(sweep_id: str) -> str:
 def _share_key(sweep_id: str) -> str:
     # A hash, as MLflow's own keys are: safe in a tag's key and in an address whatever the id holds.
     return hashlib.sha256(sweep_id.encode()).hexdigest()[:32]
-
-
-def color_of(place: int, count: int) -> str:
-    """Return the colour at a place, from 0 on, among so many in order."""
-    at = place / max(1, count - 1) * (len(_COLORS) - 1)
-    low = min(int(at), len(_COLORS) - 2)
-    pairs = zip(_COLORS[low], _COLORS[low + 1], strict=True)
-    return "#" + "".join(f"{round(a + (at - low) * (b - a)):02x}" for a, b in pairs)
 
 
 def _view_state(sweep_id: str, runs: Sequence[RunRecord], largest_ulp: float) -> dict[str, object]:

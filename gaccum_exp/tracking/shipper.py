@@ -282,7 +282,8 @@ class _Deliveries:
             elif path in self._open:
                 known = Delivered.of(path)
                 if known.state == "away" and self._is_first_to_say(known):
-                    say(f"tracking: {known.reason}; the runs' folders keep what is recorded")
+                    why = str(known.reason).removeprefix("tracking.uri=")
+                    say(f"tracking: {why}; the runs' folders keep what is recorded")
                 elif known.state == "ready" and self._may_say_that_it_is_back(known):
                     say(f"tracking: {known.uri} is back")
                 if known.settled:
@@ -393,8 +394,11 @@ def wait(over: Callable[[], bool]) -> None:
     _deliveries.wait(over)
 
 
-def wait_for_store(journal: Path) -> None:
+def wait_for_store(journal: Path) -> bool:
     """Wait until the store of a journal is open, or known to be away: then the journal waits for it.
+
+    Returns:
+        Whether it is open; else that has been said.
 
     Raises:
         BadInputError: it cannot be used.
@@ -408,6 +412,7 @@ def wait_for_store(journal: Path) -> None:
     found = Delivered.of(journal)
     if found.state == "refused":
         raise BadInputError(str(found.reason))
+    return found.state == "ready"
 
 
 def finish() -> list[Path]:

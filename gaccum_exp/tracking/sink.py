@@ -172,13 +172,16 @@ class JournalSink(Sink):
         self.journal = journal
         announce(journal.path)
 
-    def ready(self) -> None:
+    def ready(self) -> bool:
         """Wait until the store has been opened; without one that answers, the journal waits for it.
+
+        Returns:
+            Whether it has been.
 
         Raises:
             BadInputError: the store cannot be used.
         """
-        wait_for_store(self.journal.path)
+        return wait_for_store(self.journal.path)
 
     def send(self, points: list[Point]) -> None:
         """Write these points."""

@@ -78,12 +78,9 @@ def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Prog
     assert "sweep_id" not in report.data.tags
     assert report.data.tags["report_of"] == program.sweep_id
     kept = {item.path for item in client.list_artifacts(report.info.run_id)}
-    figures = ("loss_curves", "memory", "memory_frontier", "step_time")
-    assert {
-        "comparison.csv",
-        "report.html",
-        *(f"{name}.{kind}" for name in figures for kind in ("svg", "pdf")),
-    } <= kept
+    names = ("loss_curves", "memory", "memory_frontier", "step_time")
+    figures = {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
+    assert {"comparison.csv", "report.html", *figures} <= kept
     assert "memory.png" not in kept
     drawn = (program.sweep_folder / "memory.svg").read_text(encoding="utf-8")
     assert f'width="{72 * 3.5:g}pt"' in drawn, "as the arms were configured"

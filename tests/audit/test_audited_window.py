@@ -199,14 +199,16 @@ def test_what_is_drawn_is_replayed_for_the_parts_too() -> None:
     assert found.no_shares is None
 
 
-def test_a_layers_numbers_are_the_audits_where_there_is_one_layer() -> None:
-    """Error and floor, in the run's precision and in float64."""
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_a_layers_numbers_are_the_audits_where_there_is_one_layer(loss_scale: float) -> None:
+    """Error and floor, in the run's precision and in float64; the norm without the loss scale."""
     model = nn.Linear(FEATURES, 3, bias=False)
-    audit = audit_window(model, CE, window(*SIZES), reduction=MEAN)
+    audit = audit_window(model, CE, window(*SIZES), reduction=MEAN, loss_scale=loss_scale)
     assert audit.window is not None
     (layer,) = audit.window.layers
     assert (layer.error, layer.floor, layer.error64) == (audit.e, audit.floor, audit.e64)
     assert layer.norm == audit.parameters[0].norm
+    assert audit.window.no_shares is None
 
 
 @pytest.mark.parametrize(("of_parts", "error"), [(0.0, 0.0), (1.0, None)])

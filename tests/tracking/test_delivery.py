@@ -3,6 +3,7 @@
 import os
 import random
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -314,6 +315,22 @@ def test_deliver_brings_what_was_carried_over_to_another_store(
     (run,) = program.store().sweep("a")
     assert (run.status, run.curves["train/loss"].values) == ("FINISHED", tuple(s / 7 for s in STEPS))
     assert Delivered.of(journal.path).settled
+
+
+def test_deliver_says_and_waits_once_for_a_store_that_is_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many runs go there; each is named as left."""
+    monkeypatch.setattr(delivery, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(deliver, "PATIENCE_S", 1.0)
+    for number in range(4):
+        journal_in(tmp_path / str(number), range(1, 3))
+    start = time.monotonic()
+    assert deliver.main([str(tmp_path), "--uri", "http://127.0.0.1:9"]) == 1
+    assert time.monotonic() - start < 4.0
+    said = capsys.readouterr()
+    assert said.err.count("no tracking server answers there") == len(said.err.splitlines()) == 1
+    assert said.out.count("N=2: left\n") == 4
 
 
 def test_deliver_names_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

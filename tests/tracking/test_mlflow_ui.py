@@ -22,10 +22,11 @@ from experiments.mlflow_browser import (
     CHROMIUM,
     chart,
     chromium_page,
+    drawn_bars,
     drawn_curves,
     mlflow_server,
 )
-from gaccum_exp.tracking.mlflow_ui import color_of, experiment_tags, ui_lines, ui_link
+from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines, ui_link
 from gaccum_exp.tracking.records import Curve, RunRecord
 
 STEPS = 30
@@ -65,6 +66,7 @@ def log_run(client: MlflowClient, experiment_id: str, level: float, **tags: str)
         ]
         if step % 10 == 0:
             metrics.append(Metric("eval/loss", loss + 0.1, 0, step))
+    metrics += [Metric(key, level, 0, STEPS) for key in ("memory/peak_ratio",)]
     client.log_batch(run_id, metrics=metrics)
     client.set_terminated(run_id)
 
@@ -94,8 +96,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> tuple[
     for sweep_id, arms in SWEEPS.items():
         for n in range(1, arms + 1):
             tags = {"mlflow.runName": arm_name(n), "sweep_id": sweep_id}
+            tags["verdict"] = "identical" if n == 1 else "equivalent"
             log_run(client, experiment_id, level=n / 10, **tags)
-        for key, value in experiment_tags(sweep_id).items():
+        metrics = {"train/loss": 1.0, "eval/loss": 1.0, "optim/lr": 1.0, "memory/peak_ratio": 1.0}
+        shown = run_with(metrics, {"train/loss": STEPS, "eval/loss": 3}, verdict="identical")
+        for key, value in experiment_tags(sweep_id, [shown]).items():
             client.set_experiment_tag(experiment_id, key, value)
     log_run(client, experiment_id, level=3.0, kind="report")
     return uri, experiment_id
@@ -112,16 +117,19 @@ def address(store: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("sweep_id", list(SWEEPS))
-def test_link_draws_as_many_loss_curves_as_the_sweep_has_arms(
+def test_link_draws_a_curve_and_a_bar_for_each_arm_under_its_verdict(
     store: tuple[str, str], address: str, sweep_id: str
 ) -> None:
-    """The chart of train/loss holds every arm of the sweep, and no other run of the experiment."""
+    """The charts hold every arm of the sweep, and no other run of the experiment."""
     with chromium_page() as page:
         page.goto(ui_link(address, store[1], sweep_id))
         card = chart(page, "train/loss")
         assert drawn_curves(card, SWEEPS[sweep_id]) == SWEEPS[sweep_id]
         names = card.locator(".js-plotly-plot").evaluate("plot => plot.data.map(t => t.name)")
         assert set(names) == {arm_name(n + 1) for n in range(SWEEPS[sweep_id])}
+        assert drawn_bars(chart(page, "memory/peak_ratio")) == SWEEPS[sweep_id]
+        for heading in ("Group: identical", "Group: equivalent"):
+            page.get_by_text(heading).first.wait_for()
 
 
 @pytest.mark.browser
@@ -258,12 +266,3 @@ def test_a_view_that_could_not_be_written_is_not_named_by_the_link() -> None:
     assert "viewStateShareKey" not in link
     assert unquote(link).endswith("searchFilter=tags.sweep_id='abc'")
     assert ui_lines("sqlite:///mlflow.db", "7", "abc", arranged=False)[1] == link
-
-
-def test_colours_run_from_dark_to_light() -> None:
-    """Each differs from its neighbour, for one run too; they are as MLflow writes them."""
-    for count in (1, 2, 5, 8):
-        colors = [color_of(place, count) for place in range(count)]
-        assert len(set(colors)) == count
-        assert all(len(color) == 7 and color.startswith("#") for color in colors)
-    assert (color_of(0, 4), color_of(3, 4)) == ("#2b0a4f", "#d9791e")

@@ -129,7 +129,7 @@ def test_a_store_that_is_away_is_said_once_and_waited_for_by_nobody(
     monkeypatch.setattr(shipper, "GRACE_S", 0.5)
     for name in ("first", "second"):
         sink = run_in(tmp_path / name, "http://127.0.0.1:9")
-        sink.ready()
+        assert not sink.ready(), "it is not said to be recorded there"
         sink.send([Point(1, 1, {"train/loss": 0.5})])
         sink.close("FINISHED")
     left = shipper.finish()

@@ -73,6 +73,12 @@ def samples_after(run: RunRecord, global_steps: np.ndarray) -> np.ndarray:
     return epochs * float(size) + windows * float(batch)
 
 
+def samples_of(run: RunRecord) -> float:
+    """Return how many samples a run had been fed at its last recorded loss."""
+    global_steps, _ = loss_curve(run, TRAIN_LOSS)
+    return float(samples_after(run, global_steps[-1:]).sum())
+
+
 def curves_of(run: RunRecord, step_s: float = float("nan")) -> Curves:
     """Return an arm's loss curves, given the seconds that a step takes."""
     found = {}

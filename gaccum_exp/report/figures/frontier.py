@@ -128,22 +128,27 @@ def _scale(axes: Axes, peaks: Sequence[float], times: Sequence[float]) -> None:
 
 
 def _name_points(axes: Axes, curves: Sequence[CostCurve], unit_bytes: float, unit_s: float) -> None:
-    """Write N beside its point, as far as one name does not stand on another."""
+    """Write N beside its point, as far as one name does not stand on another.
+
+    Of several curves the quickest has its names below, at the left, all others above, at the right.
+    """
     taken: list[tuple[float, float]] = []
-    apart = style.points(1.6) * axes.figure.dpi / 72
+    apart = style.points(1.2) * axes.figure.dpi / 72
+    quickest = min(range(len(curves)), key=lambda i: min(curves[i].step_s[n] for n in _both(curves[i])))
     for index, curve in enumerate(curves):
+        side = -1 if len(curves) > 1 and index == quickest else 1
         known = _both(curve)
         for n in (known[0], known[-1], *known[1:-1]):
             point = curve.step_s[n] / unit_s, curve.measured_bytes[n] / unit_bytes
             # As before the layout moves the axes a little.
-            x, y = axes.transData.transform(point)
-            if all(abs(x - a) > apart or abs(y - b) > apart for a, b in taken):
+            x, y = axes.transData.transform(point) + side * apart / 2
+            if all(abs(x - a) > 1.6 * apart or abs(y - b) >= 0.9 * apart for a, b in taken):
                 taken.append((x, y))
-                right = index % 2 == 0
                 axes.annotate(
-                    str(n), point, xytext=(style.points(0.7 if right else -0.7), style.points(0.45)),
-                    textcoords="offset points", ha="left" if right else "right", va="bottom",
-                    fontsize=style.points(0.9), color=style.color(index, len(curves)),
+                    str(n), point, xytext=(side * style.points(0.6), side * style.points(0.5)),
+                    textcoords="offset points", ha="left" if side > 0 else "right",
+                    va="bottom" if side > 0 else "top", fontsize=style.points(0.9),
+                    color=style.color(index, len(curves)),
                 )  # fmt: skip
 
 
