@@ -3,7 +3,6 @@
 A sweep does the same at its end.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -11,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
 from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcome, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
+from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.config.schema import check_id
 from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain, nearest
+from gaccum_exp.report.compare.audited_windows import window_of
 from gaccum_exp.report.compare.batches import compare_batches, write_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
@@ -280,14 +280,10 @@ def _figures_of(arms: Sequence[RunRecord]) -> dict[str, Any]:
     return {"width": float(width) if width[0].isdigit() else width, "formats": formats}
 
 
-def _window_of(runs: Runs, run_id: str) -> dict[str, Any] | None:
-    """Return what a run keeps of one window; None where it keeps nothing that can be read."""
-    with TemporaryDirectory() as folder, suppress(OSError, ValueError):
-        here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
-        path = here.fetch(run_id, "window.json", folder)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-        return found if isinstance(found, dict) else None
-    return None
+def _window_of(runs: Runs, run_id: str) -> AuditedWindow | None:
+    """Return the window that a run was audited on, from its journal where that is at hand."""
+    here = next((of for of in runs.journals if of.holds(run_id)), runs)  # no store is opened for it
+    return window_of(here.fetch, run_id)
 
 
 def show_run(runs: Runs, sweep_id: str) -> None:

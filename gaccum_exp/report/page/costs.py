@@ -48,7 +48,12 @@ def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> 
 
 
 def tradeoff_section(comparison: Comparison) -> dict[str, Any] | None:
-    """Return peak memory and step time of each N, by setting; None unless two N have both."""
+    """Return peak memory and step time of each N, by setting; None unless two N have both.
+
+    Where N multiplies the global batch they are of steps over other samples, and are not held together.
+    """
+    if any(len({row.global_batch_size for row in of.rows}) > 1 for of in panels_of(comparison)):
+        return None
     curves = [
         (curve.label, sorted(curve.measured_bytes.keys() & curve.step_s.keys()), curve)
         for curve in frontier_rows(comparison)
@@ -63,12 +68,20 @@ def tradeoff_section(comparison: Comparison) -> dict[str, Any] | None:
             "panel": index,
             "n": n,
             "x": _short(curve.step_s[n] / unit_s),
+            "low": _short(curve.step_low_s.get(n, curve.step_s[n]) / unit_s),
+            "high": _short(curve.step_high_s.get(n, curve.step_s[n]) / unit_s),
             "y": _short(curve.measured_bytes[n] / size),
         }
         for index, (_, both, curve) in enumerate(curves)
         for n in both
     ]
-    return {"unit": unit, "time": time, "labels": [label for label, *_ in curves], "points": points}
+    return {
+        "unit": unit,
+        "time": time,
+        "labels": [label for label, *_ in curves],
+        "points": points,
+        "has_spread": any(curve.step_low_s for *_, curve in curves),
+    }
 
 
 def _bar(bar: Bar, panel: Panel, scale: float, size: float) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def _budget(records: Mapping[str, RunRecord], known: Sequence[float], size: floa
     """Return the budget to begin with: the configured one, or one between the least and the greatest."""
     given = {run.params.get("runtime.memory_budget_gib") for run in records.values()} - {None, "None"}
     with_one = [float(text) * 2**30 / size for text in given if text]
-    between = (min(known) * max(known)) ** 0.5 / size
+    between = max((min(known) * max(known)) ** 0.5, 1.02 * min(known)) / size
     return {"value": float(f"{max(with_one, default=between):.3g}"), "given": bool(with_one)}
 
 
@@ -104,7 +117,7 @@ def _table(panel: Panel, records: Mapping[str, RunRecord], size: float, unit: st
         if any(f"memory/{name}_bytes" in records[row.run_id].metrics for row in panel.rows)
     ]
     head = ["N", f"peak, {unit}", "× reference", f"planned, {unit}", "peak in"]
-    head += [name.replace("_", " ") for name in names] + [f"step, {time}", "× reference"]
+    head += [name.replace("_", " ") for name in names] + [f"step, {time}", "quartiles", "× reference"]
     return {
         "title": panel.title,
         "head": head,
@@ -129,6 +142,8 @@ def _cells(
         return say_ratio(statistics.median(known)) if known else MISSING
 
     times = [row.step_s for row in rows if row.step_s is not None]
+    lows = [row.step_low_s for row in rows if row.step_low_s is not None]
+    highs = [row.step_high_s for row in rows if row.step_high_s is not None]
     return [
         str(n),
         said(largest.peak_bytes, size),
@@ -137,7 +152,10 @@ def _cells(
         largest.peak_phase or MISSING,
         *(said(metrics.get(f"memory/{name}_bytes"), size) for name in names),
         said(statistics.median(times) if times else None, unit_s),
-        ratio([row.step_ratio for row in rows]),
+        f"{said(min(lows), unit_s)} to {said(max(highs), unit_s)}" if lows and highs else MISSING,
+        "≈"
+        if all(row.step_differs is False for row in rows)
+        else ratio([row.step_ratio for row in rows]),
     ]
 
 

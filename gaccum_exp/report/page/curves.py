@@ -10,14 +10,14 @@ from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.distances import loss_curve
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
-from gaccum_exp.report.figures.curve_data import CurveRow, loss_rows
+from gaccum_exp.report.figures.curve_data import CurveRow, Points, loss_rows
 from gaccum_exp.report.figures.panels import Panel, panels_of
 from gaccum_exp.report.page.thinning import kept_places, rounded
 from gaccum_exp.report.text.wording import MISSING, say_gap, say_loss
 from gaccum_exp.tracking.records import RunRecord
 
 Records = Mapping[str, RunRecord]
-MOST_POINTS = 20_000
+MOST_POINTS = 12_000
 """Of all loss curves of a page together, and again of all differences."""
 _LEAST, _MOST = 60, 600
 """So many points has a curve at least, and at most."""
@@ -37,12 +37,13 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
         known = (curve for curve in curves if curve.values.size)
         return [_curve(curve, groups.index(curve.group), of, records, most) for curve in known]
 
-    shown = [
+    shown: list[dict[str, Any]] = [
         {
             "title": panel.title,
             "losses": drawn(panel.losses, of),
-            "gaps": drawn([_so_far(curve) for curve in panel.gaps], of),
+            "gaps": drawn(panel.largest_gaps, of),
             "envelopes": [_envelope(envelope, of, records, most) for envelope in panel.envelopes],
+            "last_digit": _last_digit(panel.last_digit, of, records, most),
         }
         for panel, of in zip(rows.panels, panels, strict=True)
     ]
@@ -62,20 +63,13 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
             "samples": all("samples" in curve or "batch" in curve for curve in every),
             "seconds": all("step_s" in curve for curve in every),
         },
+        "one_batch": all(len({row.global_batch_size for row in of.rows}) == 1 for of in panels),
         "merged": rows.is_crowded,
         "controls": rows.controls,
         "margin": f"{MARGIN:.0f}",
         "has_gaps": any(panel["gaps"] for panel in shown),
+        "last_digit": any(panel["gaps"] and panel["last_digit"] for panel in shown),
     }
-
-
-def _so_far(curve: CurveRow) -> CurveRow:
-    """Return the largest difference up to each step: curves that cross meet for a moment."""
-    values, *ends = (np.fmax.accumulate(v) for v in (curve.values, *(curve.range or ())))
-    return CurveRow(
-        curve.group, curve.name, curve.is_reference, curve.global_steps, values,
-        (ends[0], ends[1]) if ends else None,
-    )  # fmt: skip
 
 
 def _curve(curve: CurveRow, group: int, panel: Panel, records: Records, most: int) -> dict[str, Any]:
@@ -103,6 +97,16 @@ def _envelope(envelope: Envelope, panel: Panel, records: Records, most: int) -> 
     values, limits = (rounded(column[places], 3) for column in columns)
     at = _against(np.array(envelope.global_steps)[places], of, records)
     return {**at, "values": values, "limits": limits}
+
+
+def _last_digit(
+    points: Points | None, panel: Panel, records: Records, most: int
+) -> dict[str, Any] | None:
+    if points is None or not points[0].size:
+        return None
+    places = _kept([points[1]], most)
+    of = [row for row in panel.rows if row.is_reference] or panel.rows[:1]
+    return {**_against(points[0][places], of, records), "values": rounded(points[1][places], 3)}
 
 
 def _kept(columns: Sequence[np.ndarray], most: int) -> np.ndarray:

@@ -8,6 +8,8 @@
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
   const WORTH_NAMING = 9;
   const MOST_LABELS = 24;
+  const DECADES = 4;
+  const MOST_DECADES = 7;
   const ERRORS = 1; // a layer without data is no reason to warn
 
   const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
@@ -29,12 +31,16 @@
     return { axis, style: { cell: { stroke: null }, text: { font: axis.labelFont } } };
   }
 
-  /** Return a specification with its titles filled in and its data put in. */
+  /** Return a specification with its data, its titles, and ticks by scale where these are given. */
   function filled(name, data, titles) {
     const spec = JSON.parse(JSON.stringify(page.specs[name]), (_, value) =>
       typeof value === "string" ? value.replace(/@(\w+)/g, (all, title) => titles[title] ?? all) : value);
     for (const source of spec.data) {
       if (source.name in data) source.values = data[source.name];
+    }
+    for (const axis of spec.axes) {
+      const ticks = titles.ticks?.[axis.scale];
+      if (ticks) axis.values = ticks;
     }
     return spec;
   }
@@ -70,6 +76,16 @@
     return new Set([...boxes].filter((box) => box.checked).map((box) => Number(box.value)));
   }
 
+  /** Return powers of ten as ticks of a log axis, or none where there would be fewer than three. */
+  function decades(values) {
+    const known = values.filter((value) => value > 0);
+    const [low, high] = [Math.floor(Math.log10(Math.min(...known))), Math.ceil(Math.log10(Math.max(...known)))];
+    const every = Math.ceil((high - low) / MOST_DECADES) || 1;
+    const ticks = [];
+    for (let k = low; k <= high; k += every) ticks.push(Number(`1e${k}`));
+    return ticks.length < 3 ? null : ticks;
+  }
+
   /** Return rows for lines and ranges; `least` takes the place of what a log axis cannot show. */
   function curveRows(curves, axis, least) {
     const lines = [];
@@ -99,17 +115,21 @@
       const losses = visible(panel.losses);
       const element = document.querySelector(`[data-plot=loss][data-panel="${index}"]`);
       if (losses.length) {
-        draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0] });
+        const ticks = { y: scale === "log" ? decades(losses.flatMap((of) => of.values)) : null };
+        draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0], ticks });
       } else {
         say(element, "No arm is chosen.");
       }
       const below = document.querySelector(`[data-plot=gap][data-panel="${index}"]`);
-      if (below) drawGaps(below, visible(panel.gaps), panel.envelopes, axis);
+      if (below) drawGaps(below, visible(panel.gaps), panel, axis);
     });
   }
 
-  function drawGaps(element, gaps, envelopes, axis) {
-    const values = [...gaps.flatMap((of) => [...of.values, ...(of.high ?? [])]), ...envelopes.flatMap((of) => of.limits)];
+  function drawGaps(element, gaps, { envelopes, last_digit: digit }, axis) {
+    const values = [
+      ...gaps.flatMap((of) => [...of.values, ...(of.high ?? [])]),
+      ...envelopes.flatMap((of) => of.limits), ...(digit?.values ?? []),
+    ];
     const positive = values.filter((value) => value > 0);
     if (!gaps.length || !positive.length) {
       say(element, gaps.length ? "There is no difference at any step." : "No arm with a difference is chosen.");
@@ -125,7 +145,12 @@
         limits.push({ ...at, y: Math.max(least, envelope.limits[i]), color: color("limit"), strokeDash: [5, 4], strokeWidth: 1.4, opacity: 1 });
       });
     });
-    draw(element, "gap", { ...curveRows(gaps, axis, least), envelopes: bands, limits }, { axis: AXES[axis][0] });
+    if (digit) {
+      AXES[axis][1](digit).forEach((x, i) => {
+        bands.push({ curve: -1, x, low: least, high: Math.max(least, digit.values[i]), color: color("band") });
+      });
+    }
+    draw(element, "gap", { ...curveRows(gaps, axis, least), envelopes: bands, limits }, { axis: AXES[axis][0], ticks: { y: decades([least, ...values]) } });
   }
 
   // --- memory
@@ -162,21 +187,22 @@
     const limit = budget();
     const input = form("memory").elements.namedItem("budget");
     input.setAttribute("aria-valuetext", inUnit(limit));
-    form("memory").elements.namedItem("words").textContent = page.memory.panels
-      .map((panel) => saidOf(panel, limit)).join(" ");
+    const said = page.memory.panels.map((panel) => [panel.title, saidOf(panel, limit)]);
+    const alike = said.every(([, words]) => words === said[0][1]);
+    form("memory").elements.namedItem("words").textContent = `With ${inUnit(limit)}: ${
+      alike ? said[0][1] : said.map(([title, words]) => `${title}: ${words}`).join(" ")}`;
   }
 
+  /** Say which N of a panel fit. */
   function saidOf(panel, limit) {
     const known = panel.bars.filter((bar) => peak(bar) !== null);
     const one = (bar) => `${bar.n}${bar.total === null ? " (planned)" : ""}`;
     const name = (bars) => `N = ${listed.format(bars.map(one))}`;
     const [fits, others] = [known.filter((bar) => peak(bar) <= limit), known.filter((bar) => peak(bar) > limit)];
-    const lead = page.memory.panels.length > 1 && panel.title ? `${panel.title}: with` : "With";
-    const amount = `${inUnit(limit)},`;
     const is = (bars, singular, plural) => (bars.length === 1 ? singular : plural);
-    if (!fits.length) return `${lead} ${amount} no N fits that was tried.`;
-    if (!others.length) return `${lead} ${amount} every N fits that was tried.`;
-    return `${lead} ${amount} ${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
+    if (!fits.length) return "no N fits that was tried.";
+    if (!others.length) return "every N fits that was tried.";
+    return `${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
   }
 
   function drawTradeoff() {
@@ -233,10 +259,21 @@
   }
 
   function drawErrors(element, of) {
-    const cells = of.layers.flatMap((layer) => layer.cells.map(({ error, digits }, i) => {
-      const fill = digits === null ? color("raised") : digits <= 0 ? color("calm") : mixed(color("warm"), color("hot"), Math.min(digits / 6, 1));
-      const label = of.columns.length > WORTH_NAMING ? "" : error === null ? "–" : error === 0 ? "0" : error.toExponential(0);
-      return { layer: layer.name, micro: of.columns[i], color: fill, stroke: color("paper"), label, ink: inkOn(fill) };
+    const large = of.layers.flatMap((layer) => layer.errors.filter((_, i) => layer.above[i] === "1"));
+    const largest = Math.log10(Math.max(...large));
+    const fill = (error, above) => {
+      if (error === null) return color("raised");
+      const decades = largest - Math.log10(error);
+      return above ? mixed(color("hot"), color("warm"), Math.min(1, decades / DECADES)) : color("calm");
+    };
+    const named = of.columns.length <= WORTH_NAMING;
+    const said = (error) => (error === null ? "–" : error === 0 ? "0" : error.toExponential(0));
+    const cells = of.layers.flatMap((layer) => layer.errors.map((error, i) => {
+      const own = fill(error, layer.above[i] === "1");
+      return {
+        layer: layer.name, micro: of.columns[i], color: own, stroke: color("paper"), ink: inkOn(own),
+        label: named ? said(error) : "",
+      };
     }));
     draw(element, "errors", { cells });
   }
@@ -258,7 +295,7 @@
       const furthest = 1.5 * Math.max(...of.losses.map((loss) => loss.batch), of.noise ? of.noise.low * 2 : 0);
       const noise = of.noise ? [{ low: of.noise.low, high: of.noise.high ?? furthest, color: color("band") }] : [];
       const limit = of.limit === null ? [] : [{ loss: of.limit, color: color("p1") }];
-      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss });
+      draw(document.querySelector(`[data-plot=batches][data-panel="${index}"]`), "batches", { losses, noise, limit }, { axis: of.loss, ticks: { x: of.losses.map((loss) => loss.batch) } });
     });
   }
 

@@ -52,7 +52,7 @@ _AT: Mapping[str, Any] = _field(
     "Q",
     "@axis",
     scale={"nice": False, "zero": False},
-    axis={"grid": False, "format": "~s", "tickCount": 6},
+    axis={"grid": False, "tickCount": 6},
 )
 
 
@@ -82,7 +82,7 @@ def _band(data: str, y: Mapping[str, Any], opacity: float) -> Spec:
 def _losses(scale: str) -> Spec:
     y = _field(
         "y", "Q", "train loss", scale={"type": scale, "zero": False, "nice": scale == "linear"},
-        axis={"format": "~g", "tickCount": 6},
+        axis={"tickCount": 6, **({"format": "~g"} if scale == "log" else {})},
     )  # fmt: skip
     return {"height": 260, "layer": [_band("ranges", y, 0.18), _line("lines", y)]}
 
@@ -137,8 +137,8 @@ def _memory() -> Spec:
 
 def _tradeoff() -> Spec:
     scale = {"zero": False, "nice": True, "padding": 18}
-    x = _field("x", "Q", "@axis", scale=scale, axis={"tickCount": 6, "format": "~g"})
-    y = _field("y", "Q", "@other", scale=scale, axis={"tickCount": 6, "format": "~g"})
+    x = _field("x", "Q", "@axis", scale=scale, axis={"tickCount": 6})
+    y = _field("y", "Q", "@other", scale=scale, axis={"tickCount": 6})
     both = {"x": x, "y": y, "color": _OWN_COLOR}
     return {
         "height": 280,
@@ -154,7 +154,7 @@ def _tradeoff() -> Spec:
             },
             {"mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": both},
             {
-                "mark": {"type": "text", "dy": -13, "fontSize": 12},
+                "mark": {"type": "text", "dy": {"expr": "datum.panel % 2 ? 15 : -13"}, "fontSize": 12},
                 "encoding": {**both, "text": _field("label", "N")},
             },
         ],
@@ -219,7 +219,7 @@ def _window() -> Spec:
 
 def _noise() -> Spec:
     x = _field(
-        "low", "Q", "samples", scale={"type": "log", "nice": False, "padding": 20}, axis={"format": "~s"}
+        "low", "Q", "samples", scale={"type": "log", "nice": False, "padding": 20}, axis={"tickCount": 6}
     )
     y = _field("label", "N", None, sort=None, axis={"labelLimit": 200})
     return {
@@ -251,9 +251,7 @@ def _batches() -> Spec:
         scale={"type": "log", "base": 2, "nice": False, "padding": 20},
         axis={"format": "d", "grid": False},
     )  # fmt: skip
-    y = _field(
-        "loss", "Q", "@axis", scale={"zero": False, "nice": True}, axis={"tickCount": 6, "format": "~g"}
-    )
+    y = _field("loss", "Q", "@axis", scale={"zero": False, "nice": True}, axis={"tickCount": 6})
     both = {"x": x, "y": y, "color": _OWN_COLOR}
     return {
         "height": 260,

@@ -22,10 +22,16 @@ def noise_section(comparison: Comparison) -> dict[str, Any] | None:
     told = [of for of in told if of.low]
     if not told:
         return None
-    shown = sorted(told, key=lambda of: of.width)[:_MOST_INTERVALS]
-    shown = [of for of in told if of in shown]
+    narrowest = sorted(told, key=lambda of: of.width)[:_MOST_INTERVALS]
+    shown = [of for of in told if of in narrowest]
+    several = len({of.row.reduction for of in told}) > 1
+
+    def name(row: ComparisonRow) -> str:
+        setting = row.setting.label if several else row.setting.text
+        return f"N = {row.accum_steps}" + (f", {setting}" if setting else "")
+
     return {
-        "intervals": [_interval(of) for of in shown],
+        "intervals": [_interval(of, name(of.row)) for of in shown],
         "left_out": len(told) - len(shown),
         "in_adam_metric": any(of.in_adam_metric for of in shown),
         "table": {
@@ -33,7 +39,7 @@ def noise_section(comparison: Comparison) -> dict[str, Any] | None:
             "head": ["arm", "global batch", "noise scale (interval)", "windows measured"],
             "rows": [
                 [
-                    _name(of.row),
+                    name(of.row),
                     str(of.row.global_batch_size),
                     say_interval(of),
                     str(of.row.noise_windows),
@@ -75,19 +81,14 @@ def _batches(of: BatchComparison, named: bool) -> dict[str, Any]:
     }
 
 
-def _interval(of: NoiseTold) -> dict[str, Any]:
+def _interval(of: NoiseTold, name: str) -> dict[str, Any]:
     return {
-        "label": _name(of.row),
+        "label": name,
         "low": of.low,
         "high": _bounded(of.high),
         "scale": of.scale if of.scale is not None and math.isfinite(of.high) else None,
         "batch": of.row.global_batch_size,
     }
-
-
-def _name(row: ComparisonRow) -> str:
-    said = f"N = {row.accum_steps}"
-    return f"{said}, {row.setting.text}" if row.setting.text else said
 
 
 def _bounded(end: float) -> float | None:

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from experiments.mlflow_browser import CHROMIUM, CHROMIUM_ARGUMENTS
+from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.report.compare.batches import compare_batches
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.report.page.write_page import write_page
@@ -55,7 +57,9 @@ def written(arm: Arm, audited: Callable[..., RunRecord], control: Arm, tmp_path:
         curves: Any = run.curves
         curves.update({name: type(run.curves["train/loss"])((3,), (v,)) for name, v in told.items()})
     windows = {
-        run.run_id: window(run.accum_steps or 1, samples=128) for run in runs if run.accum_steps != 1
+        run.run_id: AuditedWindow.of_json(json.dumps(window(run.accum_steps or 1, samples=128)))
+        for run in runs
+        if run.accum_steps != 1
     }
     comparison = compare(runs)
     return write_page(comparison, runs, tmp_path, compare_batches(comparison, runs), windows.get)
