@@ -271,7 +271,8 @@ def _refusal(
     """Run samples and their replacements; return what speaks against them."""
     samples = torch.arange(size)
     if size < 2:
-        run(samples)
+        if size:
+            run(samples)
         return None
     one, other = (swap.rows for swap in swaps(size))
     # Without a loss scale float16 would lose the digits of small gradients.
