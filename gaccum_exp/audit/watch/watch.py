@@ -45,8 +45,8 @@ class Watched:
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
         self.noise_of: set[frozenset[str]] = set()
-        """The parameters, by name, whose gradients told it; of optimizers that step in turn several sets,
-        each with a loss of its own."""
+        """The parameters, by name, whose gradients told it; of optimizers that step in turn several
+        sets, each with a loss of its own."""
 
     @property
     def worst(self) -> Audit:
@@ -100,8 +100,8 @@ class Watched:
     def _noise_said(self) -> str:
         if len(self.noise_of) > 1:
             return (
-                "noise scale: not measured: the optimizers step in turn, each with a loss of its own: watch "
-                "each of them alone"
+                "noise scale: not measured: the optimizers step in turn, each with a loss of its own: "
+                "watch each of them alone"
             )
         reasons = [noise for noise in self.noise if isinstance(noise, str)]
         scale = self.noise_scale

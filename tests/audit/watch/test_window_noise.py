@@ -131,7 +131,7 @@ class Adversaries(nn.Module):
 
 
 def test_optimizers_that_step_in_turn_have_no_noise_scale_in_common() -> None:
-    """Each has a loss of its own, and one when it is watched alone; those that take one window have one."""
+    """Each has one when it is watched alone, for its own loss; those that take one window have one."""
 
     def audited(turns: int, *watched: str) -> Watched:
         torch.manual_seed(0)
