@@ -123,7 +123,7 @@ def compare_batches(comparison: Comparison, runs: Sequence[RunRecord]) -> tuple[
     keys = {key: short for key, short in swept_keys(trained).items() if key not in _NOT_APART}
     found: dict[Setting, list[RunRecord]] = defaultdict(list)
     for run in trained:
-        if _has_one_batch(run) and (run.finished or _diverged(run)):
+        if _has_one_batch(run) and (run.finished or run.diverged):
             setting = Setting(run.params.get("accum.reduction"), swept_values(run, keys))
             found[setting].append(run)
     made = (
@@ -159,11 +159,6 @@ def _has_one_batch(run: RunRecord) -> bool:
     curve = run.curves.get(TRAIN_LOSS)
     known = run.global_batch_size and run.accum_steps and curve is not None and curve.values
     return bool(known) and "global_batches" not in run.tags
-
-
-def _diverged(run: RunRecord) -> bool:
-    """Whether a training ended because its loss was not finite, which stores may keep as a number."""
-    return run.status == "FAILED" and not abs(run.curves[TRAIN_LOSS].values[-1]) < 1e300
 
 
 Tried = Mapping[str, Mapping[str, RunRecord]]
