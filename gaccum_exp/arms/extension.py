@@ -173,8 +173,7 @@ def _named(others: Sequence[str], settings: Sequence[Setting]) -> tuple[list[str
     """Return what varies the other keys over these settings, as overrides and as ` at k=1,2, l=a`."""
     columns = {key: dict.fromkeys(dict(setting)[key] for setting in settings) for key in others}
     overrides = [f"{key}={','.join(map(_as_override, values))}" for key, values in columns.items()]
-    named = ", ".join(f"{key}={','.join(values)}" for key, values in columns.items())
-    return overrides, f" at {named}" if named else ""
+    return overrides, f" at {', '.join(overrides)}" if overrides else ""
 
 
 def _holds(arguments: Sequence[str], overrides: Sequence[str]) -> bool:
