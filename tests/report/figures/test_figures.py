@@ -337,6 +337,19 @@ def test_no_line_passes_through_an_n_that_is_missing(arm: Arm) -> None:
     assert "4" not in texts(figure)
 
 
+def test_the_axis_of_time_holds_every_quartile(arm: Arm) -> None:
+    """However far one is from its median."""
+    runs = [arm(n) for n in (1, 2)]
+    wide = {"time/step_low_s": 1e-4, "time/step_high_s": 9.0, "time/step_windows": 20.0}
+    runs[0] = replace(runs[0], metrics={**runs[0].metrics, **wide})
+    figure = draw_frontier(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    low, high = axes.get_xlim()
+    ends = [x for drawn in axes.collections for path in drawn.get_paths() for x, _ in path.vertices]
+    assert low < min(ends) < max(ends) < high
+
+
 def test_memory_stands_against_time_planned_beside_measured(arm: Arm) -> None:
     """Both at the time that was measured, in the units of the axes."""
     runs = [arm(n) for n in (1, 2, 8)]
