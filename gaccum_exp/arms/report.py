@@ -5,7 +5,7 @@ A sweep does the same at its end.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gaccum_exp.arms.compared import add_comparison
 from gaccum_exp.arms.continued import lacks
-from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcomes
+from gaccum_exp.arms.outcome import BAD_INPUT, OK, read_outcome, read_outcomes
 from gaccum_exp.arms.settle import record_report, say_where
 from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.config.schema import check_id
@@ -23,10 +23,11 @@ from gaccum_exp.report.compare.audited_windows import window_of
 from gaccum_exp.report.compare.batches import compare_batches, write_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
+from gaccum_exp.report.text.listing import list_runs, print_listed
 from gaccum_exp.report.text.table import print_comparison
 from gaccum_exp.report.text.table_files import write_latex, write_markdown
 from gaccum_exp.tracking import shipper
-from gaccum_exp.tracking.journal import Journal
+from gaccum_exp.tracking.journal import Journal, beginning, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, OF_NOISE, TRAIN_LOSS
 from gaccum_exp.tracking.mlflow_ui import experiment_tags
 from gaccum_exp.tracking.read_back import Journals
@@ -115,9 +116,7 @@ def _list_sweeps(uri: str | None, experiment: str | None) -> int:
     Raises:
         BadInputError: the store cannot be used; StoreAwayError: it does not answer.
     """
-    from gaccum_exp.arms.listing import list_runs, print_listed, runs_on_disk
-
-    listed = list_runs(runs_on_disk(FOLDERS)) if uri is None and experiment is None else []
+    listed = list_runs(_runs_on_disk(FOLDERS)) if uri is None and experiment is None else []
     where = " and ".join(f"{folder}/" for folder in FOLDERS)
     if not listed:
         address = tracking_uri(uri, "--uri")
@@ -126,6 +125,23 @@ def _list_sweeps(uri: str | None, experiment: str | None) -> int:
             listed = list_runs(Runs(address, experiment_name(experiment)).store.arms())
     print_listed(listed, where)
     return OK
+
+
+def _runs_on_disk(places: Iterable[Path]) -> list[RunRecord]:
+    """Return the runs whose journals lie in these folders, as they began and ended, without metrics."""
+    runs = []
+    for path in (path for place in places if place.is_dir() for path in journals_below(place)):
+        _, begin = beginning(path)
+        tags = dict(begin.get("tags", {}))
+        outcome = read_outcome(path.parent)
+        if not tags.get("sweep_id") or outcome is None:  # a report's, or that of a command that is dead
+            continue
+        if outcome.verdict is not None:
+            tags["verdict"] = outcome.verdict
+        params = {key: str(value) for key, value in begin["params"].items()}
+        told = begin["token"], "", begin["name"], outcome.status, begin["time_ms"]
+        runs.append(RunRecord(*told, params, tags, metrics={}))
+    return runs
 
 
 def _folder_of(sweep_id: str) -> Path | None:

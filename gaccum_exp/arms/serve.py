@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,27 @@ def _enter(surroundings: Surroundings) -> None:
     configure_log(job.hydra.job_logging, job.hydra.verbose)
 
 
+class SaidOnce(logging.Filter):
+    """Lets what is said of several arms in the same words through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        text = record.getMessage()
+        is_new = text not in self._said
+        self._said.add(text)
+        return is_new
+
+
+@lru_cache(maxsize=1)
+def _said_once(sweep_id: str) -> SaidOnce:
+    """Return what remembers the words of a sweep; the last one's are kept."""
+    return SaidOnce()
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
@@ -177,6 +199,9 @@ def _flush() -> None:
 def _run(context: ArmContext, stop: Stop) -> Ended:
     from gaccum_exp.arms.seeds import run_job
 
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler, logging.FileHandler):  # an arm's own log has all that is said of it
+            handler.addFilter(_said_once(context.sweep_id))
     return run_job(context, stop)
 
 

@@ -59,15 +59,19 @@ class Progress:
             TextColumn("{task.fields[said]}", table_column=column.copy()),
             console=Console(stderr=True), disable=self._plain, expand=True,
         )  # fmt: skip
-        said = f"0/{total}"
-        self._task = self._bar.add_task(self._label(said), total=total, said=said)
+        self._task = self._bar.add_task("", total=total, said="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    def begin(self, done: int) -> None:
+        """Show that a training begins, of which so many optimizer steps are taken already."""
+        said = f"{done}/{self._total}"
+        self._bar.update(self._task, description=self._label(said), completed=done, said=said)
+        self._bar.start()  # not before: what is said until then would leave an empty bar behind
 
     def advance(self, done: int, values: Mapping[str, float] | None = None) -> None:
         """Show that `done` optimizer steps are taken, if it is time, and the last values of metrics."""

@@ -70,6 +70,10 @@ class Delivery(Hook):
     def __init__(self, sink: Sink, progress: Progress) -> None:
         self._sink, self._progress = sink, progress
 
+    def begin(self, state: Any) -> None:
+        """Show that it begins."""
+        self._progress.begin(state.global_step)
+
     def after(self, state: Any, window: Any, values: Values) -> None:
         """Deliver if it is time."""
         if self._sink.due or state.done:

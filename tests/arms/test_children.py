@@ -3,6 +3,7 @@
 import ctypes
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -356,3 +357,11 @@ def test_seeds_that_cannot_be_trained_as_one_end_one_by_one(program: Program) ->
         ("FAILED", f"model: _target_={model.partition('=')[2]}: ends the process (status 4)"),
         ("FINISHED", None),
     ]  # fmt: skip
+
+
+def test_what_is_said_of_every_arm_is_said_once() -> None:
+    """In the same words, whatever the arm; other words are kept."""
+    heard = serve.SaidOnce()
+    said = ["3 seeds at once", "N=1 failed: why", "3 seeds at once", "N=2 failed, as N=1 did"]
+    records = [logging.LogRecord("x", logging.WARNING, "", 0, "%s", (text,), None) for text in said]
+    assert [heard.filter(record) for record in records] == [True, True, False, True]

@@ -81,6 +81,7 @@ def test_a_bar_has_a_line_of_eighty_columns(
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("CI", raising=False)
     with Progress(name, 100_000, following_s=lambda own_s: 90_000.0) as progress:
+        progress.begin(0)
         progress.advance(1)
         now_s(10)
         progress.advance(12_345, LAST)

@@ -163,6 +163,13 @@ def test_no_ratio_is_said_of_step_times_that_do_not_differ_measurably(arm: Arm) 
     assert said.endswith("at N = 4.")
 
 
+def test_a_time_of_another_command_is_said_to_be_one(arm: Arm) -> None:
+    """Marked in the table, named in the sentence."""
+    comparison = compare([arm(1, tags={"command_id": "a"}), arm(4, tags={"command_id": "b"})])
+    assert " 13.4~ 1.09~\n" in show(comparison)
+    assert "1.09 × as long, as another command has measured it" in summary(comparison)
+
+
 def test_repetitions_have_to_differ_all_and_in_one_direction(arm: Arm) -> None:
     """One seed that is faster, or does not differ, leaves no claim."""
     runs = [arm(n, seed=s) for n in (1, 4) for s in (0, 1)]

@@ -1,20 +1,17 @@
-"""`python -m gaccum_exp report` without an id: the sweeps and runs that there are, newest first."""
+"""List the sweeps and runs that there are, the newest first: what each varied, and how it was judged."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from gaccum_exp.arms.outcome import read_outcome
 from gaccum_exp.report.compare.swept_keys import swept_keys, swept_values
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.verdict_notes import SOUND, rank
 from gaccum_exp.report.text.wording import NOT_AUDITED
-from gaccum_exp.tracking.journal import beginning, journals_below
 from gaccum_exp.tracking.records import RunRecord, last_of_each_arm
 
 MOST_LISTED = 20
@@ -36,23 +33,6 @@ class Listed:
     """`N=1,2,4 lr=0.1,0.2`"""
     verdicts: str
     """`1 biased, 2 equivalent, 1 failed`"""
-
-
-def runs_on_disk(places: Iterable[Path]) -> list[RunRecord]:
-    """Return the runs whose journals lie in these folders, as they began and ended, without metrics."""
-    runs = []
-    for path in (path for place in places if place.is_dir() for path in journals_below(place)):
-        _, begin = beginning(path)
-        tags = dict(begin.get("tags", {}))
-        outcome = read_outcome(path.parent)
-        if not tags.get("sweep_id") or outcome is None:  # a report's, or that of a command that is dead
-            continue
-        if outcome.verdict is not None:
-            tags["verdict"] = outcome.verdict
-        params = {key: str(value) for key, value in begin["params"].items()}
-        told = begin["token"], "", begin["name"], outcome.status, begin["time_ms"]
-        runs.append(RunRecord(*told, params, tags, metrics={}))
-    return runs
 
 
 def list_runs(runs: Iterable[RunRecord]) -> list[Listed]:

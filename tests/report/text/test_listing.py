@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from gaccum_exp.arms.listing import list_runs, say_when
+from gaccum_exp.report.text.listing import list_runs, say_when
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
