@@ -82,8 +82,12 @@ def text_of(folder: Path, runs: Sequence[RunRecord], windows: Mapping[str, Any] 
     comparison = compare(runs)
     write_csv(comparison, folder / "comparison.csv")
     batches = compare_batches(comparison, runs)
-    kept = {run: AuditedWindow.of_json(json.dumps(of)) for run, of in (windows or {}).items()}
-    return write_page(comparison, runs, folder, batches, kept.get).read_text()
+
+    def window_of(run_id: str) -> AuditedWindow | None:
+        kept = (windows or {}).get(run_id)
+        return None if kept is None else AuditedWindow.of_json(json.dumps(kept))
+
+    return write_page(comparison, runs, folder, batches, window_of).read_text()
 
 
 def page_of(folder: Path, runs: Sequence[RunRecord], windows: Mapping[str, Any] | None = None) -> Page:
