@@ -65,9 +65,12 @@ Cells = dict[tuple[Any, ...], dict[str, tuple[float, float]]]
 """What a figure shows: by series and N, of each measure mean and standard deviation."""
 
 
-def asked_to_draw() -> bool:
+def asked_to_draw(kept: Path) -> bool:
     """Whether a study is only to draw its figures again, from the numbers that it has kept."""
-    return "--draw" in sys.argv[1:]
+    asked = "--draw" in sys.argv[1:]
+    if asked and not kept.exists():
+        sys.exit(f"--draw: {kept.name} is not there yet; the study keeps it when it is run without")
+    return asked
 
 
 def keep_cells(path: Path, names: Sequence[str], cells: Cells) -> None:

@@ -309,6 +309,10 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
             complain(f"what became of arms that ran elsewhere is not known: {error}")
             status = status or RUN_FAILED
         continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
+        if gave_up and continued.what_is_left(outcomes, command.command_id, command.planned) == (0, 0):
+            # It lost a process that had its arm's end behind it, or another of no arm's.
+            print("gaccum_exp: every arm has come to its end all the same", file=sys.stderr)
+            status, gave_up = OK, False
         end = OK
         if interrupted is None and status == OK and command.extend is not None:
             _extend(command, launch)
@@ -322,18 +326,24 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
 
 
 def _extend(command: Command, launch: Launch) -> None:
-    """Have a sweep's command be followed by one with further arms, where its best value is an end."""
+    """Have a sweep's command be followed by one with further arms, where its best value is an end.
+
+    Where nothing follows though it is an end, it is said why.
+    """
     from gaccum_exp.arms.report import Runs
 
     note = continued.SweepNote.of(launch.folder)
     runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
     try:
-        more = further(runs.sweep(launch.sweep_id), str(command.extend), note.swept_keys if note else ())
+        key, swept_keys = str(command.extend), note.swept_keys if note else ()
+        more = further(runs.sweep(launch.sweep_id), key, swept_keys, command.arguments)
     except (BadInputError, TrackingError) as error:
         complain(str(error))
         return
-    if more is not None:
-        print(more.said, file=sys.stderr)
+    if more is None:
+        return
+    print(more.said, file=sys.stderr)
+    if more.overrides:
         _end_journal(command, [], {})
         command.further = continued.with_further_arms(command.arguments, launch.sweep_id, more.overrides)
 

@@ -273,6 +273,7 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     folder.rename(program.folder / "away")
     assert program.report(sweep_id, "--out", "elsewhere").status == 0
     assert (program.folder / "elsewhere/comparison.csv").read_bytes() == made
+    assert (program.folder / "elsewhere/report.html").read_bytes() == page
     for out in (listed, program.report().out):  # from the journals, and from the store
         (line,) = [line for line in out.splitlines() if line.startswith(sweep_id)]
         assert line.split()[-4:] == ["mlp", "N=1,2,4", "2", "equivalent"]

@@ -112,7 +112,7 @@ def trained(arm: str, seed: int, changed: Sequence[str] = ()) -> Trained:
 
 def main() -> None:
     """Run the recursion and the trainings, and write answer, table and figure."""
-    if asked_to_draw():
+    if asked_to_draw(HERE / DRAWN):
         kept = json.loads((HERE / DRAWN).read_text(encoding="utf-8"))
         runs = [Trained(**run) for run in kept["runs"]]
         draw(runs, [Ended(**one) for one in kept["exact"]], HERE)

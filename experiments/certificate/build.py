@@ -42,7 +42,7 @@ SMALLEST = 1e-17
 
 def main() -> None:
     """Audit what is missing, then write figure and page."""
-    if asked_to_draw():
+    if asked_to_draw(RESULTS):
         draw(read_rows(RESULTS))
         return
     commit = git_commit()  # remembered: the commit that is measured, not one that is made meanwhile

@@ -31,7 +31,7 @@ DRAWN = HERE / "drawn.csv"
 
 def main() -> None:
     """Run the arms, average over seeds, write table and figure."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, int))
         return
     rows, seconds = run_study("equivalence")

@@ -76,7 +76,7 @@ COLUMNS = (
 
 def main() -> None:
     """Measure what is missing, run the sweep, write figure and page."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, int))
         draw_gpu(read_rows(ON_GPU))
         return

@@ -36,7 +36,7 @@ AT_A_TIME = 2
 
 def main() -> None:
     """Look at all checkpoints, two at a time, and time windows alone; write page and figure."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, int))
         return
     start = time.monotonic()

@@ -10,6 +10,7 @@ measured beside it, read as a file and through MLflow's server.
 
 import io
 import math
+import platform
 import random
 import sqlite3
 import statistics
@@ -169,7 +170,9 @@ def write_journal(
     journal.append("points", points=[[points, START_MS + points, once(arm)]])
     journal.end("FINISHED")
     size = journal.path.stat().st_size
-    Delivered(uri, EXPERIMENT, size, "ready", run_id=run_id, settled=True).write(journal.path)
+    Delivered(uri, EXPERIMENT, size, "ready", host=platform.node(), run_id=run_id, settled=True).write(
+        journal.path
+    )
 
 
 def copied(

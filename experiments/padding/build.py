@@ -30,7 +30,7 @@ DRAWN = HERE / "drawn.csv"
 
 def main() -> None:
     """Run the arms, compare each with the fully padded one of its N and seed, write table and figure."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, int))
         return
     rows, seconds = run_study("padding")

@@ -40,7 +40,7 @@ PUBLISHED = {2: 2.3e-3, 8: 3.2e-3, 64: 7.7e-3}
 
 def main() -> None:
     """Measure gradients, run the arms, write table and figure."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, int))
         return
     rows, seconds = run_study("precision")

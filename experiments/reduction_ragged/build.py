@@ -36,7 +36,7 @@ Row = dict[str, str]
 
 def main() -> None:
     """Run both sweeps, average over seeds, write tables and figure."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept_cells(DRAWN, str, float, int))
         return
     rows, seconds = run_study("reduction_ragged")

@@ -125,7 +125,7 @@ class Curve(Sink):
 
 def main() -> None:
     """Train what is missing, on two processes; write rows, figure and page."""
-    if asked_to_draw():
+    if asked_to_draw(HERE / "results.csv"):
         draw(read_rows(HERE / "results.csv"), HERE)
         return
     parser = argparse.ArgumentParser()

@@ -57,7 +57,7 @@ class Arm:
 
 def main() -> None:
     """Run the sweep and what is added to it; write page and figures."""
-    if asked_to_draw():
+    if asked_to_draw(DRAWN):
         draw(kept())
         return
     start = time.monotonic()

@@ -9,15 +9,14 @@ import json
 import logging
 import math
 import statistics
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import torch
-
 from gaccum_exp.arms import plan as planning
+from gaccum_exp.arms import trial
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.config.targets import target_object
 from gaccum_exp.errors import BadInputError, TrackingError, first_line
@@ -26,13 +25,12 @@ from gaccum_exp.memory.plan import BF16, CHECKPOINTING, Change
 from gaccum_exp.memory.planner import Planner
 from gaccum_exp.report.compare.batch_curves import samples_of
 from gaccum_exp.report.compare.columns import last_noise
-from gaccum_exp.report.text.advice import Advice, NoiseKnown, Way
+from gaccum_exp.report.compare.ways import Advice, NoiseKnown, Way
+from gaccum_exp.report.text.advice import say_why
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.records import RunRecord
-from gaccum_exp.train.audits import audit
-from gaccum_exp.train.build import TrainingData, build
+from gaccum_exp.train.build import TrainingData
 from gaccum_exp.train.growth import RULES, kind_of
-from gaccum_exp.train.step import take_step
 from gaccum_exp.train.stopping import Stop
 
 log = logging.getLogger(__name__)
@@ -40,8 +38,6 @@ ADVICE = "advice.json"
 PARTS = {2: "half the batch", 4: "a quarter of the batch"}
 """Smaller batches that are weighed against the one asked for."""
 WORDS = {CHECKPOINTING: "checkpointing", BF16: "bf16"}
-WARMUP_WINDOWS, TIMED_WINDOWS, LONGEST_S = 2, 7, 10.0
-"""Of each way: so many windows, or as many as begin within so long, one at least."""
 _MAY_DIFFER = ("optimizer.lr", "seed", "train.", "runtime.", "data.workers", "task")
 """Keys and their beginnings in which runs of one way may differ: its rate, above all."""
 
@@ -69,29 +65,24 @@ def planned(settings: Settings, loaded: TrainingData) -> tuple[list[tuple[Settin
             planner = planning.planner_of(smaller, _loaded(smaller, loaded), batch)
             n = 1 if budget is None else planner.smallest_fitting(budget) or 1
             found.append(_predicted(settings, smaller, (), planner, n, budget))
-    return found, budget
+    return [(own, _with_held(own, way, loaded)) for own, way in found], budget
 
 
 def advise(settings: Settings, loaded: TrainingData, stop: Stop) -> Advice:
     """Plan, try and audit every way."""
     with stop.at_once():
         ways, budget = planned(settings, loaded)
-    runs = _runs_like(settings)
-    tried = []
-    for own, way in ways:
-        stop.look()
-        if way.fits and way.failure is None:
-            way = _tried(own, way, loaded, stop)
-        tried.append(_with_runs(way, own, settings, loaded, runs))
-    return Advice(
-        settings.largest_batch, str(loaded.device), budget, tuple(tried), _noise_of(settings, runs)
-    )
+    runs = _runs_like(settings, loaded)
+    tried = trial.tried(ways, lambda own: _loaded(own, loaded), stop)
+    found = tuple(_with_runs(way, own, runs) for way, (own, _) in zip(tried, ways, strict=True))
+    return Advice(settings.largest_batch, str(loaded.device), budget, found, _noise_of(settings, runs))
 
 
 def write(advice: Advice, folder: Path) -> Path:
     """Write `advice.json`."""
     path = folder / ADVICE
-    path.write_text(json.dumps(advice.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = advice.as_dict() | {"why": say_why(advice)}
+    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -159,18 +150,32 @@ def _way(asked: Settings, own: Settings, changes: Sequence[Change]) -> Way:
     overrides = [change.override for change in changes]
     if batch != asked.largest_batch:
         words.append(PARTS[asked.largest_batch // batch])
-        overrides.append(f"data.global_batch_size={batch}")
         if own.train.lr_rule != asked.train.lr_rule:
             overrides.append(f"train.lr_rule={own.train.lr_rule}")
             overrides.append(f"train.base_batch_size={own.train.base_batch_size}")
         if own.train.steps != asked.train.steps:
             overrides.append(f"train.steps={own.train.steps}")
-    if own.accum_steps != asked.accum_steps:
-        overrides.append(f"accum.steps={own.accum_steps}")
     return Way(
-        tuple(overrides), tuple(words), batch, own.accum_steps, own.data.micro_batch_size,
+        (*overrides, *_split(asked, own)), tuple(words), batch, own.accum_steps,
+        own.data.micro_batch_size,
         exact=batch == asked.largest_batch and own.precision == asked.precision,
     )  # fmt: skip
+
+
+def _split(asked: Settings, own: Settings) -> list[str]:
+    """Return what gives a command another batch or another N, whatever of the three sizes it has set."""
+    batch, n = own.largest_batch, own.accum_steps
+    of_batch = [f"data.global_batch_size={batch}"] if batch != asked.largest_batch else []
+    of_n = [f"accum.steps={n}"] if n != asked.accum_steps or asked.chooses_accum_steps else []
+    if not (of_batch or of_n) or asked.data.block.get("micro_batch_size") is None:
+        return [*of_batch, *of_n]
+    # A micro-batch that was set would contradict N, or make another batch of it.
+    return ["data.micro_batch_size=null", f"data.global_batch_size={batch}", f"accum.steps={n}"]
+
+
+def _with_held(settings: Settings, way: Way, loaded: TrainingData) -> Way:
+    held = _loaded(settings, loaded).plan.full_window
+    return replace(way, held=held) if held < way.global_batch_size else way
 
 
 def _loaded(settings: Settings, loaded: TrainingData) -> TrainingData:
@@ -181,73 +186,56 @@ def _loaded(settings: Settings, loaded: TrainingData) -> TrainingData:
     return replace(loaded, plan=plan, total_steps=max(1, loaded.total_steps))
 
 
-def _tried(settings: Settings, way: Way, loaded: TrainingData, stop: Stop) -> Way:
-    """Audit a way's first window where it has several micro-batches, and time the windows after it."""
-    verdict = None
-    try:
-        state = build(settings, _loaded(settings, loaded))
-        windows = state.windows_from(0)
-        if settings.accum_steps > 1:
-            with stop.at_once():
-                verdict = audit(state, next(windows), 0).verdict
-            windows = state.windows_from(0)
-        seconds: list[float] = []
-        begun_s = time.perf_counter()
-        for number in range(WARMUP_WINDOWS + TIMED_WINDOWS):
-            stop.look()
-            start_s = time.perf_counter()
-            take_step(state, next(windows))
-            state.global_step += 1
-            if loaded.device.type != "cpu":
-                torch.accelerator.synchronize()
-            if number >= WARMUP_WINDOWS:
-                seconds.append(time.perf_counter() - start_s)
-            if seconds and time.perf_counter() - begun_s > LONGEST_S:
-                break
-        return replace(
-            way, verdict=verdict, sample_s=statistics.median(seconds) / settings.largest_batch
-        )
-    except StopIteration:
-        return replace(way, verdict=verdict, failure="the training is too short to be timed")
-    except BadInputError as error:
-        return replace(way, verdict=verdict, failure=first_line(error))
+def _runs_like(settings: Settings, loaded: TrainingData) -> list[RunRecord]:
+    """Return the finished runs of the store with this model, data and optimizer, with their noise.
 
-
-def _runs_like(settings: Settings) -> list[RunRecord]:
-    """Return the finished runs of the store with this model, data and optimizer, with their noise."""
+    Of as many samples, by less than a batch of theirs: a loss falls with them, and a noise scale grows.
+    Controls are left out, and batches that change in training.
+    """
     from gaccum_exp.tracking.mlflow_store import Store
 
     try:
         store = Store(str(settings.tracking.uri), str(settings.tracking.experiment_name))
         own = {k: str(v) for k, v in settings.flat().items()}
         like = {k: own[k] for k in own if k.endswith("_target_") and len(own[k]) <= 200}
-        alike = [run for run in store.finished(like) if _comparable(run.params) == _comparable(own)]
-        return store.with_curves(alike, (metrics.TRAIN_LOSS, *metrics.OF_NOISE))
+        asked = _comparable(RunRecord("", "", "", "", 0, own, {}, {}))
+        alike = [run for run in store.finished(like) if _comparable(run) == asked]
+        alike = [run for run in alike if not run.is_control and "global_batches" not in run.tags]
+        runs = store.with_curves(alike, (metrics.TRAIN_LOSS, *metrics.OF_NOISE))
     except (BadInputError, TrackingError) as error:
         log.warning("no runs are looked for in the store: %s", error)
         return []
+    wanted = loaded.plan.position(loaded.total_steps)
+    return [run for run in runs if abs(samples_of(run) - wanted) < (run.global_batch_size or 0)]
 
 
-def _comparable(params: Mapping[str, str]) -> dict[str, str]:
-    run = RunRecord("", "", "", "", 0, params, {}, {})
+def _comparable(run: RunRecord) -> dict[str, str]:
     return {k: v for k, v in run.training_config.items() if not k.startswith(_MAY_DIFFER)}
 
 
-def _with_runs(
-    way: Way, own: Settings, asked: Settings, loaded: TrainingData, runs: Sequence[RunRecord]
-) -> Way:
-    """Return a way with the lowest loss of the runs of its batch and precision, of as many samples."""
-    wanted = loaded.plan.position(loaded.total_steps)
-    losses = [
-        loss
-        for run in runs
-        if run.global_batch_size == own.largest_batch
-        and run.params.get("runtime.precision") == own.precision
-        and abs(samples_of(run) - wanted) <= asked.largest_batch
-        and (loss := run.last(metrics.EVAL_LOSS)) is not None
-        and math.isfinite(loss)
-    ]
-    return replace(way, loss=min(losses, default=None), runs=len(losses))
+def _with_runs(way: Way, own: Settings, runs: Iterable[RunRecord]) -> Way:
+    """Return a way with the loss of the runs of its batch and precision.
+
+    It is the mean over runs that differ in their seed at most, of the rate for which that is lowest: the
+    lowest of all runs would be the lower the more seeds there are.
+    """
+    alike: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for run in runs:
+        same = run.global_batch_size == own.largest_batch
+        loss = run.last(metrics.EVAL_LOSS)
+        if same and run.params.get("runtime.precision") == own.precision and loss is not None:
+            alike[_trained_how(run)].append(loss if math.isfinite(loss) else math.inf)
+    means = {how: statistics.fmean(losses) for how, losses in alike.items()}
+    best = min(means, key=lambda how: (means[how], -len(alike[how])), default=None)
+    if best is None or not means[best] < metrics.INFINITE:
+        return way
+    return replace(way, loss=means[best], runs=len(alike[best]))
+
+
+def _trained_how(run: RunRecord) -> tuple[str, ...]:
+    """Return what decides a loss beside the seed, of what may differ."""
+    rates = ("optimizer.lr", "train.lr_rule", "train.base_batch_size", "train.beta2_rule")
+    return tuple(run.params.get(key, "") for key in rates)
 
 
 def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MOST_COLORS = 8
 """So many can be told apart."""
-MOST_STEPS, LEAST_STEPS = 10_000, 50
+MOST_STEPS, LEAST_STEPS = 4_000, 50
 """Of all arms, and of one: a store takes some ten thousand values a second."""
 
 

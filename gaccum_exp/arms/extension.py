@@ -7,7 +7,7 @@ until its best value lies between two others. A best value at the end of a grid 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from gaccum_exp.errors import BadInputError
@@ -23,10 +23,21 @@ Setting = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Further:
-    """Arms that are to be trained besides."""
+    """Arms that are to be trained besides, or why none are though a best value is an end."""
 
     overrides: list[str]
+    """Of their command; empty: nothing is to follow."""
     said: str
+
+
+@dataclass(slots=True)
+class _Tried:
+    """The values of the key in one setting."""
+
+    losses: dict[float, list[float]] = field(default_factory=dict)
+    """A run's each; infinite where it diverged."""
+    unfinished: dict[float, str | None] = field(default_factory=dict)
+    """Values of which a run did not come to its end, and why; None: it is to go on."""
 
 
 def require_swept(
@@ -44,6 +55,10 @@ def require_swept(
     """
     if key is None:
         return
+    if key == "seed":
+        raise BadInputError(
+            "sweep.extend=seed: no seed is better than another; name a key with a best value"
+        )
     if key not in swept_keys:
         varied = ", ".join(swept_keys) or "nothing"
         raise BadInputError(
@@ -54,60 +69,118 @@ def require_swept(
         _number(key, str(value))
 
 
-def further(runs: Iterable[RunRecord], key: str, swept_keys: Sequence[str]) -> Further | None:
+def further(
+    runs: Iterable[RunRecord], key: str, swept_keys: Sequence[str], arguments: Sequence[str] = ()
+) -> Further | None:
     """Return the arms to be trained next; None where every best value lies between two others.
 
     Args:
         runs: of the sweep.
         key: whose values are to be extended.
         swept_keys: of the sweep.
+        arguments: of the command that has ended, with all that was asked for since the user's own.
 
     Raises:
         BadInputError: the key has a value that is no number above 0.
     """
-    losses: dict[Setting, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     others = [other for other in swept_keys if other not in (key, "seed")]
-    for run in runs:
-        if not run.is_control and run.params:
-            setting = tuple((other, _value(run, other)) for other in others)
-            losses[setting][_number(key, run.params.get(key, ""))].append(_loss(run))
+    tried, whole = _tried(runs, key, others)
     asked: dict[float, list[Setting]] = defaultdict(list)
-    for setting, of_values in losses.items():
-        value = _next(of_values)
-        if value is not None:
+    stopped: dict[str, list[Setting]] = defaultdict(list)
+    for setting, of_values in tried.items():
+        value = _next(of_values, whole=whole)
+        if isinstance(value, str):
+            stopped[value].append(setting)
+        elif value is not None:
             asked[value].append(setting)
-    if not asked:
-        return None
-    value, settings = next(iter(asked.items()))
-    together = settings if _is_product(settings) else settings[:1]
-    varied = {k: dict.fromkeys(dict(setting)[k] for setting in together) for k in others}
-    named = ", ".join(f"{k}={','.join(values)}" for k, values in varied.items())
-    return Further(
-        [
-            *(f"{k}={','.join(map(_quoted, values))}" for k, values in varied.items()),
-            f"{key}={value:.8g}",
-        ],
-        f"sweep.extend={key}: the best value is an end of those tried{named and f' at {named}'}: "
-        f"{value:.8g} is tried too",
-    )
+    for value, settings in asked.items():
+        together = settings if _is_product(settings) else settings[:1]
+        varied, named = _named(others, together)
+        overrides = [*varied, f"{key}={value:.8g}"]
+        if not _holds(arguments, overrides):
+            said = f"the best value is an end of those tried{named}: {value:.8g} is tried too"
+            return Further(overrides, f"sweep.extend={key}: {said}")
+        stopped[f"{value:.8g} was asked for, and was not trained to its end"] += together
+    lines = [
+        f"sweep.extend={key}: ends with a best value at an end of those tried"
+        f"{_named(others, [setting])[1]}: {why}"
+        for why, settings in stopped.items()
+        for setting in settings
+    ]
+    return Further([], "\n".join(lines)) if lines else None
 
 
-def _next(losses: dict[float, list[float]]) -> float | None:
-    """Return the value to be tried next; None: the best lies inside, or nothing can be said of it."""
-    means = {value: sum(of) / len(of) for value, of in losses.items()}
+def _tried(
+    runs: Iterable[RunRecord], key: str, others: Sequence[str]
+) -> tuple[dict[Setting, _Tried], bool]:
+    """Return what was tried in each setting, and whether the key has been given whole numbers only."""
+    tried: dict[Setting, _Tried] = defaultdict(_Tried)
+    texts = set()
+    for run in runs:
+        if run.is_control or not run.params:  # without: its configuration was refused
+            continue
+        text = run.params.get(key, "")
+        value, loss = _number(key, text), _loss(run)
+        texts.add(text)
+        of = tried[tuple((other, _value(run, other)) for other in others)]
+        if loss is not None:
+            of.losses.setdefault(value, []).append(loss)
+        else:
+            why = run.tags.get("failure", "it failed") if run.status == "FAILED" else None
+            of.unfinished[value] = of.unfinished.get(value) or why
+    return tried, all(text.isdigit() for text in texts)
+
+
+def _next(tried: _Tried, *, whole: bool) -> float | str | None:
+    """Return the value to be tried next, or why there is none; None: the best lies inside."""
+    # A value some of whose seeds are missing has no mean that could be held against another's.
+    means = {v: sum(of) / len(of) for v, of in tried.losses.items() if v not in tried.unfinished}
+    if not means:
+        return "none has been trained to its end"
     best = min(means, key=lambda value: (means[value], value))
-    if not math.isfinite(means[best]) or len(means) >= MOST_VALUES:
+    if not math.isfinite(means[best]):
+        value = min(means) / FACTOR
+    elif best == max(means):
+        value = best * FACTOR
+    elif best == min(means):
+        value = best / FACTOR
+    else:
         return None
-    if best == max(means):
-        return best * FACTOR
-    return best / FACTOR if best == min(means) else None
+    for other, why in tried.unfinished.items():
+        if why is not None and math.isclose(other, value):
+            return f"{other:.8g} has failed ({why})"
+    if len(means) >= MOST_VALUES:
+        return f"{len(means)} values were tried" + (
+            "" if math.isfinite(means[best]) else ", all diverged"
+        )
+    if whole and value != int(value):
+        return f"the key has whole numbers, and {value:.8g} is none"
+    return value
 
 
-def _loss(run: RunRecord) -> float:
-    """Return the loss at the end of a run; infinite where it diverged or failed."""
+def _loss(run: RunRecord) -> float | None:
+    """Return the loss at the end of a run; infinite where it diverged, None where it has no end."""
+    if run.diverged:
+        return math.inf
+    if not run.finished:
+        return None
     value = run.last(metrics.EVAL_LOSS)
     value = run.last(metrics.TRAIN_LOSS) if value is None else value
-    return value if run.finished and value is not None and math.isfinite(value) else math.inf
+    return value if value is not None and abs(value) < metrics.INFINITE else math.inf
+
+
+def _named(others: Sequence[str], settings: Sequence[Setting]) -> tuple[list[str], str]:
+    """Return what varies the other keys over these settings, as overrides and as ` at k=1,2, l=a`."""
+    columns = {key: dict.fromkeys(dict(setting)[key] for setting in settings) for key in others}
+    overrides = [f"{key}={','.join(map(_as_override, values))}" for key, values in columns.items()]
+    return overrides, f" at {', '.join(overrides)}" if overrides else ""
+
+
+def _holds(arguments: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Whether a command has asked for these overrides, which stand there one after the other."""
+    count = len(overrides)
+    starts = range(len(arguments) - count + 1)
+    return any(list(arguments[i : i + count]) == list(overrides) for i in starts)
 
 
 def _is_product(settings: Sequence[Setting]) -> bool:
@@ -117,7 +190,12 @@ def _is_product(settings: Sequence[Setting]) -> bool:
 
 
 def _value(run: RunRecord, key: str) -> str:
-    return run.params.get(key) or run.tags.get(f"choice.{key}", "")
+    """Return a swept key's value as it is recorded; a mapping's as `{0:1,1:4}`."""
+    found = run.params.get(key) or run.tags.get(f"choice.{key}")
+    if found is not None:
+        return found
+    inside = {k.removeprefix(f"{key}."): v for k, v in run.params.items() if k.startswith(f"{key}.")}
+    return "{" + ",".join(f"{k}:{_as_override(v)}" for k, v in inside.items()) + "}" if inside else ""
 
 
 def _number(key: str, text: str) -> float:
@@ -130,7 +208,11 @@ def _number(key: str, text: str) -> float:
     return number
 
 
-def _quoted(value: str) -> str:
-    """Return a value as an override has it; numbers and plain words as they are."""
-    plain = value.replace(".", "").replace("_", "").replace("-", "").isalnum()
-    return value if plain else "'" + value.replace("'", "\\'") + "'"
+def _as_override(text: str) -> str:
+    """Return a recorded value as the command line has it: lists, mappings and plain words unquoted."""
+    if text == "None":
+        return "null"
+    plain = text.replace(".", "").replace("_", "").replace("-", "").isalnum()
+    if plain or (text[:1] + text[-1:] in ("[]", "{}")):
+        return text
+    return "'" + text.replace("'", "\\'") + "'"

@@ -568,7 +568,8 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
         sink.record(row.accum_steps, {f"plan/{key}": value for key, value in sizes.items()})
     chosen = {"plan.chosen_steps": planned.chosen_steps, "plan.knee_steps": planned.knee_steps}
     sink.describe(device_tags(loaded.device) | {k: str(v) for k, v in chosen.items() if v is not None})
-    for path in (planning.write(planned, folder), *save_plan(planned, folder)):
+    figures = save_plan(planned, folder, life.settings.figures.format, life.settings.figures.width)
+    for path in (planning.write(planned, folder), *figures):
         sink.keep_file(path)
     print(f"{life.name}\n\n{planned}")
     if planned.chosen_steps is not None or planned.budget_bytes is None:

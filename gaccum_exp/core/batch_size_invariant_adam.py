@@ -26,14 +26,15 @@ class BatchSizeInvariantAdam(AdamA):
     it to first order in 1 − β. At fixed weights m and v are then what κ windows of `base_steps`
     micro-batches leave in them, but for the order of these. So is the bias correction, 1 − β^Σκ over the
     windows so far, and decoupled weight decay, 1 − κηλ; ε stays. Ours, too: the weights wᵢ of unequal
-    micro-batches, with which v has the expectation that equal ones of n/N would give it. In a last
-    window of fewer micro-batches κ is that much smaller.
+    micro-batches, with which v has the expectation that equal ones of n/N would give it.
 
     The claim is of a *fixed micro-batch*: curves against samples agree over N while κ steps of the small
-    window move the weights little. At a fixed global batch the micro-batch shrinks as N grows, and v
-    holds more of the noise: take `base_steps` = N there (`strategy.base_steps=${accum.steps}`), so that
-    κ = 1, and expect shorter steps. With N = `base_steps` = 1 it is Adam. Micro gradients are dropped as
-    they come, as under AdamA, which is why it refuses what AdamA refuses. The recorded rate is η.
+    window move the weights little. A last window of an epoch, split into as many and smaller
+    micro-batches, would be scaled as a whole one: carry its samples over, or drop them. At a fixed
+    global batch the micro-batch shrinks as N grows, and v holds more of the noise: take `base_steps` = N
+    there (`strategy.base_steps=${accum.steps}`), so that κ = 1, and expect shorter steps. With N =
+    `base_steps` = 1 it is Adam. Micro gradients are dropped as they come, as under AdamA, which is why
+    it refuses what AdamA refuses. The recorded rate is η.
     """
 
     name: ClassVar[str] = "batch_size_invariant_adam"
@@ -49,6 +50,10 @@ class BatchSizeInvariantAdam(AdamA):
             raise BadInputError(f"strategy.base_steps={base_steps}: must be an integer of at least 1")
         self.base_steps = base_steps
         """The micro-batches of a window for which learning rate and β₁, β₂ are given."""
+
+    def scales_at(self, accum_steps: int) -> bool:
+        """Return whether κ is other than 1."""
+        return accum_steps != self.base_steps
 
     def require(self, reduction: Reduction) -> None:
         """Refuse a sum: the squares are of means.

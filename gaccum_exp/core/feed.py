@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from gaccum_exp.core.seeding import derive_seed, seed_host
+from gaccum_exp.core.seeding import derive_seed, drawn_since, random_state_kept, seed_host
 from gaccum_exp.core.window import WindowPlan, split_sizes
 
 Window = list[Any]
@@ -71,6 +71,16 @@ def windows(
             window = [next(micro_batches) for _ in sizes(global_step)]
         yield window
         del window
+
+
+def draws_samples(dataset: Dataset[Any]) -> bool:
+    """Return whether random numbers are drawn where a sample is fetched, as augmentation draws them."""
+    if type(dataset) is TensorDataset or hasattr(dataset, "gather"):
+        return False
+    with random_state_kept():
+        seed_host(0)
+        _Collate(getattr(dataset, "collate_fn", default_collate))([dataset[0]])
+        return drawn_since(0)
 
 
 @contextmanager

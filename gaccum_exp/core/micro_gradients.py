@@ -20,7 +20,7 @@ from gaccum_exp.core.losses.protocol import Denominator, LossFn, criterion_of, p
 from gaccum_exp.core.module_state import held_by, state_put_back, states_of
 from gaccum_exp.core.sample_mixing import mixing_module, swaps
 from gaccum_exp.core.sample_reading import sample_layouts
-from gaccum_exp.core.seeding import random_state_kept, random_states, set_random_states
+from gaccum_exp.core.seeding import random_state_kept, random_states, same_states, set_random_states
 from gaccum_exp.core.strategies import AccumulatorState
 from gaccum_exp.errors import BadInputError
 
@@ -30,6 +30,10 @@ KEPT = 2**18
 """Elements of D that are kept for a window, of small parameters: of a small model it takes the time."""
 TRIED = 8
 """Samples that are tried for whether they are independent."""
+OF_DRAWS = (
+    "passes draw random numbers (dropout and its like), and of a training set's noise scale no more can "
+    "be told: that noise does not vanish in a window of all its samples, as the samples' does"
+)
 OF_TERMS = "a loss of several terms has a noise scale for each term: give it as one sum and denominator"
 
 
@@ -211,8 +215,8 @@ def require_independent(
     layout: SampleLayout,
     parameters: Sequence[nn.Parameter],
     coarsest: torch.dtype,
-) -> None:
-    """Raise a `BadInputError` where a gradient is no sum over samples, each of which has its own share.
+) -> bool:
+    """Return whether passes draw random numbers, of a gradient that is a sum over samples.
 
     The first samples of a micro-batch pass four times, always with the same draws: as they are, every
     second one replaced by its neighbour, the others replaced, and all. Of a sum over samples the
@@ -222,24 +226,27 @@ def require_independent(
     Args:
         model: in the mode to be trained in.
         loss_fn: of the window.
-        micro_batch: of two samples or more, or else nothing is seen.
+        micro_batch: of two samples or more, or else only draws are seen.
         layout: where its samples are, it being the first of the window.
         parameters: that get a gradient.
         coarsest: the least precise type that passes compute in.
+
+    Raises:
+        BadInputError: a sample has no share of its own in the gradient, and why.
     """
-    size = min(layout.sizes[0], TRIED)
-    if size < 2:
-        return
+    size, drawn = min(layout.sizes[0], TRIED), False
     held = [model, *held_by(loss_fn)]
     refusal: BadInputError | None
     with random_state_kept(), state_put_back(held):  # which an error would leave as it is
         kept, start = states_of(held), random_states()
 
         def run(rows: Tensor) -> tuple[Tensor, Denominator]:
+            nonlocal drawn
             for state in kept:
                 state.put_back()
             set_random_states(start)
             result = loss_fn(model, layout.picked(micro_batch, rows))
+            drawn = drawn or not same_states(random_states(), start)
             if isinstance(result, Mapping):
                 raise BadInputError(f"noise scale: {OF_TERMS}")
             return pair_of(result)
@@ -250,6 +257,7 @@ def require_independent(
             refusal = error
     if refusal is not None:
         raise refusal
+    return drawn
 
 
 def _refusal(
@@ -261,7 +269,12 @@ def _refusal(
     coarsest: torch.dtype,
 ) -> BadInputError | None:
     """Run samples and their replacements; return what speaks against them."""
-    samples, (one, other) = torch.arange(size), (swap.rows for swap in swaps(size))
+    samples = torch.arange(size)
+    if size < 2:
+        if size:
+            run(samples)
+        return None
+    one, other = (swap.rows for swap in swaps(size))
     # Without a loss scale float16 would lose the digits of small gradients.
     scale = 1024.0 if coarsest == torch.float16 else 1.0
     before, watched = [p.grad for p in parameters], MicroGradients(parameters)

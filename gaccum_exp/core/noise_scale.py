@@ -34,6 +34,7 @@ from gaccum_exp.core.joined_samples import SampleLayout
 from gaccum_exp.core.losses.criterion import as_loss_fn
 from gaccum_exp.core.losses.protocol import LossFn, criterion_of
 from gaccum_exp.core.micro_gradients import (
+    OF_DRAWS,
     MicroGradients,
     Seen,
     coarsest_type,
@@ -125,13 +126,14 @@ def noise_scale(
         optimizer: where it is Adam-like, the scale in its metric is measured too.
         samples: how many each micro-batch holds; None: as its tensors' shapes tell.
         training_samples: D, where G is to be the gradient over a training set of which the window holds
-            samples drawn without replacement; None: the gradient over their population.
+            samples drawn without replacement, as they are; None: the gradient over their population.
         earlier: what earlier windows told, to be averaged with.
 
     Raises:
         BadInputError: there is no noise scale, and why: a window of one micro-batch, gradients of an
             earlier window, samples that a layer or the loss couples, a loss of several terms, gradients
-            that are sparse or come in parts.
+            that are sparse or come in parts, numbers of samples that cannot be, passes that draw random
+            numbers where a training set is asked for.
     """
     parts = window if isinstance(window, Sequence) else list(window)
     loss_fn = as_loss_fn(loss_fn, reduction)
@@ -139,7 +141,14 @@ def noise_scale(
     parameters = [p for p in modules.parameters() if p.requires_grad]
     layout = _require_comparable(parts, parameters, samples)
     sizes = layout.sizes if samples is None else list(samples)
-    require_independent(model, loss_fn, parts[0], layout, parameters, coarsest_type(parameters))
+    if training_samples is not None and training_samples < sum(sizes):
+        raise BadInputError(
+            f"noise_scale: training_samples={training_samples}: the window alone holds {sum(sizes)}, "
+            "drawn without replacement"
+        )
+    draws = require_independent(model, loss_fn, parts[0], layout, parameters, coarsest_type(parameters))
+    if draws and training_samples is not None:
+        raise BadInputError(f"noise_scale: {OF_DRAWS}: leave training_samples out")
     seen = MicroGradients(parameters, optimizer)
     loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -235,9 +244,10 @@ def window_noise(
         shares: of its micro-batches, in the order of their passes.
         dots: of each gradient s = vᵢ∇Sᵢ the squares (s·s, s·A), A the sum of those before it.
         training_samples: D: the gradient is that over a training set of so many samples, from which the
-            window's are drawn without replacement: then ‖A‖² has (1 − B/D) as much noise in it.
+            window's are drawn without replacement. Then ‖A‖² has less noise in it, tr(τ)(Σvᵢ²bᵢ −
+            (Σvᵢbᵢ)²/D): of equal factors 1 − B/D as much (Cochran, Sampling Techniques, theorem 2.2).
     """
-    b_sum = n_sum = vn = vvb = 0.0
+    b_sum = n_sum = vn = vb = vvb = 0.0
     norm = of_gaps = expected = 0.0
     for (b, n, v), (squared, along) in zip(shares, dots, strict=True):
         if vn > 0:
@@ -248,12 +258,12 @@ def window_noise(
             of_gaps += weight * gap
             expected += weight * (b + n**2 * spread)
         norm += squared + 2 * along
-        b_sum, n_sum, vn, vvb = b_sum + b, n_sum + n, vn + v * n, vvb + v**2 * b
+        b_sum, n_sum, vn, vb, vvb = b_sum + b, n_sum + n, vn + v * n, vb + v * b, vvb + v**2 * b
     if not expected or not n_sum:
         return None
     tau = of_gaps / expected
-    left = 1.0 if training_samples is None else max(0.0, 1 - b_sum / training_samples)
-    return Noise(tau * (b_sum / n_sum) ** 2, (norm - tau * vvb * left) / vn**2)
+    left = vvb if training_samples is None else max(0.0, vvb - vb**2 / training_samples)
+    return Noise(tau * (b_sum / n_sum) ** 2, (norm - tau * left) / vn**2)
 
 
 def quotient_of_means(windows: Sequence[Noise], level: float = 0.95) -> Quotient:
@@ -325,7 +335,13 @@ def _require_comparable(
         raise BadInputError(f"noise_scale: samples names {len(samples)} of {len(window)} micro-batches")
     if not window:
         raise ValueError("the window holds no micro-batch")
+    if samples is not None and min(samples) < 1:
+        raise BadInputError(f"noise_scale: samples={list(samples)}: a micro-batch holds 1 at least")
     layout = samples_in(window, sizes=samples)
+    if samples is not None and any(n > rows for n, rows in zip(samples, layout.sizes, strict=True)):
+        raise BadInputError(
+            f"noise_scale: samples={list(samples)}: the micro-batches' tensors hold {layout.sizes}"
+        )
     if len(window) < 2:
         raise BadInputError(
             "noise_scale: a window of one micro-batch has no micro gradients to compare: split its "

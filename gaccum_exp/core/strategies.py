@@ -122,6 +122,10 @@ class InPlace:
         """
         return self
 
+    def scales_at(self, accum_steps: int) -> bool:
+        """Return whether it scales rate and moments by N for windows of so many micro-batches."""
+        return False
+
     def require(self, reduction: Reduction) -> None:
         """Raise a `BadInputError` where this strategy has no meaning under a reduction."""
 

@@ -2,6 +2,8 @@
 
 import re
 
+INFINITE = 1e300
+"""From here on a stored loss was infinite: some stores keep the largest float instead."""
 TRAIN_LOSS = "train/loss"
 LOSS_GAP = "train/loss_gap"
 LOSS_GAP_ULP = "train/loss_gap_ulp"

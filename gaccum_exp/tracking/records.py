@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from gaccum_exp.tracking.metrics import INFINITE, TRAIN_LOSS
+
 # Keys that say how the batch is split, what a store calls it, or where it goes on: none changes what is
 # trained.
 _SPLITTING = {
@@ -60,6 +62,13 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether the run trained to its end."""
         return self.status == "FINISHED"
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its training ended because its loss was not finite."""
+        curve = self.curves.get(TRAIN_LOSS)
+        last = curve.values[-1] if curve and curve.values else self.metrics.get(TRAIN_LOSS)
+        return self.status == "FAILED" and last is not None and not abs(last) < INFINITE
 
     @property
     def accum_steps(self) -> int | None:

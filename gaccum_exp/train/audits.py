@@ -117,9 +117,7 @@ class WindowAudits(Hook):
         before = self.worst
         self.worst = found if before is None else worst([before, found])
         if self.worst is not before:  # kept at once: a run that fails later has it
-            if (
-                found.window is not None
-            ):  # before its words, which a run that goes on is not to judge again
+            if found.window is not None:  # first, for what its words are of is not kept again
                 self._sink.keep_text(WINDOW_FILE, found.window.as_json())
             replaced = set() if before is None else set(tags(before))
             self._sink.describe(dict.fromkeys(replaced, "") | tags(self.worst))

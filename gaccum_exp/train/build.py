@@ -37,7 +37,14 @@ from gaccum_exp.memory.available import free_bytes
 from gaccum_exp.memory.fake import SizesOnly, fake_copies, nothing_left_behind, sizes_only
 from gaccum_exp.memory.plan import size
 from gaccum_exp.tracking import metrics
-from gaccum_exp.train.batch_rules import follow_batch
+from gaccum_exp.train.batch_rules import (
+    Rates,
+    batch_factor,
+    follow_batch,
+    rates_of,
+    require_following,
+    require_scaled_once,
+)
 from gaccum_exp.train.datasets import DatasetCache, lengths_of
 from gaccum_exp.train.device_and_precision import (
     placed_weights,
@@ -45,7 +52,7 @@ from gaccum_exp.train.device_and_precision import (
     prepare_runtime,
     scaler_of,
 )
-from gaccum_exp.train.growth import growth_of, rates_of, stages_of
+from gaccum_exp.train.growth import growth_of, require_one_schedule, stages_of
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.two_sample_check import first_samples, try_first_samples
 
@@ -110,6 +117,11 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
     if settings.accum.grow is not None:
         growth = _growth(settings, plan, total_steps)
         plan, total_steps = plan.in_stages(growth.stages), len(growth.factors)
+    if settings.train.beta2_rule != "fixed" and len({of.global_batch_size for of in plan.stages}) > 1:
+        log.warning(
+            "train.beta2_rule=%s: β₂ is that of a global batch of %d, and does not follow the batch",
+            settings.train.beta2_rule, settings.data.global_batch_size,
+        )  # fmt: skip
     return TrainingData(
         device=device,
         train_data=train_data,
@@ -123,10 +135,35 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
 
 def _growth(settings: Settings, plan: WindowPlan, total_steps: int) -> BatchGrowth:
     # The schedule is read off a parameter of no model: its data are not there yet.
-    optimizer = optimizer_of(settings, [nn.Parameter(torch.zeros(2, 2))])
+    optimizer, rates = _rates(settings, [torch.zeros(2, 2)], total_steps)
+    return growth_of(settings, plan, optimizer, [first for first, *_ in rates])
+
+
+def _rates(
+    settings: Settings, tensors: Sequence[Tensor], total_steps: int
+) -> tuple[torch.optim.Optimizer, Rates]:
+    """Return an optimizer like the run's of parameters like these, and the rates of its schedule."""
+    optimizer = optimizer_of(settings, [nn.Parameter(tensor) for tensor in tensors])
     scheduler = scheduler_of(settings, optimizer, total_steps)
-    assert scheduler is not None  # of settings that let a batch grow
-    return growth_of(settings, plan, optimizer, rates_of(optimizer, scheduler, total_steps))
+    assert scheduler is not None  # of settings that have one
+    return optimizer, rates_of(optimizer, scheduler, total_steps)
+
+
+def _refuse_rates_of_their_own(
+    settings: Settings, parameters: Sequence[Tensor], total_steps: int
+) -> None:
+    """Refuse a schedule some of whose rates are not what the batch's rules make of them."""
+    grows, follows = settings.accum.grow is not None, batch_factor(settings) != 1.0
+    if not settings.scheduler.get("_target_") or not (grows or follows):
+        return
+    # An optimizer may hang hooks on what it is given, so that these are others, in as many dimensions.
+    like = [p.detach().new_zeros((1,) * p.ndim) for p in parameters]
+    _, rates = _rates(settings, like, total_steps)
+    if grows:
+        require_one_schedule(settings, rates)
+    if follows:
+        unscaled = replace(settings, train=replace(settings.train, lr_rule="none"))
+        require_following(settings, rates, _rates(unscaled, like, total_steps)[1])
 
 
 def _refuse_windows_beyond_data(settings: Settings, plan: WindowPlan) -> None:
@@ -194,6 +231,7 @@ def build(
             raise BadInputError("model: it has no parameter that requires a gradient")
         optimizer = optimizer_of(settings, parameters)
     strategy = strategy.for_optimizer(optimizer)
+    require_scaled_once(settings, strategy, plan, loaded.total_steps)
     from_host = placed(loss_fn, placement)
     criterion = None if criterion_loss is None else criterion_loss.criterion
     ignored = getattr(criterion, "ignore_index", None)
@@ -224,6 +262,7 @@ def build(
         growth=loaded.growth,
     )
     if fake is None:
+        _refuse_rates_of_their_own(settings, parameters, state.schedule_steps)
         state.scheduler = scheduler_of(settings, optimizer, state.schedule_steps)
     return state
 

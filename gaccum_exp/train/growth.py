@@ -1,17 +1,17 @@
 """A batch that grows where the schedule of an experiment would let its learning rate fall."""
 
 import logging
-import warnings
 from itertools import pairwise
+from math import prod
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
 from gaccum_exp.config.batch_sizes import AccumStage
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.core.batch_growth import ROUNDING, BatchGrowth, grow, growing_accum_steps
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
+from gaccum_exp.train.batch_rules import Rates
 
 log = logging.getLogger(__name__)
 RULES = {"sgd": "linear", "adam": "sqrt"}
@@ -29,16 +29,6 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], ...]] = {
 def kind_of(optimizer: type[torch.optim.Optimizer]) -> str | None:
     """Return whose rule is an optimizer's own; None: none is known for it."""
     return next((kind for kind, kinds in KINDS.items() if issubclass(optimizer, kinds)), None)
-
-
-def rates_of(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, total_steps: int) -> list[float]:
-    """Return the learning rate of the first group at every step of a schedule, which is used up."""
-    rates = []
-    with warnings.catch_warnings(action="ignore"):  # the optimizer takes no steps
-        for _ in range(total_steps):
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-            scheduler.step()
-    return rates
 
 
 def growth_of(
@@ -86,6 +76,25 @@ def stages_of(growth: BatchGrowth, settings: Settings) -> tuple[AccumStage, ...]
         AccumStage(stage.start, -(-stage.global_batch_size // micro), stage.global_batch_size)
         for stage in growth.stages
     )
+
+
+def require_one_schedule(settings: Settings, rates: Rates) -> None:
+    """Refuse parameter groups whose rates fall otherwise than the first one's: one batch follows one.
+
+    Raises:
+        BadInputError: a group's rates are no multiple of the first one's, to rounding.
+    """
+    first, *others = zip(*rates, strict=True)
+    for number, group in enumerate(others, 2):
+        peaks = max(first), max(group)
+        of_peak = [(a * peaks[1], b * peaks[0]) for a, b in zip(first, group, strict=True)]
+        step = next((k for k, (a, b) in enumerate(of_peak) if abs(a - b) > ROUNDING * prod(peaks)), None)
+        if step is not None:
+            raise BadInputError(
+                f"accum.grow={settings.accum.grow}: at step {step} the learning rate of parameter group "
+                f"{number} is {group[step] / peaks[1]:.3g} of its peak and the first one's "
+                f"{first[step] / peaks[0]:.3g}, and one batch cannot follow both"
+            )
 
 
 def _require_one_fall(key: str, settings: Settings, rates: list[float]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from gaccum_exp.core.feed import Window
+from gaccum_exp.core.feed import Window, draws_samples
 from gaccum_exp.core.micro_gradients import (
+    OF_DRAWS,
     MicroGradients,
     Seen,
     coarsest_type,
@@ -176,7 +177,7 @@ def _require_one_gradient_each(state: TrainState) -> None:
             "first of its short sequences, the last of its long ones: use data.sort_by_length=false"
         )
     first = first_samples(state.train_data, state.plan)
-    require_independent(
+    draws = require_independent(
         state.model,
         state.loss_fn,
         first,
@@ -184,6 +185,15 @@ def _require_one_gradient_each(state: TrainState) -> None:
         state.parameters,
         coarsest_type(state.parameters, state.placement.autocast),
     )
+    if state.settings.noise.of != "training_set":
+        return
+    if draws:
+        raise BadInputError(f"{OF_DRAWS}: use noise.of=population")
+    if draws_samples(state.train_data):
+        raise BadInputError(
+            "data.train draws random numbers for a sample (augmentation), whose noise does not vanish "
+            "in a window of the whole training set, as the samples' does: use noise.of=population"
+        )
 
 
 def _of_one_micro_batch(state: TrainState, samples: int) -> str:

@@ -56,7 +56,7 @@ def test_the_gap_in_ulp_is_the_largest_so_far_and_never_zero() -> None:
     """In the spacing of float32 at the reference's largest loss: 2⁻²² from 2 on."""
     found = added([arm(n, losses) for n, losses in LOSSES.items()])
     ulps = {step: value for step, (_, value) in values(found["n2"], "train/loss_gap_ulp").items()}
-    assert ulps == {2: 2.0**20, 3: 2.0**20, 4: 2.0**20}
+    assert ulps == {2: 2.0**20, 4: 2.0**20}, "no point inside a level stretch"
     assert values(found["n4"], "train/loss_gap_ulp") == {}
 
 

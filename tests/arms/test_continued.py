@@ -11,8 +11,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -284,6 +286,39 @@ def test_a_job_that_begins_after_another_command_took_over_runs_nothing(program:
     assert note is not None
     assert not continued.forgotten(program.sweep_folder, note.command_id)
     assert continued.forgotten(program.sweep_folder, "20260101-000000-abcdef")
+
+
+def test_a_sweep_whose_arms_have_all_ended_is_whole_whatever_its_launcher_says(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed after its last arm takes nothing along; before that, an arm is missing."""
+    instantiate = Plugins.instantiate_launcher
+
+    def instantiated(*args: Any, **kwargs: Any) -> Any:
+        launcher = instantiate(*args, **kwargs)
+        launch = launcher.launch
+
+        def launches(jobs: Any, **kwargs: Any) -> Any:
+            launch(jobs[:launched], **kwargs)
+            raise RuntimeError("a worker process was terminated")
+
+        monkeypatch.setattr(launcher, "launch", launches)
+        return launcher
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", instantiated)
+    line, launched = ("-m", *POINTS, "model._target_=tests.strangers.Net", "accum.steps=1,4"), 1
+    ended = program(*line)
+    assert ended.status == 1
+    assert "1 of 2 never started; to go on:" in ended.err
+    launched = 2
+    ended = program(*line)
+    assert ended.status == 0
+    assert "a worker process was terminated" in ended.err
+    assert "to go on:" not in ended.err
+    assert rows(program.sweep_folder) == {"1": "FINISHED", "4": "FINISHED"}
+    note = continued.SweepNote.of(program.sweep_folder)
+    assert note is not None
+    assert note.whole
 
 
 def test_an_arm_is_known_by_its_configuration(tmp_path: Path) -> None:

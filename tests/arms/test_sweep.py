@@ -92,6 +92,32 @@ def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Prog
     assert len(program.arms()) == 2
 
 
+def test_every_arm_holds_in_the_store_how_far_it_is_from_its_reference(program: Program) -> None:
+    """The table's numbers, at the time of the loss; again by a report it is the same."""
+    program.tiny("-m", "accum.steps=1,2")
+    client, stored = MlflowClient(program.uri), []
+    for _ in range(2):
+        rows = {row["run_id"]: row for row in table(program.sweep_folder)}
+        for run_id, row in rows.items():
+            run = client.get_run(run_id)
+            assert run.info.status == "FINISHED"
+            assert run.data.metrics["memory/peak_ratio"] == float(row["peak_ratio"])
+            gaps, losses = (
+                client.get_metric_history(run_id, key) for key in ("train/loss_gap", "train/loss")
+            )
+            stored.append((run_id, sorted((of.step, of.timestamp, of.value) for of in gaps)))
+            if row["role"] == "reference":
+                assert gaps == []
+            else:
+                assert max(of.value for of in gaps) == float(row["max_loss_gap"])
+                assert {(of.step, of.timestamp) for of in gaps} == {
+                    (of.step, of.timestamp) for of in losses
+                }
+        assert program.report(program.sweep_id).status == 0
+    assert stored[:2] == stored[2:]
+    assert not list(program.sweep_folder.rglob("*.lock"))
+
+
 def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
     """Besides N, micro-batch and reduction, which are always said; a swapped block by its file."""
     program("-m", "model=mlp,cnn", "optimizer.lr=0.1", "seed=0,1", "train.steps=1", "runtime.device=cpu")

@@ -342,6 +342,57 @@ def test_of_a_training_set_less_of_the_noise_is_in_the_gradient() -> None:
     assert sum(of_population) / 1000 < truth - 10 * error
 
 
+def test_of_a_training_set_it_is_unbiased_where_micro_batches_have_unequal_factors() -> None:
+    """16 of 24 samples under `mean`, in micro-batches of 2 to 7: within 3 standard errors."""
+    generator = torch.Generator().manual_seed(10)
+    samples = torch.randn(24, 4, generator=generator, dtype=F64) + 0.2
+    sizes, found = [3, 7, 2, 4], []
+    b = torch.tensor(sizes, dtype=F64)
+    v = 1 / (4 * b)
+    for _ in range(4000):
+        drawn = samples[torch.randperm(24, generator=generator)[:16]]
+        sums = torch.stack([part.sum(0) for part in drawn.split(sizes)])
+        shares = [Share(k, k, f) for k, f in zip(sizes, v.tolist(), strict=True)]
+        noise = window_noise(shares, [(x, y) for x, y in dots_of(sums, v).tolist()], 24)
+        assert noise is not None
+        found.append(noise.squared_norm)
+    numbers = torch.tensor(found, dtype=F64)
+    off = float(numbers.mean() - samples.mean(0).square().sum())
+    assert abs(off) < 3 * float(numbers.std()) / math.sqrt(4000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"samples": [0, 4, 4]}, r"samples=\[0, 4, 4\]: a micro-batch holds 1 at least"),
+        ({"samples": [4, -1, 4]}, r"samples=\[4, -1, 4\]: a micro-batch holds 1"),
+        ({"samples": [4, 4, 9]}, r"samples=\[4, 4, 9\]: the micro-batches' tensors hold \[4, 4, 4\]"),
+        ({"samples": [4, 4]}, "names 2 of 3"),
+        ({"training_samples": 0}, "training_samples=0: the window alone holds 12"),
+        ({"training_samples": 11}, "training_samples=11: the window alone holds 12"),
+    ],
+)
+def test_numbers_of_samples_that_cannot_be_are_refused(asked: dict[str, Any], said: str) -> None:
+    """In one line, before any gradient is added."""
+    model = linear()
+    with pytest.raises(BadInputError, match=said) as refusal:
+        noise_scale(model, nn.CrossEntropyLoss(), window_of([4, 4, 4]), **asked)
+    assert "\n" not in str(refusal.value)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [1, 1, 1]], ids=str)
+def test_of_a_training_set_passes_that_draw_are_refused(sizes: list[int]) -> None:
+    """What dropout adds does not vanish in a window of all samples; of the population it is measured."""
+    model = nn.Sequential(*linear(), nn.Dropout(0.3))
+    window = window_of(sizes)
+    with pytest.raises(BadInputError, match=r"draw random .*leave training_samples out"):
+        noise_scale(model, nn.CrossEntropyLoss(), window, training_samples=100)
+    assert math.isfinite(noise_scale(model, nn.CrossEntropyLoss(), window).window.trace)
+    model.eval().zero_grad()
+    noise_scale(model, nn.CrossEntropyLoss(), window, training_samples=100)
+
+
 @pytest.mark.parametrize("scale", [50.0, 1000.0])
 def test_fiellers_interval_covers_what_it_says(scale: float) -> None:
     """93.5 to 96.5 % of 1,000 intervals of 64 windows of 64 samples hold the truth.

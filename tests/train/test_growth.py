@@ -236,6 +236,33 @@ def test_what_no_batch_can_follow_is_refused(overrides: tuple[str, ...], said: s
     assert "\n" not in str(refused.value)
 
 
+class TwoRates(torch.optim.SGD):
+    """Biases have a tenth of the rate, in a group of their own."""
+
+    def __init__(self, params: list[Tensor], lr: float) -> None:
+        parts = ([p for p in params if (p.ndim > 1) == matrices] for matrices in (True, False))
+        super().__init__(
+            [{"params": of, "lr": lr / by} for of, by in zip(parts, (1, 10), strict=True)], lr
+        )
+
+
+def test_one_batch_follows_groups_of_one_schedule_alone() -> None:
+    """A cosine that multiplies the rates of both is one; a floor that both fall to is not."""
+    two = (
+        *GROWING,
+        "optimizer=custom",
+        "optimizer._target_=tests.train.test_growth.TwoRates",
+        "optimizer.lr=0.1",
+    )
+    assert len(build(settings(*two)).optimizer.param_groups) == 2
+    floor = ("scheduler=none", "scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR",
+             "+scheduler.T_max=90", "+scheduler.eta_min=0.005")  # fmt: skip
+    with pytest.raises(
+        BadInputError, match=r"grow=auto: at step \d+ the learning rate of .* group 2 is"
+    ):
+        build(settings(*two, *floor))
+
+
 def test_the_predicted_peak_is_that_of_the_largest_n() -> None:
     """Not of the first, which holds no gradient beside its activations."""
     grown, fixed = settings(*GROWING), settings(*COMMON, "accum.steps=6")

@@ -189,6 +189,9 @@ class Couples(nn.Module):
         ((*STRANGER, "optimizer=custom", "optimizer._target_=torch.optim.LBFGS", "optimizer.lr=0.1"),
          "LBFGS evaluates a window at several weights"),
         ((*RAGGED, "data.sort_by_length=true"), "data.sort_by_length=true"),
+        ((*STRANGER, "+model.dropout=0.3", "noise.of=training_set"), "dropout.*noise.of=population"),
+        ((*STRANGER, "+data.train.noise=0.1", "noise.of=training_set"),
+         r"draws random numbers for a sample \(augmentation\).*noise.of=population"),
     ],
 )  # fmt: skip
 def test_what_has_no_noise_scale_is_refused_before_it_trains(more: tuple[str, ...], said: str) -> None:

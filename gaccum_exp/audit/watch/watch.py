@@ -44,6 +44,9 @@ class Watched:
         """Backward passes after the last optimizer step of the block."""
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
+        self.noise_of: set[frozenset[str]] = set()
+        """The parameters, by name, whose gradients told it; of optimizers that step in turn several
+        sets, each with a loss of its own."""
 
     @property
     def worst(self) -> Audit:
@@ -62,8 +65,11 @@ class Watched:
     def noise_scale(self) -> Quotient | None:
         """The gradient noise scale in samples, with its 95 % interval, over the last 64 windows.
 
-        None: no window has told any noise.
+        None: no window has told any noise, or its windows are of different parameters: of several losses
+        there is no common mean.
         """
+        if len(self.noise_of) > 1:
+            return None
         measured = [noise for noise in self.noise if not isinstance(noise, str)]
         return quotient_of_means(measured[-TRAILING:]) if measured else None
 
@@ -92,6 +98,11 @@ class Watched:
         return f"{said}\nleft over: {passes} after the last step: step on what is left, or zero it"
 
     def _noise_said(self) -> str:
+        if len(self.noise_of) > 1:
+            return (
+                "noise scale: not measured: the optimizers step in turn, each with a loss of its own: "
+                "watch each of them alone"
+            )
         reasons = [noise for noise in self.noise if isinstance(noise, str)]
         scale = self.noise_scale
         if scale is None:
@@ -129,7 +140,8 @@ class watch:  # noqa: N801  # used as a function
         also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a
             teacher in compiled code, an average of the weights). What moves there is found, too.
         noise: whether to measure the gradient noise scale too, from the micro gradients of the windows
-            that are judged, run again: `audit.noise_scale`, and a line of the report.
+            that are judged, run again: `audit.noise_scale`, and a line of the report. Of several
+            optimizers only where they take one window.
 
     Raises:
         TypeError: there is no optimizer.
@@ -190,6 +202,8 @@ class watch:  # noqa: N801  # used as a function
                 if noise is not None:
                     told = noise[-1:] or [f"the window is {audit.verdict}: {audit.detail}"]
                     self._watched.noise += told
+                    if noise:
+                        self._watched.noise_of.add(frozenset(judged))
                 if seen.evaluation:  # of the step's evaluations the worst stands for it
                     numbered = audit.noting(f"at evaluation {seen.evaluation + 1} of the step's closure")
                     windows.append(worst([windows.pop(), numbered]))

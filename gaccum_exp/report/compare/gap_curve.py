@@ -21,7 +21,7 @@ class Gap(NamedTuple):
     gap: float
     """|train loss − reference's|."""
     largest_ulp: float | None
-    """The largest gap so far in ulp; None where it is 0, or not finite."""
+    """The largest gap so far in ulp; None where it is 0, not finite, or what it was and will be next."""
 
 
 def gap_curve(run: RunRecord, reference: RunRecord, most: int) -> list[Gap]:
@@ -32,8 +32,15 @@ def gap_curve(run: RunRecord, reference: RunRecord, most: int) -> list[Gap]:
     with np.errstate(all="ignore"):  # of losses that are not finite
         ulps = np.fmax.accumulate(gaps) / spacing(heights)
     each = max(1, -(-gaps.size // most))
-    places = [start + int(np.argmax(gaps[start : start + each])) for start in range(0, gaps.size, each)]
+    starts = range(0, gaps.size, each)
+    places = np.array(
+        [start + int(np.argmax(gaps[start : start + each])) for start in starts], dtype=int
+    )
+    kept = ulps[places]
+    told = (kept > 0) & (kept < np.inf)
+    told[1:-1] &= (kept[1:-1] != kept[:-2]) | (kept[1:-1] != kept[2:])
+    columns = global_steps[places], gaps[places], kept, told
     return [
-        Gap(int(global_steps[at]), float(gaps[at]), float(ulps[at]) if 0 < ulps[at] < np.inf else None)
-        for at in places
+        Gap(step, gap, ulp if is_told else None)
+        for step, gap, ulp, is_told in zip(*(column.tolist() for column in columns), strict=True)
     ]

@@ -13,6 +13,8 @@ windows it was 50 and 19 %: a load that lasts longer than an arm is in no spread
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gaccum_exp.tracking import metrics
@@ -43,8 +45,16 @@ def step_time(run: RunRecord) -> StepTime | None:
     return StepTime(median_s, low_s, high_s, int(windows))
 
 
+def time_of(seconds: Sequence[float]) -> StepTime:
+    """Return the time of some windows, one at least."""
+    low_s, median_s, high_s = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
+    )
+    return StepTime(median_s, low_s, high_s, len(seconds))
+
+
 def times_differ(ours: StepTime | None, theirs: StepTime | None) -> bool | None:
     """Whether two times differ measurably; None where too few windows were timed to tell."""
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or min(ours.windows, theirs.windows) < FEWEST_WINDOWS:
         return None
     return ours.high_s < theirs.low_s or theirs.high_s < ours.low_s

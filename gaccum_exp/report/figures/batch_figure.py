@@ -73,7 +73,10 @@ def _draw_setting(part: SubFigure, setting: SettingPanels, looks: Looks, columns
     marks = last.get_legend_handles_labels()[0]
     fit = style.letters(style.width()) // 18
     part.legend(handles=named, loc="outside lower center", ncols=min(fit, len(named)))
-    last.legend(handles=marks, loc="upper left", fontsize=style.points(0.85))
+    last.legend(
+        handles=marks, loc="upper left", fontsize=style.points(0.85), frameon=True, framealpha=0.8,
+        edgecolor="none",
+    )  # fmt: skip
     lines = sum(1 + str(mark.get_label()).count("\n") for mark in marks)
     low, high = last.get_ylim()
     last.set_ylim(low, high + (high - low) * _ROOM_PER_LINE * lines)

@@ -94,7 +94,8 @@ def draw_costs(
             axes.plot(
                 at, list(planned.values()), color=look["color"], gid=f"planned {curve.label}", **ring
             )
-    _scale(axes, [b / unit_bytes for b in peaks], [s / unit_s for s in times])
+    spread = [s for c in curves for of in (c.step_low_s, c.step_high_s) for s in of.values()]
+    _scale(axes, [b / unit_bytes for b in peaks], [s / unit_s for s in (*times, *spread)])
     axes.set_ylabel(f"{label} in {unit}")
     axes.set_xlabel(f"time of an optimizer step in {unit_of_time}")
     axes.grid()

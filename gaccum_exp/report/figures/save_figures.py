@@ -63,7 +63,12 @@ def draw(
     return paths
 
 
-def save_plan(plan: MemoryPlan, folder: Path) -> list[Path]:
-    """Draw a memory plan, and return the files written."""
-    with style.styled():
-        return style.save(draw_plan(plan), folder, "plan")
+def save_plan(
+    plan: MemoryPlan,
+    folder: Path,
+    formats: Sequence[str] = ("svg", "png"),
+    width: str | float = "double",
+) -> list[Path]:
+    """Draw a memory plan, and return the files written; formats and width as of `draw`."""
+    with style.styled(width):
+        return style.save(draw_plan(plan), folder, "plan", formats)

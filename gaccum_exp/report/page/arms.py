@@ -11,18 +11,11 @@ from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.tracking.records import RunRecord
 
 COMMAND = "python -m gaccum_exp"
-_SAID_ELSEWHERE = (
-    "mlflow.",
-    "choice.",
-    "role",
-    "kind",
-    "verdict",
-    "cause",
-    "culprit",
-    "remedy",
-    "failure",
+_NOT_PROVENANCE = (
+    *("verdict", "cause", "culprit", "remedy", "detail", "failure", "role", "kind"),  # said elsewhere
+    *("mlflow.", "run_token", "choice."),  # the store's own; and what the configuration says
 )
-"""Tags that say what the page says above, or who looked."""
+"""How tags begin that are no part of it."""
 
 
 def arm_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, Any]:
@@ -99,7 +92,7 @@ def _arm(
 
 
 def _provenance(run: RunRecord) -> dict[str, str]:
-    tags = {key: value for key, value in sorted(run.tags.items()) if not key.startswith(_SAID_ELSEWHERE)}
+    tags = {key: value for key, value in sorted(run.tags.items()) if not key.startswith(_NOT_PROVENANCE)}
     return {"run id": run.run_id, **tags}
 
 

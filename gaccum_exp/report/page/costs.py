@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gaccum_exp.memory.plan import CATEGORIES
+from gaccum_exp.report.arm_limit import spread
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.figures.cost_data import Bar, frontier_rows, memory_rows
@@ -17,6 +18,9 @@ from gaccum_exp.report.text.wording import (
     time_unit,
 )
 from gaccum_exp.tracking.records import RunRecord
+
+_MOST_NAMED = 10
+"""So many N of a curve are named beside it."""
 
 
 def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, Any] | None:
@@ -67,6 +71,7 @@ def tradeoff_section(comparison: Comparison) -> dict[str, Any] | None:
         {
             "panel": index,
             "n": n,
+            "is_named": n in spread(both, _MOST_NAMED),
             "x": _short(curve.step_s[n] / unit_s),
             "low": _short(curve.step_low_s.get(n, curve.step_s[n]) / unit_s),
             "high": _short(curve.step_high_s.get(n, curve.step_s[n]) / unit_s),

@@ -8,6 +8,7 @@
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
   const WORTH_NAMING = 9;
   const MOST_LABELS = 24;
+  const BAR_LABEL = 48; // pixels that a ratio above a bar takes
   const DECADES = 4;
   const MOST_DECADES = 7;
   const ERRORS = 1; // a layer without data is no reason to warn
@@ -163,6 +164,8 @@
     const limit = budget();
     const order = page.memory.categories;
     page.memory.panels.forEach((panel, index) => {
+      const element = document.querySelector(`[data-plot=memory][data-panel="${index}"]`);
+      const named = element.clientWidth > panel.bars.length * BAR_LABEL;
       const parts = [];
       const planned = [];
       const totals = [];
@@ -175,9 +178,8 @@
         }
         if (bar.planned !== null) planned.push({ n, size: bar.planned, color: color("ink") });
         const size = Math.max(peak(bar) ?? 0, bar.planned ?? 0);
-        totals.push({ n, size, label: bar.total === null ? bar.missing : bar.ratio, color: color("ink") });
+        totals.push({ n, size, label: bar.total === null ? bar.missing : named ? bar.ratio : "", color: color("ink") });
       }
-      const element = document.querySelector(`[data-plot=memory][data-panel="${index}"]`);
       const rule = [{ size: limit, color: color("limit") }];
       draw(element, "memory", { parts, planned, totals, budget: rule }, { axis: `peak memory in ${page.memory.unit}` });
     });
@@ -207,7 +209,7 @@
 
   function drawTradeoff() {
     const points = page.tradeoff.points.map((point) => (
-      { ...point, label: `N = ${point.n}`, color: color(`p${point.panel}`) }));
+      { ...point, label: point.is_named ? `N = ${point.n}` : "", color: color(`p${point.panel}`) }));
     const titles = { axis: `median time of an optimizer step in ${page.tradeoff.time}`, other: `peak memory in ${page.tradeoff.unit}` };
     draw(document.querySelector("[data-plot=tradeoff]"), "tradeoff", { points }, titles);
   }

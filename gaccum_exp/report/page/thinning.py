@@ -8,8 +8,10 @@ import numpy as np
 def kept_places(columns: Sequence[np.ndarray], most: int) -> np.ndarray:
     """Return which points to keep, ascending, about `most` of them: (kept,) int64.
 
-    The points are cut into as many equal buckets as leave room for the least and the greatest value of
-    every column, and for the first value that is not finite, in each. The first and the last point stay.
+    The points are cut into so many buckets that there is room for the least and the greatest value of
+    every column in each; the first value that is not finite stays too, as do the first and the last
+    point. Of the buckets' ends half are equally far apart, and half ever further: losses fall fastest in
+    the first steps.
 
     Args:
         columns: what is drawn at the same places, (points,) each.
@@ -18,9 +20,10 @@ def kept_places(columns: Sequence[np.ndarray], most: int) -> np.ndarray:
     points = columns[0].size
     if points <= most:
         return np.arange(points)
-    buckets = max(1, most // (2 * len(columns)))
+    half = max(1, most // (4 * len(columns)))
+    ends = np.unique([*np.linspace(0, points, half + 1), *np.geomspace(1, points, half + 1)]).astype(int)
     kept = {0, points - 1}
-    for places in np.array_split(np.arange(points), buckets):
+    for places in np.split(np.arange(points), np.unique(ends)[1:-1]):
         for column in columns:
             values = column[places]
             finite = np.isfinite(values)

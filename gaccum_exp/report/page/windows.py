@@ -15,14 +15,17 @@ from gaccum_exp.report.text.wording import MISSING, say_gap
 WindowOf = Callable[[str], AuditedWindow | None]
 """Gives the window that a run, by its id, was audited on; None where it keeps none."""
 MOST_WINDOWS, MOST_LAYERS, MOST_MICRO_BATCHES = 6, 40, 64
+_MOST_ASKED = 24
+"""Of arms, which a store takes a while to answer for, and those of older versions have none."""
 
 
 def window_section(comparison: Comparison, window_of: WindowOf) -> list[dict[str, Any]]:
     """Return the windows of a few arms, the worst verdict first."""
-    worst_first = sorted(comparison.rows, key=lambda row: (rank(row.verdict), -(row.accum_steps or 0)))
+    several = (row for row in comparison.rows if (row.accum_steps or 1) > 1)
+    worst_first = sorted(several, key=lambda row: (rank(row.verdict), -(row.accum_steps or 0)))
     found: list[dict[str, Any]] = []
-    for row in worst_first:
-        window = window_of(row.run_id) if (row.accum_steps or 1) > 1 else None
+    for row in worst_first[:_MOST_ASKED]:
+        window = window_of(row.run_id)
         if window is not None and window.micro_batches:
             found.append(_window(row, window))
         if len(found) == MOST_WINDOWS:

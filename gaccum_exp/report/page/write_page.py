@@ -95,7 +95,13 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("page.html")
+
+
+def _unbroken(text: str) -> str:
+    """Keep `N = 8` and `0.23 ×` on one line."""
+    return text.replace("N = ", "N\u00a0=\u00a0").replace(" ×", "\u00a0×")
 
 
 def _script_data(data: Mapping[str, Any]) -> Markup:

@@ -1,156 +1,59 @@
 """Advice on how to get a global batch: the ways there are, what each takes, and which one to take."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from gaccum_exp.memory.plan import size
+from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS, StepTime
+from gaccum_exp.report.compare.ways import Advice, Way
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, say_list, say_loss, say_scaled, time_unit
 
-SOUND = ("identical", "equivalent")
-TIE = 0.05
-"""Ways within this of the least objective are as good, and the simplest of them is recommended."""
 INEXACT = "its loss is not the large batch's by arithmetic, and no run shows it"
 
 
-@dataclass(frozen=True, slots=True)
-class NoiseKnown:
-    """A noise scale that a run has told at its end."""
-
-    scale: float
-    low: float
-    high: float
-    in_adam_metric: bool
-    run: str
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A way to get the batch, or to do with a smaller one."""
-
-    overrides: tuple[str, ...]
-    """What it adds to the command."""
-    changes: tuple[str, ...]
-    """What it changes beside N and the batch, in words."""
-    global_batch_size: int
-    accum_steps: int
-    micro_batch_size: int
-    exact: bool
-    """Whether its gradient is the asked batch's by arithmetic: same batch, same precision."""
-    peak_bytes: int | None = None
-    """Predicted; None: it could not be."""
-    fits: bool = True
-    """In the memory that there is, as far as that is known."""
-    sample_s: float | None = None
-    """Measured seconds per sample; None: it was not tried."""
-    verdict: str | None = None
-    """Of the audit of one window; None: one pass, or not tried."""
-    loss: float | None = None
-    """The best held-out loss of runs like it, after as many samples."""
-    runs: int = 0
-    """How many there are."""
-    failure: str | None = None
-    """Why it cannot be taken."""
-
-    def objective_s(self, noise: NoiseKnown | None) -> float | None:
-        """Return seconds per sample × (1 + B/B_noise): a model of the time to a given loss."""
-        if self.sample_s is None or noise is None:
-            return None
-        return self.sample_s * (1 + self.global_batch_size / noise.scale)
-
-    @property
-    def effort(self) -> tuple[int, int]:
-        """How much it asks for: changes, and micro-batches."""
-        return len(self.changes), self.accum_steps
-
-    @property
-    def usable(self) -> bool:
-        """Whether it may be recommended at all."""
-        sound = self.verdict in (None, *SOUND, "stochastic")
-        return self.failure is None and self.fits and self.sample_s is not None and sound
+def say_why(advice: Advice) -> str:
+    """Say which way is recommended and why, or what is missing to recommend one."""
+    best, unknown = advice.recommended(), advice.fastest_unknown()
+    lines = [f"Nothing is recommended: {_missing(advice)}."] if best is None else [_reason(advice, best)]
+    if advice.noise is None and (best is not None or any(way.usable for way in advice.ways)):
+        lines.append(
+            "Whether a smaller batch would do is not known: no run like this one, of as many samples, "
+            "has told its noise scale (noise.every_steps=8)."
+        )
+    if best is not None and unknown is not None:
+        ratio = advice.cost_s(unknown) / advice.cost_s(best)
+        lines.append(f"With {named(unknown)} it would be {ratio:.2f} × of that, but {INEXACT}.")
+    return " ".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """All ways, and what they were judged by."""
+def _reason(advice: Advice, best: Way) -> str:
+    way = f"Recommended: {named(best)} ({' '.join(best.overrides) or 'as it is'})"
+    if advice.noise is None:
+        of = f"the ways to a batch of {advice.global_batch_size} that fit"
+        return f"{way}: the least seconds per sample of {of}."
+    return (
+        f"{way}: the least seconds per sample × (1 + B / noise scale) of the ways that fit, by the "
+        "model samples ∝ 1 + B / noise scale."
+    )
 
-    global_batch_size: int
-    device: str
-    budget_bytes: int | None
-    ways: tuple[Way, ...]
-    noise: NoiseKnown | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what `advice.json` holds."""
-        best = self.recommended()
-        return {
-            "global_batch_size": self.global_batch_size,
-            "device": self.device,
-            "budget_bytes": self.budget_bytes,
-            "noise": None if self.noise is None else asdict(self.noise),
-            "ways": [asdict(way) | {"objective_s": way.objective_s(self.noise)} for way in self.ways],
-            "recommended": None if best is None else list(best.overrides),
-            "why": self.why(),
-        }
-
-    def recommended(self) -> Way | None:
-        """Return the simplest way within 5 % of the least objective, of those whose loss is known.
-
-        It is known by arithmetic (same batch, same precision), by the model, or by runs.
-
-        Without a noise scale smaller batches cannot be weighed against the one that was asked for.
-        """
-        known = [way for way in self.ways if way.usable and (way.exact or self._is_shown(way))]
-        if self.noise is None:
-            known = [way for way in known if way.global_batch_size == self.global_batch_size]
-        least = min(map(self._cost, known), default=math.inf)
-        as_good = [way for way in known if self._cost(way) <= (1 + TIE) * least]
-        return min(as_good, key=lambda way: (*way.effort, self._cost(way)), default=None)
-
-    def _is_shown(self, way: Way) -> bool:
-        """Whether a smaller batch may be taken for as good by the model, or runs show that it is."""
-        if way.global_batch_size != self.global_batch_size and way.verdict is None:
-            return "bf16" not in way.changes
-        own = [w.loss for w in self.ways if w.exact and w.loss is not None]
-        return way.loss is not None and bool(own) and way.loss <= min(own)
-
-    def _cost(self, way: Way) -> float:
-        return way.objective_s(self.noise) or way.sample_s or math.inf
-
-    def why(self) -> str:
-        """Say which way is recommended and why, or what is missing to recommend one."""
-        best, asked = self.recommended(), self.global_batch_size
-        if best is None:
-            fitting = any(way.fits and way.failure is None for way in self.ways)
-            missing = "no way could be tried" if fitting else "no way fits the memory that there is"
-            return f"Nothing is recommended: {missing}."
-        said = [f"Recommended: {named(best)} ({' '.join(best.overrides) or 'as it is'})"]
-        if self.noise is not None:
-            said.append(
-                "the least seconds per sample × (1 + B / noise scale) of the ways that fit, by the "
-                "model samples ∝ 1 + B / noise scale"
-            )
-        else:
-            said.append(f"the least seconds per sample of the ways to a batch of {asked} that fit")
-        lines = [f"{said[0]}: {said[1]}."]
-        if self.noise is None:
-            lines.append(
-                "Whether a smaller batch would do is not known: no run like this one has told its noise "
-                "scale (noise.every_steps=8)."
-            )
-        limit = (1 - TIE) * self._cost(best)
-        faster = [way for way in self.ways if way.usable and self._cost(way) < limit]
-        unshown = [way for way in faster if not way.exact and not self._is_shown(way)]
-        if unshown:
-            way = min(unshown, key=self._cost)
-            ratio = self._cost(way) / self._cost(best)
-            lines.append(f"With {named(way)} it would be {ratio:.2f} × of that, but {INEXACT}.")
-        return " ".join(lines)
+def _missing(advice: Advice) -> str:
+    """Say why no way is recommended."""
+    if not any(way.fits and way.peak_bytes is not None for way in advice.ways):
+        return "no way fits the memory that there is"
+    tried = [way for way in advice.ways if way.sample is not None]
+    if not tried:
+        return "no way that fits could be tried"
+    if not any(way.usable for way in tried):
+        return "no way that was tried has a sound gradient"
+    fastest = advice.fastest_unknown()
+    if fastest is None:  # smaller batches, and no noise scale to weigh them by
+        return f"no way to a batch of {advice.global_batch_size} that could be tried is sound"
+    to_add = " ".join(fastest.overrides) or "as it is"
+    return f"the fastest way that fits is {named(fastest)} ({to_add}), but {INEXACT}"
 
 
 def named(way: Way) -> str:
@@ -163,15 +66,14 @@ def print_advice(advice: Advice) -> None:
     """Print the table of all ways, and what is recommended."""
     out = console()
     out.print(render(advice))
-    out.print(advice.why(), highlight=False)
+    out.print(say_why(advice), highlight=False)
 
 
 def render(advice: Advice) -> Table:
     """Return a row per way: predicted, measured, from runs and modelled are marked apart."""
     ways = advice.ways
-    known = [way.sample_s for way in ways if way.sample_s is not None]
-    scale, unit = time_unit(max(known, default=1.0))
-    objectives = [way.objective_s(advice.noise) for way in ways]
+    scale, unit = time_unit(max((way.sample.median_s for way in ways if way.sample), default=1.0))
+    objectives = [advice.cost_s(way) if way.sample and advice.noise else None for way in ways]
     worst = max((o for o in objectives if o is not None), default=1.0)
     modelled, modelled_unit = time_unit(worst)
     best = advice.recommended()
@@ -179,9 +81,9 @@ def render(advice: Advice) -> Table:
         (
             f"{'*' if way is best else ''}{named(way)}",
             str(way.global_batch_size),
-            f"{way.accum_steps} × {way.micro_batch_size}",
+            f"{way.accum_steps} × {-(-(way.held or way.global_batch_size) // way.accum_steps)}",
             MISSING if way.peak_bytes is None else f"{size(way.peak_bytes)}{'' if way.fits else ' !'}",
-            MISSING if way.sample_s is None else say_scaled(way.sample_s, scale),
+            _say_time(way.sample, scale),
             way.verdict or MISSING,
             MISSING if way.loss is None else f"{say_loss(way.loss)} ({way.runs})",
             MISSING if objective is None else say_scaled(objective, modelled),
@@ -189,7 +91,7 @@ def render(advice: Advice) -> Table:
         for way, objective in zip(ways, objectives, strict=True)
     ]
     head = (
-        "way", "\nbatch", "N ×\nmicro", "peak,\npredicted", f"{unit}/sample,\nmeasured",
+        "way", "\nbatch", "N ×\nmicro", "peak,\npredicted", f"{unit}/sample\n(quartiles),\nmeasured",
         "gradient,\naudited", "loss,\nof runs", f"objective\n{modelled_unit}, modelled",
     )  # fmt: skip
     table = Table(
@@ -204,6 +106,14 @@ def render(advice: Advice) -> Table:
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
     return table
+
+
+def _say_time(time: StepTime | None, unit_size: float) -> str:
+    """`6.84 (6.70-7.02)`: the median and the quartiles."""
+    if time is None:
+        return MISSING
+    median, low, high = (say_scaled(seconds, unit_size) for seconds in time[:3])
+    return f"{median} ({low}-{high})"
 
 
 def _legend(advice: Advice) -> Iterator[str]:
@@ -221,7 +131,19 @@ def _legend(advice: Advice) -> Iterator[str]:
             f"{noise.run!r} has told ({noise.low:.3g} to {noise.high:.3g}{metric}); a model"
         )
     if any(way.runs for way in advice.ways):
-        yield "loss: the lowest of the finished runs like it, after as many samples (how many runs)"
+        yield (
+            "loss: of the finished runs like it, after as many samples: the mean over those of the best "
+            "rate (how many)"
+        )
+    tried = [way for way in advice.ways if way.sample is not None]
+    if any(way.sample.windows < FEWEST_WINDOWS for way in tried if way.sample):
+        yield f"- Fewer than {FEWEST_WINDOWS} windows of a way were timed: its time is uncertain."
+    held = {way.global_batch_size: way.held for way in advice.ways if way.held}
+    if held:
+        yield (
+            f"- data.train holds {max(held.values()):,} samples, fewer than a batch of "
+            f"{say_list(held)}: windows of as many were tried, peaks are of whole batches."
+        )
     for reason, labels in _failures(advice.ways).items():
         yield f"- {say_list(labels)}: {reason}"
 

@@ -119,6 +119,43 @@ def test_where_a_window_tells_no_noise_the_reason_is_said(
     assert why in said
 
 
+class Adversaries(nn.Module):
+    """A generator, and what tells its points from real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.critic(x if x.shape[1] == 3 else self.generator(x))
+
+
+def test_optimizers_that_step_in_turn_have_no_noise_scale_in_common() -> None:
+    """Each has one when it is watched alone, for its own loss; those that take one window have one."""
+
+    def audited(turns: int, *watched: str) -> Watched:
+        torch.manual_seed(0)
+        model = Adversaries().to(F64)
+        optimizers = {name: torch.optim.SGD(m.parameters(), 0.01) for name, m in model.named_children()}
+        with watch(model, None, [optimizers[name] for name in watched], noise=True) as audit:
+            for _ in range(3):
+                for name in ("critic", "generator")[:turns]:
+                    model.zero_grad()
+                    for _ in range(3):
+                        x = torch.randn(4, 3 if name == "critic" else 2, dtype=F64)
+                        (F.softplus(model(x if turns == 2 else x[:, :2])).mean() / 3).backward()
+                    for step in (name,) if turns == 2 else watched:
+                        optimizers[step].step()
+        return audit
+
+    both = audited(2, "generator", "critic")
+    assert both.noise_scale is None
+    assert "noise scale: not measured: the optimizers step in turn" in str(both)
+    for name in ("generator", "critic"):
+        assert audited(2, name).noise_scale is not None
+    assert audited(1, "generator", "critic").noise_scale is not None
+
+
 def test_watching_for_noise_leaves_a_loop_as_it_was() -> None:
     """Unasked nothing is measured; asked, the verdict and the weights are the same."""
     given = windows([4, 4], 2)

@@ -20,6 +20,7 @@ from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
 from gaccum_exp.report.figures.frontier import draw_frontier
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.report.figures.save_figures import FIGURES, draw
+from gaccum_exp.report.figures.style import styled
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
@@ -86,18 +87,18 @@ def test_arms_are_told_apart_without_colour(arm: Arm, n_arms: int) -> None:
     assert len(looks) == min(n_arms, 28)
 
 
-@pytest.mark.parametrize("n_arms", [1, 4, 12, 30, 36])
+@pytest.mark.parametrize(
+    ("n_arms", "width"),
+    [(1, "double"), (4, "double"), (12, "double"), (30, "double"), (36, "double"), (4, "single"),
+     (12, "single"), (36, "single"), (4, "talk")],
+)  # fmt: skip
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_labels_do_not_overlap(
-    arm: Arm, name: str, n_arms: int, monkeypatch: pytest.MonkeyPatch
+    arm: Arm, name: str, n_arms: int, width: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once laid out, no two pieces of text touch, and none leaves the figure."""
     runs = sweep(arm, n_arms)
     runs[-1] = arm(30, status="FAILED", drop=("memory/peak_bytes", "time/step_s"), run_id="failed")
-    figure = FIGURES[name](compare(runs), by_id(runs))
-    if figure is None:  # no bar, and no two N to be set against each other
-        assert (n_arms, name != "loss_curves") == (1, True)
-        return
     drawn: list[tuple[str, Bbox]] = []
     draw_text = Text.draw
 
@@ -107,7 +108,12 @@ def test_labels_do_not_overlap(
         draw_text(self, *args)
 
     monkeypatch.setattr(Text, "draw", note)
-    FigureCanvasAgg(figure).draw()
+    with styled(width):
+        figure = FIGURES[name](compare(runs), by_id(runs))
+        if figure is None:  # no bar, and no two N to be set against each other
+            assert (n_arms, name != "loss_curves") == (1, True)
+            return
+        FigureCanvasAgg(figure).draw()
     assert len(drawn) > 5
     for (one, a), (other, b) in combinations(drawn, 2):
         overlap = Bbox.intersection(a, b)
@@ -329,6 +335,19 @@ def test_no_line_passes_through_an_n_that_is_missing(arm: Arm) -> None:
     assert np.isnan(np.asarray(measured.get_xdata())).tolist() == [False, False, True, False, False]
     assert {"1", "2", "8", "16"} <= set(texts(figure))
     assert "4" not in texts(figure)
+
+
+def test_the_axis_of_time_holds_every_quartile(arm: Arm) -> None:
+    """However far one is from its median."""
+    runs = [arm(n) for n in (1, 2)]
+    wide = {"time/step_low_s": 1e-4, "time/step_high_s": 9.0, "time/step_windows": 20.0}
+    runs[0] = replace(runs[0], metrics={**runs[0].metrics, **wide})
+    figure = draw_frontier(compare(runs), by_id(runs))
+    assert figure is not None
+    (axes,) = figure.get_axes()
+    low, high = axes.get_xlim()
+    ends = [x for drawn in axes.collections for path in drawn.get_paths() for x, _ in path.vertices]
+    assert low < min(ends) < max(ends) < high
 
 
 def test_memory_stands_against_time_planned_beside_measured(arm: Arm) -> None:

@@ -28,7 +28,8 @@ def test_a_budget_far_from_the_peaks_leaves_them_their_room(
     """Drawn without a warning, on a linear axis and on a logarithmic one; a far budget is said."""
     rows = [_row(1, 2**17), _row(2, 2**16), _row(4, smallest)]
     plan = MemoryPlan(4, "cpu", tuple(rows), budget_bytes, None, 4)
-    assert save_plan(plan, tmp_path)
+    (path,) = save_plan(plan, tmp_path, formats=("pdf",), width="single")
+    assert path.suffix == ".pdf"
     figure = draw_plan(plan)
     assert any(text.get_text().startswith(said) for text in figure.findobj(Text))
     low, high = figure.get_axes()[0].get_ylim()

@@ -65,7 +65,7 @@ class Page(HTMLParser):
             return
         if "style" in self.open:
             return
-        self.said += data
+        self.said += data.replace("\u00a0", " ")  # which keeps `N = 8` on a line
         if {"td", "th"} & set(self.open):
             self._rows[-1][-1] += data
         elif "caption" in self.open:

@@ -25,9 +25,18 @@ def test_extremes_of_every_stretch_stay() -> None:
     """Not of the whole curve alone: a naive loop over the buckets finds the same."""
     values = np.random.default_rng(0).normal(size=1000)
     kept = set(kept_places([values], 100).tolist())
-    for bucket in np.array_split(np.arange(1000), 50):
+    for bucket in np.array_split(np.arange(1000), 25):
         assert max(bucket, key=lambda i: values[i]) in kept
         assert min(bucket, key=lambda i: values[i]) in kept
+
+
+def test_the_first_steps_are_drawn_finely() -> None:
+    """A loss that falls like 1/√k is nowhere far from the line through the points that stay."""
+    steps = np.arange(1, 1001)
+    losses = 2.3 / np.sqrt(steps)
+    kept = kept_places([losses], 60)
+    drawn = np.interp(steps, steps[kept], losses[kept])
+    assert (np.abs(drawn - losses) < 0.03 * losses).all()
 
 
 def test_a_loss_that_is_not_finite_breaks_the_line() -> None:
