@@ -56,7 +56,7 @@ OURS = "is the program's own"
         (["hydra.output_subdir=/x"], "hydra.output_subdir=/x: leads out of the output folder"),
         (["hydra.run.dir=/dev/null"], "hydra.run.dir=/dev/null: "),
         (["report", "../../x"], "sweep_id=../../x: an id is made of letters"),
-        (["report"], "gaccum_exp report: the following arguments are required: sweep_id"),
+        (["report", "--format=odt"], "gaccum_exp report: --format=odt: none of html, md, latex, csv"),
         (["deliver", "x" * 400], "File name too long"),
         # Flags.
         (["--experimental-rerun", "x"], "--experimental-rerun=x: is refused, since it runs whatever"),

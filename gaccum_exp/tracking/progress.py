@@ -16,8 +16,8 @@ from rich.table import Column
 
 from gaccum_exp.tracking.metrics import EVAL_ACCURACY, TRAIN_LOSS
 
-LINE_EVERY_S = 30.0
-"""Between two lines where there is no bar; the end has one, too."""
+LINE_EVERY_S = 28.0
+"""Between two lines where there is no bar, so that silence is no longer than half a minute."""
 DRAW_EVERY_S = 0.1
 RATE_S = 30.0
 """So far back steps per second reach."""

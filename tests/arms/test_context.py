@@ -2,12 +2,13 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gaccum_exp.arms.context import ArmContext
+from gaccum_exp.arms.context import ArmContext, Command, Turn, label_of
 from gaccum_exp.arms.outcome import (
     OUTCOME_FILE,
     Outcome,
@@ -17,6 +18,7 @@ from gaccum_exp.arms.outcome import (
 )
 from gaccum_exp.arms.seeds import contexts_of_seeds
 from gaccum_exp.config import schema as config
+from gaccum_exp.train.stopping import NEVER
 from tests.program import Program
 
 
@@ -97,3 +99,24 @@ def test_outcomes_are_the_same_read_from_folders_and_from_the_store(program: Pro
         (o.name, o.status, o.reason, o.verdict) for o in of_folders
     }
     assert exit_status(list(of_store), multirun=True) == 1
+
+
+def test_what_is_left_of_a_sweep_is_estimated_from_the_arms_before() -> None:
+    """Each of those to follow takes what arms took in the mean; arms that had ended take nothing."""
+    command = Command(NEVER, taken_s=[10.0, 20.0])
+    turn = command.turn(3, 6, over=0)
+    assert (str(turn), turn.left) == ("3 of 6", 3)
+    assert turn.following_s(30.0) == 3 * 20.0
+    assert command.turn(5, 6, over=2).left == 1
+    assert command.turn(6, 6, over=0).following_s(30.0) == 0
+    assert command.turn(2, None, over=0).left is None
+    assert str(Turn(2, None)) == "arm 2"
+
+
+def test_a_label_says_what_is_swept_in_a_few_words(tmp_path: Path) -> None:
+    """N, the other swept keys, what else it is, and its turn."""
+    one = context(tmp_path, "accum.steps=4", "seed=3")
+    swept = replace(one, swept_keys=("accum.steps", "seed", "optimizer.lr"), turn=Turn(3, 12))
+    settings = config.validate(one.config)
+    assert label_of(swept, settings) == f"N=4 seed=3 lr={settings.flat()['optimizer.lr']} · 3 of 12"
+    assert label_of(replace(one, swept_keys=()), settings, "control 2") == "N=4 · control 2"

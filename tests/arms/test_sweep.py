@@ -52,6 +52,10 @@ def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
     """The contract's columns first, figures as SVG and PNG, the table, a sentence, the UI's link."""
     ended = program.tiny("-m", "accum.steps=1,2,4")
     assert ended.status == 0
+    assert ended.err.startswith(f"sweep {program.sweep_id}: 3 arms over accum.steps\n")
+    assert [line.split("  ")[0] for line in ended.lines if ": 4/4" in line] == [
+        "N=1 · 1 of 3: 4/4", "N=2 · 2 of 3: 4/4", "N=4 · 3 of 3: 4/4"
+    ]  # fmt: skip
     written = {path.name for path in program.sweep_folder.iterdir() if path.is_file()}
     figures = {
         f"{name}.{kind}" for name in ("loss_curves", "memory", "step_time") for kind in ("svg", "png")

@@ -38,7 +38,7 @@ def test_in_a_pipe_it_speaks_by_time_and_at_the_end(
             progress.advance(step, LAST)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 + int(125 // LINE_EVERY_S)
-    assert lines[0] == ("N=4 · 3 of 4: 241/1000  loss 0.1235  acc 0.9877  8/s  1:35 left, sweep 5:45")
+    assert lines[0] == ("N=4 · 3 of 4: 225/1000  loss 0.1235  acc 0.9877  8/s  1:37 left, sweep 5:47")
     assert lines[-1] == "N=4 · 3 of 4: 1000/1000  loss 0.1235  acc 0.9877  8/s  in 2:05"
 
 
