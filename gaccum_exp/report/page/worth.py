@@ -36,7 +36,7 @@ def noise_section(comparison: Comparison) -> dict[str, Any] | None:
                     _name(of.row),
                     str(of.row.global_batch_size),
                     say_interval(of),
-                    str(of.row.noise_windows),
+                    str(of.windows),
                 ]
                 for of in told
             ],
