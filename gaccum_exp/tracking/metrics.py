@@ -51,7 +51,7 @@ def in_adam_metric(metric: str) -> str:
 OF_NOISE = (
     NOISE_TRACE,
     *(NOISE_SCALE, NOISE_SCALE_LOW, NOISE_SCALE_HIGH),
-    *map(in_adam_metric, (NOISE_SCALE, NOISE_SCALE_LOW, NOISE_SCALE_HIGH)),
+    *map(in_adam_metric, (NOISE_TRACE, NOISE_SCALE, NOISE_SCALE_LOW, NOISE_SCALE_HIGH)),
 )
 """What tells the noise scale at a step: an end that is not recorded there does not exist."""
 

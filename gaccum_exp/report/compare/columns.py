@@ -126,9 +126,16 @@ def _noise(metric: str) -> Callable[[Measured], float | None]:
     return lambda arm: last_noise(arm.run, metric)
 
 
-def _noise_windows(arm: Measured) -> int | None:
-    measured = arm.run.curves.get(metrics.NOISE_TRACE)
-    return len(measured.values) if measured else None
+def _windows_with(metric: str) -> Callable[[Measured], int | None]:
+    def count(arm: Measured) -> int | None:
+        measured = arm.run.curves.get(metric)
+        return len(measured.values) if measured else None
+
+    return count
+
+
+def _noise_asked(arm: Measured) -> bool:
+    return arm.run.params.get("noise.every_steps", "None") != "None"
 
 
 def _steps(arm: Measured) -> int | None:
@@ -220,7 +227,7 @@ class ComparisonRow:
     """Of the command that ran it."""
     optimizer_steps: int | None = column(_steps)
     """The last global step of its loss curve."""
-    noise_windows: int | None = column(_noise_windows)
+    noise_windows: int | None = column(_windows_with(metrics.NOISE_TRACE))
     """How many windows the noise was measured of; None: of none."""
     noise_scale: float | None = column(_noise(metrics.NOISE_SCALE))
     """In samples, with the ends of its interval, at the last window measured; None: not resolved."""
@@ -240,6 +247,9 @@ class ComparisonRow:
     """How many were timed after warm-up; None: not recorded, as by older versions."""
     step_differs: bool | None = column(lambda arm: arm.step_differs)
     """Whether the step time is measurably another than the reference's; None: not compared."""
+    adam_noise_windows: int | None = column(_windows_with(metrics.in_adam_metric(metrics.NOISE_TRACE)))
+    """How many windows the noise in the optimizer's metric was measured of; there is none before its
+    first step."""
 
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""
@@ -255,6 +265,8 @@ class ComparisonRow:
     """The first optimizer step at which the loss curve is outside the envelope."""
     controls: int = column(lambda arm: arm.envelope.controls if arm.envelope else 0, in_csv=False)
     """How many controls the envelope is of."""
+    noise_asked: bool = column(_noise_asked, in_csv=False)
+    """Whether its noise was to be measured."""
 
     @classmethod
     def of(cls, arm: Measured) -> "ComparisonRow":

@@ -45,22 +45,30 @@ def compiled(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _kept(what: str, make: Callable[[], str]) -> str:
     """Return what was made before by the same vl-convert, whole, or make it and keep it."""
     key = hashlib.sha256(f"{version('vl-convert-python')} {what}".encode()).hexdigest()[:24]
-    path = _cache_folder() / f"vega-{key}"
+    folder = _cache_folder()
+    if folder is None:
+        return make()
+    path = folder / f"vega-{key}"
     with suppress(OSError, ValueError):
         digest, _, text = path.read_bytes().decode().partition("\n")
         if digest == _digest(text):
             return text
     text = make()
-    with suppress(OSError, RuntimeError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(f"{_digest(text)}\n{text}".encode())
-        os.replace(file.name, path)  # whole or not at all, whoever else writes it
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all, whoever else writes it; gone again where the disk is full.
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            written = Path(beside, path.name)
+            written.write_bytes(f"{_digest(text)}\n{text}".encode())
+            written.replace(path)
     return text
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaccum_exp"
+def _cache_folder() -> Path | None:
+    """Return the user's cache folder; None: a user without a home has none."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaccum_exp"
+    return None
 
 
 def _digest(text: str) -> str:

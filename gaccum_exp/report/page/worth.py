@@ -42,7 +42,7 @@ def noise_section(comparison: Comparison) -> dict[str, Any] | None:
                     name(of.row),
                     str(of.row.global_batch_size),
                     say_interval(of),
-                    str(of.row.noise_windows),
+                    str(of.windows),
                 ]
                 for of in told
             ],

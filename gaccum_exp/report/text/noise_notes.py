@@ -31,6 +31,17 @@ class NoiseTold(NamedTuple):
     in_adam_metric: bool
 
     @property
+    def windows(self) -> int:
+        """How many have told it, in this metric."""
+        told = self.row.adam_noise_windows if self.in_adam_metric else self.row.noise_windows
+        return told or 0
+
+    @property
+    def effort(self) -> tuple[int, int]:
+        """How well it was measured: the windows in its scale, and how finely they were split."""
+        return min(self.windows, TRAILING), self.row.accum_steps or 0
+
+    @property
     def width(self) -> float:
         """How little it tells: the ratio of the interval's ends."""
         return self.high / self.low if self.low else math.inf
@@ -49,22 +60,33 @@ def noise_of(row: ComparisonRow) -> NoiseTold | None:
     return NoiseTold(row, scale, low or 0.0, math.inf if high is None else high, of_adam)
 
 
-def narrowest(rows: Iterable[ComparisonRow]) -> NoiseTold | None:
-    """Return the narrowest interval: arms of one global batch differ in how finely they tell it."""
+def best_measured(rows: Iterable[ComparisonRow]) -> NoiseTold | None:
+    """Return what the best measured arm tells, of several that are as well measured the first.
+
+    Nothing that was found decides: the narrowest of several 95 % intervals would be no such one.
+    """
     told = (found for row in rows if (found := noise_of(row)) is not None)
-    return min(told, key=lambda of: (of.width, -of.low), default=None)
+    return max(told, key=lambda of: of.effort, default=None)
+
+
+narrowest = best_measured
 
 
 def say_noise(comparison: Comparison) -> str:
     """Say it setting by setting, a line each; where nothing was measured, how it would be."""
     rows = [row for row in comparison.rows if row.finished]
     if not any(row.noise_windows for row in rows):
+        if any(row.noise_asked for row in rows):
+            return (
+                "No window has told the noise scale: that takes two micro-batches in a window that "
+                "noise.every_steps looks at, and eight tell more (accum.steps=8)."
+            )
         split = any((row.accum_steps or 1) > 1 for row in rows)
         return (
             "Whether so large a batch is worth having: noise.every_steps=8 measures it." if split else ""
         )
     said = {
-        label: [_say(told) for alike in _by_batch(of_setting) if (told := narrowest(alike))]
+        label: [_say(told) for alike in _by_batch(of_setting) if (told := best_measured(alike))]
         for label, of_setting in by_setting(rows, "{reduction}, over all settings").items()
     }
     if len(said) == 1:
@@ -81,21 +103,22 @@ def _by_batch(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
 
 
 def _say(told: NoiseTold) -> str:
-    batch, windows = told.row.global_batch_size or 0, told.row.noise_windows or 0
+    batch, windows = told.row.global_batch_size or 0, told.windows
     this = f"the global batch of {batch}"
     metric = ", in Adam's metric" if told.in_adam_metric else ""
+    arm = ", ".join(part for part in (f"N = {told.row.accum_steps}", told.row.setting.text) if part)
     over = f"{'the last ' * (windows > TRAILING)}{min(windows, TRAILING)} windows"
     over = "a window" if windows == 1 else over
     if told.scale is None or math.isinf(told.high):
         bound = f"above {_samples(told.low)}" if told.low else "not resolved"
-        lead = f"The noise scale is {bound} ({over} at N = {told.row.accum_steps}{metric})"
+        lead = f"The noise scale is {bound} ({over} at {arm}{metric})"
         if told.low <= batch:
             return f"{lead}: {_settling(told.row)} would tell on which side of it {this} is."
-        return f"{lead}: {this} is below it, and a larger one would save optimizer steps."
+        return f"{lead}: {this} is below it. {_modelled(told.low, batch, 2, 'at most ')}."
     interval = f"{say_rounded(told.low)} to {say_rounded(told.high)}"
     lead = (
         f"The noise scale is {_samples(told.scale)} ({interval}, {over} to step "
-        f"{told.row.optimizer_steps}{metric})"
+        f"{told.row.optimizer_steps} at {arm}{metric})"
     )
     if batch > told.high:
         return f"{lead}: {this} is beyond it. {_modelled(told.scale, batch, 0.5)}."
@@ -114,14 +137,14 @@ def _settling(row: ComparisonRow) -> str:
     return f"{more} or a larger accum.steps" if finer else more
 
 
-def _modelled(scale: float, batch: int, by: float) -> str:
-    return f"By the model steps ∝ 1 + noise scale/B, {_factors(scale, batch, by)}"
+def _modelled(scale: float, batch: int, by: float, at_most: str = "") -> str:
+    return f"By the model steps ∝ 1 + noise scale/B, {_factors(scale, batch, by, at_most)}"
 
 
-def _factors(scale: float, batch: int, by: float) -> str:
+def _factors(scale: float, batch: int, by: float, at_most: str = "") -> str:
     steps = (1 + scale / (by * batch)) / (1 + scale / batch)
     which, samples = "half the batch" if by < 1 else "twice the batch", say_ratio(by * steps)
-    return f"{which} takes {say_ratio(steps)} × the optimizer steps and {samples} × the samples"
+    return f"{which} takes {at_most}{say_ratio(steps)} × the optimizer steps and {samples} × the samples"
 
 
 def _samples(number: float) -> str:

@@ -26,7 +26,7 @@ CONTRACT = [
     *("command_id", "optimizer_steps", "noise_windows"),
     *("noise_scale", "noise_scale_low", "noise_scale_high"),
     *("adam_noise_scale", "adam_noise_scale_low", "adam_noise_scale_high"),
-    *("step_low_s", "step_high_s", "step_windows", "step_differs"),
+    *("step_low_s", "step_high_s", "step_windows", "step_differs", "adam_noise_windows"),
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -375,6 +376,10 @@ def test_what_was_made_is_kept_and_a_damaged_file_is_made_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert vega._kept("of this", make) == "a\r\nscript"
     assert len(made) == 4
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    assert vega._kept("of this", make) == "a\r\nscript"
+    assert len(made) == 5
 
 
 def test_the_script_cannot_end_its_element() -> None:

@@ -28,6 +28,8 @@ def measured(
     """Return the arm with a noise scale at its last measured window; None: not recorded there."""
     steps = tuple(range(1, windows + 1))
     curves = {metrics.NOISE_TRACE: Curve(steps, (1.0,) * windows)}
+    if adam:
+        curves[metrics.in_adam_metric(metrics.NOISE_TRACE)] = curves[metrics.NOISE_TRACE]
     names = (metrics.NOISE_SCALE, metrics.NOISE_SCALE_LOW, metrics.NOISE_SCALE_HIGH)
     for name, value in zip(names, (scale, low, high), strict=True):
         key = metrics.in_adam_metric(name) if adam else name
@@ -47,15 +49,15 @@ def said(*arms: RunRecord) -> str:
     [
         (
             (90.0, 70.0, 120.0),
-            "The noise scale is 90 samples (70 to 120, 64 windows to step 140): the global batch of 256 "
-            "is beyond it. By the model steps ∝ 1 + noise scale/B, half the batch takes 1.26 × the "
-            "optimizer steps and 0.63 × the samples.",
+            "The noise scale is 90 samples (70 to 120, 64 windows to step 140 at N = 8): the global "
+            "batch of 256 is beyond it. By the model steps ∝ 1 + noise scale/B, half the batch takes "
+            "1.26 × the optimizer steps and 0.63 × the samples.",
         ),
         (
             (900.0, 700.0, 1234.5),
-            "The noise scale is 900 samples (700 to 1,230, 64 windows to step 140): the global batch of "
-            "256 is below it. By the model steps ∝ 1 + noise scale/B, twice the batch takes 0.61 × the "
-            "optimizer steps and 1.22 × the samples.",
+            "The noise scale is 900 samples (700 to 1,230, 64 windows to step 140 at N = 8): the global "
+            "batch of 256 is below it. By the model steps ∝ 1 + noise scale/B, twice the batch takes "
+            "0.61 × the optimizer steps and 1.22 × the samples.",
         ),
         ((250.0, 200.0, 300.0), "is about as large. By the model "),
         ((250.0, 60.0, 900.0), "would tell on which side of it the global batch of 256 is."),
@@ -63,7 +65,9 @@ def said(*arms: RunRecord) -> str:
         ((90.0, 40.0, None), "The noise scale is above 40 samples (64 windows at N = 8): more windows "),
         (
             (900.0, 400.0, None),
-            "above 400 samples (64 windows at N = 8): the global batch of 256 is below",
+            "above 400 samples (64 windows at N = 8): the global batch of 256 is below it. By the model "
+            "steps ∝ 1 + noise scale/B, twice the batch takes at most 0.70 × the optimizer steps and "
+            "1.39 × the samples.",
         ),
     ],
 )
@@ -74,14 +78,43 @@ def test_a_batch_is_judged_only_where_the_interval_clears_it(
     assert expected in said(arm(1), measured(arm(8), *interval))
 
 
-def test_the_narrowest_interval_of_a_batch_is_told_and_an_adam_like_optimizers_metric(arm: Arm) -> None:
-    """Arms of one global batch measure the same; the plain scale does not describe Adam."""
-    two = measured(arm(2), 100.0, 20.0, 300.0)
-    eight = measured(measured(arm(8), 90.0, 70.0, 120.0), 40.0, 30.0, 60.0, adam=True)
-    assert "90 samples" in said(arm(1), two, measured(arm(8), 90.0, 70.0, 120.0))
-    told = said(arm(1), eight)
-    assert "40 samples (30 to 60, 64 windows to step 140, in Adam's metric)" in told
+def test_the_arm_that_is_told_is_the_one_that_measured_most_and_is_named(arm: Arm) -> None:
+    """By the windows in its scale, then by the split, then the first: whatever the intervals are."""
+    narrow, wide = (100.0, 90.0, 110.0), (80.0, 40.0, 160.0)
+    for more in (64, 200):  # of 200 windows the last 64 tell it
+        two, eight = measured(arm(2), *narrow, windows=more), measured(arm(8), *wide)
+        assert "The noise scale is 80 samples (40 to 160, 64 windows to step 140 at N = 8)" in said(
+            arm(1), two, eight
+        )
+    fewer = measured(arm(8), *narrow, windows=63)
+    assert "at N = 2)" in said(arm(1), measured(arm(2), *wide), fewer)
+    seeds = [measured(arm(8, seed=seed), *of) for seed, of in enumerate((wide, narrow))]
+    assert "The noise scale is 80 samples (40 to 160, 64 windows to step 140 at N = 8, seed=0)" in said(
+        arm(1), *seeds
+    )
+
+
+def test_an_adam_like_optimizers_metric_is_told_with_the_windows_that_have_it(arm: Arm) -> None:
+    """The plain scale does not describe Adam, and its first window has no metric yet."""
+    plain = measured(arm(8), 90.0, 70.0, 120.0, windows=6)
+    trace = metrics.in_adam_metric(metrics.NOISE_TRACE)
+    assert trace in metrics.OF_NOISE
+    both = measured(plain, 40.0, 30.0, 60.0, windows=6, adam=True)
+    later = replace(both, curves={**both.curves, trace: Curve((2, 3, 4, 5, 6), (1.0,) * 5)})
+    told = said(arm(1), later)
+    assert "40 samples (30 to 60, 5 windows to step 140 at N = 8, in Adam's metric)" in told
     assert "\n" not in told
+
+
+def test_where_noise_was_on_and_no_window_told_any_the_reason_is_said(arm: Arm) -> None:
+    """Not how it is switched on: under a schedule all windows that were trained may have had N = 1."""
+    on = {"noise.every_steps": "2"}
+    told = said(arm(1, params=on), arm(8, params=on))
+    assert told.startswith("No window has told the noise scale: that takes two micro-batches")
+    assert "noise.every_steps=8" not in told
+    assert said(arm(1, params=on)) == told
+    off = {"noise.every_steps": "None"}
+    assert "noise.every_steps=8 measures it" in said(arm(1, params=off), arm(8, params=off))
 
 
 def test_settings_have_a_line_each_and_what_was_not_measured_is_asked_for(arm: Arm) -> None:
