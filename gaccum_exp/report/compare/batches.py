@@ -6,8 +6,9 @@ makes comparisons of their own. Controls and arms whose global batch changes in 
 
 The *critical batch* is the largest whose loss at equal samples is within twice the spread over seeds
 (their standard deviation) of the best batch's, the one with the lowest. It is not resolved where a batch
-has fewer than two seeds, or where the best rate of a batch is at an end of those tried: a better one
-beyond it would move the loss of that batch. It is a lower bound where the largest batch tried is within.
+has fewer than two seeds, or lost one at its best rate, or where that is at an end of those tried: a
+better one beyond it would move the loss of that batch. It is a lower bound where the largest batch tried
+is within.
 """
 
 import csv
@@ -68,6 +69,9 @@ class BatchRow:
     """What the seed with the narrowest interval tells at the end of its training."""
     curves: tuple[Curves, ...]
     """A seed's each."""
+    diverged: tuple[str, ...] = ()
+    """Seeds that diverged at this rate, as some did at all that were tried under as many seeds: losses
+    are of the others, and are not held against those of other batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,8 @@ class BatchComparison:
         return self.best_at("samples") or self.rows[0]
 
     def best_at(self, axis: Axis) -> BatchRow | None:
-        """Return the batch with the lowest loss on an axis; None where nothing is compared there."""
-        known = [row for row in self.rows if axis in row.losses]
+        """Return the batch with the lowest loss on an axis, of those that lost no seed, if any."""
+        known = [row for row in self.rows if axis in row.losses and not row.diverged]
         return min(known, key=lambda row: _finite_first(row.losses[axis].mean), default=None)
 
 
@@ -175,6 +179,7 @@ class _Choice(NamedTuple):
     rates: tuple[str, ...]
     step_s: float | None
     curves: tuple[Curves, ...]
+    diverged: tuple[str, ...]
 
 
 def _compare(
@@ -226,7 +231,11 @@ def _one_split(arms: Iterable[RunRecord]) -> Tried:
 
 
 def _best_rate(tried: Tried, point: Point) -> _Choice:
-    """Choose among the rates that have the most seeds; where a seed diverged, its loss is infinite."""
+    """Choose among the rates that have the most seeds; where a seed diverged, its loss is infinite.
+
+    Where all rates lost a seed, that is chosen which lost the fewest, of several by the mean over the
+    others.
+    """
     losses = {
         rate: {
             seed: _finite_first(_loss_at(curves_of(arm), point)) if arm.finished else math.inf
@@ -237,7 +246,12 @@ def _best_rate(tried: Tried, point: Point) -> _Choice:
     trained = [rate for rate, of_seed in tried.items() if _finished(of_seed.values())]
     most = max(len(losses[rate]) for rate in trained)
     competing = [rate for rate in trained if len(losses[rate]) == most]
-    best = min(competing, key=lambda rate: statistics.fmean(losses[rate].values()))
+
+    def order(rate: str) -> tuple[float, int, float]:
+        left = [losses[rate][seed] for seed, arm in tried[rate].items() if arm.finished]
+        return statistics.fmean(losses[rate].values()), -len(left), statistics.fmean(left)
+
+    best = min(competing, key=order)
     rates = tuple(tried)
     place: Place = "inside"
     if best in (rates[0], rates[-1]):
@@ -248,7 +262,8 @@ def _best_rate(tried: Tried, point: Point) -> _Choice:
     known = [time.median_s for arm in arms if (time := step_time(arm)) is not None]
     step_s = statistics.median(known) if len(known) == len(arms) else None
     curves = tuple(curves_of(arm, math.nan if step_s is None else step_s) for arm in arms)
-    return _Choice(arms, best, place, rates, step_s, curves)
+    diverged = tuple(seed for seed, arm in tried[best].items() if not arm.finished)
+    return _Choice(arms, best, place, rates, step_s, curves, diverged)
 
 
 def _is_lower(losses: Mapping[str, float], others: Mapping[str, float]) -> bool:
@@ -288,6 +303,7 @@ def _row(choice: _Choice, points: Mapping[Axis, Point], rows: Mapping[str, Compa
         },
         noise=narrowest(rows[arm.run_id] for arm in arms if arm.run_id in rows),
         curves=choice.curves,
+        diverged=choice.diverged,
     )
 
 
@@ -296,6 +312,9 @@ def critical_batch(rows: Sequence[BatchRow]) -> CriticalBatch:
     if any("samples" not in row.losses for row in rows):
         return CriticalBatch(open_because="there is no point that all arms have")
     losses = {row.global_batch_size: row.losses["samples"] for row in rows}
+    lost = [row.global_batch_size for row in rows if row.diverged]
+    if lost:
+        return CriticalBatch(open_because=f"{_batches(lost)} lost a seed at its best rate")
     best = min(losses.values(), key=lambda loss: _finite_first(loss.mean))
     few = [row.global_batch_size for row in rows if len(row.seeds) < 2]
     if few:
@@ -329,9 +348,10 @@ def _csv_line(comparison: BatchComparison, row: BatchRow) -> dict[str, object]:
     line |= {
         f.name: getattr(row, f.name)
         for f in fields(BatchRow)
-        if f.name not in ("rates", "seeds", "losses", "noise", "curves")
+        if f.name not in ("rates", "seeds", "losses", "noise", "curves", "diverged")
     }
     line |= {"rates_tried": " ".join(row.rates), "seeds": " ".join(row.seeds)}
+    line |= {"diverged_seeds": " ".join(row.diverged)}
     for axis, point in comparison.points.items():
         loss = row.losses.get(axis)
         line |= {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gaccum_exp.report.compare.batch_curves import AXES, Axis, mean_curve
-from gaccum_exp.report.compare.batches import BatchComparison
+from gaccum_exp.report.compare.batches import BatchComparison, BatchRow
 from gaccum_exp.report.text.batch_table import EQUAL, say_critical, say_interval, say_point
 from gaccum_exp.report.text.wording import time_unit
 
@@ -46,7 +46,7 @@ class BatchLoss:
     spread: float
     """0 of one seed."""
     is_settled: bool
-    """Whether its rate is inside those tried."""
+    """Whether its rate is inside those tried, and lost no seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def batch_panels(comparison: BatchComparison, *, named: bool) -> SettingPanels:
             _curves(comparison, axis) for axis in AXES if comparison.points[axis].at is not None
         ),
         losses=tuple(
-            BatchLoss(row.global_batch_size, loss.mean, loss.spread or 0.0, row.rate_place == "inside")
+            BatchLoss(row.global_batch_size, loss.mean, loss.spread or 0.0, _is_settled(row))
             for row in comparison.rows
             if (loss := row.losses.get("samples")) is not None and math.isfinite(loss.mean)
         ),
@@ -100,6 +100,10 @@ def batch_panels(comparison: BatchComparison, *, named: bool) -> SettingPanels:
         critical_label=f"critical batch: {say_critical(critical)}",
         noise=noise,
     )
+
+
+def _is_settled(row: BatchRow) -> bool:
+    return row.rate_place == "inside" and not row.diverged
 
 
 def _curves(comparison: BatchComparison, axis: Axis) -> CurvePanel:
@@ -131,8 +135,8 @@ def notes_of(comparisons: Sequence[BatchComparison], left_out: int) -> tuple[str
         "Each batch at the learning rate that is best for it at equal samples. Line: mean over seeds; "
         "shade: their range; bars: ± standard deviation. Dotted: where losses are compared."
     ]
-    if any(row.rate_place != "inside" for of in comparisons for row in of.rows):
-        notes.append("Hollow: the best rate is at an end of those tried, or contested.")
+    if not all(_is_settled(row) for of in comparisons for row in of.rows):
+        notes.append("Hollow: the best rate is at an end of those tried, contested, or lost a seed.")
     reasons = {(EQUAL[p.axis], p.reason) for of in comparisons for p in of.points.values() if p.reason}
     notes += [f"At {equal} nothing is compared: {reason}." for equal, reason in sorted(reasons)]
     if left_out:

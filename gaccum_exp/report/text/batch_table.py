@@ -66,7 +66,7 @@ def render_batches(comparison: BatchComparison, *, named: bool = False) -> Table
         ("\nglobal\nbatch", [str(row.global_batch_size) for row in rows]),
         ("\n\nN × micro", [f"{row.accum_steps} × {row.micro_batch_size}" for row in rows]),
         ("\n\nlr ", [(row.rate or MISSING) + _PLACES[row.rate_place][0] for row in rows]),
-        ("\n\nseeds", [str(len(row.seeds)) for row in rows]),
+        ("\n\nseeds", [_say_seeds(row) for row in rows]),
         *(_column(comparison.points[axis], rows) for axis in AXES),
     ]
     if any(row.noise for row in rows):
@@ -113,6 +113,12 @@ def say_interval(noise: NoiseTold) -> str:
     said = _say_scale(noise)
     bounded = noise.scale is not None and math.isfinite(noise.high)
     return f"{said} ({say_rounded(noise.low)}-{say_rounded(noise.high)})" if bounded else said
+
+
+def _say_seeds(row: BatchRow) -> str:
+    """`3`; `2/3` where one of three diverged."""
+    left, every = len(row.seeds), len(row.seeds) + len(row.diverged)
+    return f"{left}/{every}" if row.diverged else str(left)
 
 
 def _say_scale(noise: NoiseTold | None) -> str:
@@ -173,6 +179,13 @@ def _legend(comparison: BatchComparison) -> Iterator[str]:
             "- The rate follows a schedule over each whole training: arms that go on beyond the equal "
             "steps or seconds have not come to its end there, as the shortest has."
         )
+    for row in rows:
+        if row.diverged:
+            seeds = f"seed{'s' * (len(row.diverged) > 1)} {say_list(row.diverged)}"
+            yield (
+                f"- Of the global batch of {row.global_batch_size} {seeds} diverged at {row.rate}, "
+                "which lost the fewest: its losses are of the others, and held against no batch's."
+            )
     if comparison.counts_full_windows:
         yield (
             "- Samples are steps × global batch, more than an epoch's partial window holds: older runs "

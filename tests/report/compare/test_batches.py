@@ -196,6 +196,29 @@ def test_a_rate_that_diverged_was_tried(arm: Arm) -> None:
     assert compared(*runs, other).rows[0].rate == "0.1"
 
 
+def test_of_rates_that_all_lost_a_seed_the_one_that_lost_the_fewest_stands(arm: Arm) -> None:
+    """Then the lowest mean of the others; its losses are held against no batch's."""
+    died = {"status": "FAILED", "losses": [2.3, math.nan], "evaluations": 0}
+    finals = {
+        0.1: (0.3, None, None),
+        0.2: (0.3, 0.32, None),
+        0.4: (0.2, None, 0.3),
+        0.8: (9, None, None),
+    }
+    runs = [
+        trained(arm, 32, rate=rate, seed=seed, **(died if final is None else {"final": final}))
+        for rate, of in finals.items()
+        for seed, final in enumerate(of)
+    ]
+    found = compared(*runs, *seeds_of(arm, 128, (0.5, 0.5, 0.5)), *seeds_of(arm, 512, (0.9, 0.9, 0.9)))
+    row = found.rows[0]
+    assert (row.rate, row.rate_place, row.seeds, row.diverged) == ("0.4", "inside", ("0", "2"), ("1",))
+    assert row.losses["samples"].mean == pytest.approx(0.25)
+    assert found.best.global_batch_size == 128
+    assert found.critical.open_because == "the global batch of 32 lost a seed at its best rate"
+    assert not any(of.diverged for of in found.rows[1:])
+
+
 def test_rates_with_fewer_seeds_do_not_win_but_contest(arm: Arm) -> None:
     """As where all rates are tried once and the best again: the others are seen on that one seed."""
     runs = [trained(arm, 32, rate=rate, final=0.3) for rate in (0.025, 0.05, 0.2)]

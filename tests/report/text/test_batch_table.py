@@ -128,6 +128,17 @@ def test_a_rate_that_is_not_settled_has_its_mark_and_legend(arm: Arm, place: Pla
     assert mark not in printed(comparison(*three(arm), critical=CriticalBatch(256)))
 
 
+def test_seeds_that_diverged_are_counted_and_named(arm: Arm) -> None:
+    """In the row, and in a note; another batch has the lowest loss then."""
+    first, *others = three(arm)
+    lost = replace(first, seeds=("0", "2"), diverged=("1",))
+    of = comparison(lost, *others, critical=CriticalBatch(open_because="so it is"))
+    shown = words(printed(of))
+    assert "0.00014 2/3" in shown
+    assert "- Of the global batch of 32 seed 1 diverged at 0.00014, which lost the fewest" in shown
+    assert say_batches(of).startswith("The global batch of 256 has the lowest loss at equal samples")
+
+
 def test_what_is_not_compared_is_said_with_its_reason(arm: Arm) -> None:
     """A column of dashes, and a note."""
     rows = [
