@@ -183,8 +183,8 @@ def _legend(comparison: BatchComparison) -> Iterator[str]:
         if row.diverged:
             seeds = f"seed{'s' * (len(row.diverged) > 1)} {say_list(row.diverged)}"
             yield (
-                f"- Of the global batch of {row.global_batch_size} {seeds} diverged at {row.rate}, the "
-                "rate that lost the fewest: its losses are of the others, and held against no batch's."
+                f"- Of the global batch of {row.global_batch_size} {seeds} diverged at {row.rate}, "
+                "which lost the fewest: its losses are of the others, and held against no batch's."
             )
     if comparison.counts_full_windows:
         yield (

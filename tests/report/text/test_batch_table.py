@@ -135,9 +135,7 @@ def test_seeds_that_diverged_are_counted_and_named(arm: Arm) -> None:
     of = comparison(lost, *others, critical=CriticalBatch(open_because="so it is"))
     shown = words(printed(of))
     assert "0.00014 2/3" in shown
-    assert (
-        "- Of the global batch of 32 seed 1 diverged at 0.00014, the rate that lost the fewest" in shown
-    )
+    assert "- Of the global batch of 32 seed 1 diverged at 0.00014, which lost the fewest" in shown
     assert say_batches(of).startswith("The global batch of 256 has the lowest loss at equal samples")
 
 
