@@ -129,10 +129,10 @@ def composed(*overrides: str) -> Settings:
 class Quiet:
     """In place of a training's progress bar."""
 
-    def note(self, points: object) -> None:
+    def begin(self, done: int) -> None:
         """Say nothing."""
 
-    def advance(self, step: int) -> None:
+    def advance(self, done: int, values: object = None) -> None:
         """Say nothing."""
 
 

@@ -69,6 +69,8 @@ class Progress:
 
     def begin(self, done: int) -> None:
         """Show that a training begins, of which so many optimizer steps are taken already."""
+        if self._plain or self._bar.live.is_started:
+            return
         said = f"{done}/{self._total}"
         self._bar.update(self._task, description=self._label(said), completed=done, said=said)
         self._bar.start()  # not before: what is said until then would leave an empty bar behind

@@ -70,8 +70,8 @@ class Delivery(Hook):
     def __init__(self, sink: Sink, progress: Progress) -> None:
         self._sink, self._progress = sink, progress
 
-    def begin(self, state: Any) -> None:
-        """Show that it begins."""
+    def before(self, state: Any, window: Any) -> None:
+        """Show that the training begins."""
         self._progress.begin(state.global_step)
 
     def after(self, state: Any, window: Any, values: Values) -> None:
