@@ -105,9 +105,11 @@ def _costs(row: ComparisonRow | None) -> dict[str, float]:
     """Return an arm's costs in units of its reference's, and its step's time as a chart can show it."""
     if row is None:
         return {}
+    # A bar would state a ratio that the table marks as no measurable difference.
+    stated = row.is_reference or row.step_differs
     costs = {
         metrics.PEAK_RATIO: row.peak_ratio,
-        metrics.STEP_RATIO: row.step_ratio,
+        metrics.STEP_RATIO: row.step_ratio if stated else None,
         metrics.STEP_TIME_MS: None if row.step_s is None else 1e3 * row.step_s,
     }
     return {metric: float(value) for metric, value in costs.items() if value is not None}

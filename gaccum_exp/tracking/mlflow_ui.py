@@ -210,4 +210,5 @@ def _chart(metric: str, section: str, is_curve: bool) -> dict[str, Any]:
     return chart | {
         "type": "LINE", "selectedMetricKeys": [metric], "scaleType": scale, "xAxisKey": "step",
         "xAxisScaleType": "linear", "lineSmoothness": 0, "selectedXAxisMetricKey": "", "range": {},
+        "displayPoints": False,
     }  # fmt: skip

@@ -82,6 +82,23 @@ def test_costs_are_those_of_the_table() -> None:
     assert values(found["n1"], "memory/peak_ratio")[4][1] == 1.0
 
 
+def test_no_ratio_of_times_is_stated_where_there_is_no_measurable_difference() -> None:
+    """A bar has no room for the table's sign; the reference's own, and a larger one, are there."""
+
+    def timed(n: int, step_s: float) -> RunRecord:
+        run = arm(n, LOSSES[n])
+        spread = {"time/step_low_s": 0.9 * step_s, "time/step_high_s": 1.1 * step_s}
+        return replace(run, metrics={
+            **run.metrics, **spread, "time/step_s": step_s, "time/step_windows": 50.0,
+        })  # fmt: skip
+
+    found = added([timed(1, 0.01), timed(2, 0.0101), timed(4, 0.02)])
+    ratios = {key: values(of, "time/step_ratio") for key, of in found.items()}
+    assert [*ratios["n1"].values()] == [(1004, 1.0)]
+    assert ratios["n2"] == {}
+    assert [*ratios["n4"].values()] == [(4004, 2.0)]
+
+
 def test_few_arms_have_a_colour_each_and_many_one_for_each_n() -> None:
     """As far as colours can be told apart; controls are grey."""
     runs = [arm(n, [1.0], seed=str(seed)) for n in (1, 2, 4) for seed in range(2)]
