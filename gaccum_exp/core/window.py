@@ -122,6 +122,11 @@ class WindowPlan:
         """Whether the next window begins in a later epoch."""
         return self._locate(global_step + 1)[0] > self._locate(global_step)[0]
 
+    def in_one_epoch(self, global_step: int) -> bool:
+        """Whether all samples of a window are of one epoch, so that none is there twice."""
+        first = self.position(global_step)
+        return first // self.samples == (first + self.size(global_step) - 1) // self.samples
+
     def is_largest(self, global_step: int) -> bool:
         """Whether it is as large as windows of any stage get: only such a one is a measure of time."""
         return self.size(global_step) == self.full_window

@@ -85,6 +85,8 @@ class NoiseScale(Hook):
         """See the micro gradients of a window that is measured."""
         if state.global_step % self._every or len(window) < 2:
             return nullcontext()
+        if self._training_samples is not None and not state.plan.in_one_epoch(state.global_step):
+            return nullcontext()  # its samples are not all drawn without replacement
         return self._watching(state, window)
 
     @contextmanager
@@ -187,6 +189,12 @@ def _require_one_gradient_each(state: TrainState) -> None:
     )
     if state.settings.noise.of != "training_set":
         return
+    plan = state.plan
+    if plan.full_window > plan.samples:
+        raise BadInputError(
+            f"a window of {plan.full_window} samples holds some of data.train's {plan.samples} twice, "
+            "and tells nothing of a training set's noise: use noise.of=population"
+        )
     if draws:
         raise BadInputError(f"{OF_DRAWS}: use noise.of=population")
     if draws_samples(state.train_data):

@@ -124,6 +124,17 @@ def test_of_token_counts_and_of_a_training_set() -> None:
     assert gap == pytest.approx(first[metrics.NOISE_TRACE] / 26, rel=0.1)
 
 
+def test_of_a_training_set_windows_of_two_epochs_are_not_measured() -> None:
+    """Their samples are not drawn without replacement, which of the population is no matter."""
+    of = (*DIGITS, "data.global_batch_size=600", "accum.partial_window=carry", "noise.every_steps=1")
+    (state, of_set), (_, population) = trained(*of, "noise.of=training_set"), trained(*of)
+    assert [state.plan.in_one_epoch(k) for k in range(6)] == [True, True, False, True, False, True]
+    assert list(noise_in(population)) == [1, 2, 3, 4, 5, 6]
+    assert list(noise_in(of_set)) == [1, 2, 4, 6]
+    with pytest.raises(BadInputError, match=r"2000 samples holds some of data\.train's 1442 twice"):
+        trained(*of, "data.global_batch_size=2000", "noise.of=training_set")
+
+
 @pytest.mark.parametrize("more", [(), ("optimizer=adam",), ("accum.reduction=mean",)])
 @pytest.mark.parametrize("at", [(2, 2), (3, 1), (4, 4)])
 def test_a_training_that_goes_on_from_a_checkpoint_records_the_same(
