@@ -199,8 +199,7 @@ def _runs_like(settings: Settings, loaded: TrainingData) -> list[RunRecord]:
         own = {k: str(v) for k, v in settings.flat().items()}
         like = {k: own[k] for k in own if k.endswith("_target_") and len(own[k]) <= 200}
         asked = _comparable(RunRecord("", "", "", "", 0, own, {}, {}))
-        alike = [run for run in store.finished(like) if _comparable(run) == asked]
-        alike = [run for run in alike if not run.is_control and "global_batches" not in run.tags]
+        alike = [run for run in store.finished(like) if _comparable(run) == asked and not run.is_control]
         runs = store.with_curves(alike, (metrics.TRAIN_LOSS, *metrics.OF_NOISE))
     except (BadInputError, TrackingError) as error:
         log.warning("no runs are looked for in the store: %s", error)
@@ -210,6 +209,7 @@ def _runs_like(settings: Settings, loaded: TrainingData) -> list[RunRecord]:
 
 
 def _comparable(run: RunRecord) -> dict[str, str]:
+    # Of a run whose batch changed its tags say so, and then its schedule is among these.
     return {k: v for k, v in run.training_config.items() if not k.startswith(_MAY_DIFFER)}
 
 
