@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gaccum_exp.core.batch_growth import grow, growing_accum_steps
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.optim.schedules import cosine
-from gaccum_exp.train.growth import rates_of
+from gaccum_exp.train.batch_rules import rates_of
 
 SPECTRUM = 1 / torch.arange(1, 21, dtype=torch.float64)
 NOISE = 1.0
@@ -80,7 +80,7 @@ def largest_stable_rate(spectrum: Tensor, batch: int) -> float:
 def scheduled(peak: float, windows: int = WINDOWS) -> dict[str, Windows]:
     """Return rate and batch of every window, by schedule, at equal samples."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], peak)
-    rates = rates_of(optimizer, cosine(optimizer, windows), windows)
+    rates = [rate for (rate,) in rates_of(optimizer, cosine(optimizer, windows), windows)]
     plan = WindowPlan(windows * FIRST_BATCH, FIRST_BATCH, 0)
     accum_steps = growing_accum_steps(rates, FIRST_BATCH // MICRO_BATCH, LARGEST)
 
