@@ -239,18 +239,25 @@ def _trained_how(run: RunRecord) -> tuple[str, ...]:
 
 
 def _noise_of(settings: Settings, runs: Sequence[RunRecord]) -> NoiseKnown | None:
-    """Return the narrowest noise scale of runs at their ends, of this batch's if there are any."""
-    told = sorted(_told(runs), key=lambda of: (of[0] != settings.largest_batch, of[1].high / of[1].low))
-    return told[0][1] if told else None
+    """Return the noise scale of the run with the most measured windows, of this batch's at first.
+
+    Not the narrowest: see `noise_notes.best_measured`.
+    """
+    told = [*_told(runs)]
+    own = [of for of in told if of[0] == settings.largest_batch]
+    return max(own or told, key=lambda of: of[1])[2] if told else None
 
 
-def _told(runs: Iterable[RunRecord]) -> Iterator[tuple[int | None, NoiseKnown]]:
+def _told(runs: Iterable[RunRecord]) -> Iterator[tuple[int | None, int, NoiseKnown]]:
+    """Yield global batch, measured windows and noise scale of runs that have an interval."""
     for run in runs:
+        measured = run.curves.get(metrics.NOISE_TRACE)
         for in_adam in (True, False):
             names = (metrics.NOISE_SCALE, metrics.NOISE_SCALE_LOW, metrics.NOISE_SCALE_HIGH)
             scale, low, high = (
                 last_noise(run, metrics.in_adam_metric(name) if in_adam else name) for name in names
             )
             if scale is not None and low and high is not None:
-                yield run.global_batch_size, NoiseKnown(scale, low, high, in_adam, run.name)
+                known = NoiseKnown(scale, low, high, in_adam, run.name)
+                yield run.global_batch_size, len(measured.values) if measured else 0, known
                 break

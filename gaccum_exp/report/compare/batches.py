@@ -25,7 +25,7 @@ from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS, step_time
 from gaccum_exp.report.compare.swept_keys import Setting, swept_keys, swept_values
-from gaccum_exp.report.text.noise_notes import NoiseTold, narrowest
+from gaccum_exp.report.text.noise_notes import NoiseTold, best_measured
 from gaccum_exp.report.text.wording import say_list
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
@@ -66,7 +66,7 @@ class BatchRow:
     losses: Mapping[Axis, Loss]
     """At the comparison's points, as far as there are any."""
     noise: NoiseTold | None
-    """What the seed with the narrowest interval tells at the end of its training."""
+    """What the best measured seed tells at the end of its training: see `noise_notes`."""
     curves: tuple[Curves, ...]
     """A seed's each."""
     diverged: tuple[str, ...] = ()
@@ -301,7 +301,7 @@ def _row(choice: _Choice, points: Mapping[Axis, Point], rows: Mapping[str, Compa
             for axis, point in points.items()
             if point.at is not None
         },
-        noise=narrowest(rows[arm.run_id] for arm in arms if arm.run_id in rows),
+        noise=best_measured(rows[arm.run_id] for arm in arms if arm.run_id in rows),
         curves=choice.curves,
         diverged=choice.diverged,
     )

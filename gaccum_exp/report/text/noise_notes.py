@@ -69,9 +69,6 @@ def best_measured(rows: Iterable[ComparisonRow]) -> NoiseTold | None:
     return max(told, key=lambda of: of.effort, default=None)
 
 
-narrowest = best_measured
-
-
 def say_noise(comparison: Comparison) -> str:
     """Say it setting by setting, a line each; where nothing was measured, how it would be."""
     rows = [row for row in comparison.rows if row.finished]
