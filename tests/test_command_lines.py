@@ -90,6 +90,8 @@ OURS = "is the program's own"
         (["-m", "seed=range(0,1000000000000)"], "1,000,000,000,000 arms, more than 10,000"),
         (["-m", "sweep_id=a,b"], "sweep_id=a,b: is one for all arms"),
         (["-m", "figures.format=svg,pdf"], "figures.format=svg,pdf: is one for all arms"),
+        (["-m", "figures.width=huge", "seed=1,2"], "figures.width=huge: not one of single, double"),
+        (["figures.format=[jpg]"], "figures.format=jpg: not one of svg, png, pdf"),
         # Numbers that are no counts.
         (["data.global_batch_size=1000000000000", "accum.steps=1000000000000"], "must be at most 2,14"),
         (["data.global_batch_size=null", "data.micro_batch_size=2000000000", "accum.steps=2"], "=4000"),

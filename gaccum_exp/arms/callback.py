@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
@@ -36,7 +36,7 @@ from gaccum_exp.arms.extension import require_swept
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config import explain
 from gaccum_exp.config.files import conf_dir, options
-from gaccum_exp.config.schema import check_id
+from gaccum_exp.config.schema import FiguresConfig, check_figures, check_id
 from gaccum_exp.errors import BadInputError, complain
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.shipper import announce, helper_address, start_helper, wait_for_store
@@ -61,6 +61,7 @@ class SweepStart(Callback):
         with _refusing():
             continued.refuse_without_sweep(config)
             _refuse_places(config)
+            check_figures(cast(FiguresConfig, OmegaConf.to_object(config.figures)))
             _decide_where(config)
             resumed = resume.of_command(config)
             if resumed is not None:
@@ -79,6 +80,9 @@ class SweepStart(Callback):
         overrides = [*configured, *given]
         swept = [o.get_key_element().lstrip("+") for o in (*given, *configured) if o.is_sweep_override()]
         _refuse_places(config)
+        check_figures(
+            cast(FiguresConfig, OmegaConf.to_object(config.figures))
+        )  # of the sweep, and of no arm
         planned = _arms_of(config, overrides)
         command_id = str(config.sweep_id)
         before, command = continued.asked_for(config, overrides, command_id), current_command.get()

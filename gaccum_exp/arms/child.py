@@ -208,7 +208,7 @@ class _Child:
         """Wait until it has ended, whatever hangs there."""
         try:
             self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # nothing is left to be lost
             self.process.kill()
             self.process.wait()
 

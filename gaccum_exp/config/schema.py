@@ -365,7 +365,7 @@ def validate(cfg: DictConfig) -> Settings:
             hint = nearest(str(value), choices)
             raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
     _check_values(config)
-    _check_figures(config.figures)
+    check_figures(config.figures)
     to = config.tracking
     # Of any type until a command has decided; a number that a sweep gives is a text too.
     to.uri, to.experiment_name = (x if x is None else str(x) for x in (to.uri, to.experiment_name))
@@ -475,7 +475,7 @@ def _check_values(config: Config) -> None:
         raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
 
 
-def _check_figures(figures: FiguresConfig) -> None:
+def check_figures(figures: FiguresConfig) -> None:
     """Refuse what no figure can be like; of formats several become a list, one as well."""
     width = figures.width
     if isinstance(width, str):

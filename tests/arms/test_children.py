@@ -12,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -316,6 +317,15 @@ def test_an_arm_runs_in_its_file_before_it_is_given_away(
     assert ended[tmp_path].status == "FAILED"
     assert "gone" in str(ended[tmp_path].reason)
     assert given_name(job)
+
+
+def test_whoever_does_not_wait_for_a_child_ends_it() -> None:
+    """A second Ctrl-C, when all is done, is no error of the command's."""
+    waited = Mock(side_effect=[KeyboardInterrupt, 0])
+    process = Mock(wait=waited)
+    child._Child.wait(Mock(process=process))
+    process.kill.assert_called_once()
+    assert waited.call_count == 2
 
 
 def test_a_fault_beside_the_connection_is_no_death_of_the_child(

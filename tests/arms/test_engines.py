@@ -182,4 +182,4 @@ def test_slurm_runs_a_sweep_and_requeues_an_arm(tmp_path: Path, cluster: dict[st
     assert rows(sweep) == {"1": "FINISHED", "2": "FINISHED"}
     assert len(ends_of(sweep / "0")) == 1
     assert ends_of(sweep / "1")[-1] == ("FINISHED", None)
-    assert re.search(r"train loss of N = 2 stays within \S+ of that of the one-pass arm", ended.plain)
+    assert re.search(r"train loss of N = 2 .+ that of the one-pass arm", ended.plain)

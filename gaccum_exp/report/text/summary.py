@@ -53,7 +53,7 @@ def _say_refused(arms: int) -> str:
 def _say_labels(labels: Sequence[str], settings: int) -> str:
     """Name the settings of which the same is said."""
     if len(labels) == settings > 1:
-        return f"In all {settings} settings"
+        return "In both settings" if settings == 2 else f"In all {settings} settings"
     return "; ".join(labels) if len(labels) < 3 else f"{labels[0]} and {len(labels) - 1} more settings"
 
 
@@ -95,10 +95,13 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     if len(counts) > 1:
         shared = f"each of the {counts[0]} to {counts[-1]} steps that both have"
     gap = say_gap(furthest.max_loss_gap)
-    near = f"stays within {gap} of that of"
-    if _is_off(with_gap):  # which would sound like praise
-        near = f"is off by up to {gap} from that of"
-    curve = f"The train loss of N = {who} {near} {reference} at {shared}"
+    near = f"is that of {reference} at {shared}"
+    if furthest.max_loss_gap:
+        near = f"stays within {gap} of that of {reference} at {shared}"
+        if not _are_near(with_gap):  # which would sound like praise
+            over = shared.removeprefix("each of ")
+            near = f"differs by up to {gap} from that of {reference} over {over}"
+    curve = f"The train loss of N = {who} {near}"
     if not math.isfinite(furthest.max_loss_gap or 0.0):
         curve = f"The train loss of N = {furthest.accum_steps} or of its reference is not finite"
     elif len(every) > 1 and furthest.max_loss_gap:
@@ -106,9 +109,17 @@ def _say_distance(rows: Sequence[ComparisonRow]) -> str:
     return f"{curve}{_say_control(with_gap)}{_say_weights(rows, len(every) > 1)}."
 
 
-def _is_off(rows: Sequence[ComparisonRow]) -> bool:
-    """Whether an arm is not the large batch: by an audit, or as its curve left the envelope."""
-    return any(row.verdict not in (None, *SOUND) or row.control == "outside" for row in rows)
+def _are_near(rows: Sequence[ComparisonRow]) -> bool:
+    """Whether all arms are known to be the large batch, by audit or envelope, and none not to be.
+
+    How large a difference is does not tell: that of a loss of 1e-3 may be far, that of one of 1e3 near.
+    """
+    return all(
+        row.verdict in (None, *SOUND)
+        and row.control in (None, "inside")
+        and (row.verdict is not None or row.control is not None)
+        for row in rows
+    )
 
 
 def _say_control(rows: Sequence[ComparisonRow]) -> str:
@@ -133,7 +144,9 @@ def _say_weights(rows: Sequence[ComparisonRow], name_furthest: bool) -> str:
     furthest = max(with_weights, key=lambda row: nan_last(row.weight_distance))
     distance = furthest.weight_distance
     named = f" (N = {furthest.accum_steps})" if name_furthest and distance else ""
-    near = f"up to {say_gap(distance)} from" if _is_off(rows) else f"within {say_gap(distance)} of"
+    if not distance:
+        return "; the final weights are its"
+    near = f"within {say_gap(distance)} of" if _are_near(rows) else f"up to {say_gap(distance)} from"
     return f"; the final weights are {near} its, relative to their norm{named}"
 
 
@@ -152,7 +165,9 @@ def _say_cost(rows: Sequence[ComparisonRow]) -> str:
         return f"A step takes up to {say_ratio(times[slowest])} × as long (N = {slowest}){apart}."
     least = min(peaks, key=lambda n: peaks[n])
     ratio = round(peaks[least], 2)
-    verb = "falls to" if ratio < 0.95 else f"{'hardly falls' if ratio < 1 else 'does not fall'}: it is"
+    verb = "hardly falls: it is" if ratio < 1 else "does not fall: it is"
+    if not 0.95 <= ratio <= 1.05:
+        verb = "falls to" if ratio < 1 else "rises to"
     memory = f"Peak memory {verb} {say_ratio(peaks[least])} × at N = {least}"
     if least not in times:
         return f"{memory}."

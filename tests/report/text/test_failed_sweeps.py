@@ -39,7 +39,7 @@ def test_arms_that_share_a_reason_share_a_sentence(arm: Arm) -> None:
         "mean: N = 16 and 32 were interrupted (SIGINT).",
     )
     said = summary(comparison)
-    assert said.startswith("N = 2 is not audited: the train loss of N = 2 stays within ")
+    assert said.startswith("N = 2 is not audited: the train loss of N = 2 differs by up to ")
     assert said.endswith("4 of 6 arms did not finish. 1 more arm did not begin.")
 
 
@@ -55,7 +55,7 @@ def test_a_gap_of_a_biased_arm_does_not_read_as_praise(arm: Arm, audited: Arm) -
     """A loss that is 1.49 away stays within nothing."""
     runs = [arm(1, losses=[2.0, 1.0]), arm(2, losses=[2.0, 2.49])]
     said = summary(compare([runs[0], audited(runs[1], "biased", cause="loss scale")]))
-    assert "the train loss of N = 2 is off by up to 1.49 from that of the one-pass arm" in said
+    assert "the train loss of N = 2 differs by up to 1.49 from that of the one-pass arm" in said
     assert "stays within" not in said
 
 
