@@ -64,6 +64,8 @@ from gaccum_exp.errors import BadInputError, TrackingError, complain
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
 log = logging.getLogger(__name__)
+_LOST_PROCESS = {"BrokenExecutor", "UncompletedJobError", "WorkerCrashedError"}
+"""What launchers raise of a process that has died, by name: joblib's loky, submitit, Ray."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,6 +148,7 @@ def _run(given: list[str], stop: Stop) -> tuple[int, list[str]]:
 def _launched(command: Command, line: CommandLine) -> int:
     """Have Hydra launch what a command asks for; return its exit status."""
     stop, given, raw, status, interrupted = command.stop, command.arguments, command.raw, OK, None
+    lost_process = False
 
     def pass_on(number: int) -> None:  # what other processes run, where a launcher waits in this one
         if command.launch is not None and command.launch.multirun:
@@ -165,6 +168,7 @@ def _launched(command: Command, line: CommandLine) -> int:
             raise
         complain(explain.one_line(error, given))
         status = RUN_FAILED if command.outcomes else BAD_INPUT
+        lost_process = not _LOST_PROCESS.isdisjoint(kind.__name__ for kind in type(error).__mro__)
     finally:
         if command.resumed is not None:
             command.resumed.lock.release()
@@ -174,7 +178,7 @@ def _launched(command: Command, line: CommandLine) -> int:
     if stop.asked is not None:
         status, interrupted = stop.asked.status, stop.asked.reason
         stop.followed()
-    status = _end(command, status, interrupted)
+    status = _end(command, status, interrupted, lost_process=lost_process)
     if interrupted is not None:
         launch = command.launch
         if launch is None or not (command.outcomes or read_outcomes(launch.folder, launch.sweep_id)):
@@ -292,8 +296,17 @@ def _folder_of_sweep(job: HydraConf) -> Path:
     return Path(os.path.abspath(Path(job.runtime.cwd, job.sweep.dir)))
 
 
-def _end(command: Command, status: int, interrupted: str | None = None) -> int:
-    """Compare what the arms have left, and let their outcomes decide the status."""
+def _end(
+    command: Command, status: int, interrupted: str | None = None, *, lost_process: bool = False
+) -> int:
+    """Compare what the arms have left, and let their outcomes decide the status.
+
+    Args:
+        command: that Hydra has done with.
+        status: earned so far.
+        interrupted: by what; None: it was not.
+        lost_process: whether a launcher gave up as one of its processes had died.
+    """
     launch = command.launch
     if launch is None:
         return status
@@ -309,8 +322,8 @@ def _end(command: Command, status: int, interrupted: str | None = None) -> int:
             complain(f"what became of arms that ran elsewhere is not known: {error}")
             status = status or RUN_FAILED
         continued.note_arms(launch.folder, command.command_id, outcomes, command.planned)
-        if gave_up and continued.what_is_left(outcomes, command.command_id, command.planned) == (0, 0):
-            # It lost a process that had its arm's end behind it, or another of no arm's.
+        left = continued.what_is_left(outcomes, command.command_id, command.planned)
+        if lost_process and left == (0, 0):  # one that had its arm's end behind it
             print("gaccum_exp: every arm has come to its end all the same", file=sys.stderr)
             status, gave_up = OK, False
         end = OK

@@ -3,10 +3,14 @@
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from gaccum_exp.memory.fake import settle
 from tests.program import Program, new_store
+
+hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts how long it takes
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -310,7 +310,7 @@ def test_what_an_encoding_lacks_is_written_in_another_way(home: Path) -> None:
     out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
     assert "Traceback" not in err
     assert "x at N = 2" in " ".join(out.split())
-    assert "N=2 - micro 128" in err
+    assert "N=2 - 2 of 2" in err
     assert "1 × 2 · √3".encode("latin-1", "gaccum_exp.plain").decode("latin-1") == "1 × 2 · sqrt3"
 
 

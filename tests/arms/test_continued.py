@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,13 +301,14 @@ def test_a_sweep_whose_arms_have_all_ended_is_whole_whatever_its_launcher_says(
 
         def launches(jobs: Any, **kwargs: Any) -> Any:
             launch(jobs[:launched], **kwargs)
-            raise RuntimeError("a worker process was terminated")
+            raise error("a worker process was terminated")
 
         monkeypatch.setattr(launcher, "launch", launches)
         return launcher
 
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiated)
     line, launched = ("-m", *POINTS, "model._target_=tests.strangers.Net", "accum.steps=1,4"), 1
+    error: type[Exception] = BrokenProcessPool
     ended = program(*line)
     assert ended.status == 1
     assert "1 of 2 never started; to go on:" in ended.err
@@ -319,6 +321,8 @@ def test_a_sweep_whose_arms_have_all_ended_is_whole_whatever_its_launcher_says(
     note = continued.SweepNote.of(program.sweep_folder)
     assert note is not None
     assert note.whole
+    error = RuntimeError  # a fault of the launcher's own
+    assert program(*line, "resume=never").status == 1
 
 
 def test_an_arm_is_known_by_its_configuration(tmp_path: Path) -> None:

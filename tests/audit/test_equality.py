@@ -158,7 +158,7 @@ def direct_mean(criterion: nn.Module, outputs: Any, targets: Sequence[Tensor]) -
 
 @pytest.mark.parametrize("norm", ["layer", "group", "none"])
 @pytest.mark.parametrize("name", CRITERIA)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(sizes=sizes_of_a_window(), seed=st.integers(0, 2**16))
 def test_global_mean_is_the_large_batchs_gradient(
     name: str, norm: str, sizes: list[int], seed: int

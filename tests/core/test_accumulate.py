@@ -52,7 +52,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(-1, 3))
 def test_global_mean_is_the_large_batch_whatever_the_split(
     samples: int, steps: int, ignore_index: int
@@ -67,7 +66,6 @@ def test_global_mean_is_the_large_batch_whatever_the_split(
     assert relative(got, large_batch_gradient(criterion, data)) < TIGHT
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_sum_is_the_large_batchs_sum_whatever_the_split(sizes: list[int]) -> None:
     """Any sizes at all; and sum_divisor divides it once."""
@@ -333,7 +331,7 @@ ragged = given(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @ragged
 def test_global_mean_over_ragged_tokens_is_one_padded_batch(
     lengths: list[int], silent: list[bool], steps: int
@@ -360,7 +358,7 @@ def starts(sizes: list[int]) -> list[tuple[int, int]]:
     return [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @ragged
 def test_mean_over_ragged_tokens_is_biased_by_the_formula(
     lengths: list[int], silent: list[bool], steps: int

@@ -61,7 +61,7 @@ def test_a_schedule_of_tenths_is_followed_exactly() -> None:
 
 
 @pytest.mark.parametrize("rule", ["exact", "carry", "drop"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     samples=st.integers(5, 40),
     micro=st.integers(1, 4),

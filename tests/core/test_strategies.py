@@ -106,7 +106,7 @@ def hooks_on(of: nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_micro_gradients_are_added_up_in_float32_and_rounded_once(
     dtype: torch.dtype, reduction: Any, sizes: list[int]

@@ -179,7 +179,7 @@ WINDOWS = 40
 
 @pytest.mark.parametrize("by_step", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     samples=st.integers(1, 24),
     drawn=STAGES,

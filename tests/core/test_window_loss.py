@@ -201,7 +201,7 @@ def test_sums_without_a_denominator_stay_sums(steps: int) -> None:
     assert relative(gradient(model), exact) < TIGHT
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=6),
     st.integers(0, 40),

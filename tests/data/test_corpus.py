@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gaccum_exp.data import corpus
@@ -28,7 +28,6 @@ def test_files_of_a_folder_are_documents_in_the_order_of_their_paths(folder: str
     assert read_corpus(folder, "\n").documents == ("ants", "zebras", "bees", "donkeys")
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=40),
     fraction=st.floats(0.01, 0.99),

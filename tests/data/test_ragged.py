@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -151,7 +151,6 @@ def test_sequences_are_the_same_in_every_run_and_others_in_another_split() -> No
     assert not torch.equal(one[0]["input_ids"][:5], other[0]["input_ids"][:5])
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_gather_is_collate_of_the_samples(data: st.DataObject) -> None:
     """Both ways to make a micro-batch agree for any spread, indices and padding."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -185,7 +185,6 @@ def test_a_separator_that_joins_files_is_in_the_vocabulary(folder: str) -> None:
     assert "§" in text("train", folder, context=2, separator="§").classes
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_gather_is_collate_of_the_samples(data: st.DataObject) -> None:
     """Both ways to make a micro-batch agree, for any indices, layout, shift and padding."""

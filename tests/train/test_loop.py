@@ -34,7 +34,7 @@ def fetched(*overrides: str) -> list[tuple[Tensor, Tensor]]:
     ]  # type: ignore[misc]
 
 
-@hypothesis_settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     samples=st.integers(1, 23),
     size=st.integers(1, 9),

@@ -21,7 +21,6 @@ SCOPE = Scope()
 PLANTED = sorted(FAULTS)
 A_DOZEN = settings(
     max_examples=12,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],  # to shrink one that fails takes minutes, and it prints itself
