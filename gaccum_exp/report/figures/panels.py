@@ -31,10 +31,14 @@ class Panel:
 
 
 def panels_of(comparison: Comparison) -> list[Panel]:
-    """Sort arms and stored references into panels: one per setting, or per reduction if too many."""
+    """Sort arms and stored references into panels: one per setting, or per reduction if too many.
+
+    Panels are in the order of the table.
+    """
     rows = [row for row in comparison.shown if row.accum_steps is not None]
     settings = by_setting(rows, "{reduction}, {settings} settings")
-    return [Panel(title, tuple(members)) for title, members in sorted(settings.items())]
+    panels = [Panel(title, tuple(members)) for title, members in settings.items()]
+    return sorted(panels, key=lambda panel: min(row.setting.order for row in panel.rows))
 
 
 def thinned(panels: Sequence[Panel], most: int = MOST_ARMS) -> tuple[list[Panel], tuple[str, ...]]:

@@ -22,11 +22,12 @@ def arm_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dic
     """Return what all arms share, and of each what sets it apart."""
     arms = [(row, records[row.run_id]) for row in comparison.rows]
     params = [run.params for _, run in arms if run.params]
-    tags = [_provenance(run) for _, run in arms]
+    # An arm that was refused has run on nothing.
+    tags = _shared(_provenance(run) for _, run in arms if run.params or not params)
     return {
         "shared_params": _shared(params),
-        "shared_tags": _shared(tags),
-        "arms": [_arm(row, run, records, _shared(tags)) for row, run in arms],
+        "shared_tags": tags,
+        "arms": [_arm(row, run, records, tags) for row, run in arms],
     }
 
 
@@ -76,7 +77,7 @@ def _arm(
         if other and run.params.get(key) != other.get(key)
     ]
     given = overrides_of(run)
-    own = {key: value for key, value in _provenance(run).items() if key not in shared}
+    own = {key: value for key, value in _provenance(run).items() if shared.get(key) != value}
     return {
         "name": row.name,
         "role": row.role,
@@ -84,7 +85,7 @@ def _arm(
         "status": row.status,
         "reference": reference.name if other and reference else "",
         "differs": differs,
-        "own": own,
+        "own": {"run id": run.run_id, **own},
         "remedy": run.tags.get("remedy") or run.tags.get("detail") or "",
         "failure": row.failure or "",
         "command": " ".join([COMMAND, *map(shlex.quote, given)]) if given else "",
@@ -92,8 +93,7 @@ def _arm(
 
 
 def _provenance(run: RunRecord) -> dict[str, str]:
-    tags = {key: value for key, value in sorted(run.tags.items()) if not key.startswith(_NOT_PROVENANCE)}
-    return {"run id": run.run_id, **tags}
+    return {key: value for key, value in sorted(run.tags.items()) if not key.startswith(_NOT_PROVENANCE)}
 
 
 def _shared(every: Iterable[Mapping[str, str]]) -> dict[str, str]:

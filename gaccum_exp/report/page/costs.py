@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from gaccum_exp.memory.plan import CATEGORIES
@@ -21,14 +22,17 @@ from gaccum_exp.tracking.records import RunRecord
 
 _MOST_NAMED = 10
 """So many N of a curve are named beside it."""
+_LABEL = 0.08
+"""So much of the highest bar is its label above it as high as."""
 
 
 def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, Any] | None:
     """Return the peaks by N and category, planned ones beside them, and a budget to begin with."""
-    peaks = [peak for row in comparison.shown for peak in (row.peak_bytes, row.predicted_peak_bytes)]
-    known = [peak for peak in peaks if peak is not None]
     panels, _ = thinned(panels_of(comparison))
-    if not known or not panels:
+    rows_shown = [row for panel in panels for row in panel.rows]
+    peaks = [peak for row in rows_shown for peak in (row.peak_bytes, row.predicted_peak_bytes)]
+    known = [peak for peak in peaks if peak is not None]
+    if not known:
         return None
     rows = memory_rows(comparison, records)
     size, unit = byte_unit(max(known))
@@ -36,6 +40,7 @@ def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> 
     shown: list[dict[str, Any]] = [
         {"title": title, "bars": [_bar(bar, panel, own_size / size, size) for bar in bars]}
         for (title, bars), panel in zip(rows.panels, panels, strict=True)
+        if any(_has_peak(row) for row in panel.rows)
     ]
     return {
         "title": rows.title,
@@ -43,6 +48,7 @@ def memory_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> 
         "unit_bytes": size,
         "categories": [name.replace("_", " ") for name in rows.categories],
         "panels": shown,
+        "left_out": [panel.title for panel in panels if not any(map(_has_peak, panel.rows))],
         "tables": [_table(panel, records, size, unit) for panel in panels],
         "notes": rows.notes,
         "budget": _budget(records, known, size),
@@ -89,6 +95,10 @@ def tradeoff_section(comparison: Comparison) -> dict[str, Any] | None:
     }
 
 
+def _has_peak(row: ComparisonRow) -> bool:
+    return row.peak_bytes is not None or row.predicted_peak_bytes is not None
+
+
 def _bar(bar: Bar, panel: Panel, scale: float, size: float) -> dict[str, Any]:
     planned = [
         row.predicted_peak_bytes for row in panel.by_n[bar.n] if row.predicted_peak_bytes is not None
@@ -106,11 +116,13 @@ def _bar(bar: Bar, panel: Panel, scale: float, size: float) -> dict[str, Any]:
 
 
 def _budget(records: Mapping[str, RunRecord], known: Sequence[float], size: float) -> dict[str, Any]:
-    """Return the budget to begin with: the configured one, or one between the least and the greatest."""
+    """Return the budget to begin with: the configured one, or one where its line crosses no label."""
     given = {run.params.get("runtime.memory_budget_gib") for run in records.values()} - {None, "None"}
     with_one = [float(text) * 2**30 / size for text in given if text]
-    between = max((min(known) * max(known)) ** 0.5, 1.02 * min(known)) / size
-    return {"value": float(f"{max(with_one, default=between):.3g}"), "given": bool(with_one)}
+    peaks = sorted({*known})
+    low, high = max(pairwise(peaks), key=lambda ends: ends[1] - ends[0], default=(peaks[0], peaks[0]))
+    between = (low + high) / 2 if high - low > 2 * _LABEL * peaks[-1] else (1 + _LABEL) * peaks[-1]
+    return {"value": float(f"{max(with_one, default=between / size):.3g}"), "given": bool(with_one)}
 
 
 def _table(panel: Panel, records: Mapping[str, RunRecord], size: float, unit: str) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
     """Return what the page shows of loss curves; None where no arm recorded one."""
     rows = loss_rows(comparison, records)
     panels = panels_of(comparison)
-    count = sum(bool(curve.values.size) for panel in rows.panels for curve in panel.losses)
+    drawable = [(row, of) for row, of in zip(rows.panels, panels, strict=True) if row.has_losses]
+    count = sum(bool(curve.values.size) for panel, _ in drawable for curve in panel.losses)
     if not count:
         return None
     most = min(_MOST, max(_LEAST, MOST_POINTS // count))
@@ -45,7 +46,7 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
             "envelopes": [_envelope(envelope, of, records, most) for envelope in panel.envelopes],
             "last_digit": _last_digit(panel.last_digit, of, records, most),
         }
-        for panel, of in zip(rows.panels, panels, strict=True)
+        for panel, of in drawable
     ]
     values = np.concatenate([c.values for panel in rows.panels for c in panel.losses])
     values = values[np.isfinite(values)]
@@ -57,6 +58,7 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
             for label, is_reference in rows.groups.values()
         ],
         "panels": shown,
+        "left_out": [panel.title for panel in rows.panels if not panel.has_losses],
         "tables": [_table(panel, records) for panel in panels],
         "log": bool(values.size and values.min() > 0 and values.max() > 30 * values.min()),
         "axes": {
@@ -64,12 +66,20 @@ def curve_section(comparison: Comparison, records: Records) -> dict[str, Any] | 
             "seconds": all("step_s" in curve for curve in every),
         },
         "one_batch": all(len({row.global_batch_size for row in of.rows}) == 1 for of in panels),
+        "alike": _alike(panels),
         "merged": rows.is_crowded,
         "controls": rows.controls,
         "margin": f"{MARGIN:.0f}",
         "has_gaps": any(panel["gaps"] for panel in shown),
         "last_digit": any(panel["gaps"] and panel["last_digit"] for panel in shown),
     }
+
+
+def _alike(panels: Sequence[Panel]) -> str:
+    """Say which arms are fed the same samples: ` of a panel`; empty: all of them."""
+    seeds = any(len({dict(row.setting.values).get("seed") for row in of.rows}) > 1 for of in panels)
+    same = ["panel"] * (len(panels) > 1) + ["seed"] * seeds
+    return f" of the same {' and '.join(same)}" if same else ""
 
 
 def _curve(curve: CurveRow, group: int, panel: Panel, records: Records, most: int) -> dict[str, Any]:

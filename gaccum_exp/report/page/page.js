@@ -5,6 +5,7 @@
   const page = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const views = new Map();
+  const newest = new Map(); // of each element what it was asked to show last
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
   const WORTH_NAMING = 9;
   const MOST_LABELS = 24;
@@ -48,17 +49,30 @@
 
   /** Draw anew; expressions are interpreted, so that no policy against `eval` keeps the page from drawing. */
   async function draw(element, name, data, titles = {}) {
-    const { view } = await vegaEmbed(element, filled(name, data, titles), {
+    // It is drawn out of sight, as wide as the element: what was asked for since is not overwritten.
+    const drawing = document.createElement("div");
+    drawing.className = "pending";
+    newest.set(element, drawing);
+    element.append(drawing);
+    const { view } = await vegaEmbed(drawing, filled(name, data, titles), {
       mode: "vega", renderer: "svg", ast: true, config: looks(), logLevel: ERRORS,
       actions: false, tooltip: false, hover: false, defaultStyle: false,
     });
+    if (newest.get(element) !== drawing) {
+      view.finalize();
+      drawing.remove();
+      return;
+    }
     views.get(element)?.finalize();
     views.set(element, view);
     // The element around it is the image, and says what it shows.
-    element.querySelector("svg").setAttribute("aria-hidden", "true");
+    drawing.querySelector("svg").setAttribute("aria-hidden", "true");
+    drawing.classList.remove("pending");
+    element.replaceChildren(drawing);
   }
 
   function say(element, words) {
+    newest.set(element, words);
     views.get(element)?.finalize();
     views.delete(element);
     element.textContent = words;
@@ -87,24 +101,32 @@
     return ticks.length < 3 ? null : ticks;
   }
 
-  /** Return rows for lines and ranges; `least` takes the place of what a log axis cannot show. */
+  const isKnown = (value) => value !== null && value !== undefined;
+  const anyKnown = (curves) => curves.some((of) => of.values.some(isKnown));
+
+  /** Return rows for lines, ranges and values that no line passes through; `least` takes the place of what a log axis cannot show. */
   function curveRows(curves, axis, least) {
     const lines = [];
     const ranges = [];
+    const dots = [];
     const shown = (value) => (value === null || least === null ? value : value > 0 ? Math.max(value, least) : least || null);
     curves.forEach((curve, index) => {
       const own = {
         curve: index, color: color(`s${curve.group}`), strokeDash: DASHES[curve.group % DASHES.length],
         strokeWidth: curve.is_reference ? 4.5 : 1.8, opacity: curve.is_reference ? 0.55 : 1,
       };
+      const values = curve.values.map(shown);
       AXES[axis][1](curve).forEach((x, i) => {
-        lines.push({ ...own, x, y: shown(curve.values[i]) });
+        const row = { ...own, x, y: values[i] };
+        lines.push(row);
+        const [before, here, after] = [i - 1, i, i + 1].map((at) => isKnown(values[at]));
+        if (here && !before && !after) dots.push(row);
         if (curve.low && curve.low[i] !== null) {
           ranges.push({ ...own, x, low: shown(curve.low[i]), high: shown(curve.high[i]) });
         }
       });
     });
-    return { lines, ranges };
+    return { lines, ranges, dots };
   }
 
   function drawCurves() {
@@ -115,11 +137,12 @@
     page.curves.panels.forEach((panel, index) => {
       const losses = visible(panel.losses);
       const element = document.querySelector(`[data-plot=loss][data-panel="${index}"]`);
-      if (losses.length) {
+      if (losses.some((of) => of.values.some(scale === "log" ? (value) => value > 0 : isKnown))) {
         const ticks = { y: scale === "log" ? decades(losses.flatMap((of) => of.values)) : null };
         draw(element, `loss ${scale}`, curveRows(losses, axis, scale === "log" ? 0 : null), { axis: AXES[axis][0], ticks });
       } else {
-        say(element, "No arm is chosen.");
+        const none = anyKnown(losses) ? "No loss of these arms is above 0." : "No loss of these arms is a number.";
+        say(element, losses.length ? none : "No arm is chosen.");
       }
       const below = document.querySelector(`[data-plot=gap][data-panel="${index}"]`);
       if (below) drawGaps(below, visible(panel.gaps), panel, axis);
@@ -132,8 +155,12 @@
       ...envelopes.flatMap((of) => of.limits), ...(digit?.values ?? []),
     ];
     const positive = values.filter((value) => value > 0);
-    if (!gaps.length || !positive.length) {
-      say(element, gaps.length ? "There is no difference at any step." : "No arm with a difference is chosen.");
+    if (!anyKnown(gaps)) {
+      say(element, gaps.length ? "No difference is a number." : "No arm with a difference is chosen.");
+      return;
+    }
+    if (!positive.length) {
+      say(element, "There is no difference at any step.");
       return;
     }
     const least = 10 ** Math.floor(Math.log10(Math.min(...positive) * 0.999));
@@ -178,7 +205,7 @@
         }
         if (bar.planned !== null) planned.push({ n, size: bar.planned, color: color("ink") });
         const size = Math.max(peak(bar) ?? 0, bar.planned ?? 0);
-        totals.push({ n, size, label: bar.total === null ? bar.missing : named ? bar.ratio : "", color: color("ink") });
+        totals.push({ n, size, label: bar.total === null ? bar.missing : named ? bar.ratio : "", color: color("ink"), stroke: color("paper") });
       }
       const rule = [{ size: limit, color: color("limit") }];
       draw(element, "memory", { parts, planned, totals, budget: rule }, { axis: `peak memory in ${page.memory.unit}` });
@@ -198,13 +225,16 @@
   /** Say which N of a panel fit. */
   function saidOf(panel, limit) {
     const known = panel.bars.filter((bar) => peak(bar) !== null);
-    const one = (bar) => `${bar.n}${bar.total === null ? " (planned)" : ""}`;
+    const unknown = panel.bars.filter((bar) => peak(bar) === null);
+    const one = (bar) => `${bar.n}${bar.total === null && bar.planned !== null ? " (planned)" : ""}`;
     const name = (bars) => `N = ${listed.format(bars.map(one))}`;
     const [fits, others] = [known.filter((bar) => peak(bar) <= limit), known.filter((bar) => peak(bar) > limit)];
     const is = (bars, singular, plural) => (bars.length === 1 ? singular : plural);
-    if (!fits.length) return "no N fits that was tried.";
-    if (!others.length) return "every N fits that was tried.";
-    return `${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not.`;
+    const said = !fits.length ? "no N fits that was tried"
+      : !others.length ? "every N fits that was tried"
+      : `${name(fits)} ${is(fits, "fits", "fit")}; ${name(others)} ${is(others, "does", "do")} not`;
+    // Of what was refused or failed nothing is claimed.
+    return [...(known.length ? [said] : []), ...(unknown.length ? [`no peak is known of ${name(unknown)}`] : [])].join("; ") + ".";
   }
 
   function drawTradeoff() {

@@ -68,6 +68,15 @@ def _line(data: str, y: Mapping[str, Any]) -> Spec:
     }  # fmt: skip
 
 
+def _dots(y: Mapping[str, Any]) -> Spec:
+    """Draw what no line passes through: a value without a neighbour."""
+    return {
+        "data": {"name": "dots"},
+        "mark": {"type": "point", "filled": True, "size": 45, "opacity": 1},
+        "encoding": {"x": _AT, "y": y, "color": _OWN_COLOR},
+    }
+
+
 def _band(data: str, y: Mapping[str, Any], opacity: float) -> Spec:
     return {
         "data": {"name": data},
@@ -84,7 +93,7 @@ def _losses(scale: str) -> Spec:
         "y", "Q", "train loss", scale={"type": scale, "zero": False, "nice": scale == "linear"},
         axis={"tickCount": 6, **({"format": "~g"} if scale == "log" else {})},
     )  # fmt: skip
-    return {"height": 260, "layer": [_band("ranges", y, 0.18), _line("lines", y)]}
+    return {"height": 260, "layer": [_band("ranges", y, 0.18), _line("lines", y), _dots(y)]}
 
 
 def _gaps() -> Spec:
@@ -97,6 +106,7 @@ def _gaps() -> Spec:
         _line("limits", y),
         _band("ranges", y, 0.18),
         _line("lines", y),
+        _dots(y),
     ]
     return {"height": 210, "layer": layers}
 
@@ -122,15 +132,22 @@ def _memory() -> Spec:
                 "encoding": {"x": n, "y": size, "color": _OWN_COLOR},
             },
             {
-                "data": {"name": "totals"},
-                "mark": {"type": "text", "dy": -9, "fontSize": 12},
-                "encoding": {"x": n, "y": size, "text": _field("label", "N"), "color": _OWN_COLOR},
-            },
-            {
                 "data": {"name": "budget"},
                 "mark": {"type": "rule", "strokeDash": [6, 4], "strokeWidth": 1.6},
                 "encoding": {"y": size, "color": _OWN_COLOR},
             },
+            # The label again in the colour of the paper, thick, so that the budget's line spares it.
+            *(
+                {
+                    "data": {"name": "totals"},
+                    "mark": {"type": "text", "dy": -9, "fontSize": 12, **halo},
+                    "encoding": {
+                        "x": n, "y": size, "text": _field("label", "N"),
+                        color: {"field": color, "type": "nominal", "scale": None},
+                    },
+                }
+                for color, halo in (("stroke", {"strokeWidth": 5}), ("color", {}))
+            ),
         ],
     }  # fmt: skip
 

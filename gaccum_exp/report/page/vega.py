@@ -65,9 +65,13 @@ def _kept(what: str, make: Callable[[], str]) -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Return the user's cache folder; None: a user without a home has none."""
+    """Return the user's cache folder; None: a user without a home has none.
+
+    A relative one is ignored, as the XDG Base Directory Specification has it.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with suppress(RuntimeError):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaccum_exp"
+        return (given if given.is_absolute() else Path.home() / ".cache") / "gaccum_exp"
     return None
 
 

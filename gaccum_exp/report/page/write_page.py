@@ -34,6 +34,8 @@ from gaccum_exp.tracking.records import RunRecord
 _FOLDER = Path(__file__).parent
 _FIGURES = ("curves", "memory", "tradeoff", "windows", "noise", "batches")
 """The sections whose data the page's script draws."""
+_MOST_REASONS = 4
+_MORE_REASONS = "The reasons of the others stand beside each arm, below."
 
 
 def write_page(
@@ -68,6 +70,7 @@ def write_page(
         facts=_facts(comparison, records),
         worst=_worst(comparison.rows),
         answers=list(_answers(comparison)),
+        failures=_failures(comparison.rows),
         worth=say_worth(comparison, batches).splitlines(),
         to_mend=comparison.verdict_notes,
         table_of_arms=table,
@@ -142,6 +145,20 @@ def _answers(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
     for line in summary(comparison).splitlines():
         lead = max((lead for lead in looks_of if lead in line), key=len, default="")
         yield (looks_of[lead], *line.partition(lead)) if lead else ("none", "", "", line)
+
+
+def _failures(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Say why, where no arm finished: each reason once, those of most arms first."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if row.failure and not any(row.finished for row in rows):
+            named.setdefault(row.failure.removeprefix(f"{row.name}: "), []).append(row.name)
+    said = []
+    for reason, names in sorted(named.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        who = "Every arm" if len(names) == len(rows) > 1 else f"{names[0]}{more}"
+        said.append(f"{who}: {reason}")
+    return said if len(said) <= _MOST_REASONS else [*said[:_MOST_REASONS], _MORE_REASONS]
 
 
 def _every_number(comparison: Comparison) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class Opened:
 def drawn(frame: "Page | Frame") -> list[str]:
     """Return the paths of the loss curves, once every figure is drawn."""
     plots = "[...document.querySelectorAll('.plot')]"
-    frame.wait_for_function(f"() => {plots}.every(p => p.offsetParent === null || p.firstChild)")
+    done = "p => p.offsetParent === null || p.firstChild && !p.querySelector('.pending')"
+    frame.wait_for_function(f"() => {plots}.every({done})")
     paths: list[str] = frame.evaluate(PATHS)
     return paths
 
@@ -159,9 +160,46 @@ def test_a_phone_and_paper_hold_it(browser: "Browser", written: Path) -> None:
     page = Opened(browser, written, color_scheme="dark", viewport={"width": 390, "height": 800}).page
     drawn(page)
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    ends = (
+        "() => [...document.querySelectorAll('caption span')].map(c => c.getBoundingClientRect().right)"
+    )
+    assert max(page.evaluate(ends)) <= 390
     assert page.pdf()[:4] == b"%PDF"
     page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
     ink = "() => document.querySelector('[data-plot=memory] .role-axis-label text').getAttribute('fill')"
     page.wait_for_function(f"() => ({ink})() === '#566072'")
     page.evaluate("() => dispatchEvent(new Event('afterprint'))")
     page.wait_for_function(f"() => ({ink})() !== '#566072'")
+
+
+def test_the_newest_of_two_drawings_stays(browser: "Browser", written: Path) -> None:
+    """Whatever was asked for before it, and is ready after it."""
+    page = Opened(browser, written).page
+    drawn(page)
+    page.evaluate("""() => {
+        const boxes = [...document.querySelectorAll('input[name=group]')];
+        for (const keeps of [0, -1]) {
+            boxes.forEach((box, index) => { box.checked = index === keeps; });
+            boxes[0].dispatchEvent(new Event('change', { bubbles: true }));
+        }
+    }""")
+    page.get_by_label("Budget", exact=True).press("Home")
+    page.wait_for_timeout(300)
+    assert drawn(page) == []
+    said = page.locator("[data-plot=loss]").all_inner_texts()
+    assert set(said) == {"No arm is chosen."}
+
+
+def test_a_number_without_a_neighbour_is_a_point(browser: "Browser", arm: Arm, tmp_path: Path) -> None:
+    """A training of one step has one, and one that fell apart after it; an unknown peak is said."""
+    runs = [arm(n, losses=[2.0 + n / 100]) for n in (1, 2)]
+    runs.append(arm(4, losses=[2.5, float("nan"), float("nan")]))
+    gone = ("memory/peak_bytes", "memory/predicted_peak_bytes", "train/loss")
+    runs.append(arm(8, status="FAILED", drop=gone))
+    opened = Opened(browser, write_page(compare(runs), runs, tmp_path))
+    drawn(opened.page)
+    for plot, points in (("loss", 3), ("gap", 2)):
+        symbols = opened.page.locator(f"[data-plot={plot}] .mark-symbol.role-mark path")
+        assert symbols.count() == points
+    assert "no peak is known of N = 8." in opened.page.locator("output[name=words]").inner_text()
+    assert opened.heard == []

@@ -15,7 +15,7 @@ from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.report.compare.batches import compare_batches
 from gaccum_exp.report.compare.comparison import compare, write_csv
 from gaccum_exp.report.page import vega
-from gaccum_exp.report.page.arms import commands
+from gaccum_exp.report.page.arms import arm_section, commands
 from gaccum_exp.report.page.write_page import write_page
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.tracking.records import Curve, RunRecord
@@ -259,6 +259,88 @@ def test_a_budget_begins_at_the_configured_one(arm: Arm, tmp_path: Path) -> None
     assert sum(first["parts"].values()) == pytest.approx(first["total"], rel=1e-3)
 
 
+def test_a_budget_begins_where_its_line_crosses_no_label(arm: Arm, tmp_path: Path) -> None:
+    """In the middle of the widest gap between peaks, or above all of them where none is wide enough."""
+    peaks = {1: 100e6, 2: 60e6, 4: 50e6}
+    for factor, expected in ((1.0, 80e6), (1e-3, 50e6 * 1.08)):
+        runs = [arm(n, drop=("memory/predicted_peak_bytes",)) for n in peaks]
+        for run, peak in zip(runs, peaks.values(), strict=True):
+            run.metrics["memory/peak_bytes"] = 50e6 + (peak - 50e6) * factor  # type: ignore[index]  # a dict
+        memory = page_of(tmp_path, runs).shown()["memory"]
+        assert memory["budget"]["value"] * memory["unit_bytes"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_panel_without_a_number_is_left_out_and_named(arm: Arm, tmp_path: Path) -> None:
+    """Of losses and of peaks alike; one number is enough for a panel."""
+    gone = ("memory/peak_bytes", "memory/predicted_peak_bytes")
+    runs = [*sweep(arm), arm(1, reduction="sum", losses=[float("nan")], drop=gone)]
+    page = page_of(tmp_path, runs)
+    for name, what in (("curves", "loss"), ("memory", "peak")):
+        shown = page.shown()[name]
+        assert [panel["title"] for panel in shown["panels"]] == ["mean"]
+        assert f"No {what} was recorded: sum." in page.said
+        panels = [a["data-panel"] for _, a in page.tags if a.get("data-plot") in (name[:-1], what, name)]
+        assert panels == ["0"]
+    assert page_of(tmp_path, [arm(1, losses=[float("nan")])]).shown()["curves"] is None
+    (panel,) = page_of(tmp_path, [arm(1, losses=[2.0])]).shown()["curves"]["panels"]
+    assert panel["losses"][0]["values"] == [2.0]
+
+
+def test_panels_are_in_the_order_of_the_table(arm: Arm, tmp_path: Path) -> None:
+    """A global batch of 128 stands after one of 64."""
+    runs = [arm(n, global_batch=b) for b in (128, 32, 64) for n in (1, 2)]
+    page = page_of(tmp_path, runs)
+    titles = [f"mean, global batch={b}" for b in (32, 64, 128)]
+    for name in ("curves", "memory"):
+        assert [panel["title"] for panel in page.shown()[name]["panels"]] == titles
+
+
+@pytest.mark.parametrize(
+    ("batches", "seeds", "said"),
+    [
+        ((64,), (0,), "in every arm, so"),
+        ((64, 128), (0,), "in every arm of the same panel, so"),
+        ((64, 128), (0, 1), "in every arm of the same panel and seed, so"),
+    ],
+)
+def test_it_is_said_which_arms_are_fed_the_same(
+    arm: Arm, tmp_path: Path, batches: Sequence[int], seeds: Sequence[int], said: str
+) -> None:
+    """Not those of another global batch, nor of another seed."""
+    runs = [arm(n, global_batch=b, seed=s) for b in batches for s in seeds for n in (1, 2)]
+    assert f"Every optimizer step is fed the same samples {said}" in page_of(tmp_path, runs).said
+
+
+def test_what_arms_ran_on_outlives_one_that_was_refused(arm: Arm) -> None:
+    """It has run on nothing; and what it alone has stands beside it."""
+    tags = {"git.commit": "c0ffee", "sweep_id": "s2"}
+    refused = RunRecord("r", "1", "N=100", "FAILED", 0, {}, {"failure": "no", "sweep_id": "s3"}, {})
+    runs = [*(arm(n, tags=tags) for n in (1, 2)), refused]
+    comparison = compare(runs)
+    section = arm_section(comparison, {run.run_id: run for run in runs})
+    assert tags.items() <= section["shared_tags"].items()
+    assert "run id" not in section["shared_tags"]
+    of_name = {of["name"]: of["own"] for of in section["arms"]}
+    assert of_name["N=100"] == {"run id": "r", "sweep_id": "s3"}
+    only = compare([refused])
+    assert arm_section(only, {"r": refused})["shared_tags"] == {"sweep_id": "s3"}
+
+
+def test_the_box_says_why_no_arm_finished(arm: Arm, tmp_path: Path) -> None:
+    """Each reason once; where any arm finished the notes say it."""
+    why = {"failure": "data.train: no such folder"}
+    failed = [arm(n, status="FAILED", losses=[], tags=why) for n in (1, 2)]
+
+    def box(runs: Sequence[RunRecord]) -> str:
+        return page_of(tmp_path, runs).said.partition("The arms compared")[0]
+
+    assert "Every arm: data.train: no such folder" in box(failed)
+    full = arm(4, status="FAILED", losses=[], tags={"failure": "out of memory"})
+    assert f"{failed[0].name} and 1 more: data.train" in box([*failed, full])
+    assert f"{full.name}: out of memory" in box([*failed, full])
+    assert "no such folder" not in box([*failed, arm(4)])
+
+
 def test_commands_are_those_that_were_typed(arm: Arm) -> None:
     """One line for a full product, else a line for each arm; blanks in a value stay in it."""
     product = [
@@ -372,6 +454,10 @@ def test_what_was_made_is_kept_and_a_damaged_file_is_made_again(
     assert vega._kept("of this", make) == "a\r\nscript"
     assert vega._kept("of that", make) == "a\r\nscript"
     assert len(made) == 3
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert vega._cache_folder() == tmp_path / "home/.cache/gaccum_exp"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert vega._kept("of this", make) == "a\r\nscript"
