@@ -40,9 +40,9 @@ class Setting:
 
     @property
     def order(self) -> tuple[tuple[str | float, ...], ...]:
-        """A sort key: reduction, then values, seeds 2 and 10 as numbers, not as text."""
+        """A sort key: reduction, then values, 2 and 10, 1e-05 and 0.1 as numbers, not as text."""
         texts = (self.reduction or "", *(value for _, value in self.values))
-        split = (enumerate(re.split(r"(\d+)", text)) for text in texts)
+        split = (enumerate(re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)) for text in texts)
         return tuple(tuple(float(part) if i % 2 else part for i, part in parts) for parts in split)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from gaccum_exp.report.compare.comparison import Comparison, compare
 from gaccum_exp.report.compare.pairing import shared_config
+from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
@@ -188,3 +189,10 @@ def test_what_a_store_is_asked_for_is_what_all_arms_share(arm: Arm) -> None:
     assert asked["seed"] == "0"
     assert asked["model.depth"] == "3"
     assert not {"accum.reduction", "accum.steps", "data.name", "optimizer.lr"} & asked.keys()
+
+
+def test_settings_stand_in_the_order_of_their_numbers() -> None:
+    """However a number is written."""
+    rates = ["0.1", "1e-05", "0.05", "10", "2", "0.0001"]
+    found = sorted((Setting(None, (("lr", rate),)) for rate in rates), key=lambda of: of.order)
+    assert [value for of in found for _, value in of.values] == sorted(rates, key=float)
