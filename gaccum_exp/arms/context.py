@@ -80,6 +80,8 @@ class ArmContext:
     """The working directory of the command, which Hydra may have its jobs leave."""
     command_id: str = ""
     """Of the command that runs it: the sweep's own, or another one where the sweep goes on."""
+    command: str = ""
+    """That line, as it is typed into a shell."""
     sweep_folder: Path | None = None
     known: Mapping[str, KnownArm] = field(default_factory=dict)
     """The arms that a sweep has which goes on, by digest."""
