@@ -643,6 +643,7 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> Outcome:
     )  # fmt: skip
     outcome.write(context.folder)
     tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate", "digest": context.digest,
+            "overrides": shlex.join(context.overrides),
             "command_id": context.command_id or context.sweep_id}  # fmt: skip
     if context.command:
         tags["command"] = context.command
