@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 import time
+import urllib.parse
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
@@ -257,6 +259,7 @@ def task(cfg: DictConfig) -> float | None:
         owns_terminal=command is not None,
         home=Path(job.runtime.cwd),
         command_id=str(swept.get("command_id", cfg.sweep_id)),
+        command=_typed(swept, command),
         sweep_folder=_folder_of_sweep(job) if job.mode == RunMode.MULTIRUN else None,
         known={digest: KnownArm(*arm) for digest, arm in json.loads(swept.get("known", "{}")).items()},
     )
@@ -289,6 +292,13 @@ def task(cfg: DictConfig) -> float | None:
     outcome = run_arm(context, settings, command.stop, command.resumed)
     command.outcomes[context.folder] = outcome
     return outcome.objective
+
+
+def _typed(swept: Mapping[str, Any], command: Command | None) -> str:
+    """Return the line that asked for a job, of a sweep as it was handed on."""
+    if "command" in swept or command is None:
+        return urllib.parse.unquote(str(swept.get("command", "")))
+    return continued.as_typed(command.arguments)
 
 
 def _folder_of_sweep(job: HydraConf) -> Path:

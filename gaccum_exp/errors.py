@@ -84,10 +84,14 @@ def _of_the_worker(text: str) -> str:
     return "\n".join([lines[said].partition(": ")[2], *lines[said + 1 :]])
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes in place of what cannot be seen: `\\n` of a line's end."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def in_a_line(text: str) -> str:
     """Return a text as one line that can be printed, a very long one without its middle."""
-    words = " ".join(text.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    shown = printable(" ".join(text.split()))
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 200]} … {shown[-200:]}"
 
 

@@ -284,12 +284,32 @@ def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:
     program.tiny()
     ended = program.report("20990101-000000-abcdef")
     assert ended.status == 2
-    assert ended.lines == [f"gaccum_exp report: 20990101-000000-abcdef: no such sweep at {program.uri}"]
+    said = f"no such sweep in multirun/, outputs/ or {program.uri}"
+    assert ended.lines == [f"gaccum_exp report: 20990101-000000-abcdef: {said}"]
     assert not (program.folder / "reports").exists()
     ended = program.report("20990101-000000-abcdef", "--format=html,odt")
     assert (ended.status, ended.lines) == (
         2, ["gaccum_exp report: --format=odt: none of html, md, latex, csv, pdf, svg, png"]
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--format=html",), "--format: of no sweep; give its id (gaccum_exp report lists them)"),
+        (("--out=x",), "--out: of no sweep; give its id (gaccum_exp report lists them)"),
+        (("a", "--format=HTML", "--out=f"), "--out=f: is a file, not a folder"),
+        (("a", "--out=f/g/h"), "--out=f/g/h: f is a file, not a folder"),
+    ],
+)
+def test_what_a_report_cannot_use_is_refused_before_a_store_is_opened(
+    program: Program, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    """In a line that names it; the case of a format does not matter."""
+    monkeypatch.chdir(program.folder)
+    Path("f").touch()
+    ended = program.as_given("report", *arguments)
+    assert (ended.status, ended.lines) == (2, [f"gaccum_exp report: {said}"])
 
 
 def test_a_sweeper_that_gives_up_does_not_take_the_comparison_with_it(

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import traceback
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
@@ -110,6 +111,7 @@ class SweepStart(Callback):
             uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
         )  # fmt: skip
         start_helper()
+        typed = "" if command is None else continued.as_typed(command.arguments)
         seeds = _one_job_for_all_seeds(config) if config.sweep.vectorize == "seed" else 1
         jobs = None if planned is None else planned // seeds
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
@@ -119,6 +121,7 @@ class SweepStart(Callback):
                 f"+hydra.callbacks.sweep.swept_keys=[{','.join(map(_quoted, swept))}]",
                 f"+hydra.callbacks.sweep.helper={_quoted(helper_address())}",
                 f"+hydra.callbacks.sweep.command_id={_quoted(command_id)}",
+                f"+hydra.callbacks.sweep.command={_quoted(urllib.parse.quote(typed))}",
                 f"+hydra.callbacks.sweep.jobs={'null' if jobs is None else jobs}",
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
                 *self._pinned,

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.resume import Resumed
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.errors import printable
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import Stop
@@ -80,6 +81,8 @@ class ArmContext:
     """The working directory of the command, which Hydra may have its jobs leave."""
     command_id: str = ""
     """Of the command that runs it: the sweep's own, or another one where the sweep goes on."""
+    command: str = ""
+    """That line, as it is typed into a shell."""
     sweep_folder: Path | None = None
     known: Mapping[str, KnownArm] = field(default_factory=dict)
     """The arms that a sweep has which goes on, by digest."""
@@ -152,7 +155,7 @@ def name_of(context: ArmContext, settings: Settings, control_of: str | None = No
     named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
     values = settings.flat() | dict(context.choices)
     swept = [key for key in context.swept_keys if key in values and key not in named]
-    return " · ".join(parts + [f"{key}={values[key]}" for key in swept])
+    return printable(" · ".join(parts + [f"{key}={values[key]}" for key in swept]))
 
 
 def label_of(context: ArmContext, settings: Settings, also: str = "") -> str:
@@ -166,14 +169,14 @@ def label_of(context: ArmContext, settings: Settings, also: str = "") -> str:
         elif key in values and key != "accum.steps":
             words.append(f"{key.rpartition('.')[2]}={values[key]}")
     parts = [" ".join(words), also, "" if context.turn is None else str(context.turn)]
-    return " · ".join(part for part in parts if part)
+    return printable(" · ".join(part for part in parts if part))
 
 
 def given_name(context: ArmContext) -> str:
     """Return what the command line says of an arm, where its configuration cannot say it."""
     lines = context.overrides
     swept = [line for line in lines if line.partition("=")[0].lstrip("+") in context.swept_keys]
-    return " · ".join(swept) or " · ".join(lines)
+    return printable(" · ".join(swept) or " · ".join(lines))
 
 
 def contexts_of_seeds(context: ArmContext) -> list[ArmContext]:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from gaccum_exp.arms.context import KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
 from gaccum_exp.arms.resume import NEVER
-from gaccum_exp.errors import BadInputError, StoreAwayError, nearest
+from gaccum_exp.errors import BadInputError, StoreAwayError, hide_passwords, nearest
 from gaccum_exp.tracking.journal import (
     beginning,
     has_end,
@@ -42,6 +42,8 @@ from gaccum_exp.tracking.read_back import Journals
 COMMAND_FILE, COMMAND_LOCK = "command.json", "command.lock"
 KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed", "sweep.extend")
 """What only the command is told, and not its arms."""
+LONGEST = 5000
+"""Characters of a line that a tag can hold."""
 HELPER_S = 1.0
 """So long a lock may be held by who delivers a journal, or looks whether it is held."""
 ENDING_S = 10.0
@@ -396,14 +398,26 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
 
 def command_line(arguments: Sequence[str], sweep_id: str) -> str:
     """Return the user's own line, for the shell, with what makes it go on with a sweep."""
-    kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
-    return shlex.join([*program(arguments), *going_on(kept), f"sweep.resume={sweep_id}"])
+    kept = going_on(_of_no_sweep(arguments))
+    return shlex.join([*program(arguments), *kept, f"sweep.resume={sweep_id}"])
+
+
+def as_typed(arguments: Sequence[str]) -> str:
+    """Return the user's own line, for the shell, as it begins a sweep; empty where no tag can hold it.
+
+    Passwords in addresses are left out.
+    """
+    line = shlex.join([*program(arguments), *map(hide_passwords, _of_no_sweep(arguments))])
+    return line if len(line) <= LONGEST else ""
 
 
 def with_further_arms(arguments: Sequence[str], sweep_id: str, overrides: Sequence[str]) -> list[str]:
     """Return the arguments of a command that adds arms to a sweep: those of these overrides."""
-    kept = [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
-    return [*going_on(kept), *overrides, f"sweep.into={sweep_id}"]
+    return [*going_on(_of_no_sweep(arguments)), *overrides, f"sweep.into={sweep_id}"]
+
+
+def _of_no_sweep(arguments: Sequence[str]) -> list[str]:
+    return [a for a in arguments if _key_and_value(a)[0] not in ("sweep.resume", "sweep.into")]
 
 
 def going_on(arguments: Sequence[str]) -> list[str]:

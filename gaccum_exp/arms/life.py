@@ -7,6 +7,7 @@ knows of arms that could not be recorded anywhere else.
 
 import gc
 import logging
+import shlex
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -170,8 +171,10 @@ class Life:
             "kind": {"train": "arm"}.get(settings.task, settings.task),
             "role": "reference" if settings.in_one_pass else "candidate",
             "micro_batch_sizes": _spelled(settings.largest_batch, settings.accum_steps),
-            "overrides": " ".join(context.overrides),
+            "overrides": shlex.join(context.overrides),
         }
+        if context.command:
+            own["command"] = context.command
         if context.place is not None:
             own["arm"] = context.place
         if settings.audit.control_seed is not None:
@@ -640,7 +643,10 @@ def refuse_arm(context: ArmContext, error: BadInputError) -> Outcome:
     )  # fmt: skip
     outcome.write(context.folder)
     tags = {"sweep_id": context.sweep_id, "kind": "arm", "role": "candidate", "digest": context.digest,
+            "overrides": shlex.join(context.overrides),
             "command_id": context.command_id or context.sweep_id}  # fmt: skip
+    if context.command:
+        tags["command"] = context.command
     if context.place is not None:
         tags["arm"] = context.place
     try:

@@ -71,12 +71,16 @@ def main(arguments: Sequence[str]) -> int:
             check_id("sweep_id", sweep_id)
         formats = _formats(given.format)
         if not given.sweep_id:
+            for key in ("format", "out"):
+                if getattr(given, key) is not None:
+                    raise BadInputError(f"--{key}: of no sweep; give its id ({parser.prog} lists them)")
             return _list_sweeps(given.uri, given.experiment)
+        sweep_ids = list(dict.fromkeys(given.sweep_id))
+        out = given.out or Path("reports") / "+".join(sweep_ids)
+        _refuse_file(out)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
-    sweep_ids = list(dict.fromkeys(given.sweep_id))
-    out = given.out or Path("reports") / "+".join(sweep_ids)
     folders = [folder for sweep_id in sweep_ids if (folder := _folder_of(sweep_id)) is not None]
     own = next(filter(None, (Journals(folder).store() for folder in folders)), (None, None))
     experiment = experiment_name(given.experiment or own[1])
@@ -103,11 +107,23 @@ def _formats(given: Sequence[str] | None) -> list[str] | None:
     Raises:
         BadInputError: there is no such format.
     """
-    words = [word.strip() for line in given or () for word in line.split(",")]
+    words = [word.strip().lower() for line in given or () for word in line.split(",")]
     for word in words:
         if word not in FORMATS:
             raise BadInputError(f"--format={word}: none of {', '.join(FORMATS)}{nearest(word, FORMATS)}")
     return list(dict.fromkeys(words)) or None
+
+
+def _refuse_file(out: Path) -> None:
+    """Refuse to write below a file.
+
+    Raises:
+        BadInputError: a part of the path is one.
+    """
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "" if there == out.absolute() else f"{there.name} "
+        raise BadInputError(f"--out={out}: {what}is a file, not a folder")
 
 
 def _list_sweeps(uri: str | None, experiment: str | None) -> int:
@@ -306,7 +322,8 @@ def read_sweeps(runs: Runs, sweep_ids: Sequence[str]) -> tuple[list[RunRecord], 
     for sweep_id in sweep_ids:
         of_sweep = runs.sweep(sweep_id)
         if not of_sweep:
-            raise BadInputError(f"{sweep_id}: no such sweep at {runs.uri}")
+            searched = ", ".join(f"{folder}/" for folder in FOLDERS)
+            raise BadInputError(f"{sweep_id}: no such sweep in {searched} or {runs.uri}")
         arms += of_sweep
     for note in dict.fromkeys(note for of in runs.journals for note in of.notes):
         log.warning("%s", note)

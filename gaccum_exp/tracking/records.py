@@ -1,5 +1,7 @@
 """Stored runs as plain values, and what follows from these; nothing of the store they came from."""
 
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -49,10 +51,10 @@ class RunRecord:
     params: Mapping[str, str]
     """Every resolved config value by its dotted key, e.g. `accum.steps`."""
     tags: Mapping[str, str]
-    """`sweep_id`, `command_id` (of the command that ran it), `arm` (its folder in the sweep's),
-    `digest` (of its configuration), `role` (reference, candidate or control), `verdict`, `cause`,
-    `culprit` and `remedy` where audited, `training_samples` (of its data set), `memory.source`,
-    `memory.peak_phase`, `failure`, versions, device."""
+    """`sweep_id`, `command_id` (of the command that ran it), `command` (as it was typed), `overrides`
+    (the arm's), `arm` (its folder in the sweep's), `digest` (of its configuration), `role` (reference,
+    candidate or control), `verdict`, `cause`, `culprit` and `remedy` where audited, `training_samples`
+    (of its data set), `memory.source`, `memory.peak_phase`, `failure`, versions, device."""
     metrics: Mapping[str, float]
     """The last value of each metric, e.g. `train/loss`, `memory/peak_bytes`, `time/step_s`."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -109,6 +111,17 @@ class RunRecord:
     def is_control(self) -> bool:
         """Whether the run is a control: it shows the effect of rounding alone."""
         return self.tags.get("role") == "control" or self.control_seed is not None
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the command line said of this arm, an override each: `accum.steps=4`."""
+        text = self.tags.get("overrides", "")
+        try:
+            words = shlex.split(text)
+        except ValueError:
+            words = []
+        # Runs of earlier versions have them with bare blanks between, whatever is in them.
+        return words if shlex.join(words) == text else re.split(r" (?=[+~]*[\w./@-]+=)", text)
 
     @property
     def training_config(self) -> dict[str, str]:

@@ -120,3 +120,4 @@ def test_a_label_says_what_is_swept_in_a_few_words(tmp_path: Path) -> None:
     settings = config.validate(one.config)
     assert label_of(swept, settings) == f"N=4 seed=3 lr={settings.flat()['optimizer.lr']} · 3 of 12"
     assert label_of(replace(one, swept_keys=()), settings, "control 2") == "N=4 · control 2"
+    assert label_of(replace(one, swept_keys=()), settings, "a\nb") == "N=4 · a\\nb"

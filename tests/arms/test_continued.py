@@ -575,3 +575,27 @@ def test_controls_that_were_interrupted_are_trained_where_the_sweep_goes_on(
     again = program.tiny("-m", "accum.steps=1", "audit.controls=1", "sweep.resume=last")
     assert (again.status, "to go on" in again.err) == (0, False)
     assert [run.control_seed for run in program.arms()] == [None, 1]
+
+
+def test_a_sweep_records_the_line_that_was_typed(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was refused or is Hydra's; without the sweep that it went on with, or passwords."""
+    sweep_here(monkeypatch)
+    given = ("-m", "accum.steps=1,2,1000", "hydra.run.dir='a b=${now:%d}'")
+    program.tiny(*given)
+    (typed,) = {run.tags["command"] for run in program.arms()}
+    assert shlex.split(typed) == [
+        "python",
+        "-m",
+        "gaccum_exp",
+        *TINY,
+        *given,
+        f"tracking.uri={program.uri}",
+    ]
+    assert len(program.arms()) == 3
+    assert continued.as_typed(["-m", "a=1", "sweep.into=x"]) == "python -m gaccum_exp -m a=1"
+    hidden = continued.as_typed(["b='http://me:secret@host/x'"])
+    assert "secret" not in hidden
+    assert "host/x" in hidden
+    assert continued.as_typed(["a=" + 5000 * "x"]) == ""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_every_launcher_ends_in_a_comparison_of_all_arms(home: Path, launcher: s
     assert sorted(run.name for run in runs)[:2] == [
         "N=1 · micro 256 · global_mean", "N=2 · micro 128 · global_mean"
     ]  # fmt: skip
-    words = [run.tags["overrides"].split() for run in runs if run.params]
+    words = [run.overrides for run in runs if run.params]
     assert sorted(map(sorted, words)) == [sorted([*TINY, f"accum.steps={n}"]) for n in (1, 2)]
     ended_as = [json.loads(path.read_text()) for path in home.rglob("arm.json")]
     assert [o["name"] for o in ended_as if o["status"] == "FAILED"] == ["accum.steps=0"]
@@ -214,7 +215,7 @@ def test_arms_side_by_side_share_the_threads(home: Path) -> None:
     (sweep_id,) = {run.data.tags["sweep_id"] for run in runs}
     assert (home / "multirun" / sweep_id / "comparison.csv").exists()
     overrides = sorted(run.data.tags["overrides"] for run in runs)
-    assert overrides == [" ".join([*TINY, f"optimizer.lr={rate}"]) for rate in ("0.1", "0.2")]
+    assert overrides == [shlex.join([*TINY, f"optimizer.lr={rate}"]) for rate in ("0.1", "0.2")]
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def swept_values(run: RunRecord, keys: Mapping[str, str]) -> tuple[tuple[str, st
 
     A block is said by the file that was chosen, a class that was chosen by itself by its bare name.
     """
-    typed = dict(line.split("=", 1) for line in run.tags.get("overrides", "").split() if "=" in line)
+    typed = dict(line.split("=", 1) for line in run.overrides if "=" in line)
 
     def said(key: str) -> str:
         if not key.endswith("._target_"):

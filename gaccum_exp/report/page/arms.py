@@ -1,8 +1,8 @@
 """Prepare what the page says of each arm: its configuration, its provenance, and how to run it again."""
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -11,6 +11,8 @@ from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.tracking.records import RunRecord
 
 COMMAND = "python -m gaccum_exp"
+_PLACES = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "hydra.searchpath")
+"""What of a sweep's line says where configuration lies, and each of its arms needs alone."""
 _NOT_PROVENANCE = (
     *("verdict", "cause", "culprit", "remedy", "detail", "failure", "role", "kind"),  # said elsewhere
     *("mlflow.", "run_token", "choice."),  # the store's own; and what the configuration says
@@ -32,23 +34,23 @@ def arm_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dic
 
 
 def commands(runs: Sequence[RunRecord]) -> list[str]:
-    """Return what was typed, as far as runs tell: a line for each command, or one for each arm of it."""
+    """Return what was typed: a line for each command.
+
+    Of runs that do not tell it, those of earlier versions, it is put together, or there is one for each.
+    """
+    lines = list(dict.fromkeys(run.tags["command"] for run in runs if "command" in run.tags))
     of_command: dict[str, list[list[str]]] = {}
     for run in runs:
-        given = overrides_of(run)
+        given = run.overrides
         known = of_command.setdefault(run.tags.get("command_id", ""), [])
-        if not run.is_control and "overrides" in run.tags and given not in known:
+        told = "command" in run.tags or "overrides" not in run.tags
+        if not told and not run.is_control and given not in known:
             known.append(given)
-    lines = [line for arms in of_command.values() for line in _lines(arms)]
+    lines += [line for arms in of_command.values() for line in _lines(arms)]
     sweeps = dict.fromkeys(run.tags["sweep_id"] for run in runs if run.tags.get("sweep_id"))
     if sweeps:
         lines.append(f"{COMMAND} report {shlex.join(sweeps)}")
     return lines
-
-
-def overrides_of(run: RunRecord) -> list[str]:
-    """Return an arm's overrides, which are recorded with blanks between them."""
-    return re.split(r" (?=[+~]*[\w./@-]+=)", run.tags["overrides"]) if run.tags.get("overrides") else []
 
 
 def _lines(arms: Sequence[Sequence[str]]) -> list[str]:
@@ -76,7 +78,7 @@ def _arm(
         for key in sorted(run.params.keys() | other.keys())
         if other and run.params.get(key) != other.get(key)
     ]
-    given = overrides_of(run)
+    given = [*_places(shlex.split(run.tags.get("command", ""))), *run.overrides]
     own = {key: value for key, value in _provenance(run).items() if shared.get(key) != value}
     return {
         "name": row.name,
@@ -88,8 +90,17 @@ def _arm(
         "own": {"run id": run.run_id, **own},
         "remedy": run.tags.get("remedy") or run.tags.get("detail") or "",
         "failure": row.failure or "",
-        "command": " ".join([COMMAND, *map(shlex.quote, given)]) if given else "",
+        "command": " ".join([COMMAND, *map(shlex.quote, given)]) if run.tags.get("overrides") else "",
     }
+
+
+def _places(words: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for word, after in pairwise([*words, ""]):
+        name, equals, _ = word.partition("=")
+        if name in _PLACES:
+            found += [word] if equals else [word, after]
+    return found
 
 
 def _provenance(run: RunRecord) -> dict[str, str]:

@@ -91,14 +91,27 @@ def _say_swept(arms: Sequence[RunRecord]) -> str:
     """Say N and what else differs, of many values the first and the last."""
     values: dict[str, dict[str, None]] = {"N": {}, "reduction": {}}
     keys = swept_keys(arms)
-    for arm in sorted(arms, key=lambda arm: (arm.accum_steps or 0, arm.start_time_ms)):
-        if arm.accum_steps is not None:
-            values["N"][str(arm.accum_steps)] = None
+    for arm in sorted(arms, key=lambda arm: (_n_of(arm), arm.start_time_ms)):
+        if n := _n_of(arm):
+            values["N"][str(n)] = None
         own = {"reduction": arm.params["accum.reduction"]} if arm.params else {}
-        for key, value in (*own.items(), *swept_values(arm, keys)):
+        refused = {} if arm.params else {keys[key]: value for key, value in _typed(arm) if key in keys}
+        for key, value in (*own.items(), *swept_values(arm, keys), *refused.items()):
             values.setdefault(key, {})[value] = None
     several = {key: list(of) for key, of in values.items() if len(of) > 1 or key == "N"}
     return " ".join(f"{key}={_shortened(of)}" for key, of in several.items() if of)
+
+
+def _typed(arm: RunRecord) -> list[tuple[str, str]]:
+    """Return the keys and values of its overrides: all that is known of an arm that was refused."""
+    return [
+        (key.lstrip("+"), value) for key, _, value in (line.partition("=") for line in arm.overrides)
+    ]
+
+
+def _n_of(arm: RunRecord) -> int:
+    asked = "" if arm.params else dict(_typed(arm)).get("accum.steps", "")
+    return arm.accum_steps or (int(asked) if asked.isdecimal() else 0)
 
 
 def _shortened(values: Sequence[str]) -> str:

@@ -78,7 +78,8 @@ def say_noise(comparison: Comparison) -> str:
                 "No window has told the noise scale: that takes two micro-batches in a window that "
                 "noise.every_steps looks at, and eight tell more (accum.steps=8)."
             )
-        split = any((row.accum_steps or 1) > 1 for row in rows)
+        # An audit trains nothing, so there nothing would be measured.
+        split = any((row.accum_steps or 1) > 1 and row.optimizer_steps for row in rows)
         return (
             "Whether so large a batch is worth having: noise.every_steps=8 measures it." if split else ""
         )

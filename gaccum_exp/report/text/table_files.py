@@ -4,6 +4,7 @@ They hold what the terminal shows, the table, the notes and what it says in word
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.table import cells_of
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
-"""What Markdown might take for its own, in a cell or a sentence; `~~` strikes out."""
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
+"""What Markdown might take for its own, in a cell or a sentence; `~~` strikes out, `$` is a formula."""
 _LATEX = {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"$\sim$", "–": "--", "…": r"\ldots{}",
     "<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "²": "$^2$", "‖": r"$\|$", "µ": r"$\mu$",
@@ -23,6 +24,8 @@ _LATEX = {
     "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
 }  # fmt: skip
 """What LaTeX has for signs that are its own, or that its usual fonts lack."""
+_ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"
+_LETTERS = "ßæøœÆØŒ“”"
 _POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e([+-])0?(\d+)")
 """A number with an exponent."""
 
@@ -86,7 +89,15 @@ def _escaped_in_markdown(text: str) -> str:
 
 
 def _in_latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    return "".join(_LATEX.get(sign) or _plain_in_latex(sign) for sign in text)
+
+
+def _plain_in_latex(sign: str) -> str:
+    """Return a sign as LaTeX's usual fonts have it without a package, or a question mark."""
+    base, *marks = list(unicodedata.normalize("NFD", sign))
+    accented = base.isascii() and base.isalpha() and all(mark in _ACCENTS for mark in marks)
+    known = accented or (sign.isascii() and sign.isprintable()) or sign in _LETTERS
+    return sign if known else " " if sign.isspace() else "?"
 
 
 def _cell_in_latex(text: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -352,6 +353,20 @@ def test_commands_are_those_that_were_typed(arm: Arm) -> None:
     assert report == "python -m gaccum_exp report s1"
     assert len(commands(product[:3])) == 4
     assert commands(product[:1])[0].startswith("python -m gaccum_exp accum.steps=1 seed=0")
+
+
+def test_commands_are_said_as_their_runs_tell_them(arm: Arm) -> None:
+    """With their flags, refused values and blanks; an arm's own has where its configuration is found."""
+    typed = "python -m gaccum_exp -m --config-dir mine accum.steps=1,2,100 'model.note=\"w=8 d=2\"'"
+    note = 'model.note="w=8 d=2"'
+    runs = [
+        arm(n, tags={"command": typed, "overrides": shlex.join([f"accum.steps={n}", note])})
+        for n in (1, 2)
+    ]
+    assert commands(runs)[0] == typed
+    assert runs[0].overrides == ["accum.steps=1", note]
+    (_, own) = arm_section(compare(runs), {run.run_id: run for run in runs})["arms"]
+    assert own["command"] == f"python -m gaccum_exp --config-dir mine accum.steps=2 '{note}'"
 
 
 def window(n: int, name: str = "fc.weight", samples: int = 12) -> dict[str, Any]:

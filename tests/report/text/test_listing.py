@@ -45,6 +45,15 @@ def test_many_values_are_shortened(arm: Arm) -> None:
     assert listed.swept == "N=1,2,…,32 (6)"
 
 
+def test_what_was_refused_was_varied_too(arm: Arm) -> None:
+    """Of an arm that never had a configuration, its overrides tell."""
+    rates = [of("s", n, arm(n, params={"optimizer.lr": lr}), 1) for n, lr in ((1, "0.1"), (2, "0.2"))]
+    refused = replace(of("s", 3, arm(1, status="FAILED"), 2), params={}, metrics={}, curves={})
+    refused = replace(refused, tags={**refused.tags, "overrides": "accum.steps=100 optimizer.lr=7"})
+    (listed,) = list_runs([refused, *rates])
+    assert listed.swept == "N=1,2,100 lr=0.1,0.2,7"
+
+
 def test_a_date_of_another_year_has_the_year() -> None:
     """And one of this year the time."""
     now = datetime.now()

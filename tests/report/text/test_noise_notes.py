@@ -128,6 +128,7 @@ def test_settings_have_a_line_each_and_what_was_not_measured_is_asked_for(arm: A
     assert [re.match(r".*lr=(0\.\d)", line)[1] for line in lines] == ["0.1", "0.2"]  # type: ignore[index]
     assert "noise.every_steps=8 measures it" in said(arm(1), arm(2))
     assert said(arm(1)) == ""
+    assert said(arm(1), arm(2, losses=[])) == ""  # audited, and not trained
 
 
 def test_the_trap_of_equal_epochs_is_named(arm: Arm) -> None:

@@ -15,7 +15,7 @@ from gaccum_exp.report.text.table_files import write_latex, write_markdown
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
-HOSTILE = {"failure": r"a_b|c & 5% of #1 {x} $y$ \z ~ ^ <w> * 2.5e-07 é"}
+HOSTILE = {"failure": r"a_b|c & 5% of #1 {x} $y$ \z ~ ^ <w> * 2.5e-07 é 好"}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_markdown_has_a_line_per_arm_and_every_cell_in_its_column(
     plain = [tuple(re.sub(r"\\(.)", r"\1", cell).strip() for cell in cells) for cells in read]
     assert plain[2:] == [tuple(cell.strip() for cell in line) for line in table.lines]
     assert plain[0] == tuple(" ".join(header.split()) for header in table.headers)
-    assert r"a\_b\|c & 5% of \#1 \{x\} $y$ \\z \~ ^ \<w\> \* 2.5e-07 é" in text
+    assert r"a\_b\|c & 5% of \#1 \{x\} \$y\$ \\z \~ ^ \<w\> \* 2.5e-07 é 好" in text
     said = re.sub(r"\\(.)", r"\1", text)
     assert all(note in said for note in comparison.notes)
     assert summary(comparison).splitlines()[0] in said
@@ -69,6 +69,7 @@ def test_latex_is_balanced_and_escapes_what_is_its_own(comparison: Comparison, t
     assert {len(re.split(r"(?<!\\)&", line)) for line in lines} == {columns}
     assert re.search(r"\$\d\.\d\\times10\^\{-2\}\$\(out\)", rows)
     assert r"a\_b$|$c \& 5\% of \#1 \{x\} \$y\$ \textbackslash{}z $\sim$" in text
+    assert "é ?" in text  # a sign that no font of LaTeX's own has would end it
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no TeX here")
