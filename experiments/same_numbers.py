@@ -141,6 +141,7 @@ LEFT_ASIDE = {
     r"time/.*|throughput/.*|step_(s|ratio|low_s|high_s|differs)|tokens_per_s": "a time, or made of one",
     r"memory/resident_set_bytes": "the whole process, its libraries and their allocator included",
     r"sweep_id|command_id|run_id|run_token|reference_run_id": "an id, made of the time or at random",
+    r"command": "the line, with where it writes and when it keeps",
     r"(choice\.)?checkpoint(\..*)?|resume|weights\.left_out": "when a training is kept",
     r"arm|digest|sweep\.(resume|into|rerun_failed)": "which arm of a sweep it is",
     r"window": "of an audit, what it knows besides its numbers",
