@@ -22,6 +22,7 @@ from experiments.durability.command import (
 from experiments.durability.kills import await_moment
 from experiments.durability.ledger import Stored, noted, stored
 from experiments.durability.tries import Options, Result, Tried, many, result
+from gaccum_exp.arms.continued import SweepNote
 
 WINDOWS = 150
 LAUNCHERS: dict[str, tuple[str, ...]] = {
@@ -80,9 +81,9 @@ def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
     folder = places.new(f"sweeps {number}")
     line = arguments_of(launcher, folder)
     tried = Tried(attack, notes={"said": 0})
-    ended, arguments, status = 0, [*line, FIRST], None
-    commands = 0
-    while status != 0 and commands < MOST_TIMES:
+    ended, arguments = 0, [*line, FIRST]
+    commands, whole = 0, False
+    while not whole and commands < MOST_TIMES:
         commands += 1
         running = Running(folder, *arguments)
         if moments and await_moment(running, moments.pop()):
@@ -92,6 +93,7 @@ def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
         if "Traceback" in running.text and "joblib" not in running.text:
             tried.problems.append(f"a traceback: {running.text[-400:]}")
         status = running.process.returncode
+        whole = status == 0 or (status < 0 and _is_whole(folder))
         begun = bool(list(folder.glob("multirun/*/command.json")))
         arguments = [*line, FIRST, *["sweep.resume=last"] * begun]
         printed = re.findall(r"; to go on:\n  \S+ -m gaccum_exp (.+)\n", running.text)
@@ -105,7 +107,7 @@ def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
         return None
     tried.when = f"{launcher}, {ended}"
     tried.notes["commands"] = commands
-    if status != 0:
+    if not whole:
         tried.problems.append(f"not whole after {commands} commands: {running.text[-400:]}")
     else:
         (sweep,) = {path.parent for path in folder.glob("multirun/*/command.json")}
@@ -115,6 +117,12 @@ def _one(draw: random.Random, places: Folders, number: int) -> Tried | None:
         tried.problems += wrong_with(sweep, folder, {0, 1, 2, 3})
     places.done(folder, keep=not tried.sound)
     return tried
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a command has noted that the sweep is whole; it may have been killed right after."""
+    notes = (SweepNote.of(path.parent) for path in folder.glob("multirun/*/command.json"))
+    return any(note.whole for note in notes if note is not None)
 
 
 def _attack(running: Running, attack: str) -> bool:
