@@ -565,7 +565,7 @@ def test_controls_that_were_interrupted_are_trained_where_the_sweep_goes_on(
     """Their arm has finished, and is not trained again."""
     sweep_here(monkeypatch)
 
-    def interrupted(control: life.Life) -> None:
+    def interrupted(control: life.Life, controls_left: int) -> None:
         raise StoppedError("interrupted (SIGINT)", 130)
 
     with monkeypatch.context() as first:

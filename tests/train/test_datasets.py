@@ -19,7 +19,7 @@ made: Counter[str] = Counter()
 def _nothing_made_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
     sweep_here(monkeypatch)
-    monkeypatch.setattr("gaccum_exp.report.figures.save_figures.draw", lambda *_: [])
+    monkeypatch.setattr("gaccum_exp.report.figures.save_figures.draw", lambda *_, **__: [])
 
 
 def tensors(samples: int = 24) -> TensorDataset:
