@@ -41,8 +41,8 @@ def main() -> None:
              "--out", str(HERE / "mlflow_chart.png")],
             cwd=folder, env=environment, check=True,
         )  # fmt: skip
-    # Up to the first blank line after the summary: the paths below are of a folder that is gone.
-    table = "\n".join(line.rstrip() for line in done.stdout.split("\n\n  ")[0].splitlines())
+    # Up to the paths, which are of a folder that is gone.
+    table = "\n".join(line.rstrip() for line in done.stdout.split("\n\nSweep ")[0].splitlines())
     write_results(ROOT / "README.md", f"```text\n{table}\n```\n\n{provenance(seconds)}")
 
 
