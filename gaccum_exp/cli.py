@@ -212,7 +212,7 @@ def _version() -> str:
 
 
 def _refuse_overrides_of_ours(line: CommandLine) -> None:
-    """Refuse to be told nothing of where a command writes, by which its end is known."""
+    """Refuse overrides of the callback that notes where a command writes."""
     for override in line.overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key == "hydra.callbacks" or f"{key}.".startswith("hydra.callbacks.sweep."):

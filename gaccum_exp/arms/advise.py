@@ -233,7 +233,7 @@ def _with_runs(way: Way, own: Settings, runs: Iterable[RunRecord]) -> Way:
 
 
 def _trained_how(run: RunRecord) -> tuple[str, ...]:
-    """Return what decides a loss beside the seed, of what may differ."""
+    """Return the learning rate and its rules, by which runs of one way may differ."""
     rates = ("optimizer.lr", "train.lr_rule", "train.base_batch_size", "train.beta2_rule")
     return tuple(run.params.get(key, "") for key in rates)
 

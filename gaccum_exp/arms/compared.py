@@ -1,4 +1,4 @@
-"""What a comparison adds to the runs that it compared, for whoever looks at them in their store.
+"""Records that a comparison adds to its runs: loss gaps and costs relative to the reference.
 
 Only at a sweep's end is it known how far an arm's loss is from its reference's, and what its memory and
 time are in units of the reference's. An arm has ended by then, so this is a record of its own in its

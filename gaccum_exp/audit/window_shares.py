@@ -55,7 +55,7 @@ def audited(rerun: Rerun, window: ConfiguredWindow, found: Diagnosis, audit: Aud
 def _parts(
     rerun: Rerun, window: ConfiguredWindow, counts: WindowCounts, found: Diagnosis, audit: Audit
 ) -> Parts | str:
-    """Return the parts of g_N − g_1 that are due to each micro-batch, or why there are none."""
+    """Return each micro-batch's part of g_N − g_1, or why it has none."""
     if counts.at_once:
         return AT_ONCE
     same = found.measured is not None and found.measured.same_function
