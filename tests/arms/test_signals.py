@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -370,7 +371,8 @@ def test_a_command_that_is_ended_passes_it_on_and_compares(
         rows = {row["accum_steps"]: row for row in csv.DictReader(file)}
     assert [rows[steps]["status"] for steps in "12"] == ["FINISHED", "KILLED"]
     assert int(rows["2"]["common_steps"]) > 0
-    assert "N = 2 was interrupted" in " ".join(out.split())
+    # and so may the third arm be, which had a worker to itself
+    assert re.search(r"N = 2 (was|and 4 were) interrupted", " ".join(out.split())), out
 
 
 @pytest.mark.slow
