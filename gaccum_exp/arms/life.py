@@ -50,7 +50,7 @@ from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.records import LARGEST_BATCH, LARGEST_N
 from gaccum_exp.tracking.resumed import Recorded, ResumedSink, UnequalError
 from gaccum_exp.tracking.sink import WEIGHTS, JournalSink, NonFiniteLossError
-from gaccum_exp.train.audits import WindowAudits, audit_of, telling_window
+from gaccum_exp.train.audits import WindowAudits, audit_of, telling_windows
 from gaccum_exp.train.build import TrainingData, build, load
 from gaccum_exp.train.checkpoint import files
 from gaccum_exp.train.checkpoint.hook import FOLDER, Writer
@@ -546,11 +546,10 @@ def _train(life: Life, loaded: TrainingData | None) -> str | None:
 
 
 def _audit(life: Life, loaded: TrainingData | None) -> str:
-    """Judge a window at the initial weights; record it, print it and return the verdict."""
+    """Judge the windows that tell, at the initial weights; print the worst and return its verdict."""
     state = _build(life, _load(life, loaded))
-    global_step = telling_window(state)
-    window = next(state.windows_from(global_step))
-    found = WindowAudits(state, life.sink, life.stop).judge(window, global_step)
+    audits = WindowAudits(state, life.sink, life.stop)
+    found = worst([audits.judge(next(state.windows_from(k)), k) for k in telling_windows(state)])
     life.sink.keep_file(audit_files.write(found, life.context.folder))
     print_audit(life.name, found)
     return found.verdict

@@ -11,6 +11,7 @@ from gaccum_exp.audit.audited_window import SAMPLES, WINDOW_FILE
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.seeding import derive_seed
+from gaccum_exp.core.window import split_sizes
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import Hook
@@ -59,14 +60,34 @@ def stages_audited(state: TrainState) -> list[range]:
     return found
 
 
-def telling_window(state: TrainState) -> int:
-    """Return the window to audit where one stands for all: of the stage with the most passes."""
-    first = [first_full(state, windows) for windows in state.stage_windows]
-    return max(first, key=state.accum_steps)
+def first_unequal(state: TrainState, windows: range) -> int | None:
+    """Return the first window of a stage that is cut otherwise than its full ones, and so may be biased
+    where they are not: its micro-batches differ in size, and the reduction wants them equal.
+
+    None: there is none.
+    """
+    if not state.reduction.needs_equal_parts or state.plan.partial_window != "exact":
+        return None
+    if _differ(state, first_full(state, windows)):
+        return None
+    partial = next((k for k in windows if not state.is_full(k)), None)
+    return partial if partial is not None and _differ(state, partial) else None
+
+
+def _differ(state: TrainState, global_step: int) -> bool:
+    return len(set(split_sizes(state.plan.size(global_step), state.accum_steps(global_step)))) > 1
+
+
+def telling_windows(state: TrainState) -> list[int]:
+    """Return the windows to audit where few stand for all: of the stage with the most passes."""
+    stage = max(state.stage_windows, key=lambda windows: state.accum_steps(windows[0]))
+    unequal = first_unequal(state, stage)
+    return [first_full(state, stage), *([] if unequal is None else [unequal])]
 
 
 class WindowAudits(Hook):
-    """Audits the first full window of every stage, and windows at intervals.
+    """Audits the first full window of every stage, the first partial one where that is cut unequally,
+    and windows at intervals.
 
     Args:
         state: of the training.
@@ -79,6 +100,7 @@ class WindowAudits(Hook):
         self._judged: tuple[int, int] | None = None
         self.worst: Audit | None = None
         """Of the windows audited so far."""
+        self._unequal = {first_unequal(state, windows) for windows in state.stage_windows} - {None}
         self._of_stages = {first_full(state, windows) for windows in stages_audited(state)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +120,7 @@ class WindowAudits(Hook):
             return False
         if when.every_steps is not None and global_step % when.every_steps == 0:
             return True
-        return when.at_start and global_step in self._of_stages
+        return when.at_start and global_step in self._of_stages | self._unequal
 
     def before(self, state: TrainState, window: Window) -> None:
         """Audit a window that is about to be used, once for each way to split it."""
@@ -113,6 +135,8 @@ class WindowAudits(Hook):
         """Audit a window that is about to be used; its numbers stand beside its own train/loss."""
         with self._stop.at_once():
             found = self._placed(audit(self._state, window, global_step), global_step)
+        if global_step in self._unequal:
+            found = found.noting("on the partial window that ends an epoch")
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])

@@ -231,6 +231,27 @@ def test_a_training_is_audited_at_its_start_and_at_its_interval(
     assert (outcome["status"], outcome["verdict"]) == ("FINISHED", "biased")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "verdict"),
+    [
+        (("accum.reduction=mean",), "biased"),  # 40 samples: 15, 15, and a rest of 10 in 4, 3, 3
+        (("accum.reduction=mean", "task=audit"), "biased"),
+        (("accum.reduction=global_mean",), "equivalent"),
+        (("accum.reduction=mean", "accum.partial_window=drop"), "equivalent"),
+        (("accum.reduction=mean", "train.steps=2"), "equivalent"),  # which never gets there
+    ],
+)
+def test_the_partial_window_is_judged_where_it_may_be_biased_and_full_ones_are_not(
+    program: Program, overrides: tuple[str, ...], verdict: str
+) -> None:
+    """A full window is cut into equal parts, the rest of an epoch is not: neither stands for both."""
+    whole = (*STRANGER, "+data.train.samples=40", "data.global_batch_size=15", "train.steps=4")
+    program(*whole, "accum.steps=3", *overrides)
+    (run,) = program.arms()
+    assert run.tags["verdict"] == verdict
+    assert ("partial window" in run.tags.get("detail", "")) == (verdict == "biased")
+
+
 def test_a_worse_verdict_takes_the_earlier_ones_words_away(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

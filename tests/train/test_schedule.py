@@ -254,5 +254,5 @@ def test_a_sum_is_divided_by_what_a_full_window_of_its_own_stage_counts(reductio
 def test_an_audit_alone_judges_the_stage_with_the_most_micro_batches() -> None:
     """N = 1 at the beginning is the large batch by itself, and says nothing."""
     experiment = build(settings(*STRANGER, *GROWING, "train.epochs=6", "task=audit"))
-    step = certify.telling_window(experiment)
+    (step,) = certify.telling_windows(experiment)
     assert [len(y) for _, y in next(experiment.windows_from(step))] == [4, 4, 4, 4]
