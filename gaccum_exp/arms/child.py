@@ -7,6 +7,7 @@ is replaced. The process that starts it imports no torch: it waits, and passes o
 import atexit
 import contextlib
 import logging
+import multiprocessing
 import os
 import pickle
 import platform
@@ -35,7 +36,14 @@ from gaccum_exp.arms.context import (
     given_name,
     name_of,
 )
-from gaccum_exp.arms.outcome import RUNNING, Outcome, process_started, read_outcome, read_outcomes
+from gaccum_exp.arms.outcome import (
+    RUNNING,
+    Outcome,
+    is_alive,
+    process_started,
+    read_outcome,
+    read_outcomes,
+)
 from gaccum_exp.config import schema as config
 from gaccum_exp.errors import BadInputError, complain, first_line
 from gaccum_exp.tracking import shipper
@@ -93,7 +101,14 @@ class Ended:
     """Whether its arms are to be run one by one: none of them has begun."""
 
 
-_PARENT = os.getppid()
+def _parent() -> int:
+    """Return the process that has started this one, even where it is dead already."""
+    # Of joblib's workers it is known.
+    made_by = getattr(multiprocessing.current_process(), "_parent_pid", None)
+    return os.getppid() if made_by is None or is_alive(made_by) else int(made_by)
+
+
+_PARENT = _parent()
 """Of a launcher's worker the command, if that is what has started it."""
 
 

@@ -59,24 +59,33 @@ class Outcome:
         """Whether it is running, in a process of this host that is alive."""
         if self.status != RUNNING or self.host != platform.node():
             return False
-        if type(self.process) is not int or self.process <= 1:  # to signal these means something else
-            return False
-        try:
-            os.kill(self.process, 0)
-        except PermissionError:  # another user's
-            pass
-        except (OSError, OverflowError):
-            return False
-        found = _stat_of(self.process)
-        if found is None:  # on a system without such files; else it has just ended
-            return _stat_of(os.getpid()) is None
-        state, started = found
-        # Dead, and nobody has asked yet how it ended; or another process that has got its id.
-        return state not in "ZX" and self.process_started in (None, started)
+        return type(self.process) is int and is_alive(self.process, self.process_started)
 
     def write(self, folder: Path) -> None:
         """Write `arm.json`."""
         write_note(folder / OUTCOME_FILE, asdict(self))
+
+
+def is_alive(process: int, started: int | None = None) -> bool:
+    """Whether a process of this host is alive, and not another one that has got its id.
+
+    Args:
+        process: its id.
+        started: as `process_started` returned it then; None: not known.
+    """
+    if process <= 1:  # to signal these means something else
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # another user's
+        pass
+    except (OSError, OverflowError):
+        return False
+    found = _stat_of(process)
+    if found is None:  # on a system without such files; else it has just ended
+        return _stat_of(os.getpid()) is None
+    state, began = found
+    return state not in "ZX" and started in (None, began)  # else nobody has asked yet how it ended
 
 
 def process_started(process: int) -> int | None:

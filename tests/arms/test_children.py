@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +22,7 @@ from torch.utils.data import get_worker_info
 from gaccum_exp import cli
 from gaccum_exp.arms import child, serve
 from gaccum_exp.arms.context import given_name
-from gaccum_exp.arms.outcome import RUNNING, Outcome, read_outcome
+from gaccum_exp.arms.outcome import RUNNING, Outcome, is_alive, read_outcome
 from tests.arms.test_context import context
 from tests.program import PATIENCE_S, TINY, Ending, Program, environment
 from tests.strangers import Net, Points
@@ -375,3 +376,23 @@ def test_what_is_said_of_every_arm_is_said_once() -> None:
     said = ["3 seeds at once", "N=1 failed: why", "3 seeds at once", "N=2 failed, as N=1 did"]
     records = [logging.LogRecord("x", logging.WARNING, "", 0, "%s", (text,), None) for text in said]
     assert [heard.filter(record) for record in records] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_whose_command_died_before_it_could_look_is_an_orphan_all_the_same(
+    alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent is then another already; whoever made it is known, and none that lives is mistaken."""
+    made_by = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    worker = SimpleNamespace(_parent_pid=made_by.pid)
+    monkeypatch.setattr(child.multiprocessing, "current_process", lambda: worker)
+    if not alive:
+        made_by.kill()  # not waited for: a dead process that nobody has asked how it ended
+    while not alive and is_alive(made_by.pid):
+        time.sleep(0.01)
+    try:
+        monkeypatch.setattr(child, "_PARENT", child._parent())
+        assert child._is_orphan() is not alive
+    finally:
+        made_by.kill()
+        made_by.communicate()
