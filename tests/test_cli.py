@@ -266,7 +266,7 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     sweep_id, folder = program.sweep_id, program.sweep_folder
     ended = program.report(sweep_id, "--out", "chosen", "--format", "md,pdf", "--format=latex")
     written = {path.name for path in (program.folder / "chosen").glob("[!j]*")}
-    figures = {f"{name}.pdf" for name in ("loss_curves", "memory", "step_time", "memory_frontier")}
+    figures = {f"{name}.pdf" for name in ("loss_curves", "memory", "step_time")}
     assert {"comparison.md", "comparison.tex"} < written <= {"comparison.md", "comparison.tex", *figures}
     assert f"Sweep {sweep_id}:\n  " in ended.out
     listed = program.as_given("report").out

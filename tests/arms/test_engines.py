@@ -45,8 +45,9 @@ class Requeued(Net):
 def ends_of(folder: Path) -> list[tuple[str, str | None]]:
     """Return status and failure of the runs of an arm, in the order in which they were begun."""
     journals = sorted(folder.glob("journal*.jsonl"), key=lambda p: beginning(p)[1]["time_ms"])
-    last = [read_journal(path)[0][-1] for path in journals]
-    return [(end["status"], end["failure"]) for end in last]
+    records = [read_journal(path)[0] for path in journals]  # behind the end is what was compared
+    ends = [next(record for record in reversed(of) if "status" in record) for of in records]
+    return [(end["status"], end["failure"]) for end in ends]
 
 
 @pytest.mark.engines

@@ -83,7 +83,7 @@ def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Prog
     assert "sweep_id" not in report.data.tags
     assert report.data.tags["report_of"] == program.sweep_id
     kept = {item.path for item in client.list_artifacts(report.info.run_id)}
-    names = ("loss_curves", "memory", "memory_frontier", "step_time")
+    names = ("loss_curves", "memory", "step_time")
     figures = {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert {"comparison.csv", "report.html", *figures} <= kept
     assert "memory.png" not in kept

@@ -1,5 +1,5 @@
-"""Draw a comparison as figures: loss curves, memory, step time, memory against time, and global batches
-where a sweep has several.
+"""Draw a comparison as figures: loss curves, memory, step time, and of several settings memory against
+time, of several global batches these.
 
 To be imported when something is drawn: matplotlib takes a third of a second.
 """
@@ -16,7 +16,7 @@ from gaccum_exp.report.figures.batch_figure import draw_batches
 from gaccum_exp.report.figures.cost_bars import draw_memory, draw_step_time
 from gaccum_exp.report.figures.frontier import draw_frontier, draw_plan
 from gaccum_exp.report.figures.loss_curves import draw_loss_curves
-from gaccum_exp.report.figures.panels import subject
+from gaccum_exp.report.figures.panels import panels_of, subject
 from gaccum_exp.tracking.records import RunRecord
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ def draw(
     paths: list[Path] = []
     with style.styled(width):
         for name, draw_figure in FIGURES.items():
+            if draw_figure is draw_frontier and len(panels_of(comparison)) < 2:
+                continue  # of one setting it is what memory and step time over N show
             figure = draw_figure(comparison, records)
             paths += [] if figure is None else style.save(figure, folder, name, formats)
         if batches:

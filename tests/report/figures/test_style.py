@@ -53,7 +53,7 @@ def test_every_figure_has_the_width_that_was_asked_for(
     arm: Arm, width: str | float, inches: float, tmp_path: Path
 ) -> None:
     """To the last point, and letters in their size for it."""
-    runs = [arm(n, n_losses=10) for n in (1, 2)]
+    runs = [arm(n, n_losses=10, reduction=r) for n in (1, 2) for r in ("mean", "sum")]
     paths = draw(compare(runs), runs, tmp_path, formats=("svg",), width=width)
     assert len(paths) == 4
     for path in paths:
