@@ -33,14 +33,18 @@ class _Finding:
     culprit: str | None
     culprit_type: str | None
     remedy: str | None
+    detail: str | None
+    """Where or how it was found."""
 
     @property
     def text(self) -> str:
         """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
         kind = f" ({self.culprit_type})" if self.culprit_type else ""
         where = f" at {self.culprit}{kind}" if self.culprit else ""
-        remedy = f": {self.remedy.rstrip('.')}" if self.remedy else ""
-        return f"{_blame(self.verdict, self.cause)}{where}{remedy}."
+        told = self.remedy or self.detail
+        remedy = f": {told.rstrip('.')}" if told else ""
+        detail = f" ({self.detail})" if self.remedy and self.detail else ""
+        return f"{_blame(self.verdict, self.cause)}{where}{detail}{remedy}."
 
 
 def say_verdicts(rows: Iterable[ComparisonRow]) -> str:
@@ -75,7 +79,7 @@ def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
                 for key in ("verdict", "cause", "culprit", "culprit_type", "remedy", "detail")
             )
             if verdict and verdict not in SOUND and arm.accum_steps is not None:
-                finding = _Finding(verdict, cause, culprit, culprit_type, remedy or detail)
+                finding = _Finding(verdict, cause, culprit, culprit_type, remedy, detail)
                 arms = found.setdefault(finding, {}).setdefault(group.setting.label, set())
                 arms.add(arm.accum_steps)
     found = dict(sorted(found.items(), key=_order))
@@ -84,7 +88,8 @@ def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
         merged: dict[_Finding, dict[str, set[int]]] = {}
         first_of: dict[_Finding, _Finding] = {}
         for finding, of_setting in found.items():
-            arms_of = merged.setdefault(first_of.setdefault(replace(finding, remedy=None), finding), {})
+            alike = replace(finding, remedy=None, detail=None)
+            arms_of = merged.setdefault(first_of.setdefault(alike, finding), {})
             for label, of_label in of_setting.items():
                 arms_of.setdefault(label, set()).update(of_label)
         found = dict(sorted(merged.items(), key=_order))
@@ -133,7 +138,7 @@ def control_notes(groups: Sequence[Group], rows: Sequence[ComparisonRow]) -> tup
 
 def _order(item: tuple[_Finding, Mapping[str, set[int]]]) -> tuple[object, ...]:
     finding, of_setting = item
-    words = (finding.cause or "", finding.culprit or "", finding.remedy or "")
+    words = (finding.cause or "", finding.culprit or "", finding.remedy or finding.detail or "")
     return rank(finding.verdict), min(map(min, of_setting.values())), words
 
 

@@ -297,6 +297,16 @@ def test_the_verdict_is_in_the_table_and_what_is_to_blame_below(arm: Arm, audite
     ]  # fmt: skip
 
 
+def test_a_finding_says_on_which_window_it_was_made(arm: Arm, audited: Arm) -> None:
+    """Where that is another one than a reader thinks of: the remedy alone does not tell."""
+    words = {"cause": "unequal denominators", "remedy": "use global_mean."}
+    on = audited(arm(4), "biased", detail="on the partial window that ends an epoch", **words)
+    assert compare([arm(1), on]).verdict_notes == (
+        "N = 4: biased by unequal denominators (on the partial window that ends an epoch): use "
+        "global_mean.",
+    )
+
+
 def test_findings_name_their_settings_and_many_remedies_are_one_line(arm: Arm, audited: Arm) -> None:
     """The settings stand in front; advice that differs in numbers for each N is given once."""
     runs = [arm(n, reduction=r) for n in (1, 3) for r in ("mean", "global_mean")]
