@@ -32,7 +32,12 @@ DPI = 150
 _ORDERED = LinearSegmentedColormap.from_list(
     "ordered", ["#2b0a4f", "#1a4490", "#0f8c82", "#d9791e"], N=256
 )
-DASHES = ((0, ()), (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+_ORDERED_ON_BLACK = LinearSegmentedColormap.from_list(
+    "ordered_on_black", ["#a487e6", "#7fa8ff", "#4fd1bf", "#f0c27a"], N=256
+)
+Dash = tuple[int, tuple[float, ...]]
+DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+"""As matplotlib has them, in widths of the line."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """With the dashes 4 × 7 looks that are told apart without colour."""
 ACCENT, GREY, DARK_GREY = "#b3203f", "#8a8f98", "#5b6068"
@@ -109,9 +114,10 @@ def lines_inches(lines: float) -> float:
     return points(1.35 * lines) / 72
 
 
-def color(index: int, series: int) -> str:
-    """Return the colour of one of several series, dark to light."""
-    return to_hex(_ORDERED(index / max(series - 1, 1)))
+def color(index: int, series: int, *, on_black: bool = False) -> str:
+    """Return the colour of one of several series, dark to light; on black all are light."""
+    colors = _ORDERED_ON_BLACK if on_black else _ORDERED
+    return to_hex(colors(index / max(series - 1, 1)))
 
 
 def look(index: int, series: int) -> dict[str, Any]:

@@ -84,3 +84,10 @@ def test_a_format_is_written_once_and_no_other_is(arm: Arm, tmp_path: Path) -> N
     paths = draw(compare(runs), runs, tmp_path, formats=("pdf", "pdf"))
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert {path.suffix for path in paths} == {".pdf"}
+
+
+def test_on_black_every_series_stands_out_too() -> None:
+    """In the same order, each brighter than the one before, with the contrast of text."""
+    shades = [style.color(i, 9, on_black=True) for i in range(9)]
+    assert all(grey(other) > grey(one) for one, other in pairwise(shades))
+    assert min((luminance(shade) + 0.05) / (luminance("#12161c") + 0.05) for shade in shades) > 4.5
