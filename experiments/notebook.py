@@ -1,7 +1,8 @@
 """What the pages of the notebook share: run a study, say where its numbers come from, rewrite a page.
 
-A page's part between the two marks is written by the study's `build.py`; everything else by hand. Every
-study keeps the numbers that its figures show, and `build.py --draw` draws them again.
+A page opens with answer, figure and command. What stands between two marks is written by the study's
+`build.py`, everything else by hand: the results, and the answer where it is computed. Every study keeps
+the numbers that its figures show, and `build.py --draw` draws them again.
 """
 
 import csv
@@ -22,7 +23,8 @@ from gaccum_exp.arms.provenance import environment_tags, git_commit
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
 
-BEGIN, END = "<!-- results: written by build.py -->", "<!-- end of results -->"
+RESULTS = "<!-- results: written by build.py -->", "<!-- end of results -->"
+ANSWER = "<!-- answer: written by build.py -->", "<!-- end of answer -->"
 
 
 def run_study(slug: str, extra: Sequence[str] = ()) -> tuple[list[dict[str, str]], float]:
@@ -147,9 +149,14 @@ def provenance(seconds: float) -> str:
     )
 
 
-def write_results(page: Path, markdown: str) -> None:
-    """Replace what stands between the marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    page.write_text(f"{head}{BEGIN}\n\n{markdown.strip()}\n\n{END}{tail}", encoding="utf-8")
+def write_results(page: Path, markdown: str, answer: str = "") -> None:
+    """Replace what stands between the marks of a page: the results, and the answer if there is one."""
+    text = _between(page.read_text(encoding="utf-8"), RESULTS, markdown)
+    page.write_text(_between(text, ANSWER, answer) if answer else text, encoding="utf-8")
+
+
+def _between(text: str, marks: tuple[str, str], markdown: str) -> str:
+    begin, end = marks
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n\n{markdown.strip()}\n\n{end}{tail}"

@@ -62,6 +62,7 @@ from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
+from gaccum_exp.config.help import help_on
 from gaccum_exp.errors import BadInputError, TrackingError, complain
 from gaccum_exp.train.stopping import Stop, StoppedError, listening
 
@@ -131,6 +132,10 @@ def _run(given: list[str], stop: Stop) -> tuple[int, list[str]]:
     line = command_line(given)
     if "--version" in line.flags:
         print(_version())
+        return OK, []
+    if "--help" in line.flags and line.overrides:
+        folder = line.flags.get("--config-dir")
+        print(help_on(line.overrides, [folder] if folder else []))
         return OK, []
     if line.multirun:
         child.start()  # it imports torch, while Hydra composes

@@ -13,7 +13,7 @@ from matplotlib import image
 
 from experiments.batch_growth import build as batch_growth
 from experiments.batch_growth.recursion import excess_loss, final_losses
-from experiments.notebook import keep_cells, kept_cells
+from experiments.notebook import keep_cells, kept_cells, read_rows
 from experiments.strategies import build as strategies
 from gaccum_exp.arms.provenance import git_commit
 from gaccum_exp.report.figures.style import DPI, WIDTHS_INCHES
@@ -50,6 +50,19 @@ def test_a_study_has_its_page_with_results_figure_and_provenance(slug: str) -> N
     figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
     assert figures
     assert all((folder / name).stat().st_size > 10_000 for name in figures)
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "experiments").glob("*/README.md")), ids=lambda page: page.parent.name
+)
+def test_every_page_opens_with_answer_figure_and_command(page: Path) -> None:
+    """In this order, right below its title; a figure where the study has one."""
+    head = page.read_text(encoding="utf-8").partition("\n## ")[0]
+    places = [head.index("**Answer.**"), *(m.start() for m in re.finditer(r"!\[", head))]
+    places.append(head.index("**Command.**"))
+    assert places == sorted(places)
+    assert len(re.sub(r"<!--.*?-->|\s", "", head[head.index("\n") : places[0]])) == 0
+    assert len(places) > 2 or not list(page.parent.glob("*.png"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +104,8 @@ def test_a_figure_is_drawn_again_from_what_its_study_keeps(
 def test_the_study_of_strategies_runs_shortened(tmp_path: Path) -> None:
     """Rows, tables, the sentences of its answer and its figure; what is there is not trained again."""
     markdown = strategies.study(strategies.SHORT, tmp_path, processes=1)
-    assert markdown.count("Fixed micro-batch") == len(strategies.WAYS[strategies.FIXED_MICRO])
+    said = strategies.answer(read_rows(tmp_path / "results.csv"))
+    assert said.count("Fixed micro-batch") == len(strategies.WAYS[strategies.FIXED_MICRO])
     assert "| fixed global batch | AdamA | 0.001 |" in markdown
     assert (tmp_path / "strategies.png").stat().st_size > 10_000
     rows = (tmp_path / "results.csv").read_text()
@@ -133,7 +147,7 @@ def test_the_recursion_of_moments_is_the_mean_of_many_trainings() -> None:
 @pytest.mark.slow
 def test_the_study_of_a_growing_batch_runs_shortened(tmp_path: Path) -> None:
     """Sixteen windows of eight sequences, two seeds, a model of one narrow layer; all arms."""
-    (tmp_path / "text").write_text((ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
+    (tmp_path / "text").write_text((ROOT / "docs" / "howto" / "going_on.md").read_text(encoding="utf-8"))
     short = ("train.epochs=null", "train.steps=16", "model.layers=1", "model.width=16",
              "data.context=16", f"data.root={tmp_path / 'text'}")  # fmt: skip
     git_commit.cache_clear()  # of another test's working directory

@@ -132,15 +132,13 @@ def write(runs: Sequence[Trained], exact: Sequence[Ended], seconds: float, folde
     (folder / DRAWN).write_text(json.dumps(kept), encoding="utf-8")
     draw(runs, exact, folder)
     parts = [
-        answer(runs, exact),
-        "![Loss of the recursion by rate; held-out loss, rate and batch of the GPT](batch_growth.png)",
         "### Noisy linear regression, exactly",
         exact_table(exact),
         "### A small GPT",
         gpt_table(runs),
         provenance(seconds),
     ]
-    write_results(folder / "README.md", "\n\n".join(parts))
+    write_results(folder / "README.md", "\n\n".join(parts), f"**Answer.**\n\n{answer(runs, exact)}")
 
 
 def differences(runs: Sequence[Trained], arm: str) -> list[float]:

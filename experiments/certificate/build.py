@@ -53,7 +53,7 @@ def main() -> None:
                 append_row(RESULTS, COLUMNS, judge(name, steps) | {"commit": commit})
     rows = sorted(read_rows(RESULTS), key=lambda row: (row["model"], int(row["steps"])))
     draw(rows)
-    write_results(HERE / "README.md", page(rows))
+    write_results(HERE / "README.md", results(rows), f"**Answer.** {summary(rows)}")
 
 
 def cost(name: str) -> float:
@@ -133,24 +133,27 @@ def written(culprits: tuple[Culprit, ...]) -> str:
     return "; ".join(f"{c.name} ({c.type})" for c in culprits)
 
 
-def page(rows: list[dict[str, str]]) -> str:
-    """Return summary, figure, table and provenance as Markdown."""
+def summary(rows: list[dict[str, str]]) -> str:
+    """Say how many audits are right, and which models are left out."""
     right = sum(row["right"] == "yes" for row in rows)
     audited = len({row["model"] for row in rows})
-    summary = (
+    said = (
         f"**{right} of {len(rows)} audits right** in verdict and in culprits, on {audited} of "
         f"torchvision's {len(EXPECTED)} classification models."
     )
     missing = set(EXPECTED) - set(LEFT_OUT) - {row["model"] for row in rows}
     if missing:
-        summary += f" Not run yet ({len(missing)}): {', '.join(sorted(missing))}."
+        said += f" Not run yet ({len(missing)}): {', '.join(sorted(missing))}."
     left = "; ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items())
-    summary += f" Left out: {left}."
+    return f"{said} Left out: {left}."
+
+
+def results(rows: list[dict[str, str]]) -> str:
+    """Return table and provenance as Markdown."""
     commits = sorted({row["commit"] for row in rows})
     where = provenance(sum(float(row["seconds"]) for row in rows))
-    figure = "![e64 of every audit, by family](certificate.png)"
     measured = f"The rows were measured at: {', '.join(commits)}."
-    return f"{summary}\n\n{figure}\n\n{table(rows)}\n\n{measured} Page: {where}"
+    return f"{table(rows)}\n\n{measured} Page: {where}"
 
 
 def table(rows: list[dict[str, str]]) -> str:

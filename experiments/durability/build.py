@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
             "from": provenance(time.monotonic() - start),
         }  # fmt: skip
         MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_results(HERE / "README.md", page(read_measured()))
+    write_results(HERE / "README.md", page(read_measured()), answer(read_measured()))
     return 0 if sound else 1
 
 
@@ -109,18 +109,21 @@ def read_measured() -> dict[str, dict[str, Any]]:
     return found
 
 
-def page(measured: dict[str, dict[str, Any]]) -> str:
-    """Return the answer, the table of all parts that were measured, and what stands below it."""
+def answer(measured: dict[str, dict[str, Any]]) -> str:
+    """Say what all parts together have lost, doubled and got wrong."""
     sums = {name: sum(part["found"][name] for part in measured.values()) for name in FOUND}
     beside = [PARTS[name][0] for name, part in measured.items() if not part["sound"]]
-    lines = [
+    return (
         f"**Answer.** Of {sums['points']:,} points that had to be there {sums['lost']} are lost, "
         f"{sums['doubled']} doubled and {sums['wrong']} wrong; {sums['untimely']} have another time "
         f"than their step; {sums['running']} runs are RUNNING and {sums['runs_doubled']} there twice. "
-        + (f"Something else is wrong: {'; '.join(beside)}." if beside else "All ended as they should."),
-        "",
-    ]
-    lines += ["| attack | tried | lost, doubled or wrong |", "|---|---|---|"]
+        + (f"Something else is wrong: {'; '.join(beside)}." if beside else "All ended as they should.")
+    )
+
+
+def page(measured: dict[str, dict[str, Any]]) -> str:
+    """Return the table of all parts that were measured, and what stands below it."""
+    lines = ["| attack | tried | lost, doubled or wrong |", "|---|---|---|"]
     lines += [
         f"| {title} | {measured[name]['tried']} | {measured[name]['wrong']} |"
         for name, (title, _) in PARTS.items()

@@ -38,8 +38,7 @@ def main() -> None:
     cells = average(rows)
     keep_cells(DRAWN, ("reduction", "steps"), cells)
     draw(cells)
-    figure = "![Loss gap and weight distance against N](equivalence.png)"
-    write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{provenance(seconds)}")
+    write_results(HERE / "README.md", f"{table(cells)}\n\n{provenance(seconds)}")
 
 
 def average(rows: list[dict[str, str]]) -> Cells:

@@ -178,7 +178,7 @@ def frontier(arms: list[dict[str, str]]) -> str:
                 f"{mean_s / cells[0].step_s[0]:.2f}",
             )
             lines.append(f"| {' | '.join(written)} |")
-    return "\n".join([*lines, "", "![Peak memory against step time, N as labels](memory_frontier.png)"])
+    return "\n".join(lines)
 
 
 class Cell(NamedTuple):

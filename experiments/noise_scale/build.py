@@ -47,10 +47,9 @@ def main() -> None:
     cells = averaged(found)
     keep_cells(DRAWN, ("model", "step"), cells)
     draw(cells)
-    figure = "![Noise scale against optimizer steps](noise_scale.png)"
     of_splits, of_time = splits.table(), provenance(time.monotonic() - start)
-    parts = answer(found), table(found), figure, of_splits, cost.table(costs), of_time
-    write_results(HERE / "README.md", "\n\n".join(parts))
+    parts = table(found), of_splits, cost.table(costs), of_time
+    write_results(HERE / "README.md", "\n\n".join(parts), answer(found))
 
 
 def looked_at(model: str, seed: int) -> list[Found]:

@@ -37,8 +37,7 @@ def main() -> None:
     cells = average(rows)
     keep_cells(DRAWN, ("padding", "steps"), cells)
     draw(cells)
-    figure = "![Peak memory and step time against N](padding.png)"
-    write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{provenance(seconds)}")
+    write_results(HERE / "README.md", f"{table(cells)}\n\n{provenance(seconds)}")
 
 
 def average(rows: list[dict[str, str]]) -> Cells:

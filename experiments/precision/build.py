@@ -50,9 +50,8 @@ def main() -> None:
         cells[buffer, steps] |= errors
     keep_cells(DRAWN, ("buffer", "steps"), cells)
     draw(cells)
-    figure = "![Gradient error against N for both buffers](precision.png)"
     told = provenance(seconds + time.monotonic() - start)
-    write_results(HERE / "README.md", f"{table(cells)}\n\n{figure}\n\n{told}")
+    write_results(HERE / "README.md", f"{table(cells)}\n\n{told}")
 
 
 def trained(rows: list[dict[str, str]]) -> Cells:

@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome.said not in ("sound", "caught"):
             print(line(kind, seed, outcome))
     if asked.write:
-        write_results(PAGE, f"{results}\n\n{provenance(time.monotonic() - start)}")
+        answer, _, rest = results.partition("\n\n")
+        told = provenance(time.monotonic() - start)
+        write_results(PAGE, f"{rest}\n\n{told}", f"**Answer.** {answer}")
     return int(bool(wrong) or any(outcome.said not in ALLOWED for _, _, outcome in misjudged))
 
 

@@ -47,9 +47,8 @@ def main() -> None:
         (f"{SPREAD}=1.15", f"{COUPLED}=0.0,1.0", "accum.steps=1,8", "accum.reduction=global_mean,mean"),
     )
     draw(cells)
-    figure = "![Gradient error and held-out loss against N](reduction_ragged.png)"
     told = average(coupled, "coupling")
-    parts = (table(cells), figure, COUPLING, coupling_table(told), provenance(seconds + more))
+    parts = (table(cells), COUPLING, coupling_table(told), provenance(seconds + more))
     write_results(HERE / "README.md", "\n\n".join(parts))
 
 

@@ -78,12 +78,8 @@ def main() -> None:
         shutil.copyfile(next(place.glob("multirun/*/batches.png")), HERE / "batches.png")
     keep(arms)
     draw(arms)
-    figures = (
-        "![Loss against samples, steps and seconds, and against the batch](batches.png)\n\n"
-        "![Loss against the rate for each batch](rates.png)"
-    )
-    parts = answer(arms), table(arms), figures, provenance(time.monotonic() - start)
-    write_results(HERE / "README.md", "\n\n".join(parts))
+    results = f"{table(arms)}\n\n{provenance(time.monotonic() - start)}"
+    write_results(HERE / "README.md", results, answer(arms))
 
 
 def sweep(place: Path, *overrides: str) -> None:

@@ -567,7 +567,7 @@ def _plan(life: Life, loaded: TrainingData | None) -> None:
         planned = planning.plan(life.settings, loaded)
     for row in planned.rows:
         sizes = {key: value for key, value in row.as_dict().items() if key.endswith("_bytes")}
-        sink.record(row.accum_steps, {f"plan/{key}": value for key, value in sizes.items()})
+        sink.record(row.accum_steps, {metrics.planned(key): value for key, value in sizes.items()})
     chosen = {"plan.chosen_steps": planned.chosen_steps, "plan.knee_steps": planned.knee_steps}
     sink.describe(device_tags(loaded.device) | {k: str(v) for k, v in chosen.items() if v is not None})
     figures = save_plan(planned, folder, life.settings.figures.format, life.settings.figures.width)

@@ -16,7 +16,14 @@ from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.records import last_of_each_arm
 
 OUTCOME_FILE = "arm.json"
-OK, RUN_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK = 0
+"""Done; where an audit was asked for, every verdict is `identical` or `equivalent`."""
+RUN_FAILED = 1
+"""A run failed, or its records could not be written."""
+BAD_INPUT = 2
+"""The input was refused, in a line that says why, or nothing was run."""
+INTERRUPTED = 130
+"""Interrupted by Ctrl-C (SIGINT); 143 by SIGTERM, SIGUSR1 or SIGUSR2."""
 RUNNING = "RUNNING"
 VERDICT_STATUS = {"biased": 3, "inconclusive": 5, "stochastic": 4}
 """Exit statuses of the verdicts that are not 0, the one first that outranks the others."""

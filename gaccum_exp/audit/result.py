@@ -11,15 +11,29 @@ SEVERITY: tuple[Verdict, ...] = ("identical", "equivalent", "stochastic", "incon
 """From best to worst: of several windows, the worst verdict is the loop's."""
 
 BATCH_STATISTICS = "batch statistics"
+"""Shown by: forward whole and in micro-batches: the first module whose inputs agree sample by sample
+and whose outputs do not."""
 RANDOMNESS = "randomness"
+"""Shown by: the generator's state moves; every draw is recorded and replayed for each sample."""
 UNEQUAL_DENOMINATORS = "unequal denominators"
+"""Shown by: weighing each micro-batch by what it counts gives the large batch's gradient."""
 LOSS_SCALE = "loss scale"
+"""Shown by: the gradient is a multiple of the large batch's; the factor is said."""
 NOT_ADDITIVE = "loss not additive over samples"
+"""Shown by: all modules agree, and the large batch's loss is not made of its parts'."""
 STALE_OR_MISSING = "stale or missing gradients"
+"""Shown by: the gradient at the step is not the sum of what the window's passes gave; some of them,
+or those left from before, are."""
 LOW_PRECISION = "low-precision accumulation"
+"""Shown by: added up in float64, the same micro gradients are right."""
 MOVING_STATE = "state moves in the window"
+"""Shown by: with the state that a module, a criterion or a teacher had at the window's first pass,
+it is the large batch's."""
 OTHER_OPTIMIZER = "another optimizer"
+"""Shown by: the gradient is the large batch's, and the step that a strategy takes with it (`adam_a`,
+`batch_size_invariant_adam`), from the present moments, is not."""
 UNKNOWN = "unknown"
+"""Shown by: none of these; what was ruled out is said."""
 CAUSES = (
     *(BATCH_STATISTICS, RANDOMNESS, UNEQUAL_DENOMINATORS, LOSS_SCALE, NOT_ADDITIVE),
     *(STALE_OR_MISSING, LOW_PRECISION, MOVING_STATE, OTHER_OPTIMIZER, UNKNOWN),

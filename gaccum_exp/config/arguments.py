@@ -122,7 +122,7 @@ def _check(flags: dict[str, str | None]) -> None:
     told = [flag for flag in _DO if flag in flags]
     if len(told) > 1:
         raise BadInputError(f"{' and '.join(told)} are both what to do: give one of them")
-    for flag, needed in (("--resolve", ("--cfg", "--help")), ("--package", ("--cfg",))):
+    for flag, needed in (("--resolve", ("--cfg",)), ("--package", ("--cfg",))):
         if flag in flags and not any(other in flags for other in needed):
             raise BadInputError(f"{flag}: goes with {' or '.join(needed)}, which is not given")
     for flag in ("--cfg", "--info"):

@@ -1,31 +1,31 @@
 """The data block: batch sizes, two of which determine the third, and the two data sets' targets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gaccum_exp.config.allowed import MOST, Count, check_allowed
 from gaccum_exp.errors import BadInputError
-
-MOST = 2**31 - 1
-"""The largest count."""
-MOST_WORKERS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """The part of the data block that is about batches; the rest are arguments of its two targets."""
 
-    global_batch_size: int
-    """Samples of one optimizer step."""
-    micro_batch_size: int
-    """Samples of the largest micro-batch of a full window."""
-    eval_batch_size: int
-    workers: int
-    """DataLoader processes; they change speed only."""
+    global_batch_size: int = field(metadata={"allowed": Count(), "kind": "integer or null"})
+    """Samples of one optimizer step, split by accum.steps; null: data.micro_batch_size × accum.steps."""
+    micro_batch_size: int = field(metadata={"allowed": Count(), "kind": "integer or null"})
+    """Samples of a full window's largest micro-batch; null: data.global_batch_size / accum.steps."""
+    eval_batch_size: int = field(metadata={"allowed": Count()})
+    """Samples of one pass of an evaluation."""
+    workers: int = field(metadata={"allowed": Count(0, 512, "since each is a process")})
+    """DataLoader processes; they change speed only, never samples."""
     sort_by_length: bool
     """Order each window's samples by length before it is split, the shortest first."""
     train: Mapping[str, Any]
+    """The training set: a `_target_` and its arguments."""
     eval: Mapping[str, Any] | None
+    """The data set of evaluations, likewise; a `_target_` of null: there are none."""
     block: Mapping[str, Any]
     """The whole block as composed: batch sizes that were derived are null in it."""
 
@@ -51,11 +51,7 @@ def data_config(data: Mapping[str, Any], accum_steps: int | None) -> tuple[DataC
     """
     _check_integers(data)
     sizes = batch_sizes(data.get("global_batch_size"), data.get("micro_batch_size"), accum_steps)
-    check_positive("data.eval_batch_size", data["eval_batch_size"])
-    if not 0 <= data["workers"] <= MOST_WORKERS:
-        raise BadInputError(
-            f"data.workers={data['workers']}: must be 0 to {MOST_WORKERS:,}, since each is a process"
-        )
+    check_allowed("data", DataConfig, {name: data[name] for name in ("eval_batch_size", "workers")})
     sort_by_length = data.get("sort_by_length", False)
     if not isinstance(sort_by_length, bool):
         raise BadInputError(f"data.sort_by_length={sort_by_length}: not true or false")
@@ -170,7 +166,4 @@ def _target_of(key: str, node: Any) -> Mapping[str, Any]:
 
 def check_positive(key: str, value: int) -> None:
     """Refuse what is below 1, and what no count is."""
-    if value < 1:
-        raise BadInputError(f"{key}={value}: must be at least 1")
-    if value > MOST:
-        raise BadInputError(f"{key}={value}: must be at most {MOST:,}")
+    Count().check(key, value)

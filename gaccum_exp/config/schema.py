@@ -7,6 +7,7 @@ are the arguments of a `_target_`.
 
 Neither torch nor MLflow is imported here: a mistake in the configuration is answered at once.
 """
+# ruff: noqa: RUF009  # `setting` returns what `dataclasses.field` does, as a dataclass wants it
 
 import math
 import re
@@ -18,12 +19,20 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from gaccum_exp.config.allowed import (
+    MOST,
+    ChoicesOrInches,
+    Count,
+    Positive,
+    SomeOf,
+    check_allowed,
+    one_of,
+    setting,
+)
 from gaccum_exp.config.batch_sizes import (
     BATCH_KEYS,
-    MOST,
     AccumStage,
     DataConfig,
-    check_positive,
     data_config,
     stages_of,
 )
@@ -36,36 +45,41 @@ DEFAULT_EPOCHS = 20
 """Training length where none of train.steps, train.epochs and train.samples is set."""
 MOST_CONTROLS, MOST_THREADS = 1000, 4096
 """Beyond it a process cannot have them, and ends instead of saying so."""
+FIGURE_WIDTHS = ("single", "double", "talk")
+FIGURE_FORMATS = ("svg", "png", "pdf")
 
 
 @dataclass(slots=True)
 class AccumConfig:
     """How the batch of one optimizer step is split, and how micro gradients become its gradient."""
 
-    steps: Any = 1  # int | None | "auto"; a union with None and a string is nothing that OmegaConf knows
+    steps: Any = setting(1, kind="integer, null or auto")  # no union that OmegaConf knows
     """N, micro-batches per window; null: derived from the batch sizes; auto: the smallest that fits."""
-    reduction: str = "global_mean"
-    """global_mean | mean | sum"""
-    sum_scale: str = "constant"
+    reduction: str = one_of("global_mean", "mean", "sum")
+    """How micro gradients become the window's: global_mean (sums, divided once by all that counts in the
+    window) | mean (each micro-batch's own mean, divided by N) | sum (sums, as `sum_scale` says)."""
+    sum_scale: str = one_of("constant", "none")
     """What `sum` divides by: constant (a full window's nominal denominator) | none (the literal sum)."""
-    partial_window: str = "exact"
-    """Samples left at the end of an epoch: exact | drop | carry | error"""
-    buffer_dtype: str = "same"
-    """In what micro gradients are added up: same (as the weights) | float32"""
-    on_oom: str = "raise"
-    """Out of memory in a window: raise | increase_steps (repeat it in twice as many micro-batches)"""
-    max_grad_norm: float | None = None
+    partial_window: str = one_of("exact", "drop", "carry", "error")
+    """Samples left at the end of an epoch: exact (a step on what there is) | drop | carry (completed
+    with the next epoch's first samples) | error."""
+    buffer_dtype: str = one_of("same", "float32")
+    """In what micro gradients are added up: same (as the weights) | float32 (rounded once)."""
+    on_oom: str = one_of("raise", "increase_steps")
+    """Out of memory in a window: raise | increase_steps (repeat it in twice as many micro-batches)."""
+    max_grad_norm: float | None = setting(None, Positive("no clipping", endless=True))
     """Clip the whole window's gradient to this norm, once; null: no clipping."""
-    schedule: Any = None  # a dict[int, int]; typed so, a command line could not give it its keys
+    schedule: Any = setting(None, kind="mapping or null")  # a typed one gets no keys from `-m`
     """N from an epoch (or step) on, e.g. {0: 1, 4: 2, 8: 4}; null: `steps` throughout."""
-    schedule_by: str = "epoch"
-    """What the schedule's keys count: epoch | step"""
-    schedule_lr: str = "none"
-    """How the learning rate follows a global batch that the schedule changes: none | linear | sqrt"""
-    grow: str | None = None
+    schedule_by: str = one_of("epoch", "step")
+    """What the schedule's keys count."""
+    schedule_lr: str = one_of("none", "linear", "sqrt")
+    """How the learning rate follows a global batch that the schedule changes: none (it stays) | linear
+    or sqrt of batch / largest batch."""
+    grow: str | None = one_of("null", "auto", "sgd", "adam")
     """Let the batch grow where `scheduler` would let the rate fall: auto (by the optimizer) | sgd (the
-    rate stays) | adam (the rate falls by the square root); null."""
-    grow_to: int | None = None
+    rate stays) | adam (the rate falls by the square root); null: it does not grow."""
+    grow_to: int | None = setting(None, Count(2))
     """Largest N of a batch that grows; null: as many micro-batches as the data set holds."""
 
 
@@ -74,20 +88,21 @@ class RuntimeConfig:
     """Where and how it runs. Nothing here changes which samples are seen."""
 
     device: str = "auto"
-    """auto: the accelerator if there is one. Else cpu, cuda, cuda:1, mps, xpu, …"""
+    """auto: the accelerator if there is one, else the CPU; or cpu, cuda, cuda:1, mps, xpu."""
     deterministic: bool = False
     """Only deterministic kernels; an operator that has none is an error."""
-    threads: int | None = None
+    threads: int | None = setting(None, Count(1, MOST_THREADS))
     """Threads of one run on the CPU; null: torch's own choice."""
-    precision: str = "fp32"
-    """What passes compute in: fp32 | fp64 | bf16 | fp16, the last two by autocast."""
-    weight_dtype: str = "float32"
+    precision: str = one_of("fp32", "fp64", "bf16", "fp16")
+    """What passes compute in: the last two by autocast over float32 weights, fp16 with a GradScaler."""
+    weight_dtype: str = one_of("float32", "same")
     """What weights are kept in under bf16: float32 | same (pure bfloat16, no autocast)."""
-    matmul_precision: str = "highest"
-    """torch.set_float32_matmul_precision: highest | high | medium"""
+    matmul_precision: str = one_of("highest", "high", "medium")
+    """Of float32 matrix products, as torch.set_float32_matmul_precision has it: highest | high (TF32) |
+    medium (bfloat16)."""
     tf32: bool = False
     """Let cuDNN's convolutions use TF32."""
-    memory_budget_gib: float | None = None
+    memory_budget_gib: float | None = setting(None, Positive("what is free", most=MOST))
     """What a window may hold at its peak; null: what the device has free."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the model's repeated blocks, and run them again in the backward pass."""
@@ -103,10 +118,10 @@ class RuntimeConfig:
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: Any = None  # str | None until a command begins, which decides
+    uri: Any = setting(None, kind="text or null")  # until a command begins, which decides
     """Any MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    experiment_name: Any = None  # likewise
-    """null: MLFLOW_EXPERIMENT_NAME, else gaccum_exp."""
+    experiment_name: Any = setting(None, kind="text or null")  # likewise
+    """The experiment in that store; null: MLFLOW_EXPERIMENT_NAME, else gaccum_exp."""
     log_weights: bool = True
     """Keep the final weights with the run; the distance between arms is measured on them."""
 
@@ -115,21 +130,23 @@ class TrackingConfig:
 class TrainConfig:
     """Training length (one of three; none: 20 epochs) and how often to evaluate."""
 
-    steps: int | None = None
-    """Optimizer steps."""
-    epochs: int | None = None
-    samples: int | None = None
-    """Whole windows that fit into so many samples."""
-    eval_every_steps: int | None = None
+    steps: int | None = setting(None, Count())
+    """Length in optimizer steps."""
+    epochs: int | None = setting(None, Count())
+    """Length in passes over the training data; 20 where no length is set."""
+    samples: int | None = setting(None, Count())
+    """Length in samples: the whole windows that fit into so many."""
+    eval_every_steps: int | None = setting(None, Count())
     """Optimizer steps between evaluations; null: once per epoch. The end is always evaluated."""
-    eval_every_samples: int | None = None
+    eval_every_samples: int | None = setting(None, Count())
     """The same in samples, so that global batches are evaluated at the same ones."""
-    base_batch_size: int | None = None
+    base_batch_size: int | None = setting(None, Count())
     """The global batch that the optimizer's numbers were chosen for, from which the rules lead."""
-    lr_rule: str = "none"
-    """The learning rate at another global batch: none | sqrt | linear"""
-    beta2_rule: str = "fixed"
-    """Adam's β₂ there: fixed | half_life (in samples)"""
+    lr_rule: str = one_of("none", "sqrt", "linear")
+    """The learning rate at another global batch: none (it stays) | sqrt or linear of batch /
+    base batch."""
+    beta2_rule: str = one_of("fixed", "half_life")
+    """Adam's β₂ there: fixed | half_life (β₂ to the power batch / base batch: as long in samples)."""
 
 
 @dataclass(slots=True)
@@ -138,47 +155,49 @@ class AuditConfig:
 
     at_start: bool = True
     """Audit the first window of a training, at the initial weights."""
-    every_steps: int | None = None
+    every_steps: int | None = setting(None, Count())
     """Audit every so many optimizer steps, the first included, before the step is taken."""
-    controls: int = 0
+    controls: int = setting(0, Count(0, MOST_CONTROLS, "since each is a training"))
     """How often the reference (N = 1) is trained again with only the order inside windows permuted."""
     control_seed: int | None = None
-    """Of such a control: its number, which seeds the permutations; null: none."""
+    """Written by the program, of such a control: its number, which seeds the permutations."""
     control_precision: str | None = None
-    """Of such a control of a run in half precision: fp32. There another order alone moves next to
-    nothing, and the distance to float32 is what rounding does."""
+    """Written by the program, of such a control of a run in half precision: fp32. There another order
+    alone moves next to nothing, and the distance to float32 is what rounding does."""
 
 
 @dataclass(slots=True)
 class CheckpointConfig:
     """When a training is kept on disk, so that an interrupted one can go on."""
 
-    every_steps: int | None = None
-    """Every so many optimizer steps."""
-    every_minutes: float | None = 10
-    """Every so many minutes, inside a window too where one takes longer; without both: never."""
-    keep: int = 2
-    """The newest ones; those of a finished training are removed."""
+    every_steps: int | None = setting(None, Count())
+    """Take one every so many optimizer steps, too; null: by the minutes alone."""
+    every_minutes: float | None = setting(10, Positive("by checkpoint.every_steps alone"))
+    """Take one every so many minutes, inside a window too where that takes longer; both null: never."""
+    keep: int = setting(2, Count())
+    """How many stay, the newest ones; those of a finished training are removed."""
 
 
 @dataclass(slots=True)
 class NoiseConfig:
     """When the gradient noise scale is measured, from a window's micro gradients."""
 
-    every_steps: int | None = None
-    """Every so many optimizer steps, the first included; null: never."""
-    of: str = "population"
-    """Which gradient's: population (of which the data are samples) | training_set"""
+    every_steps: int | None = setting(None, Count())
+    """Measure it every so many optimizer steps, the first included; null: never."""
+    of: str = one_of("population", "training_set")
+    """Which gradient's: population (of which the data are samples) | training_set (the data themselves;
+    no dropout, no augmentation)."""
 
 
 @dataclass(slots=True)
 class SweepConfig:
     """How the arms of a sweep are trained."""
 
-    vectorize: str | None = None
-    """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null."""
-    seeds: Any = None  # a list of int | None, which the command line could not replace by null
-    """The seeds of an arm under `vectorize`: written by `-m`, where it finds several."""
+    vectorize: str | None = one_of("null", "seed")
+    """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null: one
+    after the other."""
+    seeds: Any = setting(None, kind="list or null")  # a typed one could not be made null again
+    """Written by the program, where `-m` finds several: the seeds of an arm under `vectorize`."""
     resume: str | None = None
     """last | the id of a sweep: it goes on, and of these arms those run that it has not ended."""
     into: str | None = None
@@ -193,10 +212,10 @@ class SweepConfig:
 class FiguresConfig:
     """What the figures of a comparison are like, at a sweep's end and in later reports of it."""
 
-    width: Any = "double"
-    """single (a column of a paper: 3.5 inches) | double (its text: 7.2) | talk (a slide) | inches"""
-    format: Any = ("svg", "png")
-    """The files that each figure is written to: one or several of svg, png and pdf."""
+    width: Any = setting("double", ChoicesOrInches(FIGURE_WIDTHS, 2, 40))
+    """single (a paper's column: 3.5 inches) | double (its text: 7.2) | talk (a slide: 12) | inches."""
+    format: Any = setting(("svg", "png"), SomeOf(FIGURE_FORMATS))
+    """The files that each figure is written to, one or several."""
 
 
 @dataclass(slots=True)
@@ -204,11 +223,17 @@ class Config:
     """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
 
     model: dict[str, Any] = MISSING
+    """What is trained."""
     data: dict[str, Any] = MISSING
+    """What it is trained and evaluated on, and in what batches."""
     criterion: dict[str, Any] = MISSING
+    """The loss."""
     optimizer: dict[str, Any] = MISSING
+    """What takes the steps."""
     scheduler: dict[str, Any] = MISSING
+    """How the learning rate goes, once per optimizer step."""
     strategy: dict[str, Any] = MISSING
+    """Where micro gradients are held, and how they are added up."""
     accum: AccumConfig = MISSING
     runtime: RuntimeConfig = MISSING
     tracking: TrackingConfig = MISSING
@@ -218,11 +243,19 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     figures: FiguresConfig = field(default_factory=FiguresConfig)
-    task: str = "train"
+    task: str = one_of("train", "audit", "plan", "advise")
+    """What is done: train | audit (judge a window's gradient against the large batch's) | plan (predict
+    the memory of each N) | advise (try the ways to a batch, and recommend one)."""
     seed: int = 0
+    """Of the initial weights, the order of samples, augmentation and dropout."""
     resume: str = "auto"
-    """auto (go on with this configuration's newest unfinished run) | never | a run's folder or id"""
+    """auto (go on with this configuration's newest unfinished run) | never | a run's folder or id."""
     sweep_id: str = "none"
+    """Of all arms of a command, which gives it: a date, a time and six signs."""
+
+
+BLOCKS: dict[str, Any] = {"": Config} | {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+"""The dataclasses whose keys are all known, by their block; the root is the empty name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,29 +341,6 @@ class Settings:
         return dict(_flatten(tree | {"data": {**self.data.block, **sizes}}))
 
 
-FIGURE_WIDTHS = ("single", "double", "talk")
-FIGURE_FORMATS = ("svg", "png", "pdf")
-_FORMATS, _OR_INCHES = ", ".join(FIGURE_FORMATS), f"{', '.join(FIGURE_WIDTHS)}, or 2 to 40 inches"
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("train", "audit", "plan", "advise"),
-    "accum.reduction": ("global_mean", "mean", "sum"),
-    "accum.sum_scale": ("constant", "none"),
-    "accum.partial_window": ("exact", "drop", "carry", "error"),
-    "accum.buffer_dtype": ("same", "float32"),
-    "accum.on_oom": ("raise", "increase_steps"),
-    "accum.schedule_by": ("epoch", "step"),
-    "accum.schedule_lr": ("none", "linear", "sqrt"),
-    "train.lr_rule": ("none", "sqrt", "linear"),
-    "train.beta2_rule": ("fixed", "half_life"),
-    "accum.grow": ("null", "auto", "sgd", "adam"),
-    "runtime.precision": ("fp32", "fp64", "bf16", "fp16"),
-    "runtime.weight_dtype": ("float32", "same"),
-    "runtime.matmul_precision": ("highest", "high", "medium"),
-    "sweep.vectorize": ("null", "seed"),
-    "noise.of": ("population", "training_set"),
-}
-
-
 def register(sweep_id: str = "none") -> None:
     """Make the schema known to Hydra under the name that config.yaml's defaults list uses.
 
@@ -358,14 +368,11 @@ def validate(cfg: DictConfig) -> Settings:
         raise BadInputError(of_configuration(error)) from None
     assert isinstance(config, Config)
     check_id("sweep_id", config.sweep_id)
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        value = "null" if value is None else value
-        if value not in choices:
-            hint = nearest(str(value), choices)
-            raise BadInputError(f"{key}={value}: not one of {', '.join(choices)}{hint}")
-    _check_values(config)
     check_figures(config.figures)
+    for block, kind in BLOCKS.items():
+        node = getattr(config, block) if block else config
+        check_allowed(block, kind, {f.name: getattr(node, f.name) for f in fields(kind)})
+    _check_values(config)
     to = config.tracking
     # Of any type until a command has decided; a number that a sweep gives is a text too.
     to.uri, to.experiment_name = (x if x is None else str(x) for x in (to.uri, to.experiment_name))
@@ -411,7 +418,7 @@ def _refuse_other_than_blocks(cfg: DictConfig) -> None:
 
 def _check_values(config: Config) -> None:
     """Refuse numbers out of range, and values that exclude each other; decide the training length."""
-    runtime, audit, train, seeds = config.runtime, config.audit, config.train, config.sweep.seeds
+    runtime, train, seeds = config.runtime, config.train, config.sweep.seeds
     lengths = {f"train.{key}": getattr(train, key) for key in ("steps", "epochs", "samples")}
     given = {key: value for key, value in lengths.items() if value is not None}
     if len(given) > 1:
@@ -419,19 +426,6 @@ def _check_values(config: Config) -> None:
         raise BadInputError(f"{named} are both training lengths: set one of them to null")
     if not given:
         train.epochs = DEFAULT_EPOCHS
-    counts = given | {
-        "train.eval_every_steps": train.eval_every_steps,
-        "train.eval_every_samples": train.eval_every_samples,
-        "train.base_batch_size": train.base_batch_size,
-        "runtime.threads": runtime.threads,
-        "audit.every_steps": audit.every_steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep": config.checkpoint.keep,
-        "noise.every_steps": config.noise.every_steps,
-    }
-    for key, value in counts.items():
-        if value is not None:
-            check_positive(key, value)
     if train.eval_every_steps is not None and train.eval_every_samples is not None:
         raise BadInputError(
             f"train.eval_every_steps={train.eval_every_steps} and train.eval_every_samples="
@@ -444,32 +438,13 @@ def _check_values(config: Config) -> None:
                 f"train.{key}={rule}: from which global batch? train.base_batch_size says for which one "
                 "the optimizer's numbers were chosen"
             )
-    if not 0 <= audit.controls <= MOST_CONTROLS:
-        raise BadInputError(
-            f"audit.controls={audit.controls}: must be 0 to {MOST_CONTROLS:,}, since each is a training"
-        )
     if runtime.weight_dtype == "same" and runtime.precision == "fp16":
         raise BadInputError(
             "runtime.weight_dtype=same with runtime.precision=fp16: gradients of float16 weights cannot "
             "be unscaled; keep runtime.weight_dtype=float32, or use runtime.precision=bf16"
         )
-    norm, budget = config.accum.max_grad_norm, runtime.memory_budget_gib
-    if norm is not None and not norm > 0:
-        raise BadInputError(f"accum.max_grad_norm={norm}: must be above 0; null: no clipping")
-    if budget is not None and not 0 < budget < MOST:
-        raise BadInputError(
-            f"runtime.memory_budget_gib={budget}: must be above 0, and a size; null: what is free"
-        )
     if not config.resume.strip():
         raise BadInputError("resume=: must be auto, never, or the folder or the id of a run")
-    minutes = config.checkpoint.every_minutes
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise BadInputError(
-            f"checkpoint.every_minutes={minutes}: must be a number above 0; null: by "
-            "checkpoint.every_steps alone"
-        )
-    if runtime.threads is not None and runtime.threads > MOST_THREADS:
-        raise BadInputError(f"runtime.threads={runtime.threads}: more than {MOST_THREADS:,}")
     distinct = isinstance(seeds, list) and {*map(type, seeds)} == {int} and len({*seeds}) == len(seeds)
     if seeds is not None and (config.sweep.vectorize is None or not distinct):
         raise BadInputError(f"sweep.seeds={seeds}: is written by -m seed=0,1,2 sweep.vectorize=seed")
@@ -477,23 +452,10 @@ def _check_values(config: Config) -> None:
 
 def check_figures(figures: FiguresConfig) -> None:
     """Refuse what no figure can be like; of formats several become a list, one as well."""
-    width = figures.width
-    if isinstance(width, str):
-        if width not in FIGURE_WIDTHS:
-            raise BadInputError(
-                f"figures.width={width}: not one of {', '.join(FIGURE_WIDTHS)}, and no number of inches"
-                f"{nearest(width, FIGURE_WIDTHS)}"
-            )
-    elif isinstance(width, bool) or not (isinstance(width, int | float) and 2 <= width <= 40):
-        raise BadInputError(f"figures.width={width}: must be {_OR_INCHES}")
-    formats = [figures.format] if isinstance(figures.format, str) else figures.format
-    if not isinstance(formats, list | tuple) or not formats:
-        raise BadInputError(f"figures.format={formats}: must be a list out of {_FORMATS}")
-    for one in formats:
-        if one not in FIGURE_FORMATS:
-            hint = nearest(str(one), FIGURE_FORMATS)
-            raise BadInputError(f"figures.format={one}: not one of {_FORMATS}{hint}")
-    figures.format = list(map(str, formats))
+    if isinstance(figures.format, str):
+        figures.format = [figures.format]
+    check_allowed("figures", FiguresConfig, {"width": figures.width, "format": figures.format})
+    figures.format = list(map(str, figures.format))
 
 
 def _take_auto(config: Config) -> bool:
@@ -601,8 +563,7 @@ def _check_targets(cfg: DictConfig) -> None:
 
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
     # Added with `+` to a block whose keys are all known, a key would end in a TypeError.
-    blocks = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
-    for block, schema in {"": Config, **blocks}.items():
+    for block, schema in BLOCKS.items():
         known = [f.name for f in fields(schema)]
         for key in map(str, cfg[block] if block else cfg):
             if key not in known:

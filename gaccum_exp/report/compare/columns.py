@@ -156,6 +156,7 @@ class ComparisonRow:
     """
 
     run_id: str = column(lambda arm: arm.run.run_id)
+    """MLflow's; of an arm read from its journal, the one that it has or will have there."""
     role: str = column(lambda arm: arm.role)
     """`reference`, `stand-in`, `stored reference` or `candidate`; a failed N = 1 is no reference."""
     accum_steps: int | None = column(lambda arm: arm.run.accum_steps, "N")
@@ -163,11 +164,15 @@ class ComparisonRow:
     micro_batch_size: int | None = column(lambda arm: next(iter(arm.run.micro_batch_sizes), None))
     """Samples in the largest micro-batch of a full window."""
     global_batch_size: int | None = column(lambda arm: arm.run.global_batch_size, "global\nbatch")
+    """Samples of one optimizer step."""
     reduction: str | None = column(lambda arm: arm.run.params.get("accum.reduction"), "\nreduction")
+    """`accum.reduction`."""
     train_loss: float | None = column(_last(metrics.TRAIN_LOSS), "train\nloss", say_loss)
-    """The last one recorded, as are the evaluation's."""
+    """The last one recorded."""
     eval_loss: float | None = column(_last(metrics.EVAL_LOSS), "eval\nloss", say_loss)
+    """The last evaluation's loss."""
     eval_accuracy: float | None = column(_last(metrics.EVAL_ACCURACY), "eval\nacc.", say_loss)
+    """The last evaluation's accuracy."""
     max_loss_gap: float | None = column(lambda arm: arm.loss_gap, "loss\ngap", say_gap)
     """Largest |train loss − reference's| over the steps that both have."""
     weight_distance: float | None = column(lambda arm: arm.weight_distance, "weight\ndist.", say_gap)
@@ -175,9 +180,11 @@ class ComparisonRow:
     peak_bytes: int | None = column(
         lambda arm: _whole(_cost(arm.run, metrics.PEAK_BYTES)), "peak\n{unit}", unit=byte_unit
     )
+    """Peak memory of a window."""
     peak_ratio: float | None = column(
         lambda arm: arm.ratio(metrics.PEAK_BYTES, "memory.source"), "\n×", say_ratio
     )
+    """To the reference's; None where the two were measured by different means."""
     step_s: float | None = column(
         lambda arm: _cost(arm.run, metrics.STEP_TIME_S), "step\n{unit}", unit=time_unit
     )
@@ -185,29 +192,39 @@ class ComparisonRow:
     step_ratio: float | None = column(lambda arm: arm.step_ratio, "\n×", say_ratio)
     """To the reference's; None where of either too few windows were timed: see `step_times`."""
     name: str = column(lambda arm: arm.run.name)
+    """The run's name, as in MLflow."""
     status: str = column(lambda arm: arm.run.status)
+    """`FINISHED`, `FAILED`, `KILLED` or `RUNNING`."""
     failure: str | None = column(lambda arm: arm.run.tags.get("failure"))
+    """The reason, where it failed."""
     differs: str = column(lambda arm: arm.group.setting.text, "also\nvaried")
     """Other swept keys with this arm's values: `norm=batch, seed=1`; empty if there are none."""
     reference_run_id: str | None = column(
         lambda arm: arm.group.reference.run_id if arm.group.reference else None
     )
+    """The run that it was compared with."""
     reference_source: str = column(lambda arm: arm.group.source.value)
     """`own`, `other reduction`, `stored`, `stand-in` or `none`."""
     common_steps: int = column(lambda arm: arm.common_steps)
     """Optimizer steps that `max_loss_gap` was taken over."""
     peak_phase: str | None = column(lambda arm: arm.run.tags.get("memory.peak_phase"))
+    """Where the peak falls: `forward/backward` or `optimizer step`."""
     memory_source: str | None = column(lambda arm: arm.run.tags.get("memory.source"))
+    """What measured the peak: `tracker` or `allocator`."""
     device: str | None = column(lambda arm: arm.run.tags.get("device"))
+    """Where it ran."""
     threads: str | None = column(lambda arm: arm.run.tags.get("threads"))
+    """How many threads it had on the CPU."""
     verdict: str | None = column(_tag("verdict"), "\nverdict")
     """The worst audit's; None where the arm was not audited."""
     cause: str | None = column(_tag("cause"))
+    """The audit's, where the verdict has one."""
     culprit: str | None = column(_tag("culprit"))
     """A module's dotted name."""
     e64: float | None = column(_last(metrics.AUDIT_E64))
-    """‖g_N − g_1‖ / ‖g_1‖ in float64, as last audited; `e` in the run's own precision."""
+    """‖g_N − g_1‖ / ‖g_1‖ in float64, as last audited."""
     e: float | None = column(_last(metrics.AUDIT_E))
+    """The same in the run's own precision."""
     floor: float | None = column(_last(metrics.AUDIT_FLOOR))
     """What summation order alone makes of `e`."""
     control: str | None = column(lambda arm: arm.standing.word)
@@ -230,19 +247,24 @@ class ComparisonRow:
     noise_windows: int | None = column(_windows_with(metrics.NOISE_TRACE))
     """How many windows the noise was measured of; None: of none."""
     noise_scale: float | None = column(_noise(metrics.NOISE_SCALE))
-    """In samples, with the ends of its interval, at the last window measured; None: not resolved."""
+    """In samples, at the last window measured; None: not resolved."""
     noise_scale_low: float | None = column(_noise(metrics.NOISE_SCALE_LOW))
+    """The lower end of its 95 % interval."""
     noise_scale_high: float | None = column(_noise(metrics.NOISE_SCALE_HIGH))
+    """The upper end; None where nothing bounds it."""
     adam_noise_scale: float | None = column(_noise(metrics.in_adam_metric(metrics.NOISE_SCALE)))
-    """The same in the optimizer's metric, where it is Adam-like."""
+    """The noise scale in the optimizer's metric, where that is Adam-like."""
     adam_noise_scale_low: float | None = column(_noise(metrics.in_adam_metric(metrics.NOISE_SCALE_LOW)))
+    """The lower end of its 95 % interval."""
     adam_noise_scale_high: float | None = column(
         _noise(metrics.in_adam_metric(metrics.NOISE_SCALE_HIGH))
     )
+    """The upper end; None where nothing bounds it."""
 
     step_low_s: float | None = column(lambda arm: _cost(arm.run, metrics.STEP_TIME_LOW_S))
-    """The lower quartile of the windows timed after warm-up, and the upper one."""
+    """The lower quartile of the seconds of a step, over the windows timed after warm-up."""
     step_high_s: float | None = column(lambda arm: _cost(arm.run, metrics.STEP_TIME_HIGH_S))
+    """The upper quartile."""
     step_windows: int | None = column(lambda arm: _whole(_cost(arm.run, metrics.STEP_WINDOWS)))
     """How many were timed after warm-up; None: not recorded, as by older versions."""
     step_differs: bool | None = column(lambda arm: arm.step_differs)
