@@ -79,6 +79,9 @@ def of_configuration(error: BaseException, arguments: Sequence[str] = ()) -> str
         cyclic = ", ".join(a for a in arguments if "${" in a) or "an interpolation ${...}"
         return f"{cyclic}: refers to itself"
     key, said = getattr(error, "full_key", None), first_line(error)
+    missing = re.search(r"while resolving interpolation: Missing mandatory value: (\S+)", said)
+    if missing:  # what was not given, and not the key that refers to it
+        return f"{missing[1]} must be set"
     if not key:
         named = " ".join(a for a in arguments if "${" in a)
         return f"{named}: {said}" if named else f"{_suspects(arguments)}{said}"
@@ -111,7 +114,7 @@ def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
     line = f"{group}={name}: not one of {', '.join(known)}"
     if group == "model" and name.lower() in _torchvision_names():
         return f"{line}; torchvision's is model=torchvision model.name={name}"
-    ending_in_yml = [path for f in folders if (path := Path(f, group, f"{name}.yml")).is_file()]
+    ending_in_yml = [yml for f in folders if (yml := Path(f, group, f"{name}.yml")).is_file()]
     if ending_in_yml:
         return f"{group}={name}: Hydra reads files that end in .yaml: rename {ending_in_yml[0]}"
     if name in PLUGINS.get(group, ()):

@@ -48,8 +48,8 @@ def optimizer_of(
     if groups:
         if NAMED in taken:
             raise BadInputError(
-                f"optimizer.{GROUPS}: {node['_target_']} takes {NAMED}, and makes groups of them itself: "
-                "leave it out"
+                f"optimizer.{GROUPS}: {node['_target_']} takes {NAMED}, and makes groups of them "
+                "itself: leave it out"
             )
         parameters = _groups(groups, named, kinds)
         given = f"a list of {len(parameters)} parameter groups, each a dict with params"
@@ -71,9 +71,9 @@ def optimizer_of(
 
 
 def _kinds(modules: nn.ModuleList) -> dict[str, str]:
-    """Return each parameter that is trained, by its name in the plain model: class and entry of its module.
+    """Return by name each parameter that is trained: the class of its module, and its entry there.
 
-    Those of a criterion have `criterion.` before their name.
+    Names are those of the plain model; those of a criterion have `criterion.` before their name.
     """
     found: dict[str, str] = {}
     seen: set[Tensor] = set()
@@ -95,9 +95,7 @@ def _parameters(modules: nn.ModuleList) -> Iterator[tuple[str, nn.Module, str, n
                     yield "criterion." * (number > 0), owner, f"{name}.{key}".lstrip("."), parameter
 
 
-def _groups(
-    given: Any, named: Mapping[str, Tensor], kinds: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _groups(given: Any, named: Mapping[str, Tensor], kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return parameter groups as torch has them; what no pattern names comes first, without options."""
     if not isinstance(given, list) or not all(isinstance(group, Mapping) for group in given):
         raise BadInputError(
@@ -110,15 +108,21 @@ def _groups(
         patterns = group.get("names")
         patterns = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(patterns, list) or not patterns:
-            raise BadInputError(f"{key}={patterns}: is a pattern of parameters' names, or a list of them")
+            raise BadInputError(
+                f"{key}={patterns}: is a pattern of parameters' names, or a list of them"
+            )
         found = dict[str, Tensor]()
         for pattern in map(str, patterns):
             of_it = [name for name in named if _fits(pattern, name, kinds[name])]
             if not of_it:
-                raise BadInputError(f"{key}={pattern}: no parameter is called so{_such_as(pattern, kinds)}")
+                raise BadInputError(
+                    f"{key}={pattern}: no parameter is called so{_such_as(pattern, kinds)}"
+                )
             found |= {name: left.pop(name) for name in of_it if name in left}
         if not found:
-            raise BadInputError(f"{key}={','.join(map(str, patterns))}: all of these are in groups before it")
+            raise BadInputError(
+                f"{key}={','.join(map(str, patterns))}: all of these are in groups before it"
+            )
         groups.append({**group, "params": list(found.values())})
         del groups[-1]["names"]
     return [{"params": list(left.values())}, *groups] if left else groups

@@ -105,7 +105,10 @@ def test_muon_takes_groups_too() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("[{names:*bais,weight_decay:0}]", r"\[0\]\.names=\*bais: no parameter is called so, did you mean"),
+        (
+            "[{names:*bais,weight_decay:0}]",
+            r"\[0\]\.names=\*bais: no parameter is called so, did you mean",
+        ),
         ("[{names:*bias,weight_deacy:0}]", "weight_deacy: AdamW has no such option .*'weight_decay'"),
         ("[{weight_decay:0}]", r"\[0\]\.names=None: is a pattern"),
         ("{names:a}", "is a list of"),
