@@ -174,10 +174,12 @@ def _no_such_key(key: str, arguments: Sequence[str]) -> str:
             "with + in front where it is new), or write a file of your own (--config-dir)"
         )
     known = _known_keys(arguments)
-    if key in known:  # Hydra says so of one that is null and to be taken away
-        return f"{_given(key, arguments)}: {key} is null already, so leave that out"
-    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
     given = _given(key, arguments)
+    if key in known and given.partition("=")[2].startswith("{"):
+        return f"{given}: gives {key} keys that it has not; a new one has + in front (+{key}.x=value)"
+    if key in known:  # Hydra says so of one that is null and to be taken away
+        return f"{given}: {key} is null already, so leave that out"
+    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
     is_new = not near and "." in key and key.partition(".")[0] in blocks() and "=" in given
     return f"{key}: no such key{near}" + (f"; a new one has + in front (+{given})" if is_new else "")
 

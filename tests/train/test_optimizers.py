@@ -13,7 +13,7 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import take_step
 from tests.support import SMALL, settings
 
-NO_DECAY = "+optimizer.param_groups=[{names:[*bias,*Norm*],weight_decay:0}]"
+NO_DECAY = "optimizer.param_groups=[{names:[*bias,*Norm*],weight_decay:0}]"
 CNN = ("model=cnn", "model.width=4", "data=fake", "data.image_size=[1,8,8]", "data.size=32",
        "data.eval_size=8", "data.global_batch_size=16", "runtime.device=cpu")  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_groups_step_as_written_out_by_hand() -> None:
     """In float64, under accumulation: the same weights as a plain loop with torch's own groups."""
     overrides = (*SMALL, "optimizer=adamw", "runtime.precision=fp64", "data.global_batch_size=10")
     state = built(*overrides, "accum.steps=3", "optimizer.weight_decay=0.3",
-                  "+optimizer.param_groups=[{names:'*bias',weight_decay:0,lr:0.05}]")  # fmt: skip
+                  "optimizer.param_groups=[{names:'*bias',weight_decay:0,lr:0.05}]")  # fmt: skip
     plain = built(*overrides).model
     named = dict(plain.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -97,7 +97,7 @@ def test_groups_step_as_written_out_by_hand() -> None:
 
 def test_muon_takes_groups_too() -> None:
     """Of its matrices and of its vectors, each with the decay that its group says."""
-    state = built(*SMALL, "optimizer=muon", "+optimizer.param_groups=[{names:*bias,weight_decay:0}]")
+    state = built(*SMALL, "optimizer=muon", "optimizer.param_groups=[{names:*bias,weight_decay:0}]")
     assert [decay for _, decay in groups(state)] == [0.01, 0]
     take_step(state, next(state.windows_from(0)))
 
@@ -118,14 +118,14 @@ def test_muon_takes_groups_too() -> None:
 def test_groups_that_mean_nothing_are_refused(given: str, said: str) -> None:
     """torch would keep a misspelt option in the group, and never read it."""
     with pytest.raises(BadInputError, match=said):
-        built(*SMALL, "optimizer=adamw", f"+optimizer.param_groups={given}")
+        built(*SMALL, "optimizer=adamw", f"optimizer.param_groups={given}")
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ((), "it was called with a list of 4 parameters and lr=0.001; an argument named_parameters is"),
-        (("+optimizer.param_groups=[{names:*bias}]",), "with a list of 2 parameter groups"),
+        (("optimizer.param_groups=[{names:*bias}]",), "with a list of 2 parameter groups"),
     ],
 )
 def test_a_target_that_cannot_use_what_it_gets_is_told_what_it_was_given(
