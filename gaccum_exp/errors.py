@@ -4,8 +4,8 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 LONGEST = 600
@@ -112,3 +112,21 @@ def hide_passwords(text: str) -> str:
     for pattern in _PASSWORDS:
         text = pattern.sub(r"\g<before>…", text)
     return text
+
+
+@contextmanager
+def with_extra(who: str, package: str, extra: str) -> Iterator[None]:
+    """Say which extra brings a package that is imported inside.
+
+    Raises:
+        BadInputError: it is not installed, or cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == package:
+            said = f"needs {package}: pip install 'gaccum_exp[{extra}]'"
+        else:  # it is there, and what it needs is not
+            why = first_line(error)
+            said = f"{package} cannot be imported ({why}): pip install -U 'gaccum_exp[{extra}]'"
+        raise BadInputError(f"{who}: {said}") from None

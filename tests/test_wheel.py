@@ -13,13 +13,15 @@ from tests.support import ROOT
 
 COMPOSE = """
 import gaccum_exp
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from gaccum_exp.config import schema as config
 config.register()
 print(gaccum_exp.__file__)
 print(config.conf_dir())
 with initialize_config_dir(config.conf_dir(), version_base="1.3"):
     print(config.validate(compose("config", ["model=mlp", "accum.steps=4"])).data.micro_batch_size)
+with initialize_config_module("gaccum_exp.conf", version_base="1.3"):
+    print(compose("config", ["model=gpt"]).model._target_)
 """
 
 
@@ -70,10 +72,11 @@ def test_the_wheel_holds_every_module_and_every_yaml_file_and_nothing_else(wheel
 
 def test_the_configuration_composes_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
     """In another directory, from the package's own copy of `conf/`."""
-    package, conf, micro = call("-c", COMPOSE, cwd=tmp_path, path=installed).splitlines()
+    package, conf, micro, target = call("-c", COMPOSE, cwd=tmp_path, path=installed).splitlines()
     assert Path(package).is_relative_to(installed)
     assert Path(conf) == installed / "gaccum_exp/conf"
     assert micro == "64"
+    assert target == "gaccum_exp.models.gpt.GPT"
 
 
 def test_help_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ import sys
 import time
 import traceback
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,7 +37,7 @@ from gaccum_exp.arms.continued import Continued, SweepNote
 from gaccum_exp.arms.extension import require_swept
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config import explain
-from gaccum_exp.config.files import conf_dir, options
+from gaccum_exp.config.files import OURS, conf_dir, options
 from gaccum_exp.config.schema import FiguresConfig, check_figures, check_id
 from gaccum_exp.errors import BadInputError, complain
 from gaccum_exp.tracking.journal import Journal
@@ -62,6 +63,7 @@ class SweepStart(Callback):
         with _refusing():
             continued.refuse_without_sweep(config)
             _refuse_places(config)
+            _refuse_hidden_files(config)
             check_figures(cast(FiguresConfig, OmegaConf.to_object(config.figures)))
             _decide_where(config)
             resumed = resume.of_command(config)
@@ -81,6 +83,7 @@ class SweepStart(Callback):
         overrides = [*configured, *given]
         swept = [o.get_key_element().lstrip("+") for o in (*given, *configured) if o.is_sweep_override()]
         _refuse_places(config)
+        _refuse_hidden_files(config, overrides)
         check_figures(
             cast(FiguresConfig, OmegaConf.to_object(config.figures))
         )  # of the sweep, and of no arm
@@ -234,6 +237,37 @@ def _refuse_places(config: DictConfig) -> None:
             )
 
 
+def _refuse_hidden_files(config: DictConfig, overrides: Sequence[Override] = ()) -> None:
+    """Refuse a file of the user's own that is chosen by name, and behind which one of ours is found."""
+    runtime, primary = config.hydra.runtime, str(config.hydra.job.config_name)
+    registry, ours = SourcesRegistry.instance(), (conf_dir(), OURS)
+    sources = [
+        registry.resolve(s.schema)(provider=s.provider, path=f"{s.schema}://{s.path}")
+        for s in runtime.config_sources
+        if s.schema in ("file", "pkg") and s.provider != "hydra"
+    ]
+    own = [source for source in sources if source.path not in ours]
+    chosen = {f"{group}/{name}": f"{group}={name}" for group, name in runtime.choices.items()}
+    for override in overrides:
+        if override.is_discrete_sweep() and "." not in (group := override.get_key_element()):
+            named = list(override.sweep_string_iterator())
+            chosen |= {f"{group}/{name}": f"{group}={name}" for name in named}
+    if not own:
+        return
+    for path, said in {**chosen, primary: f"--config-name={primary}"}.items():
+        first = next((source for source in sources if source.is_config(path)), None)
+        hidden = next((source for source in own if source.is_config(path)), None)
+        if hidden is None or first is None or first.path not in ours:
+            continue
+        if path == primary and not hidden.provider.startswith(("command-line", "hydra.searchpath")):
+            continue  # another project's, whose files are found wherever it is installed
+        way_out = "give yours another name" + (" and --config-name" if path == primary else "")
+        raise BadInputError(
+            f"{said}: {hidden.full_path()} has a file of that name, and the program's own is found "
+            f"first: {way_out}"
+        )
+
+
 def _arms_of(config: DictConfig, overrides: list[Override]) -> int | None:
     """Return how many arms a sweep has; None: its sweeper decides that as it goes.
 
@@ -293,7 +327,8 @@ def _number_of_values(override: Override) -> int:
 
 def _refuse_passwords(config: DictConfig, config_name: str | None, given: list[Override]) -> None:
     """Raise `BadInputError` where the address of an arm of a sweep would hold a password."""
-    sources = {s.path for s in config.hydra.runtime.config_sources if s.schema == "file"} - {conf_dir()}
+    found = {s.path for s in config.hydra.runtime.config_sources if s.schema in ("file", "pkg")}
+    sources = found - {conf_dir(), OURS, "hydra.conf"}
     for override in given:
         key, swept = str(override.key_or_group), override.is_discrete_sweep()
         if key.startswith("tracking"):

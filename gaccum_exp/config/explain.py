@@ -12,8 +12,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gaccum_exp.config.arguments import WORDS, command_line
-from gaccum_exp.config.files import blocks, conf_dir, options
+from gaccum_exp.config.arguments import WORDS, CommandLine, command_line
+from gaccum_exp.config.files import blocks, conf_dir, folder_of, options
 from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_line, nearest, text_of
 
 _FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
@@ -55,6 +55,12 @@ def _explained(error: BaseException, arguments: Sequence[str]) -> str:
         return f"{given}: {there[1]} exists already, so leave out the + ({given.lstrip('+')})"
     if "onfig group" in said and not isinstance(error, OmegaConfBaseException):
         return _no_name_of_a_file(said, arguments)
+    if "hydra.searchpath must be a list" in said:
+        entries = said.rpartition("Got: ")[2]
+        return f"hydra.searchpath={entries}: is a list, such as [pkg://my_package.conf,file://my/conf]"
+    unavailable = re.search(r"provider=(.*?)(?: in \S+)?, path=(.*) is not available", said)
+    if unavailable:
+        return _no_such_place(*unavailable.groups())
     cause = error.__cause__
     overridden = re.search(r"Could not (?:override|delete from config).*?'(.+?)'", said)
     # A key that does not exist, as against a value that its key does not take.
@@ -73,6 +79,9 @@ def of_configuration(error: BaseException, arguments: Sequence[str] = ()) -> str
         cyclic = ", ".join(a for a in arguments if "${" in a) or "an interpolation ${...}"
         return f"{cyclic}: refers to itself"
     key, said = getattr(error, "full_key", None), first_line(error)
+    missing = re.search(r"while resolving interpolation: Missing mandatory value: (\S+)", said)
+    if missing:  # what was not given, and not the key that refers to it
+        return f"{missing[1]} must be set"
     if not key:
         named = " ".join(a for a in arguments if "${" in a)
         return f"{named}: {said}" if named else f"{_suspects(arguments)}{said}"
@@ -96,15 +105,43 @@ def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
     words = [(a.partition("=")[0].lstrip("+~"), a.partition("=")[2]) for a in arguments]
     chosen = next(((key, value) for key, value in words if f"{key}/{value}" == path), None)
     group, name = chosen or path.rpartition("/")[::2]
-    known = sorted({*options(group, _own_folders(arguments)), *(error.options or ())})
+    if not group and "primary config" in first_line(error):
+        return f"{_suspects(arguments)}{_no_primary(path, arguments)}"
+    folders = _own_folders(arguments)
+    known = sorted({*options(group, folders), *(error.options or ())})
     if not group or not known:
         return f"{_suspects(arguments)}{first_line(error)}"
     line = f"{group}={name}: not one of {', '.join(known)}"
     if group == "model" and name.lower() in _torchvision_names():
         return f"{line}; torchvision's is model=torchvision model.name={name}"
+    ending_in_yml = [yml for f in folders if (yml := Path(f, group, f"{name}.yml")).is_file()]
+    if ending_in_yml:
+        return f"{group}={name}: Hydra reads files that end in .yaml: rename {ending_in_yml[0]}"
     if name in PLUGINS.get(group, ()):
         return f"{line}; {name} needs pip install 'gaccum_exp[launchers]'"
     return line + nearest(name, known)
+
+
+def _no_primary(name: str, arguments: Sequence[str]) -> str:
+    """Say which files a command can begin with."""
+    folders = [Path(folder) for folder in _own_folders(arguments)]
+    if "--config-path" not in command_line(arguments).flags:
+        folders.append(Path(conf_dir()))
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    missing = f"there is no {name}.yaml in {', '.join(map(str, folders))}"
+    if not known:
+        return f"{missing}; to put files beside the program's, give --config-dir instead"
+    return f"{missing}; --config-name is one of {', '.join(known)}{nearest(name, known)}"
+
+
+def _no_such_place(provider: str, path: str) -> str:
+    """Say of an entry of Hydra's search path why nothing can be read there."""
+    if "/" in path:
+        return f"{provider}: there is no folder {path}"
+    folder = folder_of(f"pkg://{path}")
+    if folder is None:
+        return f"{provider}: there is no package {path} that can be imported (a folder is file://…)"
+    return f"{provider}: Hydra reads pkg://{path} only with a file __init__.py in {folder}"
 
 
 def _torchvision_names() -> set[str]:
@@ -137,10 +174,12 @@ def _no_such_key(key: str, arguments: Sequence[str]) -> str:
             "with + in front where it is new), or write a file of your own (--config-dir)"
         )
     known = _known_keys(arguments)
-    if key in known:  # Hydra says so of one that is null and to be taken away
-        return f"{_given(key, arguments)}: {key} is null already, so leave that out"
-    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
     given = _given(key, arguments)
+    if key in known and given.partition("=")[2].startswith("{"):
+        return f"{given}: gives {key} keys that it has not; a new one has + in front (+{key}.x=value)"
+    if key in known:  # Hydra says so of one that is null and to be taken away
+        return f"{given}: {key} is null already, so leave that out"
+    near = nearest(key, [other for other in known if other.count(".") == key.count(".")])
     is_new = not near and "." in key and key.partition(".")[0] in blocks() and "=" in given
     return f"{key}: no such key{near}" + (f"; a new one has + in front (+{given})" if is_new else "")
 
@@ -200,14 +239,25 @@ def _group_of(override: str) -> str:
 
 def _own_folders(arguments: Sequence[str]) -> list[str]:
     """Return the folders of configurations that the command line adds to the program's."""
-    folder = command_line(arguments).flags.get("--config-dir")
-    return [] if folder is None else [folder]
+    line = command_line(arguments)
+    entries = [line.flags.get(flag) for flag in ("--config-dir", "--config-path")]
+    folders = [folder_of(entry) for entry in (*entries, *_search_path(line)) if entry]
+    return [folder for folder in folders if folder is not None]
+
+
+def _search_path(line: CommandLine) -> list[str]:
+    """Return the entries of `hydra.searchpath=[…]`."""
+    given = next((o for o in line.overrides if o.startswith("hydra.searchpath=")), "")
+    entries = given.partition("=")[2].strip("[]").split(",")
+    return [entry.strip(" '\"") for entry in entries if entry.strip()]
 
 
 def _known_keys(arguments: Sequence[str]) -> list[str]:
     """Return every dotted key of the configuration that the arguments' choices of files compose."""
     folders = blocks()
     choices = [a for a in arguments if a.split("=")[0] in folders and "," not in a]
+    own = [f"file://{Path(folder).absolute()}" for folder in _own_folders(arguments)]
+    choices += [f"hydra.searchpath=[{','.join(map(repr, own))}]"] if own else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:

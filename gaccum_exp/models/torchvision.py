@@ -1,11 +1,12 @@
-"""Any classification model of torchvision, on images of any size, grey or in colour.
+"""Any model of torchvision for classification or segmentation, on images of any size, grey or in colour.
 
 torchvision's models expect three channels and often a minimum size. Here a grey image is repeated
 to three channels, and an image smaller than the model's minimum (torchvision states it in the
 metadata of each model's weights, which are not downloaded for it) is resized, bilinearly. The
 models are otherwise as published: many hold BatchNorm, dropout or stochastic depth.
 
-Video models get the image as every frame of a clip. The names `quantized_*` give the float models
+Models for segmentation give logits for every pixel; their auxiliary ones are left out. Video models get
+the image as every frame of a clip. The names `quantized_*` give the float models
 from which torchvision makes its quantised ones.
 """
 
@@ -24,7 +25,6 @@ from gaccum_exp.models.shapes import image_shape, known_classes
 
 OTHER_TASKS = {
     models.detection: "detection",
-    models.segmentation: "segmentation",
     models.optical_flow: "optical flow",
 }
 
@@ -42,11 +42,16 @@ DOWNLOAD_TIMEOUT_S = 5.0
 def classification_names() -> list[str]:
     """Return the names of torchvision's models for images and clips with one label each."""
     others = {name for module in OTHER_TASKS for name in models.list_models(module=module)}
-    return sorted(set(models.list_models()) - others)
+    return sorted(set(models.list_models()) - others - set(segmentation_names()))
+
+
+def segmentation_names() -> list[str]:
+    """Return the names of torchvision's models for images with one label for each pixel."""
+    return sorted(models.list_models(module=models.segmentation))
 
 
 class TorchvisionModel(nn.Module):
-    """A torchvision classification model by name, with its input brought into the shape it needs.
+    """A torchvision model by name, with its input brought into the shape it needs.
 
     Args:
         name: what `torchvision.models.get_model` knows, for example `resnet18`.
@@ -58,7 +63,8 @@ class TorchvisionModel(nn.Module):
             take. Vision transformers, MaxViT and MViT take one size, the published one (224 for most)
             unless the first two are built for another.
 
-    Maps (batch, *input_shape) to (batch, num_classes). Raises `BadInputError` on what torchvision lacks.
+    Maps (batch, *input_shape) to (batch, num_classes), or for segmentation to (batch, num_classes,
+    height, width). Raises `BadInputError` on what torchvision lacks.
     """
 
     def __init__(
@@ -92,6 +98,10 @@ class TorchvisionModel(nn.Module):
             size = (max(height, least[0]), max(width, least[1]))
         self.size = size
         """Height and width to which images are resized where they have another."""
+        self.of_pixels = name in segmentation_names()
+        """Whether there are logits for each pixel."""
+        if self.of_pixels:
+            options["weights_backbone"] = None
         if family == "vision_transformer":
             options["image_size"] = size[0]
         if family == "maxvit":
@@ -113,14 +123,17 @@ class TorchvisionModel(nn.Module):
             _start_from(self.net, name, weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, (batch, num_classes), of images (batch, channels, height, width)."""
+        """Return the logits, (batch, num_classes, …), of images (batch, channels, height, width)."""
+        size = images.shape[-2:]
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if self.frames is not None:
             images = images.unsqueeze(2).expand(-1, -1, self.frames, -1, -1)
-        logits: Tensor = self.net(images)
+        logits: Tensor = self.net(images)["out"] if self.of_pixels else self.net(images)
+        if self.of_pixels and logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits
 
     def _check_size(self, name: str, image_size: int, shape: tuple[int, ...]) -> None:
@@ -141,17 +154,18 @@ def _unfit_size(name: str, image_size: int | None, error: Exception) -> BadInput
 
 
 def _check_name(name: str) -> None:
-    known = classification_names()
+    known = [*classification_names(), *segmentation_names()]
     if name in known:
         return
     for module, task in OTHER_TASKS.items():
         if name in models.list_models(module=module):
             raise BadInputError(
                 f"model.name={name} is a model for {task}, and model=torchvision takes those for "
-                "classification only: bring it with model=custom and a loss of your own"
+                "classification and segmentation: bring it with model=custom and a loss of your own"
             )
+    close = nearest(name, known)
     raise BadInputError(
-        f"model.name={name} is no classification model of torchvision{nearest(name, known)}"
+        f"model.name={name} is no model of torchvision for classification or segmentation{close}"
     )
 
 

@@ -16,7 +16,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     learning-rate schedules, checkpoints and memory accounting see a single optimizer.
 
     Args:
-        params: the model's parameters.
+        params: the model's parameters, or groups of them with options of their own; the learning rate
+            of a group is that of all in it.
         lr: Muon's learning rate.
         momentum: Muon's.
         weight_decay: of both.
@@ -25,15 +26,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         adamw_lr: float = 1e-3,
     ) -> None:
-        params = list(params)
-        matrices = [p for p in params if p.ndim == 2]
-        others = [p for p in params if p.ndim != 2]
+        given: list[Any] = list(params)
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        matrices = _parts(groups, matrices=True)
+        others = _parts(groups, matrices=False)
         self._optimizers: list[torch.optim.Optimizer] = []
         if matrices:
             self._optimizers.append(
@@ -41,7 +43,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             )
         if others:
             self._optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, weight_decay=weight_decay))
-        super().__init__(params, {})
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([*matrices, *others], options)
         self.param_groups = [group for inner in self._optimizers for group in inner.param_groups]
         self._share_state()
 
@@ -61,6 +64,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        for inner, group in zip(self._optimizers, self.param_groups, strict=True):
-            inner.param_groups = [group]
+        groups = iter(self.param_groups)
+        for inner in self._optimizers:
+            inner.param_groups = [next(groups) for _ in inner.param_groups]
             inner.state = self.state
+
+
+def _parts(groups: list[dict[str, Any]], *, matrices: bool) -> list[dict[str, Any]]:
+    """Return the groups with what in them is a matrix, or is none, and without those left empty."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (p.ndim == 2) == matrices]}
+        for group in groups
+    ]
+    return [part for part in parts if part["params"]]

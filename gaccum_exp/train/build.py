@@ -40,7 +40,6 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.train.batch_rules import (
     Rates,
     batch_factor,
-    follow_batch,
     rates_of,
     require_following,
     require_scaled_once,
@@ -53,6 +52,7 @@ from gaccum_exp.train.device_and_precision import (
     scaler_of,
 )
 from gaccum_exp.train.growth import growth_of, require_one_schedule, stages_of
+from gaccum_exp.train.optimizers import GROUPS, optimizer_of
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.two_sample_check import first_samples, try_first_samples
 
@@ -135,35 +135,38 @@ def load(settings: Settings, cache: DatasetCache | None = None) -> TrainingData:
 
 def _growth(settings: Settings, plan: WindowPlan, total_steps: int) -> BatchGrowth:
     # The schedule is read off a parameter of no model: its data are not there yet.
-    optimizer, rates = _rates(settings, [torch.zeros(2, 2)], total_steps)
+    # Its groups are by the names of a model's: each has the one schedule, or is refused afterwards.
+    plain = {key: value for key, value in settings.optimizer.items() if key != GROUPS}
+    any_model = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+    optimizer, rates = _rates(
+        replace(settings, optimizer=plain), any_model, [torch.zeros(2, 2)], total_steps
+    )
     return growth_of(settings, plan, optimizer, [first for first, *_ in rates])
 
 
 def _rates(
-    settings: Settings, tensors: Sequence[Tensor], total_steps: int
+    settings: Settings, modules: nn.ModuleList, tensors: Sequence[Tensor], total_steps: int
 ) -> tuple[torch.optim.Optimizer, Rates]:
-    """Return an optimizer like the run's of parameters like these, and the rates of its schedule."""
-    optimizer = optimizer_of(settings, [nn.Parameter(tensor) for tensor in tensors])
+    """Return an optimizer like the run's of tensors like these, and the rates of its schedule."""
+    optimizer = optimizer_of(settings, modules, [nn.Parameter(tensor) for tensor in tensors])
     scheduler = scheduler_of(settings, optimizer, total_steps)
     assert scheduler is not None  # of settings that have one
     return optimizer, rates_of(optimizer, scheduler, total_steps)
 
 
-def _refuse_rates_of_their_own(
-    settings: Settings, parameters: Sequence[Tensor], total_steps: int
-) -> None:
+def _refuse_rates_of_their_own(settings: Settings, modules: nn.ModuleList, total_steps: int) -> None:
     """Refuse a schedule some of whose rates are not what the batch's rules make of them."""
     grows, follows = settings.accum.grow is not None, batch_factor(settings) != 1.0
     if not settings.scheduler.get("_target_") or not (grows or follows):
         return
     # An optimizer may hang hooks on what it is given, so that these are others, in as many dimensions.
-    like = [p.detach().new_zeros((1,) * p.ndim) for p in parameters]
-    _, rates = _rates(settings, like, total_steps)
+    like = [p.detach().new_zeros((1,) * p.ndim) for p in modules.parameters() if p.requires_grad]
+    _, rates = _rates(settings, modules, like, total_steps)
     if grows:
         require_one_schedule(settings, rates)
     if follows:
         unscaled = replace(settings, train=replace(settings.train, lr_rule="none"))
-        require_following(settings, rates, _rates(unscaled, like, total_steps)[1])
+        require_following(settings, rates, _rates(unscaled, modules, like, total_steps)[1])
 
 
 def _refuse_windows_beyond_data(settings: Settings, plan: WindowPlan) -> None:
@@ -225,11 +228,12 @@ def build(
             strategy.inspect(model, placed(loss_fn, placement), [first])
         if settings.runtime.compile and fake is None:
             model.compile()
-        modules = [model] if criterion_loss is None else [model, criterion_loss.criterion]
-        parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+        roots = [model] if criterion_loss is None else [model, criterion_loss.criterion]
+        modules = nn.ModuleList(roots)
+        parameters = [p for p in modules.parameters() if p.requires_grad]
         if not parameters:
             raise BadInputError("model: it has no parameter that requires a gradient")
-        optimizer = optimizer_of(settings, parameters)
+        optimizer = optimizer_of(settings, modules)
     strategy = strategy.for_optimizer(optimizer)
     require_scaled_once(settings, strategy, plan, loaded.total_steps)
     from_host = placed(loss_fn, placement)
@@ -262,7 +266,7 @@ def build(
         growth=loaded.growth,
     )
     if fake is None:
-        _refuse_rates_of_their_own(settings, parameters, state.schedule_steps)
+        _refuse_rates_of_their_own(settings, modules, state.schedule_steps)
         state.scheduler = scheduler_of(settings, optimizer, state.schedule_steps)
     return state
 
@@ -467,14 +471,6 @@ def _terms(node: Mapping[str, Any]) -> dict[str, CriterionTerm]:
             )
         terms[str(name)] = CriterionTerm(**{**term, "criterion": criterion, "weight": float(weight)})
     return terms
-
-
-def optimizer_of(settings: Settings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Build the optimizer of these parameters."""
-    kind: type[torch.optim.Optimizer] = torch.optim.Optimizer
-    optimizer: torch.optim.Optimizer = checked("optimizer", settings.optimizer, kind, parameters)
-    follow_batch(optimizer, settings)
-    return optimizer
 
 
 def scheduler_of(

@@ -28,10 +28,11 @@ from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.progress import Progress
 from gaccum_exp.tracking.sink import NonFiniteLossError, Point, Sink
 from gaccum_exp.train.audits import WindowAudits
-from gaccum_exp.train.build import optimizer_of, scheduler_of
+from gaccum_exp.train.build import scheduler_of
 from gaccum_exp.train.evaluation import Evaluation, Sums
 from gaccum_exp.train.hooks import OPTIMIZER_STEP, PASSES, Hook, Hooks, Stopping, Values
 from gaccum_exp.train.loop import train
+from gaccum_exp.train.optimizers import optimizer_of
 from gaccum_exp.train.recording import recording_hooks
 from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.step import rates_scaled
@@ -58,7 +59,7 @@ class StackedState:
         self.total_steps = first.total_steps
         self.stack = Stack([seed.modules for seed in seeds])
         self.trained = self.stack.trained
-        self.optimizer = optimizer_of(first.settings, self.trained)
+        self.optimizer = optimizer_of(first.settings, first.modules, self.trained)
         self.scheduler = scheduler_of(first.settings, self.optimizer, first.schedule_steps)
 
     @property

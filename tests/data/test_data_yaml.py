@@ -57,6 +57,15 @@ def overrides_for(block: str, folder: Path, write_files: Write) -> list[str]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9)).save(folder / path)
         return [f"data.root={folder}", "data.image_size=8"]
+    if block == "csv":
+        rows = "\n".join(f"{number},{'ab'[number % 2]},{'xyz'[number % 3]}" for number in range(10))
+        (folder / "table.csv").write_text(f"size,kind,class\n{rows}\n")
+        return [f"data.file={folder}/table.csv", "data.target=class"]
+    if block == "segmentation":
+        for path in ("train/images/1", "train/masks/1", "val/images/2", "val/masks/2"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB" if "images" in path else "L", (9, 9)).save(folder / f"{path}.png")
+        return [f"data.root={folder}", "data.image_size=8", "data.num_classes=2"]
     if block == "text":
         (folder / "text").write_text("\n\n".join(letter * 20 for letter in "abcde"))
         return [f"data.root={folder}/text", "data.context=7"]
@@ -80,6 +89,8 @@ EXPECTED = {
     "text": ((7,), 12, 2, 6),
     "ragged": ((64,), 4096, 512, 64),
     "custom": ((2,), 3, 3, None),
+    "csv": ((3,), 8, 2, 3),
+    "segmentation": ((3, 8, 8), 1, 1, 2),
 }
 
 

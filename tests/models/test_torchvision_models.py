@@ -147,7 +147,6 @@ def test_trial_pass_for_a_size_leaves_no_trace() -> None:
     [
         ({"name": "resnet19"}, "did you mean 'resnet1"),
         ({"name": "fasterrcnn_resnet50_fpn"}, "a model for detection"),
-        ({"name": "deeplabv3_resnet50"}, "a model for segmentation"),
         ({"name": "raft_small"}, "a model for optical flow"),
         ({"shape": (2, 8, 8)}, "1 or 3 channels, not 2"),
         ({"shape": (64,)}, "[channels, height, width]"),

@@ -1,0 +1,1 @@
+"""Denoise sine waves of unequal lengths: a model, data and a loss of one's own."""

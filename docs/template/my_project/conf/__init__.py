@@ -1,0 +1,1 @@
+"""Configurations, beside gaccum_exp's; this file lets Hydra find them as `pkg://my_project.conf`."""
