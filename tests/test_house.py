@@ -30,10 +30,14 @@ ROOMS: dict[str, tuple[str, str]] = {
         "numpy torch matplotlib rich jinja2 markupsafe vl_convert",
     ),
     "train": ("tracking config audit memory core errors", "torch numpy"),
-    "arms": ("train report tracking config audit memory core errors", "torch hydra omegaconf"),
+    "arms": (
+        "train report tracking config audit memory core errors",
+        "torch hydra omegaconf cloudpickle",
+    ),
+    "api": ("cli arms report core config errors", "torch hydra matplotlib pandas"),
     "cli": ("arms train.stopping tracking config errors __version__", "hydra omegaconf"),
     "__main__": ("cli", ""),
-    "__init__": ("audit memory core", ""),
+    "__init__": ("api audit memory core errors", ""),
 }
 """A room imports from itself, from these rooms or files, and from these packages of others."""
 
@@ -42,6 +46,8 @@ ONE_PLACE = {
     "rich": "report tracking/progress.py",
     "jinja2": "report/page/write_page.py",
     "vl_convert": "report/page/vega.py",
+    "cloudpickle": "arms/handed_over.py",
+    "pandas": "api/result.py",
     "hydra.main": "cli.py",
     "hydra.utils.instantiate": "config/targets.py",
 }

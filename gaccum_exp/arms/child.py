@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -44,6 +44,9 @@ from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
 from gaccum_exp.tracking.processes import python
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, of_signal, say_at_once
+
+if TYPE_CHECKING:
+    from gaccum_exp.arms.report import Report
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 30.0
@@ -93,6 +96,18 @@ class Ended:
     """Whether its arms are to be run one by one: none of them has begun."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What became of a sweep's comparison."""
+
+    files: tuple[Path, ...] = ()
+    """That were made."""
+    view: dict[str, str] = field(default_factory=dict)
+    """The tags of an experiment that arrange how MLflow shows the sweep."""
+    report: "Report | None" = None
+    """What it shows, where somebody is to be handed that."""
+
+
 _PARENT = os.getppid()
 """Of a launcher's worker the command, if that is what has started it."""
 
@@ -113,7 +128,7 @@ def _watch_command() -> None:
     def watch() -> None:
         while not _is_orphan() or not _idle.is_set():
             time.sleep(1)
-        _end_all()
+        end()
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -227,7 +242,8 @@ def start() -> None:
 
 
 @atexit.register
-def _end_all() -> None:
+def end() -> None:
+    """End the child, if there is one, and those before it that still have something to do."""
     own = _children.pop(os.getpid(), [])
     for child in own:
         child.close()
@@ -432,11 +448,8 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
     )  # fmt: skip
 
 
-def report(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
+def report(launch: Launch, stop: Stop) -> Compared:
     """Compare the arms of a sweep in the child, where torch is.
-
-    Returns:
-        The files made, and the tags of an experiment that arrange how MLflow shows the sweep.
 
     Raises:
         BadInputError: nothing can be compared.
@@ -455,8 +468,8 @@ def report(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
         raise answer.stopped
     if answer.reason:
         raise BadInputError(answer.reason)
-    files, view = answer.result
-    return files, view
+    compared: Compared = answer.result
+    return compared
 
 
 def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> Answer:
