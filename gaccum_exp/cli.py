@@ -132,15 +132,25 @@ def call(caller: Caller, arguments: Sequence[str]) -> Command:
                 if not command.further:
                     break
                 given = list(command.further)
+    except StoppedError as stopped:  # while comparing
+        raise _asked_to_end(stopped.reason, stopped.status) from None
     finally:
         child.end()
-    if command.interrupted is None and command.report is None:
+    if command.interrupted is not None:
+        raise _asked_to_end(command.interrupted, status)
+    refused = [outcome for outcome in command.outcomes.values() if outcome.bad_input]
+    if refused and len(refused) == len(command.outcomes):
+        raise BadInputError(refused[0].reason or "")
+    if command.report is None:
         raise BadInputError(complaints[-1] if complaints else f"{caller.call()}: has trained nothing")
     for line in complaints:
         complain(line)
-    if command.interrupted is not None:
-        raise KeyboardInterrupt(command.interrupted) if status == INTERRUPTED else SystemExit(status)
     return command
+
+
+def _asked_to_end(reason: str, status: int) -> BaseException:
+    """Return what is raised where somebody wants Python code to end: Ctrl-C, or another signal."""
+    return KeyboardInterrupt(reason) if status == INTERRUPTED else SystemExit(status)
 
 
 def _word(given: list[str]) -> int:

@@ -1,8 +1,8 @@
 """What a sweep shows, as values."""
 
 import io
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,16 +92,23 @@ class SweepResult:
         figure = figure_of(found[0], report.comparison, report.arms, report.batches, width)
         if figure is None:
             raise BadInputError(f"figure({name!r}): {found[0]} has nothing to show of this sweep")
+        vars(figure)["_repr_png_"] = partial(_png_of, figure)  # for a notebook without pyplot
         return figure
 
     def __repr__(self) -> str:
         from gaccum_exp.report.text.table import print_comparison
 
-        with redirect_stdout(io.StringIO()) as said:
-            print_comparison(self._report.comparison, self._report.batches)
+        said = io.StringIO()
+        print_comparison(self._report.comparison, self._report.batches, said)
         return said.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         from gaccum_exp.report.page.write_page import page_top
 
         return page_top(self._report.comparison, self._report.arms, self._report.batches)
+
+
+def _png_of(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -62,7 +62,7 @@ class FunctionCriterion(nn.Module):
     @staticmethod
     def takes(function: Callable[..., Any]) -> bool:
         """Whether it is such a function, and no module or class."""
-        if isinstance(function, (nn.Module, type)):
+        if isinstance(getattr(function, "func", function), (nn.Module, type)):
             return False
         try:
             return "reduction" in signature(function).parameters
