@@ -32,9 +32,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gaccum_exp import __version__
-from gaccum_exp.arms import child, continued, resume
+from gaccum_exp.arms import child, continued, handed_over, resume
 from gaccum_exp.arms.context import (
     ArmContext,
+    Caller,
     Command,
     KnownArm,
     Launch,
@@ -64,7 +65,7 @@ from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
 from gaccum_exp.config.help import help_on
 from gaccum_exp.errors import BadInputError, TrackingError, complain
-from gaccum_exp.train.stopping import Stop, StoppedError, listening
+from gaccum_exp.train.stopping import StoppedError, listening
 
 log = logging.getLogger(__name__)
 _LOST_PROCESS = {"BrokenExecutor", "UncompletedJobError", "WorkerCrashedError"}
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     if given[:1] in (["report"], ["deliver"]):
                         return _word(given)
-                    status, following = _run(given, stop)
+                    command = Command(stop, given)
+                    status = _run(command)
                 except BadInputError as error:
                     complain(explain.one_line(error, given))
                     return BAD_INPUT
@@ -100,9 +102,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if isinstance(end.code, str):
                         raise
                     return end.code or OK
-            if not following:
+            if not command.further:
                 return status
-            given = following
+            given = list(command.further)
+
+
+def call(caller: Caller, arguments: Sequence[str]) -> Command:
+    """Run a sweep for Python code, and return the command once it has ended.
+
+    As `main`, but that what is wrong is raised, and what it shows is handed over and not printed. The
+    process of its arms ends with it: a caller may change modules before the next sweep, or need the
+    memory.
+
+    Args:
+        caller: who asks.
+        arguments: as on a command line.
+
+    Raises:
+        BadInputError: the command cannot be used, or nothing can be compared.
+        KeyboardInterrupt: it was interrupted, and has ended in order.
+        SystemExit: another signal has asked the process to end.
+    """
+    given, complaints = list(arguments), list[str]()
+    try:
+        with listening() as stop:
+            while True:
+                with process_restored():
+                    command = Command(stop, given, caller, complaints=complaints)
+                    status = _run(command)
+                if not command.further:
+                    break
+                given = list(command.further)
+    except StoppedError as stopped:  # while comparing
+        raise _asked_to_end(stopped.reason, stopped.status) from None
+    finally:
+        child.end()
+    if command.interrupted is not None:
+        raise _asked_to_end(command.interrupted, status)
+    refused = [outcome for outcome in command.outcomes.values() if outcome.bad_input]
+    if refused and len(refused) == len(command.outcomes):
+        raise BadInputError(refused[0].reason or "")
+    if command.report is None:
+        raise BadInputError(complaints[-1] if complaints else f"{caller.call()}: has trained nothing")
+    for line in complaints:
+        complain(line)
+    return command
+
+
+def _asked_to_end(reason: str, status: int) -> BaseException:
+    """Return what is raised where somebody wants Python code to end: Ctrl-C, or another signal."""
+    return KeyboardInterrupt(reason) if status == INTERRUPTED else SystemExit(status)
 
 
 def _word(given: list[str]) -> int:
@@ -123,31 +172,28 @@ def _status(interrupt: KeyboardInterrupt) -> int:
     return interrupt.status if isinstance(interrupt, StoppedError) else INTERRUPTED
 
 
-def _run(given: list[str], stop: Stop) -> tuple[int, list[str]]:
-    """Run what Hydra makes of the arguments, then compare what there is.
-
-    Returns:
-        The exit status, and the arguments of the command that is to follow, if there is one.
-    """
-    line = command_line(given)
+def _run(command: Command) -> int:
+    """Run what Hydra makes of a command's arguments, then compare what there is; return its status."""
+    line = command_line(command.arguments)
     if "--version" in line.flags:
         print(_version())
-        return OK, []
+        return OK
     if "--help" in line.flags and line.overrides:
         folder = line.flags.get("--config-dir")
         print(help_on(line.overrides, [folder] if folder else []))
-        return OK, []
+        return OK
     if line.multirun:
         child.start()  # it imports torch, while Hydra composes
     config.register(f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}")
     # Ask Hydra for its exceptions instead of its own report and exit, unless the user wants them raw.
-    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    command.raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *line.for_hydra]
-    command = Command(stop, given, raw)
     try:
-        return _launched(command, line), list(command.further)
+        return _launched(command, line)
     finally:
+        if command.caller is not None and command.launch is not None:
+            handed_over.remove(command.launch.folder)
         if command.lock is not None:
             command.lock.release()
 
@@ -173,7 +219,7 @@ def _launched(command: Command, line: CommandLine) -> int:
         if raw and not isinstance(error, BadInputError):
             _end(command, RUN_FAILED)  # the arms that have ended are there to be compared
             raise
-        complain(explain.one_line(error, given))
+        command.complain(explain.one_line(error, given))
         status = RUN_FAILED if command.outcomes else BAD_INPUT
         lost_process = not _LOST_PROCESS.isdisjoint(kind.__name__ for kind in type(error).__mro__)
     finally:
@@ -186,6 +232,7 @@ def _launched(command: Command, line: CommandLine) -> int:
         status, interrupted = stop.asked.status, stop.asked.reason
         stop.followed()
     status = _end(command, status, interrupted, lost_process=lost_process)
+    command.interrupted = interrupted
     if interrupted is not None:
         launch = command.launch
         if launch is None or not (command.outcomes or read_outcomes(launch.folder, launch.sweep_id)):
@@ -303,7 +350,7 @@ def _typed(swept: Mapping[str, Any], command: Command | None) -> str:
     """Return the line that asked for a job, of a sweep as it was handed on."""
     if "command" in swept or command is None:
         return urllib.parse.unquote(str(swept.get("command", "")))
-    return continued.as_typed(command.arguments)
+    return continued.as_asked(command)
 
 
 def _folder_of_sweep(job: HydraConf) -> Path:
@@ -409,7 +456,7 @@ def _say_how_to_go_on(
     if not own and (note.whole or not broken):
         return
     left = continued.say_left(unfinished, never, command.planned) if own else "nothing more was begun"
-    line = continued.command_line(command.arguments, launch.sweep_id)
+    line = continued.command_line(command, launch.sweep_id)
     print(f"\ngaccum_exp: {left}; to go on:\n  {line}", file=sys.stderr)
 
 
@@ -417,7 +464,7 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
     if not outcomes:
         _end_journal(command, [], {})
         if status == OK and launch.multirun:
-            complain("nothing was run: what the sweep varies has no value")
+            command.complain("nothing was run: what the sweep varies has no value")
             return BAD_INPUT
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
@@ -425,20 +472,22 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
     files, view = list[Path](), dict[str, str]()
     try:
         if launch.multirun:
-            files, view = child.report(launch, command.stop)
+            compared = child.report(launch, command.stop)
+            files, view, command.report = list(compared.files), compared.view, compared.report
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
             runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
             show_run(runs, launch.sweep_id)
     except (BadInputError, TrackingError) as error:
-        complain(f"nothing is compared: {error}")
+        command.complain(f"nothing is compared: {error}")
         status = status or RUN_FAILED
     finally:
         _end_journal(command, files, view)
     shown = launch.sweep_id if launch.multirun and trained else None
     recorded = command.journal.path if command.journal is not None and files else None
-    say_where([launch.folder], launch.tracking_uri, shown, recorded)
+    to = sys.stdout if command.caller is None else sys.stderr
+    say_where([launch.folder], launch.tracking_uri, shown, recorded, to)
     return status or earned
 
 

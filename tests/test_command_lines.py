@@ -126,7 +126,7 @@ def test_every_kind_of_wrong_line_is_answered_in_one(
         (["optimizer.lr=a"], "optimizer.lr=a: torch.optim.SGD takes "),
         (["data=fake", "data.size=1000000000000"], "data.size=1000000000000 must be at most 16,7"),
         (["data=ragged", "data.mean_length=1e12"], "tokens, more than 268,435,456"),
-        (["model=custom", "model._target_=gaccum_exp.cli.main"], "from inside a command of its own"),
+        (["model=custom", "model._target_=gaccum_exp.cli.main"], "runs in this process already"),
         (["model=custom", "model._target_=os._exit", "+model.status=0"], "ends the process (status 0)"),
         (["model=custom", "model._target_=torch.nn.Linear", "+model._partial_=5"], "_partial_ flag"),
     ],

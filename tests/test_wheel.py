@@ -64,9 +64,10 @@ def test_the_wheel_holds_every_module_and_every_yaml_file_and_nothing_else(wheel
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "gaccum_exp").rglob("*.py")}
     files = {f"gaccum_exp/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
-    page = {str(p.relative_to(ROOT)) for p in (ROOT / "gaccum_exp/report/page").glob("page.*")}
-    assert len(page) == 3
-    assert modules | files | page <= names
+    beside = (p for p in (ROOT / "gaccum_exp/report/page").glob("*.*") if p.suffix != ".py")
+    page = {str(p.relative_to(ROOT)) for p in beside}
+    assert len(page) == 7
+    assert modules | files | page | {"gaccum_exp/py.typed"} <= names
     assert all(name.startswith(("gaccum_exp/", "gaccum_exp-")) for name in names)
 
 

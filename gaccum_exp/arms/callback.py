@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -31,12 +30,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from gaccum_exp.arms import continued, resume
+from gaccum_exp.arms import continued, handed_over, resume
 from gaccum_exp.arms.context import Launch, current_command, overrides_of
 from gaccum_exp.arms.continued import Continued, SweepNote
 from gaccum_exp.arms.extension import require_swept
 from gaccum_exp.arms.outcome import BAD_INPUT
 from gaccum_exp.config import explain
+from gaccum_exp.config.arguments import quoted
 from gaccum_exp.config.files import OURS, conf_dir, options
 from gaccum_exp.config.schema import FiguresConfig, check_figures, check_id
 from gaccum_exp.errors import BadInputError, complain
@@ -107,32 +107,34 @@ class SweepStart(Callback):
         # What is appended here reaches every job, whatever process or host a launcher runs it on. Of
         # Hydra's own block, it is not among the overrides that name and record an arm; what is not is
         # taken from them again when the job starts.
-        self._pinned = [f"sweep_id={_quoted(config.sweep_id)}", *_decide_where(config, before)]
+        self._pinned = [f"sweep_id={quoted(config.sweep_id)}", *_decide_where(config, before)]
         note = SweepNote(
             config.sweep_id, command_id, time.time(), swept_keys=swept,
             arms=[] if before is None else before.places,
             uncounted=not str(OmegaConf.select(config, "hydra.launcher._target_")).endswith(SHARING),
         )  # fmt: skip
         start_helper()
-        typed = "" if command is None else continued.as_typed(command.arguments)
+        typed = "" if command is None else continued.as_asked(command)
         seeds = _one_job_for_all_seeds(config) if config.sweep.vectorize == "seed" else 1
         jobs = None if planned is None else planned // seeds
         unnamed = [*config.hydra.job.config.override_dirname.exclude_keys]
         unnamed += [line.partition("=")[0] for line in self._pinned]
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.overrides.hydra += [
-                f"+hydra.callbacks.sweep.swept_keys=[{','.join(map(_quoted, swept))}]",
-                f"+hydra.callbacks.sweep.helper={_quoted(helper_address())}",
-                f"+hydra.callbacks.sweep.command_id={_quoted(command_id)}",
-                f"+hydra.callbacks.sweep.command={_quoted(urllib.parse.quote(typed))}",
+                f"+hydra.callbacks.sweep.swept_keys=[{','.join(map(quoted, swept))}]",
+                f"+hydra.callbacks.sweep.helper={quoted(helper_address())}",
+                f"+hydra.callbacks.sweep.command_id={quoted(command_id)}",
+                f"+hydra.callbacks.sweep.command={quoted(urllib.parse.quote(typed))}",
                 f"+hydra.callbacks.sweep.jobs={'null' if jobs is None else jobs}",
-                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, unnamed))}]",
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(quoted, unnamed))}]",
                 *self._pinned,
             ]
             if before is not None:
                 config.hydra.overrides.hydra += _of_what_is_there(config, before, command_id)
         _note_launch(config, Path(config.hydra.sweep.dir), multirun=True)
         if command is not None:
+            if command.caller is not None:
+                handed_over.write(Path(config.hydra.sweep.dir), command.caller.handed_over)
             command.planned, command.command_id = planned, command_id
             command.extend = config.sweep.extend
         if _composed(config, config_name) is not None:  # else it is said without MLflow
@@ -174,8 +176,8 @@ def _of_what_is_there(config: DictConfig, before: Continued, command_id: str) ->
     subdir = resume.as_written(config, "hydra.sweep.subdir")
     listed = json.dumps({digest: list(arm) for digest, arm in known.items()})
     return [
-        f"+hydra.callbacks.sweep.known={_quoted(listed)}",
-        f"hydra.sweep.subdir={_quoted(f'{command_id}/{subdir}')}",
+        f"+hydra.callbacks.sweep.known={quoted(listed)}",
+        f"hydra.sweep.subdir={quoted(f'{command_id}/{subdir}')}",
     ]
 
 
@@ -206,7 +208,7 @@ def _decide_where(config: DictConfig, before: Continued | None = None) -> list[s
                 f"tracking.{key}={value}: {before.asked} is recorded in {known}; leave it out"
             )
         if to[key] is None:
-            decided.append(f"tracking.{key}={_quoted(value)}")
+            decided.append(f"tracking.{key}={quoted(value)}")
     with read_write(to):
         to.update(meant)
     return decided
@@ -221,7 +223,8 @@ def _refusing() -> Iterator[None]:
         command = current_command.get()
         if command is not None and command.raw and not isinstance(error, BadInputError):
             traceback.print_exc()
-        complain(explain.one_line(error, [] if command is None else command.arguments))
+        line = explain.one_line(error, [] if command is None else command.arguments)
+        (complain if command is None else command.complain)(line)
         # The one exception that Hydra does not turn into a warning here.
         raise SystemExit(BAD_INPUT) from None
 
@@ -340,12 +343,6 @@ def _refuse_passwords(config: DictConfig, config_name: str | None, given: list[O
                 refuse_password(str(arm.tracking.uri) if arm is not None else "")
 
 
-def _quoted(value: str) -> str:
-    """Return a value as Hydra's overrides have it."""
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
-    return f"'{escaped}'"
-
-
 def _note_launch(
     config: DictConfig, folder: Path, *, multirun: bool, resumed: resume.Resumed | None = None
 ) -> None:
@@ -358,6 +355,7 @@ def _note_launch(
             tracking_uri=str(config.tracking.uri),
             experiment_name=str(config.tracking.experiment_name),
             multirun=multirun,
+            called=command.caller is not None,
         )
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -52,6 +52,9 @@ from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
 from gaccum_exp.tracking.processes import python
 from gaccum_exp.tracking.read_back import Journals
 from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, of_signal, say_at_once
+
+if TYPE_CHECKING:
+    from gaccum_exp.arms.report import Report
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 30.0
@@ -101,6 +104,18 @@ class Ended:
     """Whether its arms are to be run one by one: none of them has begun."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What became of a sweep's comparison."""
+
+    files: tuple[Path, ...] = ()
+    """That were made."""
+    view: dict[str, str] = field(default_factory=dict)
+    """The tags of an experiment that arrange how MLflow shows the sweep."""
+    report: "Report | None" = None
+    """What it shows, where somebody is to be handed that."""
+
+
 def _parent() -> int:
     """Return the process that has started this one, even where it is dead already."""
     # Of joblib's workers it is known.
@@ -128,7 +143,7 @@ def _watch_command() -> None:
     def watch() -> None:
         while not _is_orphan() or not _idle.is_set():
             time.sleep(1)
-        _end_all()
+        end()
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -242,7 +257,8 @@ def start() -> None:
 
 
 @atexit.register
-def _end_all() -> None:
+def end() -> None:
+    """End the child, if there is one, and those before it that still have something to do."""
     own = _children.pop(os.getpid(), [])
     for child in own:
         child.close()
@@ -447,11 +463,8 @@ def _running(arm: ArmContext, process: int | None = None) -> Outcome:
     )  # fmt: skip
 
 
-def report(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
+def report(launch: Launch, stop: Stop) -> Compared:
     """Compare the arms of a sweep in the child, where torch is.
-
-    Returns:
-        The files made, and the tags of an experiment that arrange how MLflow shows the sweep.
 
     Raises:
         BadInputError: nothing can be compared.
@@ -470,8 +483,8 @@ def report(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
         raise answer.stopped
     if answer.reason:
         raise BadInputError(answer.reason)
-    files, view = answer.result
-    return files, view
+    compared: Compared = answer.result
+    return compared
 
 
 def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> Answer:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,10 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.arms.resume import Resumed
 from gaccum_exp.config.schema import Settings
-from gaccum_exp.errors import printable
+from gaccum_exp.errors import complain, printable
 from gaccum_exp.tracking.journal import Journal
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.train.stopping import Stop
+
+if TYPE_CHECKING:
+    from gaccum_exp.arms.report import Report
 
 _NOT_COMPARED = frozenset({"tracking", "sweep", "sweep_id", "checkpoint", "resume", "figures"})
 """Blocks and keys that do not change what an arm is."""
@@ -217,6 +220,24 @@ class Launch:
     tracking_uri: str
     experiment_name: str
     multirun: bool
+    called: bool = False
+    """Whether Python code has called, which is handed the comparison instead of being printed to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Python code that has asked for a sweep, and is handed what that shows."""
+
+    overrides: tuple[str, ...] = ()
+    """As it has written them."""
+    named: tuple[str, ...] = ()
+    """Its arguments by name, as they are written: `accum_steps=[1, 2]`, `model=…`."""
+    handed_over: Mapping[str, bytes] = field(default_factory=dict)
+    """Its objects that stand for a `_target_`, by digest: see `handed_over`."""
+
+    def call(self, *more: str) -> str:
+        """Return its call with these overrides besides: `sweep('model=mlp', accum_steps=[1, 2])`."""
+        return f"sweep({', '.join([*map(repr, (*self.overrides, *more)), *self.named])})"
 
 
 @dataclass(slots=True)
@@ -227,6 +248,8 @@ class Command:
     """Asked to end it."""
     arguments: Sequence[str] = ()
     """What stands behind the program's name."""
+    caller: Caller | None = None
+    """None: somebody has typed it."""
     raw: bool = False
     """Whether the user wants to see where an error comes from (HYDRA_FULL_ERROR=1)."""
     command_id: str = ""
@@ -250,6 +273,20 @@ class Command:
     """How the arms of a sweep ended that this process has started, by folder."""
     taken_s: list[float] = field(default_factory=list)
     """What each job took that this process has run, of those that the sweep did not have yet."""
+
+    interrupted: str | None = None
+    """By what it was ended; None: it was not."""
+    report: "Report | None" = None
+    """Of a sweep, for its caller: what it shows."""
+    complaints: list[str] = field(default_factory=list)
+    """What its caller is to be told is wrong."""
+
+    def complain(self, line: object) -> None:
+        """Say what is wrong: at once, or to its caller when it has ended."""
+        if self.caller is None:
+            complain(line)
+        else:
+            self.complaints.append(str(line))
 
     def turn(self, number: int, total: int | None, over: int) -> Turn:
         """Return a job's place in the sweep; `over`: how many arms had ended before the command."""

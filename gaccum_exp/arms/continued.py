@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from gaccum_exp.arms.context import KnownArm
+from gaccum_exp.arms.context import Command, KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
 from gaccum_exp.arms.resume import NEVER
 from gaccum_exp.errors import BadInputError, StoreAwayError, hide_passwords, nearest
@@ -396,10 +396,22 @@ def say_left(unfinished: int, never: int | None, planned: int | None) -> str:
     return ", ".join(parts)
 
 
-def command_line(arguments: Sequence[str], sweep_id: str) -> str:
-    """Return the user's own line, for the shell, with what makes it go on with a sweep."""
-    kept = going_on(_of_no_sweep(arguments))
-    return shlex.join([*program(arguments), *kept, f"sweep.resume={sweep_id}"])
+def command_line(command: Command, sweep_id: str) -> str:
+    """Return the user's own line, for the shell or for Python, with what makes it go on with a sweep."""
+    arguments, goes_on = command.arguments, f"sweep.resume={sweep_id}"
+    if command.caller is not None:
+        kept = going_on(_of_no_sweep(command.caller.overrides))
+        return replace(command.caller, overrides=tuple(kept)).call(goes_on)
+    return shlex.join([*program(arguments), *going_on(_of_no_sweep(arguments)), goes_on])
+
+
+def as_asked(command: Command) -> str:
+    """Return the line that asked for a command: of Python code that has handed over objects its call."""
+    caller = command.caller
+    if caller is None or not caller.handed_over:
+        return as_typed(command.arguments)
+    own = replace(caller, overrides=tuple(map(hide_passwords, _of_no_sweep(caller.overrides))))
+    return line if len(line := own.call()) <= LONGEST else ""
 
 
 def as_typed(arguments: Sequence[str]) -> str:

@@ -26,10 +26,10 @@ def process_restored() -> Iterator[None]:
     """Put back what a command or an arm changes of the process; of torch and Hydra, too.
 
     Raises:
-        BadInputError: another one runs here, as where a `_target_` is the program itself.
+        BadInputError: another one runs here, in another thread, or where a `_target_` is the program.
     """
     if not _here.acquire(blocking=False):
-        raise BadInputError("the program is called from inside a command of its own")
+        raise BadInputError("a command of the program runs in this process already: one at a time")
     try:
         with _restored():
             yield

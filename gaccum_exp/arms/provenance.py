@@ -51,7 +51,7 @@ def dataset_records(settings: Settings, loaded: TrainingData | TrainState) -> li
         sets.append(("evaluation", loaded.eval_data, data.eval))
     return [
         DatasetRecord(
-            name=str(node["_target_"]),
+            name=str(node["name"] if "digest" in node else node["_target_"]),
             digest=_fingerprint(dataset, node),
             samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
             context=context,
@@ -79,33 +79,38 @@ def _fingerprint(dataset: Dataset[Any], node: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(digest_size=4)
     if type(dataset) is TensorDataset:
         for tensor in dataset.tensors:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-    size = len(dataset)  # type: ignore[arg-type]  # checked to be map-style
-    _add(digest, (sorted(node.items()), size))
+    add_value(digest, (sorted(node.items()), len(dataset)))  # type: ignore[arg-type]  # it is map-style
+    add_samples(digest, dataset)
+    return digest.hexdigest()
+
+
+def add_samples(digest: "hashlib.blake2b", dataset: Any) -> None:
+    """Add what a data set holds, or some of its samples: see `_fingerprint`."""
+    size = len(dataset)
     if not _add_whole(digest, dataset):
         places = sorted({round(k * (size - 1) / (SAMPLES - 1)) for k in range(SAMPLES)})
         with random_state_kept():
             seed_host(0)  # so that random augmentation does not change it
             for place in places:
-                _add(digest, dataset[place])
-    return digest.hexdigest()
+                add_value(digest, dataset[place])
 
 
 def _add_whole(digest: "hashlib.blake2b", dataset: Any) -> bool:
     """Add what a data set of a known kind holds; return whether that is all of its data."""
     if isinstance(dataset, Subset):
-        _add(digest, list(dataset.indices))
+        add_value(digest, list(dataset.indices))
         return _add_whole(digest, dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         return all(_add_whole(digest, part) for part in dataset.datasets)
     if not type(dataset).__module__.startswith(("gaccum_exp.", "torch.", "torchvision.")):
         return False
     if isinstance(dataset, TensorDataset):
-        _add(digest, list(dataset.tensors))
+        add_value(digest, list(dataset.tensors))
         return True
     held = {id(v): (k, v) for k, v in vars(dataset).items() if _is_array(v) or isinstance(v, list)}
-    _add(digest, list(held.values()))
+    add_value(digest, list(held.values()))
     return any(_is_array(v) for _, v in held.values())
 
 
@@ -114,7 +119,7 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "tobytes") and hasattr(value, "dtype"))
 
 
-def _add(digest: "hashlib.blake2b", value: Any) -> None:
+def add_value(digest: "hashlib.blake2b", value: Any) -> None:
     """Add a value's own bytes, whatever it is nested in."""
     if isinstance(value, Tensor) and value.layout == torch.strided:
         value = value.detach().cpu().contiguous()
@@ -123,14 +128,14 @@ def _add(digest: "hashlib.blake2b", value: Any) -> None:
     elif _is_array(value) and not getattr(value.dtype, "hasobject", True):
         digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
     elif isinstance(value, Mapping):
-        _add(digest, list(value.items()))
+        add_value(digest, list(value.items()))
     elif isinstance(value, (list, tuple)):
         try:
             digest.update(json.dumps(value).encode())  # a million names at once
         except (TypeError, ValueError):
             digest.update(b"[")
             for part in value:
-                _add(digest, part)
+                add_value(digest, part)
     else:
         # Where an object lies in memory is said of it by default, and is no part of it.
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode())

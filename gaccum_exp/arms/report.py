@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.config.schema import check_id
 from gaccum_exp.errors import Arguments, BadInputError, StoreAwayError, TrackingError, complain, nearest
 from gaccum_exp.report.compare.audited_windows import window_of
-from gaccum_exp.report.compare.batches import compare_batches, write_batches
-from gaccum_exp.report.compare.comparison import compare, write_csv
+from gaccum_exp.report.compare.batches import BatchComparison, compare_batches, write_batches
+from gaccum_exp.report.compare.comparison import Comparison, compare, write_csv
 from gaccum_exp.report.compare.pairing import Source, group_runs, shared_config
 from gaccum_exp.report.text.listing import list_runs, print_listed
 from gaccum_exp.report.text.table import print_comparison
@@ -69,39 +70,58 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(arguments)
         for sweep_id in given.sweep_id:
             check_id("sweep_id", sweep_id)
-        formats = _formats(given.format)
+        formats = formats_of(given.format)
         if not given.sweep_id:
             for key in ("format", "out"):
                 if getattr(given, key) is not None:
                     raise BadInputError(f"--{key}: of no sweep; give its id ({parser.prog} lists them)")
             return _list_sweeps(given.uri, given.experiment)
-        sweep_ids = list(dict.fromkeys(given.sweep_id))
-        out = given.out or Path("reports") / "+".join(sweep_ids)
-        _refuse_file(out)
+        report, journal = report_again(given.sweep_id, given.uri, given.experiment, given.out, formats)
     except (BadInputError, TrackingError) as error:
         complain(error, "gaccum_exp report")
         return BAD_INPUT
-    folders = [folder for sweep_id in sweep_ids if (folder := _folder_of(sweep_id)) is not None]
-    own = next(filter(None, (Journals(folder).store() for folder in folders)), (None, None))
-    experiment = experiment_name(given.experiment or own[1])
-    try:
-        uri = tracking_uri(given.uri or own[0], "--uri")
-        runs = Runs(uri, experiment, *folders)
-        files = report_sweep(runs, sweep_ids, out, formats)
-        view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
-        journal = Journal.create(out, uri, experiment)
-        record_report(journal, " ".join(sweep_ids), files, view)
-    except (BadInputError, TrackingError) as error:
-        complain(error, "gaccum_exp report")
-        return BAD_INPUT
-    for place in FOLDERS:
-        if place.is_dir():
-            shipper.announce(place.absolute())
-    say_where([out], uri, sweep_ids[0] if len(sweep_ids) == 1 else None, journal.path)
+    print_report(report)
+    shown = report.sweep_ids[0] if len(report.sweep_ids) == 1 else None
+    say_where([report.folder], report.uri, shown, journal)
     return OK
 
 
-def _formats(given: Sequence[str] | None) -> list[str] | None:
+def report_again(
+    sweep_ids: Sequence[str],
+    uri: str | None = None,
+    experiment: str | None = None,
+    out: Path | None = None,
+    formats: Sequence[str] | None = None,
+) -> tuple["Report", Path]:
+    """Compare sweeps that have ended, write the files and record them; where from is as `main` says.
+
+    Returns:
+        What they show, and the journal of the report.
+
+    Raises:
+        BadInputError: no such sweep, no store that can be used, or no folder to write to.
+        StoreAwayError: the store does not answer, and there are no journals.
+    """
+    for sweep_id in sweep_ids:
+        check_id("sweep_id", sweep_id)
+    sweep_ids = list(dict.fromkeys(sweep_ids))
+    out = out or Path("reports") / "+".join(sweep_ids)
+    _refuse_file(out)
+    folders = [folder for sweep_id in sweep_ids if (folder := _folder_of(sweep_id)) is not None]
+    own = next(filter(None, (Journals(folder).store() for folder in folders)), (None, None))
+    experiment = experiment_name(experiment or own[1])
+    runs = Runs(tracking_uri(uri or own[0], "--uri"), experiment, *folders)
+    report = report_sweep(runs, sweep_ids, out, formats)
+    view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
+    journal = Journal.create(out, runs.uri, experiment)
+    record_report(journal, " ".join(sweep_ids), report.files, view)
+    for place in FOLDERS:
+        if place.is_dir():
+            shipper.announce(place.absolute())
+    return report, journal.path
+
+
+def formats_of(given: Sequence[str] | None, key: str = "--format") -> list[str] | None:
     """Return the formats that were asked for, each once; None: nothing was said of them.
 
     Raises:
@@ -110,7 +130,7 @@ def _formats(given: Sequence[str] | None) -> list[str] | None:
     words = [word.strip().lower() for line in given or () for word in line.split(",")]
     for word in words:
         if word not in FORMATS:
-            raise BadInputError(f"--format={word}: none of {', '.join(FORMATS)}{nearest(word, FORMATS)}")
+            raise BadInputError(f"{key}={word}: none of {', '.join(FORMATS)}{nearest(word, FORMATS)}")
     return list(dict.fromkeys(words)) or None
 
 
@@ -227,10 +247,26 @@ class Runs:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a sweep shows, or several as one, and the files that tell it. It can be pickled."""
+
+    sweep_ids: tuple[str, ...]
+    folder: Path
+    uri: str
+    """Of the store."""
+    comparison: Comparison
+    arms: tuple[RunRecord, ...]
+    """And controls."""
+    batches: tuple[BatchComparison, ...]
+    files: tuple[Path, ...]
+    """In the folder: the page, tables, figures."""
+
+
 def report_sweep(
     runs: Runs, sweep_ids: Sequence[str], folder: Path, formats: Sequence[str] | None = None
-) -> list[Path]:
-    """Compare a sweep, or the arms of several; print the table, write files to `folder`, return them.
+) -> Report:
+    """Compare a sweep, or the arms of several, and write files to `folder`.
 
     Args:
         runs: where the arms are read.
@@ -255,7 +291,7 @@ def report_sweep(
     batches = compare_batches(comparison, arms)
     wanted, of_figures = formats or ("csv", "html"), _figures_of(arms)
     if formats is not None:
-        of_figures["formats"] = [kind for kind in formats if kind in ("pdf", "svg", "png")]
+        of_figures["formats"] = [kind for kind in formats if f".{kind}" in _DRAWN]
     files = [
         write(comparison, folder / name) for kind, (write, name) in _TABLES.items() if kind in wanted
     ]
@@ -268,17 +304,32 @@ def report_sweep(
         if of_figures.get("formats", True):
             figures = draw(comparison, arms, folder, batches, **of_figures)
         files += [] if page is None else [page.result()]
-    print_comparison(comparison, batches)
+    return Report(
+        sweep_ids=tuple(sweep_ids),
+        folder=folder,
+        uri=runs.uri,
+        comparison=comparison,
+        arms=tuple(arms),
+        batches=tuple(batches),
+        files=(*files, *figures),
+    )
+
+
+def print_report(report: Report) -> None:
+    """Print the table, what it says in words, and where the files are."""
+    print_comparison(report.comparison, report.batches)
+    tables = [path for path in report.files if path.suffix not in _DRAWN]
+    figures = [path for path in report.files if path.suffix in _DRAWN]
     # A figure is named once, whatever it is written as besides.
     named = {path.stem: path for path in sorted(figures, key=lambda path: path.suffix == ".png")}
     print(
-        f"\nSweep{'s' if len(sweep_ids) > 1 else ''} {' + '.join(sweep_ids)}:",
-        *(f"  {path}" for path in (*files, *named.values())),
+        f"\nSweep{'s' if len(report.sweep_ids) > 1 else ''} {' + '.join(report.sweep_ids)}:",
+        *(f"  {path}" for path in (*tables, *named.values())),
         sep="\n",
     )
-    return files + figures
 
 
+_DRAWN = (".pdf", ".svg", ".png")
 _TABLES = {
     "csv": (write_csv, "comparison.csv"),
     "md": (write_markdown, "comparison.md"),

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
 from omegaconf import OmegaConf
 
-from gaccum_exp.arms.child import PATIENCE_S, Answer, Ended, Surroundings
+from gaccum_exp.arms import handed_over
+from gaccum_exp.arms.child import PATIENCE_S, Answer, Compared, Ended, Surroundings
 from gaccum_exp.arms.context import ArmContext, Launch
 from gaccum_exp.arms.continued import lacks, with_those_elsewhere
 from gaccum_exp.arms.outcome import read_outcomes
@@ -202,15 +202,12 @@ def _run(context: ArmContext, stop: Stop) -> Ended:
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.FileHandler):  # an arm's own log has all that is said of it
             handler.addFilter(_said_once(context.sweep_id))
-    return run_job(context, stop)
+    with handed_over.looked_for_in(context.sweep_folder):
+        return run_job(context, stop)
 
 
-def _compare(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
-    """Print the verdicts of audits; compare what was trained.
-
-    Returns:
-        The files made, and the tags of an experiment that arrange how MLflow shows the sweep.
-    """
+def _compare(launch: Launch, stop: Stop) -> Compared:
+    """Print the verdicts of audits; compare what was trained."""
     outcomes = read_outcomes(launch.folder, launch.sweep_id)
     if lacks(launch.folder, launch.sweep_id, outcomes):
         with stop.at_once(), suppress(BadInputError, TrackingError):  # else of those that are here
@@ -224,12 +221,15 @@ def _compare(launch: Launch, stop: Stop) -> tuple[list[Path], dict[str, str]]:
 
             print_audits(audited)
         if outcomes and not any(outcome.task == "train" for outcome in outcomes.values()):
-            return [], {}
-        from gaccum_exp.arms.report import Runs, report_sweep
+            return Compared()
+        from gaccum_exp.arms.report import Runs, print_report, report_sweep
 
         runs = Runs(launch.tracking_uri, launch.experiment_name, launch.folder)
-        files = report_sweep(runs, [launch.sweep_id], launch.folder)
-        return files, runs.view(launch.sweep_id)
+        report = report_sweep(runs, [launch.sweep_id], launch.folder)
+        if not launch.called:
+            print_report(report)
+        view = runs.view(launch.sweep_id)
+        return Compared(report.files, view, report if launch.called else None)
 
 
 _DONE: dict[str, Callable[[Any, Stop], Any]] = {"arm": _run, "report": _compare}

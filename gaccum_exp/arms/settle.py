@@ -1,7 +1,9 @@
 """The last thing that a command does: see that all is in the store, and say where to look."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.delivered import Delivered
@@ -46,7 +48,13 @@ def settle(folders: Sequence[Path]) -> list[Path]:
     return shipper.finish()
 
 
-def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None, view: Path | None = None) -> None:
+def say_where(
+    folders: Sequence[Path],
+    uri: str,
+    sweep_id: str | None,
+    view: Path | None = None,
+    to: TextIO | None = None,
+) -> None:
     """Wait until all is delivered, and print how to deliver what is left, or where a sweep is seen.
 
     Args:
@@ -54,14 +62,19 @@ def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None, view: Pat
         uri: of their store.
         sweep_id: None where there is nothing to be compared.
         view: the journal that holds how MLflow shows the sweep; None: there is none.
+        to: the stream that it is printed to; None: stdout.
     """
+    to = to or sys.stdout
     if left := settle(folders):
         here = Path.cwd()
         below = " ".join(str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
         if all(Delivered.of(path).state == "refused" for path in left):
-            print(f"\nNot in the store, which cannot be used; elsewhere: {DELIVER} --uri URI {below}")
+            print(
+                f"\nNot in the store, which cannot be used; elsewhere: {DELIVER} --uri URI {below}",
+                file=to,
+            )
         else:
-            print(f"\nNot in the store yet; once it is back: {DELIVER} {below}")
+            print(f"\nNot in the store yet; once it is back: {DELIVER} {below}", file=to)
         return
     if sweep_id is None:
         return
@@ -73,4 +86,5 @@ def say_where(folders: Sequence[Path], uri: str, sweep_id: str | None, view: Pat
             "\nCompare in MLflow:",
             *(f"  {line}" for line in ui_lines(uri, experiment_id, sweep_id, arranged)),
             sep="\n",
+            file=to,
         )

@@ -4,8 +4,10 @@ Hydra's own parser ends the process with a page of usage, takes any beginning of
 and ignores a flag that does nothing. What is passed on to it here is spelled out and fits together.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 from gaccum_exp.errors import BadInputError, nearest
@@ -33,6 +35,8 @@ _SHORT = {short: flag for flag, (short, _) in _FLAGS.items() if short}
 _DO = ("--run", "--multirun", "--cfg", "--info", "--shell-completion")
 """Of these a command is told one, and of what shows something first of all."""
 _SHOW = ("--help", "--hydra-help")
+_PLAIN = re.compile(r"(?!(?:null|true|false|inf|nan)$)[a-z_][\w./-]*", re.IGNORECASE | re.ASCII)
+"""A text that needs no quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,31 @@ def command_line(arguments: Sequence[str]) -> CommandLine:
         _check_encoding(override)
     _check(flags)
     return CommandLine(flags, tuple(overrides))
+
+
+def quoted(value: str) -> str:
+    """Return a text as Hydra's overrides have it."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+    return f"'{escaped}'"
+
+
+def written(value: object) -> str:
+    """Return a value as an override has it: `null`, `true`, `[1,2]`, `'a text'`.
+
+    Raises:
+        TypeError: it is none that a configuration can hold.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isinstance(value, Real):
+        return repr(float(value))
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) else quoted(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(written, value))}]"
+    raise TypeError(f"a configuration cannot hold {type(value).__name__}")
 
 
 def _choices(flag: str) -> list[str]:

@@ -125,8 +125,16 @@ def import_target(node: Mapping[str, Any]) -> None:
 
 def target_object(node: Mapping[str, Any]) -> Any:
     """Return what a `_target_` names; None where there is no such thing, as instantiating it says."""
-    with suppress(ImportError, ValueError, TypeError):
-        return hydra.utils.get_object(node["_target_"])
+    with suppress(TypeError):
+        return object_at(node["_target_"])
+    return None
+
+
+def object_at(address: str) -> Any:
+    """Return what can be imported by an address; None where there is no such thing."""
+    with suppress(ImportError, ValueError):
+        return hydra.utils.get_object(address)
+    return None
 
 
 def parameter_names(node: Mapping[str, Any]) -> list[str]:

@@ -284,7 +284,7 @@ def test_a_signal_that_comes_while_the_child_begins_ends_its_arm_in_order(
             super().__init__()
             os.kill(self.process.pid, signal.SIGINT)
 
-    child._end_all()
+    child.end()
     monkeypatch.setattr(child, "_Child", Signalled)
     done = program("-m", *POINTS, "model._target_=tests.strangers.Net", "accum.steps=1,2")
     assert done.status == 130, done.err

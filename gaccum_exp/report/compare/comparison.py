@@ -9,6 +9,7 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow, Measured
 from gaccum_exp.report.compare.distances import Parameters, largest_loss_gap, weight_distance
@@ -94,14 +95,21 @@ def compare(
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
     """Write a row per arm, floats in full precision, unknown values blank."""
-    terms = sorted({term for row in comparison.rows for term, _ in row.term_losses})
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*CSV_COLUMNS, *terms])
-        for row in comparison.rows:
-            of_terms = map(dict(row.term_losses).get, terms)
-            writer.writerow([*(getattr(row, column) for column in CSV_COLUMNS), *of_terms])
+        head, rows = csv_table(comparison)
+        writer.writerows([head, *rows])
     return path
+
+
+def csv_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns of `comparison.csv`, with one for each term of a loss, and a row per arm."""
+    terms = sorted({term for row in comparison.rows for term, _ in row.term_losses})
+    rows = [
+        [*(getattr(row, name) for name in CSV_COLUMNS), *map(dict(row.term_losses).get, terms)]
+        for row in comparison.rows
+    ]
+    return [*CSV_COLUMNS, *terms], rows
 
 
 def _measure(group: Group, envelope: Envelope | None, weights: WeightsOf) -> Iterator[Measured]:

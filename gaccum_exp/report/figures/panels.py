@@ -101,7 +101,8 @@ def subject(comparison: Comparison, runs: Mapping[str, RunRecord]) -> str:
     """Say what was trained: `CNN on Digits, global batch 256`."""
     trained = [run for run in runs.values() if run.micro_batch_sizes]
     model = _named(trained, "model.name", "model._target_") or "model"
-    data = _named(trained, "data.name", "data.train._target_", "data._target_") or "data"
+    of_data = ("data.name", "data.train.name", "data.train._target_", "data._target_")
+    data = _named(trained, *of_data) or "data"
     batches = sorted({size for row in comparison.shown if (size := row.global_batch_size)})
     varied = say_list(batches) if len(batches) <= 6 else "varied"
     return f"{model} on {data}" + (f", global batch {varied}" if batches else "")

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from gaccum_exp.memory.plan import MemoryPlan
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.comparison import Comparison
@@ -27,6 +29,8 @@ FIGURES = {
     "memory_frontier": draw_frontier,
 }
 """By name; None is returned where there would be nothing but axes."""
+NAMES = (*FIGURES, "batches")
+"""Of all figures of a comparison."""
 
 
 def draw(
@@ -49,20 +53,45 @@ def draw(
         formats: out of `style.FORMATS`.
         width: a name among `style.WIDTHS_INCHES`, or inches.
     """
-    records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
     paths: list[Path] = []
     with style.styled(width):
-        for name, draw_figure in FIGURES.items():
-            if draw_figure is draw_frontier and len(panels_of(comparison)) < 2:
+        for name in NAMES:
+            if name == "memory_frontier" and len(panels_of(comparison)) < 2:
                 continue  # of one setting it is what memory and step time over N show
-            figure = draw_figure(comparison, records)
+            figure = _drawn(name, comparison, runs, batches)
             paths += [] if figure is None else style.save(figure, folder, name, formats)
-        if batches:
-            figure = draw_batches(batches, subject(comparison, records))
-            paths += style.save(figure, folder, "batches", formats)
     if not paths and comparison.rows:
         log.warning("no figure is drawn: no arm got as far as a loss, a peak or a step time")
     return paths
+
+
+def figure_of(
+    name: str,
+    comparison: Comparison,
+    runs: Sequence[RunRecord],
+    batches: Sequence[BatchComparison] = (),
+    width: str | float = "double",
+) -> Figure | None:
+    """Return one figure of a comparison, laid out and with a canvas of its own; None: it shows nothing.
+
+    Args:
+        name: out of `NAMES`; the other arguments as of `draw`.
+    """
+    with style.styled(width):
+        figure = _drawn(name, comparison, runs, batches)
+        return None if figure is None else style.laid_out(figure)
+
+
+def _drawn(
+    name: str,
+    comparison: Comparison,
+    runs: Sequence[RunRecord],
+    batches: Sequence[BatchComparison],
+) -> Figure | None:
+    records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
+    if name == "batches":
+        return draw_batches(batches, subject(comparison, records)) if batches else None
+    return FIGURES[name](comparison, records)
 
 
 def save_plan(

@@ -133,13 +133,7 @@ def look(index: int, series: int) -> dict[str, Any]:
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write a figure as each of these formats, the same bytes for the same figure; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    # Laid out here, once: each file would be laid out again otherwise, and drawn twice.
-    layout = figure.get_layout_engine()
-    if layout is not None:
-        layout.execute(figure)
-        figure.set_layout_engine(None)
-        _round_places(figure)
+    laid_out(figure)
     paths = []
     for suffix in dict.fromkeys(formats):
         path = folder / f"{name}.{suffix}"
@@ -152,6 +146,17 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg
         figure.savefig(path, dpi=DPI, **unsaid[suffix])
         paths.append(path)
     return paths
+
+
+def laid_out(figure: Figure) -> Figure:
+    """Lay a figure out, once: each file would be laid out again otherwise, and drawn twice."""
+    FigureCanvasAgg(figure)
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)
+        _round_places(figure)
+    return figure
 
 
 def _round_places(figure: Figure) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from gaccum_exp.report.arm_limit import by_setting
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import ComparisonRow
-from gaccum_exp.report.compare.comparison import CSV_COLUMNS, Comparison
+from gaccum_exp.report.compare.comparison import Comparison, csv_table
 from gaccum_exp.report.figures.panels import subject
 from gaccum_exp.report.page.arms import arm_section, commands
 from gaccum_exp.report.page.colors import looks
@@ -61,21 +61,10 @@ def write_page(
         "tradeoff": tradeoff_section(comparison),
         "windows": window_section(comparison, window_of),
         "noise": noise_section(comparison),
-        "batches": batch_sections(batches),
+        **_top(comparison, runs, batches),
     }
-    table = as_table(render(comparison))
-    page = _template().render(
-        title=subject(comparison, records),
-        sweep_ids=list(dict.fromkeys(run.tags.get("sweep_id", "") for run in runs)),
-        facts=_facts(comparison, records),
-        worst=_worst(comparison.rows),
-        answers=list(_answers(comparison)),
-        failures=_failures(comparison.rows),
-        worth=say_worth(comparison, batches).splitlines(),
-        to_mend=comparison.verdict_notes,
-        table_of_arms=table,
+    page = _template("page.html").render(
         looks=looks(len(sections["curves"]["groups"]) if sections["curves"] else 0),
-        notes=[note for note in table["notes"] if note not in comparison.verdict_notes],
         arms=arm_section(comparison, records),
         commands=commands(runs),
         every=_every_number(comparison),
@@ -90,7 +79,39 @@ def write_page(
     return path
 
 
-def _template() -> Any:
+def page_top(
+    comparison: Comparison, runs: Sequence[RunRecord], batches: Sequence[BatchComparison] = ()
+) -> str:
+    """Return the top of the page as a piece of another one: verdict and answers in words, and the table.
+
+    Arguments as of `write_page`.
+    """
+    style = Markup((_FOLDER / "notebook.css").read_text(encoding="utf-8"))
+    return str(_template("notebook.html").render(style=style, **_top(comparison, runs, batches)))
+
+
+def _top(
+    comparison: Comparison, runs: Sequence[RunRecord], batches: Sequence[BatchComparison]
+) -> dict[str, Any]:
+    """Return what the page begins with."""
+    records = {run.run_id: run for run in (*comparison.stored_runs, *runs)}
+    table = as_table(render(comparison))
+    return {
+        "title": subject(comparison, records),
+        "sweep_ids": list(dict.fromkeys(run.tags.get("sweep_id", "") for run in runs)),
+        "facts": _facts(comparison, records),
+        "worst": _worst(comparison.rows),
+        "answers": list(_answers(comparison)),
+        "failures": _failures(comparison.rows),
+        "worth": say_worth(comparison, batches).splitlines(),
+        "to_mend": comparison.verdict_notes,
+        "table_of_arms": table,
+        "notes": [note for note in table["notes"] if note not in comparison.verdict_notes],
+        "batches": batch_sections(batches),
+    }
+
+
+def _template(name: str) -> Any:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -99,7 +120,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = _unbroken
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _unbroken(text: str) -> str:
@@ -163,9 +184,6 @@ def _failures(rows: Sequence[ComparisonRow]) -> list[str]:
 
 def _every_number(comparison: Comparison) -> dict[str, Any]:
     """Return the table of `comparison.csv`, in the same digits."""
-    terms = sorted({term for row in comparison.rows for term, _ in row.term_losses})
-    rows = []
-    for row in comparison.rows:
-        values = [*(getattr(row, name) for name in CSV_COLUMNS), *map(dict(row.term_losses).get, terms)]
-        rows.append(["" if value is None else str(value) for value in values])
-    return {"title": "comparison.csv", "head": [*CSV_COLUMNS, *terms], "rows": rows}
+    head, rows = csv_table(comparison)
+    said = [["" if value is None else str(value) for value in row] for row in rows]
+    return {"title": "comparison.csv", "head": head, "rows": said}

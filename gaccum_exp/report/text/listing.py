@@ -84,7 +84,8 @@ def _listed(sweep_id: str, arms: Sequence[RunRecord]) -> Listed:
 
 def _model_of(arm: RunRecord) -> str:
     chosen = arm.tags.get("choice.model", arm.params.get("model._target_", "").rpartition(".")[2])
-    return arm.params.get("model.name", chosen) if chosen == "torchvision" else chosen
+    # One that is chosen by a name: torchvision's, or one that Python code has handed over.
+    return arm.params.get("model.name", chosen).rpartition(".")[2]
 
 
 def _say_swept(arms: Sequence[RunRecord]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 from rich.table import Table
 from rich.text import Text
@@ -45,9 +45,17 @@ _FOLDED = ("verdict", "differs")
 """Columns that may take several lines; numbers are never cut."""
 
 
-def print_comparison(comparison: Comparison, batches: Sequence[BatchComparison] = ()) -> None:
-    """Print the table, and what it says in words; then the comparison of different global batches."""
-    out = console()
+def print_comparison(
+    comparison: Comparison, batches: Sequence[BatchComparison] = (), to: TextIO | None = None
+) -> None:
+    """Print the table, and what it says in words; then the comparison of different global batches.
+
+    Args:
+        comparison: of the arms.
+        batches: of the global batches.
+        to: the stream; None: stdout.
+    """
+    out = console(to)
     out.print(render(comparison))
     out.print(summary(comparison), highlight=False)
     if worth := say_worth(comparison, batches):

@@ -1,0 +1,1 @@
+"""The command line as functions of Python: `sweep` and `compare`."""
