@@ -9,7 +9,7 @@ import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,14 @@ def sandbox(
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
     hooks: bool = True,
+    recomputation: bool = False,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
     They have no gradients. Real and complex ones are as precise as `dtype`, all of them on `device`, if
     given. `drawn` is called where a generator that a module holds has been drawn from. `hooks` on
-    parameters, which change their gradients, are the copies' too.
+    parameters, which change their gradients, are the copies' too. Without `recomputation` checkpointing
+    is off.
     """
     copies = _Copies(dtype, device, hooks=hooks)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
@@ -105,7 +107,7 @@ def sandbox(
             if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
                 # These log from within their steps, which a pass in the sandbox must not.
                 vars(module).update(log=nothing, log_dict=nothing)
-        with _no_recomputation():
+        with nullcontext() if recomputation else _no_recomputation():
             yield modules.parameters()
     finally:
         if copies.drawn_from():

@@ -116,7 +116,7 @@ class TracedCalls:
     def functions(self) -> dict[CodeType, OnCall]:
         """Return what to do at each function's call and return."""
         found: dict[CodeType, OnCall] = {
-            nn.Module._call_impl.__code__: self._on_module,
+            nn.Module._call_impl.__code__: self.on_module,
             inspect.unwrap(checkpoint).__code__: self._on_checkpoint,
         }
         code = code_of(self._loss_function)
@@ -129,7 +129,7 @@ class TracedCalls:
         """The same for functions that are known by their names."""
         return {WRAPPER: self._on_compiled}
 
-    def _on_module(self, event: str, frame: FrameType, value: Any) -> None:
+    def on_module(self, event: str, frame: FrameType, value: Any) -> None:
         """Tape a call of model or criterion, or of a part of the model that the loop itself calls.
 
         By the function that runs every module, since a hook would be a part of what is compiled.
