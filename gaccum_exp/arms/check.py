@@ -99,7 +99,8 @@ class _Check:
         except BaseException as error:
             self._let_children_go(error)
             failed = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RUN_FAILED
-            sys.excepthook(type(error), error, script.of_the_script(error.__traceback__))
+            error = error.with_traceback(script.of_the_script(error.__traceback__))
+            sys.excepthook(type(error), error, error.__traceback__)
             judged = len(self._watched.windows)
             windows = (
                 f"after {judged} of {self._given.windows} windows" if judged else "before any window"

@@ -16,28 +16,30 @@ def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
         return
     for group in groups:
         audits = [watched.windows[place] for place in group.windows]
-        yield found(group, audits)
+        yield from found(group, audits)
         yield ""
         yield worst(audits).report()
         yield from _beside(group, audits)
         yield ""
-    if watched.left_over:
+    if watched.left_over and not loop.raised:
         passes = f"{watched.left_over} backward pass{'es' if watched.left_over > 1 else ''}"
         yield f"left over: {passes} after the last step: step on what is left, or zero it"
     yield not_seen(loop.epoch, groups, ended=loop.raised > 0)
 
 
-def found(group: Group, audits: Sequence[Audit]) -> str:
-    """Return a sentence on what was found: model, loss, optimizer and windows."""
-    windows = f"{len(audits)} window{'s' if len(audits) > 1 else ''}"
-    of_each = [", ".join(map(str, sizes)) for sizes in group.sizes if sizes]
-    sizes = f" of {'; '.join(dict.fromkeys(of_each))} samples" if of_each else ""
+def found(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
+    """Yield what was found: model, loss, optimizer, and the windows."""
+    sizes = "; ".join(dict.fromkeys(_sizes(each) for each in group.sizes if each))
     every = " and ".join(dict.fromkeys(str(audit.accum_steps) for audit in audits))
-    return (
-        f"Found: {' + '.join(group.modules)} ({group.parameters:,} parameters that are stepped), "
-        f"{' + '.join(group.losses) or 'no loss'}, {' + '.join(group.optimizers)}; {windows}, N = {every}"
-        f"{sizes}"
-    )
+    windows = f"{len(audits)} window{'s' * (len(audits) > 1)} of N = {every}"
+    yield f"model:     {' + '.join(group.modules)}, {group.parameters:,} parameters that are stepped"
+    yield f"loss:      {' + '.join(group.losses) or 'none'}"
+    yield f"optimizer: {' + '.join(group.optimizers)}"
+    yield f"windows:   {windows}" + (f", micro-batches of {sizes} samples" if sizes else "")
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
 
 
 def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> str:
@@ -46,7 +48,9 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> st
     judged = max(len(group.windows) for group in groups)
     if not ended:
         return f"Seen: the whole script, of whose windows {judged} were judged."
-    if epoch is None or epoch.micro_batches is None:
+    if epoch is None:
+        return "Not seen: the end of an epoch, as no data loader was read."
+    if epoch.micro_batches is None:
         return "Not seen: the end of an epoch, as the data does not tell its length."
     windows, left = divmod(epoch.micro_batches, n)
     if judged * n >= epoch.micro_batches + (n if left else 0):

@@ -116,7 +116,7 @@ class StepsAtAnyN:
         memo: dict[int, Any] = {id(p): made[name] for name, p in originals.items()}
         given = tuple(window.optimizers)
         copied = copies(given, memo) if mode is None else fake_copies(mode, given, device, memo)
-        if change == FUSED and not any([fuse(o) for o in copied]):
+        if change == FUSED and not sum(map(fuse, copied)):
             raise ValueError(f"{change.name} does not apply")
         half = torch.bfloat16 if change == BF16 else None
 
@@ -143,19 +143,24 @@ class StepsAtAnyN:
 
 
 class _Pattern:
-    """A micro-batch of the window whose samples are exchanged for others."""
+    """A micro-batch of the window, the largest, whose samples are exchanged for others."""
 
     def __init__(self, window: CapturedWindow) -> None:
-        first, self._size = window.micro_batches[0], window.sizes[0]
-        self._losses = first.losses
-        self._calls = sorted(made_of([*first.models, *first.losses]), key=lambda call: call.order)
-        own = {call for call in self._calls if call.kind == "model"}
-        if not own <= set(first.models):
+        every = [_given(m) for m in window.micro_batches]
+        numbers = [sum(t.numel() for t, _ in given) for given in every]
+        which = max(range(len(every)), key=numbers.__getitem__)
+        pattern, self._size = window.micro_batches[which], window.sizes[which]
+        self._losses = pattern.losses
+        self._calls = _calls(pattern)
+        if not {call for call in self._calls if call.kind == "model"} <= set(pattern.models):
             raise NotRepeatableError("a micro-batch's loss takes in what others have put out")
-        columns = [_values(m) for m in window.micro_batches]
-        alike = len({len(values) for values in columns}) == 1
-        every = list(zip(*columns, strict=True)) if alike else [(value,) for value in columns[0]]
-        self._inputs = [_Input(column, window.sizes, window.dim) for column in every]
+        alike = len({len(given) for given in every}) == 1
+        self._inputs = [
+            _Input(
+                tensor, mates, self._size, window.dim, [each[k][0] for each in every] if alike else [],
+            )
+            for k, (tensor, mates) in enumerate(every[which])
+        ]  # fmt: skip
 
     def micro_batches(self, sizes: Sequence[int]) -> list[list[Tensor]]:
         """Return micro-batches of so many samples: the tensors that the pattern's calls are given."""
@@ -167,21 +172,15 @@ class _Pattern:
 
     def loss(self, micro_batch: Sequence[Tensor], half: torch.dtype | None) -> Tensor:
         """Run the pattern on these samples; return the sum of what it back-propagates."""
-        pairs = zip(self._inputs, micro_batch, strict=True)
-        values = {given.identity: tensor for given, tensor in pairs}
-        factor = next(
-            (
-                given.samples_in(t)
-                for given, t in zip(self._inputs, micro_batch, strict=True)
-                if given.dim is not None
-            ),
-            self._size,
-        )
+        values, now = {}, self._size
+        for given, tensor in zip(self._inputs, micro_batch, strict=True):
+            values[given.identity] = tensor
+            now = now if given.dim is None else given.samples_in(tensor)
         outputs: dict[TapedCall, list[Tensor]] = {}
         losses = []
         for call in self._calls:
             arguments = resolved(call.arguments, outputs, values=values)
-            arguments = _resized(call, arguments, self._size, factor)
+            arguments = _resized(call, arguments, self._size, now)
             before = call.autocast
             call.autocast = (True, half) if half is not None else before
             try:
@@ -198,20 +197,32 @@ class _Pattern:
 
 
 class _Input:
-    """A tensor that a micro-batch's calls are given, in all micro-batches of the window."""
+    """A tensor that the pattern's calls are given, and those in its place in other micro-batches.
 
-    def __init__(self, column: Sequence[Tensor], sizes: Sequence[int], dim: int) -> None:
-        self._first, size = column[0], sizes[0]
-        self.identity = id(self._first)
-        known = sizes[: len(column)]
-        self.dim = next((d for d in dict.fromkeys((0, dim)) if _counts(column, known, d)), None)
-        self.per_sample = 1
-        if self.dim is None and _counts(column, known, 0, several=True):
-            self.dim, self.per_sample = 0, self._first.shape[0] // size
-        self._all = self._first
+    Args:
+        tensor: the pattern's.
+        mates: lengths of what its call is given besides by other calls.
+        size: samples of the pattern.
+        dim: the dimension of the model's inputs that counts samples.
+        others: those in its place in all micro-batches.
+    """
+
+    def __init__(
+        self, tensor: Tensor, mates: set[int], size: int, dim: int, others: Sequence[Tensor]
+    ) -> None:
+        self._first, self.identity = tensor, id(tensor)
+        along = (d for d in dict.fromkeys((0, dim)) if d < tensor.ndim and tensor.shape[d] == size)
+        self.dim, self.per_sample = next(along, None), 1
+        length = tensor.shape[0] if tensor.ndim else 0
+        if self.dim is None and length and length % size == 0:
+            # Several rows of each sample, as of its tokens; what is the same in all belongs to none.
+            same = len(others) > 1 and all(_equal(t, tensor) for t in others)
+            if length in mates or (len(others) > 1 and not same):
+                self.dim, self.per_sample = 0, length // size
+        self._all = tensor
         if self.dim is not None:
-            others = [t for t in column if _like(t, self._first, self.dim)]
-            self._all = torch.cat(others, self.dim) if len(others) > 1 else self._first
+            pool = [t for t in others if t is not tensor and _like(t, tensor, self.dim)]
+            self._all = torch.cat([tensor, *pool], self.dim) if pool else tensor
 
     def rows(self, start: int, size: int) -> Tensor:
         """Return the rows of so many samples from a place in the window on; it begins anew at its end."""
@@ -247,19 +258,23 @@ class _Several:
         return {p: state for each in self._optimizers for p, state in each.state.items()}
 
 
-def _values(micro_batch: TapedMicroBatch) -> list[Tensor]:
-    """Return the tensors that its calls are given by value, in order."""
-    calls = sorted(made_of([*micro_batch.models, *micro_batch.losses]), key=lambda call: call.order)
-    return [leaf for call in calls for leaf in leaves(call.arguments) if isinstance(leaf, Tensor)]
+def _calls(micro_batch: TapedMicroBatch) -> list[TapedCall]:
+    """Return its calls of model, loss and what lies between, in order."""
+    return sorted(made_of([*micro_batch.models, *micro_batch.losses]), key=lambda call: call.order)
 
 
-def _counts(column: Sequence[Tensor], sizes: Sequence[int], dim: int, *, several: bool = False) -> bool:
-    """Whether a dimension has a row for each sample, or `several`, in all micro-batches."""
-    if any(t.ndim <= dim for t in column):
-        return False
-    lengths = [t.shape[dim] for t in column]
-    by = lengths[0] // sizes[0] if several and sizes[0] > 1 else 1
-    return by > 0 and all(n == by * size for n, size in zip(lengths, sizes, strict=True))
+def _given(micro_batch: TapedMicroBatch) -> list[tuple[Tensor, set[int]]]:
+    """Return the tensors that its calls are given by value, and the lengths of what else these get."""
+    found = []
+    for call in _calls(micro_batch):
+        shapes = [ref.call.outputs[ref.place][0] for ref in call.refs()]
+        mates = {shape[0] for shape in shapes if shape}
+        found += [(leaf, mates) for leaf in leaves(call.arguments) if isinstance(leaf, Tensor)]
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one, other))
 
 
 def _like(tensor: Tensor, first: Tensor, dim: int) -> bool:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import BatchSampler
 
 from gaccum_exp.audit.check.captured import CapturedWindow
-from gaccum_exp.audit.watch.discovery import stepped_by, unwrapped
+from gaccum_exp.audit.watch.discovery import LoopFinder, stepped_by, unwrapped
+from gaccum_exp.audit.watch.scalars import calling_frame
 from gaccum_exp.audit.watch.tape import Observations, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
 from gaccum_exp.audit.watch.watch import watch
@@ -70,6 +72,7 @@ class CheckedLoop(watch):
 
     def __init__(self, windows: int, batch_dim: int | None, swallowed: Callable[[], None]) -> None:
         super().__init__(batch_dim=batch_dim)
+        self._finder = LoopFinder(self._found, self._made, before=False)
         self._asked, self._swallowed = windows, swallowed
         self.groups: dict[frozenset[str], Group] = {}
         self.epoch: Epoch | None = None
@@ -155,7 +158,28 @@ class CheckedLoop(watch):
 
 
 def _names(of: list[Any]) -> list[str]:
-    return list(dict.fromkeys(type(unwrapped(each)).__name__ for each in of))
+    """Return the class of each, and in which variable the loop has it."""
+    variables = _variables()
+    found = []
+    for each in of:
+        kind, name = type(unwrapped(each)).__name__, variables.get(id(each))
+        found.append(f"{name} ({kind})" if name else kind)
+    return list(dict.fromkeys(found))
+
+
+def _variables() -> dict[int, str]:
+    """Return the variables of the functions that run now, by the identity of what they hold."""
+    found: dict[int, str] = {}
+    frame = calling_frame()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] not in ("torch", "gaccum_exp"):
+            held = {**frame.f_globals, **frame.f_locals} if name == "__main__" else frame.f_locals
+            for key, value in held.items():
+                if isinstance(value, (nn.Module, Optimizer)) and key != "self":
+                    found.setdefault(id(value), key)
+        frame = frame.f_back
+    return found
 
 
 def _name_of_loss(call: Any) -> str:

@@ -75,13 +75,20 @@ def require(target: str, *, module: bool) -> None:
 
 
 def of_the_script(trace: TracebackType | None) -> TracebackType | None:
-    """Return the part of a traceback that begins in the script."""
+    """Return a traceback that begins in the script, and is without frames of ours, unless it ends there."""
+    frames, ours, whole = [], False, trace
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "runpy" not in name and OURS not in Path(name).resolve().parents:
-            return trace
+        ours = OURS in Path(name).resolve().parents
+        if not ours and (frames or "runpy" not in name):
+            frames.append(trace)
         trace = trace.tb_next
-    return None
+    if ours:
+        return whole
+    found: TracebackType | None = None
+    for each in reversed(frames):
+        found = TracebackType(found, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return found
 
 
 def _path_of_python(path: list[str]) -> list[str]:

@@ -48,14 +48,17 @@ class LoopFinder:
     Args:
         begin: gets the module that is called first, the optimizers, and the frame of the call.
         made: gets every optimizer that is made while modules are not waited for.
+        before: whether optimizers that there were before may be the loop's.
     """
 
     def __init__(
         self,
         begin: Callable[[nn.Module, list[Optimizer], FrameType], None],
         made: Callable[[Optimizer], None],
+        *,
+        before: bool = True,
     ) -> None:
-        self._begin, self._made = begin, made
+        self._begin, self._made, self._before = begin, made, before
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._here = os.getpid(), threading.get_ident()
         self._waiting: Any = None
@@ -63,8 +66,9 @@ class LoopFinder:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Wait, for the length of the block."""
-        gc.collect()  # else what nobody holds any more would be found, too
-        self._known.update(o for o in _alive(Optimizer) if hasattr(o, "param_groups"))
+        if self._before:
+            gc.collect()  # else what nobody holds any more would be found, too
+            self._known.update(o for o in _alive(Optimizer) if hasattr(o, "param_groups"))
         self.wait()
         try:
             with _optimizers_noted(self._note):

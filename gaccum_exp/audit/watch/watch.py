@@ -195,7 +195,8 @@ class watch:  # noqa: N801  # used as a function
 
     def _tracer_of(self, model: nn.Module, optimizers: Sequence[Any]) -> LoopTracer:
         self._model = model
-        self._modules = self._named_modules(stepped_by(optimizers))
+        stepped = stepped_by(optimizers)
+        self._modules = NamedModules(model, *modules_of(self._criterion), compared=stepped)
         moving = MovingState(self._modules, self._also, self._criterion)
         return LoopTracer(model, self._criterion, optimizers, self._modules, self._reached, moving)
 
@@ -258,7 +259,8 @@ class watch:  # noqa: N801  # used as a function
         modules, windows = self._modules, self._watched.windows
         if judged != modules.compared:
             parameters = modules.parameters()
-            modules = self._named_modules([parameters[name] for name in judged])
+            chosen = [parameters[name] for name in judged]
+            modules = NamedModules(self._model, *self._modules.others, compared=chosen)
         with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
@@ -282,9 +284,6 @@ class watch:  # noqa: N801  # used as a function
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
-
-    def _named_modules(self, compared: Iterable[Tensor]) -> NamedModules:
-        return NamedModules(self._model, *modules_of(self._criterion), compared=compared)
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.
