@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exception: whatever stopped Hydra, its sweeper or launcher, under HYDRA_FULL_ERROR=1 alone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["check"]:
+        return _check(given[1:])
     with forgiving(), listening() as stop:
         while True:
             with process_restored():
@@ -152,6 +154,17 @@ def call(caller: Caller, arguments: Sequence[str]) -> Command:
 def _asked_to_end(reason: str, status: int) -> BaseException:
     """Return what is raised where somebody wants Python code to end: Ctrl-C, or another signal."""
     return KeyboardInterrupt(reason) if status == INTERRUPTED else SystemExit(status)
+
+
+def _check(given: list[str]) -> int:
+    """Run somebody's script, whose streams, signals and settings are its own."""
+    from gaccum_exp.arms.check import main as check
+
+    try:
+        return check(given)
+    except BadInputError as error:
+        complain(error, "gaccum_exp check")
+        return BAD_INPUT
 
 
 def _word(given: list[str]) -> int:

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     "tracking": ("errors", "torch mlflow rich"),
     "report": (
         "tracking.records tracking.metrics audit.result audit.audited_window memory.plan core.dtypes "
-        "errors",
+        "core.step_times errors",
         "numpy torch matplotlib rich jinja2 markupsafe vl_convert",
     ),
     "train": ("tracking config audit memory core errors", "torch numpy"),

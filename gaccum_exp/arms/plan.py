@@ -21,9 +21,9 @@ from gaccum_exp.core.modes import eagerly, evaluation_mode
 from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
-from gaccum_exp.memory.available import free_bytes
+from gaccum_exp.memory.available import HEADROOM, free_bytes
 from gaccum_exp.memory.fake import fake_mode, nothing_left_behind, resized, samples_in
-from gaccum_exp.memory.meter import Peak, TensorMeter, highest
+from gaccum_exp.memory.meter import Meter, Peak, highest
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan, size
 from gaccum_exp.memory.planner import Planner, peak_source, with_advice
 from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
@@ -37,8 +37,6 @@ from gaccum_exp.train.two_sample_check import first_samples
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"
-HEADROOM = 0.9  # operators need workspace besides
-"""The share of the free memory that a window may hold where no budget is given."""
 _ALSO_SPLIT = (
     *("data.micro_batch_size", "accum.schedule", "accum.schedule_lr"),
     *("accum.grow", "accum.grow_to"),
@@ -243,7 +241,7 @@ def _subject(state: TrainState, mode: FakeTensorMode | None) -> MeteredStep:
         with random_state_kept(), eagerly(), mode or nullcontext():
             yield
 
-    def take(window: list[Any], meter: TensorMeter) -> None:
+    def take(window: list[Any], meter: Meter) -> None:
         metered = replace(state, loss_fn=meter.loss_fn(state.loss_fn), global_step=shaped.global_step)
         take_step(metered, window, Hooks([MeterPhases(meter)]))
 

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.core.step_times import time_of
 from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.memory.available import out_of_memory
-from gaccum_exp.report.compare.step_times import time_of
 from gaccum_exp.report.compare.ways import Way
 from gaccum_exp.train.audits import audit
 from gaccum_exp.train.build import TrainingData, build

@@ -16,6 +16,8 @@ LARGE = 0.25
 """The part of the free memory above which an audit says beforehand what it needs."""
 MARGIN = 0.8
 """The part of the free memory that an audit may take."""
+HEADROOM = 0.9  # operators need workspace besides
+"""The share of the free memory that a window may hold where no budget is given."""
 
 
 class TooLargeError(RuntimeError):

@@ -33,12 +33,18 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def fake_copies(mode: FakeTensorMode, objects: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+def fake_copies(
+    mode: FakeTensorMode,
+    objects: tuple[Any, ...],
+    device: torch.device,
+    memo: dict[int, Any] | None = None,
+) -> tuple[Any, ...]:
     """Return copies of modules and optimizers whose tensors are fake, an optimizer's those of its model.
 
-    mode: to be entered where the copies are used; device: of the modules' tensors there.
+    mode: to be entered where the copies are used; device: of the modules' tensors there; memo: copies
+    that there are already, by the identity of what they are copies of.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     optimizers = [o for o in objects if isinstance(o, torch.optim.Optimizer)]
     leaves = tree_leaves([(list(o.state.values()), o.param_groups) for o in optimizers])
     # A count of steps, or a learning rate, is read by the step: it keeps its value.

@@ -7,7 +7,7 @@ workspace inside operators, and what rounding and fragmentation cost.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -73,6 +73,14 @@ class Meter:
     def peak(self) -> Peak | None:
         """Return the window's peak, that of its highest phase; None where none has ended."""
         return highest(self.peaks)
+
+
+class Unmetered(Meter):
+    """Measure nothing, where a window is timed."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Enter a block without measuring it."""
+        return nullcontext()
 
 
 class TensorMeter(Meter):

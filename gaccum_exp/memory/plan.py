@@ -1,10 +1,11 @@
 """A memory plan as data and as text: what each N needs, before anything is trained."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gaccum_exp.core.step_times import FEWEST_WINDOWS, StepTime, times_differ
 from gaccum_exp.memory.meter import OPTIMIZER_STEP, Peak
 from gaccum_exp.memory.storages import CATEGORIES as CATEGORIES  # those of a plan's rows
 
@@ -27,12 +28,15 @@ class Row:
     micro_batch_size: int
     """Samples of the largest."""
     peak: Peak
+    time: StepTime | None = None
+    """Of a window, measured; None: it was not."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it flat, sizes in bytes."""
+        """Return it flat, sizes in bytes and times in seconds."""
         n = {"accum_steps": self.accum_steps, "micro_batch_size": self.micro_batch_size}
         whole = {"peak_bytes": self.peak.bytes, "peak_phase": self.peak.phase}
-        return n | whole | {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
+        parts = {f"{part}_bytes": self.peak.parts[part] for part in CATEGORIES}
+        return n | whole | parts | (self.time._asdict() if self.time else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,23 @@ class Change:
     name: str
     override: str
     """Its argument on the command line."""
+    code: str
+    """What brings it about in a script."""
 
 
-FUSED = Change("a fused optimizer", "+optimizer.fused=true")
-CHECKPOINTING = Change("activation checkpointing", "runtime.activation_checkpointing=true")
-BF16 = Change("bf16 autocast", "runtime.precision=bf16")
+FUSED = Change(
+    "a fused optimizer", "+optimizer.fused=true", "fused=True among the optimizer's arguments"
+)
+CHECKPOINTING = Change(
+    "activation checkpointing",
+    "runtime.activation_checkpointing=true",
+    "x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) in place of x = block(x)",
+)
+BF16 = Change(
+    "bf16 autocast",
+    "runtime.precision=bf16",
+    'with torch.autocast(device_type="{device_type}", dtype=torch.bfloat16) around model and loss',
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +94,8 @@ class MemoryPlan:
     """Micro-batch sizes that were run, where the peaks could not be predicted without values."""
     notes: tuple[str, ...] = ()
     """Other remarks, a sentence each."""
+    in_code: bool = False
+    """Whether advice is worded for a script, rather than as arguments of our command line."""
 
     def row(self, accum_steps: int) -> Row:
         """Return the row of one N."""
@@ -117,15 +135,14 @@ class MemoryPlan:
             leading = f"{mark}{row.accum_steps}", str(row.micro_batch_size), size(row.peak.bytes)
             parts = (size(row.peak.parts[part]) for part in CATEGORIES)
             cells.append((*leading, f"{ratio:.2f}", *parts, row.peak.phase))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for line in cells:
-            yield "  ".join(map(str.rjust, line[:-1], widths)) + "  " + line[-1]
+        yield from _aligned(cells)
         yield ""
-        yield self._fit()
+        yield self.fit()
         yield self._knee()
-        if self.advice:
-            each = (f"{a.change.name} {size(a.saved_bytes)} ({a.change.override})" for a in self.advice)
-            yield f"At N = {self.advice[0].accum_steps} would save besides: {', '.join(each)}."
+        yield from self.advice_lines()
+        if any(row.time for row in self.rows):
+            yield ""
+            yield from self.time_lines()
         if self.extrapolated_from:
             sizes = " and ".join(map(str, self.extrapolated_from))
             yield (
@@ -134,7 +151,47 @@ class MemoryPlan:
             )
         yield from self.notes
 
-    def _fit(self) -> str:
+    def advice_lines(self) -> Iterator[str]:
+        """Yield what would save memory beside another N, if anything would."""
+        if not self.advice:
+            return
+        at = f"At N = {self.advice[0].accum_steps} would save besides:"
+        if not self.in_code:
+            each = (f"{a.change.name} {size(a.saved_bytes)} ({a.change.override})" for a in self.advice)
+            yield f"{at} {', '.join(each)}."
+            return
+        yield at
+        for a in self.advice:
+            code = a.change.code.format(device_type=self.device.partition(":")[0])
+            yield f"  {size(a.saved_bytes)}: {a.change.name} ({code})"
+
+    def time_lines(self) -> Iterator[str]:
+        """Yield the table of the windows that were timed, and what its ratios are."""
+        timed = [row for row in self.rows if row.time is not None]
+        windows = min(row.time.windows for row in timed if row.time)
+        few = windows < FEWEST_WINDOWS
+        cells: list[tuple[str, ...]] = [("N", "micro", "peak", "s a window", "quartiles", "×")]
+        for row in timed:
+            assert row.time is not None
+            first, time = timed[0].time, row.time
+            assert first is not None
+            ratio = "1" if row is timed[0] else f"{time.median_s / first.median_s:.2f}"
+            if row is not timed[0] and not times_differ(time, first):
+                ratio = "" if few else "≈"
+            mark = "*" if row.accum_steps == self.chosen_steps else ""
+            between = f"{time.low_s:.3g} to {time.high_s:.3g}"
+            of = f"{mark}{row.accum_steps}", str(row.micro_batch_size), size(row.peak.bytes)
+            cells.append((*of, f"{time.median_s:.3g}", between, ratio))
+        yield f"Seconds of a window, measured on copies for {self.device}: medians of {windows} in turn"
+        yield ""
+        yield from _aligned(cells)
+        if few:
+            yield f"Of fewer than {FEWEST_WINDOWS} windows no ratio is stated."
+        elif any(line[-1] == "≈" for line in cells):
+            yield "≈ no measurable difference: the quartiles overlap"
+
+    def fit(self) -> str:
+        """Return a sentence on the smallest N that fits."""
         least = min(self.rows, key=lambda row: row.peak.bytes)
         smallest = f"the smallest peak is {size(least.peak.bytes)}, at N = {least.accum_steps}"
         if self.budget_bytes is None:
@@ -171,6 +228,13 @@ class MemoryPlan:
             f"{past}{size(fixed)} of the {size(row.peak.bytes)} are parameters, gradients and optimizer "
             "state, which no N makes smaller."
         )
+
+
+def _aligned(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a table, whose last column begins at the left."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield ("  ".join(map(str.rjust, line[:-1], widths)) + "  " + line[-1]).rstrip()
 
 
 def size(number: int) -> str:

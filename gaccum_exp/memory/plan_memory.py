@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from gaccum_exp.memory.fake import (
     samples_in,
     sizes_only,
 )
-from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, TensorMeter
+from gaccum_exp.memory.meter import FORWARD_BACKWARD, OPTIMIZER_STEP, Meter
 from gaccum_exp.memory.plan import BF16, CHECKPOINTING, FUSED, Change, MemoryPlan
 from gaccum_exp.memory.planner import Planner, peak_source, with_advice
 from gaccum_exp.memory.predict import MeteredStep, Predicted, decisive_sizes
+from gaccum_exp.memory.timing import with_times
 
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -49,11 +50,15 @@ def plan_memory(
     reduction: ReductionName = "global_mean",
     buffer_dtype: torch.dtype | None = None,
     strategy: StrategyName | InPlace = "in_place",
+    timed: bool = False,
 ) -> MemoryPlan:
     """Predict the peak memory of accumulation for every N, without running anything.
 
         plan = plan_memory(model, nn.CrossEntropyLoss(), (images, labels), optimizer, budget_bytes=2**33)
         print(plan)
+
+    With `timed=True` the windows of N = 1, 2, 4, 8 and of the chosen N are run, too, as far as they fit
+    the machine, on copies: the plan has their seconds beside their peaks.
 
     Args:
         model: on the device where it will be trained; on `meta`, it is planned for the CPU.
@@ -65,9 +70,10 @@ def plan_memory(
         reduction: as for `accumulate_gradients`; under `mean` only an N that divides the batch
             is chosen.
         buffer_dtype: as for `accumulate_gradients`; `strategy` as well.
+        timed: whether to time windows, on micro-batches like `batch`, in up to a minute or so.
 
     Returns a row for every power of two up to one sample a micro-batch, the smallest N that fits, the N
-    past which nothing shrinks, and what else would save memory.
+    past which nothing shrinks, and what else would save memory, as one would write it in a script.
 
     A model whose forward pass depends on values is run instead, on a copy, on micro-batches of four and
     eight samples; the plan says so. On `meta`, without values, its error is raised with a note. Errors
@@ -86,11 +92,15 @@ def plan_memory(
     step = _Step(model, loss_fn, batch, optimizer, reduction, chosen, device)
     tensors = [*model.parameters(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))]
     real = None if any(t.is_meta for t in tensors) else step.real
+    if timed and real is None:
+        raise ValueError("timed=True runs windows: model and batch need memory, and are on `meta`")
     source, notes = peak_source(step.fake, real, samples)
     equal_parts = reduction_named(reduction).needs_equal_parts
     planner = Planner(source, samples, equal_parts=equal_parts, notes=notes)
-    plan = planner.plan(str(device), budget_bytes)
-    return with_advice(plan, step.fake) if isinstance(source, Predicted) else plan
+    plan = replace(planner.plan(str(device), budget_bytes), in_code=True)
+    if isinstance(source, Predicted):
+        plan = with_advice(plan, step.fake)
+    return with_times(plan, step.real(whole=True)) if timed else plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +113,10 @@ class _Step:
     strategy: InPlace
     device: torch.device
 
-    def real(self) -> MeteredStep:
-        return self._on(copies((self.model, self.loss_fn, self.optimizer), {}), None, None)
+    def real(self, *, whole: bool = False) -> MeteredStep:
+        """Return the step on copies; its windows are `whole`, or have what decides their peak."""
+        copied = copies((self.model, self.loss_fn, self.optimizer), {})
+        return self._on(copied, None, None, whole=whole)
 
     def fake(self, change: Change | None = None) -> MeteredStep:
         """Return the step on copies without memory, with a change; raise if that does not apply."""
@@ -113,7 +125,12 @@ class _Step:
         return self._on(copied, mode, change)
 
     def _on(
-        self, copied: tuple[Any, ...], mode: FakeTensorMode | None, change: Change | None
+        self,
+        copied: tuple[Any, ...],
+        mode: FakeTensorMode | None,
+        change: Change | None,
+        *,
+        whole: bool = False,
     ) -> MeteredStep:
         @contextmanager
         def context() -> Iterator[None]:
@@ -125,24 +142,24 @@ class _Step:
         with context():
             if not isinstance(optimizer, torch.optim.Optimizer):
                 optimizer = optimizer([p for p in modules.parameters() if p.requires_grad])
-            if (change == FUSED and not _fuse(optimizer)) or (
+            if (change == FUSED and not fuse(optimizer)) or (
                 change == CHECKPOINTING and not checkpoint_blocks(model)
             ):
                 raise ValueError(f"{change.name} does not apply")
-            whole = self.strategy.takes_window_at_once
+            at_once = self.strategy.takes_window_at_once
             half = torch.bfloat16 if change == BF16 else None
             placement = Placement(self.device, autocast=half, device_type=self.device.type)
-            wrapped = as_loss_fn(loss_fn, self.reduction, whole_window=whole)
-            valueless = Placed(SizesOnly(wrapped, self.batch), placement)
+            wrapped = as_loss_fn(loss_fn, self.reduction, whole_window=at_once)
+            run = Placed(wrapped if whole else SizesOnly(wrapped, self.batch), placement)
         strategy = self.strategy if mode is None else sizes_only(self.strategy)
         strategy = strategy.for_optimizer(optimizer)
 
-        def take(window: list[Any], meter: TensorMeter) -> None:
+        def take(window: list[Any], meter: Meter) -> None:
             optimizer.zero_grad()
             with meter.phase(FORWARD_BACKWARD):
                 accumulate_gradients(
                     model,
-                    meter.loss_fn(valueless),
+                    meter.loss_fn(run),
                     window,
                     reduction=self.reduction,
                     strategy=strategy,
@@ -152,13 +169,13 @@ class _Step:
 
         def window(sizes: Sequence[int]) -> list[Any]:
             with context():  # what is on meta becomes fake, or memory
-                decisive = decisive_sizes(sizes, strategy)
-                return [resized(self.batch, size, self.device) for size in decisive]
+                chosen = sizes if whole else decisive_sizes(sizes, strategy)
+                return [resized(self.batch, size, self.device) for size in chosen]
 
         return MeteredStep(modules, optimizer, self.device, window, take, context, strategy)
 
 
-def _fuse(optimizer: torch.optim.Optimizer) -> bool:
+def fuse(optimizer: torch.optim.Optimizer) -> bool:
     """Make an optimizer fused; False where it has no such form, or is in it already."""
     if "fused" not in optimizer.defaults or all(group["fused"] for group in optimizer.param_groups):
         return False

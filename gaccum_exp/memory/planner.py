@@ -1,7 +1,7 @@
 """Find the smallest N that fits a budget, and the N past which nothing shrinks."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -86,10 +86,12 @@ class Planner:
         between = [n for n in self.candidates() if below < n <= fitting]
         return between[bisect_left(between, True, hi=len(between) - 1, key=fits)]
 
-    def plan(self, device: str, budget_bytes: int | None) -> MemoryPlan:
-        """Return the plan, without advice."""
+    def plan(
+        self, device: str, budget_bytes: int | None, shown: Iterable[int] | None = None
+    ) -> MemoryPlan:
+        """Return the plan, without advice, of the N `shown` beside the chosen one; None: the ladder."""
         chosen = None if budget_bytes is None else self.smallest_fitting(budget_bytes)
-        shown = sorted({*self.ladder(), chosen or 1})
+        shown = sorted({*(self.ladder() if shown is None else shown), chosen or 1})
         rows = [row for row in map(self.row, shown) if row is not None]
         return MemoryPlan(
             global_batch_size=self.samples,

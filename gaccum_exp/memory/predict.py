@@ -16,7 +16,7 @@ from torch import nn
 
 from gaccum_exp.core.strategies import IN_PLACE, InPlace
 from gaccum_exp.core.window import split_sizes
-from gaccum_exp.memory.meter import Peak, TensorMeter
+from gaccum_exp.memory.meter import Meter, Peak, TensorMeter
 from gaccum_exp.memory.storages import ACTIVATIONS
 
 
@@ -29,7 +29,7 @@ class MeteredStep:
     device: torch.device
     window: Callable[[Sequence[int]], list[Any]]
     """From the sizes of a window's micro-batches to those micro-batches that decide its peak."""
-    take: Callable[[list[Any], TensorMeter], None]
+    take: Callable[[list[Any], Meter], None]
     """Take the step on these micro-batches, within the phases of a meter."""
     context: Callable[[], AbstractContextManager[Any]]
     """What the step is taken in."""

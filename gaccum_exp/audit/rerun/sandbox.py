@@ -8,8 +8,8 @@ Every tensor in them is exchanged for the length of a `with` block, so that noth
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,16 @@ class NamedModules:
     def __init__(
         self, model: nn.Module, *others: nn.Module, compared: Iterable[Tensor] | None = None
     ) -> None:
+        self._chosen = None if compared is None else {id(parameter) for parameter in compared}
+        self._name_all(model, others)
+
+    def include(self, module: nn.Module) -> None:
+        """Take in a module that the loss turns out to be."""
+        self._name_all(self._model, (*self.others, module))
+
+    def _name_all(self, model: nn.Module, others: Sequence[nn.Module]) -> None:
+        self._model, self.others = model, tuple(others)
+        """The model, and what the loss holds."""
         inside = {id(module) for module in model.modules()}
         outside = [module for module in others if id(module) not in inside]
         loss = "criterion"
@@ -50,7 +60,7 @@ class NamedModules:
         each = {id(module): module for _, module in named}.values()
         self.by_name = {self.name(module): module for module in each}
         """Every module under its dotted name; the model's own is empty."""
-        chosen = None if compared is None else {id(parameter) for parameter in compared}
+        chosen = self._chosen
         self.compared = {n for n, p in self.parameters().items() if chosen is None or id(p) in chosen}
         """Names of the parameters whose gradients are compared."""
 
@@ -81,12 +91,14 @@ def sandbox(
     device: torch.device | None = None,
     drawn: Callable[[], None] = lambda: None,
     hooks: bool = True,
+    recomputation: bool = False,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Exchange all tensors of the modules for copies; yield those of the parameters by name.
 
     They have no gradients. Real and complex ones are as precise as `dtype`, all of them on `device`, if
     given. `drawn` is called where a generator that a module holds has been drawn from. `hooks` on
-    parameters, which change their gradients, are the copies' too.
+    parameters, which change their gradients, are the copies' too. Without `recomputation` checkpointing
+    is off.
     """
     copies = _Copies(dtype, device, hooks=hooks)
     # Parameters may be held elsewhere too (by an optimizer), and must keep their gradients there.
@@ -105,7 +117,7 @@ def sandbox(
             if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
                 # These log from within their steps, which a pass in the sandbox must not.
                 vars(module).update(log=nothing, log_dict=nothing)
-        with _no_recomputation():
+        with nullcontext() if recomputation else _no_recomputation():
             yield modules.parameters()
     finally:
         if copies.drawn_from():

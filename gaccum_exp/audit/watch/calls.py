@@ -76,6 +76,8 @@ class TracedCalls:
         self._tracer, self._criterion = tracer, criterion
         self._parts = {id(module) for module in model.modules()}
         self._own = {id(module) for module in modules}
+        self._losses = set[int]()
+        """Modules that turned out to be the loss, where none was named."""
         self._loss_function = criterion
         while isinstance(self._loss_function, functools.partial):
             self._loss_function = self._loss_function.func  # its own arguments are seen in each call
@@ -116,7 +118,7 @@ class TracedCalls:
     def functions(self) -> dict[CodeType, OnCall]:
         """Return what to do at each function's call and return."""
         found: dict[CodeType, OnCall] = {
-            nn.Module._call_impl.__code__: self._on_module,
+            nn.Module._call_impl.__code__: self.on_module,
             inspect.unwrap(checkpoint).__code__: self._on_checkpoint,
         }
         code = code_of(self._loss_function)
@@ -129,7 +131,7 @@ class TracedCalls:
         """The same for functions that are known by their names."""
         return {WRAPPER: self._on_compiled}
 
-    def _on_module(self, event: str, frame: FrameType, value: Any) -> None:
+    def on_module(self, event: str, frame: FrameType, value: Any) -> None:
         """Tape a call of model or criterion, or of a part of the model that the loop itself calls.
 
         By the function that runs every module, since a hook would be a part of what is compiled.
@@ -141,6 +143,8 @@ class TracedCalls:
             return
         module = frame.f_locals["self"]
         kind = self._kind_of(module)
+        if kind is None and self._is_loss(module, frame):
+            kind = "loss"
         if kind is not None and not self._tracer.idle and self._graphs:
             call = self._begin(kind, module, frame.f_locals["args"], frame.f_locals["kwargs"])
             self._frames.append((frame, call))
@@ -173,6 +177,24 @@ class TracedCalls:
         if id(module) not in self._parts:
             return None
         return "loss" if self._criterion is None and isinstance(module, _Loss) else "model"
+
+    def _is_loss(self, module: nn.Module, frame: FrameType) -> bool:
+        """Whether a module is a loss that nobody has named: without weights, on the model's outputs."""
+        if self._criterion is not None or self._tracer.idle or not self._graphs:
+            return False
+        if id(module) in self._losses:
+            return True
+        # Of torch's own, all others are layers.
+        layer = type(module).__module__.startswith("torch.nn.") and not isinstance(module, _Loss)
+        if layer or next(module.parameters(), None) is not None or self._frames_beside:
+            return False
+        given = tensors_in([frame.f_locals["args"], frame.f_locals["kwargs"]])
+        if not any(t.requires_grad and self._tracer.seen.tape.origin(t) is not None for t in given):
+            return False
+        self._losses.add(id(module))
+        self._tracer.moving.include(module)
+        self._own |= {id(part) for part in module.modules()}
+        return True
 
     def _returned(self, frame: FrameType, value: Any) -> None:
         """End the call of this frame; one that raised has returned None."""

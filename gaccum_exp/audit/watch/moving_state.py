@@ -199,6 +199,11 @@ class MovingState:
             slot.outside |= self._look(slot)
         return [(slot, copied(slot.now)) for slot in self.slots if slot.outside]
 
+    def include(self, module: nn.Module) -> None:
+        """Look at a module, too, that the loss turns out to be."""
+        self.modules.include(module)
+        self.slots += [self._slot(*s) for m in module.modules() for s in places_of(m, set())]
+
     def after_call(self) -> None:
         """Look after a call of model or loss: what moved inside it moves again when it is run again."""
         for slot in self.slots:

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 from torch.utils.data import default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -91,6 +87,8 @@ class LoopTracer:
         self.counting = False
         """Whether the backward pass that is running reaches the parameters."""
         self.steps_taken = 0
+        self.loader: Any = None
+        """The iterator over a data loader that was asked last."""
         self._norms: tuple[int, list[float]] = (-1, [])
         """Of the weights, after so many backward passes."""
         self.between = BetweenPasses(self)
@@ -98,7 +96,7 @@ class LoopTracer:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Trace for the length of the block."""
+        """Trace for the length of the block; its owner tells of optimizers' steps."""
         with ExitStack() as stack:
             for handle in self._hooks():
                 stack.callback(handle.remove)
@@ -112,6 +110,15 @@ class LoopTracer:
                 self._forget()
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """Those whose gradients are judged."""
+        return list(self._parameters.values())
+
+    def meet(self, frame: FrameType) -> None:
+        """Take the call of a module that had begun before the block."""
+        self._calls.on_module("call", frame, None)
+
+    @property
     def idle(self) -> bool:
         """Whether operations are passed on unseen: inside model, loss or step, or while judging."""
         return self.judging or self.stepping is not None or self._calls.inside
@@ -121,8 +128,6 @@ class LoopTracer:
             if parameter.requires_grad and parameter.is_leaf:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 yield register(uncompiled(functools.partial(self._on_accumulation, name)))
-        yield register_optimizer_step_pre_hook(uncompiled(self._before_step))
-        yield register_optimizer_step_post_hook(uncompiled(self._after_step))
 
     def _functions(self) -> dict[CodeType, OnCall]:
         return {
@@ -138,6 +143,8 @@ class LoopTracer:
         """Tell while a batch is made, as a data loader does that runs in the loop's own process."""
         if not self.judging:
             self.moving.loading += 1 if event == "call" else -1
+            if frame.f_code is LOADING[0]:
+                self.loader = frame.f_locals["self"]
 
     # Gradients, and the optimizer's step.
 
@@ -232,7 +239,8 @@ class LoopTracer:
             if p.grad is not None
         }
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Take an optimizer's step that begins; return its arguments where these are others now."""
         if self.judging or self.stepping is not None:
             return None
         if not self.judges(optimizer):
@@ -313,7 +321,8 @@ class LoopTracer:
             self._stepped_before = seen.stepped
             self._begin_window()
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: Any) -> None:
+        """Take the end of an optimizer's step."""
         if self.stepping is optimizer:
             self.stepping = None
 
@@ -344,6 +353,7 @@ class LoopTracer:
         left_over = self.seen.tape.backwards
         self._begin_window()
         self.moving.forget()
+        self.loader = None
         self.past, self.seen.tape.backwards = Tape(), left_over
 
     def _nothing_seen(self) -> Observations:

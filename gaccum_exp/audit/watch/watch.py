@@ -3,15 +3,21 @@
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit, Check, worst
-from gaccum_exp.audit.watch.compiled import original
+from gaccum_exp.audit.watch.compiled import original, uncompiled
+from gaccum_exp.audit.watch.discovery import LoopFinder, owner_of, stepped_by, unwrapped
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.loop_checks import explained, reported_loss
 from gaccum_exp.audit.watch.moving_state import MovingState
@@ -22,17 +28,6 @@ from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
 
-WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "_FabricModule": "_original_module",
-    "AcceleratedOptimizer": "optimizer",
-    "_FabricOptimizer": "optimizer",
-    "LightningOptimizer": "_optimizer",
-}
-"""Wrappers of a module or an optimizer, by class name, and the attribute that holds it."""
-
 
 class Watched:
     """The audits, window by window; other attributes are those of the worst."""
@@ -42,6 +37,8 @@ class Watched:
         """One audit per optimizer step that was judged."""
         self.left_over = 0
         """Backward passes after the last optimizer step of the block."""
+        self.nothing = "no optimizer step was seen"
+        """Why no window was judged, if none was."""
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
         self.noise_of: set[frozenset[str]] = set()
@@ -54,7 +51,7 @@ class Watched:
         if self.windows:
             return worst(self.windows)
         if not self.left_over:
-            return Audit("inconclusive", 0, "mean", detail="no optimizer step was seen")
+            return Audit("inconclusive", 0, "mean", detail=self.nothing)
         return Audit(
             "inconclusive", self.left_over, "mean", cause=result.STALE_OR_MISSING,
             detail=f"{self.left_over} backward passes, and no optimizer step",
@@ -119,18 +116,22 @@ class Watched:
 class watch:  # noqa: N801  # used as a function
     """Watch a training loop, and judge the gradient of every optimizer step in the block.
 
-        with watch(model, criterion, optimizer) as audit:
+        with watch() as audit:
             my_training_step()
         print(audit.verdict, audit.cause, audit.remedy)
 
     The loop runs once, in its own precision, and ends as it would have unwatched, bit for bit.
     Judging a window costs about a dozen further passes over its samples, on copies of the weights.
 
+    Without arguments it finds what the loop trains: the optimizers that there are or that are made in
+    the block, and the module that holds what they step. Losses of `torch.nn`, of `torch.nn.functional`,
+    of the model's own and of the loop's own arithmetic are seen as they are called.
+
     Args:
-        model: the module that the loop calls, wrapped or not.
+        model: the module that the loop calls, wrapped or not; None, with the optimizer: they are found.
         criterion: a module or function that the loop calls on the model's outputs; a function that
             calls the model itself (`lit.training_step`, a `compute_loss(model, batch)`); or None: a loss
-            of `torch.nn.functional`, or the model's own `loss`.
+            of torch's, arithmetic of the loop's, or the model's own `loss`.
         optimizer: whose `step` ends a window, wrapped or not; or several (an iterable, or a mapping's
             values). Those that step one after the other take one window; where passes lie between their
             steps (a GAN), each takes its own, and its own parameters are judged.
@@ -144,55 +145,122 @@ class watch:  # noqa: N801  # used as a function
             optimizers only where they take one window.
 
     Raises:
-        TypeError: there is no optimizer.
+        TypeError: there is a model and no optimizer, or the other way round.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        criterion: nn.Module | Callable[..., Any] | None,
-        optimizer: Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer],
+        model: nn.Module | None = None,
+        criterion: nn.Module | Callable[..., Any] | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer] | None = None,
         *,
         steps: Container[int] | None = None,
         batch_dim: int | None = None,
         also: Sequence[Any] = (),
         noise: bool = False,
     ) -> None:
-        self._model, self._criterion = _unwrapped(model), original(_unwrapped(criterion))
-        optimizers = _optimizers(optimizer)
-        stepped = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-        self._modules = self._named_modules(stepped)
-        moving = MovingState(self._modules, also, self._criterion)
-        self._tracer = LoopTracer(
-            self._model, self._criterion, optimizers, self._modules, self._reached, moving
-        )
+        if model is None and optimizer is not None:
+            raise TypeError(
+                "watch needs the model too, or neither model nor optimizer: they are found then"
+            )
+        self._criterion, self._also = original(unwrapped(criterion)), also
         self._judged, self._dim, self._noise = steps, batch_dim, noise
         self._global_step = 0
         self._watched = Watched()
         self._unreported: list[TapedMicroBatch] = []
-        self._stack = ExitStack()
+        self._stack, self._trace = ExitStack(), ExitStack()
+        self._finder: LoopFinder | None = None
+        self._tracer: LoopTracer | None = None
+        if model is None:
+            self._finder = LoopFinder(self._found, self._made)
+        else:
+            self._tracer = self._tracer_of(unwrapped(model), _optimizers(optimizer))
 
     def __enter__(self) -> Watched:
-        self._stack.enter_context(self._tracer())
+        for handle in (
+            register_optimizer_step_pre_hook(uncompiled(self._before_step)),
+            register_optimizer_step_post_hook(uncompiled(self._after_step)),
+        ):
+            self._stack.callback(handle.remove)
+        if self._finder is not None:
+            self._stack.enter_context(self._finder())
+        self._stack.push(lambda *error: self._end_trace(*error))
+        if self._tracer is not None:
+            self._trace.enter_context(self._tracer())
         return self._watched
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)  # which may judge a last window
         self._close_reports()
-        self._watched.left_over = self._tracer.seen.tape.backwards
+
+    def _tracer_of(self, model: nn.Module, optimizers: Sequence[Any]) -> LoopTracer:
+        self._model = model
+        stepped = stepped_by(optimizers)
+        self._modules = NamedModules(model, *modules_of(self._criterion), compared=stepped)
+        moving = MovingState(self._modules, self._also, self._criterion)
+        return LoopTracer(model, self._criterion, optimizers, self._modules, self._reached, moving)
+
+    def _end_trace(self, *error: Any) -> None:
+        if self._tracer is not None:
+            self._trace.__exit__(*error)
+            self._watched.left_over = self._tracer.seen.tape.backwards
+            self._tracer = None
+
+    def _found(
+        self, called: nn.Module | None, optimizers: Sequence[Any], frame: FrameType | None = None
+    ) -> None:
+        """Trace what was found, from the call of a module on that has begun."""
+        model = owner_of(stepped_by(optimizers), called)
+        if model is None:
+            self._watched.nothing = "what the optimizer steps belongs to no module: give watch the model"
+            return
+        self._tracer = self._tracer_of(model, optimizers)
+        self._trace = ExitStack()
+        self._trace.enter_context(self._tracer())
+        if frame is not None:
+            self._tracer.meet(frame)
+
+    def _made(self, optimizer: Any) -> None:
+        """Find anew what is trained where an optimizer has come that steps something else, too."""
+        if self._finder is not None and self._tracer is not None and not self._tracer.judging:
+            traced = {id(p) for p in self._tracer.parameters}
+            if any(id(p) not in traced for p in stepped_by([optimizer])):
+                self._end_trace(None, None, None)
+                self._finder.wait()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        finder = self._finder
+        if finder is not None:
+            if finder.elsewhere:
+                return None
+            if not finder.learn(optimizer):
+                self._made(optimizer)
+            # The passes of a closure are still to come.
+            if self._tracer is None and (len(args) > 1 or kwargs.get("closure") is not None):
+                finder.wait_no_longer()
+                self._found(None, finder.optimizers)
+        return None if self._tracer is None else self._tracer.before_step(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.after_step(optimizer)
+
+    def _due(self, seen: Observations) -> bool:
+        """Whether a window is to be judged."""
+        return self._judged is None or self._global_step - 1 in self._judged
 
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
         if not seen.evaluation:
             self._global_step += 1
-        global_step = self._global_step - 1
         self._close_reports()
-        if self._judged is not None and global_step not in self._judged:
+        if not self._due(seen):
             return
         judged = seen.stepped - seen.carried
         modules, windows = self._modules, self._watched.windows
         if judged != modules.compared:
             parameters = modules.parameters()
-            modules = self._named_modules([parameters[name] for name in judged])
+            chosen = [parameters[name] for name in judged]
+            modules = NamedModules(self._model, *self._modules.others, compared=chosen)
         with random_state_kept(), _as_in_the_passes(seen.weights, gradient, modules):
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
@@ -217,9 +285,6 @@ class watch:  # noqa: N801  # used as a function
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
 
-    def _named_modules(self, compared: Iterable[Tensor]) -> NamedModules:
-        return NamedModules(self._model, *modules_of(self._criterion), compared=compared)
-
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.
         found = reported_loss(self._unreported)
@@ -229,16 +294,10 @@ class watch:  # noqa: N801  # used as a function
             self._watched.windows[-1] = replace(last, checks=(*last.checks, found))
 
 
-def _unwrapped(wrapped: Any) -> Any:
-    while type(wrapped).__name__ in WRAPPERS:
-        wrapped = getattr(wrapped, WRAPPERS[type(wrapped).__name__])
-    return wrapped
-
-
 def _optimizers(given: Any) -> list[Any]:
     several = given.values() if isinstance(given, Mapping) else given
     one = hasattr(given, "param_groups") or not isinstance(several, Iterable)
-    found = [_unwrapped(optimizer) for optimizer in ([given] if one else several)]
+    found = [unwrapped(optimizer) for optimizer in ([given] if one else several)]
     wrong = [type(each).__name__ for each in found if not hasattr(each, "param_groups")]
     if wrong or not found:
         raise TypeError(f"watch needs a torch optimizer, or several, not {(wrong or ['none'])[0]}")

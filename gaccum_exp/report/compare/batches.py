@@ -20,10 +20,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from gaccum_exp.core.step_times import FEWEST_WINDOWS
 from gaccum_exp.report.compare.batch_curves import Axis, Curves, Point, curves_of, shared_point
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS, step_time
+from gaccum_exp.report.compare.step_times import step_time
 from gaccum_exp.report.compare.swept_keys import Setting, swept_keys, swept_values
 from gaccum_exp.report.text.noise_notes import NoiseTold, best_measured
 from gaccum_exp.report.text.wording import say_list

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from gaccum_exp.core.step_times import times_differ
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
-from gaccum_exp.report.compare.step_times import step_time, times_differ
+from gaccum_exp.report.compare.step_times import step_time
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.text.wording import byte_unit, say_gap, say_loss, say_ratio, say_sizes, time_unit
 from gaccum_exp.tracking import metrics

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gaccum_exp.report.compare.step_times import StepTime, times_differ
+from gaccum_exp.core.step_times import StepTime, times_differ
 
 SOUND = ("identical", "equivalent", "stochastic")
 TIE = 0.05

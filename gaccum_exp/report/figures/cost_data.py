@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gaccum_exp.core.step_times import FEWEST_WINDOWS
 from gaccum_exp.memory.plan import CATEGORIES
 from gaccum_exp.report.arm_limit import MOST_SETTINGS, by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS
 from gaccum_exp.report.figures.panels import Panel, panels_of, subject, thinned
 from gaccum_exp.report.text.wording import byte_unit, say_list, say_numbers, say_scaled, time_unit
 from gaccum_exp.tracking.metrics import RESIDENT_SET_BYTES, memory_part

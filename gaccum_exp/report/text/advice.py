@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from gaccum_exp.core.step_times import FEWEST_WINDOWS, StepTime
 from gaccum_exp.memory.plan import size
-from gaccum_exp.report.compare.step_times import FEWEST_WINDOWS, StepTime
 from gaccum_exp.report.compare.ways import Advice, Way
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import MISSING, say_list, say_loss, say_scaled, time_unit

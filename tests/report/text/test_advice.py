@@ -5,7 +5,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from gaccum_exp.report.compare.step_times import StepTime
+from gaccum_exp.core.step_times import StepTime
 from gaccum_exp.report.compare.ways import Advice, NoiseKnown, Way
 from gaccum_exp.report.text.advice import render, say_why
 

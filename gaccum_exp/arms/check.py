@@ -1,0 +1,199 @@
+"""`gaccum_exp check train.py --its --arguments`: is this script's accumulation the large batch?
+
+Runs the script as it is in this process, finds its model, loss and optimizer by what steps, judges the first
+windows, ends it there, and prints one answer: the verdict, the smallest N that fits, and what each N costs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from gaccum_exp.arms.outcome import INTERRUPTED, OK, RUN_FAILED, VERDICT_STATUS
+from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
+
+if TYPE_CHECKING:
+    from gaccum_exp.audit.watch.watch import Watched
+
+EXIT = "exit status: 0 the large batch; 1 the script failed; 2 bad usage; 3 biased; 4 stochastic; 5 inconclusive"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `gaccum_exp check` with these arguments and return its exit status.
+
+    Raises:
+        BadInputError: there is no such script, or it runs in several processes.
+        SystemExit: the script ends by itself with a status of its own.
+    """
+    given = _parsed(arguments)
+    _refuse_several_processes()
+    from gaccum_exp.audit.check import script
+
+    with script.as_main(given.target, given.arguments, module=given.module):
+        script.require(given.target, module=given.module)
+        return _Check(given).run()
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Arguments(
+        prog="gaccum_exp check", description=__doc__, epilog=EXIT, allow_abbrev=False,
+        usage="gaccum_exp check [options] script.py [its arguments]\n"
+        "       gaccum_exp check [options] -m package.module [its arguments]",
+    )  # fmt: skip
+    parser.add_argument("--windows", type=int, default=2, help="optimizer steps to judge (2)")
+    gib = "that the tensors of a window may take (what the device has free)"
+    parser.add_argument("--memory-budget-gib", type=float, metavar="GIB", help=gib)
+    dim = "dimension of the model's inputs that counts samples (what the shapes agree on)"
+    parser.add_argument("--batch-dim", type=int, metavar="DIM", help=dim)
+    parser.add_argument("--no-cost", action="store_true", help="judge alone: no memory, no time")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m")
+    parser.add_argument("target", metavar="script.py", help="the script, with all that follows")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.windows < 1:
+        raise BadInputError(f"--windows {given.windows}: must be 1 or more")
+    if given.memory_budget_gib is not None and not given.memory_budget_gib > 0:
+        raise BadInputError(f"--memory-budget-gib {given.memory_budget_gib}: must be more than 0")
+    return given
+
+
+def _refuse_several_processes() -> None:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks not in ("", "1"):
+        raise BadInputError(
+            f"WORLD_SIZE={ranks}: a window would be the micro-batches of all processes, and this one sees "
+            "its own alone; check the script in one process, without torchrun (unset WORLD_SIZE)"
+        )
+
+
+class _Check:
+    """One check of a script."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        from gaccum_exp.audit.check.checked_loop import CheckedLoop
+
+        self._given, self._process = given, os.getpid()
+        self._loop: CheckedLoop = CheckedLoop(given.windows, given.batch_dim, self._end_on_the_spot)
+        self._watched: Watched
+
+    def run(self) -> int:
+        """Run the script, then answer; return the exit status."""
+        from gaccum_exp.audit.check import script
+        from gaccum_exp.audit.check.checked_loop import CheckEndedError
+
+        failed = status = OK
+        run: Callable[[str], None] = script.run_module if self._given.module else script.run_file
+        try:
+            with self._loop as self._watched:
+                run(self._given.target)
+        except CheckEndedError:
+            pass
+        except SystemExit as end:
+            self._let_children_go(end)
+            if not self._watched.windows:
+                raise
+            status = end.code if isinstance(end.code, int) else RUN_FAILED if end.code else OK
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException as error:
+            self._let_children_go(error)
+            failed = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RUN_FAILED
+            error = error.with_traceback(script.of_the_script(error.__traceback__))
+            sys.excepthook(type(error), error, error.__traceback__)
+            judged = len(self._watched.windows)
+            windows = (
+                f"after {judged} of {self._given.windows} windows" if judged else "before any window"
+            )
+            complain(f"{self._name} failed by itself, {windows} was judged")
+            if not judged or failed == INTERRUPTED:
+                return failed
+        _flush()
+        return failed or status or self._answered()
+
+    @property
+    def _name(self) -> str:
+        return f"-m {self._given.target}" if self._given.module else str(self._given.target)
+
+    def _let_children_go(self, error: BaseException) -> None:
+        """Pass on what ends a process that was forked from this one."""
+        if os.getpid() != self._process:
+            raise error
+
+    def _answered(self) -> int:
+        """Print the answer; return its exit status."""
+        from gaccum_exp.audit.check.answer import answer
+
+        loop, watched = self._loop, self._watched
+        judged = len(watched.windows)
+        how = "ended by itself"
+        if loop.raised:
+            how = f"was ended after {judged} window{'s' * (judged > 1)}, as --windows {self._given.windows} asks"
+        print(f"\ngaccum_exp check: {self._name} {how}.\n")
+        print("\n".join(answer(loop, watched)))
+        if not watched.windows:
+            print(self._why_nothing())
+        elif not self._given.no_cost:
+            _flush()
+            self._print_cost()
+        return VERDICT_STATUS.get(watched.worst.verdict, OK)
+
+    def _why_nothing(self) -> str:
+        if self._loop.steps:
+            return (
+                "Optimizer steps were taken, but none after a call of a module in this thread: put "
+                "`with gaccum_exp.watch(model, criterion, optimizer):` around the training step."
+            )
+        children = os.times()
+        if children.children_user + children.children_system > 0.5:
+            return (
+                "It has run processes of its own, in which nothing is seen: let it train in one process, or "
+                "put `with gaccum_exp.watch():` around the training step there."
+            )
+        return (
+            "Only steps of torch.optim.Optimizer and its subclasses are seen, in the main thread: put the "
+            "update into one, or call gaccum_exp.accumulate_gradients in its place."
+        )
+
+    def _print_cost(self) -> None:
+        from gaccum_exp.audit.check.answer import cost
+        from gaccum_exp.audit.check.cost import cost_of
+
+        every = [group for group in self._loop.groups.values() if group.windows]
+        group = max(every, key=lambda each: each.parameters)
+        print()
+        if group.captured is None:
+            print(f"Memory and time: not known, {group.not_captured or 'as no window could be kept'}.")
+            return
+        if len(every) > 1:
+            print(f"Of {' + '.join(group.optimizers)} for {' + '.join(group.modules)} alone:")
+        audits = [self._watched.windows[place] for place in group.windows]
+        try:
+            plan = cost_of(
+                group.captured,
+                self._given.memory_budget_gib,
+                equal_parts=audits[-1].reduction == "mean",
+            )
+        except Exception as error:  # the verdict stands all the same
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"Memory and time: not known, the window could not be run at another N ({why}).")
+            return
+        print("\n".join(cost(plan, group)))
+
+    def _end_on_the_spot(self) -> NoReturn:
+        """End a script that goes on though it was ended."""
+        self._watched.left_over = 0
+        status = self._answered()
+        print(
+            "The script swallowed its end (`except BaseException`, or a bare `except`): the process ends."
+        )
+        _flush()
+        os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            continue

@@ -1,0 +1,94 @@
+"""The answer of a check, as text: what was found, the verdict, the memory and the time of other N."""
+
+from collections.abc import Iterator, Sequence
+
+from gaccum_exp.audit.check.checked_loop import CheckedLoop, Epoch, Group
+from gaccum_exp.audit.result import Audit, worst
+from gaccum_exp.audit.watch.watch import Watched
+from gaccum_exp.memory.plan import MemoryPlan
+
+
+def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
+    """Yield the lines on what was found and whether it is the large batch."""
+    groups = [group for group in loop.groups.values() if group.windows]
+    if not groups:
+        yield watched.worst.report()
+        return
+    for group in groups:
+        audits = [watched.windows[place] for place in group.windows]
+        yield from found(group, audits)
+        yield ""
+        yield worst(audits).report()
+        yield from _beside(group, audits)
+        yield ""
+    if watched.left_over and not loop.raised:
+        passes = f"{watched.left_over} backward pass{'es' if watched.left_over > 1 else ''}"
+        yield f"left over: {passes} after the last step: step on what is left, or zero it"
+    yield not_seen(loop.epoch, groups, ended=loop.raised > 0)
+
+
+def found(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
+    """Yield what was found: model, loss, optimizer, and the windows."""
+    sizes = "; ".join(dict.fromkeys(_sizes(each) for each in group.sizes if each))
+    every = " and ".join(dict.fromkeys(str(audit.accum_steps) for audit in audits))
+    windows = f"{len(audits)} window{'s' * (len(audits) > 1)} of N = {every}"
+    yield f"model:     {' + '.join(group.modules)}, {group.parameters:,} parameters that are stepped"
+    yield f"loss:      {' + '.join(group.losses) or 'none'}"
+    yield f"optimizer: {' + '.join(group.optimizers)}"
+    yield f"windows:   {windows}" + (f", micro-batches of {sizes} samples" if sizes else "")
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
+
+
+def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> str:
+    """Return a sentence on what lies beyond the windows that were judged."""
+    n = max((len(sizes) for group in groups for sizes in group.sizes), default=0) or 1
+    judged = max(len(group.windows) for group in groups)
+    if not ended:
+        return f"Seen: the whole script, of whose windows {judged} were judged."
+    if epoch is None:
+        return "Not seen: the end of an epoch, as no data loader was read."
+    if epoch.micro_batches is None:
+        return "Not seen: the end of an epoch, as the data does not tell its length."
+    windows, left = divmod(epoch.micro_batches, n)
+    if judged * n >= epoch.micro_batches + (n if left else 0):
+        return "Seen: an epoch to its end."
+    more = f"--windows {windows + (1 if left else 0) + (1 if left else 0)}"
+    if left:
+        return (
+            f"Not seen: the end of the epoch, whose {epoch.micro_batches} micro-batches are no multiple "
+            f"of N = {n}: {left} {'are' if left > 1 else 'is'} left over. Often they are stepped on with "
+            f"the wrong divisor, or leak into the next epoch: {more} shows what becomes of them."
+        )
+    if epoch.last_samples is not None:
+        return (
+            f"Not seen: the last micro-batch of the epoch, with {epoch.last_samples} samples where others "
+            f"have {epoch.samples}: {more} shows whether its mean counts as much as theirs."
+        )
+    return f"Not seen: the rest of the epoch, of {windows} windows like these."
+
+
+def cost(plan: MemoryPlan, group: Group) -> Iterator[str]:
+    """Yield the lines on memory and time."""
+    yield f"Memory, predicted for {plan.device} and a window of {plan.global_batch_size} samples"
+    yield plan.fit()
+    yield from plan.advice_lines()
+    yield ""
+    if any(row.time for row in plan.rows):
+        yield from plan.time_lines()
+    yield from plan.notes
+    if group.beside:
+        yield f"Without what {', '.join(group.beside)} beside the model take{'s' * (len(group.beside) < 2)}."
+
+
+def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
+    verdicts = [audit.verdict for audit in audits]
+    if len(set(verdicts)) > 1:
+        yield f"windows: {', '.join(verdicts)}, in this order; above the worst"
+    own = worst(audits)
+    others = {c.name: c for audit in audits for c in audit.checks if c not in own.checks}
+    yield from (f"{check.name}: {check.finding}" for check in others.values())
+    if not (own.checks or others):
+        yield "beside the gradient: nothing wrong was seen in schedule, memory and reported loss"

@@ -1,0 +1,5 @@
+"""The project's models."""
+
+from nets.encoder import Decoder, Encoder
+
+__all__ = ["Decoder", "Encoder"]
