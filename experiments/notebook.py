@@ -138,14 +138,15 @@ class Quiet:
         """Say nothing."""
 
 
-def provenance(seconds: float) -> str:
-    """Return commit, versions, machine and runtime as Markdown."""
+def provenance(seconds: float | None = None) -> str:
+    """Return commit, versions and machine as Markdown, and the runtime where it is given."""
     tags = environment_tags()
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in tags.items() if "version." in k)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return (
         f"Commit {tags['git_commit']}; {versions}; Python {tags['python']}; device {device}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; {seconds / 60:.1f} minutes."
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        + ("." if seconds is None else f"; {seconds / 60:.1f} minutes.")
     )
 
 
