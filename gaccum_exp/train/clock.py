@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class StepClock(Hook):
     ) -> None:
         self._device, self._sink, self._disturbed = device, sink, disturbed
         self._start: Any = None
+        self._began: tuple[float, float | None] = 0.0, None
+        """When the training began, and what it had waited for a processor by then, in seconds."""
         self._warmup_left = WARMUP_WINDOWS
         self._windows: deque[tuple[Any, Any, int]] = deque(maxlen=KEPT_WINDOWS)
         self._earlier: list[tuple[float, int]] = []
@@ -67,6 +70,7 @@ class StepClock(Hook):
 
     def begin(self, state: TrainState) -> None:
         """Start the first window's time."""
+        self._began = time.perf_counter(), waited_s()
         self._start = self._now()
 
     @contextmanager
@@ -91,7 +95,8 @@ class StepClock(Hook):
         self._start = self._now()
 
     def end(self, state: TrainState) -> None:
-        """Record the medians, the time's quartiles, and how many windows were timed after warm-up."""
+        """Record the medians, the time's quartiles, how many windows were timed after warm-up, and what
+        part of the training other processes had the processor."""
         step_s = self.step_time_s()
         if step_s is None:
             return
@@ -104,6 +109,9 @@ class StepClock(Hook):
         tokens_per_s = self.tokens_per_s()
         if tokens_per_s:
             recorded[metrics.TOKENS_PER_S] = tokens_per_s
+        share = self.waiting_share()
+        if share is not None:
+            recorded[metrics.WAITING_SHARE] = share
         self._sink.record(state.global_step, recorded)
 
     def count(self, start: Any, end: Any, tokens: int = 0) -> None:
@@ -123,6 +131,14 @@ class StepClock(Hook):
         """Return the median tokens per second after warm-up; None if nothing was timed."""
         measured = self._measured()
         return statistics.median(tokens / seconds for seconds, tokens in measured) if measured else None
+
+    def waiting_share(self) -> float | None:
+        """Return the share of the time since the beginning in which this thread was ready and had no
+        processor; None where the system does not tell."""
+        (began_s, before_s), now_s = self._began, waited_s()
+        if before_s is None or now_s is None:
+            return None
+        return (now_s - before_s) / (time.perf_counter() - began_s)
 
     @property
     def _is_warm(self) -> bool:
@@ -155,3 +171,15 @@ class StepClock(Hook):
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+def waited_s() -> float | None:
+    """Return for how many seconds this thread has been ready and has waited for a processor.
+
+    It is the run delay of Linux, the second number in /proc/<pid>/schedstat (its documentation's page
+    on scheduler statistics); None on systems without.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,6 +1,10 @@
 """Training: paired arms, one step at a time, measured."""
 
 import math
+import os
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import StorageTracker
 from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build
+from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, StepClock, waited_s
 from tests.strangers import Points
 from tests.support import SMALL, STRANGER, Collected, settings, step_at, train_to_end, trained
 
@@ -475,13 +480,31 @@ def test_where_nothing_counts_there_is_no_training_that_could_be_called_finished
 
 def test_the_clock_keeps_its_size_and_forgets_the_warm_up() -> None:
     """A long run is timed by its latest windows, a very short one by its last."""
-    from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, StepClock
-
     clock = StepClock(torch.device("cpu"), Collected())
     assert clock.step_time_s() is None
     for done in range(1, WARMUP_WINDOWS + KEPT_WINDOWS + 10):
         clock.count(0.0, 1.0)
         assert len(clock._windows) == min(max(1, done - WARMUP_WINDOWS), KEPT_WINDOWS)
+
+
+@pytest.mark.skipif(waited_s() is None, reason="the system does not tell how long a thread waited")
+def test_a_training_beside_another_process_knows_how_long_it_waited() -> None:
+    """On one processor that two share it is a good part, which no quartile shows."""
+    here, clock = os.sched_getaffinity(0), StepClock(torch.device("cpu"), Collected())
+    os.sched_setaffinity(0, {min(here)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        clock.begin(None)  # type: ignore[arg-type]  # of which it takes nothing
+        until = time.process_time() + 0.3
+        while time.process_time() < until:
+            pass
+        share = clock.waiting_share()
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, here)
+    assert share is not None
+    assert 0.2 < share < 1.0
 
 
 @pytest.mark.parametrize(("windows", "timed"), [(2, 0), (6, 0), (7, 1), (16, 10)])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from gaccum_exp.core.step_times import times_differ
 from gaccum_exp.report.compare.pairing import Group, Source
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing
-from gaccum_exp.report.compare.step_times import step_time
+from gaccum_exp.report.compare.step_times import loads_differ, step_time
 from gaccum_exp.report.compare.swept_keys import Setting
 from gaccum_exp.report.text.wording import byte_unit, say_gap, say_loss, say_ratio, say_sizes, time_unit
 from gaccum_exp.tracking import metrics
@@ -59,11 +59,18 @@ class Measured:
 
     @property
     def step_ratio(self) -> float | None:
-        """The step time over the reference's; None, too, where of either too few windows were timed."""
+        """The step time over the reference's; None, too, where of either too few windows were timed, or
+        the machine had other work to do than in the other's time."""
         runs = self.run, self.group.reference
-        if any(run is None or step_time(run) is None for run in runs):
+        if any(run is None or step_time(run) is None for run in runs) or self.other_load:
             return None
         return self.ratio(metrics.STEP_TIME_S, "device", "threads")
+
+    @property
+    def other_load(self) -> bool:
+        """Whether its step time and its reference's are under different loads of other processes."""
+        reference = self.group.reference
+        return reference is not None and loads_differ(self.run, reference)
 
     @property
     def step_differs(self) -> bool | None:
@@ -273,6 +280,8 @@ class ComparisonRow:
     adam_noise_windows: int | None = column(_windows_with(metrics.in_adam_metric(metrics.NOISE_TRACE)))
     """How many windows the noise in the optimizer's metric was measured of; there is none before its
     first step."""
+    waiting_share: float | None = column(lambda arm: _cost(arm.run, metrics.WAITING_SHARE))
+    """The share of the training in which it was ready and other processes had the processor."""
 
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""
@@ -282,6 +291,8 @@ class ComparisonRow:
         lambda arm: arm.run.micro_batch_sizes, "micro\nbatch", say_sizes, in_csv=False
     )
     """The micro-batches of a full window, largest first."""
+    other_load: bool = column(lambda arm: arm.other_load, in_csv=False)
+    """Whether the machine had more, or less, other work to do than in its reference's time."""
     other_command: bool = column(lambda arm: arm.other_command, in_csv=False)
     """Whether its step time and its reference's are of different commands."""
     left_at: int | None = column(lambda arm: arm.standing.left_at, in_csv=False)

@@ -18,7 +18,7 @@ _MEDIANS = (
     *("train_loss", "eval_loss", "eval_accuracy", "eval_perplexity"),
     *("step_s", "step_low_s", "step_high_s", "step_ratio"),
 )
-_LARGESTS = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio")
+_LARGESTS = ("max_loss_gap", "weight_distance", "peak_bytes", "peak_ratio", "waiting_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ def _sum_up(rows: Sequence[ComparisonRow], *, by_seed: bool) -> ComparisonRow:
         step_windows=min((n for row in rows if (n := row.step_windows) is not None), default=None),
         step_differs=all_differ(rows),
         other_command=any(row.other_command for row in rows),
+        other_load=any(row.other_load for row in rows),
         global_batch_size=worst.global_batch_size if len(batches) == 1 else None,
         micro_batch_sizes=tuple(sorted({n for row in rows for n in row.micro_batch_sizes})[::-1]),
         **numbers,

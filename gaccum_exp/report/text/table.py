@@ -13,6 +13,7 @@ from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
+from gaccum_exp.report.compare.step_times import SOME_LOAD
 from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
@@ -205,7 +206,7 @@ def _legend(rows: Sequence[ComparisonRow]) -> list[str]:
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
     lines = [legend, _HEADERS] if legend else []
-    lines += filter(None, [_say_step_times(rows)])
+    lines += filter(None, [_say_step_times(rows), _say_load(rows)])
     controls = [row.controls for row in rows if row.controls]
     if controls:
         lines.append(
@@ -239,6 +240,19 @@ def _say_step_times(rows: Sequence[ComparisonRow]) -> str:
     if any(row.step_differs is False for row in rows):
         said += f"; {_AS_LONG} no measurable difference: quartiles overlap"
     return said
+
+
+def _say_load(rows: Sequence[ComparisonRow]) -> str:
+    """Say for what part of a training other processes had the processor, where that is no small one."""
+    loaded = [row for row in rows if row.step_s and (row.waiting_share or 0.0) > SOME_LOAD]
+    if not loaded:
+        return ""
+    most = max(loaded, key=lambda row: row.waiting_share or 0.0)
+    said = (
+        f"other processes had the processor for up to {most.waiting_share:.0%} of a training "
+        f"(N = {most.accum_steps}), which its times include"
+    )
+    return f"{said}; no ratio where that differs much" if any(row.other_load for row in rows) else said
 
 
 def _spread(row: ComparisonRow) -> float | None:

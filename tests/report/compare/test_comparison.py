@@ -27,6 +27,7 @@ CONTRACT = [
     *("noise_scale", "noise_scale_low", "noise_scale_high"),
     *("adam_noise_scale", "adam_noise_scale_low", "adam_noise_scale_high"),
     *("step_low_s", "step_high_s", "step_windows", "step_differs", "adam_noise_windows"),
+    "waiting_share",
 ]
 
 
@@ -141,6 +142,22 @@ def test_of_too_few_timed_windows_no_ratio_is_stated(arm: Arm, few: dict[str, fl
         row = compare(runs).rows[1]
         assert (row.step_ratio, row.step_differs) == (None, None)
         assert row.step_s == runs[1].metrics["time/step_s"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "stated"),
+    [((0.5, 0.5), True), ((0.0, 0.15), True), ((0.0, 0.5), False), ((0.9, 0.2), False)],
+)
+def test_under_another_load_than_the_reference_a_time_has_no_ratio(
+    arm: Arm, shares: tuple[float, float], stated: bool
+) -> None:
+    """Under the same it has one: what other processes took is in both times alike."""
+    runs = [arm(1), arm(4)]
+    for run, share in zip(runs, shares, strict=True):
+        run.metrics["time/waiting_share"] = share  # type: ignore[index]
+    row = compare(runs).rows[1]
+    assert (row.step_ratio is not None, row.step_differs is not None) == (stated, stated)
+    assert row.other_load is not stated
 
 
 def test_times_differ_where_the_quartiles_do_not_overlap(arm: Arm) -> None:

@@ -163,6 +163,19 @@ def test_no_ratio_is_said_of_step_times_that_do_not_differ_measurably(arm: Arm) 
     assert said.endswith("at N = 4.")
 
 
+def test_a_load_that_step_times_include_is_said(arm: Arm) -> None:
+    """With the share of the training that waited, from a twentieth on, and where it took ratios away."""
+    runs = [arm(1), arm(2), arm(4)]
+    for run, share in zip(runs, (0.01, 0.07, 0.6), strict=True):
+        run.metrics["time/waiting_share"] = share  # type: ignore[index]
+    said = words(show(compare(runs)))
+    assert "other processes had the processor for up to 60% of a training (N = 4)" in said
+    assert said.count("; no ratio where that differs much") == 1
+    assert "as long" not in summary(compare(runs)).rpartition("at N = 4")[2]
+    assert "other processes" not in words(show(compare(runs[:1])))
+    assert "no ratio where" not in words(show(compare(runs[:2])))
+
+
 def test_a_time_of_another_command_is_said_to_be_one(arm: Arm) -> None:
     """Marked in the table, named in the sentence."""
     comparison = compare([arm(1, tags={"command_id": "a"}), arm(4, tags={"command_id": "b"})])
