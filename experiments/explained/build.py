@@ -290,7 +290,7 @@ def draw_weights(numbers: dict[str, Any], folder: Path) -> None:
 def draw_gap(numbers: dict[str, Any], folder: Path) -> None:
     """Draw how far each way's loss is from the large batch's, up to each optimizer step."""
     ways = {name: way for name, way in numbers["training"]["ways"].items() if name != "large"}
-    figure = Figure(figsize=(style.width(), 2.7), layout="constrained")
+    figure = Figure(figsize=(style.width(), 2.9), layout="constrained")
     axes = figure.subplots()
     for index, (name, way) in enumerate(ways.items()):
         label = f"{name.split(',')[0]}: {' + '.join(map(str, way['sizes']))}"
@@ -304,7 +304,8 @@ def draw_gap(numbers: dict[str, Any], folder: Path) -> None:
     )
     axes.yaxis.set_major_locator(FixedLocator([10.0**e for e in range(-16, 1, 4)]))
     axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=4)
+    axes.set_ylim(3e-18, 1)
+    figure.legend(loc="outside lower center", ncols=2)
     style.save(figure, folder, "accumulation_gap", ("png",))
 
 
