@@ -5,6 +5,7 @@ the screenshot. About two minutes on two cores.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,10 @@ def main() -> None:
             cwd=folder, env=_environment(), check=True,
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        _run(Path(folder), PICTURE, KEPT_OF_PICTURE)
+        told, _ = _run(Path(folder), PICTURE, KEPT_OF_PICTURE)
+    for said in re.findall(r"N = 8 (from step \d+)", told):
+        if f"{said} on" not in (ROOT / "README.md").read_text(encoding="utf-8"):
+            raise ValueError(f"README.md names another step than the picture, which differs {said} on")
     # Up to the paths, which are of a folder that is gone.
     table = "\n".join(line.rstrip() for line in printed.split("\n\nSweep ")[0].splitlines())
     write_results(ROOT / "README.md", f"```text\n{table}\n```\n\n{provenance(seconds)}")
