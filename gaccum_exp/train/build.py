@@ -137,7 +137,7 @@ def _growth(settings: Settings, plan: WindowPlan, total_steps: int) -> BatchGrow
     # The schedule is read off a parameter of no model: its data are not there yet.
     # Its groups are by the names of a model's: each has the one schedule, or is refused afterwards.
     plain = {key: value for key, value in settings.optimizer.items() if key != GROUPS}
-    any_model = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+    any_model = nn.ModuleList([nn.Linear(2, 2, bias=False, device="meta")])
     optimizer, rates = _rates(
         replace(settings, optimizer=plain), any_model, [torch.zeros(2, 2)], total_steps
     )
