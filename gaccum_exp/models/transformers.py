@@ -34,8 +34,8 @@ def transformers_model(
             weights; or the path of a folder as `save_pretrained` writes it, with the weights in it.
         task: `causal` or `classifier`.
         config: values of the architecture's configuration in place of its own, for example
-            {n_layer: 2}. Beside these, nothing is cached (`use_cache`), and padding is token 0 where the
-            architecture names none.
+            {n_layer: 2}. Beside these, nothing is cached (`use_cache`), and padding is token 0 for a
+            classifier whose architecture names none.
         lora: rank of the adapters, or arguments of `peft.LoraConfig`, for example
             {r: 8, lora_alpha: 16, target_modules: [c_attn]}; null: all weights are trained.
         num_classes: number of tokens of a causal model, and of labels of a classifier. That of a
@@ -57,8 +57,8 @@ def transformers_model(
     elif num_classes is not None:
         setattr(said, "vocab_size" if task == "causal" else "num_labels", num_classes)
     said.use_cache = False
-    if getattr(said, "pad_token_id", None) is None:
-        said.pad_token_id = 0
+    if task == "classifier" and getattr(said, "pad_token_id", None) is None:
+        said.pad_token_id = 0  # by which it finds the last token of a sequence
     _set(said, config or {})
     if folder is None:
         _forget_tokens_beyond(said)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import Dataset
 
 from gaccum_exp.audit.result import Audit
@@ -115,6 +116,14 @@ def test_under_lora_adapters_alone_are_trained_by_tokens_too(text: str) -> None:
     moved = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert moved <= set(trained)
+
+
+def test_a_models_memory_is_predicted_under_lora_with_groups_by_name(text: str) -> None:
+    """Its step is taken on tensors without values: nothing in it reads them."""
+    groups = "optimizer.param_groups=[{names:*lora_B*,lr:0.01}]"
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    state = build(settings(*GPT2, text, "model.lora=2", groups), fake=fake)
+    assert [group["lr"] for group in state.optimizer.param_groups] == [0.001, 0.01]
 
 
 @pytest.mark.parametrize("criterion", ["model_loss", "cross_entropy"])

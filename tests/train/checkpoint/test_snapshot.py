@@ -156,7 +156,8 @@ def test_a_window_goes_on_at_every_micro_batch(
     "overrides",
     [
         (*MLP, "optimizer=sgd", "scheduler=cosine", "model.dropout=0.3"),
-        (*MLP, "optimizer=muon", "scheduler=warmup_cosine"),
+        (*MLP, "optimizer=muon", "scheduler=warmup_cosine",
+         "optimizer.param_groups=[{names:*bias,weight_decay:0}]"),
         (*MLP, "runtime.precision=fp16", "optimizer.lr=1e-3"),
         (*MLP, "runtime.precision=bf16", "runtime.weight_dtype=same", "accum.buffer_dtype=float32"),
         (*MLP, "accum.reduction=mean", "scheduler=multistep"),
@@ -172,7 +173,7 @@ def test_a_window_goes_on_at_every_micro_batch(
         (*POINTS, "'accum.schedule={0:1,2:2,4:4}'", "accum.schedule_by=step", "accum.steps=1",
          "data.global_batch_size=null", "data.micro_batch_size=2", "accum.schedule_lr=linear"),
         (*POINTS, "accum.grow=auto", "scheduler=cosine", "optimizer=adamw", "accum.steps=2",
-         "train.epochs=null", "train.steps=12"),
+         "train.epochs=null", "train.steps=12", "optimizer.param_groups=[{names:*bias,weight_decay:0}]"),
         (*POINTS, f"model._target_={HERE}.Moody"),
     ],
     ids=lambda overrides: " ".join(overrides[-2:])[-50:],
