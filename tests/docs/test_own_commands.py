@@ -1,4 +1,4 @@
-"""The commands of the pages on what is one's own are configurations, the template's files beside ours."""
+"""The commands of the pages on what is one's own are configurations, with the template beside them."""
 
 import re
 import shlex
