@@ -19,6 +19,7 @@ from gaccum_exp.data.tensors import tensor_dataset
 from gaccum_exp.errors import BadInputError, first_line, nearest, with_extra
 
 SPLITS = ("train", "test")
+SEPARATORS = (";", "\t", "|", ",")
 TASKS = ("classification", "regression")
 MOST_NAMES = 1000
 """Of one column: beyond it, it is a text or a number of its own for every row."""
@@ -141,9 +142,14 @@ class _Table:
         """Refuse columns that are not there."""
         for column in columns:
             if column not in self.columns:
+                (only, *others) = self.columns
+                mark = next((mark for mark in SEPARATORS if mark in only and not others), None)
+                way_out = nearest(column, self.columns)
+                if mark is not None:
+                    way_out = f"; data.separator={mark!r} says what is between columns"
                 raise BadInputError(
                     f"{key}={column}: {self.file} has no such column (it has {', '.join(self.columns)})"
-                    f"{nearest(column, self.columns)}"
+                    f"{way_out}"
                 )
 
     def column(self, name: str) -> list[str]:
