@@ -191,9 +191,9 @@ def _run(command: Command) -> int:
     if "--version" in line.flags:
         print(_version())
         return OK
-    if "--help" in line.flags and line.overrides:
-        folder = line.flags.get("--config-dir")
-        print(help_on(line.overrides, [folder] if folder else []))
+    asked = [override for override in line.overrides if not override.startswith("hydra.")]
+    if "--help" in line.flags and asked:
+        print(help_on(asked, explain.own_folders(command.arguments)))
         return OK
     if line.multirun:
         child.start()  # it imports torch, while Hydra composes

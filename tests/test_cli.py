@@ -69,7 +69,7 @@ def test_help_names_the_blocks_and_the_seven_keys(program: Program) -> None:
     """What a newcomer needs stands on the first page."""
     ended = program("--help")
     assert ended.status == 0
-    models = "model: cnn, custom, gpt, mlp, torchvision"
+    models = "model: cnn, custom, gpt, mlp, timm, torchvision, transformers"
     for word in (models, "accum.reduction", "data.global_batch_size"):
         assert word in ended.plain
 
@@ -85,7 +85,7 @@ def test_help_names_the_blocks_and_the_seven_keys(program: Program) -> None:
         (["+optimizer.momentun=0.9"], "did you mean 'momentum'?"),
         (["+criterion.label_smothing=0.1"], "did you mean 'label_smoothing'?"),
         (["modle=cnn"], "modle: no such key, did you mean 'model'?"),
-        (["model=cnnn"], "model=cnnn: not one of cnn, custom, gpt, mlp, torchvision, did you mean"),
+        (["model=cnnn"], "model=cnnn: not one of cnn, custom, gpt, mlp, timm, torchvision, tr"),
         (["optimizer=adm"], "optimizer=adm: not one of adam, adamw, custom, muon, sgd, did you"),
         (["experiment=equivalense"], "did you mean 'equivalence'?"),
         (["accum.reduction=men"], "accum.reduction=men: not one of global_mean, mean, sum, did you"),

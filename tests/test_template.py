@@ -20,6 +20,7 @@ statuses = [cli.main(["experiment=denoising", "accum.reduction=mean", *given])]
 sys.argv[1:] = given
 statuses.append(main())
 statuses.append(cli.main(["model=denoizer"]))
+statuses.append(cli.main(["--help", "model=denoiser"]))
 statuses.append(pytest.main(["-q", "-p", "no:cacheprovider", "tests"]))
 print(json.dumps(list(map(int, statuses))))
 """
@@ -40,9 +41,10 @@ def test_its_study_its_command_and_its_tests_run(ended: subprocess.CompletedProc
     """Nothing is installed, no flag given: the plugin beside it has its files found."""
     assert ended.returncode == 0, ended.stderr
     statuses = json.loads(ended.stdout.splitlines()[-1])
-    assert statuses == [3, 0, 2, 0]  # biased by the mean; not by the global mean; no such model; passed
+    assert statuses == [3, 0, 2, 0, 0]  # biased by the mean; not by the global mean; no such model
     assert "unequal denominators" in ended.stdout
     assert "2 passed" in ended.stdout
+    assert "Convolutions over time." in ended.stdout  # as --help shows the file
 
 
 def test_its_files_stand_beside_the_programs_own(ended: subprocess.CompletedProcess[str]) -> None:

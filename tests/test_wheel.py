@@ -83,5 +83,5 @@ def test_the_configuration_composes_from_the_installed_wheel(installed: Path, tm
 def test_help_works_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
     """With all blocks and their files."""
     said = call("-m", "gaccum_exp", "--help", cwd=tmp_path, path=installed)
-    assert "model: cnn, custom, gpt, mlp, torchvision" in said
+    assert "model: cnn, custom, gpt, mlp, timm, torchvision, transformers" in said
     assert "accum.reduction" in said

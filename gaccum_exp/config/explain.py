@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,7 @@ from gaccum_exp.config.arguments import WORDS, CommandLine, command_line
 from gaccum_exp.config.files import blocks, conf_dir, folder_of, options
 from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_line, nearest, text_of
 
+_HYDRAS = ("hydra", "schema")
 _FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
 
 PLUGINS = {
@@ -107,7 +109,7 @@ def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
     group, name = chosen or path.rpartition("/")[::2]
     if not group and "primary config" in first_line(error):
         return f"{_suspects(arguments)}{_no_primary(path, arguments)}"
-    folders = _own_folders(arguments)
+    folders = own_folders(arguments)
     known = sorted({*options(group, folders), *(error.options or ())})
     if not group or not known:
         return f"{_suspects(arguments)}{first_line(error)}"
@@ -124,7 +126,7 @@ def _missing(error: MissingConfigException, arguments: Sequence[str]) -> str:
 
 def _no_primary(name: str, arguments: Sequence[str]) -> str:
     """Say which files a command can begin with."""
-    folders = [Path(folder) for folder in _own_folders(arguments)]
+    folders = [Path(folder) for folder in own_folders(arguments)]
     if "--config-path" not in command_line(arguments).flags:
         folders.append(Path(conf_dir()))
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
@@ -161,8 +163,8 @@ def _no_name_of_a_file(said: str, arguments: Sequence[str]) -> str:
     """Say that a block is chosen by a file's name, which null, a number and a list are not."""
     for given in arguments:
         group, value = _group_of(given), given.partition("=")[2]
-        if group in blocks() and value not in options(group, _own_folders(arguments)):
-            known = ", ".join(options(group, _own_folders(arguments)))
+        if group in blocks() and value not in options(group, own_folders(arguments)):
+            known = ", ".join(options(group, own_folders(arguments)))
             return f"{given}: takes the name of a file: {known}"
     return f"{_suspects(arguments)}{said.splitlines()[0]}"
 
@@ -190,7 +192,7 @@ def _of_any(error: BaseException, arguments: Sequence[str]) -> str:
     if mark is not None:
         return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', None) or 'is not YAML'}"
     if isinstance(error, UnicodeDecodeError):
-        files = [p for f in _own_folders(arguments) for p in Path(f).rglob("*.yaml") if not _is_utf8(p)]
+        files = [p for f in own_folders(arguments) for p in Path(f).rglob("*.yaml") if not _is_utf8(p)]
         files.sort(key=lambda path: f"{path.parent.name}={path.stem}" not in arguments)
         if files:
             return f"{files[0]}: is not UTF-8"
@@ -237,12 +239,15 @@ def _group_of(override: str) -> str:
     return override.partition("=")[0].partition("@")[0].lstrip("+~")
 
 
-def _own_folders(arguments: Sequence[str]) -> list[str]:
-    """Return the folders of configurations that the command line adds to the program's."""
+def own_folders(arguments: Sequence[str]) -> list[str]:
+    """Return the folders of configurations beside the program's: of a command line, and of plugins."""
     line = command_line(arguments)
-    entries = [line.flags.get(flag) for flag in ("--config-dir", "--config-path")]
-    folders = [folder_of(entry) for entry in (*entries, *_search_path(line)) if entry]
-    return [folder for folder in folders if folder is not None]
+    flags = [line.flags.get(flag) for flag in ("--config-dir", "--config-path")]
+    of_plugins = [
+        of.path for of in create_config_search_path(None).get_path() if of.provider not in _HYDRAS
+    ]
+    entries = [entry for entry in (*flags, *_search_path(line), *of_plugins) if entry]
+    return [folder for entry in entries if (folder := folder_of(entry)) is not None]
 
 
 def _search_path(line: CommandLine) -> list[str]:
@@ -256,7 +261,7 @@ def _known_keys(arguments: Sequence[str]) -> list[str]:
     """Return every dotted key of the configuration that the arguments' choices of files compose."""
     folders = blocks()
     choices = [a for a in arguments if a.split("=")[0] in folders and "," not in a]
-    own = [f"file://{Path(folder).absolute()}" for folder in _own_folders(arguments)]
+    own = [f"file://{Path(folder).absolute()}" for folder in own_folders(arguments)]
     choices += [f"hydra.searchpath=[{','.join(map(repr, own))}]"] if own else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):

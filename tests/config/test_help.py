@@ -78,7 +78,7 @@ def test_help_on_a_block_says_its_files_and_keys() -> None:
     [
         ("accum.stepz", "accum.stepz: no such key or block, did you mean 'accum.steps'?"),
         ("modle", "modle: no such key or block, did you mean 'model'?"),
-        ("model=cnnn", "model=cnnn: not one of cnn, custom, gpt, mlp, torchvision, did you mean 'cnn'?"),
+        ("model=cnnn", "model=cnnn: not one of cnn, custom, gpt, mlp, timm, torchvision, tr"),
         ("model.widht", "model.widht: in no file of model, did you mean 'width'?"),
     ],
 )
