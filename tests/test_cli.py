@@ -67,7 +67,7 @@ def test_help_and_configuration_errors_do_not_wait_for_torch_or_mlflow(tmp_path:
 
 def test_help_names_the_blocks_and_the_seven_keys(program: Program) -> None:
     """What a newcomer needs stands on the first page."""
-    ended = program("--help")
+    ended = program.as_given("--help")
     assert ended.status == 0
     models = "model: cnn, custom, gpt, mlp, timm, torchvision, transformers"
     for word in (models, "accum.reduction", "data.global_batch_size"):
