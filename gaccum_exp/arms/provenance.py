@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from gaccum_exp.arms.resume import version_of
 from gaccum_exp.config.schema import Settings
+from gaccum_exp.config.targets import handed_over
 from gaccum_exp.core.seeding import random_state_kept, seed_host
 from gaccum_exp.tracking.records import TRAINING_SAMPLES, DatasetRecord
 from gaccum_exp.train.build import TrainingData
@@ -51,7 +52,7 @@ def dataset_records(settings: Settings, loaded: TrainingData | TrainState) -> li
         sets.append(("evaluation", loaded.eval_data, data.eval))
     return [
         DatasetRecord(
-            name=str(node["name"] if "digest" in node else node["_target_"]),
+            name=handed_over(node) or str(node["_target_"]),
             digest=_fingerprint(dataset, node),
             samples=len(dataset),  # type: ignore[arg-type]  # checked to be map-style
             context=context,

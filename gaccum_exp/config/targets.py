@@ -31,10 +31,20 @@ def checked(key: str, node: Mapping[str, Any], kind: type, *args: Any, **kwargs:
     result = instantiate(key, node, *args, **kwargs)
     if not isinstance(result, kind):
         raise BadInputError(
-            f"{key}._target_={node['_target_']}: gives {type(result).__name__}, not a "
+            f"{spoken(key, node)}: gives {type(result).__name__}, not a "
             f"{kind.__module__}.{kind.__name__}"
         )
     return result
+
+
+def spoken(key: str, node: Mapping[str, Any]) -> str:
+    """Return how a line names what a node builds: by its `_target_`, or as Python code calls it."""
+    return f"{key}={name}" if (name := handed_over(node)) else f"{key}._target_={node['_target_']}"
+
+
+def handed_over(node: Mapping[str, Any]) -> str | None:
+    """Return the name of an object that Python code has handed over; None: a node names a target."""
+    return str(node["name"]) if {"name", "digest"} <= node.keys() else None
 
 
 def instantiate(key: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -73,9 +83,9 @@ def _no_exit(key: str, target: object) -> Iterator[None]:
 
 
 def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None) -> str:
-    target = node["_target_"]
+    target, handed = node["_target_"], handed_over(node)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
-    if unexpected:
+    if unexpected and handed is None:
         name = unexpected[1]
         known = parameter_names(node)
         return f": {target} takes no {name!r} (it takes {', '.join(known)}){nearest(name, known)}"
@@ -87,7 +97,8 @@ def _why(node: Mapping[str, Any], error: Exception, cause: BaseException | None)
                 return f".{name}={value}: {target} takes {said} there, not {type(value).__name__}"
     reason = text_of(error if cause is None else cause)
     lines = [line.strip() for line in reason.splitlines() if line.strip()] or [type(cause).__name__]
-    return f": _target_={target}: {' '.join(lines[:2])}"
+    what = f": _target_={target}" if handed is None else f"={handed}"
+    return f"{what}: {' '.join(lines[:2])}"
 
 
 def _annotation(target: str, name: str) -> Any:

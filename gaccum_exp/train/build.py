@@ -15,7 +15,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, TensorDataset
 
 from gaccum_exp.config.schema import Settings
-from gaccum_exp.config.targets import checked, import_target, instantiate, parameter_names
+from gaccum_exp.config.targets import (
+    checked,
+    import_target,
+    instantiate,
+    parameter_names,
+    spoken,
+)
 from gaccum_exp.core.batch_growth import BatchGrowth
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.dtypes import module_in_precision
@@ -427,7 +433,7 @@ def _loss(
         criterion.reduction = reduction
     if not callable(criterion):
         raise BadInputError(
-            f"criterion._target_={node['_target_']}: gives {type(criterion).__name__}, neither a "
+            f"{spoken('criterion', node)}: gives {type(criterion).__name__}, neither a "
             "torch.nn module nor a callable loss_fn(model, micro_batch) -> (loss_sum, denominator)"
         )
     return None, criterion

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from gaccum_exp.config.targets import import_target, instantiate
+from gaccum_exp.config.targets import import_target, instantiate, spoken
 from gaccum_exp.core.seeding import derive_seed, drawn_since, seed_host
 from gaccum_exp.errors import BadInputError
 
@@ -76,7 +76,7 @@ def load_dataset(key: str, node: Mapping[str, Any], seed: int) -> LoadedDataset:
         hasattr(dataset, method) for method in ("__len__", "__getitem__")
     ):
         raise BadInputError(
-            f"{key}._target_={node['_target_']}: gives {type(dataset).__name__}, not a map-style "
+            f"{spoken(key, node)}: gives {type(dataset).__name__}, not a map-style "
             "dataset (with __len__ and __getitem__)"
         )
     if len(dataset) == 0:  # type: ignore[arg-type]  # it has __len__, as was just seen

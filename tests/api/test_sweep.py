@@ -155,16 +155,13 @@ def test_what_cannot_be_used_is_raised_in_a_line(
     assert said in str(refused.value)
 
 
-PRESS = [False]
-
-
 def unruly(*overrides: str) -> SweepResult:
     """Sweep a model of which N = 2 may be interrupted and N = 3 fails; it is made anew each time."""
 
     class Unruly(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) == 6 and PRESS[0]:
-                PRESS[0] = False
+            if len(x) == 6 and Path("press").exists():
+                Path("press").unlink()
                 signal.raise_signal(signal.SIGINT)
             if len(x) == 4:
                 raise RuntimeError("a fault of its own")
@@ -185,14 +182,14 @@ def test_an_interrupted_sweep_goes_on_with_the_same_objects_and_keeps_arms_that_
 
     An arm that fails raises nothing: it is in the table with its reason.
     """
-    PRESS[0] = True
+    Path("press").touch()
     with pytest.raises(KeyboardInterrupt):
         unruly()
     said = capfd.readouterr().err
     assert "1 arm did not finish, 1 of 3 never started; to go on:" in said
     assert "sweep('audit.at_start=false', 'sweep.resume=" in said
     assert "model=…, criterion=…, data=…, optimizer=…, accum_steps=(1, 2, 3)" in said
-    PRESS[0], found = False, list[SweepResult]()
+    found: list[SweepResult] = []
     thread = threading.Thread(target=lambda: found.append(unruly("sweep.resume=last")))
     thread.start()
     thread.join()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaccum_exp import cli
-from gaccum_exp.arms.callback import _quoted
 from gaccum_exp.config import explain
+from gaccum_exp.config.arguments import quoted
 from gaccum_exp.errors import BadInputError, hide_passwords
 from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.store_uri import experiment_name, refuse_password, tracking_uri
@@ -119,7 +119,7 @@ def test_the_environment_speaks_where_the_configuration_does_not(
 )
 def test_any_name_survives_as_an_override(name: str) -> None:
     """Quotes and backslashes too: the arms of a sweep are told the experiment that way."""
-    override = OverridesParser.create().parse_override(f"tracking.experiment_name={_quoted(name)}")
+    override = OverridesParser.create().parse_override(f"tracking.experiment_name={quoted(name)}")
     assert override.value() == name
 
 
