@@ -1,5 +1,6 @@
-"""A notebook runs sweeps of its own classes, and shows progress and result as they are read."""
+"""The page on Python runs as a notebook: it trains classes of its own, and shows progress and results."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +9,29 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.program import environment
+from tests.support import ROOT
 
-CELLS = (
-    """
-import torch
-from torch import nn
-from gaccum_exp import sweep
-
-SCALE = 2.0
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return SCALE * self.layer(x)
-
-class Points(torch.utils.data.Dataset):
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
-        return torch.full((6,), index / 20), index % 3
-""",
-    """
-result = sweep(
-    model=lambda: Net(), criterion=nn.CrossEntropyLoss(), data=Points(),
-    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    accum_steps=[1, 2], global_batch_size=8, steps=3, device="cpu",
-)
-result
-""",
-    "result.figure('loss')",
-    "print(result)",
-)
+PAGE = ROOT / "docs/howto/from_python.md"
 
 
-def test_a_notebook_shows_progress_in_lines_and_the_top_of_the_page(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With classes, lambdas and globals of its own, in real processes; nothing is shown twice."""
+@pytest.mark.slow
+def test_the_page_on_python_runs_as_a_notebook(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In real processes; progress comes in lines, and a result is the top of the page, shown once."""
     monkeypatch.chdir(home)
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # where it is set, kernels show nothing of other processes
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    cells = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    cells.insert(3, "result")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    _, swept, drawn, printed = (cell.outputs for cell in notebook.cells)
-    assert "N=2 · 2 of 2: 3/3  loss" in text_of(swept)
+    _, swept, printed, shown, compared = (cell.outputs for cell in notebook.cells)
+    assert "N=3 · 2 of 2: 20/20  loss" in text_of(swept)
     assert len(text_of(swept).splitlines()) < 12
-    (shown,) = (output.data for output in swept if output.output_type != "stream")
-    assert "N\u00a0=\u00a02 is equivalent to the large batch</strong>" in shown["text/html"]
-    assert "N = 2 is equivalent to the large batch" in shown["text/plain"]
-    assert drawn[0].data["image/png"]
-    assert [output.output_type for output in printed] == ["stream"]
+    assert {output.output_type for output in (*swept, *printed)} == {"stream"}
+    assert "N\u00a0=\u00a03 is equivalent to the large batch</strong>" in shown[0].data["text/html"]
+    assert shown[0].data["text/plain"] == text_of(printed).rstrip()
+    assert compared[-1].data["image/png"]
 
 
 def text_of(outputs: list[Any]) -> str:
