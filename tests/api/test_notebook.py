@@ -1,4 +1,4 @@
-"""The page on Python runs as a notebook: it trains classes of its own, and shows progress and results."""
+"""The page on Python runs as a notebook, which trains classes of its own and shows what comes of it."""
 
 import re
 from pathlib import Path

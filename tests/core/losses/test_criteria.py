@@ -1,5 +1,6 @@
-"""Cross entropy over tokens, against torch's own on transposed logits."""
+"""Cross entropy over tokens, against torch's own on transposed logits; functions as criteria."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.losses.criteria import TokenCrossEntropy
+from gaccum_exp.core.losses.criteria import FunctionCriterion, TokenCrossEntropy
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.errors import BadInputError
 
@@ -140,3 +141,40 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_it() -> None:
     expected = torch.autograd.grad(PerPosition()(model(x), labels), list(model.parameters()))
     pairs = zip(model.parameters(), expected, strict=True)
     assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in pairs if p.grad is not None)
+
+
+def test_a_function_with_ignored_labels_is_the_large_batchs_mean_as_its_module_is() -> None:
+    """What it divides by is found out, over micro-batches whose counts differ."""
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Linear(3, CLASSES, dtype=F64),
+        torch.randn(9, 3, dtype=F64),
+        torch.arange(9) % CLASSES,
+    )
+    y[:4] = 2
+    window = [(x[:5], y[:5]), (x[5:], y[5:])]
+    options: Any = {"ignore_index": 2, "weight": WEIGHT}
+    nn.functional.cross_entropy(model(x), y, **options).backward()
+    expected = model.weight.grad
+    model.zero_grad()
+    accumulate_gradients(
+        model, FunctionCriterion(partial(nn.functional.cross_entropy, **options)), window
+    )
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("function", "takes"),
+    [
+        (nn.functional.mse_loss, True),
+        (partial(nn.functional.cross_entropy, label_smoothing=0.1), True),
+        (nn.MSELoss(), False),
+        (nn.MSELoss, False),
+        (partial(nn.CrossEntropyLoss, label_smoothing=0.1), False),
+        (lambda model, micro_batch: (model, micro_batch), False),
+        (max, False),
+    ],
+)
+def test_functions_with_reduction_are_told_from_others(function: Any, takes: bool) -> None:
+    """By what they take, partials of them too; a class makes a criterion, and is none."""
+    assert FunctionCriterion.takes(function) is takes
