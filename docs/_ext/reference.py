@@ -201,6 +201,7 @@ def of_exit_statuses() -> str:
 
 
 RETURNED = (
+    "gaccum_exp.SweepResult",
     "gaccum_exp.audit.result.Audit", "gaccum_exp.audit.result.Culprit", "gaccum_exp.audit.result.Check",
     "gaccum_exp.audit.result.ParameterError", "gaccum_exp.audit.watch.watch.Watched",
     "gaccum_exp.audit.audited_window.AuditedWindow", "gaccum_exp.memory.plan.MemoryPlan",
@@ -214,14 +215,15 @@ INTEGRATIONS = (
     "gaccum_exp.integrations.lightning.AuditCallback", "gaccum_exp.integrations.transformers.AuditCallback",
     "gaccum_exp.integrations.due.BiasedAccumulationWarning", "gaccum_exp.integrations.pytest_plugin.audit_loop",
 )  # fmt: skip
-ERRORS = ("gaccum_exp.errors.BadInputError",)
+ERRORS = ("gaccum_exp.BadInputError",)
 
 
 def of_api() -> str:
     """Return what the package exports, what that returns, and the integrations."""
-    exported = [f"gaccum_exp.{name}" for name in sorted(gaccum_exp.__all__)]
+    functions = [name for name in sorted(gaccum_exp.__all__) if name[0].islower()]
     parts = {
-        "Functions": exported, "What they return": RETURNED, "Losses and strategies of your own": LOSSES,
+        "Functions": [f"gaccum_exp.{name}" for name in functions], "What they return": RETURNED,
+        "Losses and strategies of your own": LOSSES,
         "In other frameworks": INTEGRATIONS, "Errors": ERRORS,
     }  # fmt: skip
     return "\n\n".join(f"## {title}\n\n{_documented(names)}" for title, names in parts.items())
