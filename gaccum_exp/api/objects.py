@@ -36,7 +36,7 @@ class HandedOver:
 
     overrides: dict[str, str] = field(default_factory=dict)
     """By what stands before the `=`, `+optimizer.momentum`."""
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict, repr=False)
     """By digest."""
     _trained: dict[str, Mapping[int, Any]] = field(default_factory=dict)
     """The trained tensors of each, by id."""

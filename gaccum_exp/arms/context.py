@@ -232,7 +232,7 @@ class Caller:
     """As it has written them."""
     named: tuple[str, ...] = ()
     """Its arguments by name, as they are written: `accum_steps=[1, 2]`, `model=…`."""
-    handed_over: Mapping[str, bytes] = field(default_factory=dict)
+    handed_over: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Its objects that stand for a `_target_`, by digest: see `handed_over`."""
 
     def call(self, *more: str) -> str:

@@ -116,7 +116,7 @@ class Packed:
 
     name: str
     digest: str
-    content: bytes
+    content: bytes = field(repr=False)
     """Of its file."""
     trained: Mapping[int, Any] = field(repr=False)
     """The tensors in it that require a gradient, by id."""
