@@ -5,7 +5,7 @@ What each may be is checked here, where the caller is told; what it does, in the
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gaccum_exp.arms.handed_over import (
     CALLED,
+    CALLED_WITH_NAMES,
     ITSELF,
     Packed,
     address_of,
@@ -86,6 +87,10 @@ class HandedOver:
             )
         self.overrides["optimizer"] = "custom"
         self._add("optimizer", optimizer, is_called=True)
+        if self.overrides["optimizer._target_"] == CALLED and "named_parameters" in _arguments(
+            optimizer
+        ):
+            self.overrides["optimizer._target_"] = CALLED_WITH_NAMES
         rate = self.overrides.pop("+optimizer.lr", None) or _default_rate(optimizer)
         key = "~optimizer.lr" if rate is None else "optimizer.lr"
         self.overrides[key] = rate or ""
@@ -182,27 +187,29 @@ def _default_rate(optimizer: Callable[..., Any]) -> str | None:
     """Return the learning rate that a callable takes by default, as it is written; None: it has none."""
     if address_of(optimizer.func if isinstance(optimizer, functools.partial) else optimizer) is None:
         return None  # of its own code
+    rate = _arguments(optimizer).get("lr", inspect.Parameter.empty)
     try:
-        rate = inspect.signature(optimizer).parameters["lr"].default
         return None if rate is inspect.Parameter.empty else written(rate)
-    except (KeyError, TypeError, ValueError):
+    except TypeError:  # a tensor
         return None
+
+
+def _arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a callable takes, by name, with its defaults; nothing where it does not say."""
+    try:
+        return {name: of.default for name, of in inspect.signature(function).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _how_made(optimizer: torch.optim.Optimizer) -> str:
     """Return the code that makes an optimizer like this one: what its class is not given by default."""
     kind = type(optimizer)
-    known = inspect.signature(kind).parameters
-    given = ", ".join(f"{name}={value!r}" for name, value in _given(optimizer) if name in known)
+    known = _arguments(kind)
+    own = ((name, value) for name, value in optimizer.defaults.items() if name in known)
+    given = ", ".join(f"{name}={value!r}" for name, value in own if not _same(value, known[name]))
     name = address_of(kind) or kind.__qualname__
     return f"functools.partial({name}, {given})" if given else name
-
-
-def _given(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, object]]:
-    known = inspect.signature(type(optimizer)).parameters
-    for name, value in optimizer.defaults.items():
-        if name in known and not _same(value, known[name].default):
-            yield name, value
 
 
 def _same(one: object, other: object) -> bool:

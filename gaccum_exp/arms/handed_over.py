@@ -31,7 +31,9 @@ from gaccum_exp.config.targets import object_at
 from gaccum_exp.errors import BadInputError, in_a_line, text_of
 
 FOLDER = "handed_over"
-ITSELF, CALLED = (f"{__name__}.{name}" for name in ("itself", "called"))
+ITSELF, CALLED, CALLED_WITH_NAMES = (
+    f"{__name__}.{name}" for name in ("itself", "called", "called_with_names")
+)
 """The `_target_`s of an object that is handed over: it is what is meant, or it makes that."""
 _folder: ContextVar[Path | None] = ContextVar("handed_over", default=None)
 """Where the arm in hand finds what its sweep was handed over."""
@@ -62,6 +64,11 @@ def itself(*, name: str, digest: str) -> Any:
 def called(*args: Any, name: str, digest: str, **options: Any) -> Any:
     """Call a copy of a function or a class that was handed over; arguments as of `itself`."""
     return itself(name=name, digest=digest)(*args, **options)
+
+
+def called_with_names(named_parameters: Any, *, name: str, digest: str, **options: Any) -> Any:
+    """Call a copy of what makes an optimizer of pairs (name, parameter); arguments as of `itself`."""
+    return itself(name=name, digest=digest)(named_parameters=named_parameters, **options)
 
 
 @contextmanager

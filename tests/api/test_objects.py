@@ -3,6 +3,7 @@
 import functools
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,28 @@ def test_what_cannot_be_handed_over_is_refused_with_the_way_out(
         added(**objects)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_an_optimizer_that_asks_for_names_is_given_pairs(tmp_path: Path) -> None:
+    """As a target does that has an argument `named_parameters`; its other options are keys."""
+
+    def no_decay(named_parameters: list[tuple[str, Tensor]], lr: float) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p], "weight_decay": 0.1 * (name != "bias")} for name, p in named_parameters
+        ]
+        return torch.optim.SGD(groups, lr=lr)
+
+    given = added(optimizer=no_decay)
+    target, digest = (given.overrides[key] for key in ("optimizer._target_", "+optimizer.digest"))
+    assert target == handed_over.CALLED_WITH_NAMES
+    handed_over.write(tmp_path, given.objects)
+    with handed_over.looked_for_in(tmp_path):
+        pairs = list(nn.Linear(2, 1).named_parameters())
+        made = handed_over.called_with_names(pairs, name="a", digest=digest.strip("'"), lr=0.5)
+    assert [(group["weight_decay"], group["lr"]) for group in made.param_groups] == [
+        (0.1, 0.5),
+        (0, 0.5),
+    ]
 
 
 def test_a_target_whose_sweep_is_over_says_so() -> None:
