@@ -83,11 +83,11 @@ class SweepStart(Callback):
         overrides = [*configured, *given]
         swept = [o.get_key_element().lstrip("+") for o in (*given, *configured) if o.is_sweep_override()]
         _refuse_places(config)
-        _refuse_hidden_files(config, overrides)
         check_figures(
             cast(FiguresConfig, OmegaConf.to_object(config.figures))
         )  # of the sweep, and of no arm
         planned = _arms_of(config, overrides)
+        _refuse_hidden_files(config, overrides)
         command_id = str(config.sweep_id)
         before, command = continued.asked_for(config, overrides, command_id), current_command.get()
         if before is not None:
@@ -250,13 +250,13 @@ def _refuse_hidden_files(config: DictConfig, overrides: Sequence[Override] = ())
         if s.schema in ("file", "pkg") and s.provider != "hydra"
     ]
     own = [source for source in sources if source.path not in ours]
-    chosen = {f"{group}/{name}": f"{group}={name}" for group, name in runtime.choices.items()}
-    for override in overrides:
-        if override.is_discrete_sweep() and "." not in (group := override.get_key_element()):
-            named = list(override.sweep_string_iterator())
-            chosen |= {f"{group}/{name}": f"{group}={name}" for name in named}
     if not own:
         return
+    chosen = {f"{group}/{name}": f"{group}={name}" for group, name in runtime.choices.items()}
+    for override in overrides:
+        if override.is_discrete_sweep() and (group := override.get_key_element()) in runtime.choices:
+            named = override.sweep_string_iterator()
+            chosen |= {f"{group}/{name}": f"{group}={name}" for name in named}
     for path, said in {**chosen, primary: f"--config-name={primary}"}.items():
         first = next((source for source in sources if source.is_config(path)), None)
         hidden = next((source for source in own if source.is_config(path)), None)
