@@ -15,6 +15,7 @@ from gaccum_exp.audit.watch.tape import Observations, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
 from gaccum_exp.audit.watch.watch import watch
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.errors import first_line
 
 IN_VAIN = 3
 """So often at most the end is raised in a script that swallows it."""
@@ -143,8 +144,8 @@ class CheckedLoop(watch):
         micro_batches = seen.tape.micro_batches()
         try:
             layout = sample_readings(micro_batches, self._dim)[0]
-        except ValueError as error:
-            group.not_captured = str(error)
+        except Exception as error:  # the script must go on, whatever happens here
+            group.not_captured = first_line(error)
             group.sizes.append([])
             return
         group.sizes.append(list(layout.sizes))
