@@ -181,7 +181,7 @@ class _Check:
             why = f"{type(error).__name__}: {first_line(error)}"
             print(f"Memory and time: not known, the window could not be run at another N ({why}).")
             return
-        print("\n".join(cost(plan, group)))
+        print("\n".join(cost(plan, group, compiled=self._loop.compiled)))
 
     def _end_on_the_spot(self) -> NoReturn:
         """End a script that goes on though it was ended."""

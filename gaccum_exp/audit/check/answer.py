@@ -72,7 +72,7 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> st
     return f"Not seen: the rest of the epoch, of {windows} windows like these."
 
 
-def cost(plan: MemoryPlan, group: Group) -> Iterator[str]:
+def cost(plan: MemoryPlan, group: Group, *, compiled: bool) -> Iterator[str]:
     """Yield the lines on memory and time."""
     yield f"Which N fits? Predicted for {plan.device}, a window of {plan.global_batch_size} samples."
     yield plan.fit()
@@ -80,9 +80,11 @@ def cost(plan: MemoryPlan, group: Group) -> Iterator[str]:
     if any(row.time for row in plan.rows):
         yield ""
         yield from plan.time_lines()
-    if plan.notes or group.beside:
+    if plan.notes or group.beside or compiled:
         yield ""
     yield from plan.notes
+    if compiled:
+        yield "Run without torch.compile, for memory and time."
     if group.beside:
         yield f"Not counted: what runs beside the model ({', '.join(group.beside)})."
 

@@ -1,7 +1,8 @@
 """Watch the loop of a script, note what is judged, and end the script once that is enough."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -82,6 +83,14 @@ class CheckedLoop(watch):
         """How often the script was ended."""
         self.steps = 0
         """Optimizer steps taken, judged or not."""
+        self.compiled = False
+        """Whether torch.compile compiled the model as a whole."""
+
+    def _found(
+        self, called: nn.Module | None, optimizers: Sequence[Any], frame: FrameType | None = None
+    ) -> None:
+        self.compiled |= type(called).__name__ == "OptimizedModule"
+        super()._found(called, optimizers, frame)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         assert self._finder is not None
@@ -163,7 +172,8 @@ def _names(of: list[Any]) -> list[str]:
     variables = _variables()
     found = []
     for each in of:
-        kind, name = type(unwrapped(each)).__name__, variables.get(id(each))
+        each = unwrapped(each)
+        kind, name = type(each).__name__, variables.get(id(each))
         found.append(f"{name} ({kind})" if name else kind)
     return list(dict.fromkeys(found))
 
@@ -178,7 +188,7 @@ def _variables() -> dict[int, str]:
             held = {**frame.f_globals, **frame.f_locals} if name == "__main__" else frame.f_locals
             for key, value in held.items():
                 if isinstance(value, (nn.Module, Optimizer)) and key != "self":
-                    found.setdefault(id(value), key)
+                    found.setdefault(id(unwrapped(value)), key)
         frame = frame.f_back
     return found
 
