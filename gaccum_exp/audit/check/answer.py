@@ -1,11 +1,15 @@
 """The answer of a check, as text: what was found, the verdict, the memory and the time of other N."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from gaccum_exp.audit.check.checked_loop import CheckedLoop, Epoch, Group
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.audit.watch.watch import Watched
 from gaccum_exp.memory.plan import MemoryPlan
+
+IN_A_CONFIGURATION = re.compile(r" \(in a configuration: [\w.=]+\)|; in a configuration: [\w.=]+")
+"""What a remedy says to those who have no script, but a configuration of ours."""
 
 
 def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
@@ -19,7 +23,7 @@ def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
         yield from found(group, audits)
         yield ""
         yield _said(worst(audits))
-        yield worst(audits).report()
+        yield IN_A_CONFIGURATION.sub("", worst(audits).report())
         yield from _beside(group, audits)
         yield ""
     if watched.left_over and not loop.raised:
