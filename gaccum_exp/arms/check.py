@@ -131,7 +131,8 @@ class _Check:
         judged = len(watched.windows)
         how = "ended by itself"
         if loop.raised:
-            how = f"was ended after {_windows(judged)}, as --windows {self._given.windows} asks"
+            each = " of each optimizer" if len(loop.groups) > 1 else ""
+            how = f"was ended after {_windows(judged)}, as --windows {self._given.windows}{each} asks"
         print(f"\ngaccum_exp check: {self._name} {how}.\n")
         print("\n".join(answer(loop, watched)))
         if not watched.windows:
