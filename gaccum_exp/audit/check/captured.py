@@ -134,7 +134,8 @@ class StepsAtAnyN:
             with meter.phase(FORWARD_BACKWARD):
                 metered = meter.loss_fn(loss_fn)
                 for micro_batch in window:
-                    torch.autograd.backward(metered(root, micro_batch)[0])
+                    result: Any = metered(root, micro_batch)
+                    torch.autograd.backward(result[0])
             with meter.phase(OPTIMIZER_STEP):
                 for optimizer in copied:
                     optimizer.step()

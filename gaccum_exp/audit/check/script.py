@@ -77,8 +77,8 @@ def require(target: str, *, module: bool) -> None:
 
 def of_the_script(trace: TracebackType | None) -> TracebackType | None:
     """Return a traceback from the script on, without frames of ours unless it ends in one."""
-    frames, whole = [], trace
-    mine = False
+    frames: list[TracebackType] = []
+    whole, mine = trace, False
     while trace is not None:
         code = trace.tb_frame.f_code
         ours = OURS in Path(code.co_filename).resolve().parents

@@ -9,6 +9,8 @@ from gaccum_exp.cli import main
 SCRIPTS = Path(__file__).with_name("scripts")
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's own, as in its tests
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize(
     ("package", "arguments", "status", "said"),
     [
