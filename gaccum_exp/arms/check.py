@@ -1,7 +1,8 @@
 """`gaccum_exp check train.py --its --arguments`: is this script's accumulation the large batch?
 
-Runs the script as it is in this process, finds its model, loss and optimizer by what steps, judges the first
-windows, ends it there, and prints one answer: the verdict, the smallest N that fits, and what each N costs.
+Runs the script as it is in this process, finds its model, loss and optimizer by what steps, judges the
+first windows, ends it there, and prints one answer: the verdict, the smallest N that fits, and what
+each N costs.
 """
 
 import argparse
@@ -16,7 +17,10 @@ from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
 if TYPE_CHECKING:
     from gaccum_exp.audit.watch.watch import Watched
 
-EXIT = "exit status: 0 the large batch; 1 the script failed; 2 bad usage; 3 biased; 4 stochastic; 5 inconclusive"
+STATUS = (
+    "exit status: 0 it is the large batch; 1 the script failed; 2 bad usage; 3 biased; 4 stochastic; "
+    "5 inconclusive; a status of the script's own is passed on"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Arguments(
-        prog="gaccum_exp check", description=__doc__, epilog=EXIT, allow_abbrev=False,
+        prog="gaccum_exp check", description=__doc__, epilog=STATUS, allow_abbrev=False,
         usage="gaccum_exp check [options] script.py [its arguments]\n"
         "       gaccum_exp check [options] -m package.module [its arguments]",
     )  # fmt: skip
@@ -62,8 +66,8 @@ def _refuse_several_processes() -> None:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks not in ("", "1"):
         raise BadInputError(
-            f"WORLD_SIZE={ranks}: a window would be the micro-batches of all processes, and this one sees "
-            "its own alone; check the script in one process, without torchrun (unset WORLD_SIZE)"
+            f"WORLD_SIZE={ranks}: a window would be the micro-batches of all processes, and this one "
+            "sees its own alone; check the script in one process, without torchrun (unset WORLD_SIZE)"
         )
 
 
@@ -82,8 +86,8 @@ class _Check:
         from gaccum_exp.audit.check import script
         from gaccum_exp.audit.check.checked_loop import CheckEndedError
 
-        failed = status = OK
         run: Callable[[str], None] = script.run_module if self._given.module else script.run_file
+        status = OK
         try:
             with self._loop as self._watched:
                 run(self._given.target)
@@ -91,25 +95,24 @@ class _Check:
             pass
         except SystemExit as end:
             self._let_children_go(end)
-            if not self._watched.windows:
+            if not self._watched.windows and end.code:
                 raise
-            status = end.code if isinstance(end.code, int) else RUN_FAILED if end.code else OK
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
+            status = end.code if isinstance(end.code, int) else RUN_FAILED if end.code else OK
         except BaseException as error:
             self._let_children_go(error)
-            failed = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RUN_FAILED
             error = error.with_traceback(script.of_the_script(error.__traceback__))
             sys.excepthook(type(error), error, error.__traceback__)
+            status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RUN_FAILED
             judged = len(self._watched.windows)
-            windows = (
-                f"after {judged} of {self._given.windows} windows" if judged else "before any window"
-            )
-            complain(f"{self._name} failed by itself, {windows} was judged")
-            if not judged or failed == INTERRUPTED:
-                return failed
+            when = f"after {_windows(judged)} of {self._given.windows}" if judged else "before a step"
+            complain(f"{self._name} failed by itself, {when} was judged")
+            if not judged or status == INTERRUPTED:
+                return status
         _flush()
-        return failed or status or self._answered()
+        answered = self._answered()
+        return status or answered
 
     @property
     def _name(self) -> str:
@@ -128,7 +131,8 @@ class _Check:
         judged = len(watched.windows)
         how = "ended by itself"
         if loop.raised:
-            how = f"was ended after {judged} window{'s' * (judged > 1)}, as --windows {self._given.windows} asks"
+            each = " of each optimizer" if len(loop.groups) > 1 else ""
+            how = f"was ended after {_windows(judged)}, as --windows {self._given.windows}{each} asks"
         print(f"\ngaccum_exp check: {self._name} {how}.\n")
         print("\n".join(answer(loop, watched)))
         if not watched.windows:
@@ -147,12 +151,12 @@ class _Check:
         children = os.times()
         if children.children_user + children.children_system > 0.5:
             return (
-                "It has run processes of its own, in which nothing is seen: let it train in one process, or "
+                "It has run processes of its own, in which nothing is seen: let it train in one, or "
                 "put `with gaccum_exp.watch():` around the training step there."
             )
         return (
-            "Only steps of torch.optim.Optimizer and its subclasses are seen, in the main thread: put the "
-            "update into one, or call gaccum_exp.accumulate_gradients in its place."
+            "Only steps of torch.optim.Optimizer and its subclasses are seen, in the main thread: "
+            "put the update into one, or accumulate by gaccum_exp.accumulate_gradients."
         )
 
     def _print_cost(self) -> None:
@@ -178,17 +182,19 @@ class _Check:
             why = f"{type(error).__name__}: {first_line(error)}"
             print(f"Memory and time: not known, the window could not be run at another N ({why}).")
             return
-        print("\n".join(cost(plan, group)))
+        print("\n".join(cost(plan, group, compiled=self._loop.compiled)))
 
     def _end_on_the_spot(self) -> NoReturn:
         """End a script that goes on though it was ended."""
         self._watched.left_over = 0
         status = self._answered()
-        print(
-            "The script swallowed its end (`except BaseException`, or a bare `except`): the process ends."
-        )
+        print("The script swallows its end (a bare `except`): the process is ended in its midst.")
         _flush()
         os._exit(status)
+
+
+def _windows(count: int) -> str:
+    return f"{count} window{'s' * (count != 1)}"
 
 
 def _flush() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gaccum_exp.errors import BadInputError, nearest
 
-WORDS = ("report", "deliver")
+WORDS = ("check", "report", "deliver")
 """Commands beside the runner."""
 _FLAGS: dict[str, tuple[str, str]] = {
     "--help": ("-h", ""),

@@ -1,11 +1,15 @@
 """The answer of a check, as text: what was found, the verdict, the memory and the time of other N."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from gaccum_exp.audit.check.checked_loop import CheckedLoop, Epoch, Group
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.audit.watch.watch import Watched
 from gaccum_exp.memory.plan import MemoryPlan
+
+IN_A_CONFIGURATION = re.compile(r" \(in a configuration: [\w.=]+\)|; in a configuration: [\w.=]+")
+"""What a remedy says to those who have no script, but a configuration of ours."""
 
 
 def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
@@ -18,7 +22,8 @@ def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
         audits = [watched.windows[place] for place in group.windows]
         yield from found(group, audits)
         yield ""
-        yield worst(audits).report()
+        yield _said(worst(audits))
+        yield IN_A_CONFIGURATION.sub("", worst(audits).report())
         yield from _beside(group, audits)
         yield ""
     if watched.left_over and not loop.raised:
@@ -46,6 +51,7 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> st
     """Return a sentence on what lies beyond the windows that were judged."""
     n = max((len(sizes) for group in groups for sizes in group.sizes), default=0) or 1
     judged = max(len(group.windows) for group in groups)
+    passes = max(sum(map(len, group.sizes)) for group in groups)
     if not ended:
         return f"Seen: the whole script, of whose windows {judged} were judged."
     if epoch is None:
@@ -53,34 +59,51 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> st
     if epoch.micro_batches is None:
         return "Not seen: the end of an epoch, as the data does not tell its length."
     windows, left = divmod(epoch.micro_batches, n)
-    if judged * n >= epoch.micro_batches + (n if left else 0):
+    if passes >= epoch.micro_batches + (n if left else 0):
         return "Seen: an epoch to its end."
-    more = f"--windows {windows + (1 if left else 0) + (1 if left else 0)}"
+    more = f"--windows {windows + 2 * (left > 0)}"
     if left:
         return (
             f"Not seen: the end of the epoch, whose {epoch.micro_batches} micro-batches are no multiple "
-            f"of N = {n}: {left} {'are' if left > 1 else 'is'} left over. Often they are stepped on with "
-            f"the wrong divisor, or leak into the next epoch: {more} shows what becomes of them."
+            f"of N = {n}: {left} {'are' if left > 1 else 'is'} left over. Often what is left is divided "
+            f"by N all the same, or leaks into the next epoch: {more} shows what becomes of it."
         )
     if epoch.last_samples is not None:
         return (
-            f"Not seen: the last micro-batch of the epoch, with {epoch.last_samples} samples where others "
-            f"have {epoch.samples}: {more} shows whether its mean counts as much as theirs."
+            f"Not seen: the last micro-batch of the epoch, with {epoch.last_samples} samples where "
+            f"others have {epoch.samples}: {more} shows whether its mean counts as much as theirs."
         )
     return f"Not seen: the rest of the epoch, of {windows} windows like these."
 
 
-def cost(plan: MemoryPlan, group: Group) -> Iterator[str]:
+def cost(plan: MemoryPlan, group: Group, *, compiled: bool) -> Iterator[str]:
     """Yield the lines on memory and time."""
-    yield f"Memory, predicted for {plan.device} and a window of {plan.global_batch_size} samples"
+    yield f"Which N fits? Predicted for {plan.device}, a window of {plan.global_batch_size} samples."
     yield plan.fit()
     yield from plan.advice_lines()
-    yield ""
     if any(row.time for row in plan.rows):
+        yield ""
         yield from plan.time_lines()
+    if plan.notes or group.beside or compiled:
+        yield ""
     yield from plan.notes
+    if compiled:
+        yield "Run without torch.compile, for memory and time."
     if group.beside:
-        yield f"Without what {', '.join(group.beside)} beside the model take{'s' * (len(group.beside) < 2)}."
+        yield f"Not counted: what runs beside the model ({', '.join(group.beside)})."
+
+
+def _said(audit: Audit) -> str:
+    """Return the verdict as a sentence."""
+    if audit.verdict in ("identical", "equivalent"):
+        rounding = "bit for bit" if audit.verdict == "identical" else "but for rounding"
+        return f"Yes: what reached the optimizer is the large batch's gradient, {rounding}."
+    if audit.verdict == "biased":
+        off = "" if audit.e is None else f": it is {audit.e:.2g} × its norm away"
+        return f"No: what reached the optimizer is not the large batch's gradient{off}."
+    if audit.verdict == "stochastic":
+        return "Yes, but for the random numbers that are drawn: with these held, it is the same."
+    return "Not known whether it is the large batch's gradient:"
 
 
 def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:

@@ -85,6 +85,11 @@ class StepsAtAnyN:
     def __exit__(self, *error: Any) -> None:
         self._scope.close()
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all micro-batches have the same shapes, but for how many samples they hold."""
+        return _Pattern(self.window).uniform
+
     def real(self, *, whole: bool = False) -> MeteredStep:
         """Return the step on real copies; its windows are `whole`, or have what decides their peak."""
         return self._step(None, None, whole=whole)
@@ -129,7 +134,8 @@ class StepsAtAnyN:
             with meter.phase(FORWARD_BACKWARD):
                 metered = meter.loss_fn(loss_fn)
                 for micro_batch in window:
-                    torch.autograd.backward(metered(root, micro_batch)[0])
+                    result: Any = metered(root, micro_batch)
+                    torch.autograd.backward(result[0])
             with meter.phase(OPTIMIZER_STEP):
                 for optimizer in copied:
                     optimizer.step()
@@ -157,10 +163,15 @@ class _Pattern:
         alike = len({len(given) for given in every}) == 1
         self._inputs = [
             _Input(
-                tensor, mates, self._size, window.dim, [each[k][0] for each in every] if alike else [],
+                tensor, mates, self._size, window.dim, [each[k][0] for each in every] if alike else []
             )
             for k, (tensor, mates) in enumerate(every[which])
         ]  # fmt: skip
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all micro-batches have the same shapes, but for how many samples they hold."""
+        return all(given.uniform for given in self._inputs)
 
     def micro_batches(self, sizes: Sequence[int]) -> list[list[Tensor]]:
         """Return micro-batches of so many samples: the tensors that the pattern's calls are given."""
@@ -220,12 +231,13 @@ class _Input:
             if length in mates or (len(others) > 1 and not same):
                 self.dim, self.per_sample = 0, length // size
         self._all = tensor
+        self.uniform = all(_like(t, tensor, self.dim) for t in others)
         if self.dim is not None:
             pool = [t for t in others if t is not tensor and _like(t, tensor, self.dim)]
             self._all = torch.cat([tensor, *pool], self.dim) if pool else tensor
 
     def rows(self, start: int, size: int) -> Tensor:
-        """Return the rows of so many samples from a place in the window on; it begins anew at its end."""
+        """Return the rows of so many samples from a place on; past the window's end it begins anew."""
         if self.dim is None:
             return self._first
         every, by = self._all, self.per_sample
@@ -277,7 +289,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(torch.equal(one, other))
 
 
-def _like(tensor: Tensor, first: Tensor, dim: int) -> bool:
+def _like(tensor: Tensor, first: Tensor, dim: int | None) -> bool:
+    """Whether two tensors differ in the length of this dimension at most."""
     shapes = [[n for d, n in enumerate(t.shape) if d != dim] for t in (tensor, first)]
     return shapes[0] == shapes[1] and tensor.dtype == first.dtype
 

@@ -1,7 +1,8 @@
 """Watch the loop of a script, note what is judged, and end the script once that is enough."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from gaccum_exp.audit.watch.tape import Observations, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
 from gaccum_exp.audit.watch.watch import watch
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.errors import first_line
 
 IN_VAIN = 3
 """So often at most the end is raised in a script that swallows it."""
@@ -81,6 +83,14 @@ class CheckedLoop(watch):
         """How often the script was ended."""
         self.steps = 0
         """Optimizer steps taken, judged or not."""
+        self.compiled = False
+        """Whether torch.compile compiled the model as a whole."""
+
+    def _found(
+        self, called: nn.Module | None, optimizers: Sequence[Any], frame: FrameType | None = None
+    ) -> None:
+        self.compiled |= type(called).__name__ == "OptimizedModule"
+        super()._found(called, optimizers, frame)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         assert self._finder is not None
@@ -143,8 +153,8 @@ class CheckedLoop(watch):
         micro_batches = seen.tape.micro_batches()
         try:
             layout = sample_readings(micro_batches, self._dim)[0]
-        except ValueError as error:
-            group.not_captured = str(error)
+        except Exception as error:  # the script must go on, whatever happens here
+            group.not_captured = first_line(error)
             group.sizes.append([])
             return
         group.sizes.append(list(layout.sizes))
@@ -162,7 +172,8 @@ def _names(of: list[Any]) -> list[str]:
     variables = _variables()
     found = []
     for each in of:
-        kind, name = type(unwrapped(each)).__name__, variables.get(id(each))
+        each = unwrapped(each)
+        kind, name = type(each).__name__, variables.get(id(each))
         found.append(f"{name} ({kind})" if name else kind)
     return list(dict.fromkeys(found))
 
@@ -177,7 +188,7 @@ def _variables() -> dict[int, str]:
             held = {**frame.f_globals, **frame.f_locals} if name == "__main__" else frame.f_locals
             for key, value in held.items():
                 if isinstance(value, (nn.Module, Optimizer)) and key != "self":
-                    found.setdefault(id(value), key)
+                    found.setdefault(id(unwrapped(value)), key)
         frame = frame.f_back
     return found
 

@@ -33,6 +33,12 @@ def cost_of(window: CapturedWindow, budget_gib: float | None, *, equal_parts: bo
         planner = Planner(source, samples, equal_parts=equal_parts, notes=notes)
         shown = {own, *(n for n in TIMED if n <= samples and not (equal_parts and samples % n))}
         plan = replace(planner.plan(str(device), budget, shown), in_code=True)
+        if equal_parts and any(samples % n for n in TIMED):
+            note = f"N that do not divide {samples} are left out: a mean of means needs equal parts."
+            plan = replace(plan, notes=(*plan.notes, note))
+        if not steps.uniform:
+            note = "Micro-batches differ in shape: all samples have that of the largest here."
+            plan = replace(plan, notes=(*plan.notes, note))
         if isinstance(source, Predicted):
             plan = with_advice(plan, steps.fake)
         return with_times(plan, steps.real(whole=True), [own])

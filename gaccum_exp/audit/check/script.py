@@ -12,6 +12,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import TracebackType
 
+from gaccum_exp.audit.watch.calls import PASSING_ON
 from gaccum_exp.errors import BadInputError
 
 OURS = Path(__file__).resolve().parents[2]
@@ -75,15 +76,17 @@ def require(target: str, *, module: bool) -> None:
 
 
 def of_the_script(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback that begins in the script, and is without frames of ours, unless it ends there."""
-    frames, ours, whole = [], False, trace
+    """Return a traceback from the script on, without frames of ours unless it ends in one."""
+    frames: list[TracebackType] = []
+    whole, mine = trace, False
     while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        ours = OURS in Path(name).resolve().parents
-        if not ours and (frames or "runpy" not in name):
+        code = trace.tb_frame.f_code
+        ours = OURS in Path(code.co_filename).resolve().parents
+        mine = ours and code not in PASSING_ON
+        if not ours and (frames or "runpy" not in code.co_filename):
             frames.append(trace)
         trace = trace.tb_next
-    if ours:
+    if mine:
         return whole
     found: TracebackType | None = None
     for each in reversed(frames):

@@ -23,7 +23,7 @@ from torch.utils.hooks import unserializable_hook
 
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
-from gaccum_exp.audit.watch.moving_state import writes
+from gaccum_exp.audit.watch.moving_state import MovingState, writes
 from gaccum_exp.audit.watch.scalars import call_site, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
@@ -472,6 +472,16 @@ class _Operations(TorchFunctionMode):
         if self._idle():
             return func(*args, **kwargs)
         return self._run(func, args, kwargs)
+
+
+PASSING_ON = frozenset(
+    function.__code__
+    for function in (
+        *(_Operations.__torch_function__, TracedCalls._operation),
+        *(MovingState.run, MovingState._run_writing),
+    )
+)
+"""The code by which the loop's operations are passed on, with the errors that they raise."""
 
 
 def operations_unseen() -> ModesOff:

@@ -138,15 +138,14 @@ def owner_of(parameters: Iterable[Any], called: Any) -> nn.Module | None:
     def held(module: nn.Module) -> set[int]:
         return {id(p) for p in module.parameters()} & wanted
 
-    if called is not None:
-        called = unwrapped(called)
-        if held(called) == wanted:
-            return called
+    first: nn.Module | None = unwrapped(called)
+    if first is not None and held(first) == wanted:
+        return first
     every = [m for m in _alive(nn.Module) if hasattr(m, "_modules") and type(m).__name__ not in WRAPPERS]
     inside = {id(child) for m in every for child in m._modules.values() if child is not None}
     roots = [(held(m), list(m.modules()), m) for m in every if id(m) not in inside]
     # Of several that hold the same (an average of the weights holds the model, too) the smallest.
-    roots.sort(key=lambda root: (-len(root[0]), all(m is not called for m in root[1]), len(root[1])))
+    roots.sort(key=lambda root: (-len(root[0]), all(m is not first for m in root[1]), len(root[1])))
     chosen: list[nn.Module] = []
     for own, _, root in roots:
         if own & wanted:

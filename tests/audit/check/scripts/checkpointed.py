@@ -30,8 +30,8 @@ torch.manual_seed(0)
 net = Net()
 optimizer = torch.optim.AdamW(net.parameters())
 x, y = torch.randn(27, 16), torch.randn(27, 1)
-for step in range(4):
-    batches = list(zip(x.split(8), y.split(8)))
+for _step in range(4):
+    batches = list(zip(x.split(8), y.split(8), strict=True))
     for inputs, target in batches:
         loss = ((net(inputs) - target) ** 2).mean() / len(batches)
         loss.backward()

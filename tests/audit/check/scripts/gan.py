@@ -11,7 +11,7 @@ opt_d = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
 bce = nn.BCEWithLogitsLoss()
 accum = 3
 
-for step in range(6):
+for _step in range(6):
     opt_d.zero_grad()
     for _ in range(accum):
         real, noise = torch.randn(8, 6), torch.randn(8, 4)

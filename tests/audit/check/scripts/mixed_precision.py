@@ -10,7 +10,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
-for step in range(5):
+for _step in range(5):
     for _ in range(4):
         x, y = torch.randn(8, 6), torch.randn(8, 3)
         with torch.autocast("cpu", dtype=dtype):

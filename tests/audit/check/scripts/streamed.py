@@ -35,7 +35,9 @@ optimizer = torch.optim.AdamW(model.parameters())
 accum = 4
 for i, batch in enumerate(DataLoader(Documents(), batch_size=2, collate_fn=collate), start=1):
     logits = model(batch["tokens"])
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100
+    )
     (loss / accum).backward()
     if i % accum == 0:
         optimizer.step()

@@ -1,0 +1,268 @@
+"""`gaccum_exp check` on scripts as people write them, in this process where that can show it."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from gaccum_exp.audit.check.answer import not_seen
+from gaccum_exp.audit.check.checked_loop import Epoch, Group
+from gaccum_exp.cli import main
+from tests.support import ROOT
+
+SCRIPTS = Path(__file__).with_name("scripts")
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Check:
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(self, *arguments: str, cost: bool = False) -> Said:
+        """Check a script; of several words the first that ends in .py is one of ours."""
+        self._capture.readouterr()
+        given = [str(SCRIPTS / a) if a.endswith(".py") and "/" not in a[:1] else a for a in arguments]
+        status = main(["check", *([] if cost else ["--no-cost"]), *given])
+        return Said(status, *self._capture.readouterr())
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Check]:
+    argv, path, hidden = list(sys.argv), list(sys.path), sys.modules["__main__"]
+    yield Check(capsys)
+    assert (sys.argv, sys.path, sys.modules["__main__"]) == (argv, path, hidden)
+
+
+def script(folder: Path, *lines: str) -> str:
+    """Write a script that trains a model of two numbers; return its path."""
+    path = folder / "script.py"
+    head = ("import torch", "model = torch.nn.Linear(2, 1)", "x = torch.randn(4, 2)")
+    path.write_text("\n".join([*head, *lines]) + "\n")
+    return str(path)
+
+
+STEP = (
+    "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+    "def step():",
+    "    for _ in range(2):",
+    "        (model(x).square().mean() / 2).backward()",
+    "    optimizer.step()",
+    "    optimizer.zero_grad()",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["plain.py"], 0, ["model (Sequential), 195", "optimizer (AdamW)", "equivalent (N = 4, mean)"]),
+        (["mixed_precision.py", "fp16"], 0, ["equivalent (N = 4", "mse_loss"]),
+        (
+            ["gan.py"],
+            0,
+            ["discriminator (Sequential), 129", "generator (Sequential)", "opt_g (Adam)"],
+        ),
+        (["checkpointed.py"], 3, ["unequal denominators", "hold 8, 8, 8, 3 samples"]),
+    ],
+)
+def test_a_script_gets_the_right_verdict(
+    check: Check, arguments: list[str], status: int, said: list[str]
+) -> None:
+    """With what was found said first: model, loss, optimizer and windows."""
+    found = check("--windows", "1", *arguments)
+    assert found.status == status, found.out
+    assert [word for word in said if word not in found.out] == [], found.out
+    assert "was ended after" in found.out
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "remedy"),
+    [
+        ("not_divided", "loss scale", "the loss is not divided by N"),
+        ("no_zero_grad", "stale or missing gradients", "call zero_grad before the window's first"),
+        ("off_by_one", "loss scale", "1 micro-batches, each divided by 4"),
+        ("batch_norm", "batch statistics at 1 (BatchNorm1d)", "GroupNorm"),
+    ],
+)
+def test_a_planted_fault_is_named(check: Check, fault: str, cause: str, remedy: str) -> None:
+    """The script is biased, with the cause and what to do."""
+    windows = "2" if fault == "no_zero_grad" else "1"
+    found = check("--windows", windows, "plain.py", "--fault", fault)
+    assert found.status == 3
+    assert f"cause: {cause}" in found.out
+    assert remedy in found.out
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own hint
+def test_what_is_wrong_beside_the_gradient_is_said(check: Check) -> None:
+    """A schedule stepped in every micro-batch, and a reported loss that is the last micro-batch's."""
+    found = check("plain.py", "--fault", "schedule")
+    assert found.status == 0
+    assert "schedule: the learning-rate schedule was stepped 3 times inside the window" in found.out
+    assert "reported loss: of the window's losses only the last" in found.out
+
+
+@pytest.mark.parametrize(
+    ("epoch", "said"),
+    [
+        (None, "no data loader was read"),
+        (Epoch(None), "does not tell its length"),
+        (Epoch(10), "no multiple of N = 4: 2 are left over"),
+        (Epoch(12, last_samples=4, samples=8), "with 4 samples where others have 8: --windows 3"),
+        (Epoch(400), "the rest of the epoch, of 100 windows"),
+        (Epoch(8), "Seen: an epoch to its end"),
+    ],
+)
+def test_what_two_windows_do_not_show_is_said(epoch: Epoch | None, said: str) -> None:
+    """The leak or the wrong divisor at an epoch's end, a short last micro-batch."""
+    group = Group([], [], [], 1, windows=[0, 1], sizes=[[8] * 4, [8] * 4])
+    assert said in not_seen(epoch, [group], ended=True)
+
+
+def test_the_leak_of_an_epochs_rest_is_named_where_it_is_reached(check: Check) -> None:
+    """Ten micro-batches of N = 4: the window after the epoch's end has six."""
+    found = check("--windows", "3", "plain.py", "--samples", "80")
+    assert found.status == 3
+    assert "an earlier window's gradients were left over" in found.out
+
+
+def test_several_files_with_arguments_run_as_they_would(check: Check, tmp_path: Path) -> None:
+    """A package and a module beside the script, a required option, a file that `with` closes."""
+    out = tmp_path / "log.txt"
+    found = check("project/run.py", "--width", "8", "--out", str(out))
+    assert found.status == 0
+    assert "encoder (Encoder) + decoder (Decoder), 110 parameters" in found.out
+    assert out.read_text() == "0\n"  # the second step was not taken
+
+
+def test_a_module_runs_as_under_python_m(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-m package.module` with the working directory first on the path."""
+    package = tmp_path / "i18_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    Path(script(tmp_path, *STEP, "import sys; print(sys.argv[1:]); step(); step(); step()")).rename(
+        package / "train.py"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = check("-m", "i18_package.train", "--its", "own")
+    assert found.status == 0
+    assert found.out.startswith("['--its', 'own']\n")
+    assert check("-m", "i18_package.nothing").status == 2
+
+
+def test_memory_and_time_follow_the_verdict(check: Check) -> None:
+    """The smallest N within a budget, advice in Python's words, seconds at N = 1, 2, 4, 8."""
+    found = check("--memory-budget-gib", "5.5e-6", "--windows", "1", "plain.py", cost=True)
+    assert found.status == 0
+    assert re.search(r"N = 4 is the smallest that fits the budget of \d", found.out), found.out
+    assert re.search(r"\n +1 +32 .*\n\*? *2 +16 .*\n\*? *4 +8 .*\n\*? *8 +4 ", found.out), found.out
+    assert "medians of 10 in turn" in found.out
+    assert "runtime." not in found.out
+
+
+def test_documents_of_other_lengths_are_timed_in_the_longest_shape(check: Check) -> None:
+    """And it is said; eight documents are cut into one, two, four and eight micro-batches."""
+    found = check("--windows", "1", "streamed.py", cost=True)
+    assert found.status == 3
+    assert "does not tell its length" in found.out
+    assert "micro-batches count" in found.out
+    assert "Micro-batches differ in shape" in found.out
+    assert re.search(r"\n +8 +1 ", found.out)
+
+
+def test_a_script_that_fails_shows_its_own_traceback(check: Check) -> None:
+    """Nothing is added before a window was judged, but a line; after one, there is an answer, too."""
+    early, late = check("failing.py", "0"), check("failing.py", "1")
+    assert (early.status, late.status) == (1, 1)
+    assert early.err.startswith("Traceback (most recent call last):\n")
+    assert str(ROOT / "gaccum_exp") not in early.err
+    assert early.err.rstrip().endswith("failed by itself, before a step was judged")
+    assert early.out == ""
+    assert "after 1 window of 2 was judged" in late.err
+    assert "equivalent (N = 2" in late.out
+
+
+def test_an_exit_of_the_scripts_own_is_passed_on(check: Check, tmp_path: Path) -> None:
+    """With a status, and with a sentence; `sys.exit(0)` after a window leaves the verdict's."""
+    with pytest.raises(SystemExit) as end:
+        check(script(tmp_path, "import sys; sys.exit(7)"))
+    assert end.value.code == 7
+    assert check(script(tmp_path, *STEP, "step(); import sys; sys.exit(6)")).status == 6
+    assert check(script(tmp_path, *STEP, "step(); import sys; sys.exit()")).status == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["print(model(x).mean().item())"], "Only steps of torch.optim.Optimizer"),
+        (
+            ["model(x).mean().backward()", "for p in model.parameters(): p.data -= 0.1 * p.grad"],
+            "Only steps of torch.optim.Optimizer",
+        ),
+        (
+            [
+                *("w = torch.ones(2, requires_grad=True)", "o = torch.optim.SGD([w], lr=0.1)"),
+                *("(x @ w).mean().backward()", "o.step()"),
+            ],
+            "Optimizer steps were taken, but none after a call of a module",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_said_in_a_sentence(
+    check: Check, tmp_path: Path, lines: list[str], said: str
+) -> None:
+    """No step, an update by hand, a model that is no module: inconclusive, with the way out."""
+    found = check(script(tmp_path, *lines))
+    assert found.status == 5
+    assert said in found.out
+
+
+def test_several_processes_are_refused(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun's environment says; so is a script that is not there."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = check("plain.py")
+    assert found.status == 2
+    assert "WORLD_SIZE=2" in found.err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "no such file" in check("nothing.py").err
+    assert check("--windows", "0", "plain.py").status == 2
+
+
+def test_the_end_runs_what_is_to_run_at_an_end(check: Check, tmp_path: Path) -> None:
+    """`finally` runs, `except Exception` does not see it, and nothing of torch's stays hooked."""
+    lines = [
+        *("try:", "    while True:", "        try:", "            step()", "        except Exception:"),
+        *("            print('swallowed')", "finally:", "    print('finally')"),
+    ]
+    before = torch.optim.Optimizer.__init__
+    found = check(script(tmp_path, *STEP, *lines))
+    assert found.out.startswith("finally\n")
+    assert torch.optim.Optimizer.__init__ is before
+    assert not _global_optimizer_pre_hooks
+    assert not _global_forward_pre_hooks
+
+
+def test_a_script_that_swallows_everything_is_ended_all_the_same(tmp_path: Path) -> None:
+    """In a process of its own, which ends in its midst with the verdict's status."""
+    lines = ["while True:", "    try:", "        step()", "    except:", "        pass"]
+    line = [sys.executable, "-m", "gaccum_exp", "check", "--no-cost", script(tmp_path, *STEP, *lines)]
+    done = subprocess.run(
+        line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "equivalent (N = 2" in done.stdout
+    assert "The script swallows its end" in done.stdout
