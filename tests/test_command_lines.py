@@ -67,7 +67,7 @@ OURS = "is the program's own"
         (["--cfg", "job", "--package", "nope"], "package 'nope' not found in config"),
         (["--config-dir", "gone"], "--config-dir=gone: there is no such folder"),
         (["--config-dir"], "--config-dir: takes a folder, which is not given"),
-        (["--config-name", "nope"], "--config-name=nope: Cannot find primary config 'nope'"),
+        (["--config-name", "nope"], "--config-name=nope: there is no nope.yaml in "),
         (["--config-name", "model/mlp"], "hydra.callbacks.sweep: is not there"),
         (["--shell-completion"], "--shell-completion: ValueError: Expecting one subcommand"),
         # Hydra's own configuration.
@@ -75,7 +75,7 @@ OURS = "is the program's own"
         (["~hydra.callbacks.sweep"], OURS),
         (["hydra.callbacks=null"], OURS),
         (["hydra/launcher=nope"], "hydra/launcher=nope: not one of basic, joblib"),
-        (["hydra.searchpath=[file:///gone]"], "path=/gone is not available"),
+        (["hydra.searchpath=[file:///gone]"], "hydra.searchpath: there is no folder /gone"),
         (["hydra.verbose=5"], "hydra.verbose=5: AssertionError"),
         (["-m", "hydra.launcher._target_=nope"], "hydra.launcher._target_=nope: RuntimeError"),
         (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be at least 1"),
