@@ -124,12 +124,13 @@ def of_blocks() -> str:
 def of_metrics() -> str:
     """Return every metric by its name in the store, with when it is recorded, and what it is."""
     docs = attribute_docs(metrics)
-    rows = PATTERNS | {
-        value: docs[name]
-        for name, value in vars(metrics).items()
-        if name.isupper() and isinstance(value, str)
-    }
-    return _table(("metric", "when, and what"), ((_code(name), rows[name]) for name in sorted(rows)))
+    named = {n: value for n, value in vars(metrics).items() if n.isupper() and isinstance(value, str)}
+    rows = {value: docs[name] for name, value in named.items()} | PATTERNS
+    groups = list(dict.fromkeys(name.partition("/")[0] for name in rows))
+    ordered = sorted(
+        rows, key=lambda name: groups.index(name.partition("/")[0])
+    )  # within one as declared
+    return _table(("metric", "when, and what"), ((_code(name), rows[name]) for name in ordered))
 
 
 def of_columns() -> str:
