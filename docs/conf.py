@@ -46,7 +46,7 @@ extensions = [
 ]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # tests/docs executes the notebook
+nb_execution_mode = "off"  # tests/docs runs the cells
 nb_merge_streams = True
 copybutton_exclude = ".linenos, .gp, .go"
 

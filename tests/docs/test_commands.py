@@ -7,7 +7,6 @@ well, as they stand, with an optimizer step or two behind them.
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -90,7 +89,6 @@ RUN = {
     "docs/howto/batch_sizes.md": (2, ("model=mlp", "train.steps=1")),
     "docs/howto/growing_batch.md": (0, ("model=mlp", "train.epochs=1")),
     "docs/howto/going_on.md": (0, ("model=mlp", "train.steps=2")),
-    "docs/howto/figures.md": (0, ("model=mlp", "train.steps=2")),
     "docs/howto/audit_gate.md": (0, ()),
 }
 """Pages, which of their commands is run, and what is put behind it."""
@@ -100,11 +98,9 @@ RUN = {
 def test_a_command_of_a_page_runs_as_it_stands(
     page: str, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, to its end; figures are written in the format that was asked for."""
+    """In this process, to its end."""
     sweep_here(monkeypatch)
     which, more = RUN[page]
     command = [command for of, command in COMMANDS if of == page][which]
     ended = program(*arguments(command), *more, "runtime.device=cpu")
     assert ended.status == 0, ended.plain
-    if page.endswith("figures.md"):
-        assert {path.suffix for path in Path(program.sweep_folder).glob("loss_curves.*")} == {".pdf"}

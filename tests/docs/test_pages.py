@@ -1,14 +1,14 @@
 """The pages hold together: links resolve, what the code knows stands in the reference, examples run."""
 
+import ast
 import importlib.util
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 import torch
 from torch import nn
@@ -161,17 +161,28 @@ def test_the_blocks_of_python_run_on_what_they_name(capsys: pytest.CaptureFixtur
     assert "noise scale: " in capsys.readouterr().out
 
 
-def test_the_notebook_of_the_tutorial_runs_and_says_what_stands_in_it() -> None:
-    """Executed in a kernel: the verdicts and the plan's figures are those that the site shows."""
-    notebook = nbformat.read(ROOT / "docs/tutorial/notebook.ipynb", as_version=4)
-    shown = said_in(notebook)
-    assert "biased (N = 4, mean)" in shown
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}}).execute()
-    assert said_in(notebook) == shown
+def test_the_notebook_of_the_tutorial_runs_and_says_what_stands_in_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cell by cell, in this process: verdicts and the plan's sizes are those that the site shows."""
+    notebook = json.loads((ROOT / "docs/tutorial/notebook.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        *statements, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(statements, []), "<cell>", "exec"), names)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
+            if value is not None:
+                print(value)
+        else:
+            exec(compile(ast.Module([last], []), "<cell>", "exec"), names)
+        outputs = (one.get("text") or one["data"]["text/plain"] for one in cell["outputs"])
+        shown = "".join("".join(output) for output in outputs)
+        assert without_rounding(capsys.readouterr().out) == without_rounding(shown)
 
 
-def said_in(notebook: Any) -> str:
-    """Return what the cells have said, without numbers that are measured or rounded."""
-    outputs = [one for cell in notebook.cells for one in cell.get("outputs", [])]
-    text = "\n".join(one.get("text") or one["data"]["text/plain"] for one in outputs)
-    return re.sub(r"(e64|e|floor|scale) [\d.e+-]+", r"\1", text)
+def without_rounding(text: str) -> str:
+    """Return what was said without the numbers that another machine rounds otherwise."""
+    return re.sub(r"\b(e64|e|floor|scale) [\d.e+-]+", r"\1", text).strip()
