@@ -66,9 +66,13 @@ BATCH_COLUMNS = {
 }
 """The columns of batches.csv, in their order; a test holds them against a file."""
 
+EXPORTED = tuple(f"gaccum_exp.{name}" for name in sorted(gaccum_exp.__all__))
+ERRORS = tuple(name for name in EXPORTED if name.endswith("Error"))
+CLASSES = tuple(name for name in EXPORTED if not name.islower() and name not in ERRORS)
 API = {
-    "Functions": tuple(f"gaccum_exp.{name}" for name in sorted(gaccum_exp.__all__)),
+    "Functions": tuple(name for name in EXPORTED if name.islower()),
     "What they return": (
+        *CLASSES,
         "gaccum_exp.audit.watch.watch.Watched",
         "gaccum_exp.audit.result.Audit",
         "gaccum_exp.audit.result.Culprit",
@@ -92,7 +96,7 @@ API = {
         "gaccum_exp.integrations.due.BiasedAccumulationWarning",
         "gaccum_exp.integrations.pytest_plugin.audit_loop",
     ),
-    "Errors": ("gaccum_exp.errors.BadInputError",),
+    "Errors": ERRORS,
 }
 
 

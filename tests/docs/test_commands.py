@@ -104,3 +104,24 @@ def test_a_command_of_a_page_runs_as_it_stands(
     command = [command for of, command in COMMANDS if of == page][which]
     ended = program(*arguments(command), *more, "runtime.device=cpu")
     assert ended.status == 0, ended.plain
+
+
+@pytest.mark.parametrize(("script", "status"), [("train.py", 3), ("train_right.py", 0)])
+def test_the_scripts_of_the_tutorial_get_the_answers_that_it_shows(
+    script: str, status: int, program: Program
+) -> None:
+    """Under `check`: verdict, cause, what each micro-batch counts, and where it did not look."""
+    page = " ".join((ROOT / "docs/tutorial/index.md").read_text(encoding="utf-8").split())
+    assert f"gaccum_exp check docs/tutorial/{script}" in page
+    ended = program.as_given("check", str(ROOT / "docs/tutorial" / script))
+    assert ended.status == status
+    said = ended.plain.split(" Which N fits?")[0]
+    answer = re.search(r"(No|Yes): what reached the optimizer.*?(whole window counts|scale 1)\b", said)
+    assert answer
+    assert without_rounding(answer[0]) in without_rounding(page)
+    assert "57 micro-batches are no multiple of N = 4: 1 is left over" in said
+
+
+def without_rounding(text: str) -> str:
+    """Return what was said without the numbers that another machine rounds otherwise."""
+    return re.sub(r"\b(e64|e|floor) [\d.e+-]+", r"\1", text)
