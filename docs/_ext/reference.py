@@ -251,6 +251,7 @@ class Generated(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return its nodes."""
+        self.env.note_reread()  # the code may have changed where the page has not
         return self.parse_text_to_nodes(GENERATED[self.arguments[0]](), allow_section_headings=True)
 
 
