@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-engines lint figures clean
+.PHONY: demo test test-engines lint docs clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,5 +27,8 @@ lint: .venv/test   ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/test   ## the site, in docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -n -c docs -d docs/_build/doctrees . docs/_build/html
+
 clean:
-	rm -rf .venv outputs multirun mlruns mlflow.db
+	rm -rf docs/_build .venv outputs multirun mlruns mlflow.db

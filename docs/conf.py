@@ -1,17 +1,19 @@
-"""How the site is built: `make docs`, or
+"""How the site is built: by `make docs`, or
 
     sphinx-build -W --keep-going -n -c docs . docs/_build/html
 
-The source is the whole checkout, so that the pages of `experiments/` are on the site as they stand, and so
-that a link to a file is the same here and where the repository is looked at. Nothing is fetched while it is
-built, nor by a page that is opened: no fonts, no scripts of others, search and formulas included.
+The source is the whole checkout, so that the pages of `experiments/` are on the site as they stand, and
+a link to a file is the same here and where the repository is looked at. Nothing is fetched while it is
+built, nor by a page that is opened: no font, no script of others; search and formulas need no network.
 """
 
 import sys
 from pathlib import Path
 
+from docutils.nodes import Element, SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import mock
 from sphinx.writers.html5 import HTML5Translator
 
 HERE = Path(__file__).resolve().parent
@@ -19,8 +21,10 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 import gaccum_exp  # noqa: E402  # from this checkout
 
+# To import these takes seconds each, and the pages need their names alone.
+mock(["lightning", "pandas", "peft", "timm", "transformers"]).__enter__()
+
 project = "gaccum_exp"
-author = "the authors of gaccum_exp"
 version = release = gaccum_exp.__version__
 html_title = f"gaccum_exp {release}"
 language = "en"
@@ -42,17 +46,11 @@ extensions = [
 ]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # tests/docs executes the notebook
+nb_execution_mode = "off"  # tests/docs runs the cells
 nb_merge_streams = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 default_role = "literal"  # docstrings write `code` with one sign
-autodoc_mock_imports = [
-    "lightning",
-    "peft",
-    "timm",
-    "transformers",
-]  # seconds each, for their names alone
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # a docstring says what an argument is
 autodoc_preserve_defaults = True
@@ -66,28 +64,17 @@ nitpick_ignore_regex = [("py:.*", r"(?!gaccum_exp\.).*")]  # other projects' nam
 html_theme = "furo"
 html_static_path = ["_static"]
 html_extra_path = ["_root"]
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_show_copyright = False
+html_show_search_summary = False  # it is fetched page by page, which a browser refuses a file
 html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 
 
-def inline_math(translator: HTML5Translator, node: object) -> None:
-    """Write a formula as MathML, which browsers draw by themselves."""
-    _math(translator, node, display=False)
-
-
-def display_math(translator: HTML5Translator, node: object) -> None:
-    """Write a formula on lines of its own."""
-    _math(translator, node, display=True)
-
-
-def _math(translator: HTML5Translator, node: object, *, display: bool) -> None:
-    from docutils.nodes import SkipNode
-
-    translator.body.append(tex2mathml(node.astext(), as_block=display))  # type: ignore[attr-defined]
-    raise SkipNode
-
-
 def setup(app: Sphinx) -> None:
-    """Register how formulas are written."""
-    app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
+    """Write formulas as MathML, which browsers draw by themselves."""
+
+    def written(translator: HTML5Translator, node: Element) -> None:
+        translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, math_block)))
+        raise SkipNode
+
+    app.add_html_math_renderer("mathml", (written, None), (written, None))

@@ -63,7 +63,7 @@ from gaccum_exp.arms.streams import forgiving
 from gaccum_exp.config import explain
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.arguments import CommandLine, command_line
-from gaccum_exp.config.help import help_on
+from gaccum_exp.config.help import asked_of, help_on
 from gaccum_exp.errors import BadInputError, TrackingError, complain
 from gaccum_exp.train.stopping import StoppedError, listening
 
@@ -191,8 +191,7 @@ def _run(command: Command) -> int:
     if "--version" in line.flags:
         print(_version())
         return OK
-    asked = [override for override in line.overrides if not override.startswith("hydra.")]
-    if "--help" in line.flags and asked:
+    if "--help" in line.flags and (asked := asked_of(line.overrides)):
         print(help_on(asked, explain.own_folders(command.arguments)))
         return OK
     if line.multirun:

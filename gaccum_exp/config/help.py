@@ -15,18 +15,23 @@ _WIDEST = 100
 _BLOCKS = sorted({*blocks(), *BLOCKS} - {"", "hydra"})
 
 
+def asked_of(overrides: Sequence[str]) -> list[str]:
+    """Return what `--help` is asked about: keys and blocks by their names, and files; not values."""
+    return [one for one in overrides if "=" not in one or one.partition("=")[0] in _BLOCKS]
+
+
 def help_on(asked: Sequence[str], own_folders: Iterable[str] = ()) -> str:
     """Return what there is to say of blocks, files and keys, one after the other.
 
     Args:
-        asked: `accum`, `accum.steps`, `model=gpt`, `model.width`; a value behind a key is passed over.
+        asked: `accum`, `accum.steps`, `model=gpt`, `model.width`.
         own_folders: in which further files of blocks are.
 
     Raises:
         BadInputError: there is no such key, block or file.
     """
     folders = (conf_dir(), *own_folders)
-    return "\n\n".join("\n".join(_on(one.lstrip("+~"), folders)) for one in dict.fromkeys(asked))
+    return "\n\n".join("\n".join(_on(one, folders)) for one in dict.fromkeys(asked))
 
 
 def _on(asked: str, folders: Sequence[str]) -> Iterator[str]:

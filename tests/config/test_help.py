@@ -8,7 +8,7 @@ from gaccum_exp.config import schema
 from gaccum_exp.config.allowed import Choices, allowed_of
 from gaccum_exp.config.batch_sizes import BATCH_KEYS
 from gaccum_exp.config.files import blocks
-from gaccum_exp.config.help import help_on
+from gaccum_exp.config.help import asked_of, help_on
 from gaccum_exp.config.keys import keys, of_block
 from gaccum_exp.errors import BadInputError
 from tests.support import composed
@@ -55,8 +55,10 @@ def test_the_words_that_are_said_are_those_that_are_taken() -> None:
 
 
 def test_help_on_a_key_says_type_default_and_what_it_does() -> None:
-    """A value behind it, and the signs before it, are passed over."""
-    said = help_on(["accum.steps=1,2", "++accum.partial_window=drop"])
+    """Values that stand beside it are not asked about."""
+    asked = asked_of(["accum.steps", "seed=0,1", "accum.partial_window", "+model.hidden=3"])
+    assert asked == ["accum.steps", "accum.partial_window"]
+    said = help_on(asked)
     assert "takes integer, null or auto; by default 1" in said
     assert "micro-batches per window" in said
     assert "takes exact, drop, carry, error; by default exact" in said

@@ -1,7 +1,9 @@
 """Arms of different global batches are compared at equal samples, equal steps and equal seconds."""
 
+import ast
 import csv
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +25,7 @@ from gaccum_exp.report.compare.batches import (
 )
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.tracking.records import Curve, RunRecord
+from tests.support import ROOT
 
 Arm = Callable[..., RunRecord]
 D = 1000
@@ -360,6 +363,9 @@ def test_the_file_has_a_row_per_setting_and_batch_in_full_precision(arm: Arm, tm
         rows = list(csv.DictReader(file))
     assert [row["global_batch_size"] for row in rows] == ["32", "128"]
     first = rows[0]
+    axes = {"samples", "steps", "seconds"}
+    described = [name.replace("<axis>", axis) for name in described_columns() for axis in sorted(axes)]
+    assert {*first} == {*described}
     assert float(first["loss_at_equal_samples"]) == found[0].rows[0].losses["samples"].mean
     assert float(first["spread_at_equal_samples"]) == found[0].rows[0].losses["samples"].spread
     assert (first["equal_samples"], first["samples_metric"]) == ("2000.0", "eval/loss")
@@ -367,3 +373,10 @@ def test_the_file_has_a_row_per_setting_and_batch_in_full_precision(arm: Arm, tm
     assert (first["rate"], first["rate_place"], first["accum_steps"]) == ("0.1", "inside", "1")
     assert first["equal_seconds"] == first["loss_at_equal_seconds"] == first["noise_scale"] == ""
     assert (first["critical_batch"], first["critical_at_least"]) == ("32", "False")
+
+
+def described_columns() -> list[str]:
+    """Return the columns that the reference describes."""
+    source = (ROOT / "docs/_ext/reference.py").read_text(encoding="utf-8")
+    (table,) = re.findall(r"(?ms)^BATCH_COLUMNS = (\{.*?^\})", source)
+    return list(ast.literal_eval(table))
