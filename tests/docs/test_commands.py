@@ -33,7 +33,7 @@ STRANGERS = {
     "HOST": "127.0.0.1",
 }
 """What a reader puts their own in place of."""
-OWN = ("my_conf", "my_pkg", "KEY=", "FOLDER", "<id>", "…")
+OWN = ("my_conf", "my_pkg", "my_project", "denois", "KEY=", "FOLDER", "<id>", "…")
 """What else only the reader has: such lines are run by the tests of their own page."""
 
 
