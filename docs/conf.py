@@ -9,6 +9,7 @@ built, nor by a page that is opened: no font, no script of others; search and fo
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from docutils.nodes import Element, SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -71,10 +72,16 @@ html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 
 
 def setup(app: Sphinx) -> None:
-    """Write formulas as MathML, which browsers draw by themselves."""
+    """Write formulas as MathML, which browsers draw by themselves, and name a page's language."""
 
     def written(translator: HTML5Translator, node: Element) -> None:
         translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, math_block)))
         raise SkipNode
 
     app.add_html_math_renderer("mathml", (written, None), (written, None))
+
+    def in_its_language(_: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+        if page.startswith("docs/zh/"):
+            context["language"] = "zh-CN"
+
+    app.connect("html-page-context", in_its_language)
