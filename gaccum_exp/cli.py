@@ -481,11 +481,11 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
         return status
     earned = exit_status(list(outcomes.values()), multirun=launch.multirun)
     trained = any(outcome.task == "train" for outcome in outcomes.values())
-    files, view = list[Path](), dict[str, str]()
+    compared = child.Compared()
     try:
         if launch.multirun:
             compared = child.report(launch, command.stop)
-            files, view, command.report = list(compared.files), compared.view, compared.report
+            command.report = compared.report
         elif trained and status == OK and earned not in (RUN_FAILED, BAD_INPUT):
             from gaccum_exp.arms.report import Runs, show_run
 
@@ -495,9 +495,9 @@ def _compare(command: Command, launch: Launch, outcomes: Mapping[Path, Outcome],
         command.complain(f"nothing is compared: {error}")
         status = status or RUN_FAILED
     finally:
-        _end_journal(command, files, view)
+        _end_journal(command, compared.files, compared.view)
     shown = launch.sweep_id if launch.multirun and trained else None
-    recorded = command.journal.path if command.journal is not None and files else None
+    recorded = command.journal.path if command.journal is not None and compared.files else None
     to = sys.stdout if command.caller is None else sys.stderr
     say_where([launch.folder], launch.tracking_uri, shown, recorded, to)
     return status or earned

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Connection
@@ -110,7 +110,7 @@ class Compared:
 
     files: tuple[Path, ...] = ()
     """That were made."""
-    view: dict[str, str] = field(default_factory=dict)
+    view: Mapping[str, str] = field(default_factory=dict)
     """The tags of an experiment that arrange how MLflow shows the sweep."""
     report: "Report | None" = None
     """What it shows, where somebody is to be handed that."""

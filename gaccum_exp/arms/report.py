@@ -5,7 +5,7 @@ A sweep does the same at its end.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,9 +112,8 @@ def report_again(
     experiment = experiment_name(experiment or own[1])
     runs = Runs(tracking_uri(uri or own[0], "--uri"), experiment, *folders)
     report = report_sweep(runs, sweep_ids, out, formats)
-    view = runs.view(sweep_ids[0]) if len(sweep_ids) == 1 else {}
     journal = Journal.create(out, runs.uri, experiment)
-    record_report(journal, " ".join(sweep_ids), report.files, view)
+    record_report(journal, " ".join(sweep_ids), report.files, report.view)
     for place in FOLDERS:
         if place.is_dir():
             shipper.announce(place.absolute())
@@ -204,9 +203,6 @@ class Runs:
     def __init__(self, uri: str, experiment_name: str, *folders: Path) -> None:
         self.uri, self._experiment_name = uri, experiment_name
         self.journals = [Journals(folder) for folder in folders]
-        self._of_sweep: dict[str, list[RunRecord]] = {}
-        self.largest_ulp = 0.0
-        """How far the loss curves that were compared last are apart at most."""
 
     @cached_property
     def store(self) -> "Store":
@@ -230,12 +226,7 @@ class Runs:
                 if not found:
                     raise
                 log.warning("arms that ran elsewhere are left out: %s", error)
-        self._of_sweep[sweep_id] = last_of_each_arm(found)
-        return self._of_sweep[sweep_id]
-
-    def view(self, sweep_id: str) -> dict[str, str]:
-        """Return the tags of an experiment that arrange how MLflow shows a sweep that was read."""
-        return experiment_tags(sweep_id, self._of_sweep.get(sweep_id, ()), self.largest_ulp)
+        return last_of_each_arm(found)
 
     def fetch(self, run_id: str, name: str, folder: str) -> str | None:
         """Return a copy of a run's file, in a folder or where it lies; None if there is none."""
@@ -261,6 +252,8 @@ class Report:
     batches: tuple[BatchComparison, ...]
     files: tuple[Path, ...]
     """In the folder: the page, tables, figures."""
+    view: Mapping[str, str]
+    """The tags of an experiment that arrange how MLflow shows the sweep; of several sweeps none."""
 
 
 def report_sweep(
@@ -284,9 +277,11 @@ def report_sweep(
 
     arms, stored = read_sweeps(runs, sweep_ids)
     comparison = compare(arms, stored, partial(kept_weights, runs))
+    view: dict[str, str] = {}
     if len(sweep_ids) == 1:  # else an arm may be held against another sweep's reference
         # It is delivered while figures are drawn.
-        runs.largest_ulp = add_comparison(runs, arms, stored, comparison)
+        largest_ulp = add_comparison(runs, arms, stored, comparison)
+        view = experiment_tags(sweep_ids[0], arms, largest_ulp)
     folder.mkdir(parents=True, exist_ok=True)
     batches = compare_batches(comparison, arms)
     wanted, of_figures = formats or ("csv", "html"), _figures_of(arms)
@@ -312,6 +307,7 @@ def report_sweep(
         arms=tuple(arms),
         batches=tuple(batches),
         files=(*files, *figures),
+        view=view,
     )
 
 

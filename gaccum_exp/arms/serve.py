@@ -228,8 +228,7 @@ def _compare(launch: Launch, stop: Stop) -> Compared:
         report = report_sweep(runs, [launch.sweep_id], launch.folder)
         if not launch.called:
             print_report(report)
-        view = runs.view(launch.sweep_id)
-        return Compared(report.files, view, report if launch.called else None)
+        return Compared(report.files, report.view, report if launch.called else None)
 
 
 _DONE: dict[str, Callable[[Any, Stop], Any]] = {"arm": _run, "report": _compare}
