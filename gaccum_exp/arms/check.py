@@ -8,6 +8,7 @@ each N costs.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,6 +18,8 @@ from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
 if TYPE_CHECKING:
     from gaccum_exp.audit.watch.watch import Watched
 
+PATIENCE_S = 5.0
+"""After so long it is said how far a check is."""
 STATUS = (
     "exit status: 0 it is the large batch; 1 the script failed; 2 bad usage; 3 biased; 4 stochastic; "
     "5 inconclusive; a status of the script's own is passed on"
@@ -78,7 +81,10 @@ class _Check:
         from gaccum_exp.audit.check.checked_loop import CheckedLoop
 
         self._given, self._process = given, os.getpid()
-        self._loop: CheckedLoop = CheckedLoop(given.windows, given.batch_dim, self._end_on_the_spot)
+        self._loop: CheckedLoop = CheckedLoop(
+            given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress
+        )
+        self._said_s = time.monotonic()
         self._watched: Watched
 
     def run(self) -> int:
@@ -87,7 +93,7 @@ class _Check:
         from gaccum_exp.audit.check.checked_loop import CheckEndedError
 
         run: Callable[[str], None] = script.run_module if self._given.module else script.run_file
-        status = OK
+        status, how = OK, "ended by itself"
         try:
             with self._loop as self._watched:
                 run(self._given.target)
@@ -100,18 +106,18 @@ class _Check:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
             status = end.code if isinstance(end.code, int) else RUN_FAILED if end.code else OK
+            how = f"ended by itself with status {status}" if status else how
         except BaseException as error:
             self._let_children_go(error)
             error = error.with_traceback(script.of_the_script(error.__traceback__))
             sys.excepthook(type(error), error, error.__traceback__)
             status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RUN_FAILED
-            judged = len(self._watched.windows)
-            when = f"after {_windows(judged)} of {self._given.windows}" if judged else "before a step"
-            complain(f"{self._name} failed by itself, {when} was judged")
-            if not judged or status == INTERRUPTED:
+            how = "was interrupted" if status == INTERRUPTED else "FAILED by itself"
+            if not self._watched.windows:
+                complain(f"{self._name} {how}, before a step was judged")
                 return status
         _flush()
-        answered = self._answered()
+        answered = self._answered(how, status)
         return status or answered
 
     @property
@@ -123,21 +129,28 @@ class _Check:
         if os.getpid() != self._process:
             raise error
 
-    def _answered(self) -> int:
-        """Print the answer; return its exit status."""
-        from gaccum_exp.audit.check.answer import answer
+    def _answered(self, how: str = "", status: int = OK) -> int:
+        """Print the answer; return its exit status.
+
+        Args:
+            how: the script ended, where we did not end it.
+            status: with which it did.
+        """
+        from gaccum_exp.audit.check.answer import answer, windows_in_words
 
         loop, watched = self._loop, self._watched
         judged = len(watched.windows)
-        how = "ended by itself"
         if loop.raised:
             each = " of each optimizer" if len(loop.groups) > 1 else ""
-            how = f"was ended after {_windows(judged)}, as --windows {self._given.windows}{each} asks"
+            asked = f"as --windows {self._given.windows}{each} asks"
+            how = f"was ended after {windows_in_words(judged)}, {asked}"
+        elif status:
+            how += f", after {windows_in_words(judged)} of {self._given.windows}"
         print(f"\ngaccum_exp check: {self._name} {how}.\n")
-        print("\n".join(answer(loop, watched)))
+        print("\n".join(answer(loop, watched, failed=bool(status))))
         if not watched.windows:
             print(self._why_nothing())
-        elif not self._given.no_cost:
+        elif not self._given.no_cost and status != INTERRUPTED:
             _flush()
             self._print_cost()
         return VERDICT_STATUS.get(watched.worst.verdict, OK)
@@ -184,6 +197,15 @@ class _Check:
             return
         print("\n".join(cost(plan, group, compiled=self._loop.compiled)))
 
+    def _say_progress(self, judged: int, verdict: str) -> None:
+        """Say now and then how far it is, where that takes long."""
+        if time.monotonic() - self._said_s > PATIENCE_S and judged < self._given.windows:
+            self._said_s = time.monotonic()
+            print(
+                f"gaccum_exp check: window {judged} of {self._given.windows} is {verdict}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
     def _end_on_the_spot(self) -> NoReturn:
         """End a script that goes on though it was ended."""
         self._watched.left_over = 0
@@ -191,10 +213,6 @@ class _Check:
         print("The script swallows its end (a bare `except`): the process is ended in its midst.")
         _flush()
         os._exit(status)
-
-
-def _windows(count: int) -> str:
-    return f"{count} window{'s' * (count != 1)}"
 
 
 def _flush() -> None:

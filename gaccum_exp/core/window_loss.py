@@ -44,6 +44,13 @@ class WindowLoss(NamedTuple):
         """The loss over all that counts in the window, 0-dim."""
         return self.loss_sum / self.denominator
 
+    def item(self) -> float:
+        """Return `mean` as a number."""
+        return float(self.mean)
+
+    def __float__(self) -> float:
+        return self.item()
+
 
 @dataclass(slots=True)
 class WindowTerms:

@@ -17,6 +17,7 @@ from gaccum_exp.core.losses.protocol import at_least
 from gaccum_exp.core.reductions import Sum, reduction_named
 from gaccum_exp.core.strategies import IN_PLACE, AccumulatorState, Buffered
 from gaccum_exp.core.window import split_sizes
+from gaccum_exp.core.window_loss import WindowLoss
 from gaccum_exp.errors import BadInputError
 
 TIGHT = 1e-13
@@ -593,3 +594,9 @@ def test_terms_and_pairs_do_not_mix() -> None:
     later.count = lambda part: next(counts)
     with pytest.raises(BadInputError, match="term 'b' was not there"):
         accumulate_gradients(Net(), later, window)
+
+
+def test_the_loss_of_a_window_is_a_number_where_one_is_wanted() -> None:
+    """Its mean, as `loss.item()` and `float(loss)` of a loop that had a tensor there."""
+    loss = WindowLoss(torch.tensor(6.0), 4)
+    assert (loss.item(), float(loss), f"{float(loss):.1f}") == (1.5, 1.5, "1.5")

@@ -12,8 +12,14 @@ IN_A_CONFIGURATION = re.compile(r" \(in a configuration: [\w.=]+\)|; in a config
 """What a remedy says to those who have no script, but a configuration of ours."""
 
 
-def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
-    """Yield the lines on what was found and whether it is the large batch."""
+def answer(loop: CheckedLoop, watched: Watched, *, failed: bool = False) -> Iterator[str]:
+    """Yield the lines on what was found and whether it is the large batch.
+
+    Args:
+        loop: that was watched.
+        watched: what was seen of it.
+        failed: whether the script has failed by itself.
+    """
     groups = [group for group in loop.groups.values() if group.windows]
     if not groups:
         yield watched.worst.report()
@@ -29,14 +35,14 @@ def answer(loop: CheckedLoop, watched: Watched) -> Iterator[str]:
     if watched.left_over and not loop.raised:
         passes = f"{watched.left_over} backward pass{'es' if watched.left_over > 1 else ''}"
         yield f"left over: {passes} after the last step: step on what is left, or zero it"
-    yield not_seen(loop.epoch, groups, ended=loop.raised > 0)
+    yield not_seen(loop.epoch, groups, ended=loop.raised > 0, failed=failed)
 
 
 def found(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
     """Yield what was found: model, loss, optimizer, and the windows."""
     sizes = "; ".join(dict.fromkeys(_sizes(each) for each in group.sizes if each))
     every = " and ".join(dict.fromkeys(str(audit.accum_steps) for audit in audits))
-    windows = f"{len(audits)} window{'s' * (len(audits) > 1)} of N = {every}"
+    windows = f"{windows_in_words(len(audits))} of N = {every}"
     yield f"model:     {' + '.join(group.modules)}, {group.parameters:,} parameters that are stepped"
     yield f"loss:      {' + '.join(group.losses) or 'none'}"
     yield f"optimizer: {' + '.join(group.optimizers)}"
@@ -47,11 +53,25 @@ def _sizes(sizes: Sequence[int]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
 
 
-def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool) -> str:
-    """Return a sentence on what lies beyond the windows that were judged."""
+def windows_in_words(count: int) -> str:
+    """Return `1 window`, `2 windows`."""
+    return f"{count} window{'s' * (count != 1)}"
+
+
+def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool, failed: bool = False) -> str:
+    """Return a sentence on what lies beyond the windows that were judged.
+
+    Args:
+        epoch: of the data, as far as it was read.
+        groups: the optimizers, with their windows.
+        ended: whether we ended the script.
+        failed: whether it has failed by itself.
+    """
     n = max((len(sizes) for group in groups for sizes in group.sizes), default=0) or 1
     judged = max(len(group.windows) for group in groups)
     passes = max(sum(map(len, group.sizes)) for group in groups)
+    if failed:
+        return f"Not seen: what would have come after {windows_in_words(judged)}."
     if not ended:
         return f"Seen: the whole script, of whose windows {judged} were judged."
     if epoch is None:
@@ -114,4 +134,7 @@ def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
     others = {c.name: c for audit in audits for c in audit.checks if c not in own.checks}
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):
-        yield "beside the gradient: nothing wrong was seen in schedule, memory and reported loss"
+        yield (
+            "beside the gradient: nothing wrong was seen in schedule and memory. Of the loss that is "
+            "logged it is seen which micro-batches it is read from, not what is made of it"
+        )

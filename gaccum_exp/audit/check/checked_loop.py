@@ -70,12 +70,19 @@ class CheckedLoop(watch):
         windows: how many to judge, of all optimizers that step together.
         batch_dim: as in `watch`.
         swallowed: called where the script goes on though it was ended; it does not return.
+        judged: called with how many windows of an optimizer are judged now, and the last verdict.
     """
 
-    def __init__(self, windows: int, batch_dim: int | None, swallowed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        windows: int,
+        batch_dim: int | None,
+        swallowed: Callable[[], None],
+        judged: Callable[[int, str], None] = lambda count, verdict: None,
+    ) -> None:
         super().__init__(batch_dim=batch_dim)
         self._finder = LoopFinder(self._found, self._made, before=False)
-        self._asked, self._swallowed = windows, swallowed
+        self._asked, self._swallowed, self._judged_one = windows, swallowed, judged
         self.groups: dict[frozenset[str], Group] = {}
         self.epoch: Epoch | None = None
         """Of the data loader that was read last; None: there was none."""
@@ -125,6 +132,7 @@ class CheckedLoop(watch):
             return
         group = self.groups.setdefault(frozenset(seen.stepped), self._group_of(seen))
         group.windows += range(before, len(self._watched.windows))
+        self._judged_one(len(group.windows), self._watched.windows[-1].verdict)
         self._capture(seen, group)
 
     def _group_of(self, seen: Observations) -> Group:

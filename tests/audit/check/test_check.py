@@ -190,10 +190,11 @@ def test_a_script_that_fails_shows_its_own_traceback(check: Check) -> None:
     assert (early.status, late.status) == (1, 1)
     assert early.err.startswith("Traceback (most recent call last):\n")
     assert str(ROOT / "gaccum_exp") not in early.err
-    assert early.err.rstrip().endswith("failed by itself, before a step was judged")
+    assert early.err.rstrip().endswith("FAILED by itself, before a step was judged")
     assert early.out == ""
-    assert "after 1 window of 2 was judged" in late.err
+    assert "failing.py FAILED by itself, after 1 window of 2.\n" in late.out
     assert "equivalent (N = 2" in late.out
+    assert "Seen: the whole script" not in late.out
 
 
 def test_an_exit_of_the_scripts_own_is_passed_on(check: Check, tmp_path: Path) -> None:
