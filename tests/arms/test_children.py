@@ -23,6 +23,7 @@ from gaccum_exp import cli
 from gaccum_exp.arms import child, serve
 from gaccum_exp.arms.context import given_name
 from gaccum_exp.arms.outcome import RUNNING, Outcome, is_alive, read_outcome
+from gaccum_exp.train.stopping import Stop
 from tests.arms.test_context import context
 from tests.program import PATIENCE_S, TINY, Ending, Program, environment
 from tests.strangers import Net, Points
@@ -311,7 +312,7 @@ def test_an_arm_runs_in_its_file_before_it_is_given_away(
     monkeypatch.setattr(child, "_Child", Dead)
     monkeypatch.setattr(child, "_children", {})
     ended: dict[Path, Outcome] = {}
-    child.run_job(job, cli.Stop(), ended, None)
+    child.run_job(job, Stop(), ended, None)
     assert [(o.status, o.host, o.process is not None) for o in seen] == [
         (RUNNING, os.uname().nodename, True)
     ] * 2
@@ -341,7 +342,7 @@ def test_a_fault_beside_the_connection_is_no_death_of_the_child(
 
     monkeypatch.setattr(child, "_open", full)
     ended: dict[Path, Outcome] = {}
-    child.run_job(context(tmp_path, *TINY), cli.Stop(), ended, None)
+    child.run_job(context(tmp_path, *TINY), Stop(), ended, None)
     assert "Too many open files" in str(ended[tmp_path].reason)
     assert "process" not in str(ended[tmp_path].reason)
     assert not living.connection.closed

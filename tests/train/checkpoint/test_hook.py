@@ -217,9 +217,10 @@ def test_what_was_recorded_is_flushed_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("every_steps=0", "at least 1"), ("keep=0", "at least 1"), ("every_minutes=0", "a number above 0"),
-     ("every_minutes=inf", "a number above 0"),
-     ("every_minutes=-3", "a number above 0")],
+    [("every_steps=0", "at least 1"), ("keep=0", "at least 1"),
+     ("every_minutes=0", "above 0, and finite"),
+     ("every_minutes=inf", "above 0, and finite"),
+     ("every_minutes=-3", "above 0, and finite")],
 )  # fmt: skip
 def test_an_interval_that_is_none_is_refused(key: str, said: str) -> None:
     """In a line, with the key."""
