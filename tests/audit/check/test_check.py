@@ -197,6 +197,27 @@ def test_a_script_that_fails_shows_its_own_traceback(check: Check) -> None:
     assert "Seen: the whole script" not in late.out
 
 
+def test_a_script_that_is_interrupted_is_answered_by_what_was_judged(
+    check: Check, tmp_path: Path
+) -> None:
+    """After one window of two there is its verdict, and the status of an interruption."""
+    path = script(tmp_path, *STEP, "step()", "raise KeyboardInterrupt")
+    found = check(path)
+    assert found.status == 130
+    assert "script.py was interrupted, after 1 window of 2.\n" in found.out
+    assert "Yes: what reached the optimizer" in found.out
+
+
+def test_a_long_check_says_how_far_it_is(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that some seconds have passed, but for the last window, which has the answer."""
+    monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 0.0)
+    found = check("--windows", "3", "plain.py")
+    said = [line for line in found.err.splitlines() if "gaccum_exp check: window" in line]
+    assert said == [f"gaccum_exp check: window {i} of 3 is equivalent" for i in (1, 2)]
+    monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 1e9)
+    assert "check: window" not in check("--windows", "2", "plain.py").err
+
+
 def test_an_exit_of_the_scripts_own_is_passed_on(check: Check, tmp_path: Path) -> None:
     """With a status, and with a sentence; `sys.exit(0)` after a window leaves the verdict's."""
     with pytest.raises(SystemExit) as end:
