@@ -18,6 +18,10 @@ from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
 if TYPE_CHECKING:
     from gaccum_exp.audit.watch.watch import Watched
 
+_WORTH = (
+    "\nIs so large a batch worth having? These windows cannot say: `with gaccum_exp.watch(model, "
+    "criterion, optimizer, noise=True)` around some dozen steps measures the noise scale."
+)
 PATIENCE_S = 5.0
 """After so long it is said how far a check is."""
 STATUS = (
@@ -153,6 +157,7 @@ class _Check:
         elif not self._given.no_cost and status != INTERRUPTED:
             _flush()
             self._print_cost()
+            print(_WORTH)
         return VERDICT_STATUS.get(watched.worst.verdict, OK)
 
     def _why_nothing(self) -> str:
@@ -199,7 +204,7 @@ class _Check:
 
     def _say_progress(self, judged: int, verdict: str) -> None:
         """Say now and then how far it is, where that takes long."""
-        if time.monotonic() - self._said_s > PATIENCE_S and judged < self._given.windows:
+        if time.monotonic() - self._said_s > PATIENCE_S:
             self._said_s = time.monotonic()
             print(
                 f"gaccum_exp check: window {judged} of {self._given.windows} is {verdict}",

@@ -28,8 +28,8 @@ def answer(loop: CheckedLoop, watched: Watched, *, failed: bool = False) -> Iter
         audits = [watched.windows[place] for place in group.windows]
         yield from found(group, audits)
         yield ""
-        yield _said(worst(audits))
-        yield IN_A_CONFIGURATION.sub("", worst(audits).report())
+        yield _said(audits)
+        yield IN_A_CONFIGURATION.sub("", worst_of(audits).report())
         yield from _beside(group, audits)
         yield ""
     if watched.left_over and not loop.raised:
@@ -113,28 +113,36 @@ def cost(plan: MemoryPlan, group: Group, *, compiled: bool) -> Iterator[str]:
         yield f"Not counted: what runs beside the model ({', '.join(group.beside)})."
 
 
-def _said(audit: Audit) -> str:
+def worst_of(audits: Sequence[Audit]) -> Audit:
+    """Return the audit with the worst verdict, of equal ones the one that is the furthest away."""
+    return worst(sorted(audits, key=lambda audit: -(audit.e or 0.0)))
+
+
+def _said(audits: Sequence[Audit]) -> str:
     """Return the verdict as a sentence."""
+    audit = worst_of(audits)
     if audit.verdict in ("identical", "equivalent"):
         rounding = "bit for bit" if audit.verdict == "identical" else "but for rounding"
         return f"Yes: what reached the optimizer is the large batch's gradient, {rounding}."
     if audit.verdict == "biased":
-        off = "" if audit.e is None else f": it is {audit.e:.2g} × its norm away"
-        return f"No: what reached the optimizer is not the large batch's gradient{off}."
+        off = [f"{a.e:.2g}" for a in audits if a.verdict == audit.verdict and a.e is not None]
+        away = f": it is {' and '.join(off)} × its norm away" if off else ""
+        return f"No: what reached the optimizer is not the large batch's gradient{away}."
     if audit.verdict == "stochastic":
         return "Yes, but for the random numbers that are drawn: with these held, it is the same."
     return "Not known whether it is the large batch's gradient:"
 
 
 def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
-    verdicts = [audit.verdict for audit in audits]
+    own, verdicts = worst_of(audits), [audit.verdict for audit in audits]
     if len(set(verdicts)) > 1:
         yield f"windows: {', '.join(verdicts)}, in this order; above the worst"
-    own = worst(audits)
+    elif len(audits) > 1 and own.verdict == "biased":
+        yield f"window {audits.index(own) + 1} is shown, the one that is the furthest away"
     others = {c.name: c for audit in audits for c in audit.checks if c not in own.checks}
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):
         yield (
-            "beside the gradient: nothing wrong was seen in schedule and memory. Of the loss that is "
-            "logged it is seen which micro-batches it is read from, not what is made of it"
+            "beside the gradient: nothing wrong was seen in schedule and memory; what is made of the "
+            "losses for the log was not checked"
         )

@@ -49,7 +49,12 @@ def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Check]:
 def script(folder: Path, *lines: str) -> str:
     """Write a script that trains a model of two numbers; return its path."""
     path = folder / "script.py"
-    head = ("import torch", "model = torch.nn.Linear(2, 1)", "x = torch.randn(4, 2)")
+    head = (
+        "import torch",
+        "torch.manual_seed(0)",
+        "model = torch.nn.Linear(2, 1)",
+        "x = torch.randn(4, 2)",
+    )
     path.write_text("\n".join([*head, *lines]) + "\n")
     return str(path)
 
@@ -209,11 +214,11 @@ def test_a_script_that_is_interrupted_is_answered_by_what_was_judged(
 
 
 def test_a_long_check_says_how_far_it_is(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time that some seconds have passed, but for the last window, which has the answer."""
+    """Each time that some seconds have passed."""
     monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 0.0)
     found = check("--windows", "3", "plain.py")
     said = [line for line in found.err.splitlines() if "gaccum_exp check: window" in line]
-    assert said == [f"gaccum_exp check: window {i} of 3 is equivalent" for i in (1, 2)]
+    assert said == [f"gaccum_exp check: window {i} of 3 is equivalent" for i in (1, 2, 3)]
     monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 1e9)
     assert "check: window" not in check("--windows", "2", "plain.py").err
 
@@ -288,3 +293,13 @@ def test_a_script_that_swallows_everything_is_ended_all_the_same(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "equivalent (N = 2" in done.stdout
     assert "The script swallows its end" in done.stdout
+
+
+def test_of_windows_that_are_biased_the_furthest_is_shown(check: Check) -> None:
+    """And how far each is: the first may be the least."""
+    found = check("--windows", "3", "checkpointed.py")
+    (said,) = re.findall(r"No: .*: it is (.*) × its norm away", found.out)
+    away = [float(value) for value in said.split(" and ")]
+    assert len(away) >= 1
+    (shown,) = re.findall(r"biased \(N = \d+, \w+\): e64 \S+, e ([^,]+),", found.out)
+    assert float(shown) == max(away)
