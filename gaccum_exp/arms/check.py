@@ -22,6 +22,8 @@ _WORTH = (
     "\nIs so large a batch worth having? These windows cannot say: `with gaccum_exp.watch(model, "
     "criterion, optimizer, noise=True)` around some dozen steps measures the noise scale."
 )
+CHILDREN_S = 0.5
+"""From here on the script's own processes have done more than a look around."""
 PATIENCE_S = 5.0
 """After so long it is said how far a check is."""
 STATUS = (
@@ -89,6 +91,7 @@ class _Check:
             given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress
         )
         self._said_s = time.monotonic()
+        self._of_children_s = _of_children_s()
         self._watched: Watched
 
     def run(self) -> int:
@@ -166,8 +169,7 @@ class _Check:
                 "Optimizer steps were taken, but none after a call of a module in this thread: put "
                 "`with gaccum_exp.watch(model, criterion, optimizer):` around the training step."
             )
-        children = os.times()
-        if children.children_user + children.children_system > 0.5:
+        if _of_children_s() - self._of_children_s > CHILDREN_S:
             return (
                 "It has run processes of its own, in which nothing is seen: let it train in one, or "
                 "put `with gaccum_exp.watch():` around the training step there."
@@ -218,6 +220,12 @@ class _Check:
         print("The script swallows its end (a bare `except`): the process is ended in its midst.")
         _flush()
         os._exit(status)
+
+
+def _of_children_s() -> float:
+    """Return the processor's seconds that processes of this one have taken which have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _flush() -> None:

@@ -303,3 +303,11 @@ def test_of_windows_that_are_biased_the_furthest_is_shown(check: Check) -> None:
     assert len(away) >= 1
     (shown,) = re.findall(r"biased \(N = \d+, \w+\): e64 \S+, e ([^,]+),", found.out)
     assert float(shown) == max(away)
+
+
+def test_processes_of_before_are_not_taken_for_the_scripts(check: Check, tmp_path: Path) -> None:
+    """Whoever checks may have run others; the sentence is on what the script itself has done."""
+    busy = "import time\nwhile time.process_time() < 1: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    found = check(script(tmp_path, "model(x).sum().backward()"))
+    assert "Only steps of torch.optim.Optimizer" in found.out
