@@ -138,7 +138,8 @@ FILES = ("comparison.csv", "audit.json", "plan.json")
 RENAMED = {"steps": "accum_steps"}
 """Keys and columns that were renamed, from old to new: N, in what the program writes and returns."""
 LEFT_ASIDE = {
-    r"time/.*|throughput/.*|step_(s|ratio|low_s|high_s|differs)|tokens_per_s|waiting_share": "a time, or made of one",
+    r"time/.*|throughput/.*|step_(s|ratio|low_s|high_s|differs)|tokens_per_s": "a time, or made of one",
+    r"waiting_share": "what other processes took of it",
     r"memory/resident_set_bytes": "the whole process, its libraries and their allocator included",
     r"sweep_id|command_id|run_id|run_token|reference_run_id": "an id, made of the time or at random",
     r"command": "the line, with where it writes and when it keeps",
