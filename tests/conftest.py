@@ -1,13 +1,18 @@
 """Fixtures that several test modules share."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from gaccum_exp.memory.fake import settle
 from tests.program import Program, new_store
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts how long it takes
 hypothesis.settings.load_profile("suite")
@@ -25,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Settle, as a child does before its arms: each training built searches all that is not settled."""
     settle()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Open Debian's browser."""
+    from playwright.sync_api import sync_playwright
+
+    from experiments.mlflow_browser import CHROMIUM, CHROMIUM_ARGUMENTS
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """*Accumulation explained*: its code runs, its numbers were measured, its figure computes what we do."""
 
 import ast
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ from matplotlib import image
 
 from experiments.explained import build, claims
 from experiments.explained.pages import PAGES, blocks, filled, places, run
-from experiments.mlflow_browser import CHROMIUM, CHROMIUM_ARGUMENTS
 from gaccum_exp.core.reductions import reduction_named
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.report.figures.style import DPI, WIDTHS_INCHES
+from tests.browsers import in_browser
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -171,22 +170,7 @@ def test_chinese_is_set_as_chinese_is(page: Path) -> None:
 
 # The figure in which the split can be changed
 
-NEEDED = {"playwright": "playwright", "axe_playwright_python": "axe-playwright-python"}
-MISSING = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
-MISSING += [] if CHROMIUM else ["chromium"]
-in_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 ROWS = "() => [...document.querySelectorAll('tbody tr')].map(r => Number(r.dataset.weight))"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    """Open Debian's browser."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def opened(browser: "Browser", language: str = "en", **how: Any) -> tuple["Page", list[str]]:

@@ -43,9 +43,9 @@ def main() -> None:
         )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         told, _ = _run(Path(folder), PICTURE, KEPT_OF_PICTURE)
-    for said in re.findall(r"N = 8 (from step \d+)", told):
-        if f"{said} on" not in (ROOT / "README.md").read_text(encoding="utf-8"):
-            raise ValueError(f"README.md names another step than the picture, which differs {said} on")
+    said = re.search(r"N = 8 (from step \d+)", told)
+    if said is None or f"{said[1]} on" not in (ROOT / "README.md").read_text(encoding="utf-8"):
+        raise ValueError(f"README.md says something else than the picture's sweep, which prints\n{told}")
     # Up to the paths, which are of a folder that is gone.
     table = "\n".join(line.rstrip() for line in printed.split("\n\nSweep ")[0].splitlines())
     write_results(ROOT / "README.md", f"```text\n{table}\n```\n\n{provenance(seconds)}")

@@ -1,47 +1,29 @@
 """A reader opens the page: without a network, by keyboard, in a frame that may do little."""
 
 import html
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.mlflow_browser import CHROMIUM, CHROMIUM_ARGUMENTS
 from gaccum_exp.audit.audited_window import AuditedWindow
 from gaccum_exp.report.compare.batches import compare_batches
 from gaccum_exp.report.compare.comparison import compare
 from gaccum_exp.report.page.write_page import write_page
 from gaccum_exp.tracking.records import RunRecord
+from tests.browsers import IN_BROWSER
 from tests.report.page.test_page import window
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Frame, Page
 
 Arm = Callable[..., RunRecord]
-NEEDED = {"playwright": "playwright", "axe_playwright_python": "axe-playwright-python"}
-MISSING = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
-MISSING += [] if CHROMIUM else ["chromium"]
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
-]
+pytestmark = list(IN_BROWSER)
 PATHS = """() => [...document.querySelectorAll('[data-plot=loss] .mark-line path')]
     .map(path => path.getAttribute('d'))"""
 STRICT = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    """Open Debian's browser."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
