@@ -351,7 +351,7 @@ def task(cfg: DictConfig) -> float | None:
     command.settings = settings
     name = given_name(context) if settings.chooses_accum_steps else name_of(context, settings)
     print(f"run {settings.sweep_id}: {name}", file=sys.stderr, flush=True)
-    from gaccum_exp.arms.life import run_arm  # two seconds, with torch
+    from gaccum_exp.arms.run_arm import run_arm  # two seconds, with torch
 
     outcome = run_arm(context, settings, command.stop, command.resumed)
     command.outcomes[context.folder] = outcome

@@ -19,15 +19,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 STAGES: dict[str, str] = {
-    "the arm, all in all": "gaccum_exp.arms.life:run_arm",
+    "the arm, all in all": "gaccum_exp.arms.run_arm:run_arm",
     "Hydra composes its configuration (twice)": (
         "hydra._internal.config_loader_impl:ConfigLoaderImpl.load_sweep_config"
     ),
-    "garbage of the arm before": "gaccum_exp.arms.life:clear",
-    "data sets": "gaccum_exp.arms.life:load",
-    "model, loss, optimizer": "gaccum_exp.arms.life:build",
+    "garbage of the arm before": "gaccum_exp.arms.run_arm:clear",
+    "data sets": "gaccum_exp.arms.run_arm:load",
+    "model, loss, optimizer": "gaccum_exp.arms.run_arm:build",
     "begin the run": "gaccum_exp.arms.life:Life.begin",
-    "training, audits included": "gaccum_exp.arms.life:train",
+    "training, audits included": "gaccum_exp.arms.run_arm:train",
     "audits": "gaccum_exp.train.audits:WindowAudits.judge",
     "evaluations": "gaccum_exp.train.evaluation:evaluate",
     "keep the weights": "gaccum_exp.arms.life:Life.keep_weights",

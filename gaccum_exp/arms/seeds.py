@@ -11,21 +11,10 @@ from dataclasses import replace
 from gaccum_exp.arms import plan as planning
 from gaccum_exp.arms.child import Ended
 from gaccum_exp.arms.context import ArmContext, contexts_of_seeds, label_of
-from gaccum_exp.arms.life import (
-    EXPECTED,
-    VECTORIZED,
-    Life,
-    clear,
-    ends,
-    may_go_on,
-    reason_of,
-    refuse_arm,
-    run_arm,
-    shared_data,
-    train_controls,
-)
+from gaccum_exp.arms.life import EXPECTED, VECTORIZED, Life, ends, reason_of, refuse_arm
 from gaccum_exp.arms.process import SPENT
 from gaccum_exp.arms.resume import runs_in
+from gaccum_exp.arms.run_arm import clear, may_go_on, run_arm, shared_data, train_controls
 from gaccum_exp.config import schema as config
 from gaccum_exp.config.schema import Settings
 from gaccum_exp.errors import BadInputError

@@ -403,16 +403,16 @@ def test_a_control_that_fails_is_a_warning_and_no_failure_of_the_arm(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference stays FINISHED, the next control is trained, the status is 0."""
-    import gaccum_exp.arms.life
+    import gaccum_exp.arms.run_arm
 
-    train = gaccum_exp.arms.life.train
+    train = gaccum_exp.arms.run_arm.train
 
     def failing(experiment: Any, *args: Any) -> Any:
         if experiment.settings.audit.control_seed == 1:
             raise RuntimeError("a fault of the control's")
         return train(experiment, *args)
 
-    monkeypatch.setattr("gaccum_exp.arms.life.train", failing)
+    monkeypatch.setattr("gaccum_exp.arms.run_arm.train", failing)
     ended = program.tiny("audit.controls=2")
     assert ended.status == 0
     assert any(

@@ -21,8 +21,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from gaccum_exp import cli
-from gaccum_exp.arms import callback, child, continued, life
+from gaccum_exp.arms import callback, child, continued, run_arm
 from gaccum_exp.arms.context import KnownArm
+from gaccum_exp.arms.life import Life
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
 from gaccum_exp.tracking import journal as journals
@@ -565,11 +566,11 @@ def test_controls_that_were_interrupted_are_trained_where_the_sweep_goes_on(
     """Their arm has finished, and is not trained again."""
     sweep_here(monkeypatch)
 
-    def interrupted(control: life.Life, controls_left: int) -> None:
+    def interrupted(control: Life, controls_left: int) -> None:
         raise StoppedError("interrupted (SIGINT)", 130)
 
     with monkeypatch.context() as first:
-        first.setattr(life, "_train_control", interrupted)
+        first.setattr(run_arm, "_train_control", interrupted)
         ended = program.tiny("-m", "accum.steps=1", "audit.controls=1")
     assert (ended.status, "1 arm did not finish; to go on:" in ended.err) == (130, True)
     again = program.tiny("-m", "accum.steps=1", "audit.controls=1", "sweep.resume=last")

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from torch import Tensor
 
 from gaccum_exp import cli
-from gaccum_exp.arms import life, plan, resume
+from gaccum_exp.arms import life, plan, resume, run_arm
 from gaccum_exp.arms.context import Command, Launch
 from gaccum_exp.config.schema import validate
 from gaccum_exp.tracking import shipper
@@ -378,7 +378,7 @@ def test_under_resume_never_an_arm_of_a_sweep_is_begun_anew(tmp_path: Path) -> N
     ):  # fmt: skip
         arm = context(tmp_path, *ARMS, "sweep_id=old", f"resume={asked}")
         arm = replace(arm, command_id=command_id)
-        resumed = life.left_by_sweep(arm, validate(arm.config))
+        resumed = run_arm.left_by_sweep(arm, validate(arm.config))
         assert (None if resumed is None else resumed.left.path) == expected
         if resumed is not None:
             resumed.lock.release()
@@ -390,10 +390,10 @@ def test_why_an_arm_of_a_sweep_is_begun_anew_is_said(
     """As by another version of the package, whose numbers may be others."""
     caplog.set_level("INFO", "gaccum_exp")
     arm = context(tmp_path, *ARMS, "sweep_id=old")
-    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    assert run_arm.left_by_sweep(arm, validate(arm.config)) is None
     assert not caplog.messages
     left_in(tmp_path, **{"version.gaccum_exp": "0.0"})
-    assert life.left_by_sweep(arm, validate(arm.config)) is None
+    assert run_arm.left_by_sweep(arm, validate(arm.config)) is None
     (said,) = caplog.messages
     assert "the arm begun anew: version.gaccum_exp (0.0 there, " in said
 
