@@ -4,12 +4,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import hypothesis
 import pytest
 
+from gaccum_exp.arms import child
 from gaccum_exp.memory.fake import settle
+from gaccum_exp.tracking.processes import python
 from tests.program import Program, new_store
+from tests.undrawn import DRAW, UNDRAWN, no_figures
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -43,6 +47,21 @@ def browser() -> Iterator["Browser"]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _arms_in_a_child_of_the_tests() -> Iterator[None]:
+    """Let sweeps be compared in a process that knows of `undrawn`."""
+    with patch.object(child, "python", lambda statement: python(f"import tests.undrawn; {statement}")):
+        yield
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no figures drawn of sweeps in this test, unless it is marked with `figures`."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setenv(UNDRAWN, "1")
+        monkeypatch.setattr(DRAW, no_figures)
 
 
 @pytest.fixture(scope="session")

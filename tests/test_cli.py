@@ -20,6 +20,8 @@ from gaccum_exp import cli
 from gaccum_exp.tracking import shipper
 from tests.program import TINY, Program, environment
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 POINTS = ("data=custom", "data.train._target_=tests.strangers.Points", "data.global_batch_size=8",
           "runtime.device=cpu")  # fmt: skip
 LAZY = """
@@ -251,6 +253,7 @@ def test_a_sweep_is_not_judged_by_what_another_left_in_its_folder(program: Progr
     assert program.tiny("-m", "accum.steps=1", "hydra.sweep.dir=here").status == 0
 
 
+@pytest.mark.figures
 def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> None:
     """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise."""
     program.tiny("-m", "accum.steps=1,2,4")

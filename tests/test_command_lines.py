@@ -18,6 +18,8 @@ from gaccum_exp.config.arguments import command_line
 from gaccum_exp.errors import BadInputError
 from tests.program import TINY, Ended, Program, environment, in_a_process, sweep_here
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OURS = "is the program's own"
 
 
@@ -373,6 +375,7 @@ def test_arms_that_never_started_are_counted(program: Program, monkeypatch: pyte
     assert "1 arm did not finish, 2 of 3 never started; to go on:" in ended.plain
 
 
+@pytest.mark.figures
 def test_nothing_is_drawn_of_no_numbers(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every arm is refused: no figure of axes alone, no unit over no number, its reason once."""
     sweep_here(monkeypatch)

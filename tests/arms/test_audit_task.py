@@ -30,6 +30,8 @@ from tests.program import Program, sweep_here
 from tests.strangers import Net, NumpyNoise
 from tests.support import STRANGER, settings, trained
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy",
         "accum_steps", "reduction", "denominator", "parameters"}  # fmt: skip
 STATUS = {"identical": 0, "equivalent": 0, "biased": 3, "stochastic": 4, "inconclusive": 5}

@@ -7,6 +7,8 @@ import pytest
 from tests.contrastive import CONTRASTIVE
 from tests.program import Program
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_a_contrastive_sweep_is_equivalent_to_the_large_batch(program: Program) -> None:
     """Every arm, by its audit and its curve; and at its peak each holds what the plan predicts."""

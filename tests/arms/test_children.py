@@ -28,6 +28,8 @@ from tests.arms.test_context import context
 from tests.program import PATIENCE_S, TINY, Ending, Program, environment
 from tests.strangers import Net, Points
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STRANGER = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
             "data.global_batch_size=8", "train.steps=5", "runtime.device=cpu")  # fmt: skip
 

@@ -35,6 +35,8 @@ from tests.arms.test_sweep import LAUNCHERS
 from tests.program import TINY, Ended, Program, in_a_process, sweep_here
 from tests.strangers import Net
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 POINTS = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
           "data.global_batch_size=8", "runtime.device=cpu", "train.steps=4",
           "audit.at_start=false")  # fmt: skip

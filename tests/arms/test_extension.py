@@ -12,6 +12,8 @@ from gaccum_exp.tracking.records import RunRecord
 from tests.program import Program
 from tests.report.conftest import make_arm
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SWEPT = ("data.global_batch_size", "optimizer.lr", "seed")
 
 

@@ -30,6 +30,8 @@ from tests.program import PATIENCE_S, Ending, Program, environment
 from tests.strangers import Net
 from tests.support import STRANGER, Collected, settings
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 POINTS = ("model=custom", "data=custom", "data.train._target_=tests.strangers.Points",
           "data.global_batch_size=8", "runtime.device=cpu")  # fmt: skip
 

@@ -22,6 +22,8 @@ from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.stopping import Stop
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONTRACT = (
     "run_id,role,accum_steps,micro_batch_size,global_batch_size,reduction,train_loss,eval_loss,eval_accuracy,"
     "max_loss_gap,weight_distance,peak_bytes,peak_ratio,step_s,step_ratio"
@@ -49,6 +51,7 @@ def losses(run: RunRecord) -> tuple[float, ...]:
     return run.curves["train/loss"].values
 
 
+@pytest.mark.figures
 def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
     """The contract's columns first, figures as SVG and PNG, the table, a sentence, the UI's link."""
     ended = program.tiny("-m", "accum.steps=1,2,4")
@@ -75,6 +78,7 @@ def test_a_sweep_ends_with_a_comparison_and_files(program: Program) -> None:
         assert said in " ".join(ended.out.split())
 
 
+@pytest.mark.figures
 def test_the_report_run_holds_the_files_and_stays_out_of_the_sweep(program: Program) -> None:
     """Tagged `kind=report`, without the tag that the link filters on; figures as was asked for."""
     ended = program.tiny("-m", "accum.steps=1,2", "figures.format=[pdf,svg]", "figures.width=single")
@@ -296,6 +300,7 @@ def test_a_stored_run_that_failed_is_no_reference(program: Program) -> None:
     assert {row["reference_source"] for row in table(program.sweep_folder)} == {"none"}
 
 
+@pytest.mark.figures
 def test_a_sweep_over_global_batches_compares_them_too(program: Program) -> None:
     """A table of their own, a file and a figure, at equal samples although windows are partial."""
     ended = program.tiny(

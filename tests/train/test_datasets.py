@@ -16,10 +16,9 @@ made: Counter[str] = Counter()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_made_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_made_yet(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
     sweep_here(monkeypatch)
-    monkeypatch.setattr("gaccum_exp.report.figures.save_figures.draw", lambda *_, **__: [])
 
 
 def tensors(samples: int = 24) -> TensorDataset:

@@ -19,6 +19,8 @@ from gaccum_exp.train.state import TrainState
 from tests.program import Program
 from tests.support import STRANGER, settings, trained
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 COMMON = (
     *STRANGER, "data.global_batch_size=null", "data.micro_batch_size=2", "+data.train.samples=60",
     "scheduler=cosine", "audit.at_start=false", "train.epochs=3",

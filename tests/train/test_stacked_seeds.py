@@ -26,6 +26,8 @@ from tests.program import Program, in_a_process
 from tests.strangers import Points
 from tests.support import STRANGER, Collected, settings, train_to_end
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 EXACT = "runtime.precision=fp64"
 CURVES = ("train/loss", "optim/lr", "optim/grad_norm", "eval/loss", "eval/accuracy")
 MLP = ("model=mlp", "model.hidden=[12,8]", "data.global_batch_size=200", "runtime.device=cpu",
