@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import SUPPORTED_NODES, is_namedtuple_class, tree_leaves, tree_map_only
 
 from gaccum_exp.core.cached import Cached
 from gaccum_exp.core.losses.protocol import Counts, Denominator, LossFn, LossResult, LossWrapper
@@ -84,8 +84,7 @@ def settle() -> None:
     """
     if _settled:  # before the first time there is next to no garbage
         gc.collect()
-    keepers = (o for o in gc.get_objects() if type(o) is _CACHED or _is_real_parameter(o))
-    _settled.extend(map(weakref.ref, keepers))
+    _settled.extend(weakref.ref(o) for o in _keepers() if type(o) is _CACHED or _is_real_parameter(o))
     gc.freeze()
 
 
@@ -97,11 +96,10 @@ def nothing_left_behind() -> Iterator[None]:
     try:
         yield
     finally:
-        settled = (found for found in (reference() for reference in _settled) if found is not None)
-        for found in (*gc.get_objects(), *settled):
+        settled = [found for found in (reference() for reference in _settled) if found is not None]
+        for found in (*_keepers(), *settled):
             if type(found) is _CACHED:
-                held = tree_leaves(gc.get_referents(found))
-                if any(isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta) for t in held):
+                if found.cache_info().currsize and _holds_fake(found):
                     found.cache_clear()
             elif _is_real_parameter(found) and isinstance(found.grad, FakeTensor):
                 found.grad = None
@@ -224,6 +222,32 @@ class CachedSizes(Cached):
 
     def _stands_for_others(self, micro_batch: Any) -> bool:
         return 0 < self._first_size < size_of(micro_batch, 0)
+
+
+def _keepers() -> list[Any]:
+    """Return the caches and the tensors among all objects that garbage collections look at."""
+    objects = gc.get_objects()
+    # Asked of each kind once: there are a hundred thousand objects, and this is done for every arm.
+    kinds = {kind for kind in set(map(type, objects)) if kind is _CACHED or issubclass(kind, Tensor)}
+    return [found for found in objects if type(found) in kinds]
+
+
+def _holds_fake(cache: Any) -> bool:
+    """Whether a cache holds a tensor without values, in what it was given or in what it gave."""
+    left, seen = gc.get_referents(cache), set[int]()
+    while left:
+        value = left.pop()
+        kind = type(value)
+        if kind is tuple or kind is list or kind is dict:
+            if id(value) not in seen:
+                seen.add(id(value))
+                left += value.values() if kind is dict else value
+        elif issubclass(kind, Tensor):
+            if isinstance(value, FakeTensor) or value.is_meta:
+                return True
+        elif kind in SUPPORTED_NODES or is_namedtuple_class(kind):
+            left += tree_leaves(value)
+    return False
 
 
 def _is_real_parameter(found: Any) -> bool:

@@ -70,12 +70,15 @@ CRITERION = CriterionLoss(nn.CrossEntropyLoss())
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_predicted_peak_is_the_measured_one(optimizer: str) -> None:
-    """For every N, with its parts and its phase, within 1 %; and 37 samples are no multiple of any."""
+    """For every N, with its parts and its phase, within 1 %; and 37 samples are no multiple of any.
+
+    Other optimizers hold other state, whatever N is: of three N.
+    """
     model, made = a_cnn(optimizer)
     batch = images(37)
     plan = plan_memory(model, nn.CrossEntropyLoss(), batch, made)
     assert [row.accum_steps for row in plan.rows] == [1, 2, 4, 8, 16, 32, 37]
-    for row in plan.rows:
+    for row in plan.rows if optimizer == "sgd" else plan.rows[::3]:
         real = measured(model, made, batch, row.accum_steps)
         assert row.peak.bytes == pytest.approx(real.bytes, rel=0.01)
         assert row.peak.phase == real.phase
@@ -456,10 +459,18 @@ def test_a_process_that_has_settled_is_searched_for_leftovers_all_the_same() -> 
     def mask() -> Tensor:
         return torch.ones(3)
 
+    @functools.cache
+    def nested(*sizes: int) -> list[Any]:
+        found: list[Any] = [{"masks": (torch.ones(sizes), "and others")}]
+        return [found]
+
     parameter = nn.Parameter(torch.ones(3))
     settle()
     with nothing_left_behind(), fake_mode():
         (parameter.sum() * mask().sum()).backward()
         assert isinstance(mask(), FakeTensor)
+        assert isinstance(nested(2, 3)[0][0]["masks"][0], FakeTensor)
+        nested(1).append(nested(1))  # it holds itself
     assert type(mask()) is Tensor
+    assert type(nested(2, 3)[0][0]["masks"][0]) is Tensor
     assert parameter.grad is None

@@ -181,28 +181,26 @@ def test_a_sweep_reads_back_from_every_store_as_from_a_file(
 
 
 OPENING = """
-import sys
+import os, sys
 from gaccum_exp.tracking.mlflow_store import Store
-print("imported", flush=True)
-sys.stdin.readline()
-store = Store(sys.argv[1], "stores")
-store.set_experiment_tags({f"view {k}": "arranged" for k in range(5)})
-print(store.experiment_id)
+opening = []
+for _ in range(int(sys.argv[2])):
+    opening.append(os.fork())
+    if not opening[-1]:
+        store = Store(sys.argv[1], "stores")
+        store.set_experiment_tags({f"view {k}": "arranged" for k in range(5)})
+        os.write(1, f"{store.experiment_id}\\n".encode())
+        os._exit(0)
+for process in opening:
+    os.waitpid(process, 0)
 """
 
 
 def opened_at_once(uri: str, processes: int) -> list[str]:
     """Open a store, and tag its experiment, in so many processes at once; return its id in each."""
-    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment()}
-    running = [
-        subprocess.Popen([sys.executable, "-c", OPENING, uri], **piped)  # type: ignore[call-overload]
-        for _ in range(processes)
-    ]
-    assert [process.stdout.readline() for process in running] == ["imported\n"] * processes
-    for process in running:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [process.communicate()[0].strip() for process in running]
+    command = [sys.executable, "-c", OPENING, uri, str(processes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment())
+    return done.stdout.splitlines()
 
 
 def test_a_database_takes_the_place_of_no_device(tmp_path: Path) -> None:
