@@ -264,7 +264,7 @@ def test_a_sweep_imports_no_torch_and_is_not_held_up_at_its_end(tmp_path: Path) 
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )  # fmt: skip
     assert "ENDED 0 False" in done.stdout, done.stderr
 
