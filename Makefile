@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-engines lint docs clean
+.PHONY: demo test test-engines test-docs lint docs clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ test: .venv/test   ## the whole suite on two cores, a thread for each worker
 
 test-engines: .venv/test   ## sweeps on Ray, Slurm, Optuna and queues, some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
+
+test-docs: .venv/test   ## every command and block of Python of the pages as written, half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -rs -n 2 --dist loadgroup tests/docs
 
 lint: .venv/test   ## style and types
 	$(BIN)/ruff check .

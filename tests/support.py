@@ -51,7 +51,8 @@ def _chosen(*overrides: str) -> DictConfig:
 
 
 def _is_value(override: Override) -> bool:
-    return override.package is None and override.key_or_group not in blocks()
+    chosen = {*blocks(), "hydra.searchpath"}
+    return override.package is None and override.key_or_group not in chosen
 
 
 def settings(*overrides: str) -> Settings:

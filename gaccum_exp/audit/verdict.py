@@ -128,7 +128,7 @@ def remedy_of_counts(sizes: Sequence[int], counts: Sequence[float]) -> str:
 
 def listed(numbers: Sequence[float]) -> str:
     """Return numbers in words, of many the first and the last."""
-    said = [f"{number:.4g}" for number in numbers]
+    said = [f"{number:.0f}" if number % 1 == 0 else f"{number:.4g}" for number in numbers]
     return ", ".join(said if len(said) <= 8 else [*said[:4], "…", *said[-2:]])
 
 

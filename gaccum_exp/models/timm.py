@@ -73,7 +73,9 @@ class TimmModel(nn.Module):
             there = {"state_dict": weights, "num_classes": given["num_classes"]}
             given["pretrained_cfg_overlay"] = there
         try:
-            self.net: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **given)
+            # On meta, where a plan builds it, there is nothing to load weights into.
+            loads = bool(pretrained) and torch.get_default_device().type != "meta"
+            self.net: nn.Module = timm.create_model(name, pretrained=loads, **given)
             if given["num_classes"] != outputs:
                 self.net.reset_classifier(outputs)
         except Exception as error:  # of as many kinds as there are models, options and files

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gaccum_exp import watch
+from gaccum_exp.audit.verdict import remedy_of_counts
 
 D = torch.float64
 
@@ -50,3 +51,9 @@ def test_states_that_move_together_are_not_laid_at_the_models_door(
         optimizer.step()
     assert audit.verdict == "biased"
     assert (audit.culprit, audit.culprit_type) == ("beside the model", "Centred")
+
+
+def test_counts_are_said_whole() -> None:
+    """Pixels and tokens are many, and a reader compares them with their own."""
+    said = remedy_of_counts([4, 4], [15616.0, 7424.5])
+    assert said.startswith("micro-batches count 15616, 7424 in their loss")

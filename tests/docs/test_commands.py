@@ -1,31 +1,27 @@
 """The commands on the pages are commands that the program takes.
 
-All are composed and validated, the first and the last arm of a sweep, with a stranger's package where a
-placeholder stands; launchers and sweepers are left to `make test-engines`. Those of `RUN` are run as
-well, as they stand, with an optimizer step or two behind them.
+All are composed and validated, the first and the last arm of a sweep, with the template's files beside
+the program's, and a stranger's package where a placeholder stands; two are run. `make test-docs` runs
+every one as it stands (test_as_written.py).
 """
 
 import re
 import shlex
+import shutil
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from gaccum_exp.config.arguments import WORDS, command_line
+from tests.docs.shown import PAGES, blocks
 from tests.program import Program, sweep_here
 from tests.support import ROOT, settings
 
-PAGES = [
-    *sorted(
-        path
-        for path in ROOT.glob("docs/**/*.md")
-        if not {"_build", "template", "own_project.md"}
-        & set(path.parts)  # tests/test_template.py has these
-    ),
-    ROOT / "README.md",
-]
 START = "python -m gaccum_exp"
+TEMPLATE = ROOT / "docs/template/my_project"
+FOUND = f"hydra.searchpath=[file://{TEMPLATE / 'conf'}]"
+"""As by the template's plugin."""
 STRANGERS = {
     "my_pkg.Net": "tests.strangers.Net",
     "my_pkg.Points": "tests.strangers.Points",
@@ -33,23 +29,20 @@ STRANGERS = {
     "HOST": "127.0.0.1",
 }
 """What a reader puts their own in place of."""
-OWN = ("my_conf", "my_pkg", "my_project", "denois", "KEY=", "FOLDER", "<id>", "…")
-"""What else only the reader has: such lines are run by the tests of their own page."""
-
-
-def commands() -> list[tuple[str, str]]:
-    """Return every command line in a block for the shell, with its page; continued ones on one line."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for block in re.findall(r"(?ms)^```sh\n(.*?)^```$", text):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith(START):
-                    found.append((str(page.relative_to(ROOT)), " ".join(line.split())))
-    return list(dict.fromkeys(found))
-
-
-COMMANDS = commands()
+COMMANDS = list(
+    dict.fromkeys(
+        (block.page, " ".join(line.split()))
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "sh" and block.mark is None
+        for line in block.commands
+        if line.startswith(START)
+    )
+)
+"""Every command line in a block for the shell, with its page."""
+WHERE = re.compile(r" --config|searchpath=")
+IN_A_PROJECT = [line for _, line in COMMANDS if WHERE.search(line) or "two_terms" in line]
+"""Those that say where configurations are, or need one that the page has shown."""
 
 
 def arguments(command: str) -> list[str]:
@@ -59,11 +52,15 @@ def arguments(command: str) -> list[str]:
     return shlex.split(command.removeprefix(START), comments=True)
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda text: text[:60])
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [of for of in COMMANDS if of[1] not in IN_A_PROJECT],
+    ids=lambda text: text[:60],
+)
 def test_a_command_of_a_page_is_a_configuration(page: str, command: str) -> None:
     """Its first arm and its last; a word, as `report`, is one that there is."""
     given = arguments(command)
-    if given[:1] in [[word] for word in WORDS] or any(own in command for own in OWN):
+    if given[:1] in [[word] for word in WORDS]:
         return
     line = command_line(given)
     if line.only_shows:
@@ -71,7 +68,7 @@ def test_a_command_of_a_page_is_a_configuration(page: str, command: str) -> None
     overrides = [one for one in line.overrides if not one.lstrip("+").startswith("hydra")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     for which in (0, -1) if line.multirun else (0,):
-        assert settings(*(arm for one in parsed if (arm := of_arm(one, which))))
+        assert settings(FOUND, *(arm for one in parsed if (arm := of_arm(one, which))))
 
 
 def of_arm(override: Override, which: int) -> str:
@@ -85,14 +82,32 @@ def of_arm(override: Override, which: int) -> str:
 
 def test_the_pages_have_their_commands() -> None:
     """Otherwise the test above would pass on nothing."""
-    assert len(COMMANDS) >= 40
+    assert len(COMMANDS) >= 60
     pages = {page for page, _ in COMMANDS}
-    assert {"docs/howto/going_on.md", "docs/howto/memory.md", "docs/howto/compare_batches.md"} <= pages
+    assert {"docs/howto/going_on.md", "docs/howto/own_project.md", "docs/template/README.md"} <= pages
+
+
+def test_the_commands_with_folders_of_ones_own_can_be_composed(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the template, with the study that the page prints."""
+    shutil.copytree(TEMPLATE, program.folder / "my_project")
+    (program.folder / "conf").mkdir()
+    for block in blocks(ROOT / "docs/howto/own_project.md"):
+        if block.mark == "file":
+            path = program.folder / str(block.said)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text)
+    monkeypatch.syspath_prepend(program.folder)
+    assert len(IN_A_PROJECT) == 4
+    for command in IN_A_PROJECT:
+        one_arm = [word.partition(",")[0] for word in arguments(command) if word != "-m"]
+        plugin = () if WHERE.search(command) else ("hydra.searchpath=[pkg://my_project.conf]",)
+        ended = program(*one_arm, *plugin, "--cfg=job")
+        assert ended.status == 0, ended.plain
 
 
 RUN = {
-    "docs/howto/batch_sizes.md": (2, ("model=mlp", "train.steps=1")),
-    "docs/howto/growing_batch.md": (0, ("model=mlp", "train.epochs=1")),
     "docs/howto/going_on.md": (0, ("model=mlp", "train.steps=2")),
     "docs/howto/audit_gate.md": (0, ()),
 }

@@ -39,6 +39,14 @@ def test_weights_of_a_file_are_those_of_the_model_but_for_a_last_layer_of_other_
         assert differing == new
 
 
+def test_a_plan_builds_a_model_with_weights_of_a_file_without_memory(weights: Path) -> None:
+    """On meta nothing is loaded, of which torch would warn for each parameter."""
+    with torch.device("meta"):
+        model = built(num_classes=3, pretrained=str(weights))
+    assert all(p.is_meta for p in model.parameters())
+    assert model.net.get_classifier().out_features == 3
+
+
 def test_a_model_of_one_size_gets_images_of_that_size_or_is_built_for_another() -> None:
     """A vision transformer takes 160 × 160 as it was published, or what it is asked for."""
     images = torch.zeros(2, 1, 8, 8)
