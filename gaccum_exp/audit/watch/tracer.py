@@ -24,7 +24,7 @@ from gaccum_exp.audit.watch.compiled import uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, ParameterRef, Tape
 from gaccum_exp.audit.watch.user_functions import OnCall, calls_reported, calls_unreported
-from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.gradient import Gradient, dense
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
@@ -151,7 +151,7 @@ class LoopTracer:
     def _on_accumulation(self, name: str, parameter: Tensor) -> None:
         if not self.judging and self.stepping is None and parameter.grad is not None:
             kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
-            kept[name] = parameter.grad.detach().clone()
+            kept[name] = dense(parameter.grad.detach()).clone()
             self.seen.tape.reached.setdefault(self.seen.tape.backwards, set()).add(name)
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
@@ -234,9 +234,7 @@ class LoopTracer:
     def gradients(self) -> Gradient:
         """Return the gradients that are there, dense, by parameter name."""
         return {
-            name: p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
-            for name, p in self._parameters.items()
-            if p.grad is not None
+            name: dense(p.grad.detach()) for name, p in self._parameters.items() if p.grad is not None
         }
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
