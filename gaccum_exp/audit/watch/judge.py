@@ -5,6 +5,7 @@ weight of each micro-batch, gradients left over, zeroed, clipped or unscaled) is
 passes, run again, add up to.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.causes.loss_weights import common_divisor, snapped, unrounded
+from gaccum_exp.audit.causes.loss_weights import alike, common_divisor, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
@@ -42,6 +43,7 @@ from gaccum_exp.audit.watch.window_noise import noise_of_window
 from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.noise_scale import Noise
+from gaccum_exp.core.seeding import same_states
 from gaccum_exp.memory.available import out_of_memory
 
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
@@ -128,12 +130,14 @@ def _under_every_reading(
         replay.made_again(columns, layouts[0].sizes, layouts[0].dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
-    for layout in layouts:
+    for sharing, layout in itertools.product((False, True), layouts):
         # What integers are padded with is no matter where padding was none.
         if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
             continue
+        if sharing and judged:
+            break
         try:
-            taped = TapedWindow(modules, micro_batches, layout, moved, kept)
+            taped = TapedWindow(modules, micro_batches, layout, moved, kept, sharing=sharing)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             audit = _settled(window.audit(), moved)
             for said in dict.fromkeys(moved.given if audit.sound else []):
@@ -415,6 +419,9 @@ class _LoopWindow:
                 f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
             )
             what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
+            starts = self._window.starts
+            if not all(same_states(starts[0], start) for start in starts[1:]):
+                return self._of_drawn_weights(audit, what, faults)
             remedy = f"{what}: change it once per optimizer step"
             return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
         mixing = self._window.moved.mixing
@@ -433,6 +440,25 @@ class _LoopWindow:
             return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}{besides}")
         what = "divide each term's sum once by what the window counts for it"
         return replace(audit, remedy=f"micro-batches {said}: {what}{besides}")
+
+    def _of_drawn_weights(self, audit: Audit, what: str, faults: list[float]) -> Audit:
+        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""
+        if len(set(faults)) == 1 and faults[0] != 1:
+            said = remedy_of_factor(faults[0], audit.accum_steps)
+            return replace(audit, cause=result.LOSS_SCALE, remedy=said)
+        totals = [sum(each) for each in zip(*(t.weights for t in self._shares), strict=True)]
+        if len(self._shares) > 1 and alike(totals):
+            said = f"{what}, as random numbers are drawn between them: compare averages over seeds"
+            return replace(
+                audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
+            )
+        why = (
+            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it belongs "
+            "to the data and is no fault; else change it once per optimizer step"
+        )
+        return replace(
+            audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why
+        )
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":

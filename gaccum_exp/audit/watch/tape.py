@@ -173,11 +173,13 @@ class TapedCall:
         leaf = any(ref.call.function is of_the_loop for ref in _all_refs(self))
         return self.cotangent is not None and leaf and not self.sources()
 
-    def sources(self) -> set["TapedCall"]:
-        """Return the model's calls that it depends on."""
+    def sources(self, *, alive: bool = False) -> set["TapedCall"]:
+        """Return the model's calls that it depends on; `alive`, those that a backward pass reaches."""
         found: set[TapedCall] = set()
         for ref in self.refs():
-            found |= ({ref.call} if ref.call.kind == "model" else set()) | ref.call.sources()
+            if not alive or ref.call.graphs[ref.place : ref.place + 1] != [False]:
+                own = {ref.call} if ref.call.kind == "model" else set()
+                found |= own | ref.call.sources(alive=alive)
         return found
 
 
@@ -282,6 +284,21 @@ class Tape:
         """Return the call that made this tensor, if it is on the tape."""
         found: OutputRef | None = self._origins.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
         return found
+
+    def go_on_from(self, earlier: "Tape") -> None:
+        """Know what an earlier window has put out and not back-propagated yet.
+
+        So a GAN's generator makes its samples before its critic's step, and learns from them after it.
+        """
+        losses = (c for c in earlier.calls if c.kind == "loss" and c.backward is not None)
+        done = {made for loss in losses for made in loss.sources(alive=True)}
+        for tensor, ref in earlier._origins.items():
+            made = ref.call.sources() | ({ref.call} if ref.call.kind == "model" else set())
+            if tensor.grad_fn is not None and ref.call.kind != "loss" and made and not made & done:
+                self._origins[tensor] = ref
+                for call in (ref.call, *made):
+                    call.since = 0
+                self._latest |= {call.site: call for call in made}
 
     def add(self, call: TapedCall, output: Any) -> None:
         """Record a call and what it put out."""

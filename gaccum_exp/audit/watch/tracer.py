@@ -80,6 +80,10 @@ class LoopTracer:
         """The outermost optimizer whose step is running; what steps inside it is a part of it."""
         self._taken: Gradient = {}
         """What has reached optimizers since the window's passes."""
+        self._given: Gradient = {}
+        """What reached optimizers at each parameter's last step."""
+        self._kept: set[str] = set()
+        """The parameters that the next window began with that same gradient of."""
         self._stepped_before: set[str] | None = None
         """The parameters of the window before."""
         self._backward: FrameType | None = None
@@ -191,6 +195,8 @@ class LoopTracer:
         moved = self._weights_moved()
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
+            given, self._given = self._given, {}
+            self._kept |= {k for k, g in seen.at_start.items() if k in given and torch.equal(g, given[k])}
             return
         last = seen.accumulated.get(backwards)
         if last is None or not any(bool(g.any()) for g in last.values()):
@@ -307,7 +313,10 @@ class LoopTracer:
             _leave_out_others(seen)
         left = seen.at_start.keys() & seen.stepped
         before = seen.stepped if self._stepped_before is None else self._stepped_before
-        seen.carried = left - before
+        # A step takes what was taken before: of nothing that one may add up on purpose.
+        seen.carried = left - before - self._kept
+        self._kept -= seen.stepped
+        self._given = {name: taken[name] for name in seen.stepped & taken.keys()}
         self.between.note_clipping_by_hand(taken)
         self.judging, others = True, operations_unseen()
         try:
@@ -343,6 +352,7 @@ class LoopTracer:
     def _begin_window(self) -> None:
         self.moving.begin()
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
+        self.seen.tape.go_on_from(self.past)
         self._norms = -1, []
         self._calls.begin()
 
