@@ -15,8 +15,14 @@ import torch
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import alike, common_divisor, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
-from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
-from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
+from gaccum_exp.audit.diagnose import SAME64, ZERO, Diagnosis, diagnose, error_line
+from gaccum_exp.audit.rerun.passes import (
+    ACCUMULATED,
+    ACCUMULATED64,
+    ONE_PASS64,
+    RECORDING,
+    Rerun,
+)
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import (
@@ -40,7 +46,7 @@ from gaccum_exp.audit.watch.taped_window import (
 )
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
 from gaccum_exp.audit.watch.window_noise import noise_of_window
-from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
+from gaccum_exp.core.gradient import Gradient, distance, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.noise_scale import Noise
 from gaccum_exp.core.seeding import same_states
@@ -312,6 +318,8 @@ class _LoopWindow:
         if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
+            audit = self._without_hooks(audit, window)
+        if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
             audit = self._with_multiples(audit, found.one_pass64)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, shares, faults)
@@ -479,6 +487,20 @@ class _LoopWindow:
         why = "they were unscaled twice" if twice else "scale the loss, not the gradients"
         said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
+
+    def _without_hooks(self, audit: Audit, window: TapedWindow) -> Audit:
+        """Blame the hooks on parameters where the gradient is the large batch's without them."""
+        parameters = self._window.modules.parameters().items()
+        hooked = [name for name, parameter in parameters if parameter._backward_hooks]
+        bare = replace(self._rerun, window=window, hooks=False)
+        if not hooked or distance(bare.gradient(ACCUMULATED64), bare.gradient(ONE_PASS64)) > SAME64:
+            return audit
+        names = ", ".join(hooked[:4]) + (" …" if len(hooked) > 4 else "")
+        said = (
+            f"hooks change the gradient of each micro-batch by itself ({names}), and are no multiplication: "
+            "change .grad once, after the window's last backward pass"
+        )
+        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
 
     def _with_multiples(self, audit: Audit, one_pass64: Gradient) -> Audit:
         """Say where each parameter's gradient is another multiple of the large batch's."""
