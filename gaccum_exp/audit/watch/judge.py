@@ -45,6 +45,7 @@ from gaccum_exp.audit.watch.taped_window import (
     sample_readings,
 )
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
+from gaccum_exp.audit.watch.whole_loss import function_of_loss
 from gaccum_exp.audit.watch.window_noise import noise_of_window
 from gaccum_exp.core.gradient import Gradient, distance, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
@@ -86,7 +87,10 @@ def judge(
         return audit.noting("run again on the CPU")
     except CouplingError as error:
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
-        return replace(blank, detail=f"{error}: give watch the function that computes the whole loss")
+        seen.loss_function = function_of_loss(seen.tape.micro_batches())
+        name = getattr(seen.loss_function, "__qualname__", None)
+        said = "give watch the function that computes the whole loss" + (f", {name}" if name else "")
+        return replace(blank, detail=f"{error}: {said}")
     except UnknownLossError as error:
         return replace(blank, detail=str(error))
     except NotJoinableError as error:

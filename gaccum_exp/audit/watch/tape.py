@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class TapedCall:
     order: int
     site: int = 0
     """Where the loop calls it: equal for calls from one place, by way of the same functions."""
+    functions: tuple[tuple[int, CodeType], ...] = ()
+    """Those that were running, the innermost first: a number of each one's call, and its code."""
     fed: bool = False
     """Whether an argument has a graph of modules that are not watched."""
     since: int = 0
@@ -540,6 +543,8 @@ class Observations:
     """How often the closure was evaluated before in the same step, as L-BFGS does."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
+    loss_function: Callable[..., Any] | None = None
+    """What computes its loss, where that mixes samples and could not be judged line by line."""
 
 
 def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:

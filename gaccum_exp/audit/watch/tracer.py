@@ -60,7 +60,7 @@ class LoopTracer:
         moving: MovingState,
     ) -> None:
         self.moving = moving
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         named = modules.parameters()
         self._parameters = {name: p for name, p in named.items() if name in modules.compared}
         self._reached = reached
@@ -230,7 +230,7 @@ class LoopTracer:
 
     def learning_rates(self) -> list[float]:
         """Return the learning rates of all optimizers' groups."""
-        return [float(group.get("lr", 0)) for o in self._optimizers for group in o.param_groups]
+        return [float(group.get("lr", 0)) for o in self.optimizers for group in o.param_groups]
 
     def judges(self, optimizer: Any) -> set[str]:
         """Return the judged parameters of an optimizer."""
