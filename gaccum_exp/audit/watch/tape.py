@@ -461,13 +461,15 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
     """Join pieces from different places in the loop that were back-propagated together."""
     # A loop that adds up the losses of all micro-batches first calls them from one place.
     found: list[list[TapedMicroBatch]] = []
+    penalties = sum(piece.of_weights_alone for piece in pieces)
     for piece in pieces:
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
         repeats = places & set(piece.signature) and not piece.of_weights_alone
         together = bool(last) and piece.backwards & last[-1].backwards and not repeats
         afterwards = bool(last) and piece.of_weights_alone and piece is pieces[-1]
-        if together or afterwards:
+        beforehand = bool(last) and penalties == 1 and last == pieces[:1] and last[0].of_weights_alone
+        if together or afterwards or beforehand:
             last.append(piece)
         else:
             found.append([piece])
@@ -504,6 +506,8 @@ class Observations:
     tape: Tape = field(default_factory=Tape)
     at_start: Gradient = field(default_factory=dict)
     """Gradients that were there before its first pass."""
+    passes_unseen: bool = False
+    """Whether they are of passes before anything was traced."""
     accumulated: dict[int, Gradient] = field(default_factory=dict)
     """Gradients right after the last backward pass: one entry, by the number of backward passes."""
     zeroed: set[int] = field(default_factory=set)

@@ -217,6 +217,8 @@ class watch:  # noqa: N801  # used as a function
             self._watched.nothing = "what the optimizer steps belongs to no module: give watch the model"
             return
         self._tracer = self._tracer_of(model, optimizers)
+        if self._finder is not None and not self._global_step:
+            self._tracer.seen.passes_unseen = self._finder.passes_unseen
         self._trace = ExitStack()
         self._trace.enter_context(self._tracer())
         if frame is not None:
