@@ -113,9 +113,7 @@ class GradientOfLoop:
                 "gradients of passes that called no module were there before the first one was called: "
                 "give watch the model and the optimizer, and they are seen"
             )
-            return replace(
-                audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None
-            )
+            return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
         size = norm(self.at_start) / max(norm(replayed), 1e-300)
         return stale(
             audit, "call zero_grad before the window's first backward pass",

@@ -468,9 +468,7 @@ class _LoopWindow:
             f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it belongs "
             "to the data and is no fault; else change it once per optimizer step"
         )
-        return replace(
-            audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why
-        )
+        return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":

@@ -81,9 +81,9 @@ class LoopTracer:
         self._taken: Gradient = {}
         """What has reached optimizers since the window's passes."""
         self._given: Gradient = {}
-        """What reached optimizers at each parameter's last step."""
+        """What reached the optimizers of the last step."""
         self._kept: set[str] = set()
-        """The parameters that the next window began with that same gradient of."""
+        """The parameters whose gradients of a step were there unchanged when the next window began."""
         self._stepped_before: set[str] | None = None
         """The parameters of the window before."""
         self._backward: FrameType | None = None
@@ -196,7 +196,10 @@ class LoopTracer:
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
             given, self._given = self._given, {}
-            self._kept |= {k for k, g in seen.at_start.items() if k in given and torch.equal(g, given[k])}
+            if seen.at_start.keys() & given and all(
+                k in now and torch.equal(now[k], g) for k, g in given.items()
+            ):
+                self._kept |= given.keys()
             return
         last = seen.accumulated.get(backwards)
         if last is None or not any(bool(g.any()) for g in last.values()):

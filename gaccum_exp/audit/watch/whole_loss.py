@@ -5,9 +5,9 @@ targets can. What was called knows by which functions, so that the one around al
 """
 
 import gc
-import inspect
+import sys
 from collections.abc import Callable, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from gaccum_exp.audit.watch.tape import TapedMicroBatch
@@ -29,9 +29,21 @@ def function_of_loss(micro_batches: Sequence[TapedMicroBatch]) -> Callable[..., 
         if not around:
             return None
         found.add(around[-1][1])
-    functions = [
-        each for code in found for each in gc.get_referrers(code)
-        if inspect.isfunction(each) and each.__code__ is code
-    ]  # fmt: skip
+    functions = [each for code in found for each in _functions_of(code)]
     alone = len(found) == 1 and len(functions) == 1 and not functions[0].__closure__
     return functions[0] if alone else None
+
+
+def _functions_of(code: CodeType) -> list[FunctionType]:
+    """Return the functions that run this code: those that the garbage collector knows, or a module's."""
+    known = [x for x in gc.get_referrers(code) if isinstance(x, FunctionType) and x.__code__ is code]
+    if known:
+        return known
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == code.co_filename:
+            function: Any = module
+            for name in code.co_qualname.split("."):
+                function = getattr(function, name, None)
+            if getattr(function, "__code__", None) is code:
+                return [function]
+    return []
