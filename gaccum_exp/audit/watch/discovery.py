@@ -98,7 +98,7 @@ class LoopFinder:
 
     @property
     def passes_unseen(self) -> bool:
-        """Whether there were backward passes, without a call of a module, since an optimizer was made."""
+        """Whether there were backward passes, without a module's call, since an optimizer was made."""
         return any(p.grad is not None and bool(dense(p.grad).any()) for p in stepped_by(self._made_bare))
 
     @property

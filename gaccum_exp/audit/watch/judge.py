@@ -465,8 +465,8 @@ class _LoopWindow:
                 audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
             )
         why = (
-            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it belongs "
-            "to the data and is no fault; else change it once per optimizer step"
+            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it is a "
+            "part of the data and no fault; else change it once per optimizer step"
         )
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 
@@ -499,8 +499,8 @@ class _LoopWindow:
             return audit
         names = ", ".join(hooked[:4]) + (" …" if len(hooked) > 4 else "")
         said = (
-            f"hooks change the gradient of each micro-batch by itself ({names}), and are no multiplication: "
-            "change .grad once, after the window's last backward pass"
+            f"hooks change the gradient of each micro-batch by itself ({names}), and do not just scale "
+            "it: change .grad once, after the window's last backward pass"
         )
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
 

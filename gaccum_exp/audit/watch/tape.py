@@ -88,8 +88,6 @@ class TapedCall:
     order: int
     site: int = 0
     """Where the loop calls it: equal for calls from one place, by way of the same functions."""
-    functions: tuple[tuple[int, CodeType], ...] = ()
-    """Those that were running, the innermost first: a number of each one's call, and its code."""
     fed: bool = False
     """Whether an argument has a graph of modules that are not watched."""
     since: int = 0
@@ -127,6 +125,8 @@ class TapedCall:
     """The same of tensors without a graph."""
     numbers: tuple[float, ...] = ()
     """The same of numbers that are no literals, one by one."""
+    functions: tuple[tuple[int, CodeType], ...] = ()
+    """Those that were running, the innermost first: a number of each one's call, and its code."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -295,7 +295,7 @@ class Tape:
         """
         losses = (c for c in earlier.calls if c.kind == "loss" and c.backward is not None)
         done = {made for loss in losses for made in loss.sources(alive=True)}
-        for tensor, ref in earlier._origins.items():
+        for tensor, ref in earlier._origins.items():  # type: ignore[no-untyped-call]  # torch's own
             made = ref.call.sources() | ({ref.call} if ref.call.kind == "model" else set())
             if tensor.grad_fn is not None and ref.call.kind != "loss" and made and not made & done:
                 self._origins[tensor] = ref
