@@ -47,6 +47,14 @@ class Ignored(Points):
         return x, -100 if index % 2 else y
 
 
+class OnceIgnored(Points):
+    """Labels of which a single one, the last sample's, does not count."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, y = super().__getitem__(index)
+        return x, -100 if index == len(self) - 1 else y
+
+
 class Diverging(Net):
     """Its output becomes NaN at the fourth training pass."""
 

@@ -18,10 +18,14 @@ def gradient_of(parameters: Mapping[str, nn.Parameter]) -> Gradient:
     taken = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            grad = parameter.grad.detach()
-            taken[name] = grad.to_dense() if grad.layout != torch.strided else grad
+            taken[name] = dense(parameter.grad.detach())
         parameter.grad = None
     return taken
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient with all its elements, where it is sparse."""
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

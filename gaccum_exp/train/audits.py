@@ -10,6 +10,7 @@ from gaccum_exp.audit.audit_window import audit_window
 from gaccum_exp.audit.audited_window import SAMPLES, WINDOW_FILE
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.core.feed import Window
+from gaccum_exp.core.losses.protocol import Clamped, count
 from gaccum_exp.core.seeding import derive_seed
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.tracking import metrics
@@ -19,6 +20,8 @@ from gaccum_exp.train.state import TrainState
 from gaccum_exp.train.stopping import NEVER, Stop
 
 log = logging.getLogger(__name__)
+MOST_COUNTED = 1000
+"""Windows at most that are looked through for one that counts unequally, where nothing is trained."""
 TAGS = ("verdict", "culprit", "culprit_type", "cause", "remedy", "detail")
 
 
@@ -78,16 +81,47 @@ def _differ(state: TrainState, global_step: int) -> bool:
     return len(set(split_sizes(state.plan.size(global_step), state.accum_steps(global_step)))) > 1
 
 
+def counts_unequally(state: TrainState, window: Window) -> bool | None:
+    """Return whether the micro-batches of a window count unequally, and the reduction wants them equal.
+
+    Nothing runs for it. None: what they count is known after their passes only.
+    """
+    if not state.reduction.needs_equal_parts or len(window) < 2:
+        return False
+    counts = [count(state.loss_fn, micro_batch) for micro_batch in window]
+    if any(n is None for n in counts):
+        return None
+    terms = [{"": n} if not isinstance(n, Mapping) else n for n in counts]
+    return any(_number(of.get(name, 0)) != _number(n) for of in terms for name, n in terms[0].items())
+
+
 def telling_windows(state: TrainState) -> list[int]:
-    """Return the windows to audit where few stand for all: of the stage with the most passes."""
+    """Return the windows to audit where few stand for all: of the stage with the most passes.
+
+    Those are its first full one, the first that is cut unequally, and the first that counts so: of the
+    windows of its first epoch, at most as many as are counted.
+    """
     stage = max(state.stage_windows, key=lambda windows: state.accum_steps(windows[0]))
-    unequal = first_unequal(state, stage)
-    return [first_full(state, stage), *([] if unequal is None else [unequal])]
+    cut, counting = first_unequal(state, stage), None
+    if not state.reduction.needs_equal_parts:
+        return [first_full(state, stage)]
+    in_epoch = next((k + 1 for k in stage if state.plan.ends_epoch(k)), stage.stop)
+    counted = range(stage.start, min(in_epoch, stage.start + MOST_COUNTED))
+    for k, window in zip(counted, state.windows_from(stage.start), strict=False):
+        unequal = counts_unequally(state, window)
+        counting = k if unequal and k != cut else None
+        if unequal is not False:
+            break
+    return list(dict.fromkeys(k for k in (first_full(state, stage), cut, counting) if k is not None))
+
+
+def _number(count: Any) -> float:
+    return float(count.denominator if isinstance(count, Clamped) else count)
 
 
 class WindowAudits(Hook):
     """Audits the first full window of every stage, the first partial one where that is cut unequally,
-    and windows at intervals.
+    the first one whose micro-batches count unequally, and windows at intervals.
 
     Args:
         state: of the training.
@@ -101,17 +135,23 @@ class WindowAudits(Hook):
         self.worst: Audit | None = None
         """Of the windows audited so far."""
         self._unequal = {first_unequal(state, windows) for windows in state.stage_windows} - {None}
+        self._counts: bool | None = False
+        """Whether a window was audited that counts unequally; None: what they count is not known before
+        their passes."""
+        self._counting: int | None = None
+        """The first such window."""
         self._of_stages = {first_full(state, windows) for windows in stages_audited(state)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window that was audited last, and the worst audit."""
         worst = None if self.worst is None else self.worst.as_dict()
-        return {"judged": self._judged, "worst": worst}
+        return {"judged": self._judged, "worst": worst, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._judged = state["judged"]
         self.worst = None if state["worst"] is None else Audit.of_dict(state["worst"])
+        self._counts = state["counts"]
 
     def due(self, global_step: int) -> bool:
         """Whether the window of this global step is to be audited."""
@@ -120,10 +160,14 @@ class WindowAudits(Hook):
             return False
         if when.every_steps is not None and global_step % when.every_steps == 0:
             return True
-        return when.at_start and global_step in self._of_stages | self._unequal
+        return when.at_start and global_step in self._of_stages | self._unequal | {self._counting}
 
     def before(self, state: TrainState, window: Window) -> None:
         """Audit a window that is about to be used, once for each way to split it."""
+        when = state.settings.audit
+        if self._counts is False and when.at_start and when.control_seed is None:
+            self._counts = counts_unequally(state, window)
+            self._counting = state.global_step if self._counts else None
         split = state.global_step, state.split_factor
         known = self._sink.has(state.global_step + 1, metrics.AUDIT_E)
         if self.due(state.global_step) and self._judged != split and not known:
@@ -135,8 +179,15 @@ class WindowAudits(Hook):
         """Audit a window that is about to be used; its numbers stand beside its own train/loss."""
         with self._stop.at_once():
             found = self._placed(audit(self._state, window, global_step), global_step)
+        unequal = counts_unequally(self._state, window)
         if global_step in self._unequal:
             found = found.noting("on the partial window that ends an epoch")
+        elif unequal and global_step not in self._of_stages:
+            found = found.noting(f"on window {global_step + 1}, the first that counts unequally")
+        elif unequal is None and found.sound:
+            found = found.noting(
+                f"on window {global_step + 1}: what others count is known after their passes alone"
+            )
         self._sink.record(global_step + 1, numbers(found))
         before = self.worst
         self.worst = found if before is None else worst([before, found])

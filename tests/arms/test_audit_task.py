@@ -254,6 +254,22 @@ def test_the_partial_window_is_judged_where_it_may_be_biased_and_full_ones_are_n
     assert ("partial window" in run.tags.get("detail", "")) == (verdict == "biased")
 
 
+@pytest.mark.parametrize("task", ["train", "audit"])
+@pytest.mark.parametrize("reduction", ["mean", "global_mean"])
+def test_a_later_window_that_counts_unequally_is_judged(
+    program: Program, reduction: str, task: str
+) -> None:
+    """One label of the epoch is ignored, in a window behind the first: that one is audited, too."""
+    data = (*STRANGER, "data.train._target_=tests.strangers.OnceIgnored", "+data.train.samples=40")
+    program(*data, "data.global_batch_size=8", "train.steps=5", "accum.steps=4", f"task={task}",
+            f"accum.reduction={reduction}")  # fmt: skip
+    (run,) = program.arms()
+    biased = reduction == "mean"
+    assert run.tags["verdict"] == ("biased" if biased else "equivalent")
+    assert ("the first that counts unequally" in run.tags.get("detail", "")) == biased
+    assert not biased or run.tags["cause"] == "unequal denominators"
+
+
 def test_a_worse_verdict_takes_the_earlier_ones_words_away(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

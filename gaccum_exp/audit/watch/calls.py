@@ -24,7 +24,7 @@ from torch.utils.hooks import unserializable_hook
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState, writes
-from gaccum_exp.audit.watch.scalars import call_site, linear
+from gaccum_exp.audit.watch.scalars import call_site, calling_functions, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
     TapedCall,
@@ -241,6 +241,7 @@ class TracedCalls:
         call = TapedCall(kind, function, arguments, next(self._order), site, fed, autocast=autocast)
         since = (ref.call.since for ref in call.refs()) if kind != "model" else ()
         call.since = min([tape.backwards, *since])
+        call.functions = calling_functions()
         return call
 
     def _begin(self, kind: str, function: Any, args: Any, kwargs: Any) -> TapedCall:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from gaccum_exp.audit.watch.tracer import LOADING
+from gaccum_exp.core.gradient import dense
 
 WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -60,6 +61,8 @@ class LoopFinder:
     ) -> None:
         self._begin, self._made, self._before = begin, made, before
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._made_bare: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those that were made of parameters without gradients."""
         self._here = os.getpid(), threading.get_ident()
         self._waiting: Any = None
 
@@ -94,6 +97,11 @@ class LoopFinder:
         return [o for o in found.values() if stepped_by([o])]
 
     @property
+    def passes_unseen(self) -> bool:
+        """Whether there were backward passes, without a module's call, since an optimizer was made."""
+        return any(p.grad is not None and bool(dense(p.grad).any()) for p in stepped_by(self._made_bare))
+
+    @property
     def elsewhere(self) -> bool:
         """Whether this is another process, forked from the loop's, or another thread."""
         return self._here != (os.getpid(), threading.get_ident())
@@ -107,6 +115,8 @@ class LoopFinder:
     def _note(self, optimizer: Optimizer) -> None:
         if not self.elsewhere:
             self._known.add(optimizer)
+            if all(p.grad is None for p in stepped_by([optimizer])):
+                self._made_bare.add(optimizer)
             if self._waiting is None:
                 self._made(optimizer)
 

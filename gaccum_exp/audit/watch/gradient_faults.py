@@ -108,6 +108,12 @@ class GradientOfLoop:
 
     def stale_from_before(self, audit: Audit, replayed: Gradient) -> Audit:
         """Return the audit of a window that began with gradients of earlier passes."""
+        if self.seen.passes_unseen:
+            why = (
+                "gradients of passes that called no module were there before the first one was called: "
+                "give watch the model and the optimizer, and they are seen"
+            )
+            return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
         size = norm(self.at_start) / max(norm(replayed), 1e-300)
         return stale(
             audit, "call zero_grad before the window's first backward pass",

@@ -5,6 +5,7 @@ weight of each micro-batch, gradients left over, zeroed, clipped or unscaled) is
 passes, run again, add up to.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,10 +13,16 @@ from dataclasses import replace
 import torch
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.causes.loss_weights import common_divisor, snapped, unrounded
+from gaccum_exp.audit.causes.loss_weights import alike, common_divisor, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
-from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line
-from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
+from gaccum_exp.audit.diagnose import SAME64, ZERO, Diagnosis, diagnose, error_line
+from gaccum_exp.audit.rerun.passes import (
+    ACCUMULATED,
+    ACCUMULATED64,
+    ONE_PASS64,
+    RECORDING,
+    Rerun,
+)
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import (
@@ -38,10 +45,12 @@ from gaccum_exp.audit.watch.taped_window import (
     sample_readings,
 )
 from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
+from gaccum_exp.audit.watch.whole_loss import function_of_loss
 from gaccum_exp.audit.watch.window_noise import noise_of_window
-from gaccum_exp.core.gradient import Gradient, finite, identical, scaled
+from gaccum_exp.core.gradient import Gradient, distance, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.noise_scale import Noise
+from gaccum_exp.core.seeding import same_states
 from gaccum_exp.memory.available import out_of_memory
 
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
@@ -78,7 +87,10 @@ def judge(
         return audit.noting("run again on the CPU")
     except CouplingError as error:
         blank = replace(blank, cause=result.NOT_ADDITIVE, remedy=REMEDIES[result.NOT_ADDITIVE])
-        return replace(blank, detail=f"{error}: give watch the function that computes the whole loss")
+        seen.loss_function = function_of_loss(seen.tape.micro_batches())
+        name = getattr(seen.loss_function, "__qualname__", None)
+        said = "give watch the function that computes the whole loss" + (f", {name}" if name else "")
+        return replace(blank, detail=f"{error}: {said}")
     except UnknownLossError as error:
         return replace(blank, detail=str(error))
     except NotJoinableError as error:
@@ -128,12 +140,14 @@ def _under_every_reading(
         replay.made_again(columns, layouts[0].sizes, layouts[0].dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
-    for layout in layouts:
+    for sharing, layout in itertools.product((False, True), layouts):
         # What integers are padded with is no matter where padding was none.
         if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
             continue
+        if sharing and judged:
+            break
         try:
-            taped = TapedWindow(modules, micro_batches, layout, moved, kept)
+            taped = TapedWindow(modules, micro_batches, layout, moved, kept, sharing=sharing)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             audit = _settled(window.audit(), moved)
             for said in dict.fromkeys(moved.given if audit.sound else []):
@@ -308,6 +322,8 @@ class _LoopWindow:
         if (fault := self._changed_after_clipping(audit)) is not None:
             return fault
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
+            audit = self._without_hooks(audit, window)
+        if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
             audit = self._with_multiples(audit, found.one_pass64)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, shares, faults)
@@ -415,6 +431,9 @@ class _LoopWindow:
                 f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
             )
             what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
+            starts = self._window.starts
+            if not all(same_states(starts[0], start) for start in starts[1:]):
+                return self._of_drawn_weights(audit, what, faults)
             remedy = f"{what}: change it once per optimizer step"
             return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
         mixing = self._window.moved.mixing
@@ -433,6 +452,23 @@ class _LoopWindow:
             return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}{besides}")
         what = "divide each term's sum once by what the window counts for it"
         return replace(audit, remedy=f"micro-batches {said}: {what}{besides}")
+
+    def _of_drawn_weights(self, audit: Audit, what: str, faults: list[float]) -> Audit:
+        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""
+        if len(set(faults)) == 1 and faults[0] != 1:
+            said = remedy_of_factor(faults[0], audit.accum_steps)
+            return replace(audit, cause=result.LOSS_SCALE, remedy=said)
+        totals = [sum(each) for each in zip(*(t.weights for t in self._shares), strict=True)]
+        if len(self._shares) > 1 and alike(totals):
+            said = f"{what}, as random numbers are drawn between them: compare averages over seeds"
+            return replace(
+                audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
+            )
+        why = (
+            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it is a "
+            "part of the data and no fault; else change it once per optimizer step"
+        )
+        return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None or audit.verdict == "biased":
@@ -453,6 +489,20 @@ class _LoopWindow:
         why = "they were unscaled twice" if twice else "scale the loss, not the gradients"
         said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
+
+    def _without_hooks(self, audit: Audit, window: TapedWindow) -> Audit:
+        """Blame the hooks on parameters where the gradient is the large batch's without them."""
+        parameters = self._window.modules.parameters().items()
+        hooked = [name for name, parameter in parameters if parameter._backward_hooks]
+        bare = replace(self._rerun, window=window, hooks=False)
+        if not hooked or distance(bare.gradient(ACCUMULATED64), bare.gradient(ONE_PASS64)) > SAME64:
+            return audit
+        names = ", ".join(hooked[:4]) + (" …" if len(hooked) > 4 else "")
+        said = (
+            f"hooks change the gradient of each micro-batch by itself ({names}), and do not just scale "
+            "it: change .grad once, after the window's last backward pass"
+        )
+        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
 
     def _with_multiples(self, audit: Audit, one_pass64: Gradient) -> Audit:
         """Say where each parameter's gradient is another multiple of the large batch's."""

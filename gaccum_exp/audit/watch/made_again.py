@@ -9,6 +9,7 @@ import linecache
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from fractions import Fraction
 from functools import partial
 from typing import Any, Protocol
 
@@ -272,15 +273,23 @@ class MadeAgain:
             return torch.cat([t.to(tensors[0].device) for t in tensors], dim)
         if all(t.shape == tensors[0].shape and torch.equal(t, tensors[0]) for t in tensors):
             return tensors[0]
+        dim = self._sample_dim([tuple(t.shape) for t in tensors], parts=True)
+        if dim is not None:
+            return torch.cat([t.to(tensors[0].device) for t in tensors], dim)
         raise UnlikeError
 
-    def _sample_dim(self, shapes: Sequence[tuple[int, ...]]) -> int | None:
-        """Return the dimension that counts samples in micro-batches' tensors of these shapes."""
+    def _sample_dim(self, shapes: Sequence[tuple[int, ...]], *, parts: bool = False) -> int | None:
+        """Return the dimension that counts samples in micro-batches' tensors of these shapes.
+
+        A sample has one row, or several; as one of `parts`, of which the loop makes a micro-batch of the
+        model's (chosen and rejected ones, two views), it has a whole part of these.
+        """
         for d in sorted(range(len(shapes[0])), key=lambda d: (d != self._dim, d)):
             if len({len(s) for s in shapes}) > 1 or len({(*s[:d], *s[d + 1 :]) for s in shapes}) > 1:
                 continue
-            ratios = {s[d] / n for s, n in zip(shapes, self._sizes, strict=True) if n}
-            if len(ratios) == 1 and next(iter(ratios)) >= 1 and next(iter(ratios)).is_integer():
+            pairs = [(s[d], n) for s, n in zip(shapes, self._sizes, strict=True) if n]
+            ratios = {Fraction(n, rows) if parts and rows else Fraction(rows, n) for rows, n in pairs}
+            if len(ratios) == 1 and min(ratios) >= 1 and min(ratios).denominator == 1:
                 return d
         return None
 

@@ -175,6 +175,17 @@ def call_site() -> int:
     return site
 
 
+def calling_functions() -> tuple[tuple[int, CodeType], ...]:
+    """Return the functions that are running, the innermost first: of each a number of its call, and its
+    code."""
+    found, frame = [], calling_frame()
+    while frame is not None:
+        if not _in_library(frame):
+            found.append((id(frame), frame.f_code))
+        frame = frame.f_back
+    return tuple(found)
+
+
 def _in_library(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
     return name == "torch" or name.startswith(("torch.", *(f"{each}." for each in LIBRARIES)))

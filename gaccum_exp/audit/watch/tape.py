@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -124,6 +125,8 @@ class TapedCall:
     """The same of tensors without a graph."""
     numbers: tuple[float, ...] = ()
     """The same of numbers that are no literals, one by one."""
+    functions: tuple[tuple[int, CodeType], ...] = ()
+    """Those that were running, the innermost first: a number of each one's call, and its code."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -173,11 +176,13 @@ class TapedCall:
         leaf = any(ref.call.function is of_the_loop for ref in _all_refs(self))
         return self.cotangent is not None and leaf and not self.sources()
 
-    def sources(self) -> set["TapedCall"]:
-        """Return the model's calls that it depends on."""
+    def sources(self, *, alive: bool = False) -> set["TapedCall"]:
+        """Return the model's calls that it depends on; `alive`, those that a backward pass reaches."""
         found: set[TapedCall] = set()
         for ref in self.refs():
-            found |= ({ref.call} if ref.call.kind == "model" else set()) | ref.call.sources()
+            if not alive or ref.call.graphs[ref.place : ref.place + 1] != [False]:
+                own = {ref.call} if ref.call.kind == "model" else set()
+                found |= own | ref.call.sources(alive=alive)
         return found
 
 
@@ -282,6 +287,21 @@ class Tape:
         """Return the call that made this tensor, if it is on the tape."""
         found: OutputRef | None = self._origins.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
         return found
+
+    def go_on_from(self, earlier: "Tape") -> None:
+        """Know what an earlier window has put out and not back-propagated yet.
+
+        So a GAN's generator makes its samples before its critic's step, and learns from them after it.
+        """
+        losses = (c for c in earlier.calls if c.kind == "loss" and c.backward is not None)
+        done = {made for loss in losses for made in loss.sources(alive=True)}
+        for tensor, ref in earlier._origins.items():  # type: ignore[no-untyped-call]  # torch's own
+            made = ref.call.sources() | ({ref.call} if ref.call.kind == "model" else set())
+            if tensor.grad_fn is not None and ref.call.kind != "loss" and made and not made & done:
+                self._origins[tensor] = ref
+                for call in (ref.call, *made):
+                    call.since = 0
+                self._latest |= {call.site: call for call in made}
 
     def add(self, call: TapedCall, output: Any) -> None:
         """Record a call and what it put out."""
@@ -441,13 +461,15 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
     """Join pieces from different places in the loop that were back-propagated together."""
     # A loop that adds up the losses of all micro-batches first calls them from one place.
     found: list[list[TapedMicroBatch]] = []
+    penalties = sum(piece.of_weights_alone for piece in pieces)
     for piece in pieces:
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
         repeats = places & set(piece.signature) and not piece.of_weights_alone
         together = bool(last) and piece.backwards & last[-1].backwards and not repeats
         afterwards = bool(last) and piece.of_weights_alone and piece is pieces[-1]
-        if together or afterwards:
+        beforehand = bool(last) and penalties == 1 and last == pieces[:1] and last[0].of_weights_alone
+        if together or afterwards or beforehand:
             last.append(piece)
         else:
             found.append([piece])
@@ -484,6 +506,8 @@ class Observations:
     tape: Tape = field(default_factory=Tape)
     at_start: Gradient = field(default_factory=dict)
     """Gradients that were there before its first pass."""
+    passes_unseen: bool = False
+    """Whether they are of passes before anything was traced."""
     accumulated: dict[int, Gradient] = field(default_factory=dict)
     """Gradients right after the last backward pass: one entry, by the number of backward passes."""
     zeroed: set[int] = field(default_factory=set)
@@ -523,6 +547,8 @@ class Observations:
     """How often the closure was evaluated before in the same step, as L-BFGS does."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
+    loss_function: Callable[..., Any] | None = None
+    """What computes its loss, where that mixes samples and could not be judged line by line."""
 
 
 def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:

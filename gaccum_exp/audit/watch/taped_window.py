@@ -107,6 +107,8 @@ class TapedWindow:
         layout: where the samples are in the arguments of each one's first call.
         moved: what moved in the window, and what the large batch would have met in its place.
         kept: which losses take in features kept from other passes.
+        sharing: whether what later calls are given alike in all micro-batches is shared by these, as are
+            the weights of so many classes as there are samples.
 
     Raises:
         NotJoinableError: they do not make one batch.
@@ -119,8 +121,11 @@ class TapedWindow:
         layout: SampleLayout,
         moved: FirstValues | None = None,
         kept: KeptFeatures | None = None,
+        *,
+        sharing: bool = False,
     ) -> None:
         self.modules = modules
+        self._sharing = sharing
         self._kept_features = kept
         self.layout = layout
         self.moved = moved or FirstValues()
@@ -179,8 +184,9 @@ class TapedWindow:
         twice = [*range(len(self.sizes))] * 2
         micro_batches = [self._micro_batches[i] for i in twice]
         return TapedWindow(
-            self.modules, micro_batches, self.layout.of(twice), self.moved, self._kept_features
-        )
+            self.modules, micro_batches, self.layout.of(twice), self.moved, self._kept_features,
+            sharing=self._sharing,
+        )  # fmt: skip
 
     def holding(self, owners: Holding) -> "TapedWindow":
         """Return the window in which the state of these keeps still between micro-batches."""
@@ -384,6 +390,7 @@ class TapedWindow:
             readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         along = along.with_labels_last() if self.layout.labels_last else along
+        along = (along.sharing_equals(given) if self._sharing else None) or along
         numbers = iter(along.sizes)
         own = [0 if call is None else next(numbers) for call in calls]
         return _Column(calls, along, own, by_element)

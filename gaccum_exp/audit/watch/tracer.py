@@ -24,7 +24,7 @@ from gaccum_exp.audit.watch.compiled import uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, ParameterRef, Tape
 from gaccum_exp.audit.watch.user_functions import OnCall, calls_reported, calls_unreported
-from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.gradient import Gradient, dense
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
@@ -60,7 +60,7 @@ class LoopTracer:
         moving: MovingState,
     ) -> None:
         self.moving = moving
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         named = modules.parameters()
         self._parameters = {name: p for name, p in named.items() if name in modules.compared}
         self._reached = reached
@@ -80,6 +80,10 @@ class LoopTracer:
         """The outermost optimizer whose step is running; what steps inside it is a part of it."""
         self._taken: Gradient = {}
         """What has reached optimizers since the window's passes."""
+        self._given: Gradient = {}
+        """What reached the optimizers of the last step."""
+        self._kept: set[str] = set()
+        """The parameters whose gradients of a step were there unchanged when the next window began."""
         self._stepped_before: set[str] | None = None
         """The parameters of the window before."""
         self._backward: FrameType | None = None
@@ -151,7 +155,7 @@ class LoopTracer:
     def _on_accumulation(self, name: str, parameter: Tensor) -> None:
         if not self.judging and self.stepping is None and parameter.grad is not None:
             kept = self.seen.accumulated.setdefault(self.seen.tape.backwards, {})
-            kept[name] = parameter.grad.detach().clone()
+            kept[name] = dense(parameter.grad.detach()).clone()
             self.seen.tape.reached.setdefault(self.seen.tape.backwards, set()).add(name)
 
     def _on_backward(self, event: str, frame: FrameType, value: Any) -> None:
@@ -191,6 +195,11 @@ class LoopTracer:
         moved = self._weights_moved()
         if not seen.tape.calls:
             seen.at_start = {k: g.clone() for k, g in now.items() if bool(g.any())}
+            given, self._given = self._given, {}
+            if seen.at_start.keys() & given and all(
+                k in now and torch.equal(now[k], g) for k, g in given.items()
+            ):
+                self._kept |= given.keys()
             return
         last = seen.accumulated.get(backwards)
         if last is None or not any(bool(g.any()) for g in last.values()):
@@ -224,7 +233,7 @@ class LoopTracer:
 
     def learning_rates(self) -> list[float]:
         """Return the learning rates of all optimizers' groups."""
-        return [float(group.get("lr", 0)) for o in self._optimizers for group in o.param_groups]
+        return [float(group.get("lr", 0)) for o in self.optimizers for group in o.param_groups]
 
     def judges(self, optimizer: Any) -> set[str]:
         """Return the judged parameters of an optimizer."""
@@ -234,9 +243,7 @@ class LoopTracer:
     def gradients(self) -> Gradient:
         """Return the gradients that are there, dense, by parameter name."""
         return {
-            name: p.grad.detach().to_dense() if p.grad.layout != torch.strided else p.grad.detach()
-            for name, p in self._parameters.items()
-            if p.grad is not None
+            name: dense(p.grad.detach()) for name, p in self._parameters.items() if p.grad is not None
         }
 
     def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
@@ -309,7 +316,10 @@ class LoopTracer:
             _leave_out_others(seen)
         left = seen.at_start.keys() & seen.stepped
         before = seen.stepped if self._stepped_before is None else self._stepped_before
-        seen.carried = left - before
+        # A step takes what was taken before: of nothing that one may add up on purpose.
+        seen.carried = left - before - self._kept
+        self._kept -= seen.stepped
+        self._given = {name: taken[name] for name in seen.stepped & taken.keys()}
         self.between.note_clipping_by_hand(taken)
         self.judging, others = True, operations_unseen()
         try:
@@ -345,6 +355,7 @@ class LoopTracer:
     def _begin_window(self) -> None:
         self.moving.begin()
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
+        self.seen.tape.go_on_from(self.past)
         self._norms = -1, []
         self._calls.begin()
 

@@ -166,6 +166,8 @@ class watch:  # noqa: N801  # used as a function
         self._criterion, self._also = original(unwrapped(criterion)), also
         self._judged, self._dim, self._noise = steps, batch_dim, noise
         self._global_step = 0
+        self._found_loss = False
+        """Whether the function that computes the loss was found, and is to be followed from now on."""
         self._watched = Watched()
         self._unreported: list[TapedMicroBatch] = []
         self._stack, self._trace = ExitStack(), ExitStack()
@@ -215,6 +217,8 @@ class watch:  # noqa: N801  # used as a function
             self._watched.nothing = "what the optimizer steps belongs to no module: give watch the model"
             return
         self._tracer = self._tracer_of(model, optimizers)
+        if self._finder is not None and not self._global_step:
+            self._tracer.seen.passes_unseen = self._finder.passes_unseen
         self._trace = ExitStack()
         self._trace.enter_context(self._tracer())
         if frame is not None:
@@ -244,6 +248,16 @@ class watch:  # noqa: N801  # used as a function
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._tracer is not None:
             self._tracer.after_step(optimizer)
+            if self._found_loss and self._tracer.stepping is None:
+                self._trace_anew(self._tracer.optimizers)
+
+    def _trace_anew(self, optimizers: Sequence[Any]) -> None:
+        """Follow the loss function that was found, from the next window on."""
+        self._found_loss = False
+        self._end_trace(None, None, None)
+        self._tracer = self._tracer_of(self._model, optimizers)
+        self._trace = ExitStack()
+        self._trace.enter_context(self._tracer())
 
     def _due(self, seen: Observations) -> bool:
         """Whether a window is to be judged."""
@@ -284,6 +298,8 @@ class watch:  # noqa: N801  # used as a function
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
+        if self._criterion is None and seen.loss_function is not None:
+            self._criterion, self._found_loss = seen.loss_function, True
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.

@@ -213,3 +213,36 @@ def test_nothing_found_says_why() -> None:
         optimizer = torch.optim.SGD([w], lr=0.1)
         window(lambda x: nn.Identity()(x @ w), optimizer, lambda out, y: out.square().mean())
     assert "belongs to no module" in str(audit.detail)
+
+
+def among_themselves(features: torch.Tensor) -> torch.Tensor:
+    """Contrast every sample with the others of its micro-batch."""
+    logits = features @ features.T
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)).roll(1))
+
+
+def test_the_function_of_a_loss_that_mixes_samples_is_found_and_followed() -> None:
+    """Line by line the first window is left open; the next ones are judged by the function."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch() as audit:
+        for _ in range(2):
+            for x, _ in micro_batches(2):
+                (among_themselves(model(x)) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [w.verdict for w in audit.windows] == ["inconclusive", "biased"], str(audit)
+    assert "among_themselves" in (audit.windows[0].detail or "")
+    assert audit.cause == "loss not additive over samples"
+
+
+def test_a_penalty_before_the_first_call_of_a_module_is_no_stale_gradient() -> None:
+    """Nothing was traced yet: the first window is left open, the second, seen whole, is sound."""
+    with watch() as audit:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model[0].weight.square().sum().backward()
+            window(model, optimizer)
+            optimizer.zero_grad()
+    assert [w.verdict for w in audit.windows] == ["inconclusive", "equivalent"], str(audit)

@@ -8,11 +8,13 @@ of four samples unless it says otherwise.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gaccum_exp import watch
 from tests.audit.loops import Stepped, stepped
 from tests.audit.support import whole
 
@@ -46,6 +48,12 @@ def few() -> nn.Module:
     """Return a model of two parameters."""
     torch.manual_seed(1)
     return nn.Linear(1, 1).double()
+
+
+def few_hidden() -> nn.Module:
+    """Return a small network with one output."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 1)).double()
 
 
 def data(sizes: Sequence[int] = (4, 4, 4, 4), inputs: int = 5) -> list[tuple[Tensor, Tensor]]:
@@ -557,6 +565,36 @@ def critic_after_its_generator() -> Stepped:
     return stepped(net(1), b, passes, lambda m: real_and_fake(m, *whole(parts)) / 2)
 
 
+@loop("sound")
+def weights_of_as_many_classes_as_samples() -> Stepped:
+    weight, y = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=D), torch.tensor([0, 1, 2, 3])
+    parts = [(x, y.roll(i)) for i, (x, _) in enumerate(data())]
+    return run(net(4), None, lambda m, x, y: ce(m(x), y, weight=weight), parts, 4)
+
+
+@loop("sound")
+def chosen_and_rejected_beside_a_reference() -> Stepped:
+    reference = net(1).requires_grad_(False)
+
+    def preferred(m: Any, chosen: Tensor, rejected: Tensor) -> Tensor:
+        both = torch.cat([chosen, rejected])
+        with torch.no_grad():
+            a, b = reference(both).chunk(2)
+        c, d = m(both).chunk(2)
+        return -F.logsigmoid((c - a) - (d - b)).mean()
+
+    parts = [(x, x.flip(1) + 1) for x, _ in data()]
+    return run(few_hidden(), None, preferred, parts, 4)
+
+
+@loop("biased", SCALE)
+def hooks_that_clip() -> Stepped:
+    model = net()
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.02, 0.02))  # type: ignore[no-untyped-call]
+    return run(model, None, cross_entropy, data(), 4)
+
+
 # What reaches the step.
 
 
@@ -633,3 +671,31 @@ def test_every_loop_is_judged_with_its_cause(name: str) -> None:
     assert gap <= rounding or not gap < 1e-3, gap
     assert audit.verdict in (SOUND if verdict == "sound" else (verdict,)), str(audit)
     assert audit.cause == cause, str(audit)
+
+
+def test_gradients_that_are_sparse_are_followed() -> None:
+    """Those of an embedding: the loop runs on, and is judged."""
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(9, 3, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, None, optimizer) as audit:
+        for ids in torch.randint(9, (12, 2)).split(4):
+            ce(model(ids), ids[:, 0] % 3).backward()
+        optimizer.step()
+    assert (audit.verdict, audit.cause) == ("biased", SCALE), str(audit)
+
+
+@pytest.mark.parametrize(("by", "verdict"), [(3, "stochastic"), (1, "biased")])
+def test_a_drawn_weight_of_two_terms_is_no_fault(by: int, verdict: str) -> None:
+    """Mixup's, of which the large batch would draw one; but not divided by N the loop is faulty."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    np.random.seed(0)
+    with watch(model, None, optimizer) as audit:
+        for x, y in data((4, 4, 4)):
+            share = np.random.beta(1, 1)
+            out = model(share * x + (1 - share) * x.flip(0))
+            ((share * ce(out, y) + (1 - share) * ce(out, y.flip(0))) / by).backward()
+        optimizer.step()
+    assert audit.verdict == verdict, str(audit)
+    assert audit.cause == ("randomness" if by == 3 else SCALE)

@@ -108,6 +108,29 @@ def test_optimizers_that_step_at_different_rates_are_left_open() -> None:
     assert "watch each optimizer alone" in (audit.detail or "")
 
 
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_fakes_that_a_generator_made_before_its_critics_step_are_followed_past_it(zeroed: bool) -> None:
+    """Both are judged; a critic that is never zeroed steps again on what it has stepped on, and more."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(2, 4).double(), nn.Linear(4, 1).double()
+    of_generator, of_critic = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, critic))
+    with watch() as audit:
+        for _ in range(2):
+            fakes = [generator(torch.randn(4, 2, dtype=D)) for _ in range(3)]
+            for fake in fakes:
+                real = critic(torch.randn(4, 4, dtype=D))
+                ((critic(fake.detach()) - real).sigmoid().mean() / 3).backward()
+            of_critic.step()
+            generator.zero_grad()
+            for fake in fakes:
+                (-critic(fake).sigmoid().mean() / 3).backward()
+            of_generator.step()
+            if zeroed:
+                critic.zero_grad()
+    causes = [w.cause if w.verdict == "biased" else w.verdict in SOUND for w in audit.windows]
+    assert causes == [True, True, True if zeroed else "stale or missing gradients", True], str(audit)
+
+
 def test_an_optimizer_that_steps_inside_the_backward_pass_does_not_accumulate() -> None:
     """The tutorial's way to save memory: every micro-batch is a window of its own."""
     model = net(dtype=D)
