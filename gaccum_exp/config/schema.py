@@ -214,7 +214,7 @@ class FiguresConfig:
 
     width: Any = setting("double", ChoicesOrInches(FIGURE_WIDTHS, 2, 40))
     """single (a paper's column: 3.5 inches) | double (its text: 7.2) | talk (a slide: 12) | inches."""
-    format: Any = setting(("svg", "png"), SomeOf(FIGURE_FORMATS))
+    format: Any = setting(("svg",), SomeOf(FIGURE_FORMATS))
     """The files that each figure is written to, one or several."""
 
 

@@ -132,7 +132,7 @@ def test_a_plan_is_printed_written_and_recorded(program: Program) -> None:
     command = " ".join(call).replace("model.hidden=[256]", "'model.hidden=[256]'")
     assert f"python -m gaccum_exp {command} " in ended.plain
     assert f"accum.steps={chosen} Written:" in ended.plain
-    assert (program.sweep_folder / "plan.png").stat().st_size > 10_000
+    assert (program.sweep_folder / "plan.svg").stat().st_size > 10_000
     (run,) = program.arms()
     assert run.tags["kind"] == "plan"
     assert run.tags["plan.chosen_steps"] == str(chosen)

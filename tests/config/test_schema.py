@@ -106,7 +106,7 @@ def test_two_training_lengths_are_refused() -> None:
 
 def test_figures_have_a_width_and_formats() -> None:
     """A name or inches; one format or several; and nothing of it is what an arm is compared by."""
-    assert (settings().figures.width, settings().figures.format) == ("double", ["svg", "png"])
+    assert (settings().figures.width, settings().figures.format) == ("double", ["svg"])
     asked = settings("figures.width=4.5", "figures.format=pdf").figures
     assert (asked.width, asked.format) == (4.5, ["pdf"])
     assert settings("figures.width=talk", "figures.format=[pdf,svg]").figures.format == ["pdf", "svg"]

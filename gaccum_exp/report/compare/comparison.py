@@ -17,6 +17,7 @@ from gaccum_exp.report.compare.pairing import Group, Source, group_runs
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing, envelope_of, stand
 from gaccum_exp.report.text.notes import other_notes, reference_notes
 from gaccum_exp.report.text.verdict_notes import control_notes, verdict_notes
+from gaccum_exp.report.whole_files import whole
 from gaccum_exp.tracking.records import RunRecord
 
 WeightsOf = Callable[[str], Parameters | None]
@@ -95,7 +96,7 @@ def compare(
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
     """Write a row per arm, floats in full precision, unknown values blank."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         head, rows = csv_table(comparison)
         writer.writerows([head, *rows])

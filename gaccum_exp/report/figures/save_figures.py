@@ -38,7 +38,7 @@ def draw(
     runs: Sequence[RunRecord],
     folder: Path,
     batches: Sequence[BatchComparison] = (),
-    formats: Sequence[str] = ("svg", "png"),
+    formats: Sequence[str] = ("svg",),
     width: str | float = "double",
 ) -> list[Path]:
     """Draw every figure of a comparison that shows something and save it; return the files.
@@ -97,7 +97,7 @@ def _drawn(
 def save_plan(
     plan: MemoryPlan,
     folder: Path,
-    formats: Sequence[str] = ("svg", "png"),
+    formats: Sequence[str] = ("svg",),
     width: str | float = "double",
 ) -> list[Path]:
     """Draw a memory plan, and return the files written; formats and width as of `draw`."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def test_any_envelope_can_be_drawn(arm: Arm, control: Arm, gap: float, tmp_path:
     for others in ([arm(1, noise=0), arm(2, noise=0)], [arm(1), arm(2, noise=1e-3)]):
         runs = [*others, control(others[0], 1, gap)]
         comparison = compare(runs)
-        assert len(draw(comparison, runs, tmp_path)) == 2 * len(FIGURES) - 2
+        assert len(draw(comparison, runs, tmp_path)) == len(FIGURES) - 1
         low, high = draw_loss_curves(comparison, by_id(runs)).get_axes()[1].get_ylim()
         assert low < high
         assert high >= gap
@@ -288,7 +289,7 @@ def test_broken_arms_are_drawn_as_far_as_they_go(arm: Arm, tmp_path: Path) -> No
         arm(8, losses=[1e30, 3.0], drop=("memory/activations_bytes", "memory.peak_phase")),
         RunRecord("dead", "1", "dead", "FAILED", 0, {}, {}, {}),
     ]
-    assert len(draw(compare(runs), runs, tmp_path)) == 2 * len(FIGURES) - 2
+    assert len(draw(compare(runs), runs, tmp_path)) == len(FIGURES) - 1
     alone = runs[1:2]
     names = {path.stem for path in draw(compare(alone), alone, tmp_path / "alone")}
     assert names == {"memory", "step_time"}
@@ -396,10 +397,11 @@ def test_every_figure_is_written_as_svg_and_png(arm: Arm, tmp_path: Path) -> Non
     """Two files each with a picture in them, the same bytes when drawn again; of a single setting none
     of memory against time, which is what two of the others show."""
     runs = [arm(n, n_losses=10, reduction=r) for n in (1, 2) for r in ("mean", "global_mean")]
-    alone = draw(compare(runs[::2]), runs[::2], tmp_path / "alone")
+    alone = draw(compare(runs[::2]), runs[::2], tmp_path / "alone", formats=("svg",))
     assert {path.stem for path in alone} == {"loss_curves", "memory", "step_time"}
     comparison = compare(runs)
-    paths = draw(comparison, runs, tmp_path / "figures")
+    both = partial(draw, comparison, folder=tmp_path / "figures", formats=("svg", "png"))
+    paths = both(runs=runs)
     assert {path.name for path in paths} == {
         f"{name}.{suffix}"
         for name in ("loss_curves", "memory", "step_time", "memory_frontier")
@@ -411,7 +413,7 @@ def test_every_figure_is_written_as_svg_and_png(arm: Arm, tmp_path: Path) -> Non
         else:
             assert path.read_text(encoding="utf-8").count("<path") > 8
     before = [path.read_bytes() for path in paths]
-    assert [p.read_bytes() for p in draw(comparison, runs[::-1], tmp_path / "figures")] == before
+    assert [p.read_bytes() for p in both(runs=runs[::-1])] == before
 
 
 def test_an_empty_sweep_draws_nothing(tmp_path: Path) -> None:
