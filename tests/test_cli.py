@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
 
 from gaccum_exp import cli
 from gaccum_exp.tracking import shipper
@@ -251,8 +252,13 @@ def test_a_sweep_is_not_judged_by_what_another_left_in_its_folder(program: Progr
     assert program.tiny("-m", "accum.steps=1", "hydra.sweep.dir=here").status == 0
 
 
-def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> None:
-    """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise."""
+def test_the_report_command_rebuilds_the_same_comparison(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise.
+
+    Ctrl-C while a figure is written is one line and status 130, and leaves no part of a file.
+    """
     program.tiny("-m", "accum.steps=1,2,4")
     made = (program.sweep_folder / "comparison.csv").read_bytes()
     page = (program.sweep_folder / "report.html").read_bytes()
@@ -277,6 +283,15 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     for out in (listed, program.report().out):  # from the journals, and from the store
         (line,) = [line for line in out.splitlines() if line.startswith(sweep_id)]
         assert line.split()[-4:] == ["mlp", "N=1,2,4", "2", "equivalent"]
+    monkeypatch.setattr(Figure, "savefig", _half_of_it)
+    ended = program.report(sweep_id, "--out", "broken", "--format", "csv,svg")
+    assert (ended.status, ended.lines) == (130, ["gaccum_exp report: interrupted"])
+    assert [path.name for path in (program.folder / "broken").iterdir()] == ["comparison.csv"]
+
+
+def _half_of_it(figure: Figure, path: Path, **options: Any) -> None:
+    path.write_text("<svg")
+    raise KeyboardInterrupt
 
 
 def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:

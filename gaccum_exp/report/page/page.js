@@ -13,7 +13,6 @@
   const DECADES = 4;
   const MOST_DECADES = 7;
   const ERRORS = 1; // a layer without data is no reason to warn
-  const NEAR = 120; // pixels: so far from the pointer is the mark that answers it, at most
 
   const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
   const form = (section) => document.querySelector(`#${section} form`);
@@ -121,7 +120,7 @@
   const outside = (at, low, high) => Math.max(low - at, 0, at - high);
 
   function nearest(marks, x, y) {
-    let [best, least] = [null, NEAR];
+    let [best, least] = [null, Infinity];
     for (const mark of marks) {
       const distance = Math.hypot(outside(x, mark.x1, mark.x2), outside(y, mark.y1, mark.y2));
       if (distance < least) [best, least] = [mark, distance];
@@ -205,7 +204,9 @@
       const [first] = views.has(element) ? marksOf(views.get(element)) : [];
       if (first && element.matches(":focus-visible")) show(element, first);
     });
-    element.addEventListener("blur", hide);
+    element.addEventListener("blur", () => {
+      if (shown?.element === element) hide();
+    });
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide();

@@ -29,6 +29,7 @@ _LEGEND = {
     "!": "not finished",
     "~": "run by another command than its reference, perhaps under another load",
 }
+_TO_A_REFERENCE = ("max_loss_gap", "weight_distance", "peak_ratio", "step_ratio")
 _HEADERS = (
     "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights; "
     "×: ratio to its value"
@@ -48,6 +49,8 @@ _OF_AUDITS = ("e64", "e", "floor", "cause", "blamed")
 """What a table of audits has in place of the numbers of trainings."""
 _TIMES = ("step_s", "step_ratio")
 _AS_LONG = "≈"
+_LEAST_WIDTH = 60
+"""Letters; title and notes are as wide as the table."""
 _FOLDED = ("verdict", "differs", "cause", "blamed")
 """Columns that may take several lines; numbers are never cut."""
 
@@ -138,7 +141,8 @@ def render(comparison: Comparison) -> Table:
     more = len(cells.notes) - MOST_NOTES
     notes = [f"- {note}" for note in cells.notes[:MOST_NOTES]]
     notes += [f"- and {more} more notes of the kind."] if more > 0 else []
-    table = Table(title=cells.title, caption=Text("\n".join([*cells.legend, *notes])), **LOOK)
+    caption = Text("\n".join([*cells.legend, *notes]))
+    table = Table(title=cells.title, caption=caption, min_width=_LEAST_WIDTH, **LOOK)
     for name, header, left in zip(cells.names, cells.headers, cells.left, strict=True):
         justify: Literal["left", "right"] = "left" if left else "right"
         table.add_column(Text(header), justify=justify, no_wrap=name not in _FOLDED, overflow="fold")
@@ -149,7 +153,7 @@ def render(comparison: Comparison) -> Table:
 
 
 def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[str]:
-    # What is the same for all arms has no column.
+    # What is the same for all arms has no column, and neither has what no arm got as far as.
     several = len({row.reduction for row in rows} - {None}) > 1
     differs = any(row.differs for row in rows)
     any_verdict = any(row.verdict for row in rows)
@@ -169,9 +173,8 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
     left_out = ["eval_accuracy" if tokens and not classes else "eval_perplexity"]
     if all(row.step_ratio is None for row in rows):
         left_out.append("step_ratio")  # a line below says why
-    numbers = [name for name in _NUMBERS if name not in left_out]
-    if _are_audits(rows):
-        numbers = [name for name in _OF_AUDITS if any(getattr(row, name) is not None for row in rows)]
+    numbers = _OF_AUDITS if _are_audits(rows) else [name for name in _NUMBERS if name not in left_out]
+    numbers = [name for name in numbers if any(getattr(row, name) is not None for row in rows)]
     return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
@@ -224,7 +227,8 @@ def _legend(rows: Sequence[ComparisonRow]) -> list[str]:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
-    headers = _HEADERS_OF_AUDITS if _are_audits(rows) else _HEADERS if legend else ""
+    compared = any(getattr(row, name) is not None for row in rows for name in _TO_A_REFERENCE)
+    headers = _HEADERS_OF_AUDITS if _are_audits(rows) else _HEADERS if compared else ""
     lines = [line for line in (legend, headers) if line]
     lines += filter(None, [_say_step_times(rows), _say_load(rows)])
     controls = [row.controls for row in rows if row.controls]
