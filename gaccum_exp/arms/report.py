@@ -295,7 +295,7 @@ def report_sweep(
     with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
         told = comparison, arms, folder, batches, partial(_window_of, runs)
         page = beside.submit(write_page, *told) if "html" in wanted else None
-        if of_figures.get("formats", True) and not all(row.is_audit for row in comparison.rows):
+        if of_figures.get("formats", True) and not comparison.is_of_audits:
             from gaccum_exp.report.figures.save_figures import draw
 
             figures = draw(comparison, arms, folder, batches, **of_figures)

@@ -119,10 +119,10 @@ def test_every_arm_holds_in_the_store_how_far_it_is_from_its_reference(program: 
 
 
 def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
-    """Besides N, micro-batch and reduction, which are always said; a swapped block by its file."""
+    """First, since lists cut names: then N, micro-batch and reduction; a swapped block by its file."""
     program("-m", "model=mlp,cnn", "optimizer.lr=0.1", "seed=0,1", "train.steps=1", "runtime.device=cpu")
     assert {run.name for run in program.arms()} == {
-        f"N=1 · micro 256 · global_mean · model={model} · seed={seed}"
+        f"model={model} · seed={seed} · N=1 · micro 256 · global_mean"
         for model in ("mlp", "cnn")
         for seed in (0, 1)
     }

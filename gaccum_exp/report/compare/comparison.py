@@ -50,6 +50,12 @@ class Comparison:
         return self.stored + self.rows
 
     @property
+    def is_of_audits(self) -> bool:
+        """Whether nothing was to be trained: its arms are audits, but for those that did not begin."""
+        begun = [row for row in self.rows if row.accum_steps is not None]
+        return bool(begun) and all(row.is_audit for row in begun)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """All notes, a sentence each."""
         return self.verdict_notes + self.reference_notes + self.other_notes

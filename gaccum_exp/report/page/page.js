@@ -8,7 +8,8 @@
   const newest = new Map(); // of each element what it was asked to show last
   const DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]];
   const WORTH_NAMING = 9;
-  const MOST_LABELS = 24;
+  const INDEX_LABEL = 22; // pixels that a micro-batch's number takes, and those of one with its weight
+  const WEIGHT_LABEL = 76;
   const BAR_LABEL = 48; // pixels that a ratio above a bar takes
   const DECADES = 4;
   const MOST_DECADES = 7;
@@ -443,8 +444,10 @@
         ...m, zero: 0, color: hue(m.weight), stroke: color("paper"), series: 0,
         says: () => [`micro-batch ${m.index + 1}`, `samples ${m.first} to ${m.end - 1}, ${of.weighed} weighs ${number(m.weight)} × what it does in one pass`],
       }));
-      const weights = known.length <= WORTH_NAMING && known.some((m) => m.weight !== 1);
-      const labels = known.length > MOST_LABELS ? [] : known.map((m) => ({
+      const samples = Math.max(...known.map((m) => m.end)) - known[0].first;
+      const room = element("window").clientWidth * Math.min(...known.map((m) => m.end - m.first)) / samples;
+      const weights = room > WEIGHT_LABEL && known.some((m) => m.weight !== 1);
+      const labels = room < INDEX_LABEL ? [] : known.map((m) => ({
         middle: (m.first + m.end) / 2, at: m.weight / 2, color: inkOn(hue(m.weight)),
         label: weights ? `${m.index + 1}: ${m.weight.toPrecision(3)} ×` : String(m.index + 1),
       }));
