@@ -161,7 +161,11 @@ def name_of(context: ArmContext, settings: Settings, control_of: str | None = No
     parts["accum.reduction"] = settings.accum.reduction
     values = settings.flat() | dict(context.choices)
     keys = _shortened([key for key in context.swept_keys if key in values])
-    keys |= {key: "batch" for key in keys if key == "data.global_batch_size"}
+    for key in keys:
+        if key == "data.global_batch_size":
+            keys[key] = "batch"
+        elif key.endswith("._target_"):  # a class, by its bare name
+            keys[key], values[key] = key.removesuffix("._target_"), str(values[key]).rpartition(".")[2]
     differs = [text for key, text in parts.items() if key in keys]
     differs += [f"{short}={values[key]}" for key, short in keys.items() if key not in parts]
     shared = [text for key, text in parts.items() if key not in keys]
