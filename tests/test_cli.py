@@ -183,7 +183,10 @@ def test_a_sweep_goes_on_after_an_arm_that_cannot_run(program: Program) -> None:
     ended = program.tiny("-m", "model.activation=relu,rellu,tanh")
     assert ended.status == 1
     (line,) = [line for line in ended.lines if "failed" in line]
-    assert "model.activation=rellu failed: model.activation=rellu is none of " in line
+    assert (
+        "activation=rellu · N=1 · micro 256 · global_mean failed: model.activation=rellu is none of "
+        in line
+    )
     assert sorted(run.status for run in program.arms()) == ["FAILED", "FINISHED", "FINISHED"]
 
 
