@@ -177,6 +177,9 @@ def _word(given: list[str]) -> int:
         from gaccum_exp.tracking.deliver import main as deliver
 
         return deliver(given[1:])
+    except KeyboardInterrupt as interrupt:
+        complain(str(interrupt) or "interrupted", f"gaccum_exp {given[0]}")
+        raise
     except OSError as error:  # of a folder or a file that was named
         raise BadInputError(f"{error.filename}: {error.strerror}") from None
 

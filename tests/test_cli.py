@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
 
 from gaccum_exp import cli
 from gaccum_exp.tracking import shipper
@@ -184,7 +185,10 @@ def test_a_sweep_goes_on_after_an_arm_that_cannot_run(program: Program) -> None:
     ended = program.tiny("-m", "model.activation=relu,rellu,tanh")
     assert ended.status == 1
     (line,) = [line for line in ended.lines if "failed" in line]
-    assert "model.activation=rellu failed: model.activation=rellu is none of " in line
+    assert (
+        "activation=rellu · N=1 · micro 256 · global_mean failed: model.activation=rellu is none of "
+        in line
+    )
     assert sorted(run.status for run in program.arms()) == ["FAILED", "FINISHED", "FINISHED"]
 
 
@@ -254,8 +258,13 @@ def test_a_sweep_is_not_judged_by_what_another_left_in_its_folder(program: Progr
 
 
 @pytest.mark.figures
-def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> None:
-    """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise."""
+def test_the_report_command_rebuilds_the_same_comparison(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From journals or the store alone, byte for byte; in `reports/<sweep_id>` unless told otherwise.
+
+    Ctrl-C while a figure is written is one line and status 130, and leaves no part of a file.
+    """
     program.tiny("-m", "accum.steps=1,2,4")
     made = (program.sweep_folder / "comparison.csv").read_bytes()
     page = (program.sweep_folder / "report.html").read_bytes()
@@ -280,6 +289,15 @@ def test_the_report_command_rebuilds_the_same_comparison(program: Program) -> No
     for out in (listed, program.report().out):  # from the journals, and from the store
         (line,) = [line for line in out.splitlines() if line.startswith(sweep_id)]
         assert line.split()[-4:] == ["mlp", "N=1,2,4", "2", "equivalent"]
+    monkeypatch.setattr(Figure, "savefig", _half_of_it)
+    ended = program.report(sweep_id, "--out", "broken", "--format", "csv,svg")
+    assert (ended.status, ended.lines) == (130, ["gaccum_exp report: interrupted"])
+    assert [path.name for path in (program.folder / "broken").iterdir()] == ["comparison.csv"]
+
+
+def _half_of_it(figure: Figure, path: Path, **options: Any) -> None:
+    path.write_text("<svg")
+    raise KeyboardInterrupt
 
 
 def test_the_report_of_an_unknown_sweep_is_one_line(program: Program) -> None:

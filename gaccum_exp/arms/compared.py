@@ -15,6 +15,7 @@ from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.gap_curve import Gap, gap_curve
 from gaccum_exp.report.compare.pairing import group_runs
+from gaccum_exp.report.figures.looks import GREY, color
 from gaccum_exp.tracking import metrics, shipper
 from gaccum_exp.tracking.journal import add_to_ended, is_of_this_host, last_owner
 from gaccum_exp.tracking.mlflow_ui import RUN_COLOR
@@ -67,8 +68,6 @@ def additions(
     arms: Sequence[RunRecord], stored: Sequence[RunRecord], comparison: Comparison
 ) -> Iterator[Addition]:
     """Yield what is added to each run that has a loss."""
-    from gaccum_exp.report.figures.style import GREY, color  # with matplotlib, as where it is drawn
-
     rows = {row.run_id: row for row in comparison.rows}
     colors = {run_id: color(*place) for run_id, place in _places(comparison.rows).items()}
     most = max(LEAST_STEPS, MOST_STEPS // max(1, len(arms)))

@@ -146,19 +146,43 @@ def overrides_of(hydra: Any) -> list[str]:
 
 
 def name_of(context: ArmContext, settings: Settings, control_of: str | None = None) -> str:
-    """Return a run's name, what differs: `N=4 · micro 64 · mean`, and whatever else the sweep varies."""
+    """Return a run's name, what the sweep varies first: `N=4 · lr=0.1 · micro 64 · mean`.
+
+    MLflow's lists cut a name after some twenty signs.
+    """
     if control_of is not None:
         return f"{control_of} · control {settings.audit.control_seed}"
     first, largest = settings.accum.steps, settings.accum_steps
     n = largest if first == largest else f"{first} to {largest}"  # of a batch that grows
-    parts = [f"N={n}", f"micro {settings.data.micro_batch_size}"]
+    parts = {"accum.steps": f"N={n}", "data.micro_batch_size": f"micro {settings.data.micro_batch_size}"}
     if settings.task == "plan":  # it is of every N
-        parts = ["plan", f"global batch {settings.data.global_batch_size}"]
-    parts.append(settings.accum.reduction)
-    named = ("accum.steps", "accum.reduction", "data.micro_batch_size")
+        batch = f"global batch {settings.data.global_batch_size}"
+        parts = {"accum.steps": "plan", "data.global_batch_size": batch}
+    parts["accum.reduction"] = settings.accum.reduction
     values = settings.flat() | dict(context.choices)
-    swept = [key for key in context.swept_keys if key in values and key not in named]
-    return printable(" · ".join(parts + [f"{key}={values[key]}" for key in swept]))
+    keys = _shortened([key for key in context.swept_keys if key in values])
+    for key in keys:
+        if key == "data.global_batch_size":
+            keys[key] = "batch"
+        elif key.endswith("._target_"):  # a class, by its bare name
+            keys[key], values[key] = key.removesuffix("._target_"), str(values[key]).rpartition(".")[2]
+    differs = [text for key, text in parts.items() if key in keys]
+    differs += [f"{short}={values[key]}" for key, short in keys.items() if key not in parts]
+    shared = [text for key, text in parts.items() if key not in keys]
+    return printable(" · ".join(differs + shared))
+
+
+def _shortened(keys: Sequence[str]) -> dict[str, str]:
+    """Return each key as short as still tells it from the others: `lr` of `optimizer.lr`."""
+
+    def ends_alone(key: str, end: str) -> bool:
+        return sum(f".{other}".endswith(f".{end}") for other in set(keys)) == 1
+
+    def ends(key: str) -> list[str]:
+        words = key.split(".")
+        return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+
+    return {key: next((end for end in ends(key) if ends_alone(key, end)), key) for key in keys}
 
 
 def label_of(context: ArmContext, settings: Settings, also: str = "") -> str:

@@ -271,8 +271,7 @@ def report_sweep(
         BadInputError: the store cannot be used, or holds no such sweep.
         StoreAwayError: the store does not answer, and there are no journals.
     """
-    # With matplotlib and a template's language, which a single run does without.
-    from gaccum_exp.report.figures.save_figures import draw
+    # With a template's language, which a single run does without, and matplotlib below.
     from gaccum_exp.report.page.write_page import write_page
 
     arms, stored = read_sweeps(runs, sweep_ids)
@@ -296,7 +295,9 @@ def report_sweep(
     with ThreadPoolExecutor(1) as beside:  # what makes the page's scripts leaves Python to the figures
         told = comparison, arms, folder, batches, partial(_window_of, runs)
         page = beside.submit(write_page, *told) if "html" in wanted else None
-        if of_figures.get("formats", True):
+        if of_figures.get("formats", True) and not comparison.is_of_audits:
+            from gaccum_exp.report.figures.save_figures import draw
+
             figures = draw(comparison, arms, folder, batches, **of_figures)
         files += [] if page is None else [page.result()]
     return Report(

@@ -207,20 +207,15 @@ def _run(context: ArmContext, stop: Stop) -> Ended:
 
 
 def _compare(launch: Launch, stop: Stop) -> Compared:
-    """Print the verdicts of audits; compare what was trained."""
+    """Compare what was trained or audited, and print it."""
     outcomes = read_outcomes(launch.folder, launch.sweep_id)
     if lacks(launch.folder, launch.sweep_id, outcomes):
         with stop.at_once(), suppress(BadInputError, TrackingError):  # else of those that are here
             outcomes = with_those_elsewhere(
                 launch.folder, launch.sweep_id, outcomes, launch.tracking_uri, launch.experiment_name
             )
-    audited = {folder: outcome for folder, outcome in outcomes.items() if outcome.task == "audit"}
     with stop.at_once():
-        if audited:
-            from gaccum_exp.arms.audits import print_audits
-
-            print_audits(audited)
-        if outcomes and not any(outcome.task == "train" for outcome in outcomes.values()):
+        if outcomes and not any(outcome.task in ("train", "audit") for outcome in outcomes.values()):
             return Compared()
         from gaccum_exp.arms.report import Runs, print_report, report_sweep
 

@@ -113,6 +113,14 @@ class RunRecord:
         return self.tags.get("role") == "control" or self.control_seed is not None
 
     @property
+    def culprit(self) -> str:
+        """What its audit blames, with its class: `bn1 (BatchNorm2d)`; empty: nothing."""
+        name, kind = self.tags.get("culprit", ""), self.tags.get("culprit_type", "")
+        if not kind:
+            return name
+        return f"{name or 'the model itself'} ({kind})"
+
+    @property
     def overrides(self) -> list[str]:
         """What the command line said of this arm, an override each: `accum.steps=4`."""
         text = self.tags.get("overrides", "")

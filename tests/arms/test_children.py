@@ -37,7 +37,7 @@ STRANGER = ("model=custom", "data=custom", "data.train._target_=tests.strangers.
 def outcomes(program: Program) -> dict[str, tuple[str, str | None]]:
     """Return how each arm of the last sweep ended, by the model's or the data's class."""
     found = [json.loads(p.read_text()) for p in sorted(program.sweep_folder.glob("*/arm.json"))]
-    return {o["name"].rpartition(".")[2]: (o["status"], o["reason"]) for o in found}
+    return {o["name"].partition(" ")[0]: (o["status"], o["reason"]) for o in found}
 
 
 class Leaves(Ending):
@@ -83,16 +83,17 @@ def test_what_a_model_does_to_its_process_ends_its_arm_alone(program: Program) -
     ended = program("-m", *STRANGER, f"model._target_={targets},tests.strangers.Net")
     assert ended.status == 1
     assert outcomes(program) == {
-        "Exits": ("FAILED", "its process ended with status 0"),
-        "Crashes": ("FAILED", "its process was ended by signal 11 (SIGSEGV)"),
-        "Net": ("FINISHED", None),
+        "model=Exits": ("FAILED", "its process ended with status 0"),
+        "model=Crashes": ("FAILED", "its process was ended by signal 11 (SIGSEGV)"),
+        "model=Net": ("FINISHED", None),
     }
     stored = {
-        run.name.rpartition(".")[2]: (run.status, run.tags.get("failure")) for run in program.arms()
+        run.name.partition(" ")[0]: (run.status, run.tags.get("failure")) for run in program.arms()
     }
     assert stored == outcomes(program)
     assert (program.sweep_folder / "comparison.csv").exists()
-    assert any("Exits failed: its process ended with status 0" in line for line in ended.lines)
+    line = next(line for line in ended.lines if line.startswith("model=Exits"))
+    assert line.endswith(" failed: its process ended with status 0")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gaccum_exp.arms.context import ArmContext, Command, Turn, label_of
+from gaccum_exp.arms.context import ArmContext, Command, Turn, label_of, name_of
 from gaccum_exp.arms.outcome import (
     OUTCOME_FILE,
     Outcome,
@@ -39,6 +39,23 @@ def test_a_context_travels_to_another_process(tmp_path: Path) -> None:
     assert other == one
     assert config.validate(other.config) == config.validate(one.config)
     assert other.sweep_id == config.validate(other.config).sweep_id == "20260101-000000-abcdef"
+
+
+@pytest.mark.parametrize(
+    ("swept", "name"),
+    [
+        ("accum.steps", "N=4 · micro 64 · global_mean"),
+        ("optimizer.lr", "lr=0.1 · N=4 · micro 64 · global_mean"),
+        ("seed accum.reduction accum.steps", "N=4 · global_mean · seed=0 · micro 64"),
+        ("data.global_batch_size model.norm", "batch=256 · norm=group · N=4 · micro 64 · global_mean"),
+        ("model optimizer.momentum", "model=cnn · momentum=0.9 · N=4 · micro 64 · global_mean"),
+        ("model._target_ seed", "model=CNN · seed=0 · N=4 · micro 64 · global_mean"),
+    ],
+)  # fmt: skip
+def test_a_name_says_first_what_the_sweep_varies(tmp_path: Path, swept: str, name: str) -> None:
+    """As short as tells its keys apart: lists cut what comes later, which all arms share."""
+    job = replace(context(tmp_path, "accum.steps=4"), swept_keys=tuple(swept.split()))
+    assert name_of(job, config.validate(job.config)) == name
 
 
 def test_a_job_of_several_seeds_becomes_a_context_for_each(tmp_path: Path) -> None:

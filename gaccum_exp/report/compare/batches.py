@@ -28,6 +28,7 @@ from gaccum_exp.report.compare.step_times import step_time
 from gaccum_exp.report.compare.swept_keys import Setting, swept_keys, swept_values
 from gaccum_exp.report.text.noise_notes import NoiseTold, best_measured
 from gaccum_exp.report.text.wording import say_list
+from gaccum_exp.report.whole_files import whole
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
 from gaccum_exp.tracking.records import RunRecord
 
@@ -141,7 +142,7 @@ def compare_batches(comparison: Comparison, runs: Sequence[RunRecord]) -> tuple[
 
 def write_batches(comparisons: Sequence[BatchComparison], path: Path) -> Path:
     """Write a row per setting and global batch, floats in full precision, unknown values blank."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         lines = [_csv_line(of, row) for of in comparisons for row in of.rows]
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()

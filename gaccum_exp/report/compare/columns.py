@@ -212,7 +212,7 @@ class ComparisonRow:
     )
     """The run that it was compared with."""
     reference_source: str = column(lambda arm: arm.group.source.value)
-    """`own`, `other reduction`, `stored`, `stand-in` or `none`."""
+    """`own`, `other reduction`, `stored`, `stand-in` or `none`; `audit`: taken in one pass."""
     common_steps: int = column(lambda arm: arm.common_steps)
     """Optimizer steps that `max_loss_gap` was taken over."""
     peak_phase: str | None = column(lambda arm: arm.run.tags.get("memory.peak_phase"))
@@ -225,15 +225,15 @@ class ComparisonRow:
     """How many threads it had on the CPU."""
     verdict: str | None = column(_tag("verdict"), "\nverdict")
     """The worst audit's; None where the arm was not audited."""
-    cause: str | None = column(_tag("cause"))
+    cause: str | None = column(_tag("cause"), "\ncause")
     """The audit's, where the verdict has one."""
     culprit: str | None = column(_tag("culprit"))
     """A module's dotted name."""
-    e64: float | None = column(_last(metrics.AUDIT_E64))
+    e64: float | None = column(_last(metrics.AUDIT_E64), "\ne64", say_gap)
     """‖g_N − g_1‖ / ‖g_1‖ in float64, as last audited."""
-    e: float | None = column(_last(metrics.AUDIT_E))
+    e: float | None = column(_last(metrics.AUDIT_E), "\ne", say_gap)
     """The same in the run's own precision."""
-    floor: float | None = column(_last(metrics.AUDIT_FLOOR))
+    floor: float | None = column(_last(metrics.AUDIT_FLOOR), "\nfloor", say_gap)
     """What summation order alone makes of `e`."""
     control: str | None = column(lambda arm: arm.standing.word)
     """Whether the loss curve is `inside` or `outside` the envelope of controls; None: not judged."""
@@ -285,6 +285,8 @@ class ComparisonRow:
 
     term_losses: tuple[tuple[str, float], ...] = column(_terms, in_csv=False)
     """(`train/loss/box`, the last one recorded) of a loss with terms; in the CSV file a column each."""
+    blamed: str | None = column(lambda arm: arm.run.culprit or None, "\nculprit", in_csv=False)
+    """The culprit with its class: `bn1 (BatchNorm2d)`."""
     setting: Setting = column(lambda arm: arm.group.setting, in_csv=False)
     """Reduction and what else was swept, with this arm's values."""
     micro_batch_sizes: tuple[int, ...] = column(
@@ -311,6 +313,11 @@ class ComparisonRow:
     def finished(self) -> bool:
         """Whether the arm trained to its end."""
         return self.status == "FINISHED"
+
+    @property
+    def is_audit(self) -> bool:
+        """Whether it trained nothing, and one window was audited."""
+        return self.reference_source == Source.AUDIT.value
 
     @property
     def is_reference(self) -> bool:

@@ -17,6 +17,7 @@ from gaccum_exp.report.compare.pairing import Group, Source, group_runs
 from gaccum_exp.report.compare.rounding_envelope import Envelope, Standing, envelope_of, stand
 from gaccum_exp.report.text.notes import other_notes, reference_notes
 from gaccum_exp.report.text.verdict_notes import control_notes, verdict_notes
+from gaccum_exp.report.whole_files import whole
 from gaccum_exp.tracking.records import RunRecord
 
 WeightsOf = Callable[[str], Parameters | None]
@@ -47,6 +48,12 @@ class Comparison:
     def shown(self) -> tuple[ComparisonRow, ...]:
         """What figures show: the borrowed references and the arms."""
         return self.stored + self.rows
+
+    @property
+    def is_of_audits(self) -> bool:
+        """Whether nothing was to be trained: its arms are audits, but for those that did not begin."""
+        begun = [row for row in self.rows if row.accum_steps is not None]
+        return bool(begun) and all(row.is_audit for row in begun)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,7 +102,7 @@ def compare(
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
     """Write a row per arm, floats in full precision, unknown values blank."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         head, rows = csv_table(comparison)
         writer.writerows([head, *rows])

@@ -35,6 +35,8 @@ class Source(Enum):
     OTHER_REDUCTION = "other reduction"
     STORED = "stored"
     STAND_IN = "stand-in"
+    AUDIT = "audit"
+    """None is needed: an audit takes its window in one pass itself."""
     NONE = "none"
 
 
@@ -98,6 +100,8 @@ def group_runs(runs: Sequence[RunRecord], stored: Iterable[RunRecord] = ()) -> l
         arms = _in_order(alike)
         multiplies = len(arms) == 1 and len(families[_family(arms[0])]) > 1
         reference, source = _find_reference(key, arms, sweep_ones, stored_ones)
+        if arms[0].params.get("task") == "audit":
+            reference, source, multiplies = None, Source.AUDIT, False
         if multiplies and arms[0].accum_steps == 1:
             # N = 1 of such a sweep is a small batch, and nobody's reference, not even its own.
             reference, source = None, Source.NONE

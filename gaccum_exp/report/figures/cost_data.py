@@ -110,7 +110,9 @@ def memory_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> BarRow
         found = row.peak_ratio, row.is_reference, parts[row.run_id], row.peak_phase
         return Bar(n, role, "", row.run_id, (total,), *found)
 
-    notes = ["× is the ratio of totals to the reference's."]
+    notes = (
+        ["× is the ratio of totals to the reference's."] if any(r.peak_ratio for r in measured) else []
+    )
     if any(row.memory_source == "allocator" for row in comparison.shown):
         notes.append("Totals are the allocator's, the categories the tracker's: they may differ.")
     shown = [runs[row.run_id].metrics for row in comparison.shown]

@@ -89,6 +89,7 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
     panels = panels_of(comparison)
     crowded = is_crowded(panels)
     groups = groups_of(panels)
+    repeated = any(len(rows) > 1 for panel in panels for rows in panel.by_n.values())
     controls = [row.controls for row in comparison.rows if row.controls]
 
     def loss_of(row: ComparisonRow) -> Points:
@@ -107,7 +108,8 @@ def loss_rows(comparison: Comparison, runs: Mapping[str, RunRecord]) -> LossRows
         return None if points is None else (points[0], np.maximum.accumulate(points[1]))
 
     return LossRows(
-        title=f"Train loss: {subject(comparison, runs)}",
+        title=f"Train loss: {subject(comparison, runs)}"
+        + ("; a curve for each of repeated runs" if repeated and not crowded else ""),
         groups={
             group: (label_of(group, panels), any(row.is_reference for row in rows_of(group, panels)))
             for group in groups

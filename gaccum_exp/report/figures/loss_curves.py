@@ -11,7 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.compare.rounding_envelope import MARGIN, Envelope
@@ -175,6 +183,8 @@ def _scale_losses(all_axes: Sequence[Axes], values: np.ndarray) -> None:
         first.set_yscale("log")
         decades = math.log10(values.max() / values.min())
         first.yaxis.set_major_locator(LogLocator(numticks=_MOST_DECADE_TICKS + 1))
+        first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _power(round(math.log10(y)))))
+        first.yaxis.set_minor_formatter(NullFormatter())
         if decades > _MOST_DECADE_TICKS:
             first.yaxis.set_minor_locator(NullLocator())
     first.set_ylabel("train loss")
@@ -197,7 +207,7 @@ def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
     low, high = math.floor(np.log10(positive.min())), math.ceil(np.log10(positive.max()))
     high = max(high, low + 1)
     decades = range(low, high + 1, -(-(high - low) // _MOST_DECADE_TICKS))
-    ticks, names = [10.0**k for k in decades], [f"$10^{{{k}}}$" for k in decades]
+    ticks, names = [10.0**k for k in decades], [_power(k) for k in decades]
     if positive.size < finite.size:
         # The linear part takes an eighth of the axis, so that the labels 0 and 10^low stay apart.
         first.set_yscale("symlog", linthresh=10.0**low, linscale=max(0.5, (high - low) / 8))
@@ -211,6 +221,11 @@ def _scale_gaps(all_axes: Sequence[Axes], gaps: np.ndarray) -> None:
         axes.yaxis.set_major_formatter(FixedFormatter(names))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y")
+
+
+def _power(exponent: int) -> str:
+    """Return a power of ten as plain text: to read formulas takes as long as to draw an axis."""
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _say(all_axes: Sequence[Axes], words: str) -> None:

@@ -1,8 +1,4 @@
-"""One style for every figure, of a sweep and of a study: colours, dashes, markers, and sizes.
-
-Series that are drawn together differ three times: in colour, which runs from dark to light so that grey
-print keeps the order, in dashes and in markers. The lightest still has a contrast of three to one with
-white paper (what WCAG 2.1 asks of graphics), so nothing pale is among them.
+"""One style for every figure, of a sweep and of a study: the looks of `looks`, and sizes.
 
 The functions here are to be called inside `styled`, which is also where a figure learns its width:
 
@@ -19,29 +15,22 @@ from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from gaccum_exp.report.figures.looks import ACCENT, DARK_GREY, GREY, color, look
+from gaccum_exp.report.whole_files import whole
+
+__all__ = [
+    "ACCENT", "DARK_GREY", "DPI", "FORMATS", "GREY", "WIDTHS_INCHES", "color", "laid_out", "letters",
+    "lines_inches", "look", "points", "save", "scaled", "styled", "width",
+]  # fmt: skip
 WIDTHS_INCHES = {"single": 3.5, "double": 7.2, "talk": 12.0}
 """A column and the text width of a page with two columns, and a slide."""
 FORMATS = ("svg", "png", "pdf")
 _PRINTED, _POINTS = 8.0, {"single": 7.0, "talk": 15.0}
 """The size of letters, and what it is instead in some widths."""
 DPI = 150
-_ORDERED = LinearSegmentedColormap.from_list(
-    "ordered", ["#2b0a4f", "#1a4490", "#0f8c82", "#d9791e"], N=256
-)
-_ORDERED_ON_BLACK = LinearSegmentedColormap.from_list(
-    "ordered_on_black", ["#a487e6", "#7fa8ff", "#4fd1bf", "#f0c27a"], N=256
-)
-Dash = tuple[int, tuple[float, ...]]
-DASHES: tuple[Dash, ...] = ((0, ()), (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-"""As matplotlib has them, in widths of the line."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""With the dashes 4 × 7 looks that are told apart without colour."""
-ACCENT, GREY, DARK_GREY = "#b3203f", "#8a8f98", "#5b6068"
-"""Of what is marked in a figure, of what lies behind, and of its edge."""
 
 
 @contextmanager
@@ -114,22 +103,6 @@ def lines_inches(lines: float) -> float:
     return points(1.35 * lines) / 72
 
 
-def color(index: int, series: int, *, on_black: bool = False) -> str:
-    """Return the colour of one of several series, dark to light; on black all are light."""
-    colors = _ORDERED_ON_BLACK if on_black else _ORDERED
-    return to_hex(colors(index / max(series - 1, 1)))
-
-
-def look(index: int, series: int) -> dict[str, Any]:
-    """Return how the line of one of several series is drawn: colour, dashes and marker."""
-    return {
-        "color": color(index, series),
-        "linestyle": DASHES[index % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markerfacecolor": "white",
-    }
-
-
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write a figure as each of these formats, the same bytes for the same figure; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +116,8 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg
             "png": {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}},
             "pdf": {"metadata": {"CreationDate": None, "Producer": None}},
         }
-        figure.savefig(path, dpi=DPI, **unsaid[suffix])
+        with whole(path) as beside:
+            figure.savefig(beside, dpi=DPI, **unsaid[suffix])
         paths.append(path)
     return paths
 

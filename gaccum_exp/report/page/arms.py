@@ -28,7 +28,7 @@ def arm_section(comparison: Comparison, records: Mapping[str, RunRecord]) -> dic
     tags = _shared(_provenance(run) for _, run in arms if run.params or not params)
     return {
         "shared_params": _shared(params),
-        "shared_tags": tags,
+        "shared_tags": {key: value for key, value in tags.items() if key != "command"},  # said above
         "arms": [_arm(row, run, records, tags) for row, run in arms],
     }
 
@@ -82,7 +82,7 @@ def _arm(
     own = {key: value for key, value in _provenance(run).items() if shared.get(key) != value}
     return {
         "name": row.name,
-        "role": row.role,
+        "role": "" if row.is_audit else row.role,
         "verdict": row.verdict or "",
         "status": row.status,
         "reference": reference.name if other and reference else "",

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gaccum_exp.report.figures import style
+from gaccum_exp.report.figures.looks import DASHES, color
 
 _LINE_PIXELS = 2.4
 
@@ -20,9 +20,9 @@ def looks(count: int) -> list[Look]:
     """Return the look of so many curves, one shade after the other."""
     return [
         Look(
-            style.color(index, count),
-            style.color(index, count, on_black=True),
-            " ".join(f"{_LINE_PIXELS * part:g}" for part in style.DASHES[index % len(style.DASHES)][1]),
+            color(index, count),
+            color(index, count, on_black=True),
+            " ".join(f"{_LINE_PIXELS * part:g}" for part in DASHES[index % len(DASHES)][1]),
         )
         for index in range(count)
     ]

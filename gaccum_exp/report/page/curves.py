@@ -89,6 +89,7 @@ def _curve(curve: CurveRow, group: int, panel: Panel, records: Records, most: in
     alike = [row for row in alike if row.accum_steps in curve.group]
     found = {
         "group": group,
+        "name": _name(curve, alike),
         "is_reference": curve.is_reference,
         **_against(curve.global_steps[places], alike, records),
         "values": rounded(curve.values[places], 5),
@@ -98,6 +99,14 @@ def _curve(curve: CurveRow, group: int, panel: Panel, records: Records, most: in
             name: rounded(of[places], 5) for name, of in zip(("low", "high"), curve.range, strict=True)
         }
     return found
+
+
+def _name(curve: CurveRow, alike: Sequence[ComparisonRow]) -> str:
+    """Name a curve where it is pointed at: the arm, or how many it is the median of."""
+    if curve.range is None:
+        return alike[0].name
+    ns = f"{curve.group[0]}" if len(curve.group) == 1 else f"{curve.group[0]} to {curve.group[-1]}"
+    return f"N = {ns}, median of {len(alike)}"
 
 
 def _envelope(envelope: Envelope, panel: Panel, records: Records, most: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from gaccum_exp.report.page.worth import batch_sections, noise_section
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.table import render, say_worth
 from gaccum_exp.report.text.verdict_notes import SOUND, rank, say_verdicts
+from gaccum_exp.report.whole_files import whole
 from gaccum_exp.tracking.records import RunRecord
 
 _FOLDER = Path(__file__).parent
@@ -69,13 +70,15 @@ def write_page(
         commands=commands(runs),
         every=_every_number(comparison),
         data=_script_data({name: sections[name] for name in _FIGURES} | {"specs": vega_specs()}),
+        draws=any(sections[name] for name in _FIGURES),
         vega=Markup(re.sub("</(?=script)", r"<\/", vega_script(), flags=re.IGNORECASE)),
         script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         **sections,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8", newline="\n")
+    with whole(path) as beside:
+        beside.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 

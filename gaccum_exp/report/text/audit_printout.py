@@ -1,7 +1,6 @@
-"""Print audits on a terminal: one with its numbers and remedy, or a line for each arm of a sweep."""
+"""Print an audit on a terminal, with its numbers and remedy."""
 
 import math
-from collections.abc import Sequence
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -10,7 +9,7 @@ from rich.text import Text
 
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.report.text.terminal import LOOK, console
-from gaccum_exp.report.text.wording import MISSING, say_gap, say_ratio
+from gaccum_exp.report.text.wording import say_gap, say_ratio
 
 SHOWN_PARAMETERS = 10
 _STYLES = {"identical": "green", "equivalent": "green", "biased": "red"}
@@ -24,13 +23,6 @@ def print_audit(name: str, audit: Audit) -> None:
     out.print(Padding(block(audit), (0, 0, 0, 2), expand=False))
     if audit.parameters:
         out.print(Padding(parameter_table(audit), (1, 0, 0, 2), expand=False))
-
-
-def print_table(arms: Sequence[tuple[str, Audit | str]]) -> None:
-    """Print a line for each arm of a sweep: its name with its audit, or with why there is none."""
-    out = console()
-    out.print()
-    out.print(arm_table(arms))
 
 
 def block(audit: Audit) -> RenderableType:
@@ -72,31 +64,6 @@ def parameter_table(audit: Audit) -> Table:
         table.add_column(f"  {header}", justify="right", no_wrap=True)
     for p in audit.parameters[:SHOWN_PARAMETERS]:
         table.add_row(Text(p.name), say_gap(p.error), say_gap(p.share), say_gap(p.norm))
-    return table
-
-
-def arm_table(arms: Sequence[tuple[str, Audit | str]]) -> Table:
-    """Return the verdicts of a sweep's arms, with a note below for each arm that has none."""
-    notes = [f"- {name}: {outcome}" for name, outcome in arms if isinstance(outcome, str)]
-    caption = "\n".join(["e64, e: relative error in float64 and in the run's precision", *notes])
-    title = "Is the accumulated gradient the large batch's?"
-    table = Table(title=title, caption=Text(caption), **LOOK)
-    table.add_column("arm", overflow="fold")
-    table.add_column(" verdict", no_wrap=True)
-    for header in ("e64", "e", "floor"):
-        table.add_column(f" {header}", justify="right", no_wrap=True)
-    table.add_column(" cause", overflow="fold")
-    table.add_column(" culprit", overflow="fold")
-    for name, outcome in arms:
-        if isinstance(outcome, str):
-            table.add_row(Text(name), f" {MISSING}", style="dim")
-            continue
-        verdict = Text(f" {outcome.verdict}", style=_STYLES.get(outcome.verdict, _OPEN))
-        measured = (outcome.e64, outcome.e, outcome.floor)
-        known = outcome.verdict != "inconclusive"
-        numbers = (f" {say_gap(number) if known else MISSING}" for number in measured)
-        cause = Text(f" {outcome.cause or MISSING}")
-        table.add_row(Text(name), verdict, *numbers, cause, Text(f" {_culprit(outcome) or MISSING}"))
     return table
 
 

@@ -60,7 +60,9 @@ def _about_reference(group: Group) -> str | None:
     reference, source = group.reference, group.source
     ends = sorted({_end_of(arm) for arm in group.arms if arm.accum_steps == 1})
     why = f"N = 1 {' and '.join(ends)}" if ends else "the sweep has no N = 1 arm that finished"
-    if reference is None and (group.n_multiplies or not any(arm.finished for arm in group.arms)):
+    if reference is None and (
+        source is Source.AUDIT or group.n_multiplies or not any(arm.finished for arm in group.arms)
+    ):
         return None  # that no arm finished the summary says
     if reference is None:
         return (

@@ -69,9 +69,10 @@ def _say_setting(rows: Sequence[ComparisonRow]) -> str:
         parts = [distance or (verdicts and f"{verdicts}."), _say_cost(measured)]
     else:
         alone = all(row.is_reference for row in rows)
-        judged = any(row.verdict for row in rows)
+        audits = all(row.is_audit for row in rows)
+        judged = any(row.verdict for row in rows) and not audits
         lead = verdicts and f"{verdicts}{', by the audit alone' if judged else ''}."
-        parts = [lead, _NO_OTHER if alone else _NO_REFERENCE]
+        parts = [lead, "" if audits else _NO_OTHER if alone else _NO_REFERENCE]
         if unfinished == len(rows):
             return " ".join([lead, "No arm finished."] if lead else ["No arm finished."])
     if unfinished:

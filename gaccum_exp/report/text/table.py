@@ -29,9 +29,14 @@ _LEGEND = {
     "!": "not finished",
     "~": "run by another command than its reference, perhaps under another load",
 }
+_TO_A_REFERENCE = ("max_loss_gap", "weight_distance", "peak_ratio", "step_ratio")
 _HEADERS = (
     "loss gap: largest difference to its loss curve; weight dist.: relative, of the final weights; "
     "×: ratio to its value"
+)
+_HEADERS_OF_AUDITS = (
+    "e64, e: relative error of the gradient in float64 and in the run's precision; floor: how far "
+    "rounding alone moves it there"
 )
 _STANDINGS = {"inside": "✓", "outside": "✗"}
 _SCORES = ("eval_accuracy", "eval_perplexity")
@@ -40,9 +45,13 @@ _NUMBERS = (
     *("train_loss", "eval_loss", *_SCORES, "max_loss_gap", "weight_distance"),
     *("peak_bytes", "peak_ratio", "step_s", "step_ratio"),
 )
+_OF_AUDITS = ("e64", "e", "floor", "cause", "blamed")
+"""What a table of audits has in place of the numbers of trainings."""
 _TIMES = ("step_s", "step_ratio")
 _AS_LONG = "≈"
-_FOLDED = ("verdict", "differs")
+_LEAST_WIDTH = 60
+"""Letters; title and notes are as wide as the table."""
+_FOLDED = ("verdict", "differs", "cause", "blamed")
 """Columns that may take several lines; numbers are never cut."""
 
 
@@ -105,7 +114,11 @@ def cells_of(comparison: Comparison) -> TableCells:
     names = _columns(rows, lines.counts)
     columns = [_printed(name, rows, lines.counts) for name in names]
     return TableCells(
-        title="Every arm against its reference"
+        title=(
+            "The gradient against that of one pass"
+            if _are_audits(rows)
+            else "Every arm against its reference"
+        )
         + (f", {reductions.pop()}" if len(reductions) == 1 else ""),
         names=tuple(names),
         headers=tuple(header for header, _ in columns),
@@ -128,7 +141,8 @@ def render(comparison: Comparison) -> Table:
     more = len(cells.notes) - MOST_NOTES
     notes = [f"- {note}" for note in cells.notes[:MOST_NOTES]]
     notes += [f"- and {more} more notes of the kind."] if more > 0 else []
-    table = Table(title=cells.title, caption=Text("\n".join([*cells.legend, *notes])), **LOOK)
+    caption = Text("\n".join([*cells.legend, *notes]))
+    table = Table(title=cells.title, caption=caption, min_width=_LEAST_WIDTH, **LOOK)
     for name, header, left in zip(cells.names, cells.headers, cells.left, strict=True):
         justify: Literal["left", "right"] = "left" if left else "right"
         table.add_column(Text(header), justify=justify, no_wrap=name not in _FOLDED, overflow="fold")
@@ -139,7 +153,7 @@ def render(comparison: Comparison) -> Table:
 
 
 def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[str]:
-    # What is the same for all arms has no column.
+    # What is the same for all arms has no column, and neither has what no arm got as far as.
     several = len({row.reduction for row in rows} - {None}) > 1
     differs = any(row.differs for row in rows)
     any_verdict = any(row.verdict for row in rows)
@@ -159,7 +173,8 @@ def _columns(rows: Sequence[ComparisonRow], counts: Mapping[str, int]) -> list[s
     left_out = ["eval_accuracy" if tokens and not classes else "eval_perplexity"]
     if all(row.step_ratio is None for row in rows):
         left_out.append("step_ratio")  # a line below says why
-    numbers = (name for name in _NUMBERS if name not in left_out)
+    numbers = _OF_AUDITS if _are_audits(rows) else [name for name in _NUMBERS if name not in left_out]
+    numbers = [name for name in numbers if any(getattr(row, name) is not None for row in rows)]
     return [*(name for name, is_wanted in wanted.items() if is_wanted), *numbers]
 
 
@@ -180,7 +195,10 @@ def _printed(
 
     def cell(row: ComparisonRow) -> str:
         value = getattr(row, name)
-        text = MISSING if value in (None, "", ()) else say(value)
+        is_open = (
+            name in _OF_AUDITS[:3] and row.verdict == "inconclusive"
+        )  # they would read like a result
+        text = MISSING if value in (None, "", ()) or is_open else say(value)
         if name == "accum_steps":
             return text + (_mark(row) or " ")
         if name == "max_loss_gap" and any_controls:
@@ -197,6 +215,10 @@ def _printed(
     return header, [cell(row) for row in rows]
 
 
+def _are_audits(rows: Sequence[ComparisonRow]) -> bool:
+    return bool(rows) and all(row.is_audit for row in rows)
+
+
 def _mark(row: ComparisonRow) -> str:
     return _MARKS.get(row.role, "") or ("" if row.finished else "!")
 
@@ -205,7 +227,9 @@ def _legend(rows: Sequence[ComparisonRow]) -> list[str]:
     marks = sorted({_mark(row) for row in rows} & _LEGEND.keys())
     marks += ["~"] * any(row.other_command and row.step_s is not None for row in rows)
     legend = "; ".join(f"{mark} {_LEGEND[mark]}" for mark in marks)
-    lines = [legend, _HEADERS] if legend else []
+    compared = any(getattr(row, name) is not None for row in rows for name in _TO_A_REFERENCE)
+    headers = _HEADERS_OF_AUDITS if _are_audits(rows) else _HEADERS if compared else ""
+    lines = [line for line in (legend, headers) if line]
     lines += filter(None, [_say_step_times(rows), _say_load(rows)])
     controls = [row.controls for row in rows if row.controls]
     if controls:

@@ -6,26 +6,38 @@ They hold what the terminal shows, the table, the notes and what it says in word
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from gaccum_exp.report.compare.comparison import Comparison
 from gaccum_exp.report.text.summary import summary
 from gaccum_exp.report.text.table import cells_of
+from gaccum_exp.report.whole_files import whole
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 """What Markdown might take for its own, in a cell or a sentence; `~~` strikes out, `$` is a formula."""
+_GREEK = {sign: unicodedata.name(sign).split()[-1] for sign in "αβγδεζηθικμνξπρστυφχψωΓΔΘΞΠΣΦΨΩ"}
+_FORMULAS = {
+    **{sign: name.lower() if sign.islower() else name.title() for sign, name in _GREEK.items()},
+    "λ": "lambda", "Λ": "Lambda",  # which Unicode spells otherwise
+    "~": "sim", "<": "<", ">": ">", "|": "|", "−": "-", "‖": r"\|", "µ": "mu", "×": "times",
+    "≈": "approx", "·": "cdot", "√": "surd", "≤": "leq", "≥": "geq", "≠": "neq", "†": "dagger",
+    "‡": "ddagger", "→": "to", "←": "leftarrow", "∝": "propto", "±": "pm", "∞": "infty", "∇": "nabla",
+    "∂": "partial", "∑": "Sigma", "∈": "in", "°": r"^{\circ}", "⁻": "^{-}",
+    **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{sign: f"_{digit}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+}  # fmt: skip
+"""Signs that LaTeX has in formulas; a word is a command's."""
 _LATEX = {
-    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"$\sim$", "–": "--", "…": r"\ldots{}",
-    "<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "²": "$^2$", "‖": r"$\|$", "µ": r"$\mu$",
-    "×": r"$\times$", "≈": r"$\approx$", "·": r"$\cdot$", "√": r"$\surd$", "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "†": r"$\dagger$", "‡": r"$\ddagger$", "→": r"$\to$", "∝": r"$\propto$", "Σ": r"$\Sigma$",
-    "±": r"$\pm$",
-    "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
+    **{sign: f"$\\{of}$" if of.isalpha() else f"${of}$" for sign, of in _FORMULAS.items()},
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "–": "--", "—": "---", "…": r"\ldots{}",
+    "`": "{`}", "‘": "`", "’": "'", "“": "``", "”": "''", "ß": r"\ss{}", "æ": r"\ae{}", "ø": r"\o{}",
+    "œ": r"\oe{}", "Æ": r"\AE{}", "Ø": r"\O{}", "Œ": r"\OE{}", "ł": r"\l{}", "Ł": r"\L{}",
+    "ı": r"\i{}", "✓": "(in)", "✗": "(out)", **{sign: f"\\{sign}" for sign in "_%&#${}"},
 }  # fmt: skip
 """What LaTeX has for signs that are its own, or that its usual fonts lack."""
-_ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"
-_LETTERS = "ßæøœÆØŒ“”"
+_ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327",
+                    "`'^~=u.\"rHvc", strict=True))  # fmt: skip
 _POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e([+-])0?(\d+)")
 """A number with an exponent."""
 
@@ -63,14 +75,16 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_in_latex(summary(comparison).replace(chr(10), ' '))}}}",
-        rf"\begin{{tabular}}{{{columns}}}",
+        r"\footnotesize\setlength{\tabcolsep}{3pt}",
+        # A table that is wider than the text reaches into both margins.
+        rf"\makebox[\textwidth]{{\begin{{tabular}}{{{columns}}}",
         r"\hline",
-        _row(map(_in_a_line, table.headers), _in_latex),
+        *(_row(line, _in_latex) for line in zip(*map(_two_lines, table.headers), strict=True)),
         r"\hline",
         *rows,
         r"\hline",
-        r"\end{tabular}",
-        *(rf"\par{{\footnotesize {_in_latex(line)}\par}}" for line in (*table.legend, *table.notes)),
+        r"\end{tabular}}",
+        *(rf"\par {_in_latex(line)}\par" for line in (*table.legend, *table.notes)),
         r"\end{table}",
     ]
     return _write(path, lines)
@@ -78,6 +92,11 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
 
 def _row(cells: Iterable[str], say: Callable[[str], str]) -> str:
     return f"{' & '.join(say(cell.strip()) for cell in cells)} \\\\"
+
+
+def _two_lines(header: str) -> tuple[str, str]:
+    above, _, below = header.rpartition("\n")
+    return above, below
 
 
 def _in_a_line(header: str) -> str:
@@ -89,15 +108,33 @@ def _escaped_in_markdown(text: str) -> str:
 
 
 def _in_latex(text: str) -> str:
-    return "".join(_LATEX.get(sign) or _plain_in_latex(sign) for sign in text)
+    found = []
+    for unknown, signs in groupby(text, key=lambda sign: _sign_in_latex(sign) is None):
+        if unknown:
+            found.append(_codes_in_latex("".join(signs)))
+        else:
+            found += [_sign_in_latex(sign) or "" for sign in signs]
+    return "".join(found)
 
 
-def _plain_in_latex(sign: str) -> str:
-    """Return a sign as LaTeX's usual fonts have it without a package, or a question mark."""
-    base, *marks = list(unicodedata.normalize("NFD", sign))
-    accented = base.isascii() and base.isalpha() and all(mark in _ACCENTS for mark in marks)
-    known = accented or (sign.isascii() and sign.isprintable()) or sign in _LETTERS
-    return sign if known else " " if sign.isspace() else "?"
+def _sign_in_latex(sign: str) -> str | None:
+    """Return a sign as LaTeX's usual fonts have it without a package; None: they lack it."""
+    if sign in _LATEX or sign.isspace():
+        return _LATEX.get(sign, " ")
+    letter, *marks = list(unicodedata.normalize("NFD", sign))
+    if not (letter.isascii() and letter.isprintable()) or not all(mark in _ACCENTS for mark in marks):
+        return None
+    if marks and letter in "ij":
+        letter = f"\\{letter}"  # without its dot
+    for mark in marks:
+        letter = f"\\{_ACCENTS[mark]}{{{letter}}}"
+    return letter
+
+
+def _codes_in_latex(text: str) -> str:
+    """Return signs for engines that take their fonts from the system, and their codes for pdfTeX."""
+    codes = " ".join(f"U+{ord(sign):04X}" for sign in text)
+    return rf"\ifdefined\Umathchar {text}\else[{codes}]\fi{{}}" if text.isprintable() else f"[{codes}]"
 
 
 def _cell_in_latex(text: str) -> str:
@@ -111,5 +148,6 @@ def _cell_in_latex(text: str) -> str:
 
 
 def _write(path: Path, lines: Sequence[str]) -> Path:
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    with whole(path) as beside:
+        beside.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return path

@@ -30,8 +30,7 @@ _SAID: Mapping[str | None, str] = {
 class _Finding:
     verdict: str
     cause: str | None
-    culprit: str | None
-    culprit_type: str | None
+    culprit: str
     remedy: str | None
     detail: str | None
     """Where or how it was found."""
@@ -39,8 +38,7 @@ class _Finding:
     @property
     def text(self) -> str:
         """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
-        kind = f" ({self.culprit_type})" if self.culprit_type else ""
-        where = f" at {self.culprit}{kind}" if self.culprit else ""
+        where = f" at {self.culprit}" if self.culprit else ""
         told = self.remedy or self.detail
         remedy = f": {told.rstrip('.')}" if told else ""
         detail = f" ({self.detail})" if self.remedy and self.detail else ""
@@ -74,12 +72,11 @@ def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     found: dict[_Finding, dict[str, set[int]]] = {}
     for group in groups:
         for arm in group.arms:
-            verdict, cause, culprit, culprit_type, remedy, detail = (
-                arm.tags.get(key) or None
-                for key in ("verdict", "cause", "culprit", "culprit_type", "remedy", "detail")
+            verdict, cause, remedy, detail = (
+                arm.tags.get(key) or None for key in ("verdict", "cause", "remedy", "detail")
             )
             if verdict and verdict not in SOUND and arm.accum_steps is not None:
-                finding = _Finding(verdict, cause, culprit, culprit_type, remedy, detail)
+                finding = _Finding(verdict, cause, arm.culprit, remedy, detail)
                 arms = found.setdefault(finding, {}).setdefault(group.setting.label, set())
                 arms.add(arm.accum_steps)
     found = dict(sorted(found.items(), key=_order))
@@ -138,7 +135,7 @@ def control_notes(groups: Sequence[Group], rows: Sequence[ComparisonRow]) -> tup
 
 def _order(item: tuple[_Finding, Mapping[str, set[int]]]) -> tuple[object, ...]:
     finding, of_setting = item
-    words = (finding.cause or "", finding.culprit or "", finding.remedy or finding.detail or "")
+    words = (finding.cause or "", finding.culprit, finding.remedy or finding.detail or "")
     return rank(finding.verdict), min(map(min, of_setting.values())), words
 
 

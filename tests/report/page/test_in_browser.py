@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,17 @@ Arm = Callable[..., RunRecord]
 pytestmark = list(IN_BROWSER)
 PATHS = """() => [...document.querySelectorAll('[data-plot=loss] .mark-line path')]
     .map(path => path.getAttribute('d'))"""
+TOLD = {
+    "loss": r"N=\d · micro \d+ · mean\s*step \d+: train loss \d\.\d+",
+    "gap": r"N=\d · micro \d+ · mean\s*step \d+: largest difference so far \d",
+    "memory": r"N = \d\s*\w+ \w*\s*[\d.]+ MiB",
+    "tradeoff": r"N = \d[^\n]*\s*[\d.]+ ms \([\d.]+ to [\d.]+\), [\d.]+ MiB",
+    "window": r"micro-batch \d\s*samples \d+ to \d+, one \w+ weighs [\d.]+ ×",
+    "errors": r"\w+, (window|micro-batch \d)\s*(error \S+, (above|within)|no error)",
+    "noise": r"N = \d[^\n]*\s*noise scale 90, 70 to 120 samples; global batch \d+",
+    "batches": r"batch \d+\s*train loss at [\d,]+ samples: [\d.]+ \([\d.]+ to [\d.]+\)",
+}
+"""What a mark of each figure says."""
 STRICT = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -115,6 +127,34 @@ def test_switches_and_the_budget_change_what_is_drawn(browser: "Browser", writte
     assert "no N fits" in words.inner_text()
     page.keyboard.press("End")
     assert "every N fits" in words.inner_text()
+
+
+def test_a_mark_says_what_it_is_to_the_pointer_and_to_the_keyboard(
+    browser: "Browser", written: Path
+) -> None:
+    """Of every figure: arm, place and value; Escape silences it, and a finger asks it too."""
+    page = Opened(browser, written, has_touch=True).page
+    drawn(page)
+    tip = page.locator("#tip")
+    for plot, said in TOLD.items():
+        figure = page.locator(f"[data-plot={plot}]:visible").first
+        figure.hover()
+        assert re.search(said, tip.inner_text()), plot
+        page.mouse.move(0, 0)
+        assert tip.inner_text() == ""
+        figure.tap()
+        assert re.search(said, tip.inner_text()), plot
+        page.keyboard.press("Escape")
+        assert tip.inner_text() == ""
+    loss = page.locator("[data-plot=loss]").first
+    loss.focus()
+    for key, begins, step in (
+        ("Home", "N=1 ", 1), ("ArrowRight", "N=1 ", 2), ("ArrowDown", "N=", 2), ("End", "N=", 40),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        assert re.match(rf"{begins}[^\n]*\s*step {step}: train loss [\d.]+$", tip.inner_text()), key
+    loss.blur()
+    assert tip.inner_text() == ""
 
 
 def test_it_draws_in_a_frame_that_allows_scripts_alone(

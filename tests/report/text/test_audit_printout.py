@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 
 from gaccum_exp.audit.audited_window import AuditedWindow, LayerError, MicroBatchShare
 from gaccum_exp.audit.result import Audit, Check, Culprit, ParameterError
-from gaccum_exp.report.text.audit_printout import arm_table, block, parameter_table
+from gaccum_exp.report.text.audit_printout import block, parameter_table
 
 BIASED = Audit(
     verdict="biased", accum_steps=4, reduction="global_mean", e64=1.1, e=1.1, floor=2e-6, scale=0.3,
@@ -80,21 +80,3 @@ def test_the_model_itself_may_be_the_culprit() -> None:
     """Its dotted name is empty, and a blank would say nothing."""
     audit = Audit("biased", 2, "mean", culprit="", culprit_type="Net")
     assert "the model itself (Net)" in shown(block(audit))
-
-
-def test_every_arm_has_its_line_and_one_without_an_audit_its_reason() -> None:
-    """Also where names hold brackets, which are not the terminal's markup."""
-    arms = [("N=4 · micro 64 · mean", BIASED), ("N=0 · model.hidden=[8]", "FAILED: [no] such N")]
-    said = shown(arm_table(arms))
-    assert "biased" in said
-    assert "net.bn1" in said
-    assert "N=0 · model.hidden=[8]" in words(said)
-    assert "- N=0 · model.hidden=[8]: FAILED: [no] such N" in words(said)
-
-
-def test_the_table_of_arms_fits_eighty_columns_without_cutting_a_number() -> None:
-    """Long names take several lines."""
-    said = shown(arm_table([("N=16 · micro 16 · global_mean · seed=0", BIASED)] * 2), width=80)
-    assert max(map(len, said.splitlines())) <= 80
-    assert said.count("2.0e-06") == 2
-    assert "…" not in said

@@ -15,7 +15,8 @@ from gaccum_exp.report.text.table_files import write_latex, write_markdown
 from gaccum_exp.tracking.records import RunRecord
 
 Arm = Callable[..., RunRecord]
-HOSTILE = {"failure": r"a_b|c & 5% of #1 {x} $y$ \z ~ ^ <w> * 2.5e-07 é 好"}
+HOSTILE = {"failure": r"a_b|c & 5% of #1 {x} $y$ \z ~ ^ <w> * 2.5e-07 é ẍ β × 10⁻⁷ 好的 ½"}
+NAMES = ("好_模型", "100%#1", "[x]", "*y", "$z^2$", "\\n", "β&{")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_markdown_has_a_line_per_arm_and_every_cell_in_its_column(
     plain = [tuple(re.sub(r"\\(.)", r"\1", cell).strip() for cell in cells) for cells in read]
     assert plain[2:] == [tuple(cell.strip() for cell in line) for line in table.lines]
     assert plain[0] == tuple(" ".join(header.split()) for header in table.headers)
-    assert r"a\_b\|c & 5% of \#1 \{x\} \$y\$ \\z \~ ^ \<w\> \* 2.5e-07 é 好" in text
+    assert r"a\_b\|c & 5% of \#1 \{x\} \$y\$ \\z \~ ^ \<w\> \* 2.5e-07 é ẍ β × 10⁻⁷ 好的 ½" in text
     said = re.sub(r"\\(.)", r"\1", text)
     assert all(note in said for note in comparison.notes)
     assert summary(comparison).splitlines()[0] in said
@@ -65,18 +66,31 @@ def test_latex_is_balanced_and_escapes_what_is_its_own(comparison: Comparison, t
     rows = text.partition("\\hline\n")[2].partition("\\end{tabular}")[0]
     columns = len(cells_of(comparison).headers)
     lines = [line for line in rows.splitlines() if line.endswith(r"\\")]
-    assert len(lines) == 1 + len(comparison.rows)
+    assert len(lines) == 2 + len(comparison.rows)
     assert {len(re.split(r"(?<!\\)&", line)) for line in lines} == {columns}
     assert re.search(r"\$\d\.\d\\times10\^\{-2\}\$\(out\)", rows)
     assert r"a\_b$|$c \& 5\% of \#1 \{x\} \$y\$ \textbackslash{}z $\sim$" in text
-    assert "é ?" in text  # a sign that no font of LaTeX's own has would end it
+    # A sign that no font of pdfTeX's own has would end it: there its code stands for it.
+    assert (
+        r"\'{e} \"{x} $\beta$ $\times$ 10$^{-}$$^{7}$ \ifdefined\Umathchar 好的\else[U+597D U+7684]\fi{}"
+        in text
+    )
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no TeX here")
-def test_latex_compiles(comparison: Comparison, tmp_path: Path) -> None:
-    """In an article without packages."""
-    write_latex(comparison, tmp_path / "c.tex")
-    document = r"\documentclass{article}\begin{document}\input{c}\end{document}"
-    (tmp_path / "d.tex").write_text(document)
+def test_latex_compiles_whatever_arms_are_called(
+    comparison: Comparison, arm: Arm, audited: Arm, tmp_path: Path
+) -> None:
+    """In an article without packages: trainings, audits, an empty sweep, and values of signs alone."""
+    named = [arm(n, run_id=f"{name}-{n}", params={"model.name": name}) for name in NAMES for n in (1, 3)]
+    audit = {"params": {"task": "audit"}, "losses": []}
+    audits = [audited(arm(n, **audit), "biased", culprit=f"bn_{n}", cause="a_b|c") for n in (2, 4)]
+    every = [comparison, *map(compare, (named, audits, []))]
+    for number, each in enumerate(every):
+        write_latex(each, tmp_path / f"{number}.tex")
+    inputs = "".join(rf"\input{{{number}}}" for number in range(len(every)))
+    (tmp_path / "d.tex").write_text(
+        rf"\documentclass{{article}}\begin{{document}}{inputs}\end{{document}}"
+    )
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "d.tex"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
