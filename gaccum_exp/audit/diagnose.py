@@ -61,6 +61,8 @@ ROUNDING_ONLY = 0.5
 SAME64 = 1e-9
 """Relative distance of two float64 gradients that should be equal."""
 NOT_FINITE = "the gradient is not finite"
+ZERO_GRADIENT = "the large batch's gradient is zero: audit at other weights or on another window"
+ZERO_BUT_FOR_ROUNDING = "the large batch's gradient is zero but for rounding: audit at other weights"
 DIFFERING = (
     "micro-batches were called with different values of {names}, on which the gradient depends, and one "
     "pass has one value: give it for each sample, as a tensor, or one to a window"
@@ -146,8 +148,7 @@ def diagnose(
     if not finite(accumulated) or not finite(one_pass):
         return Diagnosis(replace(blank, detail=NOT_FINITE))
     if norm(one_pass) == 0:
-        why = "the large batch's gradient is zero: audit at other weights or on another window"
-        return Diagnosis(replace(blank, detail=why))
+        return Diagnosis(replace(blank, detail=ZERO_GRADIENT))
     generator, samples = torch.Generator().manual_seed(0), sum(rerun.window.sizes)
     orders = [torch.randperm(samples, generator=generator) for _ in range(ORDERS)]
     moved = [deviation(rerun.gradient(replace(ONE_PASS, order=o)), one_pass) for o in orders]
@@ -206,9 +207,11 @@ def _undone(rerun: Rerun, audit: Audit) -> Rerun | None:
     if audit.verdict != "biased":
         return None
     if audit.cause == result.BATCH_STATISTICS:
-        names = (c.name for c in audit.culprits if c.cause == audit.cause)
-        mixing = [modules.by_name[name] for name in names if name in modules.by_name]
-        frozen = [module for module in mixing if module.training and module not in rerun.frozen]
+        # All of these types: behind one that mixes, others cannot be seen to.
+        kinds = {c.type for c in audit.culprits if c.cause == audit.cause}
+        frozen = [m for m in modules if type(m).__name__ in kinds and m.training]
+        known = {id(module) for module in rerun.frozen}
+        frozen = [module for module in frozen if id(module) not in known]
         return replace(rerun, frozen=(*rerun.frozen, *frozen)) if frozen else None
     if audit.cause == result.MOVING_STATE and not rerun.held:
         return replace(rerun, window=rerun.window.holding(None), held=list(modules))
@@ -242,9 +245,10 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     drew = _drawing(rerun)
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
-        why = "the large batch's gradient is zero but for rounding: audit at other weights"
+        why = ZERO_BUT_FOR_ROUNDING
         small = norm(runs.one_pass64) / max(norm(runs.one_pass), 1e-300)
-        if small > ROUNDING_ONLY and norm(runs.one_pass64) > NOTHING:
+        by_order = measured.float64.floor > ZERO and small > ROUNDING_ONLY
+        if by_order and norm(runs.one_pass64) > NOTHING:
             why = (
                 "another order of the samples changes the gradient: an argument may point to others of "
                 "its batch (nodes of a graph, an index, a permutation), which are not joined"

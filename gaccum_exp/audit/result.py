@@ -230,6 +230,12 @@ class Audit:
         own = Finding(self.cause, self.culprit, self.culprit_type, self.remedy, self.detail, self.moves)
         return own, *self.besides
 
+    @property
+    def remedies(self) -> str | None:
+        """What to do about all causes, in a sentence."""
+        others = [f"besides, {other.where}: {other.remedy}" for other in self.besides]
+        return "; ".join([self.remedy or "", *others]) if others else self.remedy
+
     def led_by(self, findings: Sequence[Finding]) -> "Audit":
         """Return the audit with these causes; how far each moves the gradient is said of several."""
         first, *others = findings

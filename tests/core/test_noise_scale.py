@@ -530,8 +530,8 @@ class InParts(nn.Module):
 @pytest.mark.parametrize(
     ("model", "loss", "said"),
     [
-        (Mixed(nn.BatchNorm1d(8)), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes a sample's output"),
-        (Mixed(nn.BatchNorm1d(8), 0.0), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes"),
+        (Mixed(nn.BatchNorm1d(8)), nn.CrossEntropyLoss(), r'module "1" \(BatchNorm1d\) makes a sample'),
+        (Mixed(nn.BatchNorm1d(8), 0.0), nn.CrossEntropyLoss(), r'1" \(BatchNorm1d\) makes'),
         (linear(torch.float32), Pairs(), "the criterion Pairs couples the samples"),
         (Counting(), of_terms, "a loss of several terms"),
         (Lookup(), nn.CrossEntropyLoss(), "is sparse: use sparse=False"),

@@ -100,7 +100,8 @@ def cost(plan: MemoryPlan, group: Group, *, compiled: bool) -> Iterator[str]:
     """Yield the lines on memory and time."""
     yield f"Which N fits? Predicted for {plan.device}, a window of {plan.global_batch_size} samples."
     yield plan.fit()
-    yield from plan.advice_lines()
+    if plan.chosen_steps != 1:  # else memory asks for nothing
+        yield from plan.advice_lines()
     if any(row.time for row in plan.rows):
         yield ""
         yield from plan.time_lines()

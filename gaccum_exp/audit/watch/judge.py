@@ -14,7 +14,16 @@ import torch
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import common_divisor, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
-from gaccum_exp.audit.diagnose import ZERO, Diagnosis, diagnose, error_line, of_factor
+from gaccum_exp.audit.diagnose import (
+    NOT_FINITE,
+    ZERO,
+    ZERO_BUT_FOR_ROUNDING,
+    ZERO_GRADIENT,
+    Diagnosis,
+    diagnose,
+    error_line,
+    of_factor,
+)
 from gaccum_exp.audit.rerun.passes import ACCUMULATED, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit, ordered
@@ -46,6 +55,10 @@ from gaccum_exp.core.joined_samples import NotJoinableError
 from gaccum_exp.core.noise_scale import Noise
 from gaccum_exp.memory.available import out_of_memory
 
+NOTHING_COUNTS = (
+    "all labels of the window are ignored, so that nothing counts and there is no gradient to compare: "
+    "audit another window"
+)
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
 
@@ -298,8 +311,9 @@ class _LoopWindow:
         passes = self._judged(self._rerun, replayed, self._observed, factor)
         self._shares, measured = passes.shares, passes.found.measured
         if measured is None:
-            return passes.audit
-        self.order_matters = measured.float64.floor > ZERO and not self._rerun.draws.any
+            return self._counting_nothing(passes)
+        moved = measured.float64.floor > ZERO and not self._rerun.draws.any
+        self.order_matters = moved and passes.audit.detail != ZERO_BUT_FOR_ROUNDING
         of_loop = self._of_loop(passes, replayed, factor)
         if of_loop and of_loop[-1].verdict != "biased":
             return of_loop[-1]
@@ -313,6 +327,13 @@ class _LoopWindow:
             return audit.noting(passes.remark) if passes.remark else audit
         first = replace((of_loop or [audit])[0], culprits=passes.audit.culprits)
         return first.led_by(passes.found.completed(ordered(findings)))
+
+    def _counting_nothing(self, passes: "_Passes") -> Audit:
+        """Return an audit without numbers, with the reason if all labels of the window are ignored."""
+        counts = [n for term in passes.shares for n in (term.counts or [math.nan])]
+        if passes.audit.detail not in (ZERO_GRADIENT, NOT_FINITE) or any(counts):
+            return passes.audit
+        return replace(passes.audit, detail=NOTHING_COUNTS)
 
     def _again(self, undone: Rerun) -> Judged:
         """Judge the passes where a cause of theirs was taken away, whatever came between them."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gaccum_exp.audit.result import SEVERITY
+from gaccum_exp.audit.result import SEVERITY, module_said
 from gaccum_exp.report.arm_limit import by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.pairing import Group, Source
@@ -38,9 +38,9 @@ class _Finding:
 
     @property
     def text(self) -> str:
-        """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
-        kind = f" ({self.culprit_type})" if self.culprit_type else ""
-        where = f" at {self.culprit}{kind}" if self.culprit else ""
+        """`biased by batch statistics at module "bn1" (BatchNorm2d): replace it by GroupNorm.`"""
+        kind, at = self.culprit_type, self.culprit
+        where = "" if not at else f" at {module_said(at, kind) if kind else at}"
         told = self.remedy or self.detail
         remedy = f": {told.rstrip('.')}" if told else ""
         detail = f" ({self.detail})" if self.remedy and self.detail else ""
