@@ -30,8 +30,8 @@ from tests.program import Program, sweep_here
 from tests.strangers import Net, NumpyNoise
 from tests.support import STRANGER, settings, trained
 
-KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy", "moves", "besides",
-        "accum_steps", "reduction", "denominator", "parameters"}  # fmt: skip
+KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy",
+        "accum_steps", "reduction", "denominator", "parameters", "moves", "besides"}  # fmt: skip
 STATUS = {"identical": 0, "equivalent": 0, "biased": 3, "stochastic": 4, "inconclusive": 5}
 ENGINE = "gaccum_exp.train.audits.audit_window"
 Engine = Callable[..., Audit]
