@@ -24,7 +24,7 @@ from gaccum_exp.arms.handed_over import (
     pack,
 )
 from gaccum_exp.config.arguments import quoted, written
-from gaccum_exp.core.losses.criteria import FunctionCriterion
+from gaccum_exp.core.losses.criteria import HAND_OVER, as_criterion
 from gaccum_exp.errors import BadInputError
 
 A_FUNCTION = "hand over a function that makes it, without arguments"
@@ -54,14 +54,9 @@ class HandedOver:
     def add_criterion(self, criterion: object) -> None:
         """Add a module, a function of output and target with `reduction`, or a loss function."""
         if not callable(criterion):
-            raise BadInputError(
-                f"criterion={_spoken(criterion)}: must be a torch.nn criterion, a function of output "
-                "and target that takes `reduction`, or loss_fn(model, micro_batch) -> (loss_sum, "
-                "denominator)"
-            )
+            raise BadInputError(f"criterion={_spoken(criterion)}: must be {HAND_OVER}")
         self.overrides["criterion"] = "custom"
-        if FunctionCriterion.takes(criterion):
-            criterion = FunctionCriterion(criterion)
+        criterion = as_criterion(criterion) or criterion
         made = criterion.func if isinstance(criterion, functools.partial) else criterion
         is_class = isinstance(made, type)
         self._add("criterion", criterion, is_called=is_class)

@@ -12,8 +12,9 @@ from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.diagnose import NOT_FINITE, Diagnosis, diagnose, error_line
 from gaccum_exp.audit.optimizer_steps import judged_by_steps
-from gaccum_exp.audit.rerun.passes import ACCUMULATED64, RECORDING, Rerun
-from gaccum_exp.audit.result import BATCH_STATISTICS, Audit
+from gaccum_exp.audit.rerun.passes import ACCUMULATED, ACCUMULATED64, RECORDING, Rerun
+from gaccum_exp.audit.result import BATCH_STATISTICS, Audit, ordered
+from gaccum_exp.audit.several_causes import Judged, causes_of_passes
 from gaccum_exp.audit.verdict import scale_of
 from gaccum_exp.audit.window_shares import alone, audited
 from gaccum_exp.core.adam_a import AdamA
@@ -133,12 +134,21 @@ def _of_gradient(rerun: Rerun, replayed: Gradient, window: ConfiguredWindow, bla
     audit = _explained(rerun, found, window)
     if found.deviations is None:
         return audit
-    return replace(audit, window=audited(rerun, window, found, audit))
+    of_window = audited(rerun, window, found, audit)
+    if audit.verdict == "biased":
+
+        def again(undone: Rerun) -> Judged:
+            of_rest = diagnose(undone, undone.gradient(ACCUMULATED), blank)
+            return Judged(_explained(undone, of_rest, window), of_rest, undone)
+
+        causes = causes_of_passes(Judged(audit, found, rerun), again)
+        audit = audit.led_by(found.completed(ordered(causes)))
+    return replace(audit, window=of_window)
 
 
 def _explained(rerun: Rerun, found: Diagnosis, window: ConfiguredWindow) -> Audit:
     """Return the audit of a diagnosis, with what the configuration tells of its cause and its scale."""
-    audit = found.completed(window.naming_denominators(window.naming_terms(found.audit)))
+    audit = window.naming_denominators(window.naming_terms(found.audit))
     if found.measured is not None and not audit.sound and audit.cause != BATCH_STATISTICS:
         why = difference_by_padding(rerun)
         if why is not None:

@@ -25,7 +25,7 @@ from gaccum_exp.audit.rerun.passes import (
     Rerun,
 )
 from gaccum_exp.audit.rerun.random_replay import Draws
-from gaccum_exp.audit.result import Audit, Culprit, Mixing
+from gaccum_exp.audit.result import Audit, Culprit, Finding, Mixing
 from gaccum_exp.audit.verdict import (
     REMEDIES,
     Measured,
@@ -61,6 +61,8 @@ ROUNDING_ONLY = 0.5
 SAME64 = 1e-9
 """Relative distance of two float64 gradients that should be equal."""
 NOT_FINITE = "the gradient is not finite"
+ZERO_GRADIENT = "the large batch's gradient is zero: audit at other weights or on another window"
+ZERO_BUT_FOR_ROUNDING = "the large batch's gradient is zero but for rounding: audit at other weights"
 DIFFERING = (
     "micro-batches were called with different values of {names}, on which the gradient depends, and one "
     "pass has one value: give it for each sample, as a tensor, or one to a window"
@@ -92,13 +94,18 @@ class Diagnosis:
     one_pass64: Gradient | None = None
     accumulated64: Gradient | None = None
     left: str | None = None
-    """What is left once the cause is removed, if anything: a clause behind the remedy."""
+    """What is left once all causes are removed, if anything: a clause behind the last remedy."""
+    undone: Rerun | None = None
+    """Runs in which the cause is taken away, where it can be."""
+    differs: bool = False
+    """Whether they still differ from their large batch."""
 
-    def completed(self, audit: Audit) -> Audit:
-        """Return the audit, its remedy in full; what names a cause closer has worded it anew."""
-        if audit.verdict != "biased" or self.left is None:
-            return audit
-        return replace(audit, remedy=f"{audit.remedy or 'that settled'}; {self.left}")
+    def completed(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Return the causes, the last one's remedy in full; what names one closer has worded it anew."""
+        *others, last = findings
+        if self.left is None:
+            return [*findings]
+        return [*others, replace(last, remedy=f"{last.remedy or 'that settled'}; {self.left}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +148,7 @@ def diagnose(
     if not finite(accumulated) or not finite(one_pass):
         return Diagnosis(replace(blank, detail=NOT_FINITE))
     if norm(one_pass) == 0:
-        why = "the large batch's gradient is zero: audit at other weights or on another window"
-        return Diagnosis(replace(blank, detail=why))
+        return Diagnosis(replace(blank, detail=ZERO_GRADIENT))
     generator, samples = torch.Generator().manual_seed(0), sum(rerun.window.sizes)
     orders = [torch.randperm(samples, generator=generator) for _ in range(ORDERS)]
     moved = [deviation(rerun.gradient(replace(ONE_PASS, order=o)), one_pass) for o in orders]
@@ -186,11 +192,46 @@ def diagnose(
     )
     runs = _Runs(accumulated, replayed, one_pass, accumulated64, one_pass64, forward)
     audit, left = _explained(rerun, measured, runs, audit), None
+    undone = _undone(rerun, audit)
+    differs = undone is not None and _differs(undone)
     if rerun.draws.any:
         who = of_each_type(_drawing(rerun)) or "numbers are drawn outside of the modules"
         left = f"then it is still stochastic ({who})"
     by_layer = Deviations(own, (*moved, digits), own64, moved64)
-    return Diagnosis(audit, measured, by_layer, one_pass64, accumulated64, left)
+    return Diagnosis(audit, measured, by_layer, one_pass64, accumulated64, left, undone, differs)
+
+
+def _undone(rerun: Rerun, audit: Audit) -> Rerun | None:
+    """Return the runs without the cause, as far as it can be taken away."""
+    modules = rerun.window.modules
+    if audit.verdict != "biased":
+        return None
+    if audit.cause == result.BATCH_STATISTICS:
+        # All of these types: behind one that mixes, others cannot be seen to.
+        kinds = {c.type for c in audit.culprits if c.cause == audit.cause}
+        frozen = [m for m in modules if type(m).__name__ in kinds and m.training]
+        known = {id(module) for module in rerun.frozen}
+        frozen = [module for module in frozen if id(module) not in known]
+        return replace(rerun, frozen=(*rerun.frozen, *frozen)) if frozen else None
+    if audit.cause == result.MOVING_STATE and not rerun.held:
+        return replace(rerun, window=rerun.window.holding(None), held=list(modules))
+    return None
+
+
+def _differs(rerun: Rerun) -> bool:
+    """Whether the gradients of N passes and of one differ, beyond rounding in float64."""
+    try:
+        one_pass = rerun.gradient(ONE_PASS64, held=3)
+        apart = distance(rerun.gradient(ACCUMULATED64), one_pass)
+    except Exception:  # more than fits, or a model that does not run frozen: the first cause stands
+        return False
+    return norm(one_pass) > 0 and not apart <= NEVER_ROUNDING64
+
+
+def of_factor(factor: float, accum_steps: int) -> Finding:
+    """Return the cause that a gradient is a multiple of the large batch's, beside another cause."""
+    said = remedy_of_factor(factor, accum_steps)
+    return Finding(result.LOSS_SCALE, None, None, said, None, moves=abs(factor - 1))
 
 
 def error_line(error: Exception) -> str:
@@ -204,9 +245,10 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     drew = _drawing(rerun)
     rounding_only = measured.float64.floor > ZERO or measured.own.floor > ROUNDING_ONLY
     if rounding_only and not mixing and not draws.any:
-        why = "the large batch's gradient is zero but for rounding: audit at other weights"
+        why = ZERO_BUT_FOR_ROUNDING
         small = norm(runs.one_pass64) / max(norm(runs.one_pass), 1e-300)
-        if small > ROUNDING_ONLY and norm(runs.one_pass64) > NOTHING:
+        by_order = measured.float64.floor > ZERO and small > ROUNDING_ONLY
+        if by_order and norm(runs.one_pass64) > NOTHING:
             why = (
                 "another order of the samples changes the gradient: an argument may point to others of "
                 "its batch (nodes of a graph, an index, a permutation), which are not joined"
@@ -256,7 +298,7 @@ def _explained(rerun: Rerun, measured: Measured, runs: _Runs, audit: Audit) -> A
     if moving is not None:
         times = rerun.window.moves.get(moving.type) or len(rerun.window.sizes)
         said = (
-            f"{moving.name or 'the model'} ({moving.type}) has a state that moves {times} times in the "
+            f"{moving.said} has a state that moves {times} times in the "
             "window, and the large batch meets its first: move it once per optimizer step"
         )
         blamed = replace(_blaming(rerun, audit, [moving]), remedy=said)
@@ -328,9 +370,12 @@ def _of_the_weights(rerun: Rerun, runs: _Runs, audit: Audit) -> Audit | None:
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
         factor = multiple(recounted, runs.one_pass64, SAME64)
         if factor is not None:
-            counted = remedy_of_counts(window.sizes, counts)
-            said = f"{counted}; besides, {remedy_of_factor(factor, len(window.sizes))}"
-            return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
+            said = remedy_of_counts(window.sizes, counts)
+            alone = distance(runs.accumulated64, runs.one_pass64, factor) / abs(factor)
+            return replace(
+                audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said, moves=alone,
+                besides=(of_factor(factor, len(window.sizes)),),
+            )  # fmt: skip
     if factor is None:
         return None
     said = remedy_of_factor(factor, len(window.sizes))
@@ -361,7 +406,7 @@ def _moving_state(rerun: Rerun, runs: _Runs) -> Culprit | Mixing | None:
             continue
         name = what if isinstance(what, str) else type(what).__name__
         inside = list(what.modules()) if isinstance(what, nn.Module) else []
-        culprit = Culprit("beside the model", name, result.MOVING_STATE)
+        culprit = Culprit(result.BESIDE_MODEL, name, result.MOVING_STATE)
         states.append(_State(culprit, inside, owners))
     for name, module in window.modules.by_name.items():
         states.append(_State(_culprit(rerun, name, result.MOVING_STATE), [module], [module]))

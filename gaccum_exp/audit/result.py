@@ -1,6 +1,7 @@
 """The result of an audit: verdict, cause, remedy, and the numbers that they rest on."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -40,6 +41,17 @@ CAUSES = (
 )
 
 
+BESIDE_MODEL = "beside the model"
+"""The name of a culprit that is no part of the model."""
+
+
+def module_said(name: str, kind: str) -> str:
+    """Return a module in a sentence: `module "0.1" (BatchNorm2d)`; the model's own name is empty."""
+    if name == BESIDE_MODEL:
+        return f"{kind}, {name}"
+    return f'module "{name}" ({kind})' if name else f"the model itself ({kind})"
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterError:
     """One parameter's part in the difference between the accumulated and the one-pass gradient."""
@@ -63,6 +75,11 @@ class Culprit:
     """Class name."""
     cause: str
 
+    @property
+    def said(self) -> str:
+        """It in a sentence: `module "0.1" (BatchNorm2d)`."""
+        return module_said(self.name, self.type)
+
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
@@ -80,6 +97,37 @@ class Check:
     """schedule | memory | reported loss"""
     finding: str
     """A sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One cause of several, in the fields that an audit has for it."""
+
+    cause: str
+    culprit: str | None
+    culprit_type: str | None
+    remedy: str | None
+    detail: str | None
+    moves: float | None
+    """How far it alone moves the gradient, in parts of the norm that it has without it; None: that
+    could not be told apart."""
+
+    def lines(self, number: str = "") -> Iterator[str]:
+        """Yield the cause, by its number where there are several, its remedy, and what was seen."""
+        moves = f"{self.moves or 0:.2g} × its norm"
+        far = "" if self.moves is None else f" (by itself it moves the gradient by {moves})"
+        yield f"cause{number}: {self.where}{far}"
+        if self.remedy:
+            yield f"remedy: {self.remedy}"
+        if self.detail:
+            yield f"seen: {self.detail}"
+
+    @property
+    def where(self) -> str:
+        """The cause, and the module that it is at."""
+        if self.culprit_type is None:
+            return self.cause
+        return f"{self.cause} at {module_said(self.culprit or '', self.culprit_type)}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,6 +164,10 @@ class Audit:
     """What to do about it, in a sentence."""
     detail: str | None = None
     """What was seen, what was ruled out, or what would settle an open question."""
+    moves: float | None = None
+    """Of several causes: how far this one alone moves the gradient, as in a `Finding`."""
+    besides: tuple[Finding, ...] = ()
+    """Further causes that were established, the strongest first: each stays when others are mended."""
     culprits: tuple[Culprit, ...] = ()
     checks: tuple[Check, ...] = ()
     parameters: tuple[ParameterError, ...] = ()
@@ -135,20 +187,63 @@ class Audit:
 
     def report(self) -> str:
         """Return the verdict in a few lines; where there is none, the reason instead of its numbers."""
-        numbers = {"e64": self.e64, "e": self.e, "floor": self.floor, "scale": self.scale}
-        said = ", ".join(f"{k} {v:.2g}" for k, v in numbers.items() if v is not None)
         open_question = self.verdict == "inconclusive"
         # They would read like a good result, or a bad one, that nobody vouches for.
-        first = (self.detail or "nothing was measured") if open_question else said
+        first = (self.detail or "nothing was measured") if open_question else self._numbers_said()
         lines = [f"{self.verdict} (N = {self.accum_steps}, {self.reduction}): {first}"]
+        named = {self.culprit, *(other.culprit for other in self.besides)}
+        others = _counted([c for c in self.culprits if c.name not in named])
+        detail = None if open_question else self.detail
         if self.cause is not None:
-            at = f" at {self.culprit or 'the model itself'} ({self.culprit_type})"
-            lines.append(f"cause: {self.cause}{at if self.culprit_type else ''}")
-        others = _counted([c for c in self.culprits if c.name != self.culprit])
-        lines += [f"also: {', '.join(others)}"] if others else []
-        lines += [f"remedy: {self.remedy}"] if self.remedy else []
-        lines += [f"seen: {self.detail}"] if self.detail and not open_question else []
+            count = len(self.findings)
+            number = f" 1 of {count}" if count > 1 else ""
+            first_line, *rest = replace(self.findings[0], detail=detail).lines(number)
+            lines += [first_line, *([f"also: {', '.join(others)}"] if others else []), *rest]
+        else:
+            lines += [f"remedy: {self.remedy}"] if self.remedy else []
+            lines += [f"seen: {detail}"] if detail else []
+        for place, other in enumerate(self.besides, start=2):
+            lines += other.lines(f" {place} of {len(self.findings)}")
         return "\n".join([*lines, *(f"{check.name}: {check.finding}" for check in self.checks)])
+
+    def _numbers_said(self) -> str:
+        """Return what was measured, in words."""
+        measured = self.e if self.e is not None else self.e64
+        if measured is None:
+            return self.detail or "nothing was measured"
+        beside = {
+            "run again in float64": self.e64 if self.e is not None else None,
+            "rounding alone": self.floor,
+        }
+        also = "; ".join(
+            f"{what}: {number:.2g}" for what, number in beside.items() if number is not None
+        )
+        said = f"off by {measured:.2g} × the norm of the large batch's gradient"
+        along = "" if self.scale is None else f", along its mean {self.scale:.2g} × as long"
+        return f"{said}{f' ({also})' if also else ''}{along}"
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Every cause that was established, the strongest first."""
+        if self.cause is None:
+            return ()
+        own = Finding(self.cause, self.culprit, self.culprit_type, self.remedy, self.detail, self.moves)
+        return own, *self.besides
+
+    @property
+    def remedies(self) -> str | None:
+        """What to do about all causes, in a sentence."""
+        others = [f"besides, {other.where}: {other.remedy}" for other in self.besides]
+        return "; ".join([self.remedy or "", *others]) if others else self.remedy
+
+    def led_by(self, findings: Sequence[Finding]) -> "Audit":
+        """Return the audit with these causes; how far each moves the gradient is said of several."""
+        first, *others = findings
+        first = first if others else replace(first, moves=None)
+        return replace(
+            self, cause=first.cause, culprit=first.culprit, culprit_type=first.culprit_type,
+            remedy=first.remedy, detail=first.detail, moves=first.moves, besides=tuple(others),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return self.report()
@@ -169,18 +264,25 @@ class Audit:
     @classmethod
     def of_dict(cls, values: dict[str, Any]) -> "Audit":
         """Return the audit that has these plain values."""
-        parts = {"culprits": Culprit, "checks": Check, "parameters": ParameterError}
-        made = {key: tuple(kind(**part) for part in values[key]) for key, kind in parts.items()}
+        parts = {"culprits": Culprit, "checks": Check, "parameters": ParameterError, "besides": Finding}
+        made = {key: tuple(kind(**part) for part in values.get(key, ())) for key, kind in parts.items()}
         return cls(**{**values, **made})
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """Order causes by how far they move the gradient; those of which that is not known come last."""
+    return sorted(findings, key=lambda f: math.inf if f.moves is None else -f.moves)
 
 
 def _counted(culprits: Iterable[Culprit]) -> list[str]:
     """Name each culprit, and those of one type together, by how many they are."""
     by_type: dict[tuple[str, str], list[str]] = {}
     for culprit in culprits:
-        by_type.setdefault((culprit.type, culprit.cause), []).append(culprit.name or "the model itself")
+        by_type.setdefault((culprit.type, culprit.cause), []).append(culprit.name)
     return [
-        f"{names[0]} ({kind}): {cause}" if len(names) == 1 else f"{len(names)} of type {kind}: {cause}"
+        f"{module_said(names[0], kind)}: {cause}"
+        if len(names) == 1
+        else f"{len(names)} of type {kind}: {cause}"
         for (kind, cause), names in by_type.items()
     ]
 

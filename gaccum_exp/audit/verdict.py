@@ -99,18 +99,17 @@ def of_each_type(culprits: Sequence[Culprit]) -> str:
 def remedy_of(culprit: Culprit, counts: Mapping[str, int]) -> str:
     """Return what to do about a module, in a sentence; `counts` are the modules by class name."""
     number = counts.get(culprit.type, 1)
-    one_of = f", one of {number} modules of type {culprit.type}" if number > 1 else f", {culprit.type}"
+    one_of = f", one of {number} of this type" if number > 1 else ""
     if culprit.cause == result.RANDOMNESS:
         return (
-            f"random numbers are drawn in every pass ({culprit.name or 'the model'}{one_of}): compare "
+            f"random numbers are drawn in every pass, in {culprit.said}{one_of}: compare "
             "averages over seeds, or switch them off (for dropout: p = 0) to compare gradients"
         )
     if "BatchNorm" in culprit.type:
         every = f" ({number} modules)" if number > 1 else ""
         return f"replace {culprit.type}{every} by GroupNorm, or freeze its statistics"
-    where = culprit.name or "the model's own forward pass"
     return (
-        f"{where} ({culprit.type}) makes a sample's output depend on the other samples of its micro-"
+        f"{culprit.said} makes a sample's output depend on the other samples of its micro-"
         "batch: compute it sample by sample, or fix the statistics that it takes from the batch"
     )
 

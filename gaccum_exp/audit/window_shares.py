@@ -9,7 +9,7 @@ from gaccum_exp.audit.audited_window import SAMPLES, UNITS, AuditedWindow, Layer
 from gaccum_exp.audit.configured_window import ConfiguredWindow
 from gaccum_exp.audit.diagnose import SAME64, Deviations, Diagnosis, error_line
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, Rerun
-from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.result import Audit, module_said
 from gaccum_exp.audit.window_weights import Excess, WindowCounts
 from gaccum_exp.core.dtypes import wide
 from gaccum_exp.core.gradient import Deviation, Gradient, gaps, norm, squares
@@ -59,7 +59,7 @@ def _parts(
     if counts.at_once:
         return AT_ONCE
     same = found.measured is not None and found.measured.same_function
-    culprit = f"{audit.culprit or 'the model itself'} ({audit.culprit_type})"
+    culprit = module_said(audit.culprit or "", audit.culprit_type or "")
     why = NO_SHARES.get(audit.cause or "", UNEXPLAINED).format(culprit=culprit)
     if not counts.weigh_otherwise(window.reduction):
         return [{} for _ in window.sizes] if same else why

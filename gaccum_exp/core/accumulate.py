@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,12 @@ AroundMicroBatch = Callable[[AccumulatorState], AbstractContextManager[Any]]
 """Entered around the passes of each micro-batch."""
 AfterMicroBatch = Callable[[AccumulatorState], object]
 """Called after each micro-batch, with what the window holds by now."""
+CALLED_AS = (
+    "A loss function is called with the model and a micro-batch, and returns (loss_sum, denominator). "
+    "Of output and target hand over a torch.nn criterion, or a function whose second parameter is "
+    "called target, labels or y."
+)
+"""What stands below an error that a function of something else gives."""
 
 
 def accumulate_gradients(
@@ -62,8 +69,10 @@ def accumulate_gradients(
     Args:
         model: called by the loss function.
         loss_fn: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`, or a `torch.nn` criterion for
-            micro-batches `(input, target)`, or mappings of the model's arguments with `labels`. A loss
-            of several terms returns a mapping of names to what `losses.protocol.terms_of` lists.
+            micro-batches `(input, target)`, or mappings of the model's arguments with `labels`; or a
+            function of output and target (`losses.criteria.as_criterion`), with `reduction` or that
+            gives a mean, a sum, or the loss of each sample. A loss of several terms returns a mapping of
+            names to what `losses.protocol.terms_of` lists.
         window: the micro-batches of one optimizer step.
         reduction: how micro gradients become the window's gradient.
         sum_divisor: what `sum` divides by, a constant (1: the literal sum).
@@ -94,14 +103,15 @@ def accumulate_gradients(
         ValueError: an unknown reduction or strategy, or an empty window.
     """
     chosen = strategy_named(strategy, buffer_dtype)
-    return accumulate(
-        model,
-        as_loss_fn(loss_fn, reduction, whole_window=chosen.takes_window_at_once),
-        window if isinstance(window, Sequence) else list(window),
-        reduction_named(reduction, sum_divisor),
-        chosen,
-        backward=backward,
-    )
+    wrapped = as_loss_fn(loss_fn, reduction, whole_window=chosen.takes_window_at_once)
+    micro_batches = window if isinstance(window, Sequence) else list(window)
+    how = reduction_named(reduction, sum_divisor)
+    try:
+        return accumulate(model, wrapped, micro_batches, how, chosen, backward=backward)
+    except (TypeError, AttributeError) as error:
+        if isinstance(wrapped, FunctionType):  # which may be one of output and target
+            error.add_note(CALLED_AS)
+        raise
 
 
 def accumulate(

@@ -88,7 +88,8 @@ class NoiseScale:
     """How many there are."""
 
     def __str__(self) -> str:
-        return scale_said(self.scale, self.windows)
+        scale = self.scale if self.adam_scale is None else self.adam_scale
+        return scale_said(scale, self.windows, in_adam_metric=self.adam_scale is not None)
 
 
 def noise_scale(
@@ -185,13 +186,14 @@ def noise_scale(
     )
 
 
-def scale_said(scale: Quotient, windows: int) -> str:
+def scale_said(scale: Quotient, windows: int, *, in_adam_metric: bool = False) -> str:
     """Return a noise scale in words, measured in so many windows."""
     value, low, high = scale
+    metric = ", in Adam's metric" if in_adam_metric else ""
     if not math.isfinite(high):
         some = "a window" if windows == 1 else f"{windows} windows"
-        return f"noise scale: not resolved by {some} (above {low:.3g} samples)"
-    return f"noise scale: {value:.3g} samples ({low:.3g} to {high:.3g}, {windows} windows)"
+        return f"noise scale{metric}: not resolved by {some} (above {low:.3g} samples)"
+    return f"noise scale{metric}: {value:.3g} samples ({low:.3g} to {high:.3g}, {windows} windows)"
 
 
 def noise_of(

@@ -81,7 +81,8 @@ def mixing_module(model: nn.Module, run: Callable[[Tensor], Any], swap: Swap) ->
                 dims = [sample_dim(tuple(m.shape), tuple(one.shape), size + 1, size) for m, one in pairs]
                 alike.append(agree(ones, others, dims, swap.kept, size))
         if alike == [True, False]:
-            return f"{key[0] or 'the model'} ({type(modules[key[0]]).__name__})"
+            named = f'module "{key[0]}"' if key[0] else "the model"
+            return f"{named} ({type(modules[key[0]]).__name__})"
     return type(model).__name__
 
 

@@ -185,6 +185,8 @@ class MemoryPlan:
         yield f"Seconds of a window, measured on copies for {self.device}: medians of {windows} in turn"
         yield ""
         yield from _aligned(cells)
+        if any(line[0].startswith("*") for line in cells):
+            yield "* the smallest N that fits the budget"
         if few:
             yield f"Of fewer than {FEWEST_WINDOWS} windows no ratio is stated."
         elif any(line[-1] == "≈" for line in cells):

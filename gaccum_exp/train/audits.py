@@ -221,7 +221,7 @@ def numbers(audit: Audit) -> dict[str, float]:
 
 def tags(audit: Audit) -> dict[str, str]:
     """Return an audit's words as tags, those that it has."""
-    words = {key: getattr(audit, key) for key in TAGS}
+    words = {key: getattr(audit, key) for key in TAGS} | {"remedy": audit.remedies}
     return {key: value for key, value in words.items() if value is not None}
 
 

@@ -26,6 +26,7 @@ from gaccum_exp.core.batch_growth import BatchGrowth
 from gaccum_exp.core.checkpointing import checkpoint_blocks
 from gaccum_exp.core.dtypes import module_in_precision
 from gaccum_exp.core.feed import windows
+from gaccum_exp.core.losses.criteria import as_criterion
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_LABEL, is_kind
 from gaccum_exp.core.losses.micro_batch import tokens_in
@@ -426,6 +427,7 @@ def _loss(
         loss_of_terms = TermsLoss(terms, reduction, whole_window=whole)
         return loss_of_terms, loss_of_terms
     criterion = _criterion("criterion", node)
+    criterion = as_criterion(criterion) or criterion
     if isinstance(criterion, nn.Module):
         loss = CriterionLoss(placed_criterion(criterion), reduction, whole_window=whole)
         return loss, loss

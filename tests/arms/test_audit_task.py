@@ -34,7 +34,7 @@ from tests.support import STRANGER, settings, trained
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 KEYS = {"verdict", "e64", "e", "floor", "scale", "culprit", "culprit_type", "cause", "remedy",
-        "accum_steps", "reduction", "denominator", "parameters"}  # fmt: skip
+        "accum_steps", "reduction", "denominator", "parameters", "moves", "besides"}  # fmt: skip
 STATUS = {"identical": 0, "equivalent": 0, "biased": 3, "stochastic": 4, "inconclusive": 5}
 ENGINE = "gaccum_exp.train.audits.audit_window"
 Engine = Callable[..., Audit]

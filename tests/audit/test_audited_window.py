@@ -175,8 +175,8 @@ def unseen(model: nn.Module, micro_batch: tuple[Tensor, Tensor]) -> tuple[Tensor
 @pytest.mark.parametrize(
     ("middle", "loss", "strategy", "said"),
     [
-        (nn.BatchNorm1d(HIDDEN), CE, IN_PLACE, "1 (BatchNorm1d) takes in the other samples"),
-        (Fn(lambda x: x - x.mean(0)), CE, IN_PLACE, "1 (Fn) takes in the other samples"),
+        (nn.BatchNorm1d(HIDDEN), CE, IN_PLACE, 'module "1" (BatchNorm1d) takes in the other samples'),
+        (Fn(lambda x: x - x.mean(0)), CE, IN_PLACE, 'module "1" (Fn) takes in the other samples'),
         (nn.Identity(), coupled, IN_PLACE, "the large batch's loss is no sum"),
         (nn.Identity(), unseen, IN_PLACE, "do not add up"),
         (nn.Identity(), CE, CACHED, "taken once, over the outputs"),

@@ -130,5 +130,5 @@ def test_draws_of_the_loss_itself_are_never_called_equivalent() -> None:
 
 def test_a_module_that_mixes_samples_is_refused_with_its_name() -> None:
     """As training does."""
-    with pytest.raises(BadInputError, match=r"one\.1 \(BatchNorm1d\)"):
+    with pytest.raises(BadInputError, match=r"one\.1. \(BatchNorm1d\)"):
         audit_window(Normalised(), InfoNCE(), WINDOW, strategy=Cached())

@@ -56,7 +56,7 @@ def test_culprits_of_one_type_are_counted() -> None:
     assert "also: 2 of type BatchNorm2d: batch statistics, 31 of type StochasticDepth: randomness, " in (
         audit.report()
     )
-    assert "last (Dropout): randomness" in audit.report()
+    assert 'module "last" (Dropout): randomness' in audit.report()
 
 
 @pytest.mark.parametrize("norms", [1, 3])

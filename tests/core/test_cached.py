@@ -541,8 +541,8 @@ def of_windows(model: Any, micro_batch: Any) -> tuple[Tensor, int]:
 @pytest.mark.parametrize(
     ("made", "options", "loss_fn", "said"),
     [
-        (Towers, {"norm": lambda: nn.BatchNorm1d(8)}, of_windows, r"image\.1 \(BatchNorm1d\)"),
-        (Towers, {"norm": Centring, "dropout": 0.5}, of_windows, r"image\.1 \(Centring\)"),
+        (Towers, {"norm": lambda: nn.BatchNorm1d(8)}, of_windows, r"image\.1. \(BatchNorm1d\)"),
+        (Towers, {"norm": Centring, "dropout": 0.5}, of_windows, r"image\.1. \(Centring\)"),
         (Balanced, {}, with_three, "has no samples depends on them"),
         (Unseen, {}, of_windows, "gives other outputs"),
         (Towers, {}, noisy, "draws random numbers before it calls the model"),

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -464,6 +465,8 @@ def test_windows_are_averaged_and_the_result_says_how_sure_it_is() -> None:
     assert last.scale == quotient_of_means([of.window for of in measured])
     assert str(last).startswith(f"noise scale: {last.scale.value:.3g} samples (")
     assert "not resolved by a window" in str(measured[0])
+    told = replace(last, adam_scale=last.scale._replace(value=7.0))
+    assert str(told).startswith("noise scale, in Adam's metric: 7 samples (")
 
 
 class Mixed(nn.Sequential):
@@ -530,8 +533,8 @@ class InParts(nn.Module):
 @pytest.mark.parametrize(
     ("model", "loss", "said"),
     [
-        (Mixed(nn.BatchNorm1d(8)), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes a sample's output"),
-        (Mixed(nn.BatchNorm1d(8), 0.0), nn.CrossEntropyLoss(), r"1 \(BatchNorm1d\) makes"),
+        (Mixed(nn.BatchNorm1d(8)), nn.CrossEntropyLoss(), r'module "1" \(BatchNorm1d\) makes a sample'),
+        (Mixed(nn.BatchNorm1d(8), 0.0), nn.CrossEntropyLoss(), r'1" \(BatchNorm1d\) makes'),
         (linear(torch.float32), Pairs(), "the criterion Pairs couples the samples"),
         (Counting(), of_terms, "a loss of several terms"),
         (Lookup(), nn.CrossEntropyLoss(), "is sparse: use sparse=False"),

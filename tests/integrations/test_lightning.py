@@ -313,7 +313,7 @@ def test_a_training_step_with_any_arguments_and_returns_is_judged(tmp_path: Path
     audit, model = integration.AuditCallback(every_n_steps=1), kind()
     assert first_gap(model, cross_entropy, lambda: fit(tmp_path, model, EQUAL, [audit])) < 1e-5
     assert [(a.verdict, a.accum_steps) for _, a in audit.audits] == [("equivalent", 4)] * 2, audit.audits
-    assert str(audit.audits[0][1]).startswith("equivalent (N = 4, mean): e64 ")
+    assert str(audit.audits[0][1]).startswith("equivalent (N = 4, mean): off by ")
 
 
 class DividedTwice(Lit):
@@ -372,7 +372,7 @@ def test_a_training_step_that_divides_by_n_itself_is_told_so(tmp_path: Path, kin
     assert (found.verdict, found.cause, found.accum_steps) == ("biased", "loss scale", n), str(found)
     assert found.e64 == pytest.approx(gap, rel=1e-5)
     assert str(found) == found.report()
-    assert f"e64 {found.e64:.2g}, " in str(found), str(found)
+    assert f"in float64: {found.e64:.2g};" in str(found), str(found)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

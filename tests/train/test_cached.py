@@ -84,7 +84,7 @@ def test_a_window_without_memory_is_repeated_in_more_micro_batches(monkeypatch: 
 def test_what_does_not_suit_the_strategy_ends_before_training() -> None:
     """A module that mixes samples, by name, unless N = 1; and the mean of means."""
     mixing = (*CONTRASTIVE, "model._target_=tests.contrastive.Normalised")
-    with pytest.raises(BadInputError, match=r"one\.1 \(BatchNorm1d\)"):
+    with pytest.raises(BadInputError, match=r"one\.1. \(BatchNorm1d\)"):
         build(settings(*mixing, "accum.steps=2"))
     state = build(settings(*mixing))
     take_step(state, next(state.windows_from(0)))

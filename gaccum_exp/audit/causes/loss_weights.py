@@ -129,7 +129,7 @@ def intended_weight(
     means = [w * k for w, k in zip(weights, amounts, strict=True)]
     if not alike(weights):
         # Each micro-batch's own mean, or weights that no large batch has.
-        return 1 / n if alike(means) else sum(weights) / len(weights)
+        return 1 / n if n and alike(means) else sum(weights) / len(weights)
     if counts is not None and math.isclose(weights[0] * n, 1, rel_tol=ROUNDED):
         return 1 / n
     if accum_steps is None:

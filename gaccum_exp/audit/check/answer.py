@@ -1,7 +1,11 @@
 """The answer of a check, as text: what was found, the verdict, the memory and the time of other N."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gaccum_exp.audit.check.checked_loop import CheckedLoop, Epoch, Group
 from gaccum_exp.audit.result import Audit, worst
@@ -100,17 +104,33 @@ def cost(plan: MemoryPlan, group: Group, *, compiled: bool) -> Iterator[str]:
     """Yield the lines on memory and time."""
     yield f"Which N fits? Predicted for {plan.device}, a window of {plan.global_batch_size} samples."
     yield plan.fit()
-    yield from plan.advice_lines()
+    if plan.chosen_steps != 1:  # else memory asks for nothing
+        yield from plan.advice_lines()
     if any(row.time for row in plan.rows):
         yield ""
         yield from plan.time_lines()
-    if plan.notes or group.beside or compiled:
+    beside = list(_not_counted(plan, group))
+    if plan.notes or beside or compiled:
         yield ""
     yield from plan.notes
     if compiled:
         yield "Run without torch.compile, for memory and time."
+    yield from beside
+
+
+def _not_counted(plan: MemoryPlan, group: Group) -> Iterator[str]:
     if group.beside:
         yield f"Not counted: what runs beside the model ({', '.join(group.beside)})."
+    modules = () if group.captured is None else group.captured.modules
+    if plan.device.startswith("cpu") and any(_takes_workspace(module) for module in modules):
+        yield (
+            "Not counted: what a convolution takes inside itself on a CPU, in its backward pass about "
+            "as much as its largest output again."
+        )
+
+
+def _takes_workspace(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and math.prod(module.kernel_size) > 1
 
 
 def worst_of(audits: Sequence[Audit]) -> Audit:

@@ -39,6 +39,6 @@ def cost_of(window: CapturedWindow, budget_gib: float | None, *, equal_parts: bo
         if not steps.uniform:
             note = "Micro-batches differ in shape: all samples have that of the largest here."
             plan = replace(plan, notes=(*plan.notes, note))
-        if isinstance(source, Predicted):
+        if isinstance(source, Predicted) and plan.chosen_steps != 1:
             plan = with_advice(plan, steps.fake)
         return with_times(plan, steps.real(whole=True), [own])

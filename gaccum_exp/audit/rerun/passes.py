@@ -117,6 +117,10 @@ class Rerun:
     """Entered for every run: puts the state in place that the window began with."""
     hooks: bool = True
     """Whether the hooks on parameters, which change gradients, are a part of the model."""
+    frozen: Sequence[nn.Module] = ()
+    """Modules that run as in evaluation: batch statistics are those that were collected."""
+    held: Sequence[nn.Module] = ()
+    """Modules whose state is set back before each micro-batch, in every run."""
     saved: SavedForBackward = field(default_factory=SavedForBackward)
     """Of the forward passes of all micro-batches, in the window's own precision."""
 
@@ -168,7 +172,7 @@ class Rerun:
         recording, taken = how.draws == "recorded", dict[int, T]()
         with self._running(how) as (replay, parameters):
             stepped = {id(parameters[name]) for name in self.window.modules.compared}
-            states = [ObjectState(module, stepped) for module in how.state_held_of]
+            states = [ObjectState(module, stepped) for module in (*self.held, *how.state_held_of)]
 
             @contextmanager
             def context(index: int | None) -> Iterator[None]:
@@ -231,6 +235,8 @@ class Rerun:
         drawn = partial(self.draws.refuse, why, foreign=True)
         copies = sandbox(modules, dtype=dtype, device=self.device, drawn=drawn, hooks=self.hooks)
         with random_state_kept(), self.around(), copies as parameters:
+            for module in self.frozen:  # which the sandbox puts back
+                module.training = False
             set_random_states(self.starts[0])
             if how.weights_moved:
                 _move(parameters.values(), how.weights_moved)

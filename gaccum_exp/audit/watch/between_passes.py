@@ -1,4 +1,4 @@
-"""The functions that a loop calls between its passes: clipping, the GradScaler's, a schedule's step."""
+"""The functions that a loop calls between its passes: clipping, clearing, scaling, a schedule's step."""
 
 import inspect
 from types import CodeType, FrameType
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaccum_exp.audit.watch.clipping import clipped_by_hand
+from gaccum_exp.audit.watch.places import place_of
 from gaccum_exp.audit.watch.tape import Clipping
 from gaccum_exp.audit.watch.user_functions import OnCall
 from gaccum_exp.core.gradient import Gradient, identical
@@ -48,6 +49,8 @@ class BetweenPasses:
             GradScaler.scale.__code__: self._on_scale,
             GradScaler.unscale_.__code__: self._on_scale,
             GradScaler.step.__code__: self._on_scaler_step,
+            inspect.unwrap(Optimizer.zero_grad).__code__: self._on_zeroing,
+            nn.Module.zero_grad.__code__: self._on_zeroing,
         }
         for clip in (getattr(nn.utils, name) for name in CLIPPING):
             found[inspect.unwrap(clip).__code__] = self._on_clipping
@@ -106,6 +109,9 @@ class BetweenPasses:
         if not (goes_on and identical(last[0].after, now)):
             at_loss_scale = seen.loss_scale != 1 and seen.tape.backwards not in seen.unscaled
             seen.clippings.append(Clipping(seen.tape.backwards, now, at_loss_scale))
+            seen.places.note("clip" if seen.tape.backwards else "clip before")
+        given = frame.f_locals.get("max_norm", frame.f_locals.get("clip_value", 0.0))
+        seen.clippings[-1].bound = max(seen.clippings[-1].bound, float(given))
 
     def _now(self) -> Gradient:
         return {name: g.clone() for name, g in self._tracer.gradients().items()}
@@ -119,7 +125,7 @@ class BetweenPasses:
         if isinstance(owner, LRScheduler):
             if event == "call" and self._schedule is None:
                 self._schedule = frame
-                seen.scheduler_steps.append((id(owner), seen.tape.backwards))
+                self._note_schedule(owner, frame)
             elif event == "return" and frame is self._schedule:
                 self._schedule = None
         elif self._schedule is None and not isinstance(owner, (Optimizer, GradScaler)):
@@ -130,7 +136,18 @@ class BetweenPasses:
                 rates, *others = self._own_steps.pop()[1]
                 moved = now[0] != rates and [*now[1:], self._tracer.steps_taken] == others
                 if moved:
-                    seen.scheduler_steps.append((id(owner), seen.tape.backwards))
+                    self._note_schedule(owner, frame)
+
+    def _note_schedule(self, owner: Any, step: FrameType) -> None:
+        seen = self._tracer.seen
+        seen.scheduler_steps.append((id(owner), seen.tape.backwards))
+        if seen.tape.backwards > 0:
+            seen.places.note("schedule", place_of(step.f_back))
+
+    def _on_zeroing(self, event: str, frame: FrameType, value: Any) -> None:
+        """Note from where gradients are cleared after the window's first pass."""
+        if event == "call" and self._tracer.seen.tape.backwards:
+            self._tracer.seen.places.note("zero_grad")
 
     def _on_scaler_step(self, event: str, frame: FrameType, value: Any) -> None:
         """Give a step up where a gradient overflowed: the scaler skips it."""
@@ -150,6 +167,7 @@ class BetweenPasses:
             seen.loss_scale = float(scaler.get_scale())
         elif unscaled is not None and event == "call" and self._tracer.judges(unscaled):
             seen.unscaled.append(seen.tape.backwards)
+            seen.places.note("unscale_")
         else:
             return
         scale = id(scaler), float(scaler.get_scale())

@@ -24,6 +24,7 @@ from torch.utils.hooks import unserializable_hook
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState, writes
+from gaccum_exp.audit.watch.places import place_of_call
 from gaccum_exp.audit.watch.scalars import call_site, calling_functions, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
@@ -239,6 +240,7 @@ class TracedCalls:
         given = tensors_in([args, kwargs]) if kind == "model" else []
         fed = any(t.grad_fn is not None and tape.origin(t) is None for t in given)
         call = TapedCall(kind, function, arguments, next(self._order), site, fed, autocast=autocast)
+        call.place = place_of_call() if kind != "model" else None
         since = (ref.call.since for ref in call.refs()) if kind != "model" else ()
         call.since = min([tape.backwards, *since])
         call.functions = calling_functions()
@@ -287,6 +289,7 @@ class TracedCalls:
         for n, scalar in followed:
             origin: dict[int | str, Any] = {0: tape.origin(scalar)}
             calls[n] = TapedCall("loss", models_own_loss, origin, next(self._order), call.site)
+            calls[n].place = place_of_call()
             calls[n].since = call.since
             tape.calls.append(calls[n])
         for n, scalar in followed:

@@ -11,12 +11,14 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, RECORDING, Rerun
 from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import listed, multiple
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
+from gaccum_exp.audit.watch.tape import Clipping, Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import TapedWindow, sample_readings
 from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm, scaled
 
 AS_REPLAYED = 1e-4
 """How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
+MOST = 3
+"""Faults of one window's gradient, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +38,69 @@ class GradientOfLoop:
     rerun: Rerun
     """Of the window."""
 
+    def faults(self, audit: Audit, replayed: Gradient) -> list[Audit]:
+        """Find all that came in between where the gradient is not what its passes add up to.
+
+        Each is undone by what was kept of it, to see whether another one is left.
+        """
+        found: list[Audit] = []
+        gradient: GradientOfLoop | None = self
+        while gradient is not None and len(found) < MOST:
+            if found and multiple(gradient.observed, replayed, AS_REPLAYED) is not None:
+                break
+            fault = gradient.fault(audit, replayed)
+            if fault is None or (found and fault.verdict != "biased"):
+                break
+            mended = gradient._mended(fault, left_over=gradient.left_over(replayed))
+            without = replayed if mended is None else mended.observed
+            moves = distance(gradient.observed, without) if norm(without) else None
+            found.append(replace(fault, moves=moves))
+            gradient = mended
+        return found
+
+    def _mended(self, fault: Audit, *, left_over: bool) -> "GradientOfLoop | None":
+        """Return what it would have been without a fault; None: that is not known."""
+        if left_over:
+            observed = difference(self.observed, self.at_start)
+            return replace(self, seen=replace(self.seen, at_start={}), observed=observed)
+        inside = self._clippings()
+        if fault.cause != result.LOSS_SCALE or not inside:
+            return None
+        observed = scaled(self.observed, 1.0)
+        for clipping in inside:
+            scale = 1.0 if clipping.at_loss_scale else self.seen.loss_scale
+            taken = scaled(difference(clipping.before, clipping.after), scale)
+            add(observed, {n: g.to(observed[n].device) for n, g in taken.items() if n in observed})
+        others = [c for c in self.seen.clippings if not any(c is each for each in inside)]
+        return replace(self, seen=replace(self.seen, clippings=others), observed=observed)
+
+    def _clippings(self) -> list[Clipping]:
+        """Return those inside the window that changed its gradients."""
+        return [c for c in self.seen.clippings_inside if c.binds]
+
     def fault(self, audit: Audit, replayed: Gradient) -> Audit | None:
-        """Find what came in between where the gradient is not what its passes add up to."""
-        seen, observed = self.seen, self.observed
+        """Find what came in between first, if anything."""
+        seen, observed, at = self.seen, self.observed, self.seen.places.at
         audit = replace(audit, verdict="biased", culprit=None, culprit_type=None, culprits=())
         if self.left_over(replayed):
             return self.stale_from_before(audit, replayed)
         if self.of_others and self._with_others() is not None:
             return stale(
-                audit, "call zero_grad before the window's first backward pass",
+                audit, f"call zero_grad before the window's first backward pass{at('backward')}",
                 f"gradients of {len(self.of_others)} passes for another optimizer, which stepped after "
                 "them, are among it",
             )  # fmt: skip
-        inside = [c for c in seen.clippings if c.after_backward < seen.tape.backwards]
+        inside = self._clippings()
         if inside:
             return replace(
                 audit, cause=result.LOSS_SCALE,
-                remedy="clip once, after the window's last backward pass, not after each micro-batch",
+                remedy="clip once, after the window's last backward pass, not after each micro-batch"
+                f"{at('clip')}",
                 detail=f"gradients were clipped {len(inside)} times before the last backward pass",
             )  # fmt: skip
         if any(k < seen.tape.backwards for k in seen.unscaled):
             return stale(
-                audit, "unscale_ once, after the window's last backward pass",
+                audit, f"unscale_ once, after the window's last backward pass{at('unscale_')}",
                 "gradients were unscaled inside the window, and later ones added at full scale",
             )  # fmt: skip
         missing = self._some_missing(audit, replayed)
@@ -67,7 +110,7 @@ class GradientOfLoop:
             return None  # so close that digits were lost, which has been examined
         if seen.changed:
             return stale(
-                audit, "leave .grad alone until the window's last backward pass",
+                audit, f"leave .grad alone until the window's last backward pass{at('backward')}",
                 "something changed the gradients between the window's passes",
             )  # fmt: skip
         along = dot(observed, replayed) / max(norm(observed) * norm(replayed), 1e-300)
@@ -75,7 +118,7 @@ class GradientOfLoop:
         right = bool(last) and distance(last, replayed) < AS_REPLAYED
         if right and abs(along) < 0.1:
             return stale(
-                audit, "leave .grad alone after the window's last backward pass",
+                audit, f"leave .grad alone after the window's last backward pass{at('backward')}",
                 f"the gradients were replaced after it (cosine with what the passes gave: {along:.2g})",
             )  # fmt: skip
         why = (
@@ -116,7 +159,8 @@ class GradientOfLoop:
             return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
         size = norm(self.at_start) / max(norm(replayed), 1e-300)
         return stale(
-            audit, "call zero_grad before the window's first backward pass",
+            audit,
+            f"call zero_grad before the window's first backward pass{self.seen.places.at('backward')}",
             f"gradients of earlier passes, {size:.2g} × its own, were there at the start",
         )  # fmt: skip
 
@@ -136,7 +180,9 @@ class GradientOfLoop:
             return None
         gone = sum(share == 0 for share in reached)
         return stale(
-            audit, "call zero_grad once per optimizer step, not inside the window",
+            audit,
+            "call zero_grad once per optimizer step, not inside the window"
+            f"{self.seen.places.at('zero_grad')}",
             f"the gradients of {gone} of the window's {len(reached)} losses are missing",
         )  # fmt: skip
 
@@ -152,9 +198,11 @@ class GradientOfLoop:
     def _some_missing(self, audit: Audit, replayed: Gradient) -> Audit | None:
         """Find out whether parameters or micro-batches are missing in the gradient."""
         seen, observed, accum_steps = self.seen, self.observed, len(self.micro_batches)
+        at = seen.places.at
         if norm(observed) == 0:
             what = "the gradient that reached the optimizer is zero"
-            return stale(audit, "step before zero_grad, once per window", what)
+            order = f"step{at('step')} before zero_grad{at('zero_grad')}, once per window"
+            return stale(audit, order, what)
         lost = [n for n, g in replayed.items() if norm({n: g}) > 0 and not _nonzero(observed.get(n))]
         kept = {n: g for n, g in replayed.items() if n not in lost}
         if lost and kept and distance(observed, kept) < AS_REPLAYED * 10:
@@ -180,13 +228,14 @@ class GradientOfLoop:
             by_zeroing = since == [i for i in range(accum_steps) if i not in gone]
             missing = f"{len(gone)} of {accum_steps} micro-batches are missing"
             if by_zeroing:
-                what = "call zero_grad once per optimizer step, not inside the window"
+                what = "call zero_grad once per optimizer step, not inside the window" + at("zero_grad")
                 return stale(audit, what, f"zero_grad inside the window: {missing}")
             there = ", ".join(str(i + 1) for i in range(accum_steps) if i not in gone)
             what = "step on the gradients of all its micro-batches: add each backward pass to .grad"
             if gone == list(range(len(gone))) and len(gone) < accum_steps - 1:
                 what = (
                     "call zero_grad once per optimizer step, and not between a forward and its backward"
+                    + at("zero_grad")
                 )
             return stale(audit, what, f"{missing} in what reached the optimizer: only {there} is there")
         if alike(reached):

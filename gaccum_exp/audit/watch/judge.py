@@ -8,14 +8,24 @@ passes, run again, add up to.
 import itertools
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from gaccum_exp.audit import result
 from gaccum_exp.audit.causes.loss_weights import alike, common_divisor, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
-from gaccum_exp.audit.diagnose import SAME64, ZERO, Diagnosis, diagnose, error_line
+from gaccum_exp.audit.diagnose import (
+    NOT_FINITE,
+    SAME64,
+    ZERO,
+    ZERO_BUT_FOR_ROUNDING,
+    ZERO_GRADIENT,
+    Diagnosis,
+    diagnose,
+    error_line,
+    of_factor,
+)
 from gaccum_exp.audit.rerun.passes import (
     ACCUMULATED,
     ACCUMULATED64,
@@ -24,7 +34,8 @@ from gaccum_exp.audit.rerun.passes import (
     Rerun,
 )
 from gaccum_exp.audit.rerun.sandbox import NamedModules
-from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.result import Audit, ordered
+from gaccum_exp.audit.several_causes import Judged, causes_of_passes
 from gaccum_exp.audit.verdict import (
     DIVIDE_ONCE,
     REMEDIES,
@@ -37,6 +48,7 @@ from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
 from gaccum_exp.audit.watch.loop_checks import other_faults
+from gaccum_exp.audit.watch.places import said
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label, made_of
 from gaccum_exp.audit.watch.taped_window import (
     CouplingError,
@@ -53,6 +65,10 @@ from gaccum_exp.core.noise_scale import Noise
 from gaccum_exp.core.seeding import same_states
 from gaccum_exp.memory.available import out_of_memory
 
+NOTHING_COUNTS = (
+    "all labels of the window are ignored, so that nothing counts and there is no gradient to compare: "
+    "audit another window"
+)
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
 
@@ -150,8 +166,8 @@ def _under_every_reading(
             taped = TapedWindow(modules, micro_batches, layout, moved, kept, sharing=sharing)
             window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
             audit = _settled(window.audit(), moved)
-            for said in dict.fromkeys(moved.given if audit.sound else []):
-                audit = audit.noting(said)
+            for given in dict.fromkeys(moved.given if audit.sound else []):
+                audit = audit.noting(given)
             judged.append((window, audit))
         except Exception as error:  # a model may not take more of what are no samples
             if out_of_memory(error):
@@ -200,8 +216,10 @@ def _settled(audit: Audit, moved: FirstValues) -> Audit:
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, detail=said)
     if moved.drew and audit.verdict in ("identical", "equivalent"):
         first = moved.drew[0]
-        said = f"random numbers are drawn in every pass, beside the model ({first.name}, {first.type})"
-        what = f"{said}: compare averages over seeds, or call eval() on it"
+        what = (
+            f"random numbers are drawn in every pass, beside the model (in {first.said}): compare "
+            "averages over seeds, or call eval() on it"
+        )
         return replace(
             audit, verdict="stochastic", cause=first.cause, culprit=first.name,
             culprit_type=first.type, culprits=tuple(moved.drew), remedy=what,
@@ -239,6 +257,24 @@ def _since_other_steps(
     return micro_batches
 
 
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """A window's passes, judged."""
+
+    audit: Audit
+    found: Diagnosis
+    rerun: Rerun
+    """Of the window with the loop's own weights."""
+    weighed: Rerun
+    """Of the window with the weights that it was judged by."""
+    shares: list[TermShares]
+    faults: list[float]
+    """Factors by which the terms are off."""
+    remark: str | None
+    """On what is taken as given."""
+    observed: Gradient
+
+
 class _LoopWindow:
     """One window of a loop, on one device: what reached the optimizer, and its passes run again."""
 
@@ -274,7 +310,7 @@ class _LoopWindow:
         self._shares: list[TermShares] = []
 
     def audit(self) -> Audit:
-        observed, loss_scale = self._observed, self._loss_scale
+        """Return the verdict, with every cause: what came between the passes, and what they show."""
         replayed = self._rerun.gradient(RECORDING)
         if (empty := self._without_loss(replayed)) is not None:
             return empty
@@ -284,16 +320,55 @@ class _LoopWindow:
             if multiple(replayed, unhooked, AS_REPLAYED) is not None:
                 # They scale the whole gradient, which is the loop's doing and no model's.
                 self._rerun, replayed = bare, unhooked
-        factor = multiple(observed, replayed, AS_REPLAYED)
+        factor = multiple(self._observed, replayed, AS_REPLAYED)
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
-        if self._window.computed_by_user:
-            self._rerun.gradient(ONE_PASS64)  # which shows what is constant in the user's function
-        shares = shares_of(self._window, self._rerun, (factor or 1.0) / loss_scale)
+        passes = self._judged(self._rerun, replayed, self._observed, factor)
+        self._shares, measured = passes.shares, passes.found.measured
+        if measured is None:
+            return self._counting_nothing(passes)
+        moved = measured.float64.floor > ZERO and not self._rerun.draws.any
+        self.order_matters = moved and passes.audit.detail != ZERO_BUT_FOR_ROUNDING
+        of_loop = self._of_loop(passes, replayed, factor)
+        if of_loop and of_loop[-1].verdict != "biased":
+            return of_loop[-1]
+        # What a factor hides of the weights is not known where gradients were left over.
+        shown = not of_loop or (measured.same_function is False and factor in (None, 1.0))
+        audit = self._named(passes, factor or 1.0) if shown else of_loop[0]
+        findings = [finding for fault in of_loop for finding in fault.findings]
+        if shown and audit.verdict == "biased":
+            findings += causes_of_passes(Judged(audit, passes.found, passes.weighed), self._again)
+        if not findings:
+            return audit.noting(passes.remark) if passes.remark else audit
+        first = replace((of_loop or [audit])[0], culprits=passes.audit.culprits)
+        return first.led_by(passes.found.completed(ordered(findings)))
+
+    def _counting_nothing(self, passes: "_Passes") -> Audit:
+        """Return an audit without numbers, with the reason if all labels of the window are ignored."""
+        counts = [n for term in passes.shares for n in (term.counts or [math.nan])]
+        if passes.audit.detail not in (ZERO_GRADIENT, NOT_FINITE) or any(counts):
+            return passes.audit
+        return replace(passes.audit, detail=NOTHING_COUNTS)
+
+    def _again(self, undone: Rerun) -> Judged:
+        """Judge the passes where a cause of theirs was taken away, whatever came between them."""
+        rerun = replace(undone, window=self._window.holding(None) if undone.held else self._window)
+        replayed = rerun.gradient(ACCUMULATED)
+        passes = self._judged(rerun, replayed, replayed, 1.0)
+        return Judged(self._named(passes, 1.0), passes.found, passes.weighed)
+
+    def _judged(
+        self, rerun: Rerun, replayed: Gradient, observed: Gradient, factor: float | None
+    ) -> "_Passes":
+        """Diagnose the window by its passes; `observed` is `factor` times what they give, if it is."""
+        loss_scale, own = self._loss_scale, self._window
+        if own.computed_by_user:
+            rerun.gradient(ONE_PASS64)  # which shows what is constant in the user's function
+        shares = shares_of(own, rerun, (factor or 1.0) / loss_scale)
         faults, remark = faults_of(
             shares,
             len(self._micro_batches),
-            constants_outside=self._window.constants_outside,
+            constants_outside=own.constants_outside,
             rescaled=factor not in (None, 1.0),
         )
         micro, whole = [], []
@@ -303,32 +378,41 @@ class _LoopWindow:
             exact = unrounded(term.weights, meant) if meant else snapped(term.weights)
             micro.append([weight * loss_scale for weight in exact])
             whole.append(term.whole_weight * loss_scale / off)
-        window = self._window.weighed(micro, whole, [term.coefficients for term in shares])
-        self._shares = shares
+        assert isinstance(rerun.window, TapedWindow)
+        window = rerun.window.weighed(micro, whole, [term.coefficients for term in shares])
+        weighed = replace(rerun, window=window)
         blank, base = self._described(shares, faults[0])
         if factor is not None and factor != 1:
             replayed = scaled(replayed, factor)
-        found = diagnose(replace(self._rerun, window=window), replayed, blank, observed)
-        audit = self._with_scale(found, base)
-        if found.measured is None:
-            return audit
-        self.order_matters = found.measured.float64.floor > ZERO and not self._rerun.draws.any
-        if factor is None and not found.measured.own.agrees:
-            fault = self._gradient().fault(audit, replayed)
-            if fault is not None:
-                return fault
-        if audit.verdict == "biased" and factor != 1 and self._gradient().left_over(replayed):
-            return self._gradient().stale_from_before(audit, replayed)
-        if (fault := self._changed_after_clipping(audit)) is not None:
-            return fault
+        found = diagnose(weighed, replayed, blank, observed)
+        audit = self._with_scale(found, base, observed)
+        return _Passes(audit, found, rerun, weighed, shares, faults, remark, observed)
+
+    def _of_loop(self, passes: "_Passes", replayed: Gradient, factor: float | None) -> list[Audit]:
+        """Return what came between the passes, and between the last of them and the step."""
+        audit, measured = passes.audit, passes.found.measured
+        assert measured is not None
+        found: list[Audit] = []
+        if factor is None and not measured.own.agrees:
+            found = self._gradient().faults(audit, replayed)
+        elif audit.verdict == "biased" and factor != 1 and self._gradient().left_over(replayed):
+            found = [self._gradient().stale_from_before(audit, replayed)]
+        if all(fault.verdict == "biased" for fault in found):
+            found += filter(None, [self._changed_after_clipping(audit)])
+        return found
+
+    def _named(self, passes: "_Passes", factor: float) -> Audit:
+        """Return the audit of passes, its cause named as closely as the loop's own numbers allow."""
+        audit, found, shares, window = passes.audit, passes.found, passes.shares, passes.weighed.window
+        assert isinstance(window, TapedWindow)
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
-            audit = self._without_hooks(audit, window)
+            audit = self._without_hooks(audit, passes.weighed)
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
-            audit = self._with_multiples(audit, found.one_pass64)
+            audit = self._with_multiples(audit, found.one_pass64, passes.observed)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
-            audit = self._with_shares(audit, shares, faults)
+            audit = self._with_shares(audit, passes)
         elif audit.cause == result.LOSS_SCALE:
-            audit = self._with_factor(audit, shares, factor or 1.0, faults[0])
+            audit = self._with_factor(audit, shares, factor, passes.faults[0])
         elif audit.cause == result.NOT_ADDITIVE and window.coupled:
             names = " and ".join(dict.fromkeys(window.coupled))
             others = "; the other terms do not" if len(window.coupled) < len(shares) else ""
@@ -338,8 +422,9 @@ class _LoopWindow:
         weighed = (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE)
         why = None
         if audit.cause not in proven:
-            why = difference_by_padding(self._rerun)
-            self.padding_matters = why is not None
+            why = difference_by_padding(passes.rerun)
+            as_it_is = not (passes.rerun.frozen or passes.rerun.held)
+            self.padding_matters |= as_it_is and why is not None
         if why is None and audit.verdict == "biased" and audit.cause not in (*proven[1:], *weighed):
             why = next(
                 (
@@ -351,8 +436,23 @@ class _LoopWindow:
             )
         if why:
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
-        audit = found.completed(audit)
-        return audit.noting(remark) if remark and audit.verdict != "biased" else audit
+        if audit.verdict != "biased":
+            return audit
+        lines = [(finding, self._line_of(finding.cause)) for finding in audit.findings]
+        return audit.led_by(
+            [replace(of, remedy=f"{of.remedy}{line}") if of.remedy else of for of, line in lines]
+        )
+
+    def _line_of(self, cause: str) -> str:
+        """Return where in the source the loss or its backward pass is, if a remedy is about it."""
+        if cause in (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE):
+            what, line = "the backward pass", self._seen.places.line("backward")
+        elif cause == result.NOT_ADDITIVE and self._seen.places.line("backward"):
+            places = (loss.place for m in self._micro_batches for loss in m.losses)
+            what, line = "the loss", said(dict.fromkeys(filter(None, places)))
+        else:
+            return ""
+        return f" ({what}: {line})" if line else ""
 
     def noise(self, audit: Audit) -> Noise | str:
         """Return what the window tells of its noise, after its audit; or why it tells nothing."""
@@ -405,18 +505,19 @@ class _LoopWindow:
         inside = self._window.literal_inside(0)
         return blank, None if len(shares) > 1 else first.whole_weight / off / inside
 
-    def _with_scale(self, found: Diagnosis, base: float | None) -> Audit:
+    def _with_scale(self, found: Diagnosis, base: float | None, observed: Gradient) -> Audit:
         """Return the audit with the gradient's scale; `base` None: the one pass is the mean's."""
         audit = found.audit
         summed = audit.reduction in ("global_mean", "sum")
         if found.one_pass64 is None or (summed and audit.denominator is None):
             return audit
-        along = scale_of(self._observed, found.one_pass64)
+        along = scale_of(observed, found.one_pass64)
         per_mean = (1.0 if base is None else base) * ((audit.denominator or 1.0) if summed else 1.0)
         return replace(audit, scale=None if along is None else along * per_mean)
 
-    def _with_shares(self, audit: Audit, shares: list[TermShares], faults: list[float]) -> Audit:
+    def _with_shares(self, audit: Audit, passes: "_Passes") -> Audit:
         """Say which term's micro-batches count unequally, or which is scaled unlike the others."""
+        shares, faults = passes.shares, passes.faults
         unequal = [term for term in shares if term.unequal]
         if not unequal:
             scaled_by = [(t.name, off) for t, off in zip(shares, faults, strict=True) if off != 1]
@@ -433,33 +534,54 @@ class _LoopWindow:
             what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
             starts = self._window.starts
             if not all(same_states(starts[0], start) for start in starts[1:]):
-                return self._of_drawn_weights(audit, what, faults)
+                return self._of_drawn_weights(audit, what, passes)
             remedy = f"{what}: change it once per optimizer step"
             return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
         mixing = self._window.moved.mixing
         if mixing and not any(t.makes_up_all for t in unequal):
             return replace(audit, cause=mixing[0].culprit.cause, remedy=mixing[0].remedy)
-        said = "; ".join(term.said() for term in unequal[:3])
-        every = len(set(faults)) == 1
-        named = [
-            ("" if every else f"of {t.name} the ", off) for t, off in zip(shares, faults, strict=True)
-        ]
-        offs = [f"{of}{remedy_of_factor(off, audit.accum_steps)}" for of, off in named if off != 1]
-        besides = "".join(f"; besides, {what}" for what in dict.fromkeys(offs))
+        counted = "; ".join(term.said() for term in unequal[:3])
+        offs = {
+            name: off for name, off in zip((t.name for t in shares), faults, strict=True) if off != 1
+        }
+        if offs:
+            audit = self._with_factors(audit, passes, offs, every=len(set(faults)) == 1)
         if len(shares) == 1:
-            said = said.removesuffix(f" in {shares[0].name}")
-            where = " in their loss" if said.startswith("count ") else ""
-            return replace(audit, remedy=f"micro-batches {said}{where}: {DIVIDE_ONCE}{besides}")
+            counted = counted.removesuffix(f" in {shares[0].name}")
+            where = " in their loss" if counted.startswith("count ") else ""
+            return replace(audit, remedy=f"micro-batches {counted}{where}: {DIVIDE_ONCE}")
         what = "divide each term's sum once by what the window counts for it"
-        return replace(audit, remedy=f"micro-batches {said}: {what}{besides}")
+        return replace(audit, remedy=f"micro-batches {counted}: {what}")
 
-    def _of_drawn_weights(self, audit: Audit, what: str, faults: list[float]) -> Audit:
+    def _with_factors(
+        self, audit: Audit, passes: "_Passes", offs: dict[str, float], *, every: bool
+    ) -> Audit:
+        """Return the audit with the factors by which terms are off beside what they count."""
+        found, n = passes.found, audit.accum_steps
+        besides = (
+            [of_factor(off, n) for off in dict.fromkeys(offs.values())]
+            if every
+            else [
+                replace(
+                    of_factor(off, n), moves=None, remedy=f"of {name} the {remedy_of_factor(off, n)}"
+                )
+                for name, off in offs.items()
+            ]
+        )
+        factor = next(iter(offs.values())) if every else None
+        if factor is None or found.accumulated64 is None or found.one_pass64 is None:
+            return replace(audit, besides=tuple(besides))
+        alone = distance(found.accumulated64, found.one_pass64, factor) / factor
+        return replace(audit, besides=tuple(besides), moves=alone)
+
+    def _of_drawn_weights(self, audit: Audit, what: str, passes: "_Passes") -> Audit:
         """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""
+        shares, faults = passes.shares, passes.faults
         if len(set(faults)) == 1 and faults[0] != 1:
             said = remedy_of_factor(faults[0], audit.accum_steps)
             return replace(audit, cause=result.LOSS_SCALE, remedy=said)
-        totals = [sum(each) for each in zip(*(t.weights for t in self._shares), strict=True)]
-        if len(self._shares) > 1 and alike(totals):
+        totals = [sum(each) for each in zip(*(t.weights for t in shares), strict=True)]
+        if len(shares) > 1 and alike(totals):
             said = f"{what}, as random numbers are drawn between them: compare averages over seeds"
             return replace(
                 audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
@@ -471,30 +593,35 @@ class _LoopWindow:
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
-        if self._clipping is None or audit.verdict == "biased":
+        if self._clipping is None:
             return None
         clipping, scale = self._clipping, self._loss_scale
+        scaled_by_loop = replace(
+            audit, verdict="biased", cause=result.LOSS_SCALE,
+            culprit=None, culprit_type=None, detail=None,
+        )  # fmt: skip
         factor = multiple(self._reached, self._here(clipping.after), AS_REPLAYED)
         if clipping.at_loss_scale:
             if identical(clipping.before, clipping.after):
                 return None
-            said = (
+            what = (
                 f"gradients were clipped at the loss's scale, {scale:g} × as large as they are: call "
-                "unscale_ of the GradScaler before clipping"
+                f"unscale_ of the GradScaler before clipping{self._seen.places.at('clip')}"
             )
-            return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
+            moves = distance(clipping.after, clipping.before)
+            return replace(scaled_by_loop, remedy=what, moves=moves)
         if factor is None or abs(factor - 1) < AS_REPLAYED:
             return None
         twice = scale != 1 and math.isclose(factor, 1 / scale, rel_tol=1e-3)
         why = "they were unscaled twice" if twice else "scale the loss, not the gradients"
-        said = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
-        return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said)
+        what = f"gradients were multiplied by {factor:.4g} after clipping: {why}"
+        return replace(scaled_by_loop, remedy=what, moves=abs(factor - 1))
 
-    def _without_hooks(self, audit: Audit, window: TapedWindow) -> Audit:
+    def _without_hooks(self, audit: Audit, rerun: Rerun) -> Audit:
         """Blame the hooks on parameters where the gradient is the large batch's without them."""
         parameters = self._window.modules.parameters().items()
         hooked = [name for name, parameter in parameters if parameter._backward_hooks]
-        bare = replace(self._rerun, window=window, hooks=False)
+        bare = replace(rerun, hooks=False)
         if not hooked or distance(bare.gradient(ACCUMULATED64), bare.gradient(ONE_PASS64)) > SAME64:
             return audit
         names = ", ".join(hooked[:4]) + (" …" if len(hooked) > 4 else "")
@@ -504,11 +631,11 @@ class _LoopWindow:
         )
         return replace(audit, verdict="biased", cause=result.LOSS_SCALE, remedy=said, detail=None)
 
-    def _with_multiples(self, audit: Audit, one_pass64: Gradient) -> Audit:
+    def _with_multiples(self, audit: Audit, one_pass64: Gradient, observed: Gradient) -> Audit:
         """Say where each parameter's gradient is another multiple of the large batch's."""
         found: dict[float, list[str]] = {}
         for name, gradient in one_pass64.items():
-            own = {name: self._observed.get(name, torch.zeros_like(gradient))}
+            own = {name: observed.get(name, torch.zeros_like(gradient))}
             by = multiple(own, {name: gradient}, AS_REPLAYED) if bool(gradient.any()) else 1.0
             if by is None:
                 return audit

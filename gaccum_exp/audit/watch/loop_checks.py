@@ -1,5 +1,6 @@
 """Faults of a loop outside its gradient, and what was seen around its passes that explains a verdict."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,16 +27,16 @@ def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -
             Check(
                 "schedule",
                 f"the learning-rate schedule was stepped {times} inside the "
-                "window: step it once per optimizer step",
+                f"window: step it once per optimizer step{seen.places.at('schedule')}",
             )
         )
     passes = [{loss.backward for loss in micro_batch.losses} for micro_batch in micro_batches]
     at_once = max((sum(k in p for p in passes) for k in set().union(*passes)), default=0)
-    said = None
+    said, where = None, seen.places.at("backward")
     if at_once > 1:
         said = (
             f"one backward pass for {at_once} micro-batches: all their graphs are held at once, as in "
-            "the large batch; call backward after each"
+            f"the large batch; call backward after each{where}"
         )
     elif _graphs_joined(seen.tape, micro_batches):
         said = (
@@ -43,7 +44,7 @@ def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -
             "memory grows with N"
         )
     elif all(seen.retained[: seen.tape.backwards]):
-        said = "every backward pass was told to retain its graph: leave retain_graph out"
+        said = f"every backward pass was told to retain its graph: leave retain_graph out{where}"
     return (*found, Check("memory", said)) if said else tuple(found)
 
 
@@ -61,6 +62,8 @@ def explained(audit: Audit, seen: Observations) -> Audit:
     if seen.clipped_by_hand is not None:
         size = f"{seen.clipped_by_hand:.2g}"
         audit = audit.noting(f"the loop's own scaling of the gradient to {size} is taken for clipping")
+    if seen.clippings_inside and not any(c.binds for c in seen.clippings_inside):
+        audit = _of_idle_clipping(audit, seen)
     if not audit.accum_steps and seen.hidden:
         names = ", ".join(dict.fromkeys(seen.hidden))
         why = f"inside what torch.compile compiled nothing is seen ({names}): give watch the compiled"
@@ -89,6 +92,18 @@ def explained(audit: Audit, seen: Observations) -> Audit:
     if seen.moved and audit.verdict == "inconclusive" and audit.cause == result.UNKNOWN:
         return _of_moved_weights(audit, seen)
     return audit
+
+
+def _of_idle_clipping(audit: Audit, seen: Observations) -> Audit:
+    """Say of a clipping after each micro-batch that it will matter where gradients are larger."""
+    bound = min(clipping.bound for clipping in seen.clippings_inside)
+    if math.isinf(bound):  # which only asks for the norm
+        return audit
+    return audit.noting(
+        f"gradients are clipped inside the window{seen.places.at('clip')}, which changed none of them "
+        f"here (to at most {bound:g}); where one is larger it is the large batch's no more: clip once, "
+        "after the last backward pass"
+    )
 
 
 def _of_the_same_samples(seen: Observations) -> bool:

@@ -248,7 +248,7 @@ class MadeAgain:
             raise NotMadeAgainError(f"{type(module).__name__} draws numbers that cannot be replayed")
         names = comparison.mixing() or [named.name(module)]
         mixing = _culprit(module, named, names[0], result.BATCH_STATISTICS)
-        what = f"{mixing.type} ({mixing.name}) takes in the other samples of its micro-batch"
+        what = f"{mixing.said} takes in the other samples of its micro-batch"
         said = f"{what}: call eval() on it"
         self._mixing[id(module)] = Mixing(mixing, said)
         return outputs
@@ -360,7 +360,7 @@ class MadeAgain:
             f"samples are mixed in what the loop computes at {line}: compute it over the whole window's "
             "samples, before its passes"
         )
-        return Mixing(Culprit("beside the model", line, result.NOT_ADDITIVE), said)
+        return Mixing(Culprit(result.BESIDE_MODEL, line, result.NOT_ADDITIVE), said)
 
     def _agree(self, nodes: Sequence[Node]) -> bool:
         own = [self._runs.value(node) for node in nodes]
@@ -501,7 +501,7 @@ def _said_of(values: Sequence[float], made: Made) -> str:
 
 def _culprit(module: nn.Module, named: NamedModules, name: str, cause: str) -> Culprit:
     kind = type(named.by_name[name]).__name__
-    return Culprit(f"{type(module).__name__}.{name}" if name else "beside the model", kind, cause)
+    return Culprit(f"{type(module).__name__}.{name}" if name else result.BESIDE_MODEL, kind, cause)
 
 
 def _line(made: Made) -> str:

@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.audit.watch.moving_state import MovingState
+from gaccum_exp.audit.watch.places import Place, Places
 from gaccum_exp.audit.watch.slots import Slot
-from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.gradient import Gradient, identical
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.core.losses.denominator import PER_ELEMENT, is_kind
 from gaccum_exp.core.module_state import own_attributes
@@ -127,6 +128,8 @@ class TapedCall:
     """The same of numbers that are no literals, one by one."""
     functions: tuple[tuple[int, CodeType], ...] = ()
     """Those that were running, the innermost first: a number of each one's call, and its code."""
+    place: Place | None = None
+    """Of a loss: the user's line that it was called from."""
     read: bool = False
     """Whether the loop read this loss's value, or that of something made of it."""
 
@@ -497,6 +500,13 @@ class Clipping:
     at_loss_scale: bool = False
     """Whether a GradScaler had not unscaled them yet."""
     after: Gradient = field(default_factory=dict)
+    bound: float = 0.0
+    """What it lets through at most; infinite: everything, as where a loop only asks for the norm."""
+
+    @property
+    def binds(self) -> bool:
+        """Whether it changed the gradients."""
+        return not identical(self.before, self.after)
 
 
 @dataclass(slots=True)
@@ -545,10 +555,17 @@ class Observations:
     """Earlier passes whose gradients were zeroed when the weights changed: SAM's ascent."""
     evaluation: int = 0
     """How often the closure was evaluated before in the same step, as L-BFGS does."""
+    places: Places = field(default_factory=Places)
+    """The lines that passes, steps, clipping, clearing and schedules were called from."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
     loss_function: Callable[..., Any] | None = None
     """What computes its loss, where that mixes samples and could not be judged line by line."""
+
+    @property
+    def clippings_inside(self) -> list[Clipping]:
+        """Those between the window's backward passes."""
+        return [c for c in self.clippings if 0 < c.after_backward < self.tape.backwards]
 
 
 def made_of(calls: Sequence[TapedCall]) -> Iterator[TapedCall]:

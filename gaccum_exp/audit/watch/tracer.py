@@ -179,6 +179,7 @@ class LoopTracer:
                 seen.tape.reached.setdefault(seen.tape.backwards, set()).update(names)
             if self.counting:
                 seen.retained.append(bool(frame.f_locals.get("retain_graph")))
+                seen.places.note("backward")
             return
         if self.counting:
             last = seen.accumulated.get(seen.tape.backwards)
@@ -284,6 +285,7 @@ class LoopTracer:
         names = self.judges(optimizer)
         if names & self.seen.stepped:
             self._close()
+        self.seen.places.note("step")
         self.stepping = optimizer
         # A fused optimizer unscales by itself, in its step.
         scale = getattr(optimizer, "grad_scale", None)

@@ -37,7 +37,8 @@ def noise_of_window(
             "a window of one micro-batch has no micro gradients to compare: split it into 2 at least, 8 "
             "tell more"
         )
-    if audit.cause in NO_GRADIENT_EACH or audit.verdict == "inconclusive":
+    none_each = any(finding.cause in NO_GRADIENT_EACH for finding in audit.findings)
+    if none_each or audit.verdict == "inconclusive":
         return f"the window is {audit.verdict} ({audit.cause or audit.detail})"
     if len(shares) > 1:
         return "its loss has several terms, each with a noise of its own"

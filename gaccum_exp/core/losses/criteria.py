@@ -1,13 +1,26 @@
 """Criteria that `torch.nn` does not have in the form that people need them."""
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from gaccum_exp.core.modes import unobserved
 from gaccum_exp.errors import BadInputError
+
+MODELS = frozenset({"model", "net", "network", "module"})
+"""Names of the first parameter of a loss function, which calls the model itself."""
+TARGET = re.compile(r"(y|t|gt|truth|true|expected)(_.*)?|.*_true|.*(target|label|truth).*")
+"""Names of the second parameter of a function of output and target."""
+HAND_OVER = (
+    "a criterion of torch.nn, a function of output and target that takes `reduction`, or "
+    "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
+)
 
 
 class TokenCrossEntropy(nn.CrossEntropyLoss):
@@ -56,15 +69,96 @@ class FunctionCriterion(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the function."""
-        function = self.function.func if isinstance(self.function, partial) else self.function
-        return str(getattr(function, "__qualname__", type(function).__qualname__))
+        return name_of(self.function)
 
-    @staticmethod
-    def takes(function: Callable[..., Any]) -> bool:
-        """Whether it is such a function, and no module or class."""
-        if isinstance(getattr(function, "func", function), (nn.Module, type)):
-            return False
-        try:
-            return "reduction" in signature(function).parameters
-        except (TypeError, ValueError):  # it does not say what it takes
-            return False
+
+class PlainCriterion(nn.Module):
+    """A function of output and target that gives its mean, its sum, or a loss of each sample.
+
+    Which of them is found out at the first call: of the samples twice over a sum is twice as large, and
+    a mean the same. A mean is taken for one over all elements of the target. Whether its sum adds up
+    over micro-batches then is checked as that of any criterion (`probe`).
+
+    Args:
+        function: `function(output, target)`.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function, self.reduction = function, "mean"
+        self._is_sum: bool | None = None
+
+    def forward(self, *outputs_and_targets: Any) -> Tensor:
+        """Call the function, and reduce what it gives as is asked for.
+
+        Raises:
+            BadInputError: it gives neither a sum nor a mean.
+        """
+        loss = self.function(*outputs_and_targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if not isinstance(loss, Tensor) or self.reduction == "none":
+                return loss
+            return loss.sum() if self.reduction == "sum" else loss.mean()
+        counted = [t for t in outputs_and_targets[1:] if isinstance(t, Tensor) and t.ndim]
+        number = counted[0].numel() if counted else 1
+        is_sum = self._gives_sum(outputs_and_targets)
+        if self.reduction == "sum":
+            return loss if is_sum else loss * number
+        return loss / number if is_sum else loss
+
+    def _gives_sum(self, given: Sequence[Any]) -> bool:
+        # Of shapes alone it cannot be told, and does not matter.
+        if self._is_sum is None and not any(type(t).__name__ == "FakeTensor" for t in given):
+            with unobserved(), torch.no_grad():
+                self._is_sum = self._looked_at(given)
+        return bool(self._is_sum)
+
+    def _looked_at(self, given: Sequence[Any]) -> bool:
+        def varied(t: Any) -> Any:  # lest the loss be zero
+            places = torch.arange(t.numel(), device=t.device).view(t.shape)
+            return (0.5 + 0.4 * torch.sin(places + 1.0)).to(t.dtype)
+
+        def twice(t: Any) -> Any:
+            return torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+
+        made = [varied(given[0]), *given[1:]]
+        one, two = self.function(*made), self.function(*map(twice, made))
+        if two.numel() > one.numel():
+            return True  # losses of single samples, of which there is one
+        once, both = float(one), float(two)
+        for times, is_sum in ((1.0, False), (2.0, True)):
+            if once and math.isclose(both, times * once, rel_tol=1e-3):
+                return is_sum
+        raise BadInputError(
+            f"criterion {self.extra_repr()}: of the samples twice over it gives {both:.4g}, and of "
+            f"these {once:.4g}: neither a mean nor a sum over samples. Hand over {HAND_OVER}"
+        )
+
+    def extra_repr(self) -> str:
+        """Name the function."""
+        return name_of(self.function)
+
+
+def as_criterion(function: Any) -> nn.Module | None:
+    """Return a function of output and target as a criterion; None: it is none, as far as it says.
+
+    It takes `reduction`; or its second parameter has a target's name, and its first none of a model's.
+    """
+    made = getattr(function, "func", function)
+    if isinstance(made, (nn.Module, type)) or hasattr(function, "count"):
+        return None
+    try:
+        names = [*signature(function).parameters]
+    except (TypeError, ValueError):  # it does not say what it takes
+        return None
+    if names[:1] and names[0] in MODELS:
+        return None
+    if "reduction" in names:
+        return FunctionCriterion(function)
+    return PlainCriterion(function) if names[1:] and TARGET.fullmatch(names[1]) else None
+
+
+def name_of(function: Any) -> str:
+    """Return what a function is called."""
+    function = function.func if isinstance(function, partial) else function
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -8,6 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gaccum_exp.core.dtypes import out_of_half
+from gaccum_exp.core.losses.criteria import (
+    HAND_OVER,
+    FunctionCriterion,
+    PlainCriterion,
+    as_criterion,
+    name_of,
+)
 from gaccum_exp.core.losses.denominator import (
     NOT_A_RATIO,
     PER_ELEMENT,
@@ -45,7 +52,8 @@ class CriterionLoss:
     def __init__(
         self, criterion: nn.Module, reduction: str = "global_mean", *, whole_window: bool = False
     ) -> None:
-        self._name = type(criterion).__name__
+        plain = isinstance(criterion, (FunctionCriterion, PlainCriterion))
+        self._name = name_of(criterion.function) if plain else type(criterion).__name__
         own_mean = whole_window and reduction != "sum"
         if not hasattr(criterion, "reduction") and not own_mean:
             raise BadInputError(
@@ -150,10 +158,12 @@ class CriterionLoss:
         reduction = self._reduction
         own_mean = reduction.criterion_reduction == "mean"
         if not own_mean and (reduction.needs_window_count or not refusal.has_sum):
-            others = "accum.reduction=sum, or " if refusal.has_sum else ""
+            others = "use accum.reduction=sum, or " if refusal.has_sum else "use "
+            if isinstance(self.criterion, PlainCriterion):  # whose sum is what we made of its mean
+                others = f"hand over {HAND_OVER}; or use "
             raise BadInputError(
                 f"accum.reduction={reduction.name} is refused for criterion {self._name}: "
-                f"{refusal.why}; use {others}accum.reduction=mean for the criterion's own mean of each "
+                f"{refusal.why}; {others}accum.reduction=mean for the criterion's own mean of each "
                 "micro-batch, or strategy=cached for that of the window"
             )
         self._probe = None
@@ -170,10 +180,11 @@ class CriterionLoss:
 
 
 def as_loss_fn(loss_fn: LossFn | nn.Module, reduction: str, *, whole_window: bool = False) -> LossFn:
-    """Wrap a criterion; return anything else, which must be a loss function already, as it is."""
-    if isinstance(loss_fn, nn.Module):
-        return CriterionLoss(loss_fn, reduction, whole_window=whole_window)
-    return loss_fn
+    """Wrap a criterion, a module or a function; return a loss function as it is."""
+    criterion = loss_fn if isinstance(loss_fn, nn.Module) else as_criterion(loss_fn)
+    if criterion is None:
+        return loss_fn
+    return CriterionLoss(criterion, reduction, whole_window=whole_window)
 
 
 def _widened(outputs: Any, targets: list[Any]) -> list[list[Any]]:

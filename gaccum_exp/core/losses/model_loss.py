@@ -95,6 +95,30 @@ class ModelLoss:
                 f"{found.why}; use accum.reduction=mean, or a "
                 "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
             )
+        if found.counters:
+            self._refuse_two_shifts(model, micro_batch, found.counters[0])
         # Under `mean` it may be the mean of the model's own means, whatever those divide by.
         self._takes_count = found.takes_count and bool(found.counters)
         self._counter = (*found.counters, *self._query.counters(micro_batch[key]))[0]
+
+    def _refuse_two_shifts(
+        self, model: nn.Module, micro_batch: Mapping[str, Any], counter: Counter
+    ) -> None:
+        """Raise where labels are the next tokens already, and the model shifts them once more."""
+        key = self._query.labels
+        labels = micro_batch[key]
+        alike = torch.full((1, 3), self._query.label_other_than(), device=labels.device)
+        if labels.ndim != 2 or labels.shape[1] < 3 or int(counter(alike)) != 2:
+            return
+        for name, tokens in micro_batch.items():
+            if name == key or not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
+                continue
+            counts = labels[:, :-1] != self._query.ignore_index
+            following = labels[:, :-1][counts], tokens[:, 1:][counts]
+            same = labels[:, :-1][counts], tokens[:, :-1][counts]
+            if torch.equal(*following) and not torch.equal(*same):
+                raise BadInputError(
+                    f"{key!r} are already the tokens that follow {name!r}, and {type(model).__name__} "
+                    f"shifts them itself, so that it would learn the token after the next: give {key!r} "
+                    f"that equal {name!r} (of built-in text data.shift_labels=false)"
+                )

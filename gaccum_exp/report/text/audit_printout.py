@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gaccum_exp.audit.result import Audit
+from gaccum_exp.audit.result import Audit, Finding
 from gaccum_exp.report.text.terminal import LOOK, console
 from gaccum_exp.report.text.wording import say_gap, say_ratio
 
@@ -48,11 +48,17 @@ def block(audit: Audit) -> RenderableType:
         ("weights", _weights(audit)),
         ("remedy", audit.remedy),
         ("detail", None if open_question else audit.detail),
+        *(pair for other in audit.besides for pair in _besides(other)),
         *((check.name, check.finding) for check in audit.checks),
     ):
         if words:
             grid.add_row(label, Text(words))
     return grid
+
+
+def _besides(other: Finding) -> list[tuple[str, str | None]]:
+    """Return a further cause as lines of the same kind."""
+    return [("cause", other.where), ("remedy", other.remedy), ("detail", other.detail)]
 
 
 def parameter_table(audit: Audit) -> Table:

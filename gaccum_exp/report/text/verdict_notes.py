@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gaccum_exp.audit.result import SEVERITY
+from gaccum_exp.audit.result import SEVERITY, module_said
 from gaccum_exp.report.arm_limit import by_n
 from gaccum_exp.report.compare.columns import ComparisonRow
 from gaccum_exp.report.compare.pairing import Group, Source
@@ -37,7 +37,7 @@ class _Finding:
 
     @property
     def text(self) -> str:
-        """`biased by batch statistics at bn1: replace BatchNorm2d by GroupNorm.`"""
+        """`biased by batch statistics at module "bn1" (BatchNorm2d): replace it by GroupNorm.`"""
         where = f" at {self.culprit}" if self.culprit else ""
         told = self.remedy or self.detail
         remedy = f": {told.rstrip('.')}" if told else ""
@@ -72,11 +72,14 @@ def verdict_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     found: dict[_Finding, dict[str, set[int]]] = {}
     for group in groups:
         for arm in group.arms:
-            verdict, cause, remedy, detail = (
-                arm.tags.get(key) or None for key in ("verdict", "cause", "remedy", "detail")
+            verdict, cause, kind, remedy, detail = (
+                arm.tags.get(key) or None
+                for key in ("verdict", "cause", "culprit_type", "remedy", "detail")
             )
             if verdict and verdict not in SOUND and arm.accum_steps is not None:
-                finding = _Finding(verdict, cause, arm.culprit, remedy, detail)
+                name = arm.tags.get("culprit", "")
+                culprit = module_said(name, kind) if kind else name
+                finding = _Finding(verdict, cause, culprit, remedy, detail)
                 arms = found.setdefault(finding, {}).setdefault(group.setting.label, set())
                 arms.add(arm.accum_steps)
     found = dict(sorted(found.items(), key=_order))

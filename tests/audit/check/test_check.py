@@ -98,7 +98,7 @@ def test_a_script_gets_the_right_verdict(
         ("not_divided", "loss scale", "the loss is not divided by N"),
         ("no_zero_grad", "stale or missing gradients", "call zero_grad before the window's first"),
         ("off_by_one", "loss scale", "1 micro-batches, each divided by 4"),
-        ("batch_norm", "batch statistics at 1 (BatchNorm1d)", "GroupNorm"),
+        ("batch_norm", 'batch statistics at module "1" (BatchNorm1d)', "GroupNorm"),
     ],
 )
 def test_a_planted_fault_is_named(check: Check, fault: str, cause: str, remedy: str) -> None:
@@ -302,7 +302,7 @@ def test_of_windows_that_are_biased_the_furthest_is_shown(check: Check) -> None:
     away = [float(value) for value in said.split(" and ")]
     assert len(away) == 3
     assert away[0] < max(away)
-    (shown,) = re.findall(r"biased \(N = \d+, \w+\): e64 \S+, e ([^,]+),", found.out)
+    (shown,) = re.findall(r"biased \(N = \d+, \w+\): off by (\S+) × ", found.out)
     assert float(shown) == max(away)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp import accumulate_gradients
-from gaccum_exp.core.losses.criteria import FunctionCriterion, TokenCrossEntropy
+from gaccum_exp.core.losses.criteria import FunctionCriterion, TokenCrossEntropy, as_criterion
 from gaccum_exp.core.losses.criterion import CriterionLoss
 from gaccum_exp.errors import BadInputError
 
@@ -177,4 +177,84 @@ def test_a_function_with_ignored_labels_is_the_large_batchs_mean_as_its_module_i
 )
 def test_functions_with_reduction_are_told_from_others(function: Any, takes: bool) -> None:
     """By what they take, partials of them too; a class makes a criterion, and is none."""
-    assert FunctionCriterion.takes(function) is takes
+    assert isinstance(as_criterion(function), FunctionCriterion) is takes
+
+
+def off_by(function: Any, window: Any, large_batch: Any) -> float:
+    """Return how far the accumulated gradient is from the function's over all samples, relatively."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, CLASSES, dtype=F64)
+    function(model(large_batch[0]), large_batch[1]).backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+    accumulate_gradients(model, function, window)
+    assert model.weight.grad is not None
+    return float((model.weight.grad - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.functional.cross_entropy,
+        partial(nn.functional.cross_entropy, label_smoothing=0.1),
+        lambda logits, y: nn.functional.cross_entropy(logits, y),
+        lambda outputs, labels: nn.functional.cross_entropy(outputs, labels) * 3,
+        lambda p, target: -p.log_softmax(-1).gather(1, target[:, None]).mean(),
+    ],
+)
+def test_a_plain_function_of_output_and_target_that_takes_a_mean_is_the_large_batchs(
+    function: Any,
+) -> None:
+    """Though it has no `reduction`, and micro-batches are of unequal sizes."""
+    x, y = torch.randn(11, 6, dtype=F64), torch.randint(CLASSES, (11,))
+    window = [(x[:4], y[:4]), (x[4:10], y[4:10]), (x[10:], y[10:])]
+    assert off_by(function, window, (x, y)) < 1e-12
+
+
+@pytest.mark.parametrize("how", ["sum", "none"])
+def test_a_plain_function_of_sums_or_of_single_losses_is_divided_by_what_the_window_counts(
+    how: str,
+) -> None:
+    """A sum and a vector are as good as a mean: the window's is over all of its samples."""
+    x, y = torch.randn(7, 6, dtype=F64), torch.randint(CLASSES, (7,))
+    window = [(x[:4], y[:4]), (x[4:6], y[4:6]), (x[6:], y[6:])]
+    torch.manual_seed(0)
+    model = nn.Linear(6, CLASSES, dtype=F64)
+    nn.functional.cross_entropy(model(x), y).backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+
+    def criterion(logits: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, target, reduction=how)
+
+    loss = accumulate_gradients(model, criterion, window)
+    assert loss.denominator == 7
+    assert torch.allclose(model.weight.grad, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda logits, y: nn.functional.cross_entropy(logits, y, ignore_index=0),
+        lambda logits, y: (logits - logits.mean(0)).square().mean(),
+        lambda logits, y: logits.square().sum().sqrt(),
+    ],
+)
+def test_a_plain_function_that_does_not_tell_what_it_counts_is_refused(function: Any) -> None:
+    """In one sentence, with what to hand over; also one that couples samples."""
+    x, y = torch.randn(12, 6, dtype=F64), torch.randint(CLASSES, (12,))
+    window, model = [(x[:8], y[:8]), (x[8:], y[8:])], nn.Linear(6, CLASSES, dtype=F64)
+    with pytest.raises(BadInputError, match=r"[Hh]and over a criterion of torch\.nn"):
+        accumulate_gradients(model, function, window)
+
+
+def test_a_function_of_unknown_arguments_fails_with_a_word_on_how_it_is_called() -> None:
+    """Its names do not say whether it takes a model or outputs: it is called as a loss function."""
+    window = [(torch.randn(4, 6), torch.randint(CLASSES, (4,)))] * 2
+
+    def entropy(a: Any, b: Any) -> Any:
+        return nn.functional.cross_entropy(a, b)
+
+    with pytest.raises(TypeError) as caught:
+        accumulate_gradients(nn.Linear(6, CLASSES), entropy, window)
+    assert "second parameter is called target" in caught.value.__notes__[0]

@@ -712,3 +712,32 @@ def test_segmentations_are_a_mean_over_their_pixels(dtype: torch.dtype) -> None:
     model = make()
     accumulate_gradients(model, ModelLoss(), window)
     assert relative(gradient(model), large_batch(make, {"x": x, "labels": labels})) < ROUNDING
+
+
+class PredictsNext(nn.Module):
+    """Scores the next token of (batch, length) tokens; the model itself shifts the labels, or not."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shift, self.body = shift, nn.Sequential(nn.Embedding(CLASSES, 8), nn.Linear(8, CLASSES))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        length = labels.shape[1] - self.shift
+        logits = self.body(input_ids)[:, :length]
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels[:, self.shift :].flatten())}
+
+
+@pytest.mark.parametrize(("model_shifts", "data_shifts"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_labels_that_are_shifted_twice_are_refused(model_shifts: int, data_shifts: int) -> None:
+    """By the data and by the model: it would learn the token after the next. Once is what is meant."""
+    tokens = torch.randint(CLASSES, (6, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens[:, :8], "labels": tokens[:, data_shifts : 8 + data_shifts].clone()}
+    batch["labels"][0, 5:] = IGNORED
+    window = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 4), slice(4, 6))]
+    model = PredictsNext(model_shifts)
+    if not (model_shifts and data_shifts):
+        accumulate_gradients(model, ModelLoss(), window)
+        return
+    with pytest.raises(BadInputError, match=r"shifts them itself.*data\.shift_labels=false"):
+        accumulate_gradients(model, ModelLoss(), window)
