@@ -113,7 +113,7 @@ class CheckedLoop(watch):
         return given
 
     def _enough(self) -> bool:
-        judged = {names for names, group in self.groups.items() if len(group.windows) >= self._asked}
+        judged = {names for names, group in self.groups.items() if self._whole(group) >= self._asked}
         if not judged or self._tracer is None:
             return False
         everything = frozenset[str]().union(*judged) >= self._modules.compared
@@ -121,7 +121,12 @@ class CheckedLoop(watch):
 
     def _due(self, seen: Observations) -> bool:
         group = self.groups.get(frozenset(seen.stepped))
-        return group is None or len(group.windows) < self._asked
+        return group is None or self._whole(group) < self._asked
+
+    def _whole(self, group: Group) -> int:
+        """Return how many of a group's windows are judged, without one that was seen in part."""
+        in_part = None if self._seen_in_part is None else self._seen_in_part[0]
+        return len(group.windows) - (in_part in group.windows)
 
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
         due, before = self._due(seen), len(self._watched.windows)
@@ -131,8 +136,11 @@ class CheckedLoop(watch):
         if not due or seen.evaluation:
             return
         group = self.groups.setdefault(frozenset(seen.stepped), self._group_of(seen))
-        group.windows += range(before, len(self._watched.windows))
-        self._judged_one(len(group.windows), self._watched.windows[-1].verdict)
+        added = range(before, len(self._watched.windows))
+        if not added:  # it is in the place of one that was seen in part
+            group.sizes.pop()
+        group.windows += added
+        self._judged_one(self._whole(group), self._watched.windows[group.windows[-1]].verdict)
         self._capture(seen, group)
 
     def _group_of(self, seen: Observations) -> Group:

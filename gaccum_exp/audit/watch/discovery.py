@@ -61,8 +61,8 @@ class LoopFinder:
     ) -> None:
         self._begin, self._made, self._before = begin, made, before
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._made_bare: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """Those that were made of parameters without gradients."""
+        self._bare: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those whose parameters had no gradients when they were first known."""
         self._here = os.getpid(), threading.get_ident()
         self._waiting: Any = None
 
@@ -72,6 +72,7 @@ class LoopFinder:
         if self._before:
             gc.collect()  # else what nobody holds any more would be found, too
             self._known.update(o for o in _alive(Optimizer) if hasattr(o, "param_groups"))
+            self._bare.update(o for o in self._known if not _has_gradients([o]))
         self.wait()
         try:
             with _optimizers_noted(self._note):
@@ -98,8 +99,8 @@ class LoopFinder:
 
     @property
     def passes_unseen(self) -> bool:
-        """Whether there were backward passes, without a module's call, since an optimizer was made."""
-        return any(p.grad is not None and bool(dense(p.grad).any()) for p in stepped_by(self._made_bare))
+        """Whether there were backward passes, without a module's call, since an optimizer was known."""
+        return _has_gradients(self._bare)
 
     @property
     def elsewhere(self) -> bool:
@@ -115,8 +116,8 @@ class LoopFinder:
     def _note(self, optimizer: Optimizer) -> None:
         if not self.elsewhere:
             self._known.add(optimizer)
-            if all(p.grad is None for p in stepped_by([optimizer])):
-                self._made_bare.add(optimizer)
+            if not _has_gradients([optimizer]):
+                self._bare.add(optimizer)
             if self._waiting is None:
                 self._made(optimizer)
 
@@ -135,6 +136,10 @@ def stepped_by(optimizers: Iterable[Any]) -> list[Any]:
     """Return the parameters that these optimizers step, each once."""
     every = (p for each in optimizers for group in each.param_groups for p in group["params"])
     return list({id(p): p for p in every}.values())
+
+
+def _has_gradients(optimizers: Iterable[Any]) -> bool:
+    return any(p.grad is not None and bool(dense(p.grad).any()) for p in stepped_by(optimizers))
 
 
 def owner_of(parameters: Iterable[Any], called: Any) -> nn.Module | None:

@@ -34,7 +34,11 @@ class Watched:
 
     def __init__(self) -> None:
         self.windows: list[Audit] = []
-        """One audit per optimizer step that was judged."""
+        """One audit per optimizer step that was judged.
+
+        One that was seen in part is given up for the next: passes came before any call of a module, or
+        the function that computes its loss was still to be found.
+        """
         self.left_over = 0
         """Backward passes after the last optimizer step of the block."""
         self.nothing = "no optimizer step was seen"
@@ -168,6 +172,9 @@ class watch:  # noqa: N801  # used as a function
         self._global_step = 0
         self._found_loss = False
         """Whether the function that computes the loss was found, and is to be followed from now on."""
+        self._seen_in_part: tuple[int, frozenset[str]] | None = None
+        """A window that has only shown how to follow the loop: its place among the audits, and what was
+        judged. The next one of the same parameters is put there."""
         self._watched = Watched()
         self._unreported: list[TapedMicroBatch] = []
         self._stack, self._trace = ExitStack(), ExitStack()
@@ -290,7 +297,9 @@ class watch:  # noqa: N801  # used as a function
                     numbered = audit.noting(f"at evaluation {seen.evaluation + 1} of the step's closure")
                     windows.append(worst([windows.pop(), numbered]))
                 else:
-                    windows.append(audit)
+                    self._add(
+                        audit, frozenset(judged), in_part=seen.passes_unseen or self._finds_loss(seen)
+                    )
             if seen.carried:
                 why = (
                     f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
@@ -298,8 +307,21 @@ class watch:  # noqa: N801  # used as a function
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
-        if self._criterion is None and seen.loss_function is not None:
+        if self._finds_loss(seen):
             self._criterion, self._found_loss = seen.loss_function, True
+
+    def _finds_loss(self, seen: Observations) -> bool:
+        return self._criterion is None and seen.loss_function is not None
+
+    def _add(self, audit: Audit, judged: frozenset[str], *, in_part: bool) -> None:
+        """Add a window's audit, or put it in the place of one that was seen in part."""
+        windows, before = self._watched.windows, self._seen_in_part
+        if before is not None and before[1] == judged:
+            windows[before[0]], self._seen_in_part = audit, None
+        else:
+            windows.append(audit)
+            if in_part and audit.verdict == "inconclusive":
+                self._seen_in_part = len(windows) - 1, judged
 
     def _close_reports(self) -> None:
         # A loop reports a window's loss after its step: until the next one, it may still be read.

@@ -110,6 +110,21 @@ def test_a_planted_fault_is_named(check: Check, fault: str, cause: str, remedy: 
     assert remedy in found.out
 
 
+def test_a_window_that_was_seen_in_part_is_no_answer(check: Check, tmp_path: Path) -> None:
+    """A penalty comes before the first call of a module: the next window is judged in its place."""
+    path = script(
+        tmp_path,
+        *STEP[:2],
+        "    model.weight.square().sum().backward()",
+        *STEP[2:],
+        "for _ in range(9): step()",
+    )
+    for windows in ("1", "2"):
+        found = check("--windows", windows, path)
+        assert (found.status, "inconclusive" in found.out) == (0, False), found.out
+        assert f"windows:   {windows} window" in found.out
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own hint
 def test_what_is_wrong_beside_the_gradient_is_said(check: Check) -> None:
     """A schedule stepped in every micro-batch, and a reported loss that is the last micro-batch's."""
