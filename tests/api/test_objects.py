@@ -140,7 +140,7 @@ INSTANCE = torch.optim.SGD(TRAINED.parameters(), lr=0.1, momentum=0.9)
     ("objects", "said"),
     [
         ({"model": 3}, "model=int: must be a torch.nn.Module, or a function that makes one"),
-        ({"criterion": "mse"}, "criterion=str: must be a torch.nn criterion"),
+        ({"criterion": "mse"}, "criterion=str: must be a criterion of torch.nn"),
         ({"optimizer": "sgd"}, "optimizer=str: must be called with parameters"),
         (
             {"optimizer": INSTANCE},

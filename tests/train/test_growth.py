@@ -311,7 +311,7 @@ def test_a_sweep_over_it_has_an_arm_each_and_no_pairs(program: Program) -> None:
     assert grown.accum_steps > 4
     assert grown.global_batch_size == 2 * grown.accum_steps
     assert grown.tags["role"] == "candidate"
-    assert grown.name.startswith(f"N=1 to {grown.accum_steps} · micro 2")
+    assert grown.name.startswith(f"grow=auto · N=1 to {grown.accum_steps} · micro 2")
     assert grown.tags["global_batches"].startswith("2 from step 0, 4 from step")
     table = (program.folder / "swept" / "comparison.csv").read_text()
     assert table.count("reference") <= 3, table
