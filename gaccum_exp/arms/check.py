@@ -22,6 +22,10 @@ _WORTH = (
     "\nIs so large a batch worth having? These windows cannot say: `with gaccum_exp.watch(model, "
     "criterion, optimizer, noise=True)` around some dozen steps measures the noise scale."
 )
+_WORTH_OF_TERMS = (
+    "\nIs so large a batch worth having? Its loss has several terms, each with a noise of its own, so "
+    "that no noise scale tells: train at several batches, with equal samples."
+)
 CHILDREN_S = 0.5
 """From here on the script's own processes have done more than a look around."""
 PATIENCE_S = 5.0
@@ -160,7 +164,8 @@ class _Check:
         elif not self._given.no_cost and status != INTERRUPTED:
             _flush()
             self._print_cost()
-            print(_WORTH)
+            terms = max(len(group.losses) for group in loop.groups.values())
+            print(_WORTH_OF_TERMS if terms > 1 else _WORTH)
         return VERDICT_STATUS.get(watched.worst.verdict, OK)
 
     def _why_nothing(self) -> str:

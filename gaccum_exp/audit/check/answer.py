@@ -159,6 +159,12 @@ def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
         yield f"windows: {', '.join(verdicts)}, in this order; above the worst"
     elif len(audits) > 1 and own.verdict == "biased":
         yield f"window {audits.index(own) + 1} is shown, the one that is the furthest away"
+    named = {(finding.cause, finding.culprit) for finding in own.findings}
+    for number, audit in enumerate(audits, start=1):
+        for finding in audit.findings if audit.verdict == own.verdict == "biased" else ():
+            if (finding.cause, finding.culprit) not in named:
+                named.add((finding.cause, finding.culprit))
+                yield IN_A_CONFIGURATION.sub("", "\n".join(finding.lines(f", of window {number}")))
     others = {c.name: c for audit in audits for c in audit.checks if c not in own.checks}
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):

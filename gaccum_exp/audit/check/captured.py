@@ -53,6 +53,8 @@ class CapturedWindow:
     """Of model and loss."""
     optimizers: Sequence[Optimizer]
     """That stepped on it."""
+    shares: bool
+    """Whether what calls behind the first are given alike in all micro-batches belongs to no sample."""
 
     @property
     def device(self) -> torch.device:
@@ -161,9 +163,11 @@ class _Pattern:
         if not {call for call in self._calls if call.kind == "model"} <= set(pattern.models):
             raise NotRepeatableError("a micro-batch's loss takes in what others have put out")
         alike = len({len(given) for given in every}) == 1
+        first = len(leaves(self._calls[0].arguments)) if window.shares else len(every[which])
         self._inputs = [
             _Input(
-                tensor, mates, self._size, window.dim, [each[k][0] for each in every] if alike else []
+                tensor, mates, self._size, window.dim, [each[k][0] for each in every] if alike else [],
+                shares=k >= first,
             )
             for k, (tensor, mates) in enumerate(every[which])
         ]  # fmt: skip
@@ -216,20 +220,28 @@ class _Input:
         size: samples of the pattern.
         dim: the dimension of the model's inputs that counts samples.
         others: those in its place in all micro-batches.
+        shares: whether it belongs to no sample where it is the same in all.
     """
 
     def __init__(
-        self, tensor: Tensor, mates: set[int], size: int, dim: int, others: Sequence[Tensor]
+        self,
+        tensor: Tensor,
+        mates: set[int],
+        size: int,
+        dim: int,
+        others: Sequence[Tensor],
+        *,
+        shares: bool,
     ) -> None:
         self._first, self.identity = tensor, id(tensor)
         along = (d for d in dict.fromkeys((0, dim)) if d < tensor.ndim and tensor.shape[d] == size)
-        self.dim, self.per_sample = next(along, None), 1
+        same = len(others) > 1 and all(_equal(t, tensor) for t in others)
+        self.dim, self.per_sample = None if shares and same else next(along, None), 1
         length = tensor.shape[0] if tensor.ndim else 0
-        if self.dim is None and length and length % size == 0:
-            # Several rows of each sample, as of its tokens; what is the same in all belongs to none.
-            same = len(others) > 1 and all(_equal(t, tensor) for t in others)
-            if length in mates or (len(others) > 1 and not same):
-                self.dim, self.per_sample = 0, length // size
+        # Several rows of each sample, as of its tokens; what is the same in all belongs to none.
+        several = length in mates or (len(others) > 1 and not same)
+        if self.dim is None and length and length % size == 0 and several and not (shares and same):
+            self.dim, self.per_sample = 0, length // size
         self._all = tensor
         self.uniform = all(_like(t, tensor, self.dim) for t in others)
         if self.dim is not None:

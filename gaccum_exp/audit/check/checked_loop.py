@@ -179,7 +179,7 @@ class CheckedLoop(watch):
         parameters = self._modules.parameters()
         held = {id(parameters[name]) for name in seen.stepped}
         group.captured = CapturedWindow(
-            micro_batches, layout.sizes, layout.dim, self._modules, self._stepping(held)
+            micro_batches, layout.sizes, layout.dim, self._modules, self._stepping(held), seen.shares
         )
 
 

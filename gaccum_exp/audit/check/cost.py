@@ -1,5 +1,8 @@
 """What a captured window would take at other N: peak memory, predicted, and seconds, measured."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from gaccum_exp.audit.check.captured import CapturedWindow, StepsAtAnyN
@@ -28,7 +31,7 @@ def cost_of(window: CapturedWindow, budget_gib: float | None, *, equal_parts: bo
     budget = None if free is None else int(HEADROOM * (free + window.held_bytes))
     budget = budget if budget_gib is None else int(budget_gib * 2**30)
     own = len(window.sizes)
-    with StepsAtAnyN(window) as steps:
+    with _unlogged(), StepsAtAnyN(window) as steps:
         source, notes = peak_source(steps.fake, steps.real, samples)
         planner = Planner(source, samples, equal_parts=equal_parts, notes=notes)
         shown = {own, *(n for n in TIMED if n <= samples and not (equal_parts and samples % n))}
@@ -42,3 +45,14 @@ def cost_of(window: CapturedWindow, budget_gib: float | None, *, equal_parts: bo
         if isinstance(source, Predicted) and plan.chosen_steps != 1:
             plan = with_advice(plan, steps.fake)
         return with_times(plan, steps.real(whole=True), [own])
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging what fails on tensors without values, which is raised too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -5,7 +5,6 @@ weight of each micro-batch, gradients left over, zeroed, clipped or unscaled) is
 passes, run again, add up to.
 """
 
-import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -156,30 +155,40 @@ def _under_every_reading(
         replay.made_again(columns, layouts[0].sizes, layouts[0].dim, moved)
     judged: list[tuple[_LoopWindow, Audit]] = []
     refusals: list[Exception] = []
-    for sharing, layout in itertools.product((False, True), layouts):
-        # What integers are padded with is no matter where padding was none.
-        if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
-            continue
-        if sharing and judged:
-            break
-        try:
-            taped = TapedWindow(modules, micro_batches, layout, moved, kept, sharing=sharing)
-            window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
-            audit = _settled(window.audit(), moved)
-            for given in dict.fromkeys(moved.given if audit.sound else []):
-                audit = audit.noting(given)
-            judged.append((window, audit))
-        except Exception as error:  # a model may not take more of what are no samples
-            if out_of_memory(error):
-                raise
-            refusals.append(error)
-            continue
-        audit = judged[-1][1]
-        doubtful = window.order_matters or window.padding_matters
-        if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
+    with_shared = set[int]()
+    for sharing in (True, False):
+        # A vector of class weights may be as long as a micro-batch: what is given alike to all is shared
+        # first, and is each one's own where that does not run.
+        readings = [layout for layout in layouts if sharing or id(layout) in with_shared]
+        if readings:
+            refusals.clear()
+        for layout in readings:
+            # What integers are padded with is no matter where padding was none.
+            if layout.labels_last and not (refusals or any(w.padding_matters for w, _ in judged)):
+                continue
+            try:
+                taped = TapedWindow(modules, micro_batches, layout, moved, kept, sharing=sharing)
+                if taped.shares:
+                    with_shared.add(id(layout))
+                window = _LoopWindow(seen, reached, every, micro_batches, taped, blank, device)
+                audit = _settled(window.audit(), moved)
+                for given in dict.fromkeys(moved.given if audit.sound else []):
+                    audit = audit.noting(given)
+                judged.append((window, audit))
+            except Exception as error:  # a model may not take more of what are no samples
+                if out_of_memory(error):
+                    raise
+                refusals.append(error)
+                continue
+            audit = judged[-1][1]
+            doubtful = window.order_matters or window.padding_matters
+            if audit.sound or not (doubtful or audit.cause == result.BATCH_STATISTICS):
+                break
+        if judged:
             break
     if not judged:
         raise refusals[0]
+    seen.shares = any(window.shares for window, _ in judged)
     audit = _chosen(judged, len(layouts), blank)
     if noise is not None:
         noise += [window.noise(audit) for window, of_window in judged if of_window is audit]
@@ -305,7 +314,7 @@ class _LoopWindow:
         self._of_others = [m for m in every if m.last_backward < self._micro_batches[0].last_backward]
         """Micro-batches that came before those, of another optimizer's window or an epoch's rest."""
         self._blank = replace(blank, accum_steps=len(self._micro_batches))
-        self._window = window
+        self._window, self.shares = window, window.shares
         self._rerun = self._rerun_of(self._window)
         self._shares: list[TermShares] = []
 

@@ -559,6 +559,9 @@ class Observations:
     """The lines that passes, steps, clipping, clearing and schedules were called from."""
     hidden: list[str] = field(default_factory=list)
     """Names of compiled functions in which nothing is seen."""
+    shares: bool = False
+    """Whether it was judged so that what calls behind the first are given alike in all micro-batches is
+    shared by these."""
     loss_function: Callable[..., Any] | None = None
     """What computes its loss, where that mixes samples and could not be judged line by line."""
 

@@ -126,6 +126,8 @@ class TapedWindow:
     ) -> None:
         self.modules = modules
         self._sharing = sharing
+        self.shares = False
+        """Whether something is shared so."""
         self._kept_features = kept
         self.layout = layout
         self.moved = moved or FirstValues()
@@ -390,7 +392,9 @@ class TapedWindow:
             readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
         along = along.with_labels_last() if self.layout.labels_last else along
-        along = (along.sharing_equals(given) if self._sharing else None) or along
+        shared = along.sharing_equals(given) if self._sharing else None
+        self.shares |= shared is not None
+        along = shared or along
         numbers = iter(along.sizes)
         own = [0 if call is None else next(numbers) for call in calls]
         return _Column(calls, along, own, by_element)

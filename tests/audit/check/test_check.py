@@ -125,6 +125,30 @@ def test_a_window_that_was_seen_in_part_is_no_answer(check: Check, tmp_path: Pat
         assert f"windows:   {windows} window" in found.out
 
 
+def test_causes_of_all_windows_are_named(check: Check, tmp_path: Path) -> None:
+    """What the window furthest away does not have stands below it; weights of classes are not cut."""
+    path = script(
+        tmp_path,
+        "model, classes = torch.nn.Conv2d(2, 4, 1), torch.tensor([0.2, 1.0, 3.0, 9.0])",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        "for k in range(9):",
+        "    for _ in range(2):",
+        "        x, y = torch.randn(4, 2, 3, 3), torch.randint(0, 4, (4, 3, 3))",
+        "        loss = torch.nn.functional.cross_entropy(model(x), y, weight=classes)",
+        "        (loss / 2).backward()",
+        "        if k == 0: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)",
+        "    optimizer.step()",
+        "    if k: model.weight.grad = torch.ones_like(model.weight) * 9",
+        "    else: optimizer.zero_grad(); model.weight.grad = torch.ones_like(model.weight) * 9",
+    )
+    found = check(path, cost=True)
+    assert found.status == 3, found.out
+    assert "cause, of window 1: loss scale" in found.out, found.out
+    assert "stale or missing gradients" in found.out.partition("cause, of window")[0]
+    assert "Which N fits?" in found.out
+    assert "not known" not in found.out
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own hint
 def test_what_is_wrong_beside_the_gradient_is_said(check: Check) -> None:
     """A schedule stepped in every micro-batch, and a reported loss that is the last micro-batch's."""

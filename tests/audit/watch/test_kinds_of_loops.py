@@ -572,6 +572,26 @@ def weights_of_as_many_classes_as_samples() -> Stepped:
     return run(net(4), None, lambda m, x, y: ce(m(x), y, weight=weight), parts, 4)
 
 
+def weighted_pixels(labels: Sequence[Tensor]) -> Stepped:
+    """Label pixels, with weights of as many classes as a micro-batch has samples; torch takes more."""
+    torch.manual_seed(2)
+    model, weight = nn.Conv2d(2, 4, 3, padding=1).double(), torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=D)
+    parts = [(torch.randn(4, 2, 3, 3, dtype=D), y) for y in labels]
+    return run(model, None, lambda m, x, y: ce(m(x), y, weight=weight), parts, 4)
+
+
+@loop("sound")
+def pixels_of_equally_weighted_classes() -> Stepped:
+    y = torch.randint(0, 4, (4, 3, 3), generator=torch.Generator().manual_seed(3))
+    return weighted_pixels([y.roll(i) for i in range(4)])
+
+
+@loop("biased", UNEQUAL)
+def pixels_of_unequally_weighted_classes() -> Stepped:
+    generator = torch.Generator().manual_seed(3)
+    return weighted_pixels([torch.randint(0, 4, (4, 3, 3), generator=generator) for _ in range(4)])
+
+
 @loop("sound")
 def chosen_and_rejected_beside_a_reference() -> Stepped:
     reference = net(1).requires_grad_(False)
