@@ -181,12 +181,14 @@ class TapedCall:
 
     def sources(self, *, alive: bool = False) -> set["TapedCall"]:
         """Return the model's calls that it depends on; `alive`, those that a backward pass reaches."""
-        found: set[TapedCall] = set()
-        for ref in self.refs():
-            if not alive or ref.call.graphs[ref.place : ref.place + 1] != [False]:
-                own = {ref.call} if ref.call.kind == "model" else set()
-                found |= own | ref.call.sources(alive=alive)
-        return found
+        found, left = {self}, [self]  # each once: a cell's two states come from one call before
+        while left:
+            for ref in left.pop().refs():
+                ended = alive and ref.call.graphs[ref.place : ref.place + 1] == [False]
+                if not ended and ref.call not in found:
+                    found.add(ref.call)
+                    left.append(ref.call)
+        return {call for call in found if call is not self and call.kind == "model"}
 
 
 @dataclass(slots=True)

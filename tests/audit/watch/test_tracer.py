@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp import watch
+from gaccum_exp.audit.watch.tape import OutputRef, TapedCall
 from tests.audit.loops import faulty_loop
 from tests.audit.support import CE, FEATURES, HIDDEN, Fn, net, window
 
@@ -122,3 +123,18 @@ def test_the_worst_audits_methods_are_the_watchs() -> None:
         passes(model)
         optimizer.step()
     assert audit.report() == audit.worst.report()
+
+
+def test_a_chain_of_calls_is_followed_once_and_not_along_every_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An LSTM cell takes both its states from one call: of n calls there are 2^n paths to the first."""
+    calls: list[TapedCall] = []
+    for n in range(16):
+        states = {k: OutputRef(calls[-1], k) for k in range(2)} if calls else {}
+        calls.append(TapedCall("model", CE, states, order=n))
+    asked: list[TapedCall] = []
+    refs = TapedCall.refs
+    monkeypatch.setattr(TapedCall, "refs", lambda call: (asked.append(call), refs(call))[1])
+    assert calls[-1].sources() == set(calls[:-1])
+    assert len(asked) == len(calls)
