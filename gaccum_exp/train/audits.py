@@ -136,10 +136,10 @@ class WindowAudits(Hook):
         """Of the windows audited so far."""
         self._unequal = {first_unequal(state, windows) for windows in state.stage_windows} - {None}
         self._counts: bool | None = False
-        """Whether a window was audited that counts unequally; None: what they count is not known before
-        their passes."""
+        """Whether a window was met that counts unequally; None: what they count is known after their
+        passes only."""
         self._counting: int | None = None
-        """The first such window."""
+        """The first such window, of those since the training began or went on."""
         self._of_stages = {first_full(state, windows) for windows in stages_audited(state)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class WindowAudits(Hook):
         if global_step in self._unequal:
             found = found.noting("on the partial window that ends an epoch")
         elif unequal and global_step not in self._of_stages:
-            found = found.noting(f"on window {global_step + 1}, the first that counts unequally")
+            found = found.noting(f"on window {global_step + 1}, whose micro-batches count unequally")
         elif unequal is None and found.sound:
             found = found.noting(
                 f"on window {global_step + 1}: what others count is known after their passes alone"

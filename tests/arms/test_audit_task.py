@@ -269,7 +269,7 @@ def test_a_later_window_that_counts_unequally_is_judged(
     (run,) = program.arms()
     biased = reduction == "mean"
     assert run.tags["verdict"] == ("biased" if biased else "equivalent")
-    assert ("the first that counts unequally" in run.tags.get("detail", "")) == biased
+    assert ("micro-batches count unequally" in run.tags.get("detail", "")) == biased
     assert not biased or run.tags["cause"] == "unequal denominators"
 
 
