@@ -40,7 +40,8 @@ def causes_of_passes(first: Judged, again: Callable[[Rerun], Judged]) -> list[Fi
         undone = every[-1].found.undone
         assert undone is not None
         judged = again(undone)
-        if judged.audit.verdict != "biased" or _names(judged) in map(_names, every):
+        # Of a type that was taken away as a whole, and mixes still, another module tells nothing new.
+        if judged.audit.verdict != "biased" or _kind(judged) in map(_kind, every):
             break
         every.append(judged)
     mended = every[-1].rerun.window.recounted([])
@@ -53,12 +54,13 @@ def causes_of_passes(first: Judged, again: Callable[[Rerun], Judged]) -> list[Fi
     mixes_still = last.found.undone is None or last.found.differs
     if last.audit.cause == result.BATCH_STATISTICS and mixes_still:
         detail = findings[-1].detail
-        findings[-1] = replace(findings[-1], detail=f"{detail}; {HIDDEN}" if detail else HIDDEN)
+        said = f"{detail}; {HIDDEN}" if detail else HIDDEN
+        findings[-1] = replace(findings[-1], detail=said, moves=None)
     return findings
 
 
-def _names(judged: Judged) -> tuple[str | None, str | None]:
-    return judged.audit.cause, judged.audit.culprit
+def _kind(judged: Judged) -> tuple[str | None, str | None]:
+    return judged.audit.cause, judged.audit.culprit_type
 
 
 def _alone(judged: Judged, mended: RerunnableWindow | None, *, last: bool) -> float | None:

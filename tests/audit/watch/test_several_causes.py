@@ -95,9 +95,21 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
-def test_what_stands_behind_a_module_that_cannot_be_frozen_is_said_to_be_unknown() -> None:
-    """A module that mixes samples in evaluation, too, hides what the loss's weights do."""
-    model = nn.Sequential(nn.Linear(5, 6), Centred(), nn.Linear(6, 3)).double()
+@pytest.mark.parametrize(
+    ("mixing", "causes"),
+    [
+        ([Centred()], 1),
+        ([Centred(), nn.Linear(6, 6), Centred()], 1),
+        ([nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6, track_running_stats=False)], 1),
+        ([nn.BatchNorm1d(6), nn.Tanh(), Centred()], 2),
+    ],
+)
+def test_what_stands_behind_a_module_that_cannot_be_frozen_is_said_to_be_unknown(
+    mixing: list[nn.Module], causes: int
+) -> None:
+    """A module that mixes samples in evaluation, too, hides what the loss's weights do, and how much of
+    the error is its own; it is named once for all of its type."""
+    model = nn.Sequential(nn.Linear(5, 6), *mixing, nn.Linear(6, 3)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     criterion = nn.CrossEntropyLoss()
     with watch(model, criterion, optimizer) as found:
@@ -105,8 +117,10 @@ def test_what_stands_behind_a_module_that_cannot_be_frozen_is_said_to_be_unknown
             batch = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
             (criterion(model(batch[0]), batch[1]) / 2).backward()
         optimizer.step()
-    assert [f.cause for f in found.worst.findings] == ["batch statistics"]
-    assert "cannot be told while it mixes samples" in (found.detail or "")
+    findings = found.worst.findings
+    assert [f.cause for f in findings] == ["batch statistics"] * causes
+    assert findings[-1].moves is None
+    assert "cannot be told while it mixes samples" in (findings[-1].detail or "")
 
 
 def test_of_a_window_without_a_gradient_it_is_said_why_and_nothing_of_its_order() -> None:
