@@ -123,6 +123,8 @@ class Rerun:
     """Modules whose state is set back before each micro-batch, in every run."""
     saved: SavedForBackward = field(default_factory=SavedForBackward)
     """Of the forward passes of all micro-batches, in the window's own precision."""
+    ends: dict[int, list[Any]] = field(default_factory=dict)
+    """The random states after each micro-batch's pass, where its draws were recorded."""
 
     def gradient(self, how: Pass, *, held: int = 0) -> Gradient:
         """Return the window's gradient; RECORDING has to come before any other.
@@ -193,7 +195,10 @@ class Rerun:
                 saved = self.saved.counted(parameters.values()) if recording else nullcontext()
                 with replay.micro_batch(index), saved:
                     yield
-                if before is not None and not same_host_state(before, random_states()):
+                if before is None:
+                    return
+                self.ends[index] = random_states()
+                if not same_host_state(before, self.ends[index]):
                     self.draws.refuse("numbers come from Python's or NumPy's generator", foreign=True)
 
             self.window.accumulate(context, self._cast(how))

@@ -541,8 +541,7 @@ class _LoopWindow:
                 f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
             )
             what = f"a weight of the loss changes from micro-batch to micro-batch ({numbers})"
-            starts = self._window.starts
-            if not all(same_states(starts[0], start) for start in starts[1:]):
+            if self._draws_between():
                 return self._of_drawn_weights(audit, what, passes)
             remedy = f"{what}: change it once per optimizer step"
             return replace(audit, cause=result.MOVING_STATE, remedy=remedy)
@@ -582,6 +581,11 @@ class _LoopWindow:
             return replace(audit, besides=tuple(besides))
         alone = distance(found.accumulated64, found.one_pass64, factor) / factor
         return replace(audit, besides=tuple(besides), moves=alone)
+
+    def _draws_between(self) -> bool:
+        """Whether random numbers are drawn between the passes: beside those of the passes themselves."""
+        starts, ends = self._window.starts, self._rerun.ends
+        return any(not same_states(ends[i], start) for i, start in enumerate(starts[1:]))
 
     def _of_drawn_weights(self, audit: Audit, what: str, passes: "_Passes") -> Audit:
         """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""

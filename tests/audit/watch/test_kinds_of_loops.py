@@ -719,3 +719,18 @@ def test_a_drawn_weight_of_two_terms_is_no_fault(by: int, verdict: str) -> None:
         optimizer.step()
     assert audit.verdict == verdict, str(audit)
     assert audit.cause == ("randomness" if by == 3 else SCALE)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_weight_that_moves_in_the_window_is_a_fault_whatever_the_passes_draw(dropout: bool) -> None:
+    """Dropout's draws are the model's own: no weight of the loss is drawn, and each has its value."""
+    model = nn.Sequential(net(), nn.Dropout(0.5 if dropout else 0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts, share = data((4, 4, 4)), 0.0
+    with watch(model, None, optimizer) as audit:
+        for x, y in parts:
+            share += 0.2
+            out = model(x)
+            (((1 - share) * ce(out, y) + share * out.square().mean()) / 3).backward()
+        optimizer.step()
+    assert (audit.verdict, audit.cause) == ("biased", "state moves in the window"), str(audit)
