@@ -40,8 +40,8 @@ AfterMicroBatch = Callable[[AccumulatorState], object]
 """Called after each micro-batch, with what the window holds by now."""
 CALLED_AS = (
     "A loss function is called with the model and a micro-batch, and returns (loss_sum, denominator). "
-    "Of output and target hand over a torch.nn criterion, or a function whose second parameter is "
-    "called target, labels or y."
+    "Of output and target hand over a torch.nn criterion, or a function whose parameters are called so, "
+    "as output and target, logits and labels, x and y."
 )
 """What stands below an error that a function of something else gives."""
 

@@ -151,7 +151,7 @@ class WindowAudits(Hook):
         """Go on from there."""
         self._judged = state["judged"]
         self.worst = None if state["worst"] is None else Audit.of_dict(state["worst"])
-        self._counts = state["counts"]
+        self._counts = state.get("counts", False)
 
     def due(self, global_step: int) -> bool:
         """Whether the window of this global step is to be audited."""

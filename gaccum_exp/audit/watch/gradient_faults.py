@@ -96,7 +96,8 @@ class GradientOfLoop:
                 audit, cause=result.LOSS_SCALE,
                 remedy="clip once, after the window's last backward pass, not after each micro-batch"
                 f"{at('clip')}",
-                detail=f"gradients were clipped {len(inside)} times before the last backward pass",
+                detail=f"gradients were clipped {len(inside)} time{'s' * (len(inside) > 1)} before the "
+                "last backward pass",
             )  # fmt: skip
         if any(k < seen.tape.backwards for k in seen.unscaled):
             return stale(

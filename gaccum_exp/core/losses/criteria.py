@@ -11,10 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gaccum_exp.core.modes import unobserved
+from gaccum_exp.core.seeding import random_state_kept
 from gaccum_exp.errors import BadInputError
 
 MODELS = frozenset({"model", "net", "network", "module"})
 """Names of the first parameter of a loss function, which calls the model itself."""
+OUTPUT = re.compile(
+    r"(inputs?|out|[ohpxz]|scores?|prob(s|abilities)?|log_probs?|estimates?|embeddings?|features?)"
+    r"|(output|logit|pred).*|.*(_hat|yhat|_pred|_logits|_output|_outputs)"
+)
+"""Names of the first parameter of a function of output and target."""
 TARGET = re.compile(r"(y|t|gt|truth|true|expected)(_.*)?|.*_true|.*(target|label|truth).*")
 """Names of the second parameter of a function of output and target."""
 HAND_OVER = (
@@ -77,7 +83,8 @@ class PlainCriterion(nn.Module):
 
     Which of them is found out at the first call: of the samples twice over a sum is twice as large, and
     a mean the same. A mean is taken for one over all elements of the target. Whether its sum adds up
-    over micro-batches then is checked as that of any criterion (`probe`).
+    over micro-batches then is checked as that of any criterion (`probe`), and whether halves add up to
+    each micro-batch, which waits for the device: ignored labels may come late.
 
     Args:
         function: `function(output, target)`.
@@ -92,7 +99,7 @@ class PlainCriterion(nn.Module):
         """Call the function, and reduce what it gives as is asked for.
 
         Raises:
-            BadInputError: it gives neither a sum nor a mean.
+            BadInputError: it gives neither a sum nor a mean, or a mean over something else.
         """
         loss = self.function(*outputs_and_targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -103,15 +110,37 @@ class PlainCriterion(nn.Module):
         number = counted[0].numel() if counted else 1
         is_sum = self._gives_sum(outputs_and_targets)
         if self.reduction == "sum":
+            if not is_sum:
+                self._require_every_element_counts(outputs_and_targets, loss)
             return loss if is_sum else loss * number
         return loss / number if is_sum else loss
 
     def _gives_sum(self, given: Sequence[Any]) -> bool:
         # Of shapes alone it cannot be told, and does not matter.
-        if self._is_sum is None and not any(type(t).__name__ == "FakeTensor" for t in given):
+        if self._is_sum is None and not any(map(_has_no_values, given)):
             with unobserved(), torch.no_grad():
                 self._is_sum = self._looked_at(given)
         return bool(self._is_sum)
+
+    def _require_every_element_counts(self, given: Sequence[Any], loss: Tensor) -> None:
+        tensors = [t for t in given if isinstance(t, Tensor) and t.ndim]
+        lengths = {t.shape[0] for t in tensors}
+        length = lengths.pop() if len(lengths) == 1 else 0
+        if length < 2 or not isinstance(given[1], Tensor) or any(map(_has_no_values, tensors)):
+            return
+        halves = []
+        with unobserved(), torch.no_grad(), random_state_kept():
+            for rows in (slice(length // 2), slice(length // 2, None)):
+                part = [t[rows] if isinstance(t, Tensor) and t.ndim else t for t in given]
+                halves.append(float(self.function(*part)) * part[1].numel())
+        whole, total = float(loss.detach()) * given[1].numel(), sum(halves)
+        most = math.sqrt(torch.finfo(loss.dtype).eps) * sum(map(abs, halves))
+        if math.isfinite(whole) and not abs(whole - total) <= most:
+            raise BadInputError(
+                f"criterion {self.extra_repr()}: the means of a micro-batch's halves do not add up by "
+                f"the elements of the target ({total:.4g}, and {whole:.4g} of the whole): it counts "
+                f"something else, as where labels are ignored. Hand over {HAND_OVER}"
+            )
 
     def _looked_at(self, given: Sequence[Any]) -> bool:
         def varied(t: Any) -> Any:  # lest the loss be zero
@@ -142,7 +171,8 @@ class PlainCriterion(nn.Module):
 def as_criterion(function: Any) -> nn.Module | None:
     """Return a function of output and target as a criterion; None: it is none, as far as it says.
 
-    It takes `reduction`; or its second parameter has a target's name, and its first none of a model's.
+    It takes `reduction`, and its first parameter has no model's name; or its first two parameters have
+    names of an output and a target.
     """
     made = getattr(function, "func", function)
     if isinstance(made, (nn.Module, type)) or hasattr(function, "count"):
@@ -155,7 +185,12 @@ def as_criterion(function: Any) -> nn.Module | None:
         return None
     if "reduction" in names:
         return FunctionCriterion(function)
-    return PlainCriterion(function) if names[1:] and TARGET.fullmatch(names[1]) else None
+    plain = names[1:] and OUTPUT.fullmatch(names[0]) and TARGET.fullmatch(names[1])
+    return PlainCriterion(function) if plain else None
+
+
+def _has_no_values(given: Any) -> bool:
+    return isinstance(given, Tensor) and (given.is_meta or type(given).__name__ == "FakeTensor")
 
 
 def name_of(function: Any) -> str:

@@ -257,4 +257,28 @@ def test_a_function_of_unknown_arguments_fails_with_a_word_on_how_it_is_called()
 
     with pytest.raises(TypeError) as caught:
         accumulate_gradients(nn.Linear(6, CLASSES), entropy, window)
-    assert "second parameter is called target" in caught.value.__notes__[0]
+    assert "as output and target, logits and labels" in caught.value.__notes__[0]
+
+
+def test_labels_that_are_ignored_late_are_not_taken_for_counted_ones() -> None:
+    """Of forty micro-batches one is not clean: its mean is none over all elements of the target."""
+    torch.manual_seed(0)
+    model, generator = nn.Linear(6, CLASSES, dtype=F64), torch.Generator().manual_seed(0)
+    x = torch.randn(160, 6, dtype=F64, generator=generator)
+    y = torch.randint(1, CLASSES, (160,), generator=generator)
+    y[4 * 18] = 0
+    window = list(zip(x.split(4), y.split(4), strict=True))
+    with pytest.raises(BadInputError, match="counts something else, as where labels are ignored"):
+        accumulate_gradients(
+            model, lambda out, y: nn.functional.cross_entropy(out, y, ignore_index=0), window
+        )
+
+
+@pytest.mark.parametrize("names", ["policy, targets", "encoder, labels", "m, y", "student, t"])
+def test_a_loss_function_is_one_whatever_its_model_is_called(names: str) -> None:
+    """Only the names of an output and a target together make a criterion of a plain function."""
+    model, batch = names.split(", ")
+    function = eval(f"lambda {names}: ({model}({batch}[0]).square().sum(), {batch}[0].numel())")
+    assert as_criterion(function) is None
+    window = [(torch.randn(4, 6), torch.randn(4, 1))] * 2
+    assert accumulate_gradients(nn.Linear(6, 1), function, window).denominator == 48
