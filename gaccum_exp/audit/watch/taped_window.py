@@ -187,7 +187,7 @@ class TapedWindow:
         micro_batches = [self._micro_batches[i] for i in twice]
         return TapedWindow(
             self.modules, micro_batches, self.layout.of(twice), self.moved, self._kept_features,
-            sharing=self._sharing,
+            sharing=self.shares,  # of one micro-batch, twice, all would seem to be shared
         )  # fmt: skip
 
     def holding(self, owners: Holding) -> "TapedWindow":
