@@ -180,7 +180,7 @@ def _runs_on_disk(places: Iterable[Path]) -> list[RunRecord]:
 
 
 def _folder_of(sweep_id: str) -> Path | None:
-    """Return the folder of a sweep's or a run's journals; None where it was told to write elsewhere."""
+    """Return the folder of a sweep's or a run's journals; None: they were written elsewhere."""
     if Path(sweep_id).name != sweep_id:
         return None
     return next((f / sweep_id for f in FOLDERS if (f / sweep_id).is_dir()), None)

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all, whatever ends the process that writes them."""
+"""Files that are there whole, or not at all, also where their writing is broken off."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to be written, with the same suffix, which takes its place at the end.
 
-    Where the writing is broken off, what was there before is there still, and nothing is left beside it.
+    Where the writing is broken off, what was there before is there still; beside it only kill -9 leaves
+    anything.
     """
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:

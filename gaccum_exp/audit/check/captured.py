@@ -1,4 +1,4 @@
-"""One window of a loop as a step that can be taken at any N, on copies of what trains.
+"""A captured window of a loop, run again at any N on copies of model and optimizers.
 
 A micro-batch of the window is the pattern: its calls of model, loss and what lies between run again on
 other samples of the window, which are put in the place of its own.
@@ -186,7 +186,7 @@ class _Pattern:
         ]
 
     def loss(self, micro_batch: Sequence[Tensor], half: torch.dtype | None) -> Tensor:
-        """Run the pattern on these samples; return the sum of what it back-propagates."""
+        """Run model and loss on these samples; return the sum of the losses that are back-propagated."""
         values, now = {}, self._size
         for given, tensor in zip(self._inputs, micro_batch, strict=True):
             values[given.identity] = tensor
@@ -288,7 +288,7 @@ def _calls(micro_batch: TapedMicroBatch) -> list[TapedCall]:
 
 
 def _given(micro_batch: TapedMicroBatch) -> list[tuple[Tensor, set[int]]]:
-    """Return the tensors that its calls are given by value, and the lengths of what else these get."""
+    """Return the tensors among its calls' arguments, each with the lengths of other calls' outputs there."""
     found = []
     for call in _calls(micro_batch):
         shapes = [ref.call.outputs[ref.place][0] for ref in call.refs()]

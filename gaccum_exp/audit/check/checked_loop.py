@@ -195,7 +195,7 @@ def _names(of: list[Any]) -> list[str]:
 
 
 def _variables() -> dict[int, str]:
-    """Return the variables of the functions that run now, by the identity of what they hold."""
+    """Return the names of the running functions' variables, by the identity of their values."""
     found: dict[int, str] = {}
     frame = calling_frame()
     while frame is not None:

@@ -31,7 +31,7 @@ LOOKING = frozenset(
 
 
 class BetweenPasses:
-    """Record of what these functions do, in the window that a tracer sees."""
+    """Record of the calls of these functions in the window that a tracer follows."""
 
     def __init__(self, tracer: "LoopTracer") -> None:
         self._tracer = tracer
