@@ -288,7 +288,7 @@ def _calls(micro_batch: TapedMicroBatch) -> list[TapedCall]:
 
 
 def _given(micro_batch: TapedMicroBatch) -> list[tuple[Tensor, set[int]]]:
-    """Return the tensors among its calls' arguments, each with the lengths of other calls' outputs there."""
+    """Return the tensors that its calls are given, each with the lengths of outputs given beside it."""
     found = []
     for call in _calls(micro_batch):
         shapes = [ref.call.outputs[ref.place][0] for ref in call.refs()]
