@@ -9,12 +9,12 @@ built, nor by a page that is opened: no font, no script of others; search and fo
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docutils.nodes import Element, SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-from sphinx.ext.autodoc.mock import mock
 from sphinx.writers.html5 import HTML5Translator
 
 HERE = Path(__file__).resolve().parent
@@ -22,8 +22,22 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 import gaccum_exp  # noqa: E402  # from this checkout
 
-# To import these takes seconds each, and the pages need their names alone.
-mock(["lightning", "pandas", "peft", "timm", "transformers"]).__enter__()
+
+class Names(ModuleType):
+    """A module that has any name as an empty class.
+
+    To import these frameworks takes seconds, and of them the reference has no more than base classes.
+    autodoc's own stand-ins hide the signatures of what derives from them.
+    """
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+for framework in ("lightning", "lightning.pytorch", "transformers"):
+    sys.modules[framework] = Names(framework)
 
 project = "gaccum_exp"
 version = release = gaccum_exp.__version__
