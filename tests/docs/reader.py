@@ -208,8 +208,9 @@ class Reader:
 
 OF_THE_MOMENT = re.compile(
     r"(?s)other\s+processes\s+had\s+the\s+processor.*?\binclude\b|their\s+quartiles\s+up\s+to.*?off"
+    r"|a\s+step\s+there\s+takes.*?as\s+long"
 )
-"""What is said of the load of a machine while it measures."""
+"""What depends on the load of a machine while it measures: under much of it no ratio of times is stated."""
 
 
 def unseen(shown: str, printed: str) -> list[str]:
