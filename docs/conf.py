@@ -81,6 +81,7 @@ html_static_path = ["_static"]
 html_extra_path = ["_root"]
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 html_show_search_summary = False  # it is fetched page by page, which a browser refuses a file
+html_search_scorer = str(HERE / "search_scorer.js")
 html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 

@@ -141,11 +141,11 @@ def of_columns() -> str:
     """Return the columns of comparison.csv in order, and how those that are printed are headed."""
     docs = attribute_docs(columns, "ComparisonRow")
     rows = (
-        (_code(name), " ".join(column.header.replace("{unit}", "").split()), docs[name])
+        (_code(name), docs[name], " ".join(column.header.replace("{unit}", "").split()))
         for name, column in columns.COLUMNS.items()
         if column.in_csv
     )
-    return _table(("column", "in the table", "what it is"), rows)
+    return _table(("column", "what it is", "in the table"), rows)
 
 
 def of_batch_columns() -> str:
@@ -206,8 +206,8 @@ def _code(text: str) -> str:
 
 
 def _key_table(found: Iterable[Key]) -> str:
-    rows = ((_code(key.name), key.takes, _code(key.default), key.says) for key in found)
-    return _table(("key", "takes", "default", "what it does"), rows)
+    rows = ((_code(key.name), key.says, key.takes, _code(key.default)) for key in found)
+    return _table(("key", "what it does", "takes", "default"), rows)
 
 
 def _file(block: str, name: str) -> str:

@@ -61,18 +61,20 @@ class AccumConfig:
     sum_scale: str = one_of("constant", "none")
     """What `sum` divides by: constant (a full window's nominal denominator) | none (the literal sum)."""
     partial_window: str = one_of("exact", "drop", "carry", "error")
-    """Samples left at the end of an epoch: exact (a step on what there is) | drop | carry (completed
-    with the next epoch's first samples) | error."""
+    """Samples left at the end of an epoch: exact (a step on what there is) | drop (no step) | carry
+    (completed with the next epoch's first samples) | error (refuse a batch that leaves some)."""
     buffer_dtype: str = one_of("same", "float32")
-    """In what micro gradients are added up: same (as the weights) | float32 (rounded once)."""
+    """What micro gradients are added up in: same (the weights' own type) | float32 (rounded to that
+    once)."""
     on_oom: str = one_of("raise", "increase_steps")
-    """Out of memory in a window: raise | increase_steps (repeat it in twice as many micro-batches)."""
+    """Out of memory in a window: raise (the run fails) | increase_steps (repeat the window in twice as
+    many micro-batches, and go on so)."""
     max_grad_norm: float | None = setting(None, Positive("no clipping", endless=True))
     """Clip the whole window's gradient to this norm, once; null: no clipping."""
     schedule: Any = setting(None, kind="mapping or null")  # a typed one gets no keys from `-m`
     """N from an epoch (or step) on, e.g. {0: 1, 4: 2, 8: 4}; null: `steps` throughout."""
     schedule_by: str = one_of("epoch", "step")
-    """What the schedule's keys count."""
+    """What the keys of `schedule` count: epochs | optimizer steps."""
     schedule_lr: str = one_of("none", "linear", "sqrt")
     """How the learning rate follows a global batch that the schedule changes: none (it stays) | linear
     or sqrt of batch / largest batch."""
@@ -94,16 +96,18 @@ class RuntimeConfig:
     threads: int | None = setting(None, Count(1, MOST_THREADS))
     """Threads of one run on the CPU; null: torch's own choice."""
     precision: str = one_of("fp32", "fp64", "bf16", "fp16")
-    """What passes compute in: the last two by autocast over float32 weights, fp16 with a GradScaler."""
+    """What passes compute in: fp32 | fp64 | bf16 and fp16 (autocast over float32 weights, fp16 with a
+    GradScaler)."""
     weight_dtype: str = one_of("float32", "same")
     """What weights are kept in under bf16: float32 | same (pure bfloat16, no autocast)."""
     matmul_precision: str = one_of("highest", "high", "medium")
-    """Of float32 matrix products, as torch.set_float32_matmul_precision has it: highest | high (TF32) |
-    medium (bfloat16)."""
+    """What float32 matrix products compute in (torch.set_float32_matmul_precision): highest (float32) |
+    high (TF32) | medium (bfloat16)."""
     tf32: bool = False
     """Let cuDNN's convolutions use TF32."""
     memory_budget_gib: float | None = setting(None, Positive("what is free", most=MOST))
-    """What a window may hold at its peak; null: what the device has free."""
+    """GiB that a window may hold at its peak: an arm that is predicted above it is refused, and plans
+    are made for it; null: nine tenths of what the device has free."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the model's repeated blocks, and run them again in the backward pass."""
     compile: bool = False
@@ -141,12 +145,14 @@ class TrainConfig:
     eval_every_samples: int | None = setting(None, Count())
     """The same in samples, so that global batches are evaluated at the same ones."""
     base_batch_size: int | None = setting(None, Count())
-    """The global batch that the optimizer's numbers were chosen for, from which the rules lead."""
+    """The global batch that the optimizer's numbers were chosen for, from which lr_rule and beta2_rule
+    lead."""
     lr_rule: str = one_of("none", "sqrt", "linear")
     """The learning rate at another global batch: none (it stays) | sqrt or linear of batch /
     base batch."""
     beta2_rule: str = one_of("fixed", "half_life")
-    """Adam's β₂ there: fixed | half_life (β₂ to the power batch / base batch: as long in samples)."""
+    """Adam's β₂ at another global batch: fixed | half_life (β₂ to the power batch / base batch: as long
+    in samples)."""
 
 
 @dataclass(slots=True)
@@ -194,18 +200,20 @@ class SweepConfig:
     """How the arms of a sweep are trained."""
 
     vectorize: str | None = one_of("null", "seed")
-    """seed: the seeds of an arm as one training, where that gives each the curve it has alone; null: one
+    """seed: train the seeds of an arm as one, where that gives each the curve it has alone; null: one
     after the other."""
     seeds: Any = setting(None, kind="list or null")  # a typed one could not be made null again
     """Written by the program, where `-m` finds several: the seeds of an arm under `vectorize`."""
     resume: str | None = None
-    """last | the id of a sweep: it goes on, and of these arms those run that it has not ended."""
+    """Go on with a sweep: last (the newest that is not whole) | its id. Of the command's arms those run
+    that it has not ended."""
     into: str | None = None
-    """The id of a sweep, whole or not: these arms are added to it."""
+    """Add the command's arms to the sweep with this id, whole or not."""
     rerun_failed: bool = False
-    """Whether arms run again that have failed of their own fault: their input, their model."""
+    """Beside `resume` or `into`, run those arms again, too, that failed by a fault of their own: of
+    their input, their model."""
     extend: str | None = None
-    """A swept key (optimizer.lr) that is doubled or halved until its best value lies between others."""
+    """Double or halve this swept key (optimizer.lr) until its best value lies between two others."""
 
 
 @dataclass(slots=True)
@@ -213,7 +221,8 @@ class FiguresConfig:
     """What the figures of a comparison are like, at a sweep's end and in later reports of it."""
 
     width: Any = setting("double", ChoicesOrInches(FIGURE_WIDTHS, 2, 40))
-    """single (a paper's column: 3.5 inches) | double (its text: 7.2) | talk (a slide: 12) | inches."""
+    """How wide they are: single (a paper's column, 3.5 inches) | double (its text, 7.2) | talk (a
+    slide, 12) | a number of inches."""
     format: Any = setting(("svg", "png"), SomeOf(FIGURE_FORMATS))
     """The files that each figure is written to, one or several."""
 
@@ -223,9 +232,9 @@ class Config:
     """The root of the schema. Dictionaries hold a `_target_` and its arguments."""
 
     model: dict[str, Any] = MISSING
-    """What is trained."""
+    """What is trained: a network."""
     data: dict[str, Any] = MISSING
-    """What it is trained and evaluated on, and in what batches."""
+    """What the model is trained and evaluated on, and in what batches."""
     criterion: dict[str, Any] = MISSING
     """The loss."""
     optimizer: dict[str, Any] = MISSING
@@ -247,11 +256,13 @@ class Config:
     """What is done: train | audit (judge a window's gradient against the large batch's) | plan (predict
     the memory of each N) | advise (try the ways to a batch, and recommend one)."""
     seed: int = 0
-    """Of the initial weights, the order of samples, augmentation and dropout."""
+    """Draw initial weights, the order of samples, augmentation and dropout from this number."""
     resume: str = "auto"
-    """auto (go on with this configuration's newest unfinished run) | never | a run's folder or id."""
+    """auto (go on with this configuration's newest unfinished run) | never (begin another) | a run's
+    folder or id (go on with that one)."""
     sweep_id: str = "none"
-    """Of all arms of a command, which gives it: a date, a time and six signs."""
+    """Written by the program: the name that the arms of a command share, a date, a time and six
+    signs."""
 
 
 BLOCKS: dict[str, Any] = {"": Config} | {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}

@@ -21,8 +21,8 @@ from tests.slurm import slurm, why_not
 from tests.strangers import Net
 
 RAY = (
-    "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2",
-    "+hydra.launcher.ray.init.include_dashboard=false",
+    "hydra/launcher=ray", "+hydra.launcher.ray.init.address=local",
+    "+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false",
 )  # fmt: skip
 HERE = "tests.arms.test_engines"
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from experiments.mlflow_browser import mlflow_server
@@ -194,10 +195,14 @@ class Reader:
         return ""
 
     def _ray(self) -> str:
+        # A path of the page's folder is too long for its sockets; the usual one is kept as that of a
+        # Ray that runs, for later ones to look for.
+        place = self._started.enter_context(TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
         command = ["ray", "start", "--head", "--block", "--port=6379", "--num-cpus=4"]
         log = self._started.enter_context((self.folder / "ray.log").open("w+"))
         head = self._started.enter_context(subprocess.Popen(
-            [*command, "--include-dashboard=false"], cwd=self.folder, env=self._variables,
+            [*command, "--include-dashboard=false", f"--temp-dir={place}"],
+            cwd=self.folder, env=self._variables,
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         ))  # fmt: skip
         self._started.callback(os.killpg, head.pid, signal.SIGTERM)
@@ -210,7 +215,7 @@ OF_THE_MOMENT = re.compile(
     r"(?s)other\s+processes\s+had\s+the\s+processor.*?\binclude\b|their\s+quartiles\s+up\s+to.*?off"
     r"|a\s+step\s+there\s+takes.*?as\s+long"
 )
-"""What depends on the load of a machine while it measures: under much of it no ratio of times is stated."""
+"""What depends on a machine's load while it measures: under much of it no ratio of times is stated."""
 
 
 def unseen(shown: str, printed: str) -> list[str]:

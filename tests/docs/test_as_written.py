@@ -79,8 +79,8 @@ def test_every_block_is_followed_or_says_why_not() -> None:
 def test_output_that_is_not_as_shown_is_found() -> None:
     """Another word, a line that is missing or too early; numbers and the machine's load may differ."""
     shown = (
-        "biased by N = 4\nepoch 0: loss 0.5 …\nother processes had the processor, which\nit include\n2; a step\n"
-        "there takes 2.8 × as long."
+        "biased by N = 4\nepoch 0: loss 0.5 …\nother processes had the processor, which\nit include\n2"
+        "; a step\nthere takes 2.8 × as long."
     )
     assert unseen(shown, "biased by N = 8\n\nepoch 1: loss 7e-3 MiB of it") == []
     assert unseen(shown, "equivalent by N = 4\nepoch 0: loss 0.5") == ["biased by N = 4"]
