@@ -14,6 +14,7 @@ from typing import Any
 from docutils import nodes
 from omegaconf import DictConfig, OmegaConf
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 import gaccum_exp
@@ -272,6 +273,8 @@ def _indent(line: str) -> int:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directive, and how docstrings are read."""
     app.setup_extension("sphinx.ext.autodoc")
+    # Of an attribute's first line napoleon takes what is before a colon for a type, and puts it last.
+    GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end
     app.add_directive("generated", Generated)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -70,9 +70,8 @@ def accumulate_gradients(
         model: called by the loss function.
         loss_fn: `loss_fn(model, micro_batch) -> (loss_sum, denominator)`, or a `torch.nn` criterion for
             micro-batches `(input, target)`, or mappings of the model's arguments with `labels`; or a
-            function of output and target (`losses.criteria.as_criterion`), with `reduction` or that
-            gives a mean, a sum, or the loss of each sample. A loss of several terms returns a mapping of
-            names to what `losses.protocol.terms_of` lists.
+            function of output and target, with `reduction` or that gives a mean, a sum, or the loss of
+            each sample. A loss of several terms returns a mapping, as `LossFn` says.
         window: the micro-batches of one optimizer step.
         reduction: how micro gradients become the window's gradient.
         sum_divisor: what `sum` divides by, a constant (1: the literal sum).
@@ -85,8 +84,8 @@ def accumulate_gradients(
             forward pass more, then the gradient is the large batch's whatever the loss. Under it
             `loss_fn` is called on the joined window too, and a criterion's mean is its own.
             `compensated` adds half-precision gradients up in their own type, as exactly as a float32
-            buffer; one that is made for an optimizer (`core.adam_a`) leaves no gradient, and takes its
-            step itself.
+            buffer; one that is made for an optimizer (AdamA) leaves no gradient, and takes its step
+            itself.
 
     Returns:
         The window's loss sum and denominator, whatever the reduction.

@@ -70,7 +70,18 @@ LossResult = tuple[Tensor, Denominator] | Mapping[str, Any]
 
 
 class LossFn(Protocol):
-    """Computes the loss sum and the denominator of one micro-batch, or those of its terms."""
+    """Computes the loss sum and the denominator of one micro-batch, or those of its terms.
+
+    A function `loss_fn(model, micro_batch)` returns `(loss_sum, denominator)`: a 0-dim tensor with
+    its graph, and a number that adds up over micro-batches. Of a loss of several terms it returns a
+    mapping of their names to `(sum, denominator)`, `(sum, denominator, weight)` or
+    `(sums, denominator, weight, of)`: the term is weight × Σ sum / Σ denominator over the window, or
+    weight × of(Σ sums / Σ denominator). A denominator `at_least(n)` divides by max(1, Σ n), and None
+    leaves the sums of a function undivided.
+
+    Where it also has `count(micro_batch)`, that returns the denominator, or those of the terms by name,
+    before the model has run.
+    """
 
     def __call__(self, model: nn.Module, micro_batch: Any, /) -> LossResult:
         """Run the model on the micro-batch; return the loss sum, 0-dim, and the denominator."""
