@@ -22,7 +22,7 @@ from gaccum_exp.arms import outcome
 from gaccum_exp.audit import result
 from gaccum_exp.config import schema
 from gaccum_exp.config.files import conf_dir, options
-from gaccum_exp.config.keys import Key, attribute_docs, comment_of, keys, of_block
+from gaccum_exp.config.keys import Key, attribute_docs, keys, of_block, opening_of
 from gaccum_exp.report.compare import columns
 from gaccum_exp.tracking import metrics
 
@@ -213,7 +213,7 @@ def _key_table(found: Iterable[Key]) -> str:
 
 def _file(block: str, name: str) -> str:
     text = (Path(conf_dir()) / block / f"{name}.yaml").read_text(encoding="utf-8").strip()
-    about = comment_of(block, name).partition("\n")[0].rstrip(":")
+    about = opening_of(block, name)
     config = OmegaConf.create(text)
     node = config.train if block == "data" else config
     assert isinstance(node, DictConfig)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gaccum_exp.config.files import blocks, conf_dir, options
-from gaccum_exp.config.keys import Key, comment_of, keys, of_block
+from gaccum_exp.config.keys import Key, keys, of_block, opening_of
 from gaccum_exp.config.schema import BLOCKS
 from gaccum_exp.errors import BadInputError, nearest
 
@@ -63,7 +63,7 @@ def _on_block(block: str, folders: Sequence[str]) -> Iterator[str]:
         yield f"\nFiles, chosen by {block}=file; --help {block}={names[0]} shows one:"
         for name in names:
             own = not (Path(conf_dir()) / block / f"{name}.yaml").is_file()
-            said = "" if own else comment_of(block, name).partition("\n")[0].rstrip(":")
+            said = "" if own else opening_of(block, name)
             yield from _wrapped(f"{name}: {said}" if said else name)
     for key in keys().values():
         if key.name.startswith(f"{block}."):

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, get_args
@@ -16,6 +18,7 @@ from gaccum_exp.config.allowed import Choices, allowed_of
 from gaccum_exp.config.files import conf_dir, options
 
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+_EXAMPLE = re.compile(r"\s*['+]?[\w.]+=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,14 @@ def comment_of(group: str, name: str) -> str:
             continue
         lines.append(line[1:].rstrip())
     return inspect.cleandoc("\n".join(lines))
+
+
+def opening_of(group: str, name: str) -> str:
+    """Return the first sentence of that comment on one line; an example ends it."""
+    lines = takewhile(lambda line: not _EXAMPLE.match(line), comment_of(group, name).splitlines())
+    text = " ".join(line.strip() for line in lines)
+    found = re.match(r".*?[.?](?= [A-Z]|$)", text)
+    return (found[0] if found else text).removesuffix(", e.g.").rstrip(":")
 
 
 def _assigned(node: ast.stmt) -> str | None:

@@ -9,7 +9,7 @@ from gaccum_exp.config.allowed import Choices, allowed_of
 from gaccum_exp.config.batch_sizes import BATCH_KEYS
 from gaccum_exp.config.files import blocks
 from gaccum_exp.config.help import asked_of, help_on
-from gaccum_exp.config.keys import keys, of_block
+from gaccum_exp.config.keys import keys, of_block, opening_of
 from gaccum_exp.errors import BadInputError
 from tests.support import composed
 
@@ -52,6 +52,13 @@ def test_the_words_that_are_said_are_those_that_are_taken() -> None:
         OmegaConf.update(config, name, "zebra")
         with pytest.raises(BadInputError, match=f"{name}=zebra: not one of {', '.join(words)}$"):
             schema.validate(config)
+
+
+def test_a_file_is_described_by_the_first_sentence_of_its_comment() -> None:
+    """However it is broken into lines; an example that follows is none of it."""
+    assert opening_of("criterion", "model_loss").endswith(" model(**micro_batch).loss.")
+    assert opening_of("data", "digits").endswith(" no download; 1,442 to train on, 355 held out.")
+    assert opening_of("data", "imagefolder").endswith(" a sub folder per class")
 
 
 def test_help_on_a_key_says_type_default_and_what_it_does() -> None:
