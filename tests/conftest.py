@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also as a shell's background job, which ignores it, and so would all that tests start."""
+    """Hear Ctrl-C also as a shell's background job, whose children would ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
