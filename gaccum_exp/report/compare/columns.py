@@ -198,7 +198,7 @@ class ComparisonRow:
     )
     """Median seconds of an optimizer step."""
     step_ratio: float | None = column(lambda arm: arm.step_ratio, "\n×", say_ratio)
-    """To the reference's; None where of either too few windows were timed: see `step_times`."""
+    """To the reference's; None where too few windows of either were timed, or other load differed."""
     name: str = column(lambda arm: arm.run.name)
     """The run's name, as in MLflow."""
     status: str = column(lambda arm: arm.run.status)
