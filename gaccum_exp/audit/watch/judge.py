@@ -43,6 +43,7 @@ from gaccum_exp.audit.verdict import (
     remedy_of_factor,
     scale_of,
 )
+from gaccum_exp.audit.watch.changed_gradient import Change, change_between
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
@@ -266,6 +267,22 @@ def _since_other_steps(
     return micro_batches
 
 
+def _with_change(audit: Audit, change: Change) -> Audit:
+    """Return the audit of a gradient that the loop changed after the last backward pass."""
+    if change.what is None:
+        if audit.verdict == "biased":
+            return audit.noting(change.said)
+        why = f"{change.said}. Up to there it is the sum of what the passes gave"
+        return replace(
+            audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, detail=why, moves=change.size
+        )
+    audit = audit.noting(f"{change.said}, as it would change the large batch's")
+    if not change.drawn or audit.verdict not in ("identical", "equivalent"):
+        return audit
+    said = "random numbers are added to the whole gradient: compare averages over seeds"
+    return replace(audit, verdict="stochastic", cause=result.RANDOMNESS, remedy=said)
+
+
 @dataclass(frozen=True, slots=True)
 class _Passes:
     """A window's passes, judged."""
@@ -330,9 +347,17 @@ class _LoopWindow:
                 # They scale the whole gradient, which is the loop's doing and no model's.
                 self._rerun, replayed = bare, unhooked
         factor = multiple(self._observed, replayed, AS_REPLAYED)
+        change = self._gradient().change(replayed) if factor is None else self._change_after_clipping()
+        if factor is None and change is not None and change.what is not None:
+            self._observed, factor = self._gradient().at_last_backward, 1.0
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
         passes = self._judged(self._rerun, replayed, self._observed, factor)
+        audit = self._of_passes(passes, replayed, factor)
+        return audit if change is None else _with_change(audit, change)
+
+    def _of_passes(self, passes: "_Passes", replayed: Gradient, factor: float | None) -> Audit:
+        """Return the verdict on passes and on what came between them and the step."""
         self._shares, measured = passes.shares, passes.found.measured
         if measured is None:
             return self._counting_nothing(passes)
@@ -479,7 +504,7 @@ class _LoopWindow:
         seen, scale = self._seen, self._loss_scale
         at_start, last = seen.at_start, seen.accumulated.get(seen.tape.backwards, {})
         return GradientOfLoop(
-            seen, self._observed, scaled(self._here(at_start), scale), scaled(self._here(last), scale),
+            seen, self._observed, scaled(self._here(at_start), scale), self._here(last),
             self._micro_batches, self._of_others, self._rerun,
         )  # fmt: skip
 
@@ -604,6 +629,17 @@ class _LoopWindow:
             "part of the data and no fault; else change it once per optimizer step"
         )
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
+
+    def _change_after_clipping(self) -> Change | None:
+        """Return what the loop did to the clipped gradient before its step."""
+        clipping = self._clipping
+        if clipping is None or clipping.at_loss_scale:
+            return None
+        weights = self._window.modules.parameters()
+        found = {n: g for n, g in self._here(clipping.after).items() if n in self._reached}
+        return change_between(
+            found, self._reached, weights, len(self._micro_batches), drawn=self._gradient().drawn
+        )
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None:

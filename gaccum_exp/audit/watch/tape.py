@@ -466,19 +466,35 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
     """Join pieces from different places in the loop that were back-propagated together."""
     # A loop that adds up the losses of all micro-batches first calls them from one place.
     found: list[list[TapedMicroBatch]] = []
+    pieces = _penalties_joined(pieces)
     penalties = sum(piece.of_weights_alone for piece in pieces)
     for piece in pieces:
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
         repeats = places & set(piece.signature) and not piece.of_weights_alone
         together = bool(last) and piece.backwards & last[-1].backwards and not repeats
-        afterwards = bool(last) and piece.of_weights_alone and piece is pieces[-1]
-        beforehand = bool(last) and penalties == 1 and last == pieces[:1] and last[0].of_weights_alone
+        once = bool(last) and penalties == 1
+        afterwards = once and piece.of_weights_alone and piece is pieces[-1]
+        beforehand = once and last == pieces[:1] and last[0].of_weights_alone
         if together or afterwards or beforehand:
             last.append(piece)
         else:
             found.append([piece])
     return [TapedMicroBatch.of(each) for each in found]
+
+
+def _penalties_joined(pieces: Sequence[TapedMicroBatch]) -> list[TapedMicroBatch]:
+    """Join the penalties on several weights that had a backward pass to themselves."""
+    of_samples = {number for p in pieces if not p.of_weights_alone for number in p.backwards}
+    found: list[TapedMicroBatch] = []
+    for piece in pieces:
+        last = found[-1] if found else piece
+        alone = piece.of_weights_alone and last.of_weights_alone and not piece.backwards & of_samples
+        if found and alone and piece.backwards == last.backwards:
+            found[-1] = TapedMicroBatch.of([last, piece])
+        else:
+            found.append(piece)
+    return found
 
 
 def _recurring(pieces: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
@@ -547,6 +563,8 @@ class Observations:
     """The parameters whose optimizers took the step: of several, each may step at another time."""
     carried: set[str] = field(default_factory=set)
     """Those of them that hold gradients from before another optimizer's step."""
+    states: list[list[Any]] = field(default_factory=lambda: [[], []])
+    """The random states right after the last backward pass, and when the first of them stepped."""
     stepped_in_backward: bool = False
     """Whether an optimizer stepped while a backward pass was running."""
     weights: dict[str, Tensor] = field(default_factory=dict)

@@ -199,7 +199,8 @@ def faults_of(
         pairs = zip(means, totals, faults, strict=True)
         given = [f"{term.name} by {t:.4g}" for term, t, off in pairs if off == 1 and not _one(t)]
         if given:
-            remark = f"the loop multiplies {', '.join(given)} in all, which is taken as given"
+            named = ", ".join(dict.fromkeys(given))
+            remark = f"the loop multiplies {named} in all, which is taken as given"
     if halved and accum_steps > 1 and remark is None:
         said = f"the loss function multiplies by {1 / accum_steps:.4g} in its source, as N would"
         remark = f"{said}, which is taken as given"

@@ -25,6 +25,7 @@ from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, ParameterRef, Tape
 from gaccum_exp.audit.watch.user_functions import OnCall, calls_reported, calls_unreported
 from gaccum_exp.core.gradient import Gradient, dense
+from gaccum_exp.core.seeding import random_states
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
@@ -185,6 +186,7 @@ class LoopTracer:
             last = seen.accumulated.get(seen.tape.backwards)
             seen.tape.backwards += 1
             seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+            seen.states[0] = random_states()
             if seen.stepped:  # an optimizer that steps inside the backward pass
                 self._close_if_complete()
         self.counting = False
@@ -294,6 +296,8 @@ class LoopTracer:
         if self.seen.tape.calls:
             self._weights_moved()
         self._taken |= now
+        if not self.seen.stepped:
+            self.seen.states[1] = random_states()
         self.seen.stepped |= names
         self.seen.stepped_in_backward |= self.counting
         if self.counting:  # it takes the gradient away before the accumulation is seen

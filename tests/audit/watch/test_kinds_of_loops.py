@@ -682,6 +682,92 @@ def scaled_unscaled_and_clipped() -> Stepped:
     return stepped(net().float(), None, passes, lambda m: cross_entropy(m, *large), most=0.1)
 
 
+def each(change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Return what changes every parameter."""
+    return lambda m: [change(p) for p in m.parameters()][:0] or None
+
+
+def clipped_then(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda m: [nn.utils.clip_grad_norm_(m.parameters(), 0.01), change(m)][:0] or None
+
+
+def noisy(p: Any) -> None:
+    p.grad.add_(torch.randn_like(p), alpha=0.01)
+
+
+def centralised(p: Any) -> None:
+    if p.ndim > 1:
+        p.grad -= p.grad.mean(1, keepdim=True)
+
+
+def projected(p: Any) -> None:
+    p.grad -= (p.grad * p.detach()).sum() / p.detach().square().sum() * p.detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "said"),
+    [
+        (each(noisy), "stochastic", "noise was added"),
+        (clipped_then(each(noisy)), "stochastic", "noise was added"),
+        (each(lambda p: p.grad.add_(p.detach(), alpha=0.1)), "equivalent", "0.1 × the weights"),
+        (each(centralised), "equivalent", "centralised"),
+        (each(projected), "equivalent", "projected"),
+        (each(lambda p: p.grad.sign_()), "equivalent", "signs alone"),
+        (each(lambda p: p.grad.mul_(p.detach().norm())), "equivalent", "a number of its own"),
+        (each(lambda p: p.grad.mul_(p.grad.abs() > p.grad.abs().median())), "equivalent", "set to zero"),
+        (each(lambda p: p.grad.mul_(0.25) if p.ndim > 1 else None), "inconclusive", "not known here"),
+        (each(lambda p: p.grad.copy_(p.grad.sign() * p.grad.abs().sqrt())), "inconclusive", "not known"),
+        (clipped_then(each(lambda p: p.grad.sub_(p.grad**2))), "inconclusive", "not known here"),
+    ],
+)
+def test_what_is_done_to_the_whole_gradient_is_named_and_sized(
+    change: Callable[[Any], None], verdict: str, said: str
+) -> None:
+    """The large batch's would be changed alike; a division by N of a part is no such choice."""
+    torch.manual_seed(3)
+    for divisor in (4, 1):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, None, optimizer) as audit:
+            for x, y in data():
+                (ce(model(x), y) / divisor).backward()
+            change(model)
+            optimizer.step()
+        if divisor == 4:
+            assert audit.verdict == verdict, str(audit)
+            assert said in (audit.detail or ""), str(audit)
+            assert "the loop changed the gradient by" in (audit.detail or "")
+        elif verdict != "inconclusive":
+            assert (audit.verdict, audit.cause) == ("biased", SCALE), str(audit)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "each"])
+@pytest.mark.parametrize("divisor", [3, 1])
+def test_penalties_of_several_weights_with_a_backward_pass_of_their_own(
+    where: str, divisor: int
+) -> None:
+    """They are a part of a micro-batch, or of the window, and no micro-batch."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def penalize() -> None:
+        (0.01 * sum(p.norm() for p in model.parameters()) / (divisor if where == "each" else 1)).backward()
+
+    with watch(model, None, optimizer) as audit:
+        if where == "before":
+            penalize()
+        for x, y in data((4, 4, 4)):
+            (ce(model(x), y) / divisor).backward()
+            if where == "each":
+                penalize()
+        if where == "after":
+            penalize()
+        optimizer.step()
+    assert audit.accum_steps == 3, str(audit)
+    expected = ("equivalent", None) if divisor == 3 else ("biased", SCALE)
+    assert (audit.verdict, audit.cause) == expected, str(audit)
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop_is_judged_with_its_cause(name: str) -> None:
     """By verdict and cause, and the measured gradient is the large batch's where none is named."""
