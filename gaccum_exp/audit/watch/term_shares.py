@@ -232,8 +232,8 @@ def _coefficients(
 ) -> tuple[list[float] | None, bool]:
     """Fit a term's micro gradients in the one pass; return whether it is their sum, too."""
     accum_steps, alone = len(window.sizes), len(window.sizes) == 1
-    if window.of_weights_alone(window.column_of(term)):
-        return [1 / accum_steps] * accum_steps, False
+    if window.of_weights_alone(window.column_of(term)):  # a part to each micro-batch that takes it
+        return [n / (sum(sizes) or 1) for n in sizes], False
     if window.of_the_whole(window.column_of(term)):  # each has the part of its own samples
         return [1.0] * accum_steps, False
     if alone:  # one micro-batch and its double: a sum doubles, a mean does not
