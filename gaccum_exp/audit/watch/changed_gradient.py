@@ -36,8 +36,8 @@ class Change:
         """It in a sentence."""
         how = self.what or "in a way that is not known here"
         return (
-            f"between the last backward pass and the step the loop changed the gradient by {self.size:.2g} "
-            f"× its norm: {how} (cosine of before and after: {self.cosine:.3g})"
+            "between the last backward pass and the step the loop changed the gradient by "
+            f"{self.size:.2g} × its norm: {how} (cosine of before and after: {self.cosine:.3g})"
         )
 
 
@@ -58,7 +58,12 @@ def change_between(
     size = distance(after, before)
     cosine = dot(before, after) / (norm(before) * norm(after))
     lost = any(bool(before[name].any()) and not bool(g.any()) for name, g in after.items())
-    if size <= SAME or cosine < LEAST_COSINE or lost or distance(after, before, _along(before, after)) <= SAME:
+    if (
+        size <= SAME
+        or cosine < LEAST_COSINE
+        or lost
+        or distance(after, before, _along(before, after)) <= SAME
+    ):
         return None
     what = _masked(before, after)
     if drawn:
@@ -102,7 +107,8 @@ def _multiplied(before: Gradient, after: Gradient, accum_steps: int) -> str | No
     by_n = {accum_steps, 1 / accum_steps} - {1}
     if any(abs(c / n - 1) < 10 * SAME for c in by.values() for n in by_n):
         return None
-    return f"each parameter's was multiplied by a number of its own ({min(by.values()):.3g} to {max(by.values()):.3g})"
+    least, most = min(by.values()), max(by.values())
+    return f"each parameter's was multiplied by a number of its own ({least:.3g} to {most:.3g})"
 
 
 def _signs(before: Gradient, after: Gradient) -> str | None:
@@ -128,12 +134,15 @@ def _projected(before: Gradient, after: Gradient) -> str | None:
         for n, g in after.items()
         if norm({n: away[n]}) > SAME * norm({n: g})
     )
-    if any(cosine > 10 * SAME for cosine in inner) and abs(dot(away, after)) > 10 * SAME * norm(away) * norm(after):
+    if any(cosine > 10 * SAME for cosine in inner) and abs(dot(away, after)) > 10 * SAME * norm(
+        away
+    ) * norm(after):
         return None
     matrices = {n: g for n, g in after.items() if g.ndim > 1}
     moved = {n for n, g in away.items() if norm({n: g}) > SAME * norm({n: before[n]})}
     centred = all(
-        float(g.flatten(1).double().mean(1).norm()) <= 10 * SAME * float(before[n].flatten(1).double().mean(1).norm())
+        float(g.flatten(1).double().mean(1).norm())
+        <= 10 * SAME * float(before[n].flatten(1).double().mean(1).norm())
         for n, g in matrices.items()
     )
     if centred and moved <= matrices.keys():

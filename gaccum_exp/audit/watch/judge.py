@@ -274,7 +274,12 @@ def _with_change(audit: Audit, change: Change) -> Audit:
             return audit.noting(change.said)
         why = f"{change.said}. Up to there it is the sum of what the passes gave"
         return replace(
-            audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, detail=why, moves=change.size
+            audit,
+            verdict="inconclusive",
+            cause=result.UNKNOWN,
+            remedy=None,
+            detail=why,
+            moves=change.size,
         )
     audit = audit.noting(f"{change.said}, as it would change the large batch's")
     if not change.drawn or audit.verdict not in ("identical", "equivalent"):

@@ -253,6 +253,8 @@ class Tape:
     _latest: dict[int, TapedCall] = field(default_factory=dict)
     """The model's last call from each place."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _nodes: dict[Any, tuple[TapedCall, Callable[[TapedCall, Tensor], None]]] = field(default_factory=dict)
+    """What has made them, by nodes of the graph."""
 
     @property
     def number(self) -> float:
@@ -291,6 +293,11 @@ class Tape:
     def origin(self, tensor: Tensor) -> OutputRef | None:
         """Return the call that made this tensor, if it is on the tape."""
         found: OutputRef | None = self._origins.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
+        made = None if found is not None or not self._nodes else self._nodes.get(tensor.grad_fn)
+        if made is not None:  # an operation of the user's own, whose output has had no graph till now
+            call, followed = made
+            found = self._origins[tensor] = OutputRef(call, tensor.output_nr)
+            followed(call, tensor)
         return found
 
     def go_on_from(self, earlier: "Tape") -> None:
@@ -315,6 +322,25 @@ class Tape:
             self._add_output(call, tensor)
         if call.kind == "model":
             self._latest[call.site] = call
+
+    def add_node(
+        self, call: TapedCall, node: Any, output: Any, followed: Callable[[TapedCall, Tensor], None]
+    ) -> None:
+        """Record a call by the node of its outputs, which are no part of a graph yet.
+
+        Args:
+            call: of an operation of the user's own.
+            node: of the graph.
+            output: what it returns.
+            followed: gets it, and each of its outputs that is used.
+        """
+        self.calls.append(call)
+        self._nodes[node] = call, followed
+        for tensor in tensors_out(output):
+            call.graphs.append(True)
+            call.outputs.append((tuple(tensor.shape), tensor.dtype))
+            call.marks.append(None)
+        call.has_graph = True
 
     def add_left(self, call: TapedCall, module: nn.Module) -> list[Tensor]:
         """Record what a call has left with a graph in attributes of a module, and return it."""

@@ -28,6 +28,12 @@ from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
 
+NO_MODULE = (
+    "an optimizer stepped, but no module was called before: give watch the model and the optimizer, which "
+    "shows what the loop computes with its parameters (of torch.func's gradients nothing is seen: put each "
+    "into .grad by loss.backward())"
+)
+
 
 class Watched:
     """The audits, window by window; other attributes are those of the worst."""
@@ -221,7 +227,11 @@ class watch:  # noqa: N801  # used as a function
         """Trace what was found, from the call of a module on that has begun."""
         model = owner_of(stepped_by(optimizers), called)
         if model is None:
-            self._watched.nothing = "what the optimizer steps belongs to no module: give watch the model"
+            self._watched.nothing = (
+                "what the optimizer steps belongs to no module: hold it in one (nn.ParameterList), whose "
+                "parameters the loop computes with; of copies of a model's weights (in float32, or by "
+                "torch.func) give watch the model, and the optimizer whose step is to be judged"
+            )
             return
         self._tracer = self._tracer_of(model, optimizers)
         if self._finder is not None and not self._global_step:
@@ -250,6 +260,8 @@ class watch:  # noqa: N801  # used as a function
             if self._tracer is None and (len(args) > 1 or kwargs.get("closure") is not None):
                 finder.wait_no_longer()
                 self._found(None, finder.optimizers)
+            if self._tracer is None and not self._watched.windows:
+                self._watched.nothing = NO_MODULE
         return None if self._tracer is None else self._tracer.before_step(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -615,6 +615,63 @@ def hooks_that_clip() -> Stepped:
     return run(model, None, cross_entropy, data(), 4)
 
 
+class Reversed(torch.autograd.Function):
+    """Leaves features as they are, and turns their gradient round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return -ctx.by * gradient, None
+
+
+class Squared(torch.autograd.Function):
+    """A loss with a gradient of its own, in the newer way to write it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.square().mean()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * 2 * x / x.numel()
+
+
+def reversing(divisor: int) -> Stepped:
+    """Train a head against features, between whose calls their gradient is turned round."""
+    model = nn.ModuleDict({"features": nn.Linear(5, 4), "classes": nn.Linear(4, 3)}).double()
+
+    def loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        features = m["features"](x)
+        other = ce(m["classes"](Reversed.apply(features, 0.5)), 2 - y)
+        return ce(m["classes"](features), y) + other
+
+    return run(model, None, loss, data(), divisor)
+
+
+@loop("sound")
+def gradients_turned_round() -> Stepped:
+    return reversing(4)
+
+
+@loop("biased", SCALE)
+def gradients_turned_round_and_not_divided() -> Stepped:
+    return reversing(1)
+
+
+@loop("biased", SCALE)
+def a_loss_with_a_gradient_of_its_own() -> Stepped:
+    return run(net(), None, lambda m, x, y: Squared.apply(m(x)), data(), 1)
+
+
 # What reaches the step.
 
 
@@ -751,7 +808,9 @@ def test_penalties_of_several_weights_with_a_backward_pass_of_their_own(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def penalize() -> None:
-        (0.01 * sum(p.norm() for p in model.parameters()) / (divisor if where == "each" else 1)).backward()
+        (
+            0.01 * sum(p.norm() for p in model.parameters()) / (divisor if where == "each" else 1)
+        ).backward()
 
     with watch(model, None, optimizer) as audit:
         if where == "before":
