@@ -253,6 +253,8 @@ class Tape:
     _latest: dict[int, TapedCall] = field(default_factory=dict)
     """The model's last call from each place."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _asked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """Copies of leaves that the model was given, whose gradient may be asked for."""
     _nodes: dict[Any, tuple[TapedCall, Callable[[TapedCall, Tensor], None]]] = field(default_factory=dict)
     """What has made them, by nodes of the graph."""
 
@@ -277,6 +279,8 @@ class Tape:
             if origin is not None and not by_value:
                 return origin
             kept = x.detach().clone()
+            if to_model and x.requires_grad and x.is_leaf:
+                self._asked.setdefault(x, []).append(kept)  # type: ignore[no-untyped-call]  # torch's
             if self.moving is not None:
                 self.moving.note(x, kept, self.backwards)
             return kept
@@ -341,6 +345,18 @@ class Tape:
             call.outputs.append((tuple(tensor.shape), tensor.dtype))
             call.marks.append(None)
         call.has_graph = True
+
+    def add_asked(self, leaf: Tensor, order: int) -> None:
+        """Record a leaf that the model was given and whose gradient is asked for, as in a penalty."""
+        copies: list[Tensor] = self._asked.pop(leaf, [])  # type: ignore[no-untyped-call]  # torch's own
+        if not copies:
+            return
+        call = TapedCall("between", asked_for, {0: copies[0]}, order)
+        self.add(call, leaf)
+        known, ref = {id(kept) for kept in copies}, OutputRef(call, 0)
+        for each in self.calls:
+            if each.kind == "model":
+                each.arguments = mapped(lambda x: ref if id(x) in known else x, each.arguments)
 
     def add_left(self, call: TapedCall, module: nn.Module) -> list[Tensor]:
         """Record what a call has left with a graph in attributes of a module, and return it."""
@@ -730,6 +746,21 @@ Outputs = dict[TapedCall, list[Tensor]]
 def of_the_loop(tensor: Tensor) -> Tensor:
     """Return a tensor of the loop's own that gets a gradient, and is no parameter."""
     return tensor
+
+
+def asked_for(tensor: Tensor) -> Tensor:
+    """Return a leaf of the loop's own, whose gradient goes into its loss."""
+    return tensor.detach().requires_grad_()
+
+
+def gradient_asked_for(outputs: Any, inputs: Any, grad_outputs: Any = None, **how: Any) -> Any:
+    """Return the gradient that a loop takes for its loss; zero, where nothing has a graph."""
+    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+        asked = [inputs] if isinstance(inputs, Tensor) else inputs
+        return tuple(torch.zeros_like(t) for t in asked)
+    how |= {"create_graph": True, "retain_graph": True}
+    return torch.autograd.grad(outputs, inputs, grad_outputs, **how)
 
 
 def surrogate(output: Tensor, gradient: Tensor) -> Tensor:

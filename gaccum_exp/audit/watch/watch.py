@@ -315,7 +315,8 @@ class watch:  # noqa: N801  # used as a function
             if seen.carried:
                 why = (
                     f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
-                    "step: watch each optimizer alone"
+                    "step: if they are meant for this step, watch its optimizer alone; else call zero_grad "
+                    f"before its first backward pass{seen.places.at('backward')}"
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()
