@@ -31,6 +31,7 @@ from gaccum_exp.audit.watch.tape import (
     OutputRef,
     TapedCall,
     gradient_asked_for,
+    gradient_by_weights,
     leaves,
     loss_in,
     losses_in,
@@ -377,10 +378,10 @@ class TracedCalls:
             past = self._tracer.past
             self._note_reading([ref for t in tensors if (ref := past.origin(t)) is not None])
         tape, graphs = self._tracer.seen.tape, self._graphs
-        if function is torch.autograd.grad:
-            given = kwargs.get("inputs", args[1] if len(args) > 1 else ())
-            for leaf in tensors_in(given):
-                tape.add_asked(leaf, next(self._order))
+        asked = function is torch.autograd.grad
+        by = tensors_in(kwargs.get("inputs", args[1] if len(args) > 1 else ())) if asked else []
+        for leaf in by:
+            tape.add_asked(leaf, next(self._order))
         if graphs:
             self._note_leaves(tensors)
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
@@ -403,8 +404,9 @@ class TracedCalls:
         between = self._taped("between", function, args, kwargs)
         form = linear(function, args, kwargs) if graphs else None
         output = run(function, args, kwargs)
-        if function is torch.autograd.grad:
-            between.function = gradient_asked_for
+        if asked and any(t.requires_grad for t in tensors_in(output)):
+            weights = any(id(t) in tape.parameters for t in by)
+            between.function = gradient_by_weights if weights else gradient_asked_for
         if writes(name) and isinstance(args[0], Tensor):  # what it wrote to is what it has put out
             between.function = on_copy(function)
             if output is None:  # of an assignment to rows

@@ -49,7 +49,14 @@ from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, 
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
 from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.places import said
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label, made_of
+from gaccum_exp.audit.watch.tape import (
+    Observations,
+    TapedMicroBatch,
+    gradient_asked_for,
+    gradient_by_weights,
+    ignored_label,
+    made_of,
+)
 from gaccum_exp.audit.watch.taped_window import (
     CouplingError,
     TapedWindow,
@@ -68,6 +75,10 @@ from gaccum_exp.memory.available import out_of_memory
 NOTHING_COUNTS = (
     "all labels of the window are ignored, so that nothing counts and there is no gradient to compare: "
     "audit another window"
+)
+OF_ITS_OWN = (
+    "the loss holds the gradient of another one, which is no sample's own: take that of a sum over samples, "
+    "for that of a mean shrinks as the batch grows"
 )
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
@@ -112,8 +123,8 @@ def judge(
     except NotJoinableError as error:
         return replace(blank, detail=str(error) if dim is not None else f"{error}; or {ASKED}")
     except Exception as error:  # the user's loop must go on, whatever happens here
-        if any(call.function is torch.autograd.grad for call in seen.tape.calls):
-            why = "the loop takes a gradient for its loss, e.g. for a penalty"
+        if any(call.function in (torch.autograd.grad, gradient_by_weights) for call in seen.tape.calls):
+            why = "the loop takes a gradient by the weights for its loss, e.g. for a penalty on it"
             said = f"{why}: give watch the function that computes the whole loss"
             return replace(blank, detail=said)
         return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
@@ -448,6 +459,8 @@ class _LoopWindow:
             audit = self._without_hooks(audit, passes.weighed)
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
             audit = self._with_multiples(audit, found.one_pass64, passes.observed)
+        if audit.cause == result.UNKNOWN and audit.verdict == "biased" and self._takes_gradients():
+            audit = replace(audit, cause=result.NOT_ADDITIVE, remedy=OF_ITS_OWN, detail=None)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, passes)
         elif audit.cause == result.LOSS_SCALE:
@@ -481,6 +494,10 @@ class _LoopWindow:
         return audit.led_by(
             [replace(of, remedy=f"{of.remedy}{line}") if of.remedy else of for of, line in lines]
         )
+
+    def _takes_gradients(self) -> bool:
+        losses = [loss for m in self._micro_batches for loss in m.losses]
+        return any(call.function is gradient_asked_for for call in made_of(losses))
 
     def _line_of(self, cause: str) -> str:
         """Return where in the source the loss or its backward pass is, if a remedy is about it."""

@@ -501,6 +501,8 @@ def _losses(piece: TapedMicroBatch) -> list[TapedCall]:
 
 def _all_refs(call: TapedCall) -> list[OutputRef]:
     """Return the outputs that a loss is made of, from near to far."""
+    if call.function is gradient_asked_for:  # the gradient of a loss is not made of its value
+        return []
     return [r for ref in call.refs() if ref.call.kind != "model" for r in (ref, *_all_refs(ref.call))]
 
 
@@ -754,13 +756,28 @@ def asked_for(tensor: Tensor) -> Tensor:
 
 
 def gradient_asked_for(outputs: Any, inputs: Any, grad_outputs: Any = None, **how: Any) -> Any:
-    """Return the gradient that a loop takes for its loss; zero, where nothing has a graph."""
+    """Return the gradient that a loop takes for its loss.
+
+    Where nothing has a graph, as while operations are tried, what depends row by row on the outputs.
+    """
     given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
-        asked = [inputs] if isinstance(inputs, Tensor) else inputs
-        return tuple(torch.zeros_like(t) for t in asked)
+        asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        return tuple(_by_rows(t, given) for t in asked)
     how |= {"create_graph": True, "retain_graph": True}
     return torch.autograd.grad(outputs, inputs, grad_outputs, **how)
+
+
+def _by_rows(like: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    found = torch.zeros_like(like)
+    for rows in (t.detach().flatten(1).sum(1) for t in outputs if t.ndim and len(t) == len(like)):
+        found = found + rows.to(found.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return found
+
+
+def gradient_by_weights(*args: Any, **how: Any) -> Any:
+    """Refuse the gradient by weights that a loop takes for its loss: all samples of a window share it."""
+    raise NotImplementedError("a gradient by the weights is no sum over samples")
 
 
 def surrogate(output: Tensor, gradient: Tensor) -> Tensor:

@@ -173,6 +173,8 @@ class LoopTracer:
             asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
             given = {id(t) for t in asked}
             names = {name for name, p in self._parameters.items() if id(p) in given}
+            if frame.f_locals.get("create_graph") and frame.f_code is torch.autograd.grad.__code__:
+                names = set()  # it goes into a loss
             self.counting = inputs is None or bool(names)
             if self.counting and not self.idle:
                 self._calls.note_surrogates(frame.f_locals)

@@ -672,6 +672,66 @@ def a_loss_with_a_gradient_of_its_own() -> Stepped:
     return run(net(), None, lambda m, x, y: Squared.apply(m(x)), data(), 1)
 
 
+# A gradient that goes into the loss.
+
+
+def slope(m: Any, x: Tensor, asked: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the outputs at inputs of the loop's own, and the gradient of what is asked of them."""
+    x = (0.5 * x).requires_grad_()
+    out = m(x)
+    return out, torch.autograd.grad(asked(out), x, create_graph=True)[0]
+
+
+def penalized(divisor: float, of_penalty: float) -> Stepped:
+    """Train a critic that is to be 1-Lipschitz; the penalty is divided by a number of its own."""
+
+    def loss(m: Any, x: Tensor, divisors: tuple[float, float]) -> Tensor:
+        _, by_input = slope(m, x, torch.sum)
+        penalty = ((by_input.norm(dim=1) - 1) ** 2).mean()
+        return m(x).mean() / divisors[0] + 10 * penalty / divisors[1]
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for x, _ in data():
+            loss(m, x, (divisor, of_penalty)).backward()
+
+    return stepped(net(1), None, passes, lambda m: loss(m, whole(data())[0], (1, 1)))
+
+
+@loop("sound")
+def a_gradient_penalty_in_the_loops_own_lines() -> Stepped:
+    return penalized(4, 4)
+
+
+@loop("biased", SCALE)
+def a_gradient_penalty_that_is_not_divided() -> Stepped:
+    return penalized(4, 1)
+
+
+def forces(parts: Parts, asked: Callable[[Tensor], Tensor]) -> Stepped:
+    """Train an energy by itself and by its gradient."""
+
+    def loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        energy, force = slope(m, x, asked)
+        return F.mse_loss(energy.squeeze(1), y.double()) + F.mse_loss(-force, x)
+
+    return run(net(1), None, loss, parts, len(parts))
+
+
+@loop("sound")
+def an_energy_and_its_forces() -> Stepped:
+    return forces(data(), torch.sum)
+
+
+@loop("biased", UNEQUAL)
+def an_energy_and_its_forces_of_other_numbers() -> Stepped:
+    return forces(data((4, 4, 2)), torch.sum)
+
+
+@loop("biased", "loss not additive over samples")
+def forces_of_the_mean_energy() -> Stepped:
+    return forces(data(), torch.mean)
+
+
 # What reaches the step.
 
 
