@@ -48,8 +48,8 @@ def answer(loop: CheckedLoop, watched: Watched, *, failed: bool = False) -> Iter
     every = ([watched.windows[place] for place in group.windows] for group in groups)
     if loop.raised and unread and any(_counting_alike(audits) for audits in every):
         yield (
-            "Nor seen: whether micro-batches count equally in all windows as they do in these, so that a "
-            "mean divided by N is right: labels that are ignored, or other sizes, would change that."
+            "Nor seen: whether micro-batches count equally in all windows as they do in these, so that "
+            "a mean divided by N is right: labels that are ignored, or other sizes, would change that."
         )
 
 
@@ -168,7 +168,8 @@ def _said(audits: Sequence[Audit], others: str | None = None) -> str:
     """Return the verdict as a sentence; of `others` there is another one."""
     audit = worst_of(audits)
     if others and audit.verdict != "biased":
-        return f"In what was judged, the first {windows_in_words(len(audits))}, it is the large batch's gradient."
+        first = windows_in_words(len(audits))
+        return f"In what was judged, the first {first}, it is the large batch's gradient."
     if audit.verdict in ("identical", "equivalent"):
         rounding = "bit for bit" if audit.verdict == "identical" else "but for rounding"
         return f"Yes: what reached the optimizer is the large batch's gradient, {rounding}."

@@ -62,10 +62,10 @@ class Counts:
         counts = ", ".join(map(str, self.each[first * n : first * n + n][:8]))
         number, verb = len(unequal), "has" if len(unequal) == 1 else "have"
         return (
-            f"Others count unequally: of {len(self.each) // n} windows that the data loader gives {number} "
-            f"{verb} micro-batches with different numbers of {self.unit} (window {first + 1}: {counts}). A "
-            "mean of each, divided by N, is not the large batch's there; the sum of the losses, divided once "
-            f"by what the window counts, is. --windows {max(first, judged) + 1} judges such a one."
+            f"Others count unequally: of {len(self.each) // n} windows that the data loader gives "
+            f"{number} {verb} micro-batches with different numbers of {self.unit} (window {first + 1}: "
+            f"{counts}). A mean of each, divided by N, is not the large batch's there; the sum of the "
+            f"losses, divided once by what the window counts, is. --windows {max(first, judged) + 1} judges such a one."
         )
 
 

@@ -405,8 +405,8 @@ class TracedCalls:
         form = linear(function, args, kwargs) if graphs else None
         output = run(function, args, kwargs)
         if asked and any(t.requires_grad for t in tensors_in(output)):
-            weights = any(id(t) in tape.parameters for t in by)
-            between.function = gradient_by_weights if weights else gradient_asked_for
+            shared = any(id(t) in tape.parameters for t in by)
+            between.function = gradient_by_weights if shared else gradient_asked_for
         if writes(name) and isinstance(args[0], Tensor):  # what it wrote to is what it has put out
             between.function = on_copy(function)
             if output is None:  # of an assignment to rows

@@ -1,7 +1,7 @@
 """What a loop did to the whole gradient after a window's last backward pass, named and sized.
 
-Noise that is added once, weight decay, a projection or each parameter's own multiple are the same for the
-large batch, whose gradient they would change as well: what is to be judged is the gradient before.
+Noise that is added once, weight decay, a projection or each parameter's own multiple are the same for
+the large batch, whose gradient they would change as well: what is judged is the gradient before.
 """
 
 from collections.abc import Mapping

@@ -77,8 +77,8 @@ NOTHING_COUNTS = (
     "audit another window"
 )
 OF_ITS_OWN = (
-    "the loss holds the gradient of another one, which is no sample's own: take that of a sum over samples, "
-    "for that of a mean shrinks as the batch grows"
+    "the loss holds the gradient of another one, which is no sample's own: take that of a sum over "
+    "samples, for that of a mean shrinks as the batch grows"
 )
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 

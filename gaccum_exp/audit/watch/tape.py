@@ -255,7 +255,9 @@ class Tape:
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _asked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """Copies of leaves that the model was given, whose gradient may be asked for."""
-    _nodes: dict[Any, tuple[TapedCall, Callable[[TapedCall, Tensor], None]]] = field(default_factory=dict)
+    _nodes: dict[Any, tuple[TapedCall, Callable[[TapedCall, Tensor], None]]] = field(
+        default_factory=dict
+    )
     """What has made them, by nodes of the graph."""
 
     @property
@@ -776,7 +778,7 @@ def _by_rows(like: Tensor, outputs: Sequence[Tensor]) -> Tensor:
 
 
 def gradient_by_weights(*args: Any, **how: Any) -> Any:
-    """Refuse the gradient by weights that a loop takes for its loss: all samples of a window share it."""
+    """Refuse the gradient by weights that a loop takes for its loss: all samples share it."""
     raise NotImplementedError("a gradient by the weights is no sum over samples")
 
 
