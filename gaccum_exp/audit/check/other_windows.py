@@ -65,7 +65,8 @@ class Counts:
             f"Others count unequally: of {len(self.each) // n} windows that the data loader gives "
             f"{number} {verb} micro-batches with different numbers of {self.unit} (window {first + 1}: "
             f"{counts}). A mean of each, divided by N, is not the large batch's there; the sum of the "
-            f"losses, divided once by what the window counts, is. --windows {max(first, judged) + 1} judges such a one."
+            "losses, divided once by what the window counts, is. "
+            f"--windows {max(first, judged) + 1} judges such a one."
         )
 
 

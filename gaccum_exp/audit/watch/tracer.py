@@ -383,7 +383,7 @@ def _leaked(seen: Observations, past: Tape) -> bool:
     """Whether gradients that were there at the start are another window's, that went on to others.
 
     So a GAN's generator leaves some in its critic, whose own passes are others, and reach nothing else.
-    An optimizer that steps less often than another one has passes of the same kind in all of its windows.
+    An optimizer that steps less often than another one has passes of one kind in all of its windows.
     """
     own, others = (
         {name for each in tape.reached.values() for name in each} for tape in (seen.tape, past)

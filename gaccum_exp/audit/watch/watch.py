@@ -260,8 +260,8 @@ class watch:  # noqa: N801  # used as a function
         if model is None:
             self._watched.nothing = (
                 "what the optimizer steps belongs to no module: hold it in one (nn.ParameterList), "
-                "whose parameters the loop computes with; of copies of a model's weights (in float32, or "
-                "by torch.func) give watch the model, and the optimizer whose step is to be judged"
+                "whose parameters the loop computes with; of copies of a model's weights (in float32, "
+                "or by torch.func) give watch the model, and the optimizer whose step is to be judged"
             )
             return
         self._tracer = self._tracer_of(model, optimizers)
