@@ -36,6 +36,10 @@ from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
 
+NO_STEP = (
+    "no optimizer step was seen: an update that a loop writes out (p -= lr * p.grad) is none: put it "
+    "into a torch.optim.Optimizer, or a class with step, zero_grad and param_groups"
+)
 NO_MODULE = (
     "an optimizer stepped, but no module was called before: give watch the model and the optimizer, "
     "which shows what the loop computes with its parameters (of torch.func's gradients nothing is seen: "
@@ -55,10 +59,7 @@ class Watched:
         """
         self.left_over = 0
         """Backward passes after the last optimizer step of the block."""
-        self.nothing = (
-            "no optimizer step was seen: an update that a loop writes out (p -= lr * p.grad) is none: "
-            "put it into a torch.optim.Optimizer, or a class with step, zero_grad and param_groups"
-        )
+        self.nothing = NO_STEP
         """Why no window was judged, if none was."""
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
@@ -291,7 +292,7 @@ class watch:  # noqa: N801  # used as a function
             if self._tracer is None and (len(args) > 1 or kwargs.get("closure") is not None):
                 finder.wait_no_longer()
                 self._found(None, finder.optimizers)
-            if self._tracer is None and not self._watched.windows:
+            if self._tracer is None and self._watched.nothing is NO_STEP:
                 self._watched.nothing = NO_MODULE
         return None if self._tracer is None else self._tracer.before_step(optimizer, args, kwargs)
 
