@@ -180,8 +180,9 @@ class _Check:
                 "put `with gaccum_exp.watch():` around the training step there."
             )
         return (
-            "Only steps of torch.optim.Optimizer and its subclasses are seen, in the main thread: "
-            "put the update into one, or accumulate by gaccum_exp.accumulate_gradients."
+            "Only steps of torch.optim.Optimizer, and of classes with step, zero_grad and param_groups, "
+            "are seen, in the main thread: put the update into one, or accumulate by "
+            "gaccum_exp.accumulate_gradients."
         )
 
     def _print_cost(self) -> None:

@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from gaccum_exp.audit.check.checked_loop import CheckedLoop, Epoch, Group
+from gaccum_exp.audit.check.other_windows import counts_of
 from gaccum_exp.audit.result import Audit, worst
 from gaccum_exp.audit.watch.watch import Watched
 from gaccum_exp.memory.plan import MemoryPlan
@@ -32,7 +34,9 @@ def answer(loop: CheckedLoop, watched: Watched, *, failed: bool = False) -> Iter
         audits = [watched.windows[place] for place in group.windows]
         yield from found(group, audits)
         yield ""
-        yield _said(audits)
+        others = _others(loop.epoch, group, audits) if loop.raised else None
+        yield _said(audits, others)
+        yield from [others] if others else []
         yield IN_A_CONFIGURATION.sub("", worst_of(audits).report())
         yield from _beside(group, audits)
         yield ""
@@ -40,6 +44,13 @@ def answer(loop: CheckedLoop, watched: Watched, *, failed: bool = False) -> Iter
         passes = f"{watched.left_over} backward pass{'es' if watched.left_over > 1 else ''}"
         yield f"left over: {passes} after the last step: step on what is left, or zero it"
     yield not_seen(loop.epoch, groups, ended=loop.raised > 0, failed=failed)
+    unread = loop.epoch is None or loop.epoch.data is None
+    every = ([watched.windows[place] for place in group.windows] for group in groups)
+    if loop.raised and unread and any(_counting_alike(audits) for audits in every):
+        yield (
+            "Nor seen: whether micro-batches count equally in all windows as they do in these, so that "
+            "a mean divided by N is right: labels that are ignored, or other sizes, would change that."
+        )
 
 
 def found(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
@@ -138,9 +149,27 @@ def worst_of(audits: Sequence[Audit]) -> Audit:
     return worst(sorted(audits, key=lambda audit: -(audit.e or 0.0)))
 
 
-def _said(audits: Sequence[Audit]) -> str:
-    """Return the verdict as a sentence."""
+def _others(epoch: Epoch | None, group: Group, audits: Sequence[Audit]) -> str | None:
+    """Return a sentence on windows that count otherwise than those judged, if there are such."""
+    data = None if epoch is None else epoch.data
+    if data is None or not _counting_alike(audits):
+        return None
+    counts = counts_of(replace(data, ignored=group.ignored))
+    return None if counts is None else counts.said(audits[-1].accum_steps, len(audits))
+
+
+def _counting_alike(audits: Sequence[Audit]) -> bool:
+    """Whether the verdict rests on micro-batches that happen to count equally."""
+    told = worst_of(audits).verdict in ("identical", "equivalent", "stochastic")
+    return told and all(a.reduction == "mean" and a.accum_steps > 1 for a in audits)
+
+
+def _said(audits: Sequence[Audit], others: str | None = None) -> str:
+    """Return the verdict as a sentence; of `others` there is another one."""
     audit = worst_of(audits)
+    if others and audit.verdict != "biased":
+        first = windows_in_words(len(audits))
+        return f"In what was judged, the first {first}, it is the large batch's gradient."
     if audit.verdict in ("identical", "equivalent"):
         rounding = "bit for bit" if audit.verdict == "identical" else "but for rounding"
         return f"Yes: what reached the optimizer is the large batch's gradient, {rounding}."

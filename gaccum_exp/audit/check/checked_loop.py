@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler
 
 from gaccum_exp.audit.check.captured import CapturedWindow
+from gaccum_exp.audit.check.other_windows import Data, data_of
 from gaccum_exp.audit.watch.discovery import LoopFinder, stepped_by, unwrapped
 from gaccum_exp.audit.watch.scalars import calling_frame
-from gaccum_exp.audit.watch.tape import Observations, models_own_loss
+from gaccum_exp.audit.watch.tape import Observations, ignored_label, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
 from gaccum_exp.audit.watch.watch import watch
 from gaccum_exp.core.gradient import Gradient
@@ -38,6 +39,8 @@ class Epoch:
     """Of its last micro-batch, where that has fewer."""
     samples: int | None = None
     """Of a micro-batch, where its last has fewer."""
+    data: Data | None = None
+    """What it reads, where that can be read again."""
 
 
 @dataclass(slots=True)
@@ -61,6 +64,8 @@ class Group:
     """Why there is none."""
     beside: list[str] = field(default_factory=list)
     """Modules with weights that ran beside the model."""
+    ignored: int = -100
+    """The label that its losses do not count."""
 
 
 class CheckedLoop(watch):
@@ -151,6 +156,7 @@ class CheckedLoop(watch):
         own = [c.function for c in calls if isinstance(c.function, nn.Module)]
         called = [f for f in own if any(id(p) in held for p in f.parameters())] or own or [self._model]
         losses = [call for m in seen.tape.micro_batches() for call in m.losses]
+        labels = (ignored_label(loss) for loss in losses)
         beside = [module for module, _ in (seen.tape.moving.beside if seen.tape.moving else {}).values()]
         return Group(
             _names(self._stepping(held)),
@@ -158,6 +164,7 @@ class CheckedLoop(watch):
             list(dict.fromkeys(map(_name_of_loss, losses))),
             sum(p.numel() for p in stepped),
             beside=_names([m for m in beside if next(m.parameters(), None) is not None]),
+            ignored=next((label for label in labels if label is not None), -100),
         )
 
     def _stepping(self, held: set[int]) -> list[Any]:
@@ -228,12 +235,12 @@ def _epoch_of(loader: Any) -> Epoch | None:
         count = len(loader)
     except TypeError:  # of an iterable data set
         return Epoch(None)
-    sampler = getattr(loader, "_index_sampler", None)
+    sampler, data = getattr(loader, "_index_sampler", None), data_of(loader)
     if isinstance(sampler, BatchSampler) and not sampler.drop_last:
         try:
             rest = len(sampler.sampler) % sampler.batch_size  # type: ignore[arg-type]
         except TypeError:
             rest = 0
         if rest:
-            return Epoch(count, rest, sampler.batch_size)
-    return Epoch(count)
+            return Epoch(count, rest, sampler.batch_size, data)
+    return Epoch(count, data=data)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode, _push_mode
@@ -29,6 +30,8 @@ from gaccum_exp.audit.watch.scalars import call_site, calling_functions, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
     TapedCall,
+    gradient_asked_for,
+    gradient_by_weights,
     leaves,
     loss_in,
     losses_in,
@@ -130,7 +133,11 @@ class TracedCalls:
     @property
     def named(self) -> dict[str, OnCall]:
         """The same for functions that are known by their names."""
-        return {WRAPPER: self._on_compiled}
+        return {
+            WRAPPER: self._on_compiled,
+            "forward": self._on_own_function,
+            "setup_context": self._on_own_function,
+        }
 
     def on_module(self, event: str, frame: FrameType, value: Any) -> None:
         """Tape a call of model or criterion, or of a part of the model that the loop itself calls.
@@ -329,6 +336,40 @@ class TracedCalls:
         args, kwargs = arguments_of(frame, bound=owner is not None)
         self._frames.append((frame, self._begin("loss", self._loss_function, args, kwargs)))
 
+    def _on_own_function(self, event: str, frame: FrameType, value: Any) -> None:
+        """Tape an operation whose gradient the user has written, which torch shows to no mode.
+
+        By its context, which becomes the node of the graph that its outputs have.
+        """
+        code, values = frame.f_code, frame.f_locals
+        names = code.co_varnames[: code.co_argcount]
+        node = values.get(names[0]) if names else None
+        if self._tracer.judging or not isinstance(node, FunctionCtx):
+            return
+        if event == "call" and not self._tracer.idle:
+            args = [values[name] for name in names[1:]]
+            if code.co_name == "setup_context":
+                args = list(args[0])
+            elif code.co_flags & inspect.CO_VARARGS:
+                args += values[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
+            tensors, tape = tensors_in(args), self._tracer.seen.tape
+            if any(tape.origin(t) is not None or id(t) in tape.parameters for t in tensors):
+                function = type(node)._forward_cls.apply  # type: ignore[attr-defined]  # torch's own
+                call = self._taped("between", function, args, {})
+                self._inside.append(call)
+                self._frames.append((frame, call))
+        elif event == "return" and self._frames and self._frames[-1][0] is frame:
+            call = self._frames.pop()[1]
+            self._inside.remove(call)
+            output = values[names[2]] if code.co_name == "setup_context" else value
+            self._tracer.seen.tape.add_node(call, node, output, self._follow_scalar)
+
+    def _follow_scalar(self, call: TapedCall, tensor: Tensor) -> None:
+        """Take a scalar that an operation of the loop's has put out for a loss."""
+        if tensor.ndim == 0:
+            call.kind = "loss"
+            self._follow_loss(call, tensor)
+
     def _operation(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation of the loop's own, outside of model and loss."""
         tensors = tensors_in([args, kwargs])
@@ -337,6 +378,10 @@ class TracedCalls:
             past = self._tracer.past
             self._note_reading([ref for t in tensors if (ref := past.origin(t)) is not None])
         tape, graphs = self._tracer.seen.tape, self._graphs
+        asked = function is torch.autograd.grad
+        by = tensors_in(kwargs.get("inputs", args[1] if len(args) > 1 else ())) if asked else []
+        for leaf in by:
+            tape.add_asked(leaf, next(self._order))
         if graphs:
             self._note_leaves(tensors)
         origins = [ref for t in tensors if (ref := tape.origin(t)) is not None]
@@ -359,6 +404,9 @@ class TracedCalls:
         between = self._taped("between", function, args, kwargs)
         form = linear(function, args, kwargs) if graphs else None
         output = run(function, args, kwargs)
+        if asked and any(t.requires_grad for t in tensors_in(output)):
+            shared = any(id(t) in tape.parameters for t in by)
+            between.function = gradient_by_weights if shared else gradient_asked_for
         if writes(name) and isinstance(args[0], Tensor):  # what it wrote to is what it has put out
             between.function = on_copy(function)
             if output is None:  # of an assignment to rows

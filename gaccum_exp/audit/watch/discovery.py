@@ -7,6 +7,7 @@ of the loop is changed but that the making of optimizers is noted.
 
 import functools
 import gc
+import inspect
 import os
 import sys
 import threading
@@ -65,6 +66,8 @@ class LoopFinder:
         """Those whose parameters had no gradients when they were first known."""
         self._here = os.getpid(), threading.get_ident()
         self._waiting: Any = None
+        self._calls = 0
+        """Of modules, while there was no optimizer."""
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -125,11 +128,36 @@ class LoopFinder:
         # What is computed under inference mode can be no part of a window, nor what makes a batch.
         if torch.compiler.is_compiling() or self.elsewhere or torch.is_inference_mode_enabled():
             return
-        optimizers = self.optimizers
+        optimizers = self.optimizers or self._others()
         frame = _outermost_call() if optimizers else None
         if frame is not None:
             self.wait_no_longer()
             self._begin(frame.f_locals["self"], optimizers, frame)
+
+    def _others(self) -> list[Any]:
+        """Look for optimizers that are none of torch's classes: at the first, second, fourth … call."""
+        self._calls += 1
+        if self._calls & (self._calls - 1) or not torch.is_grad_enabled():
+            return []
+        every = gc.get_objects()
+        kinds = {kind for kind in set(map(type, every)) if _has_optimizers_methods(kind)}
+        if kinds:
+            self._known.update(o for o in every if type(o) in kinds and is_other_optimizer(o))
+        return self.optimizers
+
+
+def is_other_optimizer(found: Any) -> bool:
+    """Whether an object is used as an optimizer, and is none of torch's: by what it has."""
+    kind = type(found)
+    if not _has_optimizers_methods(kind):
+        return False
+    groups = getattr(found, "param_groups", None)
+    return isinstance(groups, list) and bool(groups) and all("params" in group for group in groups)
+
+
+def _has_optimizers_methods(kind: type) -> bool:
+    own = (inspect.getattr_static(kind, name, None) for name in ("step", "zero_grad"))
+    return all(map(inspect.isfunction, own)) and not issubclass(kind, (Optimizer, nn.Module))
 
 
 def stepped_by(optimizers: Iterable[Any]) -> list[Any]:

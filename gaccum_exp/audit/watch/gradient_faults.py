@@ -11,9 +11,11 @@ from gaccum_exp.audit.rerun.passes import ACCUMULATED, RECORDING, Rerun
 from gaccum_exp.audit.rerun.random_replay import Draws
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.verdict import listed, multiple
+from gaccum_exp.audit.watch.changed_gradient import Change, change_between
 from gaccum_exp.audit.watch.tape import Clipping, Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.taped_window import TapedWindow, sample_readings
 from gaccum_exp.core.gradient import Gradient, add, difference, distance, dot, norm, scaled
+from gaccum_exp.core.seeding import same_states
 
 AS_REPLAYED = 1e-4
 """How close the loop's gradient is to a multiple of its passes' sum where nothing came in between."""
@@ -57,6 +59,27 @@ class GradientOfLoop:
             found.append(replace(fault, moves=moves))
             gradient = mended
         return found
+
+    @property
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn between the last backward pass and the step."""
+        return all(self.seen.states) and not same_states(*self.seen.states)
+
+    def change(self, replayed: Gradient) -> Change | None:
+        """Return what the loop did to the sum of what its passes gave; None: that is not what it had."""
+        last = {n: g for n, g in self.at_last_backward.items() if n in self.observed}
+        if not last or distance(last, replayed) > AS_REPLAYED:
+            return None
+        weights, scale = self.rerun.window.modules.parameters(), 1 / self.seen.loss_scale
+        found = change_between(
+            scaled(last, scale), scaled(self.observed, scale), weights, len(self.micro_batches),
+            drawn=self.drawn,
+        )  # fmt: skip
+        if found is None or found.drawn:
+            return found
+        # What a loop adds up by itself may count its micro-batches otherwise.
+        micro = self.rerun.micro_gradients(ACCUMULATED, sampled)
+        return found if reached_shares(micro, sampled(self.observed)) is None else None
 
     def _mended(self, fault: Audit, *, left_over: bool) -> "GradientOfLoop | None":
         """Return what it would have been without a fault; None: that is not known."""
@@ -127,11 +150,6 @@ class GradientOfLoop:
             "elsewhere, or was changed before the step. Ruled out: gradients left over, zeroed, clipped "
             "or unscaled inside the window, and micro-batches that are missing"
         )
-        if right:
-            why = (
-                "the loop changed the gradients between the last backward pass and the step, by none of "
-                f"torch's ways to clip (cosine with what the passes gave: {along:.3g})"
-            )
         return replace(audit, verdict="inconclusive", cause=result.UNKNOWN, detail=why, remedy=None)
 
     def left_over(self, replayed: Gradient) -> bool:

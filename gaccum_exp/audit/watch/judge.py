@@ -43,12 +43,20 @@ from gaccum_exp.audit.verdict import (
     remedy_of_factor,
     scale_of,
 )
+from gaccum_exp.audit.watch.changed_gradient import Change, change_between
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
 from gaccum_exp.audit.watch.loop_checks import other_faults
 from gaccum_exp.audit.watch.places import said
-from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch, ignored_label, made_of
+from gaccum_exp.audit.watch.tape import (
+    Observations,
+    TapedMicroBatch,
+    gradient_asked_for,
+    gradient_by_weights,
+    ignored_label,
+    made_of,
+)
 from gaccum_exp.audit.watch.taped_window import (
     CouplingError,
     TapedWindow,
@@ -67,6 +75,10 @@ from gaccum_exp.memory.available import out_of_memory
 NOTHING_COUNTS = (
     "all labels of the window are ignored, so that nothing counts and there is no gradient to compare: "
     "audit another window"
+)
+OF_ITS_OWN = (
+    "the loss holds the gradient of another one, which is no sample's own: take that of a sum over "
+    "samples, for that of a mean shrinks as the batch grows"
 )
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
@@ -111,8 +123,8 @@ def judge(
     except NotJoinableError as error:
         return replace(blank, detail=str(error) if dim is not None else f"{error}; or {ASKED}")
     except Exception as error:  # the user's loop must go on, whatever happens here
-        if any(call.function is torch.autograd.grad for call in seen.tape.calls):
-            why = "the loop takes a gradient for its loss, e.g. for a penalty"
+        if any(call.function in (torch.autograd.grad, gradient_by_weights) for call in seen.tape.calls):
+            why = "the loop takes a gradient by the weights for its loss, e.g. for a penalty on it"
             said = f"{why}: give watch the function that computes the whole loss"
             return replace(blank, detail=said)
         return replace(blank, detail=f"the window could not be run again: {error_line(error)}")
@@ -266,6 +278,27 @@ def _since_other_steps(
     return micro_batches
 
 
+def _with_change(audit: Audit, change: Change) -> Audit:
+    """Return the audit of a gradient that the loop changed after the last backward pass."""
+    if change.what is None:
+        if audit.verdict == "biased":
+            return audit.noting(change.said)
+        why = f"{change.said}. Up to there it is the sum of what the passes gave"
+        return replace(
+            audit,
+            verdict="inconclusive",
+            cause=result.UNKNOWN,
+            remedy=None,
+            detail=why,
+            moves=change.size,
+        )
+    audit = audit.noting(f"{change.said}, as it would change the large batch's")
+    if not change.drawn or audit.verdict not in ("identical", "equivalent"):
+        return audit
+    said = "random numbers are added to the whole gradient: compare averages over seeds"
+    return replace(audit, verdict="stochastic", cause=result.RANDOMNESS, remedy=said)
+
+
 @dataclass(frozen=True, slots=True)
 class _Passes:
     """A window's passes, judged."""
@@ -330,9 +363,17 @@ class _LoopWindow:
                 # They scale the whole gradient, which is the loop's doing and no model's.
                 self._rerun, replayed = bare, unhooked
         factor = multiple(self._observed, replayed, AS_REPLAYED)
+        change = self._gradient().change(replayed) if factor is None else self._change_after_clipping()
+        if factor is None and change is not None and change.what is not None:
+            self._observed, factor = self._gradient().at_last_backward, 1.0
         if factor is not None and abs(factor - 1) < AS_REPLAYED:
             factor = 1.0
         passes = self._judged(self._rerun, replayed, self._observed, factor)
+        audit = self._of_passes(passes, replayed, factor)
+        return audit if change is None else _with_change(audit, change)
+
+    def _of_passes(self, passes: "_Passes", replayed: Gradient, factor: float | None) -> Audit:
+        """Return the verdict on passes and on what came between them and the step."""
         self._shares, measured = passes.shares, passes.found.measured
         if measured is None:
             return self._counting_nothing(passes)
@@ -418,6 +459,8 @@ class _LoopWindow:
             audit = self._without_hooks(audit, passes.weighed)
         if audit.cause == result.UNKNOWN and found.one_pass64 is not None:
             audit = self._with_multiples(audit, found.one_pass64, passes.observed)
+        if audit.cause == result.UNKNOWN and audit.verdict == "biased" and self._takes_gradients():
+            audit = replace(audit, cause=result.NOT_ADDITIVE, remedy=OF_ITS_OWN, detail=None)
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, passes)
         elif audit.cause == result.LOSS_SCALE:
@@ -452,6 +495,10 @@ class _LoopWindow:
             [replace(of, remedy=f"{of.remedy}{line}") if of.remedy else of for of, line in lines]
         )
 
+    def _takes_gradients(self) -> bool:
+        losses = [loss for m in self._micro_batches for loss in m.losses]
+        return any(call.function is gradient_asked_for for call in made_of(losses))
+
     def _line_of(self, cause: str) -> str:
         """Return where in the source the loss or its backward pass is, if a remedy is about it."""
         if cause in (result.UNEQUAL_DENOMINATORS, result.LOSS_SCALE):
@@ -479,7 +526,7 @@ class _LoopWindow:
         seen, scale = self._seen, self._loss_scale
         at_start, last = seen.at_start, seen.accumulated.get(seen.tape.backwards, {})
         return GradientOfLoop(
-            seen, self._observed, scaled(self._here(at_start), scale), scaled(self._here(last), scale),
+            seen, self._observed, scaled(self._here(at_start), scale), self._here(last),
             self._micro_batches, self._of_others, self._rerun,
         )  # fmt: skip
 
@@ -604,6 +651,17 @@ class _LoopWindow:
             "part of the data and no fault; else change it once per optimizer step"
         )
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
+
+    def _change_after_clipping(self) -> Change | None:
+        """Return what the loop did to the clipped gradient before its step."""
+        clipping = self._clipping
+        if clipping is None or clipping.at_loss_scale:
+            return None
+        weights = self._window.modules.parameters()
+        found = {n: g for n, g in self._here(clipping.after).items() if n in self._reached}
+        return change_between(
+            found, self._reached, weights, len(self._micro_batches), drawn=self._gradient().drawn
+        )
 
     def _changed_after_clipping(self, audit: Audit) -> Audit | None:
         if self._clipping is None:

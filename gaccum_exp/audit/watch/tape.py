@@ -253,6 +253,12 @@ class Tape:
     _latest: dict[int, TapedCall] = field(default_factory=dict)
     """The model's last call from each place."""
     _origins: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _asked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """Copies of leaves that the model was given, whose gradient may be asked for."""
+    _nodes: dict[Any, tuple[TapedCall, Callable[[TapedCall, Tensor], None]]] = field(
+        default_factory=dict
+    )
+    """What has made them, by nodes of the graph."""
 
     @property
     def number(self) -> float:
@@ -275,6 +281,8 @@ class Tape:
             if origin is not None and not by_value:
                 return origin
             kept = x.detach().clone()
+            if to_model and x.requires_grad and x.is_leaf:
+                self._asked.setdefault(x, []).append(kept)  # type: ignore[no-untyped-call]  # torch's
             if self.moving is not None:
                 self.moving.note(x, kept, self.backwards)
             return kept
@@ -291,6 +299,11 @@ class Tape:
     def origin(self, tensor: Tensor) -> OutputRef | None:
         """Return the call that made this tensor, if it is on the tape."""
         found: OutputRef | None = self._origins.get(tensor)  # type: ignore[no-untyped-call]  # torch's own
+        made = None if found is not None or not self._nodes else self._nodes.get(tensor.grad_fn)
+        if made is not None:  # an operation of the user's own, whose output has had no graph till now
+            call, followed = made
+            found = self._origins[tensor] = OutputRef(call, tensor.output_nr)
+            followed(call, tensor)
         return found
 
     def go_on_from(self, earlier: "Tape") -> None:
@@ -315,6 +328,37 @@ class Tape:
             self._add_output(call, tensor)
         if call.kind == "model":
             self._latest[call.site] = call
+
+    def add_node(
+        self, call: TapedCall, node: Any, output: Any, followed: Callable[[TapedCall, Tensor], None]
+    ) -> None:
+        """Record a call by the node of its outputs, which are no part of a graph yet.
+
+        Args:
+            call: of an operation of the user's own.
+            node: of the graph.
+            output: what it returns.
+            followed: gets it, and each of its outputs that is used.
+        """
+        self.calls.append(call)
+        self._nodes[node] = call, followed
+        for tensor in tensors_out(output):
+            call.graphs.append(True)
+            call.outputs.append((tuple(tensor.shape), tensor.dtype))
+            call.marks.append(None)
+        call.has_graph = True
+
+    def add_asked(self, leaf: Tensor, order: int) -> None:
+        """Record a leaf that the model was given and whose gradient is asked for, as in a penalty."""
+        copies: list[Tensor] = self._asked.pop(leaf, [])  # type: ignore[no-untyped-call]  # torch's own
+        if not copies:
+            return
+        call = TapedCall("between", asked_for, {0: copies[0]}, order)
+        self.add(call, leaf)
+        known, ref = {id(kept) for kept in copies}, OutputRef(call, 0)
+        for each in self.calls:
+            if each.kind == "model":
+                each.arguments = mapped(lambda x: ref if id(x) in known else x, each.arguments)
 
     def add_left(self, call: TapedCall, module: nn.Module) -> list[Tensor]:
         """Record what a call has left with a graph in attributes of a module, and return it."""
@@ -459,6 +503,8 @@ def _losses(piece: TapedMicroBatch) -> list[TapedCall]:
 
 def _all_refs(call: TapedCall) -> list[OutputRef]:
     """Return the outputs that a loss is made of, from near to far."""
+    if call.function is gradient_asked_for:  # the gradient of a loss is not made of its value
+        return []
     return [r for ref in call.refs() if ref.call.kind != "model" for r in (ref, *_all_refs(ref.call))]
 
 
@@ -466,19 +512,35 @@ def _sharing_a_backward_pass(pieces: Sequence[TapedMicroBatch]) -> list[TapedMic
     """Join pieces from different places in the loop that were back-propagated together."""
     # A loop that adds up the losses of all micro-batches first calls them from one place.
     found: list[list[TapedMicroBatch]] = []
+    pieces = _penalties_joined(pieces)
     penalties = sum(piece.of_weights_alone for piece in pieces)
     for piece in pieces:
         last = found[-1] if found else []
         places = {site for p in last for site in p.signature}
         repeats = places & set(piece.signature) and not piece.of_weights_alone
         together = bool(last) and piece.backwards & last[-1].backwards and not repeats
-        afterwards = bool(last) and piece.of_weights_alone and piece is pieces[-1]
-        beforehand = bool(last) and penalties == 1 and last == pieces[:1] and last[0].of_weights_alone
+        once = bool(last) and penalties == 1
+        afterwards = once and piece.of_weights_alone and piece is pieces[-1]
+        beforehand = once and last == pieces[:1] and last[0].of_weights_alone
         if together or afterwards or beforehand:
             last.append(piece)
         else:
             found.append([piece])
     return [TapedMicroBatch.of(each) for each in found]
+
+
+def _penalties_joined(pieces: Sequence[TapedMicroBatch]) -> list[TapedMicroBatch]:
+    """Join the penalties on several weights that had a backward pass to themselves."""
+    of_samples = {number for p in pieces if not p.of_weights_alone for number in p.backwards}
+    found: list[TapedMicroBatch] = []
+    for piece in pieces:
+        last = found[-1] if found else piece
+        alone = piece.of_weights_alone and last.of_weights_alone and not piece.backwards & of_samples
+        if found and alone and piece.backwards == last.backwards:
+            found[-1] = TapedMicroBatch.of([last, piece])
+        else:
+            found.append(piece)
+    return found
 
 
 def _recurring(pieces: list[TapedMicroBatch]) -> list[TapedMicroBatch]:
@@ -547,6 +609,8 @@ class Observations:
     """The parameters whose optimizers took the step: of several, each may step at another time."""
     carried: set[str] = field(default_factory=set)
     """Those of them that hold gradients from before another optimizer's step."""
+    states: list[list[Any]] = field(default_factory=lambda: [[], []])
+    """The random states right after the last backward pass, and when the first of them stepped."""
     stepped_in_backward: bool = False
     """Whether an optimizer stepped while a backward pass was running."""
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -686,6 +750,36 @@ Outputs = dict[TapedCall, list[Tensor]]
 def of_the_loop(tensor: Tensor) -> Tensor:
     """Return a tensor of the loop's own that gets a gradient, and is no parameter."""
     return tensor
+
+
+def asked_for(tensor: Tensor) -> Tensor:
+    """Return a leaf of the loop's own, whose gradient goes into its loss."""
+    return tensor.detach().requires_grad_()
+
+
+def gradient_asked_for(outputs: Any, inputs: Any, grad_outputs: Any = None, **how: Any) -> Any:
+    """Return the gradient that a loop takes for its loss.
+
+    Where nothing has a graph, as while operations are tried, what depends row by row on the outputs.
+    """
+    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+        asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        return tuple(_by_rows(t, given) for t in asked)
+    how |= {"create_graph": True, "retain_graph": True}
+    return torch.autograd.grad(outputs, inputs, grad_outputs, **how)
+
+
+def _by_rows(like: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    found = torch.zeros_like(like)
+    for rows in (t.detach().flatten(1).sum(1) for t in outputs if t.ndim and len(t) == len(like)):
+        found = found + rows.to(found.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return found
+
+
+def gradient_by_weights(*args: Any, **how: Any) -> Any:
+    """Refuse the gradient by weights that a loop takes for its loss: all samples share it."""
+    raise NotImplementedError("a gradient by the weights is no sum over samples")
 
 
 def surrogate(output: Tensor, gradient: Tensor) -> Tensor:

@@ -520,6 +520,7 @@ class TapedWindow:
                 (c, outputs) for c, outputs in zip(column.calls, each, strict=True) if c is not None
             ]
             whole_scalars(column.calls)
+            whole_of_gradients(column.calls, set())
             values = self.moved.values
             given = [resolved(call.arguments, outputs, cast, values) for call, outputs in there]
             outer = [
@@ -548,6 +549,17 @@ class TapedWindow:
                     found = ref.call.put_out(made)
                     for outputs in each:
                         outputs.update({call: found for call in inner if call is not None})
+
+        def whole_of_gradients(calls: Sequence[TapedCall | None], seen: set[TapedCall]) -> None:
+            """Take what a gradient is asked of from the one pass, where that is a scalar."""
+            first = next(call for call in calls if call is not None)
+            for place, ref in enumerate(first.refs()):
+                if ref.call.kind != "model" and ref.call not in seen:
+                    seen.add(ref.call)
+                    inner = [None if call is None else call.refs()[place].call for call in calls]
+                    if ref.call.function is tape.gradient_asked_for:
+                        whole_scalars(inner)
+                    whole_of_gradients(inner, seen)
 
         with self._forms_of_model() as forms:
             for column in self._models:

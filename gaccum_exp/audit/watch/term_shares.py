@@ -199,7 +199,8 @@ def faults_of(
         pairs = zip(means, totals, faults, strict=True)
         given = [f"{term.name} by {t:.4g}" for term, t, off in pairs if off == 1 and not _one(t)]
         if given:
-            remark = f"the loop multiplies {', '.join(given)} in all, which is taken as given"
+            named = ", ".join(dict.fromkeys(given))
+            remark = f"the loop multiplies {named} in all, which is taken as given"
     if halved and accum_steps > 1 and remark is None:
         said = f"the loss function multiplies by {1 / accum_steps:.4g} in its source, as N would"
         remark = f"{said}, which is taken as given"
@@ -231,8 +232,8 @@ def _coefficients(
 ) -> tuple[list[float] | None, bool]:
     """Fit a term's micro gradients in the one pass; return whether it is their sum, too."""
     accum_steps, alone = len(window.sizes), len(window.sizes) == 1
-    if window.of_weights_alone(window.column_of(term)):
-        return [1 / accum_steps] * accum_steps, False
+    if window.of_weights_alone(window.column_of(term)):  # a part to each micro-batch that takes it
+        return [n / (sum(sizes) or 1) for n in sizes], False
     if window.of_the_whole(window.column_of(term)):  # each has the part of its own samples
         return [1.0] * accum_steps, False
     if alone:  # one micro-batch and its double: a sum doubles, a mean does not

@@ -25,6 +25,7 @@ from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, ParameterRef, Tape
 from gaccum_exp.audit.watch.user_functions import OnCall, calls_reported, calls_unreported
 from gaccum_exp.core.gradient import Gradient, dense
+from gaccum_exp.core.seeding import random_states
 
 OPTIMIZER_STEP = Optimizer.profile_hook_step(nothing).__code__
 """The code around the `step` of every optimizer, which calls its hooks."""
@@ -172,6 +173,8 @@ class LoopTracer:
             asked = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
             given = {id(t) for t in asked}
             names = {name for name, p in self._parameters.items() if id(p) in given}
+            if frame.f_locals.get("create_graph") and frame.f_code is torch.autograd.grad.__code__:
+                names = set()  # it goes into a loss
             self.counting = inputs is None or bool(names)
             if self.counting and not self.idle:
                 self._calls.note_surrogates(frame.f_locals)
@@ -185,6 +188,7 @@ class LoopTracer:
             last = seen.accumulated.get(seen.tape.backwards)
             seen.tape.backwards += 1
             seen.accumulated = {} if last is None else {seen.tape.backwards: last}
+            seen.states[0] = random_states()
             if seen.stepped:  # an optimizer that steps inside the backward pass
                 self._close_if_complete()
         self.counting = False
@@ -294,6 +298,8 @@ class LoopTracer:
         if self.seen.tape.calls:
             self._weights_moved()
         self._taken |= now
+        if not self.seen.stepped:
+            self.seen.states[1] = random_states()
         self.seen.stepped |= names
         self.seen.stepped_in_backward |= self.counting
         if self.counting:  # it takes the gradient away before the accumulation is seen
@@ -319,7 +325,7 @@ class LoopTracer:
         left = seen.at_start.keys() & seen.stepped
         before = seen.stepped if self._stepped_before is None else self._stepped_before
         # A step takes what was taken before: of nothing that one may add up on purpose.
-        seen.carried = left - before - self._kept
+        seen.carried = set() if _leaked(seen, self.past) else left - before - self._kept
         self._kept -= seen.stepped
         self._given = {name: taken[name] for name in seen.stepped & taken.keys()}
         self.between.note_clipping_by_hand(taken)
@@ -371,6 +377,20 @@ class LoopTracer:
 
     def _nothing_seen(self) -> Observations:
         return Observations(Tape(parameters=self._refs, moving=self.moving))
+
+
+def _leaked(seen: Observations, past: Tape) -> bool:
+    """Whether gradients that were there at the start are another window's, that went on to others.
+
+    So a GAN's generator leaves some in its critic, whose own passes are others, and reach nothing else.
+    An optimizer that steps less often than another one has passes of one kind in all of its windows.
+    """
+    own, others = (
+        {name for each in tape.reached.values() for name in each} for tape in (seen.tape, past)
+    )
+    places = ({c.site for c in tape.calls if c.kind == "loss"} for tape in (seen.tape, past))
+    alone = bool(own) and own <= seen.stepped and own < others
+    return alone and not set.intersection(*places)
 
 
 def _leave_out_others(seen: Observations) -> None:

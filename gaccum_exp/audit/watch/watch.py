@@ -1,5 +1,6 @@
 """`watch`: audit any training loop from outside."""
 
+import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,16 +18,33 @@ from gaccum_exp.audit import result
 from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.result import Audit, Check, worst
 from gaccum_exp.audit.watch.compiled import original, uncompiled
-from gaccum_exp.audit.watch.discovery import LoopFinder, owner_of, stepped_by, unwrapped
+from gaccum_exp.audit.watch.discovery import (
+    LoopFinder,
+    is_other_optimizer,
+    owner_of,
+    stepped_by,
+    unwrapped,
+)
 from gaccum_exp.audit.watch.judge import judge
 from gaccum_exp.audit.watch.loop_checks import explained, reported_loss
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
+from gaccum_exp.audit.watch.user_functions import calls_reported
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
+
+NO_STEP = (
+    "no optimizer step was seen: an update that a loop writes out (p -= lr * p.grad) is none: put it "
+    "into a torch.optim.Optimizer, or a class with step, zero_grad and param_groups"
+)
+NO_MODULE = (
+    "an optimizer stepped, but no module was called before: give watch the model and the optimizer, "
+    "which shows what the loop computes with its parameters (of torch.func's gradients nothing is seen: "
+    "put each into .grad by loss.backward())"
+)
 
 
 class Watched:
@@ -41,7 +59,7 @@ class Watched:
         """
         self.left_over = 0
         """Backward passes after the last optimizer step of the block."""
-        self.nothing = "no optimizer step was seen"
+        self.nothing = NO_STEP
         """Why no window was judged, if none was."""
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
@@ -178,6 +196,8 @@ class watch:  # noqa: N801  # used as a function
         self._watched = Watched()
         self._unreported: list[TapedMicroBatch] = []
         self._stack, self._trace = ExitStack(), ExitStack()
+        self._followed = set[type]()
+        """Classes of optimizers that are none of torch's."""
         self._finder: LoopFinder | None = None
         self._tracer: LoopTracer | None = None
         if model is None:
@@ -204,10 +224,28 @@ class watch:  # noqa: N801  # used as a function
 
     def _tracer_of(self, model: nn.Module, optimizers: Sequence[Any]) -> LoopTracer:
         self._model = model
+        self._follow_others(optimizers)
         stepped = stepped_by(optimizers)
         self._modules = NamedModules(model, *modules_of(self._criterion), compared=stepped)
         moving = MovingState(self._modules, self._also, self._criterion)
         return LoopTracer(model, self._criterion, optimizers, self._modules, self._reached, moving)
+
+    def _follow_others(self, optimizers: Sequence[Any]) -> None:
+        """See the steps of optimizers that are none of torch's, and call no hooks."""
+        for kind in {type(o) for o in optimizers if is_other_optimizer(o)} - self._followed:
+            self._followed.add(kind)
+            code = inspect.unwrap(kind.step).__code__
+            self._stack.enter_context(calls_reported({code: self._on_step}, {}))
+
+    def _on_step(self, event: str, frame: FrameType, value: Any) -> None:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        optimizer = frame.f_locals.get(names[0]) if names else None
+        if not is_other_optimizer(optimizer):
+            return
+        if event == "call":
+            self._before_step(optimizer, (optimizer,), {})
+        else:
+            self._after_step(optimizer, (optimizer,), {})
 
     def _end_trace(self, *error: Any) -> None:
         if self._tracer is not None:
@@ -221,7 +259,11 @@ class watch:  # noqa: N801  # used as a function
         """Trace what was found, from the call of a module on that has begun."""
         model = owner_of(stepped_by(optimizers), called)
         if model is None:
-            self._watched.nothing = "what the optimizer steps belongs to no module: give watch the model"
+            self._watched.nothing = (
+                "what the optimizer steps belongs to no module: hold it in one (nn.ParameterList), "
+                "whose parameters the loop computes with; of copies of a model's weights (in float32, "
+                "or by torch.func) give watch the model, and the optimizer whose step is to be judged"
+            )
             return
         self._tracer = self._tracer_of(model, optimizers)
         if self._finder is not None and not self._global_step:
@@ -250,6 +292,8 @@ class watch:  # noqa: N801  # used as a function
             if self._tracer is None and (len(args) > 1 or kwargs.get("closure") is not None):
                 finder.wait_no_longer()
                 self._found(None, finder.optimizers)
+            if self._tracer is None and self._watched.nothing is NO_STEP:
+                self._watched.nothing = NO_MODULE
         return None if self._tracer is None else self._tracer.before_step(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -303,7 +347,8 @@ class watch:  # noqa: N801  # used as a function
             if seen.carried:
                 why = (
                     f"{len(seen.carried)} parameters hold gradients from before another optimizer's "
-                    "step: watch each optimizer alone"
+                    "step: if they are meant for this step, watch its optimizer alone; else call "
+                    f"zero_grad before its first backward pass{seen.places.at('backward')}"
                 )
                 windows.append(Audit("inconclusive", len(seen.tape.micro_batches()), "mean", detail=why))
         self._unreported = seen.tape.micro_batches()

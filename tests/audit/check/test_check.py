@@ -175,6 +175,42 @@ def test_what_two_windows_do_not_show_is_said(epoch: Epoch | None, said: str) ->
     assert said in not_seen(epoch, [group], ended=True)
 
 
+@pytest.mark.parametrize(
+    ("loader", "said"),
+    [
+        ("DataLoader(data, 2)", "of 8 windows that the data loader gives 1 has micro-batches"),
+        ("DataLoader(data, 2)", "labels that count (window 7: 2, 1)"),
+        (
+            "DataLoader(data, batch_sampler=[[0, 1]] * 6 + [[2, 3], [4]] * 2)",
+            "different numbers of samples (window 4: 2, 1). A mean of each",
+        ),
+        ("list(zip(x.split(2), y.split(2)))", None),
+        ("DataLoader(data[:24], 2)", ""),
+    ],
+)
+def test_windows_beyond_are_looked_at_for_what_they_count(
+    check: Check, tmp_path: Path, loader: str, said: str | None
+) -> None:
+    """A rare label that is ignored, batches of other sizes; without a data loader it is left open."""
+    path = script(
+        tmp_path,
+        "from torch.utils.data import DataLoader",
+        "model, x = torch.nn.Linear(2, 3), torch.randn(32, 2)",
+        "y = torch.randint(3, (32,)); y[27] = -100",
+        "data = list(zip(x, y))",
+        f"loader = {loader}",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        "for i, (x, y) in enumerate(loader):",
+        "    (torch.nn.functional.cross_entropy(model(x), y) / 2).backward()",
+        "    if i % 2: optimizer.step(); optimizer.zero_grad()",
+    )
+    found = check(path)
+    assert found.status == 0, found.out
+    assert (said or "") in found.out
+    assert ("Others count unequally" in found.out) == bool(said)
+    assert ("Nor seen: whether micro-batches count equally" in found.out) == (said is None)
+
+
 def test_the_leak_of_an_epochs_rest_is_named_where_it_is_reached(check: Check) -> None:
     """Ten micro-batches of N = 4: the window after the epoch's end has six."""
     found = check("--windows", "3", "plain.py", "--samples", "80")

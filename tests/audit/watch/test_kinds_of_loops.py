@@ -615,6 +615,123 @@ def hooks_that_clip() -> Stepped:
     return run(model, None, cross_entropy, data(), 4)
 
 
+class Reversed(torch.autograd.Function):
+    """Leaves features as they are, and turns their gradient round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return -ctx.by * gradient, None
+
+
+class Squared(torch.autograd.Function):
+    """A loss with a gradient of its own, in the newer way to write it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.square().mean()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * 2 * x / x.numel()
+
+
+def reversing(divisor: int) -> Stepped:
+    """Train a head against features, between whose calls their gradient is turned round."""
+    model = nn.ModuleDict({"features": nn.Linear(5, 4), "classes": nn.Linear(4, 3)}).double()
+
+    def loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        features = m["features"](x)
+        other = ce(m["classes"](Reversed.apply(features, 0.5)), 2 - y)
+        return ce(m["classes"](features), y) + other
+
+    return run(model, None, loss, data(), divisor)
+
+
+@loop("sound")
+def gradients_turned_round() -> Stepped:
+    return reversing(4)
+
+
+@loop("biased", SCALE)
+def gradients_turned_round_and_not_divided() -> Stepped:
+    return reversing(1)
+
+
+@loop("biased", SCALE)
+def a_loss_with_a_gradient_of_its_own() -> Stepped:
+    return run(net(), None, lambda m, x, y: Squared.apply(m(x)), data(), 1)
+
+
+# A gradient that goes into the loss.
+
+
+def slope(m: Any, x: Tensor, asked: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the outputs at inputs of the loop's own, and the gradient of what is asked of them."""
+    x = (0.5 * x).requires_grad_()
+    out = m(x)
+    return out, torch.autograd.grad(asked(out), x, create_graph=True)[0]
+
+
+def penalized(divisor: float, of_penalty: float) -> Stepped:
+    """Train a critic that is to be 1-Lipschitz; the penalty is divided by a number of its own."""
+
+    def loss(m: Any, x: Tensor, divisors: tuple[float, float]) -> Tensor:
+        _, by_input = slope(m, x, torch.sum)
+        penalty = ((by_input.norm(dim=1) - 1) ** 2).mean()
+        return m(x).mean() / divisors[0] + 10 * penalty / divisors[1]
+
+    def passes(m: nn.Module, o: Any) -> None:
+        for x, _ in data():
+            loss(m, x, (divisor, of_penalty)).backward()
+
+    return stepped(net(1), None, passes, lambda m: loss(m, whole(data())[0], (1, 1)))
+
+
+@loop("sound")
+def a_gradient_penalty_in_the_loops_own_lines() -> Stepped:
+    return penalized(4, 4)
+
+
+@loop("biased", SCALE)
+def a_gradient_penalty_that_is_not_divided() -> Stepped:
+    return penalized(4, 1)
+
+
+def forces(parts: Parts, asked: Callable[[Tensor], Tensor]) -> Stepped:
+    """Train an energy by itself and by its gradient."""
+
+    def loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        energy, force = slope(m, x, asked)
+        return F.mse_loss(energy.squeeze(1), y.double()) + F.mse_loss(-force, x)
+
+    return run(net(1), None, loss, parts, len(parts))
+
+
+@loop("sound")
+def an_energy_and_its_forces() -> Stepped:
+    return forces(data(), torch.sum)
+
+
+@loop("biased", UNEQUAL)
+def an_energy_and_its_forces_of_other_numbers() -> Stepped:
+    return forces(data((4, 4, 2)), torch.sum)
+
+
+@loop("biased", "loss not additive over samples")
+def forces_of_the_mean_energy() -> Stepped:
+    return forces(data(), torch.mean)
+
+
 # What reaches the step.
 
 
@@ -680,6 +797,94 @@ def scaled_unscaled_and_clipped() -> Stepped:
 
     large = whole(data((4, 4, 4)))
     return stepped(net().float(), None, passes, lambda m: cross_entropy(m, *large), most=0.1)
+
+
+def each(change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Return what changes every parameter."""
+    return lambda m: [change(p) for p in m.parameters()][:0] or None
+
+
+def clipped_then(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda m: [nn.utils.clip_grad_norm_(m.parameters(), 0.01), change(m)][:0] or None
+
+
+def noisy(p: Any) -> None:
+    p.grad.add_(torch.randn_like(p), alpha=0.01)
+
+
+def centralised(p: Any) -> None:
+    if p.ndim > 1:
+        p.grad -= p.grad.mean(1, keepdim=True)
+
+
+def projected(p: Any) -> None:
+    p.grad -= (p.grad * p.detach()).sum() / p.detach().square().sum() * p.detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "said"),
+    [
+        (each(noisy), "stochastic", "noise was added"),
+        (clipped_then(each(noisy)), "stochastic", "noise was added"),
+        (each(lambda p: p.grad.add_(p.detach(), alpha=0.1)), "equivalent", "0.1 × the weights"),
+        (each(centralised), "equivalent", "centralised"),
+        (each(projected), "equivalent", "projected"),
+        (each(lambda p: p.grad.sign_()), "equivalent", "signs alone"),
+        (each(lambda p: p.grad.mul_(p.detach().norm())), "equivalent", "a number of its own"),
+        (each(lambda p: p.grad.mul_(p.grad.abs() > p.grad.abs().median())), "equivalent", "set to zero"),
+        (each(lambda p: p.grad.mul_(0.25) if p.ndim > 1 else None), "inconclusive", "not known here"),
+        (each(lambda p: p.grad.copy_(p.grad.sign() * p.grad.abs().sqrt())), "inconclusive", "not known"),
+        (clipped_then(each(lambda p: p.grad.sub_(p.grad**2))), "inconclusive", "not known here"),
+    ],
+)
+def test_what_is_done_to_the_whole_gradient_is_named_and_sized(
+    change: Callable[[Any], None], verdict: str, said: str
+) -> None:
+    """The large batch's would be changed alike; a division by N of a part is no such choice."""
+    torch.manual_seed(3)
+    for divisor in (4, 1):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, None, optimizer) as audit:
+            for x, y in data():
+                (ce(model(x), y) / divisor).backward()
+            change(model)
+            optimizer.step()
+        if divisor == 4:
+            assert audit.verdict == verdict, str(audit)
+            assert said in (audit.detail or ""), str(audit)
+            assert "the loop changed the gradient by" in (audit.detail or "")
+        elif verdict != "inconclusive":
+            assert (audit.verdict, audit.cause) == ("biased", SCALE), str(audit)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "each"])
+@pytest.mark.parametrize("divisor", [3, 1])
+def test_penalties_of_several_weights_with_a_backward_pass_of_their_own(
+    where: str, divisor: int
+) -> None:
+    """They are a part of a micro-batch, or of the window, and no micro-batch."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def penalize() -> None:
+        (
+            0.01 * sum(p.norm() for p in model.parameters()) / (divisor if where == "each" else 1)
+        ).backward()
+
+    with watch(model, None, optimizer) as audit:
+        if where == "before":
+            penalize()
+        for x, y in data((4, 4, 4)):
+            (ce(model(x), y) / divisor).backward()
+            if where == "each":
+                penalize()
+        if where == "after":
+            penalize()
+        optimizer.step()
+    assert audit.accum_steps == 3, str(audit)
+    expected = ("equivalent", None) if divisor == 3 else ("biased", SCALE)
+    assert (audit.verdict, audit.cause) == expected, str(audit)
 
 
 @pytest.mark.parametrize("name", LOOPS)

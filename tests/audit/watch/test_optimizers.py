@@ -105,7 +105,26 @@ def test_optimizers_that_step_at_different_rates_are_left_open() -> None:
             fast.zero_grad()
         slow.step()
     assert audit.verdict == "inconclusive", str(audit)
-    assert "watch each optimizer alone" in (audit.detail or "")
+    assert "watch its optimizer alone; else call zero_grad before" in (audit.detail or "")
+
+
+def test_what_a_generator_leaves_in_its_critic_is_stale() -> None:
+    """Its passes go through the critic, which is cleared after its own step alone."""
+    generator, critic = nn.Linear(2, 4).double(), nn.Linear(4, 1).double()
+    of_generator, of_critic = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, critic))
+    with watch() as audit:
+        for _ in range(2):
+            for _ in range(2):
+                fake = generator(torch.randn(4, 2, dtype=D)).detach()
+                (critic(fake).square().mean() / 2).backward()
+            of_critic.step()
+            of_critic.zero_grad()
+            for _ in range(2):
+                (-critic(generator(torch.randn(4, 2, dtype=D))).square().mean() / 2).backward()
+            of_generator.step()
+            of_generator.zero_grad()
+    causes = [w.cause if w.verdict == "biased" else w.verdict in SOUND for w in audit.windows]
+    assert causes == [True, True, "stale or missing gradients", True], str(audit)
 
 
 @pytest.mark.parametrize("zeroed", [True, False])
