@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler
 
 from gaccum_exp.audit.check.captured import CapturedWindow
 from gaccum_exp.audit.watch.discovery import LoopFinder, stepped_by, unwrapped
-from gaccum_exp.audit.watch.scalars import calling_frame
+from gaccum_exp.audit.watch.scalars import LOSS_NAMES, calling_frame
 from gaccum_exp.audit.watch.tape import Observations, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
 from gaccum_exp.audit.watch.watch import watch
@@ -216,7 +216,7 @@ def _name_of_loss(call: Any) -> str:
     if isinstance(function, nn.Module):
         return type(function).__name__
     name = str(getattr(function, "__name__", ""))
-    known = name.endswith(("_loss", "entropy", "logits", "kl_div"))
+    known = name.endswith(LOSS_NAMES)
     return name if known else "a loss of the script's own arithmetic"
 
 
