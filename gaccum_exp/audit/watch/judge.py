@@ -43,6 +43,7 @@ from gaccum_exp.audit.verdict import (
     scale_of,
 )
 from gaccum_exp.audit.watch.divisions import ScaleFaults, faults_of
+from gaccum_exp.audit.watch.drawn_weights import drawn
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
@@ -611,20 +612,24 @@ class _LoopWindow:
         return any(not same_states(ends[i], start) for i, start in enumerate(starts[1:]))
 
     def _of_drawn_weights(self, audit: Audit, what: str, passes: "_Passes") -> Audit:
-        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""
+        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's do, are
+        where the same draw gives them again."""
         shares, faults = passes.shares, passes.faults
         if faults.alike and faults.factors[0] != 1:
             said = faults.remedy(faults.factors[0])
             return replace(audit, cause=result.LOSS_SCALE, remedy=said)
         totals = [sum(each) for each in zip(*(t.weights for t in shares), strict=True)]
-        if len(shares) > 1 and alike(totals):
+        fractions = [w / total for w, total in zip(shares[0].weights, totals, strict=True) if total]
+        together = len(shares) > 1 and alike(totals) and len(fractions) == len(totals)
+        if together and drawn(fractions[1:], [self._rerun.ends[i] for i in range(len(fractions) - 1)]):
             said = f"{what}, as random numbers are drawn between them: compare averages over seeds"
             return replace(
                 audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
             )
         why = (
-            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it is a "
-            "part of the data and no fault; else change it once per optimizer step"
+            f"{what}, and random numbers are drawn between them, which do not show whether it is: drawn "
+            "itself, as mixup's is, it is a part of the data and no fault; else change it once per "
+            "optimizer step"
         )
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 

@@ -1,7 +1,9 @@
 """Loops with several terms that divide by another number than their window's N, all of them or some."""
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 from gaccum_exp import watch
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.audit.watch.divisions import Scaling, faults_of
+from gaccum_exp.audit.watch.drawn_weights import drawn
 from gaccum_exp.audit.watch.scalars import Factor
+from gaccum_exp.core.seeding import random_state_kept, random_states
 
 N, BETA = 4, 0.3
 """By what the loops divide, and a weight that is no literal."""
@@ -149,3 +153,15 @@ def test_the_mean_of_terms_is_told_apart_from_a_window_of_fewer_or_left_open() -
     assert found.doubt is not None
     each = [mean(0.5, by_2, by_2, name="a"), mean(0.5, by_2, by_2, name="b")]
     assert faults_of(each, 2, constants_outside=True, rescaled=False).doubt is None
+
+
+def test_weights_are_called_drawn_where_the_same_draw_gives_them_again() -> None:
+    """From the state before; a schedule between draws for the data is not."""
+    with random_state_kept():
+        states, weights = [], []
+        for draw in (lambda: np.random.beta(0.2, 0.2), lambda: 1 - random.betavariate(0.4, 0.4)):
+            states.append(random_states())
+            weights.append(draw())
+        assert drawn(weights, states)
+        assert not drawn([0.7, 0.5], states)
+        assert not drawn([], [])
