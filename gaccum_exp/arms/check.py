@@ -95,6 +95,8 @@ class _Check:
             given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress
         )
         self._said_s = time.monotonic()
+        self._unsaid: list[str] = []
+        """On windows that were judged since something was said."""
         self._of_children_s = _of_children_s()
         self._watched: Watched
 
@@ -210,14 +212,15 @@ class _Check:
             return
         print("\n".join(cost(plan, group, compiled=self._loop.compiled)))
 
-    def _say_progress(self, judged: int, verdict: str) -> None:
-        """Say now and then how far it is, where that takes long."""
+    def _say_progress(self, judged: int, verdict: str, whose: str) -> None:
+        """Say now and then how far it is, where that takes long: all windows since it was last said."""
+        self._unsaid.append(
+            f"window {judged} of {self._given.windows}{whose and f' of {whose}'} is {verdict}"
+        )
         if time.monotonic() - self._said_s > PATIENCE_S:
             self._said_s = time.monotonic()
-            print(
-                f"gaccum_exp check: window {judged} of {self._given.windows} is {verdict}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            print("gaccum_exp check:", ", ".join(self._unsaid), file=sys.stderr, flush=True)
+            self._unsaid.clear()
 
     def _end_on_the_spot(self) -> NoReturn:
         """End a script that goes on though it was ended."""

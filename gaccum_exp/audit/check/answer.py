@@ -90,9 +90,17 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool, faile
     if not ended:
         return f"Seen: the whole script, of whose windows {judged} were judged."
     if epoch is None:
-        return "Not seen: the end of an epoch, as no data loader was read."
+        return (
+            "Not seen: the end of an epoch: the data come from no DataLoader of torch's, so that its "
+            "length is not known."
+        )
     if epoch.micro_batches is None:
         return "Not seen: the end of an epoch, as the data does not tell its length."
+    if epoch.read is not None and epoch.read < passes:
+        return (
+            f"Not seen: the end of the epoch, of {epoch.micro_batches} batches of the data loader, each "
+            f"of which makes several micro-batches."
+        )
     windows, left = divmod(epoch.micro_batches, n)
     if passes >= epoch.micro_batches + (n if left else 0):
         return "Seen: an epoch to its end."

@@ -1,21 +1,25 @@
 """Watch the loop of a script, note what is judged, and end the script once that is enough."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from gaccum_exp.audit.check.captured import CapturedWindow
 from gaccum_exp.audit.check.other_windows import Data, data_of
 from gaccum_exp.audit.watch.discovery import LoopFinder, stepped_by, unwrapped
-from gaccum_exp.audit.watch.scalars import calling_frame
+from gaccum_exp.audit.watch.scalars import LOSS_NAMES, calling_frame
 from gaccum_exp.audit.watch.tape import Observations, ignored_label, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
-from gaccum_exp.audit.watch.watch import watch
+from gaccum_exp.audit.watch.watch import Watched, watch
 from gaccum_exp.core.gradient import Gradient
 from gaccum_exp.errors import first_line
 
@@ -41,6 +45,8 @@ class Epoch:
     """Of a micro-batch, where its last has fewer."""
     data: Data | None = None
     """What it reads, where that can be read again."""
+    read: int | None = None
+    """Batches that were read of it; None: that is not known."""
 
 
 @dataclass(slots=True)
@@ -75,7 +81,8 @@ class CheckedLoop(watch):
         windows: how many to judge, of all optimizers that step together.
         batch_dim: as in `watch`.
         swallowed: called where the script goes on though it was ended; it does not return.
-        judged: called with how many windows of an optimizer are judged now, and the last verdict.
+        judged: called with how many windows of an optimizer are judged now, the last verdict, and of
+            several optimizers its name.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class CheckedLoop(watch):
         windows: int,
         batch_dim: int | None,
         swallowed: Callable[[], None],
-        judged: Callable[[int, str], None] = lambda count, verdict: None,
+        judged: Callable[[int, str, str], None] = lambda count, verdict, whose: None,
     ) -> None:
         super().__init__(batch_dim=batch_dim)
         self._finder = LoopFinder(self._found, self._made, before=False)
@@ -91,12 +98,37 @@ class CheckedLoop(watch):
         self.groups: dict[frozenset[str], Group] = {}
         self.epoch: Epoch | None = None
         """Of the data loader that was read last; None: there was none."""
+        self._loaders: list[tuple[weakref.ref[Any], Epoch]] = []
+        """The iterators over data loaders that were made."""
         self.raised = 0
         """How often the script was ended."""
         self.steps = 0
         """Optimizer steps taken, judged or not."""
         self.compiled = False
         """Whether torch.compile compiled the model as a whole."""
+
+    def __enter__(self) -> Watched:
+        self._stack.enter_context(_iterators_noted(self._note_loader))
+        return super().__enter__()
+
+    def _note_loader(self, iterator: Any) -> None:
+        """Note an iterator over a data loader: a loop may read it before it calls a module."""
+        assert self._finder is not None
+        epoch = None if self._finder.elsewhere else _epoch_of(iterator)
+        if epoch is not None:
+            self._loaders.append((weakref.ref(iterator), epoch))
+
+    def _epoch_read(self) -> Epoch | None:
+        """Return the epoch of the data loader that was read last, as far as it was read."""
+        asked: Any = None if self._tracer is None else self._tracer.loader
+        found = _epoch_of(asked)
+        if found is None:
+            read = [(made(), epoch) for made, epoch in self._loaders]
+            known = [(made, epoch) for made, epoch in read if made is None or made._num_yielded]
+            asked, found = known[-1] if known else (None, self.epoch)
+        # A second iterator, or one that began anew, does not tell what was read before.
+        once = len(self._loaders) == 1 and not getattr(asked, "_persistent_workers", True)
+        return replace(found, read=asked._num_yielded) if found is not None and once else found
 
     def _found(
         self, called: nn.Module | None, optimizers: Sequence[Any], frame: FrameType | None = None
@@ -136,8 +168,7 @@ class CheckedLoop(watch):
     def _reached(self, seen: Observations, gradient: Gradient) -> None:
         due, before = self._due(seen), len(self._watched.windows)
         super()._reached(seen, gradient)
-        if self._tracer is not None:
-            self.epoch = _epoch_of(self._tracer.loader) or self.epoch
+        self.epoch = self._epoch_read()
         if not due or seen.evaluation:
             return
         group = self.groups.setdefault(frozenset(seen.stepped), self._group_of(seen))
@@ -145,7 +176,8 @@ class CheckedLoop(watch):
         if not added:  # it is in the place of one that was seen in part
             group.sizes.pop()
         group.windows += added
-        self._judged_one(self._whole(group), self._watched.windows[group.windows[-1]].verdict)
+        whose = " + ".join(group.optimizers) if len(self.groups) > 1 else ""
+        self._judged_one(self._whole(group), self._watched.windows[group.windows[-1]].verdict, whose)
         self._capture(seen, group)
 
     def _group_of(self, seen: Observations) -> Group:
@@ -223,8 +255,28 @@ def _name_of_loss(call: Any) -> str:
     if isinstance(function, nn.Module):
         return type(function).__name__
     name = str(getattr(function, "__name__", ""))
-    known = name.endswith(("_loss", "entropy", "logits", "kl_div"))
+    known = name.endswith(LOSS_NAMES)
     return name if known else "a loss of the script's own arithmetic"
+
+
+@contextmanager
+def _iterators_noted(note: Callable[[Any], None]) -> Iterator[None]:
+    """Note every iterator over a data loader that is made in the block."""
+    plain, open_ = _BaseDataLoaderIter.__init__, True
+
+    @functools.wraps(plain)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if open_:
+            note(self)
+
+    _BaseDataLoaderIter.__init__ = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        open_ = False
+        if _BaseDataLoaderIter.__init__ is noted:  # else others that end later came after it
+            _BaseDataLoaderIter.__init__ = plain  # type: ignore[method-assign]
 
 
 def _epoch_of(loader: Any) -> Epoch | None:

@@ -6,7 +6,6 @@ Nothing here changes a number of the loop's: hooks return nothing, operations ar
 import functools
 import inspect
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch.compiled import WRAPPER, ModesOff, compiled_function, uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState, writes
 from gaccum_exp.audit.watch.places import place_of_call
-from gaccum_exp.audit.watch.scalars import call_site, calling_functions, linear
+from gaccum_exp.audit.watch.scalars import Factor, call_site, calling_functions, linear
 from gaccum_exp.audit.watch.tape import (
     OutputRef,
     TapedCall,
@@ -417,19 +416,15 @@ class TracedCalls:
         if isinstance(output, Tensor) and output.requires_grad:
             between.of_scalars = form is None and _of_scalars(name, tensors, tape.origin)
         if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad:
-            if form is not None:  # a loop divides by a literal N; what it multiplies by is a weight
-                factors = [factor for _, factor in form.operands if factor is not None]
-                weights = [f.value for f in factors if f.weight]
-                between.literal = math.prod(weights) if "div" not in name else 1.0
-                between.counted = math.prod(f.value for f in factors if f.counted)
-                plain = (f.value for f in factors if not (f.counted or f.literal or f.weight))
-                between.numbers = tuple(plain)
-                between.of_scalars = True
+            if form is not None:
+                factors = (factor for _, factor in form.operands if factor is not None)
+                between.factors, between.of_scalars = tuple(factors), True
                 if output.ndim == 0 and any(operand.ndim for operand, _ in form.operands):
                     self._follow_loss(between, output)  # it may have reduced the loss of one sample
             elif name in ADDING_UP and len(origins) == 1 and origins[0].call.of_scalars:
                 between.of_scalars = True
-                between.numbers = (1 / tensors[0].numel(),) if name == "mean" else ()
+                parts = tensors[0].numel()
+                between.factors = (Factor(1 / parts, divides=True),) if name == "mean" else ()
             elif output.ndim == 0:  # a loss that the loop itself computes
                 between.kind = "loss"
                 self._follow_loss(between, output)

@@ -120,7 +120,7 @@ class GradientOfLoop:
                 remedy="clip once, after the window's last backward pass, not after each micro-batch"
                 f"{at('clip')}",
                 detail=f"gradients were clipped {len(inside)} time{'s' * (len(inside) > 1)} before the "
-                "last backward pass",
+                "last backward pass; the float64 run is of the passes alone, without that",
             )  # fmt: skip
         if any(k < seen.tape.backwards for k in seen.unscaled):
             return stale(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gaccum_exp.audit import result
-from gaccum_exp.audit.causes.loss_weights import alike, common_divisor, snapped, unrounded
+from gaccum_exp.audit.causes.loss_weights import alike, snapped, unrounded
 from gaccum_exp.audit.causes.padding import difference_by_padding
 from gaccum_exp.audit.diagnose import (
     NOT_FINITE,
@@ -40,10 +40,11 @@ from gaccum_exp.audit.verdict import (
     REMEDIES,
     listed,
     multiple,
-    remedy_of_factor,
     scale_of,
 )
 from gaccum_exp.audit.watch.changed_gradient import Change, change_between
+from gaccum_exp.audit.watch.divisions import ScaleFaults, faults_of
+from gaccum_exp.audit.watch.drawn_weights import drawn
 from gaccum_exp.audit.watch.first_values import FirstValues, Replay, connect
 from gaccum_exp.audit.watch.gradient_faults import AS_REPLAYED, GradientOfLoop, stale
 from gaccum_exp.audit.watch.kept_features import KeptFeatures, UnknownLossError
@@ -63,7 +64,7 @@ from gaccum_exp.audit.watch.taped_window import (
     corresponding,
     sample_readings,
 )
-from gaccum_exp.audit.watch.term_shares import TermShares, faults_of, shares_of
+from gaccum_exp.audit.watch.term_shares import TermShares, shares_of
 from gaccum_exp.audit.watch.whole_loss import function_of_loss
 from gaccum_exp.audit.watch.window_noise import noise_of_window
 from gaccum_exp.core.gradient import Gradient, distance, finite, identical, scaled
@@ -79,6 +80,10 @@ NOTHING_COUNTS = (
 OF_ITS_OWN = (
     "the loss holds the gradient of another one, which is no sample's own: take that of a sum over "
     "samples, for that of a mean shrinks as the batch grows"
+)
+LEFT_OVER = (
+    "call zero_grad where the epoch begins, or take the step on what is left: an earlier window's "
+    "gradients were left over"
 )
 ASKED = "say which dimension of the model's inputs counts samples, by batch_dim="
 
@@ -299,6 +304,15 @@ def _with_change(audit: Audit, change: Change) -> Audit:
     return replace(audit, verdict="stochastic", cause=result.RANDOMNESS, remedy=said)
 
 
+def _noting(audit: Audit, faults: ScaleFaults) -> Audit:
+    """Say what is taken as given; where it cannot be told whether terms are scaled rightly, that."""
+    if faults.doubt and audit.verdict in ("identical", "equivalent", "stochastic"):
+        return replace(
+            audit, verdict="inconclusive", cause=result.LOSS_SCALE, remedy=None, detail=faults.doubt
+        )
+    return audit.noting(faults.remark) if faults.remark else audit
+
+
 @dataclass(frozen=True, slots=True)
 class _Passes:
     """A window's passes, judged."""
@@ -310,10 +324,7 @@ class _Passes:
     weighed: Rerun
     """Of the window with the weights that it was judged by."""
     shares: list[TermShares]
-    faults: list[float]
-    """Factors by which the terms are off."""
-    remark: str | None
-    """On what is taken as given."""
+    faults: ScaleFaults
     observed: Gradient
 
 
@@ -389,7 +400,7 @@ class _LoopWindow:
         if shown and audit.verdict == "biased":
             findings += causes_of_passes(Judged(audit, passes.found, passes.weighed), self._again)
         if not findings:
-            return audit.noting(passes.remark) if passes.remark else audit
+            return _noting(audit, passes.faults)
         first = replace((of_loop or [audit])[0], culprits=passes.audit.culprits)
         return first.led_by(passes.found.completed(ordered(findings)))
 
@@ -415,14 +426,14 @@ class _LoopWindow:
         if own.computed_by_user:
             rerun.gradient(ONE_PASS64)  # which shows what is constant in the user's function
         shares = shares_of(own, rerun, (factor or 1.0) / loss_scale)
-        faults, remark = faults_of(
-            shares,
+        faults = faults_of(
+            [term.scaling for term in shares],
             len(self._micro_batches),
             constants_outside=own.constants_outside,
             rescaled=factor not in (None, 1.0),
         )
         micro, whole = [], []
-        for term, off in zip(shares, faults, strict=True):
+        for term, off in zip(shares, faults.factors, strict=True):
             pairs = zip(term.coefficients or [], term.weights, strict=False)
             meant = [c * term.whole_weight if c else weight for c, weight in pairs]
             exact = unrounded(term.weights, meant) if meant else snapped(term.weights)
@@ -431,12 +442,12 @@ class _LoopWindow:
         assert isinstance(rerun.window, TapedWindow)
         window = rerun.window.weighed(micro, whole, [term.coefficients for term in shares])
         weighed = replace(rerun, window=window)
-        blank, base = self._described(shares, faults[0])
+        blank, base = self._described(shares, faults.factors[0])
         if factor is not None and factor != 1:
             replayed = scaled(replayed, factor)
         found = diagnose(weighed, replayed, blank, observed)
         audit = self._with_scale(found, base, observed)
-        return _Passes(audit, found, rerun, weighed, shares, faults, remark, observed)
+        return _Passes(audit, found, rerun, weighed, shares, faults, observed)
 
     def _of_loop(self, passes: "_Passes", replayed: Gradient, factor: float | None) -> list[Audit]:
         """Return what came between the passes, and between the last of them and the step."""
@@ -464,7 +475,7 @@ class _LoopWindow:
         if audit.cause == result.UNEQUAL_DENOMINATORS:
             audit = self._with_shares(audit, passes)
         elif audit.cause == result.LOSS_SCALE:
-            audit = self._with_factor(audit, shares, factor, passes.faults[0])
+            audit = self._with_factor(audit, shares, factor, passes.faults)
         elif audit.cause == result.NOT_ADDITIVE and window.coupled:
             names = " and ".join(dict.fromkeys(window.coupled))
             others = "; the other terms do not" if len(window.coupled) < len(shares) else ""
@@ -576,13 +587,7 @@ class _LoopWindow:
         shares, faults = passes.shares, passes.faults
         unequal = [term for term in shares if term.unequal]
         if not unequal:
-            scaled_by = [(t.name, off) for t, off in zip(shares, faults, strict=True) if off != 1]
-            if not scaled_by or len(shares) < 2:
-                return audit
-            each = dict.fromkeys(f"{name} is {off:.4g} × the large batch's" for name, off in scaled_by)
-            said = ", ".join(each)
-            what = f"{said}: divide it as the other terms"
-            return replace(audit, cause=result.LOSS_SCALE, remedy=what)
+            return self._with_terms_scaled(audit, passes) if len(shares) > 1 else audit
         if all(term.weight_changes for term in unequal) and not any(term.summed for term in unequal):
             numbers = "; ".join(
                 f"{listed([w * len(t.weights) for w in t.weights])} in {t.name}" for t in unequal[:3]
@@ -596,11 +601,9 @@ class _LoopWindow:
         if mixing and not any(t.makes_up_all for t in unequal):
             return replace(audit, cause=mixing[0].culprit.cause, remedy=mixing[0].remedy)
         counted = "; ".join(term.said() for term in unequal[:3])
-        offs = {
-            name: off for name, off in zip((t.name for t in shares), faults, strict=True) if off != 1
-        }
+        offs = {t.name: off for t, off in zip(shares, faults.factors, strict=True) if off != 1}
         if offs:
-            audit = self._with_factors(audit, passes, offs, every=len(set(faults)) == 1)
+            audit = self._with_factors(audit, passes, offs)
         if len(shares) == 1:
             counted = counted.removesuffix(f" in {shares[0].name}")
             where = " in their loss" if counted.startswith("count ") else ""
@@ -608,21 +611,42 @@ class _LoopWindow:
         what = "divide each term's sum once by what the window counts for it"
         return replace(audit, remedy=f"micro-batches {counted}: {what}")
 
-    def _with_factors(
-        self, audit: Audit, passes: "_Passes", offs: dict[str, float], *, every: bool
-    ) -> Audit:
+    def _with_terms_scaled(self, audit: Audit, passes: "_Passes") -> Audit:
+        """Say which terms are scaled otherwise than the large batch's, and whether unlike the others."""
+        faults, names = passes.faults, dict[float, list[str]]()
+        right: list[TermShares] = []
+        for term, off in zip(passes.shares, faults.factors, strict=True):
+            by = off * (term.multiple or 1.0)
+            if math.isclose(by, 1, rel_tol=1e-4):
+                right.append(term)
+            else:
+                same = next((other for other in names if math.isclose(other, by, rel_tol=1e-4)), by)
+                names.setdefault(same, []).append(term.name)
+        if not names:
+            return audit
+        others = not all(term.summed for term in right)
+        said = [
+            f"of {' and '.join(dict.fromkeys(of))} the {faults.remedy(by, others=others)}"
+            for by, of in names.items()
+        ]
+        if right and not others:
+            sums = ", ".join(dict.fromkeys(term.name for term in right))
+            audit = audit.noting(f"the sum in {sums} is taken as it is")
+        if all(map(faults.left_over, names)):
+            return stale(audit, LEFT_OVER, faults.reached())
+        return replace(audit, cause=result.LOSS_SCALE, remedy="; ".join(said))
+
+    def _with_factors(self, audit: Audit, passes: "_Passes", offs: dict[str, float]) -> Audit:
         """Return the audit with the factors by which terms are off beside what they count."""
-        found, n = passes.found, audit.accum_steps
-        besides = (
-            [of_factor(off, n) for off in dict.fromkeys(offs.values())]
-            if every
-            else [
-                replace(
-                    of_factor(off, n), moves=None, remedy=f"of {name} the {remedy_of_factor(off, n)}"
-                )
-                for name, off in offs.items()
-            ]
-        )
+        found, n, every = passes.found, audit.accum_steps, passes.faults.alike
+        besides = [
+            replace(
+                of_factor(off, n),
+                moves=abs(off - 1) if every else None,
+                remedy=f"{'' if every else f'of {name} the '}{passes.faults.remedy(off)}",
+            )
+            for name, off in ([*offs.items()][:1] if every else offs.items())
+        ]
         factor = next(iter(offs.values())) if every else None
         if factor is None or found.accumulated64 is None or found.one_pass64 is None:
             return replace(audit, besides=tuple(besides))
@@ -635,20 +659,24 @@ class _LoopWindow:
         return any(not same_states(ends[i], start) for i, start in enumerate(starts[1:]))
 
     def _of_drawn_weights(self, audit: Audit, what: str, passes: "_Passes") -> Audit:
-        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's, are."""
+        """Judge weights that may be drawn: those of several terms that add up alike, as mixup's do, are
+        where the same draw gives them again."""
         shares, faults = passes.shares, passes.faults
-        if len(set(faults)) == 1 and faults[0] != 1:
-            said = remedy_of_factor(faults[0], audit.accum_steps)
+        if faults.alike and faults.factors[0] != 1:
+            said = faults.remedy(faults.factors[0])
             return replace(audit, cause=result.LOSS_SCALE, remedy=said)
         totals = [sum(each) for each in zip(*(t.weights for t in shares), strict=True)]
-        if len(shares) > 1 and alike(totals):
+        fractions = [w / total for w, total in zip(shares[0].weights, totals, strict=True) if total]
+        together = len(shares) > 1 and alike(totals) and len(fractions) == len(totals)
+        if together and drawn(fractions[1:], [self._rerun.ends[i] for i in range(len(fractions) - 1)]):
             said = f"{what}, as random numbers are drawn between them: compare averages over seeds"
             return replace(
                 audit, verdict="stochastic", cause=result.RANDOMNESS, e64=None, e=None, remedy=said
             )
         why = (
-            f"{what}, and random numbers are drawn between them: drawn itself, as mixup's is, it is a "
-            "part of the data and no fault; else change it once per optimizer step"
+            f"{what}, and random numbers are drawn between them, which do not show whether it is: drawn "
+            "itself, as mixup's is, it is a part of the data and no fault; else change it once per "
+            "optimizer step"
         )
         return replace(audit, verdict="inconclusive", cause=result.RANDOMNESS, remedy=None, detail=why)
 
@@ -731,22 +759,16 @@ class _LoopWindow:
         remedy = f"gradient is {said}: {why}, so give it from one, or divide it"
         return replace(audit, cause=result.LOSS_SCALE, remedy=remedy)
 
-    def _with_factor(self, audit: Audit, shares: list[TermShares], factor: float, off: float) -> Audit:
+    def _with_factor(
+        self, audit: Audit, shares: list[TermShares], factor: float, faults: ScaleFaults
+    ) -> Audit:
         """Say where a scale comes from; after its last backward pass the gradient was times `factor`."""
-        weights = [w / factor for w in shares[0].weights]
-        accum_steps, summed = len(weights), shares[0].summed
+        accum_steps, off = len(shares[0].weights), faults.factors[0]
         empty = [i for i, c in enumerate(shares[0].coefficients or []) if c == 0]
         if empty and math.isclose(audit.scale or 0.0, 1 - len(empty) / accum_steps, rel_tol=1e-4):
             what = f"{len(empty)} of {accum_steps} micro-batches count nothing, and have a share"
             said = f"{what}: {DIVIDE_ONCE}"
             return replace(audit, cause=result.UNEQUAL_DENOMINATORS, remedy=said)
-        literal = shares[0].literal
-        means = [term.weights for term in shares if not term.summed]
-        readings = [weights, [sum(each) / factor for each in zip(*means, strict=True)]]
-        divisors = [None if summed else common_divisor([w / literal for w in each]) for each in readings]
-        # Terms may have their mean taken: then their weights make one of a loss together.
-        divisor = next((d for d in divisors if d in (1, accum_steps)), divisors[0])
-        total = off
         if self._loss_scale != 1 and math.isclose(factor, 1 / self._loss_scale, rel_tol=1e-3):
             said = f"gradient is {factor:.4g} × the large batch's: it was unscaled twice"
             return replace(audit, remedy=said)
@@ -758,14 +780,8 @@ class _LoopWindow:
                 "not known here; clipping by torch.nn.utils.clip_grad_norm_ would be known"
             )
             return replace(audit, verdict="inconclusive", cause=None, remedy=None, detail=why)
-        if factor != 1 or divisor is None:
+        if factor != 1 or not faults.of_division(off):
             return audit
-        if accum_steps > divisor > 1:
-            why = f"{accum_steps} micro-batches reached this step, each divided by {divisor}"
-            said = "call zero_grad where the epoch begins, or take the step on what is left: an earlier"
-            return stale(audit, f"{said} window's gradients were left over", why)
-        if accum_steps < divisor and shares[0].divided_by_n < 2:
-            said = f"gradient is {total:.4g} × the large batch's: {accum_steps} micro-batches, each"
-            what = f"{said} divided by {divisor}: divide by the number in this window"
-            return replace(audit, remedy=what)
-        return audit
+        if faults.left_over(off):
+            return stale(audit, LEFT_OVER, faults.reached())
+        return replace(audit, remedy=faults.remedy(off))

@@ -9,6 +9,7 @@ import dis
 import functools
 import itertools
 import linecache
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ PASSING = frozenset(
     | {"mean", "contiguous", "flatten", "as_tensor"}
 )
 """Operators that leave a scalar as it is."""
+LOSS_NAMES = ("_loss", "entropy", "logits", "kl_div")
+"""What the names of loss functions end with."""
 LIBRARIES = ("torch", "gaccum_exp.audit")
 
 
@@ -49,6 +52,19 @@ class Factor:
     """Whether it stands in the source at all, a weight or a divisor."""
     counted: bool = False
     """Whether it is a tensor: something that was counted, and no N."""
+    divides: bool = False
+    """Whether the scalar is divided, by its reciprocal."""
+
+    @property
+    def divisor(self) -> int | None:
+        """The whole number above 1 that it divides by; None: there is none, or it was counted."""
+        return None if self.counted else whole_divisor(self.value)
+
+
+def whole_divisor(number: float) -> int | None:
+    """Return M where a number is 1/M, but for the rounding of the loop's precision; None: it is not."""
+    by = 1 / number if number > 0 else 0.0
+    return round(by) if by > 1.5 and math.isclose(by, round(by), rel_tol=1e-4) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +118,8 @@ def linear(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear
     literal = not isinstance(number, Tensor) and literal_operand(calling_frame())
     if divides:  # half of a sum is a weight; a third may be one, or N
         by = 1 / value if value else torch.inf
-        return Linear([(graphs[0], Factor(by, literal and value == 2, literal, counted))])
+        factor = Factor(by, literal and value == 2, literal, counted, divides=True)
+        return Linear([(graphs[0], factor)])
     return Linear([(graphs[0], Factor(value, literal, literal, counted))])
 
 
@@ -151,11 +168,16 @@ class ScalarForms(TorchFunctionMode):
 def term_name(function: Any) -> str:
     """Return a name for what an operation puts out: a loss function's own, or the line of the source."""
     name = str(getattr(function, "__name__", "loss"))
-    if name.endswith(("_loss", "entropy", "logits", "kl_div")):
+    if name.endswith(LOSS_NAMES):
         return name
     frame = calling_frame()
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return f"`{line if len(line) <= 60 else line[:57] + '...'}`" if line else name
+    return (frame and source_line(frame.f_code.co_filename, frame.f_lineno)) or name
+
+
+def source_line(file: str, line: int) -> str:
+    """Return a line of a source in quotes, without its middle where that is long; empty: not known."""
+    said = linecache.getline(file, line).strip()
+    return f"`{said if len(said) <= 60 else said[:57] + '...'}`" if said else ""
 
 
 def calling_frame() -> FrameType | None:

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gaccum_exp.audit.rerun.passes import Cast
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.places import Place, Places
+from gaccum_exp.audit.watch.scalars import Factor
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.core.gradient import Gradient, identical
 from gaccum_exp.core.losses.criterion import CriterionLoss
@@ -120,12 +121,8 @@ class TapedCall:
     """Of a loss that the model has put out: others that it is a part of, and their derivatives by it."""
     of_scalars: bool = False
     """Whether it is linear in scalars: a weighted one, a sum, or several of them in one tensor."""
-    literal: float = 1.0
-    """Of an operation on scalars, or of all after a loss: numbers in the source that multiply it."""
-    counted: float = 1.0
-    """The same of tensors without a graph."""
-    numbers: tuple[float, ...] = ()
-    """The same of numbers that are no literals, one by one."""
+    factors: tuple[Factor, ...] = ()
+    """Of an operation on scalars, or of all after a loss: what they multiply it by."""
     functions: tuple[tuple[int, CodeType], ...] = ()
     """Those that were running, the innermost first: a number of each one's call, and its code."""
     place: Place | None = None
@@ -390,7 +387,7 @@ class Tape:
             for piece in sharing:
                 pieces.remove(piece)
             pieces.append(TapedMicroBatch.of([*sharing, TapedMicroBatch(list(sources), [loss])]))
-        self._find_literal_weights()
+        self._find_factors()
         pieces.sort(key=lambda p: p.first.order)
         return _recurring(_sharing_a_backward_pass(pieces))
 
@@ -438,8 +435,8 @@ class Tape:
         unseen = [c for c in own if c.backward not in seen and c.refs()[0].place < _returned(c)]
         return sorted([*kept, *unseen], key=lambda call: call.order)
 
-    def _find_literal_weights(self) -> None:
-        """Give each loss the products of the literals, and of the tensors, that multiply it."""
+    def _find_factors(self) -> None:
+        """Give each loss the factors that the loop multiplies it by."""
         users: dict[tuple[int, int], list[TapedCall]] = {}
         for call in self.calls:
             scalar = call.of_scalars or [s for s, _ in call.outputs] == [()]
@@ -447,13 +444,11 @@ class Tape:
                 for ref in call.refs():
                     users.setdefault((id(ref.call), ref.place), []).append(call)
         for loss in (c for c in self.calls if c.kind == "loss"):
-            loss.literal, loss.counted, loss.numbers = 1.0, 1.0, ()
+            loss.factors = ()
             own = loss.refs()[0] if loss.function is models_own_loss else OutputRef(loss, 0)
             after = users.get((id(own.call), own.place), [])
             while len(after) == 1:
-                loss.literal *= after[0].literal
-                loss.counted *= after[0].counted
-                loss.numbers += after[0].numbers
+                loss.factors += after[0].factors
                 after = users.get((id(after[0]), 0), [])
 
 

@@ -23,7 +23,7 @@ from gaccum_exp.audit.rerun.sandbox import NamedModules
 from gaccum_exp.audit.watch import tape
 from gaccum_exp.audit.watch.first_values import FirstValues
 from gaccum_exp.audit.watch.kept_features import KeptFeatures
-from gaccum_exp.audit.watch.scalars import Factor, ScalarForms, Term
+from gaccum_exp.audit.watch.scalars import LOSS_NAMES, Factor, ScalarForms, Term, source_line
 from gaccum_exp.audit.watch.slots import Slot
 from gaccum_exp.audit.watch.tape import Outputs, TapedCall, TapedMicroBatch, made_of, resolved
 from gaccum_exp.core.joined_samples import NotJoinableError, SampleLayout, own_rows
@@ -84,8 +84,13 @@ class TermWeights:
     """The part of them that stands in the source: a weight of the term, and no N."""
     counted: float
     """The part that is a tensor of the loop's: what a window counts, and no N."""
-    numbers: tuple[float, ...]
-    """The numbers among them, one by one, that the loop multiplies by and that are no literals."""
+    factors: tuple[Factor, ...]
+    """Those of the loop's own arithmetic, one by one."""
+
+    @property
+    def numbers(self) -> list[float]:
+        """Those of them that are neither literals nor counted."""
+        return [f.value for f in self.factors if not (f.counted or f.literal or f.weight)]
 
 
 @dataclass(slots=True)
@@ -230,12 +235,14 @@ class TapedWindow:
                 for i, call in enumerate(column.calls):
                     by = 0.0 if call is None else _number(call.cotangent)
                     weights.append(by * _constant_part(self._forms.micro, c, i, t, constant))
-                literal = [f.value for f in _factors(shown, t, constant) if f.weight]
+                first, literal = column.first, [f for f in _factors(shown, t, constant) if f.weight]
+                # A loop divides by a literal N; what it multiplies by is a weight.
+                literal += [f for f in first.factors if f.weight and not f.divides]
+                counted = math.prod(f.value for f in first.factors if f.counted)
                 name = shown[t].name if t < len(shown) else "loss"
-                name = "the penalty on the weights" if column.first.of_weights_alone else name
-                of_source = column.first.literal * math.prod(literal)
-                first = column.first
-                found.append(TermWeights(name, weights, of_source, first.counted, first.numbers))
+                name = "the penalty on the weights" if first.of_weights_alone else name
+                of_source = math.prod(f.value for f in literal)
+                found.append(TermWeights(name, weights, of_source, counted, first.factors))
         return found
 
     def accumulate(self, context: ForwardContext, cast: Cast) -> None:
@@ -687,10 +694,21 @@ def _run(
         return of_model.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
     if not _own_code(call.function):
         loss = _loss_of(call.run(arguments, states))
-        return [Term(loss, getattr(call.function, "__name__", "loss"))]
+        return [Term(loss, _name_of(call))]
     with ScalarForms() as forms:
         loss = _loss_of(call.run(arguments, states))
     return forms.terms(loss) if loss.requires_grad else [Term(loss, "loss")]
+
+
+def _name_of(call: TapedCall) -> str:
+    """Return a name for a loss of torch's or of the loop's own arithmetic: that of the function, or the
+    line of the source."""
+    if isinstance(call.function, nn.Module):
+        return type(call.function).__name__
+    name = str(getattr(call.function, "__name__", "loss"))
+    if call.place is None or name.endswith(LOSS_NAMES):
+        return name
+    return source_line(*call.place) or name
 
 
 def _of_the_whole(calls: list[TapedCall], given: Sequence[Any], outputs: Outputs) -> list[Term]:

@@ -14,15 +14,14 @@ from torch import nn
 
 from gaccum_exp.audit.causes.loss_weights import (
     alike,
-    common_divisor,
     fitted_coefficients,
     intended_weight,
     sampled,
-    scale_faults,
     snapped,
 )
 from gaccum_exp.audit.rerun.passes import ACCUMULATED64, ONE_PASS64, RECORDING, Rerun
 from gaccum_exp.audit.verdict import listed
+from gaccum_exp.audit.watch.divisions import Scaling
 from gaccum_exp.audit.watch.scalars import Factor
 from gaccum_exp.audit.watch.taped_window import TapedWindow, TermWeights
 
@@ -54,8 +53,17 @@ class TermShares:
     """What its function multiplies it by, apart from a 1/N."""
     halved: float = 1.0
     """The literal weight that its function gives it, where it has no other term."""
-    divided_by_n: int = 0
-    """How often its function and the loop divide it by a number that is N."""
+    factors: tuple[Factor, ...] = ()
+    """What its function and the loop multiply it by, one by one."""
+
+    @property
+    def scaling(self) -> Scaling:
+        """What it is multiplied by, for divisions to be found among that."""
+        whole = 0.0 if self.summed else self.whole_weight / (self.literal * self.inside)
+        own = [w / self.literal for w in self.weights]
+        counted = self.sizes if self.counts is None else self.counts
+        samples = int(counted[0]) if len(set(counted)) == 1 else 0
+        return Scaling(self.name, self.summed, own, whole, self.halved, self.factors, samples)
 
     @property
     def unequal(self) -> bool:
@@ -67,6 +75,15 @@ class TermShares:
         return any(not math.isclose(w, m, rel_tol=1e-4) for w, m in pairs) and not alike(
             [w / m for w, m in pairs]
         )
+
+    @property
+    def multiple(self) -> float | None:
+        """What it is multiplied by beside what the loop means, where it is a sum; None: by no number."""
+        if self.coefficients is None or not self.summed or not self.whole_weight:
+            return None
+        pairs = zip(self.weights, self.coefficients, strict=True)
+        ratios = [w / (c * self.whole_weight) for w, c in pairs if c]
+        return ratios[0] if ratios and alike(ratios) else None
 
     @property
     def weight_changes(self) -> bool:
@@ -136,11 +153,11 @@ def shares_of(window: TapedWindow, rerun: Rerun, factor: float) -> list[TermShar
             whole = _meant_weight(weights, own, parts)
         shares = TermShares(term.name, weights, coefficients, summed, whole, term.literal, counts, sizes)
         unit = "samples" if sizes == window.sizes else "rows"
-        outside = sum(_one(number * len(weights)) for number in term.numbers)
-        divided_by_n = outside + len(constants) - len(inside)
-        halved = window.literal_inside(column)
+        # What a function's source divides by is its loss's own, unless it is N.
+        inner = [f for f in constants if not f.literal or f.divisor == len(weights)]
+        halved, factors = window.literal_inside(column), (*term.factors, *inner)
         shares = replace(shares, unit=unit, inside=math.prod(inside), halved=halved)
-        found.append(replace(shares, divided_by_n=divided_by_n))
+        found.append(replace(shares, factors=factors))
     return found
 
 
@@ -160,52 +177,6 @@ def _counted(constants: Sequence[Factor], term: TermWeights, accum_steps: int) -
 
 def _whole(number: float) -> bool:
     return number > 0.5 and math.isclose(number, round(number), rel_tol=1e-6)
-
-
-def faults_of(
-    shares: Sequence[TermShares], accum_steps: int, *, constants_outside: bool, rescaled: bool
-) -> tuple[list[float], str | None]:
-    """Return the factors by which the terms are off, and a remark on what is taken as given.
-
-    Args:
-        shares: of each term.
-        accum_steps: N.
-        constants_outside: whether no loss function multiplies by a constant itself.
-        rescaled: whether the gradient was multiplied after its last backward pass.
-    """
-    means = [term for term in shares if not term.summed]
-    halved = len(means) == 1 and _one(means[0].halved * accum_steps)
-    totals = [term.whole_weight / (term.literal * term.inside) for term in means]
-    together = all(term.divided_by_n < 2 for term in means)
-    faults, remark = scale_faults(totals, accum_steps, together=together), None
-    if faults is None:
-        faults, total = [1.0] * len(means), sum(totals)
-        weights = [w / term.literal for term in means for w in term.weights if w]
-        divisor = common_divisor(weights) if weights else None
-        # One loss has hardly a weight of a half, or of two; several may have.
-        tried = [[total], [1 / total]] if len(means) == 1 and total > 0 else []
-        whole = any(common_divisor(each) is not None for each in tried)
-        undivided = accum_steps > 1 and bool(weights) and min(weights) >= 1
-        if rescaled or (constants_outside and (whole or undivided)):
-            faults = [total] * len(means)
-        elif constants_outside and divisor is not None and divisor > 1:
-            faults = [accum_steps / divisor] * len(means)
-        else:
-            said = f"the loop multiplies the loss by {total:.4g} in all"
-            if len(means) > 1:
-                said = f"the loop multiplies its losses by {listed(totals)}"
-            remark = f"{said}, which is taken as given"
-    elif not (together and _one(sum(totals))):
-        pairs = zip(means, totals, faults, strict=True)
-        given = [f"{term.name} by {t:.4g}" for term, t, off in pairs if off == 1 and not _one(t)]
-        if given:
-            named = ", ".join(dict.fromkeys(given))
-            remark = f"the loop multiplies {named} in all, which is taken as given"
-    if halved and accum_steps > 1 and remark is None:
-        said = f"the loss function multiplies by {1 / accum_steps:.4g} in its source, as N would"
-        remark = f"{said}, which is taken as given"
-    of_means = iter(faults)
-    return [1.0 if term.summed else next(of_means) for term in shares], remark
 
 
 def _meant_weight(weights: list[float], counting: list[float], shares: list[float]) -> float:

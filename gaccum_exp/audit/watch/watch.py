@@ -157,7 +157,9 @@ class watch:  # noqa: N801  # used as a function
         optimizer: whose `step` ends a window, wrapped or not; or several (an iterable, or a mapping's
             values). Those that step one after the other take one window; where passes lie between their
             steps (a GAN), each takes its own, and its own parameters are judged.
-        steps: which optimizer steps of the block to judge, the first being 0; None: all.
+        steps: which optimizer steps of the block to judge, the first being 0; None: all. A loss that
+            mixes samples is found in the first of them, and judged in the next: name one more
+            (`range(2)` for one window), or give its function as `criterion`.
         batch_dim: the dimension of the model's inputs that counts samples; None: that on which the
             shapes of inputs, outputs and targets agree.
         also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a

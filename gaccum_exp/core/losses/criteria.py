@@ -23,6 +23,8 @@ OUTPUT = re.compile(
 """Names of the first parameter of a function of output and target."""
 TARGET = re.compile(r"(y|t|gt|truth|true|expected)(_.*)?|.*_true|.*(target|label|truth).*")
 """Names of the second parameter of a function of output and target."""
+MADE_UP = (1.0, -1.0, 0.01, 100.0, -100.0)
+"""Sizes of made-up outputs on which an unknown function is looked at, until it gives a loss."""
 HAND_OVER = (
     "a criterion of torch.nn, a function of output and target that takes `reduction`, or "
     "loss_fn(model, micro_batch) -> (loss_sum, denominator)"
@@ -106,6 +108,7 @@ class PlainCriterion(nn.Module):
             if not isinstance(loss, Tensor) or self.reduction == "none":
                 return loss
             return loss.sum() if self.reduction == "sum" else loss.mean()
+        self._require_tensors(outputs_and_targets[:2])
         counted = [t for t in outputs_and_targets[1:] if isinstance(t, Tensor) and t.ndim]
         number = counted[0].numel() if counted else 1
         is_sum = self._gives_sum(outputs_and_targets)
@@ -114,6 +117,15 @@ class PlainCriterion(nn.Module):
                 self._require_every_element_counts(outputs_and_targets, loss)
             return loss if is_sum else loss * number
         return loss / number if is_sum else loss
+
+    def _require_tensors(self, given: Sequence[Any]) -> None:
+        for what, each in zip(("the model's output", "the target"), given, strict=False):
+            if isinstance(each, (tuple, list, dict)):
+                raise BadInputError(
+                    f"criterion {self.extra_repr()}: {what} is a {type(each).__name__}, and whether it "
+                    f"gives a mean or a sum is found out on tensors alone. Let it give a loss of each "
+                    f"sample, or hand over {HAND_OVER}"
+                )
 
     def _gives_sum(self, given: Sequence[Any]) -> bool:
         # Of shapes alone it cannot be told, and does not matter.
@@ -143,21 +155,25 @@ class PlainCriterion(nn.Module):
             )
 
     def _looked_at(self, given: Sequence[Any]) -> bool:
-        def varied(t: Any) -> Any:  # lest the loss be zero
+        def varied(t: Any, size: float) -> Any:
             places = torch.arange(t.numel(), device=t.device).view(t.shape)
-            return (0.5 + 0.4 * torch.sin(places + 1.0)).to(t.dtype)
+            return (size * (0.5 + 0.4 * torch.sin(places + 1.0))).to(t.dtype)
 
         def twice(t: Any) -> Any:
             return torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
 
-        made = [varied(given[0]), *given[1:]]
-        one, two = self.function(*made), self.function(*map(twice, made))
-        if two.numel() > one.numel():
-            return True  # losses of single samples, of which there is one
-        once, both = float(one), float(two)
-        for times, is_sum in ((1.0, False), (2.0, True)):
-            if once and math.isclose(both, times * once, rel_tol=1e-3):
-                return is_sum
+        once = both = 0.0
+        for size in MADE_UP:  # lest the loss be zero, as a hinge is beyond its margin
+            made = [varied(given[0], size), *given[1:]]
+            one, two = self.function(*made), self.function(*map(twice, made))
+            if two.numel() > one.numel():
+                return True  # losses of single samples, of which there is one
+            once, both = float(one), float(two)
+            for times, is_sum in ((1.0, False), (2.0, True)):
+                if once and math.isclose(both, times * once, rel_tol=1e-3):
+                    return is_sum
+            if once and math.isfinite(once):
+                break
         raise BadInputError(
             f"criterion {self.extra_repr()}: of the samples twice over it gives {both:.4g}, and of "
             f"these {once:.4g}: neither a mean nor a sum over samples. Hand over {HAND_OVER}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -161,7 +162,8 @@ def test_what_is_wrong_beside_the_gradient_is_said(check: Check) -> None:
 @pytest.mark.parametrize(
     ("epoch", "said"),
     [
-        (None, "no data loader was read"),
+        (None, "the data come from no DataLoader of torch's"),
+        (Epoch(400, read=2), "of 400 batches of the data loader, each of which makes several"),
         (Epoch(None), "does not tell its length"),
         (Epoch(10), "no multiple of N = 4: 2 are left over"),
         (Epoch(12, last_samples=4, samples=8), "with 4 samples where others have 8: --windows 3"),
@@ -209,6 +211,22 @@ def test_windows_beyond_are_looked_at_for_what_they_count(
     assert (said or "") in found.out
     assert ("Others count unequally" in found.out) == bool(said)
     assert ("Nor seen: whether micro-batches count equally" in found.out) == (said is None)
+
+
+def test_a_loader_is_known_that_is_read_before_the_loop(check: Check, tmp_path: Path) -> None:
+    """A helper that collects windows has read it to its end when the first module is called."""
+    path = script(
+        tmp_path,
+        "loader = torch.utils.data.DataLoader(torch.randn(14, 2), batch_size=4)",
+        "every = list(loader)",
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        "for k in range(2):",
+        "    for x in every[2 * k : 2 * k + 2]:",
+        "        (model(x).square().mean() / 2).backward()",
+        "    optimizer.step()",
+        "    optimizer.zero_grad()",
+    )
+    assert "the last micro-batch of the epoch, with 2 samples" in check("--windows", "1", path).out
 
 
 def test_the_leak_of_an_epochs_rest_is_named_where_it_is_reached(check: Check) -> None:
@@ -294,8 +312,12 @@ def test_a_long_check_says_how_far_it_is(check: Check, monkeypatch: pytest.Monke
     found = check("--windows", "3", "plain.py")
     said = [line for line in found.err.splitlines() if "gaccum_exp check: window" in line]
     assert said == [f"gaccum_exp check: window {i} of 3 is equivalent" for i in (1, 2, 3)]
-    monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 1e9)
-    assert "check: window" not in check("--windows", "2", "plain.py").err
+    seconds = iter([0.0, 1.0, 1e9, 1e9])
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("gaccum_exp.arms.check.time", clock)
+    monkeypatch.setattr("gaccum_exp.arms.check.PATIENCE_S", 5.0)
+    both = "gaccum_exp check: window 1 of 2 is equivalent, window 2 of 2 is equivalent"
+    assert both in check("--windows", "2", "plain.py").err
 
 
 def test_an_exit_of_the_scripts_own_is_passed_on(check: Check, tmp_path: Path) -> None:

@@ -665,7 +665,7 @@ def test_a_penalty_that_is_not_divided_is_named_once() -> None:
         o.step()
 
     said = said_of(passes)
-    assert said.count("the penalty on the weights is 3 × the large batch's") == 1, said
+    assert said.count("of the penalty on the weights the gradient is 3 × the large batch's") == 1, said
 
 
 def test_passes_after_the_last_step_are_printed() -> None:

@@ -282,3 +282,19 @@ def test_a_loss_function_is_one_whatever_its_model_is_called(names: str) -> None
     assert as_criterion(function) is None
     window = [(torch.randn(4, 6), torch.randn(4, 1))] * 2
     assert accumulate_gradients(nn.Linear(6, 1), function, window).denominator == 48
+
+
+def test_a_plain_function_is_looked_at_where_it_gives_a_loss_and_on_tensors_alone() -> None:
+    """A hinge is zero beyond its margin; a tuple of outputs is refused in a sentence."""
+
+    def hinge(scores: Tensor, target: Tensor) -> Tensor:
+        return (0.05 - scores).clamp(min=0).mean()
+
+    criterion = as_criterion(hinge)
+    assert criterion is not None
+    scores, target = torch.tensor([-1.0, 2.0]), torch.zeros(2)
+    assert float(criterion(scores, target)) == pytest.approx(1.05 / 2)
+    of_first = as_criterion(lambda output, target: (output[0] - target).square().mean())
+    assert of_first is not None
+    with pytest.raises(BadInputError, match="the model's output is a tuple"):
+        of_first((scores, scores), target)
