@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import gc
 import shutil
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tests.undrawn import DRAW, UNDRAWN, no_figures
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+gc.disable()  # until all tests are collected: imports leave next to no garbage
 hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts how long it takes
 hypothesis.settings.load_profile("suite")
 
@@ -40,6 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Settle, as a child does before its arms: each training built searches all that is not settled."""
+    gc.enable()
     settle()
 
 

@@ -351,6 +351,8 @@ class TracedCalls:
                 args = list(args[0])
             elif code.co_flags & inspect.CO_VARARGS:
                 args += values[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]]
+            if any(callable(given) for given in args):  # a checkpoint: what it runs is seen by itself
+                return
             tensors, tape = tensors_in(args), self._tracer.seen.tape
             if any(tape.origin(t) is not None or id(t) in tape.parameters for t in tensors):
                 function = type(node)._forward_cls.apply  # type: ignore[attr-defined]  # torch's own

