@@ -325,7 +325,7 @@ class LoopTracer:
         left = seen.at_start.keys() & seen.stepped
         before = seen.stepped if self._stepped_before is None else self._stepped_before
         # A step takes what was taken before: of nothing that one may add up on purpose.
-        seen.carried = set() if _leaked(seen, self.past) else left - before - self._kept
+        seen.carried = left - before - self._kept
         self._kept -= seen.stepped
         self._given = {name: taken[name] for name in seen.stepped & taken.keys()}
         self.between.note_clipping_by_hand(taken)
@@ -377,20 +377,6 @@ class LoopTracer:
 
     def _nothing_seen(self) -> Observations:
         return Observations(Tape(parameters=self._refs, moving=self.moving))
-
-
-def _leaked(seen: Observations, past: Tape) -> bool:
-    """Whether gradients that were there at the start are another window's, that went on to others.
-
-    So a GAN's generator leaves some in its critic, whose own passes are others, and reach nothing else.
-    An optimizer that steps less often than another one has passes of one kind in all of its windows.
-    """
-    own, others = (
-        {name for each in tape.reached.values() for name in each} for tape in (seen.tape, past)
-    )
-    places = ({c.site for c in tape.calls if c.kind == "loss"} for tape in (seen.tape, past))
-    alone = bool(own) and own <= seen.stepped and own < others
-    return alone and not set.intersection(*places)
 
 
 def _leave_out_others(seen: Observations) -> None:
