@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 _WORTH = (
     "\nIs so large a batch worth having? These windows cannot say: `with gaccum_exp.watch(model, "
-    "criterion, optimizer, noise=True)` around some dozen steps measures the noise scale."
+    "criterion, optimizer, noise=True)` around a dozen steps or more measures the noise scale."
 )
 _WORTH_OF_TERMS = (
     "\nIs so large a batch worth having? Its loss has several terms, each with a noise of its own, so "
-    "that no noise scale tells: train at several batches, with equal samples."
+    "that no noise scale tells: train your script at several batches, with equal samples and a rate of "
+    "its own for each (docs/howto/compare_batches.md says what to look at)."
 )
 CHILDREN_S = 0.5
 """From here on the script's own processes have done more than a look around."""

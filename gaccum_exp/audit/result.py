@@ -117,8 +117,8 @@ class Finding:
         moves = f"{self.moves or 0:.2g} × its norm"
         far = "" if self.moves is None else f" (by itself it moves the gradient by {moves})"
         yield f"cause{number}: {self.where}{far}"
-        if self.remedy:
-            yield f"remedy: {self.remedy}"
+        if self.remedy:  # random numbers are no fault
+            yield f"{'note' if self.cause == RANDOMNESS else 'remedy'}: {self.remedy}"
         if self.detail:
             yield f"seen: {self.detail}"
 

@@ -104,7 +104,7 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool, faile
     windows, left = divmod(epoch.micro_batches, n)
     if passes >= epoch.micro_batches + (n if left else 0):
         return "Seen: an epoch to its end."
-    more = f"--windows {windows + 2 * (left > 0)}"
+    more = f"--no-cost --windows {windows + 2 * (left > 0)}"
     if left:
         return (
             f"Not seen: the end of the epoch, whose {epoch.micro_batches} micro-batches are no multiple "
@@ -206,6 +206,6 @@ def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):
         yield (
-            "beside the gradient: nothing wrong was seen in schedule and memory; what is made of the "
-            "losses for the log was not checked"
+            "beside the gradient: nothing wrong was seen in schedule and memory; not checked: what is "
+            "made of the losses for the log, and an average of the weights (EMA) that the loop keeps"
         )

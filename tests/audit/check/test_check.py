@@ -166,7 +166,7 @@ def test_what_is_wrong_beside_the_gradient_is_said(check: Check) -> None:
         (Epoch(400, read=2), "of 400 batches of the data loader, each of which makes several"),
         (Epoch(None), "does not tell its length"),
         (Epoch(10), "no multiple of N = 4: 2 are left over"),
-        (Epoch(12, last_samples=4, samples=8), "with 4 samples where others have 8: --windows 3"),
+        (Epoch(12, last_samples=4, samples=8), "others have 8: --no-cost --windows 3"),
         (Epoch(400), "the rest of the epoch, of 100 windows"),
         (Epoch(8), "Seen: an epoch to its end"),
     ],
