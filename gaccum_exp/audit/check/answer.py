@@ -91,8 +91,8 @@ def not_seen(epoch: Epoch | None, groups: Sequence[Group], *, ended: bool, faile
         return f"Seen: the whole script, of whose windows {judged} were judged."
     if epoch is None:
         return (
-            "Not seen: the end of an epoch: the data come from no DataLoader of torch's, so that its "
-            "length is not known."
+            "Not seen: the end of an epoch: the data come from no DataLoader of torch's, which would "
+            "tell its length."
         )
     if epoch.micro_batches is None:
         return "Not seen: the end of an epoch, as the data does not tell its length."

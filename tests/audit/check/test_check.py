@@ -98,7 +98,7 @@ def test_a_script_gets_the_right_verdict(
     [
         ("not_divided", "loss scale", "the loss is not divided by N"),
         ("no_zero_grad", "stale or missing gradients", "call zero_grad before the window's first"),
-        ("off_by_one", "loss scale", "1 micro-batches, each divided by 4"),
+        ("off_by_one", "loss scale", "1 micro-batch divided by 4"),
         ("batch_norm", 'batch statistics at module "1" (BatchNorm1d)', "GroupNorm"),
     ],
 )
