@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from gaccum_exp.audit.causes.loss_weights import common_divisor, scale_faults
 from gaccum_exp.audit.verdict import listed, remedy_of_factor
-from gaccum_exp.audit.watch.scalars import Factor
+from gaccum_exp.audit.watch.scalars import Factor, whole_divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,10 @@ class Scaling:
 
     @property
     def divided(self) -> Counter[int]:
-        """Those that it is divided by."""
-        return Counter(f.divisor for f in self.factors if f.divisor and f.divides and not f.weight)
+        """Those that it is divided by, and not multiplied by as well."""
+        by = Counter(f.divisor for f in self.factors if f.divisor and f.divides and not f.weight)
+        times = (whole_divisor(1 / f.value) for f in self.factors if f.value > 1)
+        return by - Counter(number for number in times if number)
 
     @property
     def divided_by_names(self) -> Counter[int]:
@@ -191,6 +193,8 @@ def _of_totals(
     """Return by how much means are off, from what each is multiplied by in all."""
     totals = [term.total for term in means]
     times = [term.divisors[accum_steps] for term in means]
+    if len(means) == accum_steps:  # a literal may take the mean of as many terms
+        times = [min(n, t.divided_by_names[accum_steps]) for n, t in zip(times, means, strict=True)]
     together = all(each < 2 for each in times)
     faults, remark = scale_faults(totals, accum_steps, together=together), None
     weights = [w for term in means for w in term.weights if w]

@@ -126,6 +126,19 @@ def test_a_sum_over_one_micro_batch_beside_a_mean_divided_by_n_is_not_called_equ
     assert "is divided by 6, and not by N = 4" in str(audit)
 
 
+def test_the_mean_of_two_terms_in_a_window_of_two_is_no_second_division() -> None:
+    """Though 2 is N: it stands in the source, and the division by N does not."""
+
+    def of_two(model: nn.Module, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        terms = two_means(model, x, y, z)
+        return ((terms[0] + terms[1]) / 2,)
+
+    present = 2
+    audit, gap = judged(of_two, lambda terms: terms[0] / present, present)
+    assert gap < 1e-6
+    assert audit.sound, str(audit)
+
+
 def mean(total: float, *factors: Factor, name: str = "loss") -> Scaling:
     return Scaling(name, False, [total / 2] * 2, total, 1.0, factors)
 
