@@ -193,8 +193,8 @@ def _of_totals(
     """Return by how much means are off, from what each is multiplied by in all."""
     totals = [term.total for term in means]
     times = [term.divisors[accum_steps] for term in means]
-    if len(means) == accum_steps:  # a literal may take the mean of as many terms
-        times = [min(n, t.divided_by_names[accum_steps]) for n, t in zip(times, means, strict=True)]
+    if len(means) == accum_steps and all(_averaged(term, accum_steps) for term in means):
+        totals, times = [total * accum_steps for total in totals], [n - 1 for n in times]
     together = all(each < 2 for each in times)
     faults, remark = scale_faults(totals, accum_steps, together=together), None
     weights = [w for term in means for w in term.weights if w]
@@ -229,6 +229,11 @@ def _of_totals(
         if not of_mean and all(math.isclose(f, off, rel_tol=1e-4) for f in faults):
             instead = Counter([divisor])
     return ScaleFaults(accum_steps, faults, instead, remark)
+
+
+def _averaged(term: Scaling, number: int) -> bool:
+    """Whether one of its divisions by a number stands in the source: of as many terms it is the mean."""
+    return term.divisors[number] > max(1, term.divided_by_names[number])
 
 
 def _of_those_divided(faults: list[float], times: list[int], accum_steps: int) -> list[float]:
