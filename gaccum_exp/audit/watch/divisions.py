@@ -138,18 +138,18 @@ def faults_of(
 
 
 def _of_own_samples(term: Scaling, accum_steps: int) -> str | None:
-    """Doubt a sum that is divided by what one micro-batch holds, and by no N: it may be a mean."""
-    size = term.samples
-    if not term.summed or size < 2 or accum_steps in (1, size) or term.divisors[accum_steps]:
+    """Doubt a sum that is divided by the samples of one micro-batch, and by no N: it may be a mean.
+
+    A multiple of them, as `numel()` is, may be what the whole window counts.
+    """
+    size, by = term.samples, term.divisors
+    if not term.summed or size < 2 or accum_steps in (1, size) or by[accum_steps]:
         return None
-    # Samples, or numbers of them all; what the whole window holds is another matter.
-    held = (n for n in term.divided_by_names if n % size == 0 and n % (size * accum_steps))
-    by = next(held, None)
-    if by is None:
+    if not term.divided_by_names[size]:
         return None
     return (
-        f"the sum in {term.name} is divided by {by}, and not by N = {accum_steps}: right if {by} is a "
-        f"constant of the loss; if it is what a micro-batch holds, divide by N, too"
+        f"the sum in {term.name} is divided by {size}, and not by N = {accum_steps}: right if {size} is "
+        f"a constant of the loss; if it is the number of samples in a micro-batch, divide by N, too"
     )
 
 
