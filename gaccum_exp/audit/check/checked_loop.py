@@ -1,9 +1,7 @@
 """Watch the loop of a script, note what is judged, and end the script once that is enough."""
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -15,7 +13,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from gaccum_exp.audit.check.captured import CapturedWindow
 from gaccum_exp.audit.check.other_windows import Data, data_of
-from gaccum_exp.audit.watch.discovery import LoopFinder, stepped_by, unwrapped
+from gaccum_exp.audit.watch.discovery import LoopFinder, making_noted, stepped_by, unwrapped
 from gaccum_exp.audit.watch.scalars import LOSS_NAMES, calling_frame
 from gaccum_exp.audit.watch.tape import Observations, ignored_label, models_own_loss
 from gaccum_exp.audit.watch.taped_window import sample_readings
@@ -108,7 +106,7 @@ class CheckedLoop(watch):
         """Whether torch.compile compiled the model as a whole."""
 
     def __enter__(self) -> Watched:
-        self._stack.enter_context(_iterators_noted(self._note_loader))
+        self._stack.enter_context(making_noted(_BaseDataLoaderIter, self._note_loader))
         return super().__enter__()
 
     def _note_loader(self, iterator: Any) -> None:
@@ -257,26 +255,6 @@ def _name_of_loss(call: Any) -> str:
     name = str(getattr(function, "__name__", ""))
     known = name.endswith(LOSS_NAMES)
     return name if known else "a loss of the script's own arithmetic"
-
-
-@contextmanager
-def _iterators_noted(note: Callable[[Any], None]) -> Iterator[None]:
-    """Note every iterator over a data loader that is made in the block."""
-    plain, open_ = _BaseDataLoaderIter.__init__, True
-
-    @functools.wraps(plain)
-    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        if open_:
-            note(self)
-
-    _BaseDataLoaderIter.__init__ = noted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        open_ = False
-        if _BaseDataLoaderIter.__init__ is noted:  # else others that end later came after it
-            _BaseDataLoaderIter.__init__ = plain  # type: ignore[method-assign]
 
 
 def _epoch_of(loader: Any) -> Epoch | None:

@@ -28,7 +28,7 @@ class Data:
 
 
 def data_of(loader: Any) -> Data | None:
-    """Return what an iterator of a data loader reads; None where it is told no indices."""
+    """Return the data behind a data loader's iterator; None where it reads no indices."""
     if getattr(loader, "_dataset_kind", None) != _DatasetKind.Map or not loader._auto_collation:
         return None
     dataset, collate = loader._dataset, loader._collate_fn

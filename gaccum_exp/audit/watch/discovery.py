@@ -78,7 +78,7 @@ class LoopFinder:
             self._bare.update(o for o in self._known if not _has_gradients([o]))
         self.wait()
         try:
-            with _optimizers_noted(self._note):
+            with making_noted(Optimizer, self._note):
                 yield
         finally:
             self.wait_no_longer()
@@ -135,7 +135,7 @@ class LoopFinder:
             self._begin(frame.f_locals["self"], optimizers, frame)
 
     def _others(self) -> list[Any]:
-        """Look for optimizers that are none of torch's classes: at the first, second, fourth … call."""
+        """Search for optimizers of no class of torch's, which takes long: at call 1, 2, 4, 8 …"""
         self._calls += 1
         if self._calls & (self._calls - 1) or not torch.is_grad_enabled():
             return []
@@ -231,20 +231,20 @@ def _alive(kind: type) -> list[Any]:
 
 
 @contextmanager
-def _optimizers_noted(note: Callable[[Optimizer], None]) -> Iterator[None]:
-    """Note every optimizer that is made in the block."""
-    plain, open_ = Optimizer.__init__, True
+def making_noted(kind: Any, note: Callable[[Any], None]) -> Iterator[None]:
+    """Note every object of a class that is made in the block."""
+    plain, open_ = kind.__init__, True
 
     @functools.wraps(plain)
-    def noted(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
         if open_:
             note(self)
 
-    Optimizer.__init__ = noted  # type: ignore[method-assign]
+    kind.__init__ = noted
     try:
         yield
     finally:
         open_ = False
-        if Optimizer.__init__ is noted:  # else others that end later came after it
-            Optimizer.__init__ = plain  # type: ignore[method-assign]
+        if kind.__init__ is noted:  # else others that end later came after it
+            kind.__init__ = plain

@@ -67,24 +67,26 @@ class ScaleFaults:
     """Why it cannot be told whether the terms are divided rightly."""
 
     @property
+    def by(self) -> int:
+        """What the loop divides by in all, in the place of N."""
+        return math.prod(self.divisors.elements())
+
+    @property
     def alike(self) -> bool:
         """Whether all terms are off by the same factor."""
         return len(set(self.factors)) == 1
 
     def of_division(self, factor: float) -> bool:
         """Whether a factor is that of a division by another number than N."""
-        by = self.accum_steps / math.prod(self.divisors.elements())
-        return bool(self.divisors) and math.isclose(factor, by, rel_tol=1e-4)
+        return bool(self.divisors) and math.isclose(factor, self.accum_steps / self.by, rel_tol=1e-4)
 
     def left_over(self, factor: float) -> bool:
         """Whether there are more micro-batches than it is divided by: of an earlier window, too."""
-        by = math.prod(self.divisors.elements())
-        return self.of_division(factor) and self.divisors.total() == 1 and self.accum_steps > by
+        return self.of_division(factor) and self.divisors.total() == 1 and self.accum_steps > self.by
 
     def reached(self) -> str:
         """Return what reached the step."""
-        by = math.prod(self.divisors.elements())
-        return f"{self.accum_steps} micro-batches reached this step, each divided by {by}"
+        return f"{self.accum_steps} micro-batches reached this step, each divided by {self.by}"
 
     def remedy(self, factor: float, *, others: bool = False) -> str:
         """Return what to do about terms that are off by a factor; whether there are `others`, right."""

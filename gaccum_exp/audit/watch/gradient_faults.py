@@ -66,7 +66,7 @@ class GradientOfLoop:
         return all(self.seen.states) and not same_states(*self.seen.states)
 
     def change(self, replayed: Gradient) -> Change | None:
-        """Return what the loop did to the sum of what its passes gave; None: that is not what it had."""
+        """Return what was done to the gradient after the last pass; None: it was not the passes' sum."""
         last = {n: g for n, g in self.at_last_backward.items() if n in self.observed}
         if not last or distance(last, replayed) > AS_REPLAYED:
             return None

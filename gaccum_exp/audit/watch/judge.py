@@ -288,14 +288,11 @@ def _with_change(audit: Audit, change: Change) -> Audit:
     if change.what is None:
         if audit.verdict == "biased":
             return audit.noting(change.said)
-        why = f"{change.said}. Up to there it is the sum of what the passes gave"
+        audit = replace(
+            audit, detail=f"{change.said}. Up to there it is the sum of what the passes gave"
+        )
         return replace(
-            audit,
-            verdict="inconclusive",
-            cause=result.UNKNOWN,
-            remedy=None,
-            detail=why,
-            moves=change.size,
+            audit, verdict="inconclusive", cause=result.UNKNOWN, remedy=None, moves=change.size
         )
     audit = audit.noting(f"{change.said}, as it would change the large batch's")
     if not change.drawn or audit.verdict not in ("identical", "equivalent"):
@@ -305,7 +302,7 @@ def _with_change(audit: Audit, change: Change) -> Audit:
 
 
 def _noting(audit: Audit, faults: ScaleFaults) -> Audit:
-    """Say what is taken as given; where it cannot be told whether terms are scaled rightly, that."""
+    """Add what is taken as given; leave the verdict open where a term's scale is in doubt."""
     if faults.doubt and audit.verdict in ("identical", "equivalent", "stochastic"):
         return replace(
             audit, verdict="inconclusive", cause=result.LOSS_SCALE, remedy=None, detail=faults.doubt
