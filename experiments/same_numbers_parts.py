@@ -178,7 +178,7 @@ def autocast(model: nn.Module, x: Tensor, y: Tensor, parts: Pairs) -> Tensor:
 
 
 SOUND: Each = lambda m, x, y, w: CE(m(x), y) * len(y) / count(w)  # noqa: E731  # beside its faulty kin
-MEANS: Each = lambda m, x, y, w: CE(m(x), y) / len(w)  # noqa: E731
+MEANS: Each = lambda m, x, y, w: CE(m(x), y) / len(w)  # noqa: E731  # as above
 LOOPS: dict[str, tuple[Each, nn.Module | None, tuple[int, ...]]] = {
     "sound": (SOUND, None, (4, 3, 2)),
     "in bfloat16": (autocast, None, (4, 3, 2)),

@@ -112,7 +112,7 @@ def _forgotten(page: Page) -> Numbers:
         model = page["new_model"]()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if name == "forgotten":
-            optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+            optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]  # never cleared
         for _ in range(EPOCHS):
             page["plain_loop"](
                 model, nn.CrossEntropyLoss(), optimizer, page["batches"](*[WINDOW] * STEPS)
