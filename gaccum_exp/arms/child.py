@@ -45,7 +45,7 @@ from gaccum_exp.arms.outcome import (
     read_outcomes,
 )
 from gaccum_exp.config import schema as config
-from gaccum_exp.errors import BadInputError, complain, first_line
+from gaccum_exp.errors import BadInputError, first_line
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import end_left, journals_below
 from gaccum_exp.tracking.metrics import EVAL_LOSS, TRAIN_LOSS
@@ -295,9 +295,7 @@ def run_job(
         raise _stopped[command_id]
     if command_here() is None:
         _watch_command()
-    if continued.forgotten(context.sweep_folder, command_id):
-        complain("the sweep goes on in another command: this one ends")
-        raise StoppedError("the sweep goes on in another command", 143)
+    continued.look(context.sweep_folder, command_id)
     if helper is not None:
         shipper.use_helper(helper)
     arms = contexts_of_seeds(context)
@@ -356,6 +354,7 @@ def _given(
     """Have a job done; return whether its arms are to be run one by one."""
 
     def note_running(process: int) -> None:
+        continued.look(job.sweep_folder, job.command_id)  # once more: `pass_on` sees it from here on
         for arm in arms:
             _write(_running(arm, process), arm.folder)
 
@@ -519,6 +518,8 @@ def _ask(stop: Stop, before: Callable[[int], None], what: str, *given: Any) -> A
 def pass_on(launch: Launch, number: int) -> None:
     """Pass a signal on to the arms that other processes of this host run; wait until they have ended."""
     say_at_once(of_signal(number), NOTICE)
+    continued.note_stopped(launch.folder, of_signal(number))
+    time.sleep(0.1)  # what has looked before is noted as running by then
     until, asked = time.monotonic() + PATIENCE_S, set[int]()
     while time.monotonic() < until:
         outcomes = read_outcomes(launch.folder, launch.sweep_id).values()

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from gaccum_exp.arms.context import Command, KnownArm
 from gaccum_exp.arms.outcome import RUNNING, Outcome, outcomes_in_store, read_outcomes
 from gaccum_exp.arms.resume import NEVER
-from gaccum_exp.errors import BadInputError, StoreAwayError, hide_passwords, nearest
+from gaccum_exp.errors import BadInputError, StoreAwayError, complain, hide_passwords, nearest
 from gaccum_exp.tracking.journal import (
     beginning,
     has_end,
@@ -38,6 +38,7 @@ from gaccum_exp.tracking.journal import (
 from gaccum_exp.tracking.locks import FileLock
 from gaccum_exp.tracking.notes import write_note
 from gaccum_exp.tracking.read_back import Journals
+from gaccum_exp.train.stopping import StoppedError
 
 COMMAND_FILE, COMMAND_LOCK = "command.json", "command.lock"
 KEYS = ("sweep.resume", "sweep.into", "sweep.rerun_failed", "sweep.extend")
@@ -66,6 +67,8 @@ class SweepNote:
     """The folders, in the sweep's, of the arms that its commands have counted at their ends."""
     uncounted: bool = False
     """Whether there may be others: its launcher shares no folder with the command, which is not over."""
+    stopped: tuple[str, int] | None = None
+    """Why the command was asked to end, and its exit status: no other arm begins."""
 
     @classmethod
     def of(cls, folder: Path) -> "SweepNote | None":
@@ -361,10 +364,28 @@ def note_arms(
         replace(note, arms=sorted(places.union(note.arms)), uncounted=uncounted).write(folder)
 
 
-def forgotten(folder: Path | None, command_id: str) -> bool:
-    """Whether a sweep goes on in another command than this one, of which a job is still to begin."""
+def note_stopped(folder: Path, asked: StoppedError) -> None:
+    """Note for launchers' workers that a command was asked to end."""
+    note = SweepNote.of(folder)
+    if note is not None:
+        with suppress(OSError):
+            replace(note, stopped=(asked.reason, asked.status)).write(folder)
+
+
+def look(folder: Path | None, command_id: str) -> None:
+    """Look whether a command still wants a job that is about to begin in a launcher's worker.
+
+    Raises:
+        StoppedError: it was asked to end, or the sweep goes on in another command.
+    """
     note = None if folder is None else SweepNote.of(folder)
-    return note is not None and note.command_id != command_id
+    if note is None:
+        return
+    if note.command_id != command_id:
+        complain("the sweep goes on in another command: this one ends")
+        raise StoppedError("the sweep goes on in another command", 143)
+    if note.stopped is not None:
+        raise StoppedError(*note.stopped)
 
 
 def remove_job_folder(folder: Path, arms: Sequence[Path]) -> None:

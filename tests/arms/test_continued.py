@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gaccum_exp import cli
 from gaccum_exp.arms import callback, child, continued, run_arm
-from gaccum_exp.arms.context import KnownArm
+from gaccum_exp.arms.context import KnownArm, Launch
 from gaccum_exp.arms.life import Life
 from gaccum_exp.arms.outcome import Outcome
 from gaccum_exp.errors import BadInputError, StoreAwayError
@@ -288,8 +288,25 @@ def test_a_job_that_begins_after_another_command_took_over_runs_nothing(program:
     program.tiny("-m", "accum.steps=1")
     note = continued.SweepNote.of(program.sweep_folder)
     assert note is not None
-    assert not continued.forgotten(program.sweep_folder, note.command_id)
-    assert continued.forgotten(program.sweep_folder, "20260101-000000-abcdef")
+    continued.look(program.sweep_folder, note.command_id)
+    with pytest.raises(StoppedError, match="goes on in another command"):
+        continued.look(program.sweep_folder, "20260101-000000-abcdef")
+
+
+def test_a_job_that_begins_after_its_command_was_asked_to_end_runs_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher's worker may take it from its queue when the arms in hand have ended already."""
+    program.tiny("-m", "accum.steps=1")
+    note = continued.SweepNote.of(program.sweep_folder)
+    assert note is not None
+    monkeypatch.setattr(child, "say_at_once", lambda *_: None)
+    child.pass_on(Launch(program.sweep_folder, note.sweep_id, "", "", multirun=True), signal.SIGTERM)
+    with pytest.raises(StoppedError, match="SIGTERM") as stopped:
+        continued.look(program.sweep_folder, note.command_id)
+    assert stopped.value.status == 143
+    into = f"sweep.resume={note.sweep_id}"
+    assert program.tiny("-m", "accum.steps=1,2", into).status == 0  # another command may go on
 
 
 def test_a_sweep_whose_arms_have_all_ended_is_whole_whatever_its_launcher_says(
