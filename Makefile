@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-engines test-docs lint docs clean
+.PHONY: demo test test-whole test-engines test-docs lint docs clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,9 @@ demo: .venv/base   ## sweep N on the bundled digits and print the comparison
 
 test: .venv/test   ## the whole suite on two cores, a thread for each worker
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-whole: .venv/test   ## what `make test` leaves out of the long checks, some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m whole
 
 test-engines: .venv/test   ## sweeps on Ray, Slurm, Optuna and queues, some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines

@@ -17,6 +17,7 @@ from gaccum_exp.arms.streams import _Outlet
 from gaccum_exp.config.arguments import command_line
 from gaccum_exp.errors import BadInputError
 from tests.program import TINY, Ended, Program, environment, in_a_process, sweep_here
+from tests.shortened import shortened
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -239,7 +240,7 @@ def as_a_script(folder: Path, *arguments: str) -> Ended:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [in_a_process, as_a_script])
+@pytest.mark.parametrize("start", shortened([in_a_process, as_a_script], [as_a_script]))
 def test_files_beside_are_no_modules_of_the_standard_library(start, home: Path) -> None:  # type: ignore[no-untyped-def]
     """Neither in the command, the sweep's child, the helper nor data workers; a package is found."""
     sweep = ["-m", "accum.steps=1,2"] if start is in_a_process else []
@@ -280,11 +281,14 @@ def in_a_shell(folder: Path, words: str, **variables: str) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
-    [
-        (">&- 2>&-", None),
-        (">/dev/full", "stdout cannot be written (No space left on device)"),
-        ("2>/dev/full | head -1", None),
-    ],
+    shortened(
+        [
+            (">&- 2>&-", None),
+            (">/dev/full", "stdout cannot be written (No space left on device)"),
+            ("2>/dev/full | head -1", None),
+        ],
+        [">/dev/full"],
+    ),
 )
 def test_a_sweep_ends_as_it_should_whoever_listens(words: str, said: str | None, home: Path) -> None:
     """Streams closed, full or left: status 0, the comparison, no traceback, and no word in a record."""

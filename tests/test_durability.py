@@ -22,6 +22,7 @@ from experiments.durability.ledger import FILES, STEP, Noted, Stored, compare, n
 from experiments.durability.proxy import Proxy, proxied
 from experiments.durability.tries import Options, Result
 from gaccum_exp.tracking.metrics import TRAIN_LOSS
+from tests.shortened import shortened
 
 SWEEP, ARM = "20250101-000000-abcdef", "1-0"
 STEPS = 5
@@ -220,7 +221,9 @@ def require_sound(result: Result) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [kills.training, kills.helper, misbehaviour.models])
+@pytest.mark.parametrize(
+    "part", shortened([kills.training, kills.helper, misbehaviour.models], [misbehaviour.models])
+)
 def test_what_dies_takes_nothing_with_it(part, short: Options) -> None:  # type: ignore[no-untyped-def]
     """kill -9 of a training, of a helper; a model that ends its process: all is stored, none RUNNING."""
     require_sound(part(short))

@@ -18,6 +18,7 @@ from experiments.strategies import build as strategies
 from gaccum_exp.arms.provenance import git_commit
 from gaccum_exp.report.figures.style import DPI, WIDTHS_INCHES
 from tests.program import Program
+from tests.shortened import shortened
 from tests.support import ROOT
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -115,7 +116,7 @@ def test_the_study_of_strategies_runs_shortened(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", STUDIES)
+@pytest.mark.parametrize("slug", shortened(STUDIES, ("equivalence", "reduction_ragged")))
 def test_a_study_runs_shortened(slug: str, program: Program) -> None:
     """Two optimizer steps, two arms: it composes, trains and is compared."""
     short = ["train.steps=2", "train.epochs=null", "train.samples=null", "runtime.device=cpu"]

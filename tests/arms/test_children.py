@@ -26,6 +26,7 @@ from gaccum_exp.arms.outcome import RUNNING, Outcome, is_alive, read_outcome
 from gaccum_exp.train.stopping import Stop
 from tests.arms.test_context import context
 from tests.program import PATIENCE_S, TINY, Ending, Program, environment
+from tests.shortened import shortened
 from tests.strangers import Net, Points
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -226,7 +227,10 @@ class Leaving(Net):
                 torch.nn.modules.module.register_module_forward_hook(lambda *given: 2 * given[-1])
 
 
-@pytest.mark.parametrize(("way", "one"), [("settings", True), ("hook", False), ("fails", False)])
+@pytest.mark.parametrize(
+    ("way", "one"),
+    shortened([("settings", True), ("hook", False), ("fails", False)], ["settings", "hook"]),
+)
 def test_an_arm_after_another_is_the_one_that_it_is_alone(program: Program, way: str, one: bool) -> None:
     """Bit for bit: what can be put back is, else it has another process, as after a fault."""
     model = "model._target_=tests.arms.test_children."

@@ -188,23 +188,34 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(program: Program) -
     ("number", "at", "how"),
     [
         # Augmentation in data workers, a window that is carried over the epoch's end, momentum, audits.
-        (signal.SIGTERM, 17,
-         ("+data.train.noise=0.5", "data.workers=1", "accum.partial_window=carry", "accum.steps=3",
-          "data.global_batch_size=7", "optimizer.momentum=0.9", "audit.every_steps=3")),
+        pytest.param(
+            *(signal.SIGTERM, 17),
+            ("+data.train.noise=0.5", "data.workers=1", "accum.partial_window=carry", "accum.steps=3",
+             "data.global_batch_size=7", "optimizer.momentum=0.9", "audit.every_steps=3"),
+            id="workers and audits",
+        ),
         # A loss scale that sinks until gradients are finite, a schedule, clipping.
-        (signal.SIGKILL, 13,
-         ("runtime.precision=fp16", "model._target_=tests.arms.test_resume.Steep", "accum.steps=2",
-          "scheduler=cosine", "accum.max_grad_norm=0.5", "+criterion.label_smoothing=0.1")),
+        pytest.param(
+            *(signal.SIGKILL, 13),
+            ("runtime.precision=fp16", "model._target_=tests.arms.test_resume.Steep", "accum.steps=2",
+             "scheduler=cosine", "accum.max_grad_norm=0.5", "+criterion.label_smoothing=0.1"),
+            id="fp16 and skipped windows",
+        ),
         # A batch that grows, windows in which nothing counts, Adam, dropout.
-        (signal.SIGTERM, 9,
-         ("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
-          "accum.steps=null", "data.train._target_=tests.strangers.Ignored", "optimizer=adamw",
-          "+model.dropout=0.5", "accum.reduction=sum")),
-        (signal.SIGTERM, 9,
-         ("accum.grow=auto", "data.micro_batch_size=2", "data.global_batch_size=null", "accum.steps=1",
-          "accum.partial_window=carry", "scheduler=cosine")),
+        pytest.param(
+            *(signal.SIGTERM, 9),
+            ("accum.schedule={0:1,1:2}", "data.micro_batch_size=4", "data.global_batch_size=null",
+             "accum.steps=null", "data.train._target_=tests.strangers.Ignored", "optimizer=adamw",
+             "+model.dropout=0.5", "accum.reduction=sum"),
+            id="a growing batch", marks=pytest.mark.whole,
+        ),
+        pytest.param(
+            *(signal.SIGTERM, 9),
+            ("accum.grow=auto", "data.micro_batch_size=2", "data.global_batch_size=null",
+             "accum.steps=1", "accum.partial_window=carry", "scheduler=cosine"),
+            id="grown for a schedule", marks=pytest.mark.whole,
+        ),
     ],
-    ids=["workers and audits", "fp16 and skipped windows", "a growing batch", "grown for a schedule"],
 )  # fmt: skip
 def test_it_gives_the_bits_of_an_undisturbed_run(
     program: Program, number: int, at: int, how: tuple[str, ...]

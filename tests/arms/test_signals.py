@@ -27,6 +27,7 @@ from gaccum_exp.train.hooks import Hook
 from gaccum_exp.train.loop import hooks_of, train
 from gaccum_exp.train.stopping import SIGNALS, Stop, StoppedError, listening, of_signal, say_at_once
 from tests.program import PATIENCE_S, Ending, Program, environment
+from tests.shortened import shortened
 from tests.strangers import Net
 from tests.support import STRANGER, Collected, settings
 
@@ -348,10 +349,12 @@ def child_of(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("number", "status", "launcher"),
     [
-        (signal.SIGINT, 130, ()),
-        (signal.SIGTERM, 143, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")),
+        pytest.param(signal.SIGINT, 130, (), id="Ctrl-C", marks=pytest.mark.whole),
+        pytest.param(
+            *(signal.SIGTERM, 143, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")),
+            id="SIGTERM under joblib",
+        ),
     ],
-    ids=["Ctrl-C", "SIGTERM under joblib"],
 )
 def test_a_command_that_is_ended_passes_it_on_and_compares(
     home: Path, number: signal.Signals, status: int, launcher: tuple[str, ...]
@@ -394,7 +397,7 @@ def test_a_second_signal_ends_command_and_child_on_the_spot(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", shortened(["basic", "joblib"], ["basic"]))
 def test_the_arms_of_a_command_that_is_killed_end_in_order(home: Path, launcher: str) -> None:
     """Child and worker see that nobody is there any more: the micro-batch in hand is the last."""
     process = started(

@@ -21,6 +21,7 @@ from gaccum_exp.tracking.mlflow_store import Store
 from gaccum_exp.tracking.records import RunRecord
 from gaccum_exp.train.stopping import Stop
 from tests.program import PATIENCE_S, TINY, Ended, Program, environment, in_a_process
+from tests.shortened import shortened
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -134,7 +135,7 @@ def test_run_names_say_what_the_sweep_varies(program: Program) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("launcher", shortened(LAUNCHERS, ["joblib"]))
 def test_every_launcher_ends_in_a_comparison_of_all_arms(home: Path, launcher: str) -> None:
     """Side by side in processes, through submitit, or one by one at a sweeper's wish; one arm fails."""
     steps = "accum.steps=choice(1,0,2)" if launcher == "optuna" else "accum.steps=1,0,2"

@@ -14,6 +14,7 @@ from experiments.certificate.build import CLASSES, SHAPE, audit, is_right, named
 from experiments.certificate.expected import EXPECTED, FAMILIES, LEFT_OUT
 from gaccum_exp.audit.result import Audit
 from gaccum_exp.models.torchvision import TorchvisionModel, classification_names
+from tests.shortened import shortened
 
 SMALL = (3, 32, 32)
 # Small ones of all kinds, and the split: N, and samples that N does not divide.
@@ -49,7 +50,10 @@ BUILT = sorted(name for name in EXPECTED if not name.startswith("regnet"))
 BUILT_IN_MEMORY = ["regnet_x_400mf", "regnet_y_400mf"]
 
 
-@pytest.mark.parametrize(("name", "steps", "samples"), AUDITED)
+@pytest.mark.parametrize(
+    ("name", "steps", "samples"),
+    shortened(AUDITED, ["mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1"]),
+)
 def test_verdict_and_culprits_are_those_read_from_the_source(
     name: str, steps: int, samples: int
 ) -> None:

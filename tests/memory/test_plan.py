@@ -24,6 +24,7 @@ from gaccum_exp.memory.planner import Planner
 from gaccum_exp.memory.storages import CATEGORIES
 from gaccum_exp.models.cnn import CNN
 from gaccum_exp.models.mlp import MLP
+from tests.shortened import shortened
 
 CPU = torch.device("cpu")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -68,7 +69,7 @@ def measured(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, ste
 CRITERION = CriterionLoss(nn.CrossEntropyLoss())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", shortened(OPTIMIZERS, ["sgd", "adamw"]))
 def test_the_predicted_peak_is_the_measured_one(optimizer: str) -> None:
     """For every N, with its parts and its phase, within 1 %; and 37 samples are no multiple of any.
 

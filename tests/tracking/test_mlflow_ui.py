@@ -28,6 +28,7 @@ from experiments.mlflow_browser import (
 )
 from gaccum_exp.tracking.mlflow_ui import experiment_tags, ui_lines, ui_link
 from gaccum_exp.tracking.records import Curve, RunRecord
+from tests.shortened import shortened
 
 STEPS = 30
 RECORDED = {
@@ -116,7 +117,7 @@ def address(store: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.browser
 @pytest.mark.slow
 @in_browser
-@pytest.mark.parametrize("sweep_id", list(SWEEPS))
+@pytest.mark.parametrize("sweep_id", shortened(SWEEPS, ["sweep-of-twelve"]))
 def test_link_draws_a_curve_and_a_bar_for_each_arm_under_its_verdict(
     store: tuple[str, str], address: str, sweep_id: str
 ) -> None:

@@ -47,6 +47,7 @@ import sys
 from pathlib import Path
 from gaccum_exp.tracking import shipper
 from gaccum_exp.tracking.journal import Journal
+from tests.shortened import shortened
 shipper.use_helper(sys.argv[2])
 journal = Journal.create(Path("run"), sys.argv[1], "gaccum_exp")
 journal.begin("run", params={}, tags={}, texts={})
@@ -71,7 +72,9 @@ def helpers() -> set[int]:
     return set() if process is None else {process.pid}
 
 
-@pytest.mark.parametrize("arguments", [("-m", "accum.steps=1,2"), ()])
+@pytest.mark.parametrize(
+    "arguments", [("-m", "accum.steps=1,2"), pytest.param((), marks=pytest.mark.whole)]
+)
 def test_the_command_imports_nothing_of_the_store(home: Path, arguments: tuple[str, ...]) -> None:
     """From the first window to the comparison at the end."""
     done = subprocess.run(

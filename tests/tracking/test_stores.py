@@ -154,7 +154,10 @@ def test_how_a_sweep_ended_is_read_from_the_store_alone(uri: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [["served"], ["postgres_uri", "served_postgres"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [["served"], pytest.param(["postgres_uri", "served_postgres"], marks=pytest.mark.whole)],
+)
 def test_a_sweep_reads_back_from_every_store_as_from_a_file(
     program: Program, kinds: list[str], request: pytest.FixtureRequest
 ) -> None:

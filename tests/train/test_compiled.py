@@ -212,16 +212,22 @@ class AlwaysNoisy(Net):
         return nn.functional.dropout(super().forward(x), 0.5, training=True)
 
 
+WHOLE = pytest.mark.whole
+
+
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (POINTS, 1),
-        ((*POINTS, "audit.every_steps=1"), 1),
-        ((*POINTS, "data.eval._target_=tests.strangers.Points", "+data.eval.samples=9"), 2),
+        pytest.param((*POINTS, "audit.every_steps=1"), 1, marks=WHOLE),
+        pytest.param(
+            (*POINTS, "data.eval._target_=tests.strangers.Points", "+data.eval.samples=9"), 2,
+            marks=WHOLE,
+        ),
         ((*POINTS, "+model.dropout=0.5"), 2),
-        ((*POINTS, "data.train.samples=33"), 2),
-        ((*TOKENS, "data.eval._target_=null"), 1),
+        pytest.param((*POINTS, "data.train.samples=33"), 2, marks=WHOLE),
+        pytest.param((*TOKENS, "data.eval._target_=null"), 1, marks=WHOLE),
         (TOKENS, 2),
         ((*POINTS, "accum.schedule={0:1,1:2,2:7}", "accum.steps=null"), 1),
     ],

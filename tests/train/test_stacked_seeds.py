@@ -85,16 +85,23 @@ def gap(one: Collected, other: Collected) -> float:
     return max(abs(a - b) / abs(b) if b else abs(a) for a, b in pairs)
 
 
+WHOLE = pytest.mark.whole
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        (*MLP, "accum.steps=1"),
+        pytest.param((*MLP, "accum.steps=1"), marks=WHOLE),
         (*MLP, "accum.steps=3", "accum.reduction=mean", "optimizer=adamw", "scheduler=cosine"),
-        (*MLP, "accum.steps=3", "accum.reduction=sum", "accum.max_grad_norm=0.3"),
+        pytest.param(
+            (*MLP, "accum.steps=3", "accum.reduction=sum", "accum.max_grad_norm=0.3"), marks=WHOLE
+        ),
         (*MLP, "accum.steps=7", WEIGHTED, "optimizer.weight_decay=0.01"),
-        (*MLP, "accum.steps=7", WEIGHTED, "accum.reduction=sum"),
-        (*MLP, "accum.steps=7", WEIGHTED, "accum.reduction=mean"),
-        (*MLP, "accum.steps=5", "+criterion.ignore_index=3", "accum.reduction=mean"),
+        pytest.param((*MLP, "accum.steps=7", WEIGHTED, "accum.reduction=sum"), marks=WHOLE),
+        pytest.param((*MLP, "accum.steps=7", WEIGHTED, "accum.reduction=mean"), marks=WHOLE),
+        pytest.param(
+            (*MLP, "accum.steps=5", "+criterion.ignore_index=3", "accum.reduction=mean"), marks=WHOLE
+        ),
         (*MLP, "accum.steps=5", "+criterion.ignore_index=3", "accum.partial_window=carry"),
         (*MLP, "accum.schedule={0:1,1:3}", "data.micro_batch_size=50", "data.global_batch_size=null",
          "accum.schedule_lr=linear"),

@@ -23,6 +23,7 @@ from gaccum_exp.report.figures.loss_curves import draw_loss_curves
 from gaccum_exp.report.figures.save_figures import FIGURES, draw
 from gaccum_exp.report.figures.style import styled
 from gaccum_exp.tracking.records import RunRecord
+from tests.shortened import shortened
 
 Arm = Callable[..., RunRecord]
 
@@ -90,8 +91,11 @@ def test_arms_are_told_apart_without_colour(arm: Arm, n_arms: int) -> None:
 
 @pytest.mark.parametrize(
     ("n_arms", "width"),
-    [(1, "double"), (4, "double"), (12, "double"), (30, "double"), (36, "double"), (4, "single"),
-     (12, "single"), (36, "single"), (4, "talk")],
+    shortened(
+        [(1, "double"), (4, "double"), (4, "single"), (4, "talk"), (12, "double"), (12, "single"),
+         (30, "double"), (36, "double"), (36, "single")],
+        [4, 36],
+    ),
 )  # fmt: skip
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_labels_do_not_overlap(

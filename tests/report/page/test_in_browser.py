@@ -16,6 +16,7 @@ from gaccum_exp.report.page.write_page import write_page
 from gaccum_exp.tracking.records import RunRecord
 from tests.browsers import IN_BROWSER
 from tests.report.page.test_page import window
+from tests.shortened import shortened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Frame, Page
@@ -83,7 +84,7 @@ def drawn(frame: "Page | Frame") -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", shortened(["light", "dark"], ["dark"]))
 def test_everything_is_drawn_without_a_network_and_for_everyone(
     browser: "Browser", written: Path, scheme: str
 ) -> None:
