@@ -6,7 +6,9 @@ each N costs.
 """
 
 import argparse
+import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +18,11 @@ from gaccum_exp.arms.outcome import INTERRUPTED, OK, RUN_FAILED, VERDICT_STATUS
 from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
 
 if TYPE_CHECKING:
+    from gaccum_exp.audit.check.checked_loop import Group
     from gaccum_exp.audit.watch.watch import Watched
 
-_WORTH = (
-    "\nIs so large a batch worth having? These windows cannot say: `with gaccum_exp.watch(model, "
-    "criterion, optimizer, noise=True)` around a dozen steps or more measures the noise scale."
-)
-_WORTH_OF_TERMS = (
-    "\nIs so large a batch worth having? Its loss has several terms, each with a noise of its own, so "
-    "that no noise scale tells: train your script at several batches, with equal samples and a rate of "
-    "its own for each (docs/howto/compare_batches.md says what to look at)."
-)
+WINDOWS, NOISE_WINDOWS = 2, 16
+"""How many are judged if nothing is said; for a noise scale more are needed."""
 CHILDREN_S = 0.5
 """From here on the script's own processes have done more than a look around."""
 PATIENCE_S = 5.0
@@ -59,7 +55,10 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         usage="gaccum_exp check [options] script.py [its arguments]\n"
         "       gaccum_exp check [options] -m package.module [its arguments]",
     )  # fmt: skip
-    parser.add_argument("--windows", type=int, default=2, help="optimizer steps to judge (2)")
+    windows = f"optimizer steps to judge ({WINDOWS}; {NOISE_WINDOWS} with --noise)"
+    parser.add_argument("--windows", type=int, help=windows)
+    worth = "measure the gradient noise scale, too: is so large a batch worth it?"
+    parser.add_argument("--noise", action="store_true", help=worth)
     gib = "that the tensors of a window may take (what the device has free)"
     parser.add_argument("--memory-budget-gib", type=float, metavar="GIB", help=gib)
     dim = "dimension of the model's inputs that counts samples (what the shapes agree on)"
@@ -69,6 +68,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("target", metavar="script.py", help="the script, with all that follows")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.windows is None:
+        given.windows = NOISE_WINDOWS if given.noise else WINDOWS
     if given.windows < 1:
         raise BadInputError(f"--windows {given.windows}: must be 1 or more")
     if given.memory_budget_gib is not None and not given.memory_budget_gib > 0:
@@ -93,7 +94,7 @@ class _Check:
 
         self._given, self._process = given, os.getpid()
         self._loop: CheckedLoop = CheckedLoop(
-            given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress
+            given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress, noise=given.noise
         )
         self._said_s = time.monotonic()
         self._unsaid: list[str] = []
@@ -167,8 +168,8 @@ class _Check:
         elif not self._given.no_cost and status != INTERRUPTED:
             _flush()
             self._print_cost()
-            terms = max(len(group.losses) for group in loop.groups.values())
-            print(_WORTH_OF_TERMS if terms > 1 else _WORTH)
+        if watched.windows and (self._given.noise or not self._given.no_cost):
+            print(f"\nIs so large a batch worth it? {self._worth()}")
         return VERDICT_STATUS.get(watched.worst.verdict, OK)
 
     def _why_nothing(self) -> str:
@@ -188,12 +189,17 @@ class _Check:
             "gaccum_exp.accumulate_gradients."
         )
 
+    def _group(self) -> "Group":
+        """Return the optimizers with the most parameters, whose windows stand for all."""
+        judged = [group for group in self._loop.groups.values() if group.windows]
+        return max(judged, key=lambda group: group.parameters)
+
     def _print_cost(self) -> None:
         from gaccum_exp.audit.check.answer import cost
         from gaccum_exp.audit.check.cost import cost_of
 
         every = [group for group in self._loop.groups.values() if group.windows]
-        group = max(every, key=lambda each: each.parameters)
+        group = self._group()
         print()
         if group.captured is None:
             print(f"Memory and time: not known, {group.not_captured or 'as no window could be kept'}.")
@@ -212,6 +218,30 @@ class _Check:
             print(f"Memory and time: not known, the window could not be run at another N ({why}).")
             return
         print("\n".join(cost(plan, group, compiled=self._loop.compiled)))
+
+    def _worth(self) -> str:
+        """Return on which side of the noise scale the script's windows are; else what would tell."""
+        from gaccum_exp.audit.check.answer import windows_in_words
+        from gaccum_exp.report.text.noise_notes import say_worth
+
+        elsewhere = (
+            "Train the script at several batches, with equal samples and a rate of its own for each "
+            "(docs/howto/compare_batches.md says what to look at)"
+        )
+        if not self._given.noise:
+            return f"`gaccum_exp check --noise {self._name}` measures the noise scale."
+        told = self._watched.adam_noise_scale or self._watched.noise_scale
+        if told is None:
+            why = self._watched.noise_said.removeprefix("noise scale: not measured: ")
+            return f"No noise scale tells: {why}. {elsewhere}."
+        of_adam = self._watched.adam_noise_scale is not None
+        windows = len(self._watched.adam_noise) if of_adam else self._watched.noise_windows
+        over = windows_in_words(windows) + ", in Adam's metric" * of_adam
+        value = None if math.isnan(told.value) else told.value
+        batch = round(statistics.fmean(sum(sizes) for sizes in self._group().sizes if sizes))
+        settling = f"--windows {4 * self._given.windows}, or smaller micro-batches,"
+        this = f"the script's batch of {batch}"
+        return say_worth((value, told.low, told.high), batch, this, over, settling)
 
     def _say_progress(self, judged: int, verdict: str, whose: str) -> None:
         """Say now and then how far it is, where that takes long: all windows since it was last said."""

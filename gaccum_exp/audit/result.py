@@ -219,7 +219,7 @@ class Audit:
             f"{what}: {number:.2g}" for what, number in beside.items() if number is not None
         )
         said = f"off by {measured:.2g} × the norm of the large batch's gradient"
-        along = "" if self.scale is None else f", along its mean {self.scale:.2g} × as long"
+        along = "" if self.scale is None else f", in its direction {self.scale:.2g} × as long"
         return f"{said}{f' ({also})' if also else ''}{along}"
 
     @property

@@ -81,6 +81,7 @@ class CheckedLoop(watch):
         swallowed: called where the script goes on though it was ended; it does not return.
         judged: called with how many windows of an optimizer are judged now, the last verdict, and of
             several optimizers its name.
+        noise: as in `watch`.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class CheckedLoop(watch):
         batch_dim: int | None,
         swallowed: Callable[[], None],
         judged: Callable[[int, str, str], None] = lambda count, verdict, whose: None,
+        *,
+        noise: bool = False,
     ) -> None:
-        super().__init__(batch_dim=batch_dim)
+        super().__init__(batch_dim=batch_dim, noise=noise)
         self._finder = LoopFinder(self._found, self._made, before=False)
         self._asked, self._swallowed, self._judged_one = windows, swallowed, judged
         self.groups: dict[frozenset[str], Group] = {}

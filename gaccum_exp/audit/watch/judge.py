@@ -66,10 +66,9 @@ from gaccum_exp.audit.watch.taped_window import (
 )
 from gaccum_exp.audit.watch.term_shares import TermShares, shares_of
 from gaccum_exp.audit.watch.whole_loss import function_of_loss
-from gaccum_exp.audit.watch.window_noise import noise_of_window
+from gaccum_exp.audit.watch.window_noise import AskedNoise
 from gaccum_exp.core.gradient import Gradient, distance, finite, identical, scaled
 from gaccum_exp.core.joined_samples import NotJoinableError
-from gaccum_exp.core.noise_scale import Noise
 from gaccum_exp.core.seeding import same_states
 from gaccum_exp.memory.available import out_of_memory
 
@@ -93,12 +92,12 @@ def judge(
     reached: Gradient,
     modules: NamedModules,
     dim: int | None,
-    noise: list[Noise | str] | None = None,
+    noise: AskedNoise | None = None,
 ) -> Audit:
     """Return the verdict on a window, given the gradient that reached the optimizer.
 
-    It is judged where it ran; on the CPU where that has no memory left or no float64. `noise`, if there
-    is such a list, gets what a window that could be run again tells of its noise, or why it tells none.
+    It is judged where it ran; on the CPU where that has no memory left or no float64. `noise` takes what
+    a window that could be run again tells of its noise, or why it tells none.
     """
     blank, host = Audit("inconclusive", 0, "mean"), torch.device("cpu")
     try:
@@ -142,7 +141,7 @@ def _under_every_reading(
     dim: int | None,
     blank: Audit,
     device: torch.device,
-    noise: list[Noise | str] | None,
+    noise: AskedNoise | None,
 ) -> Audit:
     """Judge along the dimension that counts samples, where shapes alone leave more than one.
 
@@ -208,7 +207,8 @@ def _under_every_reading(
     seen.shares = any(window.shares for window, _ in judged)
     audit = _chosen(judged, len(layouts), blank)
     if noise is not None:
-        noise += [window.noise(audit) for window, of_window in judged if of_window is audit]
+        for window in (window for window, of_window in judged if of_window is audit):
+            window.tell_noise(audit, noise)
     return audit
 
 
@@ -518,9 +518,9 @@ class _LoopWindow:
             return ""
         return f" ({what}: {line})" if line else ""
 
-    def noise(self, audit: Audit) -> Noise | str:
-        """Return what the window tells of its noise, after its audit; or why it tells nothing."""
-        return noise_of_window(audit, self._window, self._rerun, self._shares)
+    def tell_noise(self, audit: Audit, asked: AskedNoise) -> None:
+        """Tell the noise of the window, after its audit."""
+        asked.of_window(audit, self._window, self._rerun, self._shares)
 
     def _here(self, gradient: Gradient) -> Gradient:
         return {name: g.to(self._device) for name, g in gradient.items()}

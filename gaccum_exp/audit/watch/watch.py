@@ -31,7 +31,9 @@ from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, TapedMicroBatch
 from gaccum_exp.audit.watch.tracer import LoopTracer
 from gaccum_exp.audit.watch.user_functions import calls_reported
+from gaccum_exp.audit.watch.window_noise import AskedNoise
 from gaccum_exp.core.gradient import Gradient
+from gaccum_exp.core.micro_gradients import AdamMetric, adam_metrics
 from gaccum_exp.core.module_state import modules_of
 from gaccum_exp.core.noise_scale import TRAILING, Noise, Quotient, quotient_of_means, scale_said
 from gaccum_exp.core.seeding import random_state_kept
@@ -63,6 +65,8 @@ class Watched:
         """Why no window was judged, if none was."""
         self.noise: list[Noise | str] = []
         """Under `noise`: what each judged window tells of its noise, or why it tells nothing."""
+        self.adam_noise: list[Noise] = []
+        """The same in the metric of an Adam-like optimizer, of windows in which it had one."""
         self.noise_of: set[frozenset[str]] = set()
         """The parameters, by name, whose gradients told it; of optimizers that step in turn several
         sets, each with a loss of its own."""
@@ -87,10 +91,36 @@ class Watched:
         None: no window has told any noise, or its windows are of different parameters: of several losses
         there is no common mean.
         """
-        if len(self.noise_of) > 1:
+        return self._quotient([noise for noise in self.noise if not isinstance(noise, str)])
+
+    @property
+    def adam_noise_scale(self) -> Quotient | None:
+        """The same in the metric of an Adam-like optimizer, which its first window does not have yet.
+
+        None besides: it is no such optimizer, or there are several.
+        """
+        return self._quotient(self.adam_noise)
+
+    def _quotient(self, measured: Sequence[Noise]) -> Quotient | None:
+        if not measured or len(self.noise_of) > 1:
             return None
-        measured = [noise for noise in self.noise if not isinstance(noise, str)]
-        return quotient_of_means(measured[-TRAILING:]) if measured else None
+        return quotient_of_means(measured[-TRAILING:])
+
+    def take_noise(self, asked: AskedNoise, judged: frozenset[str], audit: Audit) -> None:
+        """Take what a window has told of its noise.
+
+        Args:
+            asked: what it was asked, and has told.
+            judged: the parameters, by name.
+            audit: of the window.
+        """
+        if asked.told is None:
+            self.noise.append(f"the window is {audit.verdict}: {audit.detail}")
+            return
+        self.noise.append(asked.told)
+        self.noise_of.add(judged)
+        if asked.adam is not None:
+            self.adam_noise.append(asked.adam)
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -110,23 +140,32 @@ class Watched:
     def __str__(self) -> str:
         left, said = self.left_over, self.worst.report()
         if self.noise:
-            said = f"{said}\n{self._noise_said()}"
+            said = f"{said}\n{self.noise_said}"
         if not left or not self.windows:
             return said
         passes = f"{left} backward pass{'es' if left > 1 else ''}"
         return f"{said}\nleft over: {passes} after the last step: step on what is left, or zero it"
 
-    def _noise_said(self) -> str:
+    @property
+    def noise_windows(self) -> int:
+        """How many windows have told a noise scale."""
+        return sum(not isinstance(noise, str) for noise in self.noise)
+
+    @property
+    def noise_said(self) -> str:
+        """The noise scale in words, in the metric of an Adam-like optimizer where there is one."""
         if len(self.noise_of) > 1:
             return (
                 "noise scale: not measured: the optimizers step in turn, each with a loss of its own: "
                 "watch each of them alone"
             )
-        reasons = [noise for noise in self.noise if isinstance(noise, str)]
-        scale = self.noise_scale
+        scale, of_adam = self.noise_scale, self.adam_noise_scale
         if scale is None:
-            return f"noise scale: not measured: {reasons[0]}"
-        return scale_said(scale, min(len(self.noise) - len(reasons), TRAILING))
+            reasons = [noise for noise in self.noise if isinstance(noise, str)]
+            return f"noise scale: not measured: {reasons[0] if reasons else 'no window was judged'}"
+        if of_adam is not None:
+            return scale_said(of_adam, min(len(self.adam_noise), TRAILING), in_adam_metric=True)
+        return scale_said(scale, min(self.noise_windows, TRAILING))
 
     def __repr__(self) -> str:
         return repr(self.worst)
@@ -165,8 +204,9 @@ class watch:  # noqa: N801  # used as a function
         also: what the loop uses and nothing shows: modules, tensors, objects that hold tensors (a
             teacher in compiled code, an average of the weights). What moves there is found, too.
         noise: whether to measure the gradient noise scale too, from the micro gradients of the windows
-            that are judged, run again: `audit.noise_scale`, and a line of the report. Of several
-            optimizers only where they take one window.
+            that are judged, run again: `audit.noise_scale`, with an Adam-like optimizer
+            `audit.adam_noise_scale`, and a line of the report. Of several optimizers only where they
+            take one window.
 
     Raises:
         TypeError: there is a model and no optimizer, or the other way round.
@@ -332,13 +372,10 @@ class watch:  # noqa: N801  # used as a function
             if judged:
                 here = {name: g for name, g in gradient.items() if name in judged}
                 # Of a closure the first evaluation: the weights move from one to the next.
-                noise: list[Noise | str] | None = [] if self._noise and not seen.evaluation else None
+                noise = AskedNoise(self._metrics()) if self._noise and not seen.evaluation else None
                 audit = explained(judge(seen, here, modules, self._dim, noise), seen)
                 if noise is not None:
-                    told = noise[-1:] or [f"the window is {audit.verdict}: {audit.detail}"]
-                    self._watched.noise += told
-                    if noise:
-                        self._watched.noise_of.add(frozenset(judged))
+                    self._watched.take_noise(noise, frozenset(judged), audit)
                 if seen.evaluation:  # of the step's evaluations the worst stands for it
                     numbered = audit.noting(f"at evaluation {seen.evaluation + 1} of the step's closure")
                     windows.append(worst([windows.pop(), numbered]))
@@ -356,6 +393,13 @@ class watch:  # noqa: N801  # used as a function
         self._unreported = seen.tape.micro_batches()
         if self._finds_loss(seen):
             self._criterion, self._found_loss = seen.loss_function, True
+
+    def _metrics(self) -> dict[str, AdamMetric]:
+        """Return the optimizer's metric before its step; of several one may have stepped already."""
+        assert self._tracer is not None
+        optimizers = self._tracer.optimizers
+        metrics = adam_metrics(optimizers[0]) if len(optimizers) == 1 else {}
+        return {name: metrics[p] for name, p in self._modules.parameters().items() if p in metrics}
 
     def _finds_loss(self, seen: Observations) -> bool:
         return self._criterion is None and seen.loss_function is not None

@@ -101,30 +101,44 @@ def _by_batch(rows: Iterable[ComparisonRow]) -> list[list[ComparisonRow]]:
 
 
 def _say(told: NoiseTold) -> str:
-    batch, windows = told.row.global_batch_size or 0, told.windows
-    this = f"the global batch of {batch}"
+    row, windows = told.row, told.windows
+    batch = row.global_batch_size or 0
     metric = ", in Adam's metric" if told.in_adam_metric else ""
-    arm = ", ".join(part for part in (f"N = {told.row.accum_steps}", told.row.setting.text) if part)
+    arm = ", ".join(part for part in (f"N = {row.accum_steps}", row.setting.text) if part)
     over = f"{'the last ' * (windows > TRAILING)}{min(windows, TRAILING)} windows"
     over = "a window" if windows == 1 else over
-    if told.scale is None or math.isinf(told.high):
-        bound = f"above {_samples(told.low)}" if told.low else "not resolved"
-        lead = f"The noise scale is {bound} ({over} at {arm}{metric})"
-        if told.low <= batch:
-            return f"{lead}: {_settling(told.row)} would tell on which side of it {this} is."
-        return f"{lead}: {this} is below it. {_modelled(told.low, batch, 2, 'at most ')}."
-    interval = f"{say_rounded(told.low)} to {say_rounded(told.high)}"
-    lead = (
-        f"The noise scale is {_samples(told.scale)} ({interval}, {over} to step "
-        f"{told.row.optimizer_steps} at {arm}{metric})"
-    )
-    if batch > told.high:
-        return f"{lead}: {this} is beyond it. {_modelled(told.scale, batch, 0.5)}."
-    if batch < told.low:
-        return f"{lead}: {this} is below it. {_modelled(told.scale, batch, 2)}."
-    if told.width > NARROW:
-        return f"{lead}: {_settling(told.row)} would tell on which side of it {this} is."
-    half, twice = _modelled(told.scale, batch, 0.5), _factors(told.scale, batch, 2)
+    over = f"{over} to step {row.optimizer_steps} at {arm}{metric}"
+    scale = told.scale, told.low, told.high
+    return say_worth(scale, batch, f"the global batch of {batch}", over, _settling(row))
+
+
+def say_worth(
+    scale: tuple[float | None, float, float], batch: int, this: str, over: str, settling: str
+) -> str:
+    """Say on which side of a noise scale a batch is, and what half or twice of it would take.
+
+    Args:
+        scale: the noise scale in samples, None where it is not told, and the ends of its interval.
+        batch: in samples.
+        this: what the batch is called.
+        over: what the scale was measured over.
+        settling: what would make its interval narrower.
+    """
+    value, low, high = scale
+    if value is None or math.isinf(high):
+        bound = f"above {_samples(low)}" if low else "not resolved"
+        lead = f"The noise scale is {bound} ({over})"
+        if low <= batch:
+            return f"{lead}: {settling} would tell on which side of it {this} is."
+        return f"{lead}: {this} is below it. {_modelled(low, batch, 2, 'at most ')}."
+    lead = f"The noise scale is {_samples(value)} ({say_rounded(low)} to {say_rounded(high)}, {over})"
+    if batch > high:
+        return f"{lead}: {this} is beyond it. {_modelled(value, batch, 0.5)}."
+    if batch < low:
+        return f"{lead}: {this} is below it. {_modelled(value, batch, 2)}."
+    if high > NARROW * low:
+        return f"{lead}: {settling} would tell on which side of it {this} is."
+    half, twice = _modelled(value, batch, 0.5), _factors(value, batch, 2)
     return f"{lead}: {this} is about as large. {half}; {twice}."
 
 

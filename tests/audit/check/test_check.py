@@ -272,6 +272,39 @@ def test_memory_and_time_follow_the_verdict(check: Check) -> None:
     assert "runtime." not in found.out
 
 
+NOISY = (
+    "optimizer = torch.optim.Adam(model.parameters(), lr=0.01)",
+    "for _ in range(40):",
+    "    for _ in range(4):",
+    "        x = torch.randn(8, 2)",
+    "        loss = LOSS",
+    "        (loss / 4).backward()",
+    "    optimizer.step()",
+    "    optimizer.zero_grad()",
+)
+
+
+def test_asked_for_noise_it_says_on_which_side_of_its_scale_the_batch_is(
+    check: Check, tmp_path: Path
+) -> None:
+    """In the optimizer's own metric; else why there is none, and what would tell instead."""
+    worth = "\nIs so large a batch worth it? "
+
+    def said(loss: str, *how: str) -> str:
+        lines = [line.replace("LOSS", loss) for line in NOISY]
+        found = check("--noise", *how, script(tmp_path, *lines))
+        return found.out.partition(worth)[2]
+
+    labels = "(torch.randn(8, 1) + x.sum(1, keepdim=True))"
+    told = said(f"torch.nn.functional.mse_loss(model(x), {labels}) + 0.01 * model(x).square().mean()")
+    assert re.match(r"The noise scale is .* samples \(.*15 windows, in Adam's metric\): ", told), told
+    assert "the script's batch of 32" in told
+    coupled = said("-torch.log_softmax(model(x) @ model(x).mT, 1).diagonal().mean()", "--windows", "2")
+    assert coupled.startswith("No noise scale tells: "), coupled
+    assert "docs/howto/compare_batches.md" in coupled
+    assert worth not in check("plain.py").out
+
+
 def test_documents_of_other_lengths_are_timed_in_the_longest_shape(check: Check) -> None:
     """And it is said; eight documents are cut into one, two, four and eight micro-batches."""
     found = check("--windows", "1", "streamed.py", cost=True)

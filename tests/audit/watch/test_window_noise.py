@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gaccum_exp import noise_scale, watch
 from gaccum_exp.audit.watch.watch import Watched
-from gaccum_exp.core.noise_scale import Noise, quotient_of_means
+from gaccum_exp.core.noise_scale import Noise, NoiseScale, quotient_of_means
 
 F64 = torch.float64
 Window = list[tuple[Tensor, Tensor]]
@@ -93,12 +93,70 @@ def in_terms(model: nn.Module, x: Tensor, y: Tensor, n: int) -> Tensor:
     return (F.cross_entropy(out, y) + 0.1 * F.mse_loss(out[:, 0], x[:, 0])) / n
 
 
+def in_terms_of_sums(model: nn.Module, x: Tensor, y: Tensor, n: int) -> Tensor:
+    """One term is summed and divided by the window's samples, the other averaged and divided by N."""
+    out = model(x)
+    summed = F.cross_entropy(out, y, reduction="sum") / (n * len(x))
+    return summed + 0.1 * F.mse_loss(out[:, 0], x[:, 0]) / n
+
+
+@pytest.mark.parametrize("loss", [in_terms, in_terms_of_sums])
+def test_terms_that_count_alike_have_the_noise_of_their_sum(loss: Loss) -> None:
+    """The textbook's estimates, of micro gradients taken by hand."""
+    (window,), model = windows([4, 4, 4, 4], 1), model_of()
+    audit = watched(model, [window], loss)
+    gradients = []
+    for x, y in window:
+        model.zero_grad()
+        in_terms(model, x, y, 1).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    each = torch.stack(gradients)
+    trace = 4 * float((each - each.mean(0)).square().sum()) / 3
+    (noise,) = audit.noise
+    assert isinstance(noise, Noise)
+    assert noise.trace == pytest.approx(trace, rel=1e-9)
+    assert noise.squared_norm == pytest.approx(float(each.mean(0).square().sum()) - trace / 16, rel=1e-9)
+
+
+def test_with_adam_the_noise_is_told_in_its_metric_too() -> None:
+    """As the package's own accumulation tells it, from the second window on."""
+    given = windows([4, 4, 4, 4], 4)
+    model = model_of()
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, other)]
+    with watch(model, None, optimizers[0], noise=True) as audit:
+        for window in given:
+            optimizers[0].zero_grad()
+            for x, y in window:
+                (F.cross_entropy(model(x), y) / len(window)).backward()
+            optimizers[0].step()
+    measured: list[NoiseScale] = []
+    for window in given:
+        optimizers[1].zero_grad()
+        measured.append(
+            noise_scale(other, nn.CrossEntropyLoss(), window, optimizer=optimizers[1], earlier=measured)
+        )
+        optimizers[1].step()
+    expected = [of.adam_window for of in measured if of.adam_window is not None]
+    assert len(expected) == 3
+    for one, other in zip(audit.adam_noise, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    assert "noise scale, in Adam's metric: " in str(audit)
+
+
+def counting_apart(model: nn.Module, x: Tensor, y: Tensor, n: int) -> Tensor:
+    """One term counts labels, whose number differs, the other samples."""
+    out = model(x)
+    labels = y.masked_fill(x[:, 0] > 0, -100)
+    return (F.cross_entropy(out, labels) + 0.1 * F.mse_loss(out[:, 0], x[:, 0])) / n
+
+
 @pytest.mark.parametrize(
     ("layers", "sizes", "loss", "why"),
     [
         ([], [8], LOSSES["mean / N"], "one micro-batch"),
         ([nn.BatchNorm1d(4)], [4, 4], LOSSES["mean / N"], "biased (batch statistics)"),
-        ([], [4, 4], in_terms, "several terms"),
+        ([], [4, 4], counting_apart, "count its micro-batches differently"),
         (
             [],
             [4, 4],

@@ -61,13 +61,19 @@ def said(*arms: RunRecord) -> str:
         ),
         ((250.0, 200.0, 300.0), "is about as large. By the model "),
         ((250.0, 60.0, 900.0), "would tell on which side of it the global batch of 256 is."),
-        ((None, None, None), "The noise scale is not resolved (64 windows at N = 8): more windows "),
-        ((90.0, 40.0, None), "The noise scale is above 40 samples (64 windows at N = 8): more windows "),
+        (
+            (None, None, None),
+            "The noise scale is not resolved (64 windows to step 140 at N = 8): more windows ",
+        ),
+        (
+            (90.0, 40.0, None),
+            "The noise scale is above 40 samples (64 windows to step 140 at N = 8): more windows ",
+        ),
         (
             (900.0, 400.0, None),
-            "above 400 samples (64 windows at N = 8): the global batch of 256 is below it. By the model "
-            "steps ∝ 1 + noise scale/B, twice the batch takes at most 0.70 × the optimizer steps and "
-            "1.39 × the samples.",
+            "above 400 samples (64 windows to step 140 at N = 8): the global batch of 256 is below it. "
+            "By the model steps ∝ 1 + noise scale/B, twice the batch takes at most 0.70 × the optimizer "
+            "steps and 1.39 × the samples.",
         ),
     ],
 )
