@@ -54,6 +54,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]!r}?" if found else ""
 
 
+def number_of_gib(text: str) -> str | None:
+    """Return `500MiB is 0.488` for an amount with its unit, where a number of GiB is asked for."""
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT])(i?)(B?)", text.strip(), re.IGNORECASE)
+    if found is None or found[1].count(".") > 1 or found[1] == ".":
+        return None
+    power = "KMGT".index(found[2].upper()) + 1
+    amount = float(found[1]) * (1024**power if found[3] or not found[4] else 1000**power)
+    return f"{text} is {amount / 1024**3:.3g}"
+
+
 class Arguments(argparse.ArgumentParser):
     """A parser of words that raises what is wrong with them, instead of printing a page and ending."""
 

@@ -101,6 +101,8 @@ OURS = "is the program's own"
         (["data.workers=100000"], "data.workers=100000: must be 0 to 512"),
         (["runtime.threads=1000000"], "runtime.threads=1000000: must be 1 to 4,096"),
         (["runtime.memory_budget_gib=inf"], "runtime.memory_budget_gib=inf: must be above 0"),
+        (["runtime.memory_budget_gib=500MiB"], "gib=500MiB: is a number of GiB (500MiB is 0.488)"),
+        (["check", "--memory-budget-gib", "8GB", "x.py"], "8GB: is a number of GiB (8GB is 7.45)"),
         (["accum.schedule={0:1,1000000000000:2}"], "accum.schedule: 10000000000"),
         (["sweep.seeds=[1,2]", "sweep.vectorize=seed"], "sweep.seeds=[1, 2]: is written by -m seed"),
     ],
@@ -112,7 +114,7 @@ def test_every_kind_of_wrong_line_is_answered_in_one(
     ended = program.as_given(*arguments)
     assert ended.status == 2
     (line,) = [line for line in ended.lines if not line.startswith("recorded in ")]
-    assert line.startswith(("gaccum_exp: ", "gaccum_exp report: "))
+    assert line.startswith(("gaccum_exp: ", "gaccum_exp report: ", "gaccum_exp check: "))
     assert said in line
     assert not list(program.folder.rglob("arm.json"))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from gaccum_exp.arms.outcome import INTERRUPTED, OK, RUN_FAILED, VERDICT_STATUS
-from gaccum_exp.errors import Arguments, BadInputError, complain, first_line
+from gaccum_exp.errors import Arguments, BadInputError, complain, first_line, number_of_gib
 
 if TYPE_CHECKING:
     from gaccum_exp.audit.check.checked_loop import Group
@@ -60,7 +60,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     worth = "measure the gradient noise scale, too: is so large a batch worth it?"
     parser.add_argument("--noise", action="store_true", help=worth)
     gib = "that the tensors of a window may take (what the device has free)"
-    parser.add_argument("--memory-budget-gib", type=float, metavar="GIB", help=gib)
+    parser.add_argument("--memory-budget-gib", type=_gib, metavar="GIB", help=gib)
     dim = "dimension of the model's inputs that counts samples (what the shapes agree on)"
     parser.add_argument("--batch-dim", type=int, metavar="DIM", help=dim)
     parser.add_argument("--no-cost", action="store_true", help="judge alone: no memory, no time")
@@ -75,6 +75,16 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     if given.memory_budget_gib is not None and not given.memory_budget_gib > 0:
         raise BadInputError(f"--memory-budget-gib {given.memory_budget_gib}: must be more than 0")
     return given
+
+
+def _gib(text: str) -> float:
+    amount = number_of_gib(text)
+    if amount is not None:
+        raise argparse.ArgumentTypeError(f"{text}: is a number of GiB ({amount})")
+    return float(text)
+
+
+_gib.__name__ = "number"  # as argparse calls what it cannot read
 
 
 def _refuse_several_processes() -> None:

@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gaccum_exp.config.arguments import WORDS, CommandLine, command_line
 from gaccum_exp.config.files import blocks, conf_dir, folder_of, options
-from gaccum_exp.errors import BadInputError, first_line, hide_passwords, in_a_line, nearest, text_of
+from gaccum_exp.errors import (
+    BadInputError,
+    first_line,
+    hide_passwords,
+    in_a_line,
+    nearest,
+    number_of_gib,
+    text_of,
+)
 
 _HYDRAS = ("hydra", "schema")
 _FULL_ERROR = "HYDRA_FULL_ERROR=1 shows where that is from"
@@ -88,6 +96,9 @@ def of_configuration(error: BaseException, arguments: Sequence[str] = ()) -> str
         named = " ".join(a for a in arguments if "${" in a)
         return f"{named}: {said}" if named else f"{_suspects(arguments)}{said}"
     at, said = _given(str(key), arguments), said.replace("Missing mandatory value", "must be set")
+    amount = number_of_gib(at.partition("=")[2]) if str(key).endswith("_gib") else None
+    if amount is not None:
+        return f"{at}: is a number of GiB ({amount})"
     return said if said.startswith(at) else f"{at}: {said}"
 
 
