@@ -91,10 +91,10 @@ class Mixing:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A fault that is not in the gradient: in the schedule, the memory or the reported loss."""
+    """A fault beside the gradient: in the schedule, an average, the memory or the reported loss."""
 
     name: str
-    """schedule | memory | reported loss"""
+    """schedule | average of the weights | memory | reported loss"""
     finding: str
     """A sentence."""
 

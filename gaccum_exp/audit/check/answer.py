@@ -206,6 +206,6 @@ def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):
         yield (
-            "beside the gradient: nothing wrong was seen in schedule and memory; not checked: what is "
-            "made of the losses for the log, and an average of the weights (EMA) that the loop keeps"
+            "beside the gradient: nothing wrong was seen in schedule, memory and averages of weights "
+            "(EMA); not checked: what is made of the losses for the log"
         )

@@ -14,6 +14,7 @@ from gaccum_exp.audit.watch.clipping import clipped_by_hand
 from gaccum_exp.audit.watch.places import place_of
 from gaccum_exp.audit.watch.tape import Clipping
 from gaccum_exp.audit.watch.user_functions import OnCall
+from gaccum_exp.audit.watch.weight_averages import address_of
 from gaccum_exp.core.gradient import Gradient, identical
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ class BetweenPasses:
         if self._storages[0] != seen.tape.backwards:
             self._storages = (
                 seen.tape.backwards,
-                {_storage(g) for g in self._tracer.gradients().values()},
+                {address_of(g) for g in self._tracer.gradients().values()},
             )
-        if any(_storage(tensor) in self._storages[1] for tensor in tensors):
+        if any(address_of(tensor) in self._storages[1] for tensor in tensors):
             seen.looked_at = seen.tape.backwards
 
     def note_clipping_by_hand(self, reached: Gradient) -> None:
@@ -173,8 +174,3 @@ class BetweenPasses:
         scale = id(scaler), float(scaler.get_scale())
         if scale not in seen.loss_scales:
             seen.loss_scales.append(scale)
-
-
-def _storage(tensor: Tensor) -> int:
-    strided = tensor.layout == torch.strided and tensor.device.type != "meta"
-    return tensor.untyped_storage().data_ptr() if strided else -1

@@ -390,7 +390,10 @@ class TracedCalls:
         run = functools.partial(self._tracer.moving.run, from_model=tape.origin, number=tape.number)
         if not origins and not with_parameters:
             self._tracer.between.look(name, tensors)
-            return run(function, args, kwargs)
+            output = run(function, args, kwargs)
+            if self._tracer.stepping is None:
+                self._tracer.averages.note(name, args, output, self._tracer.seen)
+            return output
         if function in LOSSES and self._criterion in (None, function) and graphs:
             call = self._begin("loss", function, args, kwargs)
             try:

@@ -15,7 +15,7 @@ from gaccum_exp.core.nesting import tensors_in
 
 
 def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -> tuple[Check, ...]:
-    """Return the faults in schedule and memory."""
+    """Return the faults in schedule, average of the weights and memory."""
     if len(micro_batches) < 2:
         return ()
     found = []
@@ -28,6 +28,14 @@ def other_faults(seen: Observations, micro_batches: Sequence[TapedMicroBatch]) -
                 "schedule",
                 f"the learning-rate schedule was stepped {times} inside the "
                 f"window: step it once per optimizer step{seen.places.at('schedule')}",
+            )
+        )
+    if seen.average_moved:
+        found.append(
+            Check(
+                "average of the weights",
+                "it moves with each micro-batch, so that it forgets N times as fast as with each step: "
+                f"move it once, after the optimizer's step{seen.places.at('average')}",
             )
         )
     passes = [{loss.backward for loss in micro_batch.losses} for micro_batch in micro_batches]

@@ -590,6 +590,8 @@ class Observations:
     """Backward passes before the loop last took a norm, or the like, of the gradients."""
     scheduler_steps: list[tuple[int, int]] = field(default_factory=list)
     """Which schedule was stepped (its id), after how many backward passes of the window."""
+    average_moved: bool = False
+    """Whether an average of the weights was moved after several backward passes of the window."""
     unscaled: list[int] = field(default_factory=list)
     """Backward passes of the window before each `unscale_` of a GradScaler."""
     retained: list[bool] = field(default_factory=list)

@@ -24,6 +24,7 @@ from gaccum_exp.audit.watch.compiled import uncompiled
 from gaccum_exp.audit.watch.moving_state import MovingState
 from gaccum_exp.audit.watch.tape import Observations, ParameterRef, Tape
 from gaccum_exp.audit.watch.user_functions import OnCall, calls_reported, calls_unreported
+from gaccum_exp.audit.watch.weight_averages import WeightAverages
 from gaccum_exp.core.gradient import Gradient, dense
 from gaccum_exp.core.seeding import random_states
 
@@ -97,6 +98,7 @@ class LoopTracer:
         self._norms: tuple[int, list[float]] = (-1, [])
         """Of the weights, after so many backward passes."""
         self.between = BetweenPasses(self)
+        self.averages = WeightAverages(self._parameters.values())
         self._calls = TracedCalls(self, model, criterion, modules)
 
     @contextmanager
@@ -365,6 +367,7 @@ class LoopTracer:
         self.past, self.seen, self._taken = self.seen.tape, self._nothing_seen(), {}
         self.seen.tape.go_on_from(self.past)
         self._norms = -1, []
+        self.averages.begin()
         self._calls.begin()
 
     def _forget(self) -> None:
