@@ -44,6 +44,8 @@ class WeightAverages:
             output: what it gave back.
             seen: of the window; takes it where an average has moved after several backward passes.
         """
+        if seen.average_moved:
+            return
         now = seen.tape.backwards
         if self._addresses is None:
             self._addresses = {address_of(p) for p in self._weights} - {NOWHERE}
@@ -59,17 +61,20 @@ class WeightAverages:
             for tensor in made:
                 self._taken_in.pop(address_of(tensor), None)
             return
-        gradients = {address_of(p.grad) for p in self._weights if p.grad is not None}
         for tensor in made:
             address = address_of(tensor)
-            if address in self._addresses | gradients | {NOWHERE} or tensor.grad_fn is not None:
+            if address == NOWHERE or address in self._addresses or tensor.grad_fn is not None:
                 continue
             self._taken_in[address] = set(taken_in)
             least = IN_PLACE if address in targets else MADE_ANEW
             like_weights = tensor.numel() > 1 and tuple(tensor.shape) in self._shapes
-            if now in taken_in and len(taken_in) >= least and like_weights:
+            moved = now in taken_in and len(taken_in) >= least and like_weights
+            if moved and not self._is_gradient(address):
                 seen.average_moved = True
                 seen.places.note("average")
+
+    def _is_gradient(self, address: int) -> bool:
+        return any(p.grad is not None and address_of(p.grad) == address for p in self._weights)
 
 
 def address_of(tensor: Tensor) -> int:
