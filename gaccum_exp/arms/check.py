@@ -106,7 +106,9 @@ class _Check:
         self._loop: CheckedLoop = CheckedLoop(
             given.windows, given.batch_dim, self._end_on_the_spot, self._say_progress, noise=given.noise
         )
-        self._said_s = time.monotonic()
+        self._began_s = self._said_s = time.monotonic()
+        self._took_s = 0.0
+        """Seconds that the script ran, watched."""
         self._unsaid: list[str] = []
         """On windows that were judged since something was said."""
         self._of_children_s = _of_children_s()
@@ -141,6 +143,7 @@ class _Check:
             if not self._watched.windows:
                 complain(f"{self._name} {how}, before a step was judged")
                 return status
+        self._took_s = time.monotonic() - self._began_s
         _flush()
         answered = self._answered(how, status)
         return status or answered
@@ -248,9 +251,12 @@ class _Check:
         windows = len(self._watched.adam_noise) if of_adam else self._watched.noise_windows
         over = windows_in_words(windows) + ", in Adam's metric" * of_adam
         value = None if math.isnan(told.value) else told.value
-        batch = round(statistics.fmean(sum(sizes) for sizes in self._group().sizes if sizes))
-        settling = f"--windows {4 * self._given.windows}, or smaller micro-batches,"
-        this = f"the script's batch of {batch}"
+        batches = [sum(sizes) for sizes in self._group().sizes if sizes]
+        batch, more = round(statistics.fmean(batches)), 4 * self._given.windows
+        minutes = math.ceil(self._took_s / len(self._watched.windows) * more / 60)
+        takes = f"some {minutes} minutes, as these went" if minutes > 1 else "a minute"
+        settling = f"--windows {more} ({takes}), or smaller micro-batches,"
+        this = f"the script's batch of {batch}{' on average' * (len(set(batches)) > 1)}"
         return say_worth((value, told.low, told.high), batch, this, over, settling)
 
     def _say_progress(self, judged: int, verdict: str, whose: str) -> None:

@@ -196,7 +196,7 @@ def diagnose(
     differs = undone is not None and _differs(undone)
     if rerun.draws.any:
         who = of_each_type(_drawing(rerun)) or "numbers are drawn outside of the modules"
-        left = f"then it is still stochastic ({who})"
+        left = f"what then differs is chance, no fault ({who})"
     by_layer = Deviations(own, (*moved, digits), own64, moved64)
     return Diagnosis(audit, measured, by_layer, one_pass64, accumulated64, left, undone, differs)
 

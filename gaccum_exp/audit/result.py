@@ -212,14 +212,12 @@ class Audit:
         if measured is None:
             return self.detail or "nothing was measured"
         beside = {
-            "run again in float64": self.e64 if self.e is not None else None,
-            "rounding alone": self.floor,
+            "its passes in float64:": self.e64 if self.e is not None else None,
+            "rounding alone: up to": self.floor,
         }
-        also = "; ".join(
-            f"{what}: {number:.2g}" for what, number in beside.items() if number is not None
-        )
+        also = "; ".join(f"{what} {number:.2g}" for what, number in beside.items() if number is not None)
         said = f"off by {measured:.2g} × the norm of the large batch's gradient"
-        along = "" if self.scale is None else f", in its direction {self.scale:.2g} × as long"
+        along = "" if self.scale is None else f"; projected on it {self.scale:.2g} × as long"
         return f"{said}{f' ({also})' if also else ''}{along}"
 
     @property

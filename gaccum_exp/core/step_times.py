@@ -14,10 +14,13 @@ windows it was 50 and 19 %: a load that lasts longer than an arm is in no spread
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 FEWEST_WINDOWS = 10
 """Timed after warm-up, for a ratio of step times to be stated."""
+SOME_LOAD = 0.05
+"""From here on the share that was waited for a processor is said."""
 
 
 class StepTime(NamedTuple):
@@ -44,3 +47,15 @@ def times_differ(ours: StepTime | None, theirs: StepTime | None) -> bool | None:
     if ours is None or theirs is None or min(ours.windows, theirs.windows) < FEWEST_WINDOWS:
         return None
     return ours.high_s < theirs.low_s or theirs.high_s < ours.low_s
+
+
+def waited_s() -> float | None:
+    """Return for how many seconds this thread has been ready and has waited for a processor.
+
+    It is the run delay of Linux, the second number in /proc/<pid>/schedstat (its documentation's page
+    on scheduler statistics); None on systems without.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None

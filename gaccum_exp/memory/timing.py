@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from gaccum_exp.core.step_times import FEWEST_WINDOWS, StepTime, time_of
+from gaccum_exp.core.step_times import FEWEST_WINDOWS, SOME_LOAD, StepTime, time_of, waited_s
 from gaccum_exp.core.window import split_sizes
 from gaccum_exp.memory.available import MARGIN, free_bytes
 from gaccum_exp.memory.meter import Unmetered
@@ -56,12 +56,18 @@ def _times_in_turn(
             why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             notes.append(f"N = {n} could not be timed: {why}.")
             del windows[n]
-    began_s = time.monotonic()
+    began_s, waited_before_s = time.monotonic(), waited_s()
     for _ in range(FEWEST_WINDOWS):
         for n, window in windows.items():
             seconds.setdefault(n, []).append(_seconds(step, window))
         if time.monotonic() - began_s > LIMIT_S:
             break
+    waited = None if waited_before_s is None else (waited_s() or waited_before_s) - waited_before_s
+    share = 0.0 if waited is None else waited / (time.monotonic() - began_s)
+    if share > SOME_LOAD and seconds:
+        notes.append(
+            f"For {share:.0%} of that time other processes had the processor: times are longer."
+        )
     return {n: time_of(taken) for n, taken in seconds.items()}, notes
 
 

@@ -5,13 +5,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gaccum_exp.core.feed import Window
 from gaccum_exp.core.losses.micro_batch import tokens_in
+from gaccum_exp.core.step_times import waited_s
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.sink import Sink
 from gaccum_exp.train.hooks import WINDOW, Hook, Values
@@ -171,15 +171,3 @@ class StepClock(Hook):
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-
-
-def waited_s() -> float | None:
-    """Return for how many seconds this thread has been ready and has waited for a processor.
-
-    It is the run delay of Linux, the second number in /proc/<pid>/schedstat (its documentation's page
-    on scheduler statistics); None on systems without.
-    """
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return None

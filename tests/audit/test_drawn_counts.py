@@ -14,7 +14,7 @@ from gaccum_exp.audit.result import LOSS_SCALE, UNEQUAL_DENOMINATORS
 from gaccum_exp.core.reductions import GLOBAL_MEAN, reduction_named
 
 MEAN = reduction_named("mean")
-STILL = "then it is still stochastic"
+STILL = "what then differs is chance"
 Mask = Callable[[Tensor], Tensor]
 
 
@@ -143,7 +143,7 @@ def test_a_loop_whose_loss_draws_its_mask_is_biased_and_still_stochastic() -> No
             (step(ids) / len(window)).backward()
         optimizer.step()
     assert (found.verdict, found.cause) == ("biased", UNEQUAL_DENOMINATORS)
-    assert f"{STILL} (numbers are drawn outside of the modules)" in (found.remedy or "")
+    assert f"{STILL}, no fault (numbers are drawn outside of the modules)" in (found.remedy or "")
 
 
 def test_integers_that_number_other_samples_leave_the_question_open() -> None:

@@ -67,8 +67,8 @@ def test_a_model_that_mixes_and_draws_is_told_both_with_counts(norms: int) -> No
     assert (found.verdict, found.cause) == ("biased", "batch statistics")
     every = " (3 modules)" if norms == 3 else ""
     assert found.remedy == (
-        f"replace BatchNorm1d{every} by GroupNorm, or freeze its statistics; then it is still "
-        "stochastic (2 modules of type Dropout)"
+        f"replace BatchNorm1d{every} by GroupNorm, or freeze its statistics; what then "
+        "differs is chance, no fault (2 modules of type Dropout)"
     )
 
 
@@ -81,7 +81,7 @@ def test_another_bias_of_a_model_that_draws_is_told_with_what_is_left() -> None:
 
     found = audit_window(net(nn.Dropout()), coupled, window(4, 4))
     assert found.verdict == "biased", str(found)
-    assert "then it is still stochastic (1 module of type Dropout)" in (found.remedy or "")
+    assert "what then differs is chance, no fault (1 module of type Dropout)" in (found.remedy or "")
 
 
 @pytest.mark.parametrize(("free", "level"), [(50_000, "WARNING"), (2**40, "DEBUG")])

@@ -136,7 +136,7 @@ def test_the_scripts_of_the_tutorial_get_the_answers_that_it_shows(
     ended = program.as_given("check", str(ROOT / "docs/tutorial" / script))
     assert ended.status == status
     answer = re.search(
-        r"(biased|equivalent) \(N = 4.*?(whole window counts|in its direction 1)\b", ended.plain
+        r"(biased|equivalent) \(N = 4.*?(whole window counts|projected on it 1)\b", ended.plain
     )
     assert answer
     assert without_rounding(answer[0]) in without_rounding(page)

@@ -60,12 +60,16 @@ def test_an_n_beyond_what_is_free_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
         nn.Identity(), torch.optim.SGD([torch.zeros(1)]), torch.device("cpu"), list, take, nullcontext
     )
     monkeypatch.setattr(timing, "free_bytes", lambda device: 124)
+    waited = iter([0.0, 1e9])
+    monkeypatch.setattr(timing, "waited_s", lambda: next(waited))
     plan = timing.with_times(a_plan(row(1, 100), row(2, 99), row(4, 50), row(8, 40)), step)
     assert [r.accum_steps for r in plan.rows if r.time is not None] == [2, 8]
     assert plan.notes == (
         "N = 1 is not timed: 124 B are free on cpu.",
         "N = 4 could not be timed: expected more than 2 samples.",
+        plan.notes[-1],
     )
+    assert "of that time other processes had the processor" in plan.notes[-1]
 
 
 def test_windows_without_memory_cannot_be_timed() -> None:

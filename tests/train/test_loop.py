@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaccum_exp.core.feed import windows
+from gaccum_exp.core.step_times import waited_s
 from gaccum_exp.core.window import WindowPlan
 from gaccum_exp.errors import BadInputError
 from gaccum_exp.memory.storages import StorageTracker
 from gaccum_exp.tracking.sink import NonFiniteLossError
 from gaccum_exp.train.build import build
-from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, StepClock, waited_s
+from gaccum_exp.train.clock import KEPT_WINDOWS, WARMUP_WINDOWS, StepClock
 from tests.strangers import Points
 from tests.support import SMALL, STRANGER, Collected, settings, step_at, train_to_end, trained
 

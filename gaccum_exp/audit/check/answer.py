@@ -182,8 +182,11 @@ def _said(audits: Sequence[Audit], others: str | None = None) -> str:
         rounding = "bit for bit" if audit.verdict == "identical" else "but for rounding"
         return f"Yes: what reached the optimizer is the large batch's gradient, {rounding}."
     if audit.verdict == "biased":
-        off = [f"{a.e:.2g}" for a in audits if a.verdict == audit.verdict and a.e is not None]
-        away = f": it is {' and '.join(off)} × its norm away" if off else ""
+        off = [a.e for a in audits if a.verdict == audit.verdict and a.e is not None]
+        numbers = " and ".join(f"{e:.2g}" for e in off)
+        if len(off) > 2:
+            numbers = f"{min(off):.2g} to {max(off):.2g}"
+        away = f": it is {numbers} × its norm away" if off else ""
         return f"No: what reached the optimizer is not the large batch's gradient{away}."
     if audit.verdict == "stochastic":
         return "Yes, but for the random numbers that are drawn: with these held, it is the same."
@@ -196,13 +199,20 @@ def _beside(group: Group, audits: Sequence[Audit]) -> Iterator[str]:
         yield f"windows: {', '.join(verdicts)}, in this order; above the worst"
     elif len(audits) > 1 and own.verdict == "biased":
         yield f"window {audits.index(own) + 1} is shown, the one that is the furthest away"
-    named = {(finding.cause, finding.culprit) for finding in own.findings}
+    # What is to be done about one cause is another thing in a window of another N, as at an epoch's end.
+    named = {(finding.cause, finding.culprit, own.accum_steps) for finding in own.findings}
+    said = {finding.remedy for finding in own.findings}
     for number, audit in enumerate(audits, start=1):
+        which = f", of window {number}"
+        which += f" (N = {audit.accum_steps})" * (audit.accum_steps != own.accum_steps)
         for finding in audit.findings if audit.verdict == own.verdict == "biased" else ():
-            if (finding.cause, finding.culprit) not in named:
-                named.add((finding.cause, finding.culprit))
-                yield IN_A_CONFIGURATION.sub("", "\n".join(finding.lines(f", of window {number}")))
-    others = {c.name: c for audit in audits for c in audit.checks if c not in own.checks}
+            key = finding.cause, finding.culprit, audit.accum_steps
+            if key not in named and finding.remedy not in said:
+                named.add(key)
+                said.add(finding.remedy)
+                yield IN_A_CONFIGURATION.sub("", "\n".join(finding.lines(which)))
+    shown = {check.name for check in own.checks}
+    others = {c.name: c for audit in audits for c in audit.checks if c.name not in shown}
     yield from (f"{check.name}: {check.finding}" for check in others.values())
     if not (own.checks or others):
         yield (

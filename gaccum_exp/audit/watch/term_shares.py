@@ -102,7 +102,9 @@ class TermShares:
         """Return what its micro-batches count, in words."""
         assert self.coefficients is not None
         if self.counts is not None and not alike(self.counts):
-            return f"count {listed(self.counts)} in {self.name}"
+            whole = all(float(count).is_integer() for count in self.counts)
+            what = "" if whole else " (the sums of their targets' weights)"
+            return f"count {listed(self.counts)}{what} in {self.name}"
         # Of sums, all of which count once, the loop's own divisors tell.
         divisors = [1 / w if w else 0.0 for w in self.weights]
         amounts = divisors if self.summed else self.coefficients

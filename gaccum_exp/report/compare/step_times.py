@@ -11,8 +11,8 @@ from gaccum_exp.core.step_times import FEWEST_WINDOWS, StepTime
 from gaccum_exp.tracking import metrics
 from gaccum_exp.tracking.records import RunRecord
 
-OTHER_LOAD, SOME_LOAD = 1.25, 0.05
-"""From here on a ratio is not stated, and the share that waited for a processor is."""
+OTHER_LOAD = 1.25
+"""From here on a ratio is not stated."""
 
 
 def loads_differ(ours: RunRecord, theirs: RunRecord) -> bool:

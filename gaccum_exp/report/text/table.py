@@ -8,12 +8,11 @@ from typing import Literal, NamedTuple, TextIO
 from rich.table import Table
 from rich.text import Text
 
-from gaccum_exp.core.step_times import FEWEST_WINDOWS
+from gaccum_exp.core.step_times import FEWEST_WINDOWS, SOME_LOAD
 from gaccum_exp.report.arm_limit import MOST_NOTES
 from gaccum_exp.report.compare.batches import BatchComparison
 from gaccum_exp.report.compare.columns import COLUMNS, ComparisonRow
 from gaccum_exp.report.compare.comparison import Comparison
-from gaccum_exp.report.compare.step_times import SOME_LOAD
 from gaccum_exp.report.text.batch_table import print_batches
 from gaccum_exp.report.text.merged_rows import lines_of
 from gaccum_exp.report.text.noise_notes import say_noise
