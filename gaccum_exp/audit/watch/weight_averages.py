@@ -17,6 +17,7 @@ IN_PLACE, MADE_ANEW = 2, 3
 """After so many backward passes what takes in the weights is an average: what is made anew each time
 may after two be a difference."""
 
+OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_", "__setitem__")
 NOWHERE = -1
 
 
@@ -49,7 +50,9 @@ class WeightAverages:
         now = seen.tape.backwards
         if self._addresses is None:
             self._addresses = {address_of(p) for p in self._weights} - {NOWHERE}
-        taken_in, inputs = set[int](), [address_of(t) for t in tensors_in(args)]
+        # What is overwritten has no part in what comes of it.
+        read = args[1:] if name in OVERWRITING else args
+        taken_in, inputs = set[int](), [address_of(t) for t in tensors_in(read)]
         if not self._addresses.isdisjoint(inputs):
             taken_in.add(now)
         for address in inputs:

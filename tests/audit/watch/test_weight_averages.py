@@ -169,8 +169,22 @@ def decay_by_hand(model: nn.Module) -> Update:
     return update
 
 
-@pytest.mark.parametrize("what", [difference, decay_by_hand], ids=["difference", "decay"])
+def copy_kept_equal(model: nn.Module) -> Update:
+    """Keep a second model equal to the first, and a buffer that is cleared."""
+    other = copy.deepcopy(model)
+    sums = [torch.zeros_like(p) for p in model.parameters()]
+
+    def update(model: nn.Module) -> None:
+        other.load_state_dict(model.state_dict())
+        for total, p in zip(sums, model.parameters(), strict=True):
+            total.zero_()
+            total.add_(p.detach())
+
+    return update
+
+
+@pytest.mark.parametrize("what", [difference, decay_by_hand, copy_kept_equal], ids=lambda f: f.__name__)
 def test_what_else_is_done_with_weights_is_no_average(what: Callable[[nn.Module], Update]) -> None:
-    """In each micro-batch: differences, norms, a decay in the gradient."""
+    """In each micro-batch: differences, norms, a decay in the gradient, a copy."""
     with training(what, "after each pass") as audit:
         assert audit.checks == ()
