@@ -109,6 +109,11 @@ class SampleLayout:
             roles = _exchanged(roles, unknown[-1], dataclasses.replace(unknown[-1], fill=fill))
         return dataclasses.replace(self, roles=roles, labels_last=True)
 
+    @property
+    def agreeing(self) -> int:
+        """How many tensors have the samples along a dimension."""
+        return sum(isinstance(role, Along) for role in leaves_of(self.roles))
+
     def sharing_equals(self, parts: Sequence[Any]) -> "SampleLayout | None":
         """Return the layout in which tensors that are equal in all micro-batches are shared by these.
 

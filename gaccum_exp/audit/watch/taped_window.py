@@ -398,6 +398,10 @@ class TapedWindow:
         if not readings:
             readings = sample_layouts(given, **how)
         along = next((r for r in readings if r.dim == self.layout.dim), readings[0])
+        if sizes is not None and list(along.sizes) != list(sizes):
+            # That dimension may count time (of CTC's log-probabilities): more tensors tell than one.
+            fitting = [r for r in readings if list(r.sizes) == list(sizes)]
+            along = next((r for r in fitting if r.agreeing > along.agreeing), along)
         along = along.with_labels_last() if self.layout.labels_last else along
         shared = along.sharing_equals(given) if self._sharing else None
         self.shares |= shared is not None

@@ -124,6 +124,41 @@ def log_probabilities_by_hand() -> Stepped:
     return run(net(), None, fn, data(), 4)
 
 
+def alignments(lengths: Sequence[int], divisor: float) -> Stepped:
+    """CTC over 9 steps, with the targets of a micro-batch's samples one after the other."""
+    torch.manual_seed(4)
+    counts = [torch.tensor(lengths[k : k + 3]) for k in range(0, len(lengths), 3)]
+    given = [
+        (
+            torch.randn(3, 9, 5, dtype=D),
+            torch.randint(1, 3, (int(each.sum()),)),
+            torch.full((3,), 9),
+            each,
+        )
+        for each in counts
+    ]
+
+    def fn(m: Any, x: Tensor, y: Tensor, steps: Tensor, each: Tensor) -> Tensor:
+        return F.ctc_loss(m(x).log_softmax(-1).transpose(0, 1), y, steps, each)
+
+    return run(net(), None, fn, given, divisor)
+
+
+@loop("sound")
+def aligned_targets_of_equal_length() -> Stepped:
+    return alignments([2] * 9, 3)
+
+
+@loop("sound")
+def aligned_targets_of_other_lengths() -> Stepped:
+    return alignments([1, 3, 2, 2, 2, 4, 1, 1, 3], 3)
+
+
+@loop("biased", SCALE)
+def aligned_targets_undivided() -> Stepped:
+    return alignments([2] * 9, 1)
+
+
 @loop("sound")
 def elementwise_and_weighed() -> Stepped:
     def fn(m: Any, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
