@@ -247,11 +247,13 @@ class _Check:
         if told is None:
             why = self._watched.noise_said.removeprefix("noise scale: not measured: ")
             return f"No noise scale tells: {why}. {elsewhere}."
+        batches = [sum(sizes) for sizes in self._group().sizes if sizes]
+        if not batches:  # how many samples there are is not known
+            return f"{self._watched.noise_said}."
         of_adam = self._watched.adam_noise_scale is not None
         windows = len(self._watched.adam_noise) if of_adam else self._watched.noise_windows
         over = windows_in_words(windows) + ", in Adam's metric" * of_adam
         value = None if math.isnan(told.value) else told.value
-        batches = [sum(sizes) for sizes in self._group().sizes if sizes]
         batch, more = round(statistics.fmean(batches)), 4 * self._given.windows
         minutes = math.ceil(self._took_s / len(self._watched.windows) * more / 60)
         takes = f"some {minutes} minutes, as these went" if minutes > 1 else "a minute"

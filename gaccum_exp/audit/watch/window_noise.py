@@ -96,6 +96,8 @@ def _why_none(audit: Audit, window: TapedWindow, shares: Sequence[TermShares]) -
     none_each = any(finding.cause in NO_GRADIENT_EACH for finding in audit.findings)
     if none_each or audit.verdict == "inconclusive":
         return f"the window is {audit.verdict} ({audit.cause or audit.detail})"
+    if not shares:
+        return "what its micro-batches count was not found out"
     for number, term in enumerate(shares):
         if term.coefficients is None or window.of_the_whole(window.column_of(number)):
             return "its loss couples samples, so that none has a gradient of its own"
