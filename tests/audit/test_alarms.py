@@ -12,7 +12,7 @@ from gaccum_exp.core.reductions import reduction_named
 from tests.audit.configurations import ORDERED, Configuration, faulty, mixing, sound
 from tests.shortened import shortened
 
-CASES = shortened([70, 200], [70])
+CASES = shortened([40, 200], [40])
 Record = Callable[[str, object], None]
 
 
