@@ -107,7 +107,7 @@ class Watched:
         return quotient_of_means(measured[-TRAILING:])
 
     def take_noise(self, asked: AskedNoise, judged: frozenset[str], audit: Audit) -> None:
-        """Take what a window has told of its noise.
+        """Add what a window tells of its noise.
 
         Args:
             asked: what it was asked, and has told.
@@ -148,7 +148,7 @@ class Watched:
 
     @property
     def noise_windows(self) -> int:
-        """How many windows have told a noise scale."""
+        """The number of windows that have told a noise scale."""
         return sum(not isinstance(noise, str) for noise in self.noise)
 
     @property

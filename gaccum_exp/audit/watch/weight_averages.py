@@ -18,7 +18,9 @@ IN_PLACE, MADE_ANEW = 2, 3
 may after two be a difference."""
 
 OVERWRITING = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_", "__setitem__")
+"""Operations that write over their first argument, whatever it held."""
 NOWHERE = -1
+"""The address of a tensor that has none."""
 
 
 class WeightAverages:
@@ -50,7 +52,6 @@ class WeightAverages:
         now = seen.tape.backwards
         if self._addresses is None:
             self._addresses = {address_of(p) for p in self._weights} - {NOWHERE}
-        # What is overwritten has no part in what comes of it.
         read = args[1:] if name in OVERWRITING else args
         taken_in, inputs = set[int](), [address_of(t) for t in tensors_in(read)]
         if not self._addresses.isdisjoint(inputs):
